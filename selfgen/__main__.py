@@ -1,0 +1,5 @@
+"""``python -m selfgen`` is ``selfgen``."""
+
+from .cli import main
+
+raise SystemExit(main())

@@ -1,0 +1,84 @@
+"""``BSSConfig``: the Trainer's arguments and the few that batch-scheduled sampling adds."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+from transformers import TrainingArguments
+
+from .context.generator import METHODS
+from .schedules import SCHEDULES
+
+
+@dataclass
+class BSSConfig(TrainingArguments):
+    """Arguments of ``BSSTrainer``: everything of ``transformers.TrainingArguments``, and the fields below.
+
+    Raises:
+        ValueError: a field out of its range.
+    """
+
+    _argument_group_name = "training (transformers.TrainingArguments)"
+
+    self_prob: float = field(
+        default=0.25,
+        metadata={"help": "Probability that a context token is the model's own, in [0, 1]. 0 is plain fine-tuning."},
+    )
+    self_prob_schedule: str = field(
+        default="constant",
+        metadata={"help": "constant, or linear from self_prob_start to self_prob over the training steps."},
+    )
+    self_prob_start: float = field(
+        default=0.0, metadata={"help": "Self-probability at the first step of a schedule that is not constant."}
+    )
+    sampling_temperature: float = field(
+        default=1.0, metadata={"help": "Temperature of the model's own tokens; 0 is greedy."}
+    )
+    context_method: str = field(
+        default="fixed_point",
+        metadata={"help": "fixed_point (fast), or sequential (token by token, for models that the fast one refuses)."},
+    )
+    token_budget: int | None = field(
+        default=None, metadata={"help": "Most tokens computed in one context pass; measured on the device by default."}
+    )
+    max_length: int = field(
+        default=1024, metadata={"help": "Longest row in tokens, prompt included; longer answers are cut and counted."}
+    )
+    prompt_column: str = field(default="prompt", metadata={"help": "Column with the prompt (text or messages)."})
+    completion_column: str = field(
+        default="completion", metadata={"help": "Column with the reference answer (text or messages)."}
+    )
+    messages_column: str = field(
+        default="messages",
+        metadata={"help": "Column with a conversation whose last assistant turn is the reference answer."},
+    )
+    apply_chat_template: bool | None = field(
+        default=None, metadata={"help": "Use the tokenizer's chat template; by default if it has one."}
+    )
+    logging_steps: float = field(default=10, metadata={"help": "Log every so many steps; below 1, a share of all."})
+    remove_unused_columns: bool | None = field(
+        default=False, metadata={"help": "Leave as it is: the collator needs the columns that the model does not."}
+    )
+
+    def __post_init__(self):
+        super().__post_init__()
+        for name in ("self_prob", "self_prob_start"):
+            if not 0.0 <= getattr(self, name) <= 1.0:
+                raise ValueError(f"{name} is {getattr(self, name)}; a probability must be in [0, 1]")
+        if not 0.0 <= self.sampling_temperature < float("inf"):
+            raise ValueError(f"sampling_temperature is {self.sampling_temperature}; it must be a finite number >= 0")
+        if self.self_prob_schedule not in SCHEDULES:
+            raise ValueError(f"self_prob_schedule is {self.self_prob_schedule!r}; accepted: {', '.join(SCHEDULES)}")
+        if self.context_method not in METHODS:
+            raise ValueError(f"context_method is {self.context_method!r}; accepted: {', '.join(METHODS)}")
+        if self.token_budget is not None and self.token_budget < 1:
+            raise ValueError(f"token_budget is {self.token_budget}; it must be at least 1")
+        if self.max_length < 2:
+            raise ValueError(f"max_length is {self.max_length}; a prompt and an answer need at least 2 tokens")
+        if self.remove_unused_columns:
+            raise ValueError("remove_unused_columns must stay False: the collator needs the columns sample_id, prompt_ids")
+
+    def self_prob_at(self, step: int, max_steps: int) -> float:
+        """Self-probability of optimizer step ``step`` (0-based) of ``max_steps``."""
+        progress = step / (max_steps - 1) if max_steps > 1 else 1.0
+        return SCHEDULES[self.self_prob_schedule](self.self_prob_start, self.self_prob, min(1.0, progress))

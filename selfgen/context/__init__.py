@@ -1,0 +1,7 @@
+"""Mixed contexts: the sequential definition, and the same contexts from a few parallel passes."""
+
+from .batch import ContextStats, MixedContext
+from .generator import ContextGenerator
+from .ragged import UnsupportedModelError
+
+__all__ = ["ContextGenerator", "ContextStats", "MixedContext", "UnsupportedModelError"]

@@ -1,0 +1,151 @@
+"""What goes into a context generation and what comes out of it: checked inputs, results, statistics."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+TokenRow = Tensor | Sequence[int]
+
+
+@dataclass(frozen=True)
+class ContextStats:
+    """What a generation cost and what it gave.
+
+    ``context_tokens`` counts prompt and answer tokens: what one teacher-forced forward over the batch computes, so
+    ``tokens_computed / context_tokens`` is the work in units of that forward. ``agreement`` is the share of self tokens
+    that equal the reference (1.0 when there are none). ``invalid`` counts self tokens whose logits were not finite and
+    which therefore kept the reference. ``seconds`` is wall time.
+    """
+
+    rows: int
+    passes: int
+    tokens_computed: int
+    context_tokens: int
+    answer_tokens: int
+    self_tokens: int
+    agreement: float
+    invalid: int
+    seconds: float
+
+    @property
+    def self_share(self) -> float:
+        """Share of the answer tokens that the model chose itself."""
+        return self.self_tokens / max(1, self.answer_tokens)
+
+    @property
+    def computed_per_context_token(self) -> float:
+        return self.tokens_computed / max(1, self.context_tokens)
+
+
+@dataclass(frozen=True)
+class MixedContext:
+    """Mixed contexts of a batch (arXiv 2410.14655, batch-scheduled sampling).
+
+    ``tokens[i]`` int64 [T_i] holds the context of row i's answer: the reference where ``is_self[i]`` (bool [T_i]) is
+    false, the model's own token where it is true. Both lie on the model's device.
+    """
+
+    tokens: list[Tensor]
+    is_self: list[Tensor]
+    stats: ContextStats = field(repr=False)
+
+
+@dataclass(frozen=True)
+class Batch:
+    """Checked inputs of one generation. Rows are ragged, so per-row tensors stay in lists; ids are int64 on the device."""
+
+    prompts: list[Tensor]  # [P_i] int64
+    references: list[Tensor]  # [T_i] int64
+    self_prob: Tensor  # [R] float64
+    sample_ids: Tensor  # [R] int64
+    seed: int
+    temperature: float
+
+    @property
+    def prompt_lengths(self) -> list[int]:
+        return [len(prompt) for prompt in self.prompts]
+
+    @property
+    def answer_lengths(self) -> list[int]:
+        return [len(reference) for reference in self.references]
+
+    @property
+    def lengths(self) -> list[int]:
+        return [p + t for p, t in zip(self.prompt_lengths, self.answer_lengths, strict=True)]
+
+    @property
+    def device(self) -> torch.device:
+        return self.sample_ids.device
+
+    def row(self, index: int) -> Batch:
+        """The batch of one row."""
+        one = slice(index, index + 1)
+        return Batch(
+            self.prompts[one], self.references[one], self.self_prob[one], self.sample_ids[one], self.seed, self.temperature
+        )
+
+
+def check_token_rows(name: str, rows: Sequence[TokenRow], vocab_size: int, device: torch.device) -> list[Tensor]:
+    """Check a ragged list of token ids and move it to ``device`` as int64.
+
+    One host synchronisation at most, however many rows.
+    """
+    if isinstance(rows, str | bytes) or not isinstance(rows, Sequence):
+        raise TypeError(f"{name} must be a list with one row of token ids per sample, got {type(rows).__name__}")
+    checked = []
+    for index, row in enumerate(rows):
+        if isinstance(row, str | bytes):
+            raise TypeError(f"{name}[{index}] is text; tokenize it first and give its token ids")
+        tensor = row if isinstance(row, Tensor) else _as_ids(f"{name}[{index}]", row)
+        if tensor.dtype not in (torch.int64, torch.int32):
+            raise TypeError(f"{name}[{index}] has dtype {tensor.dtype}; token ids must be int64 or int32")
+        if tensor.dim() != 1:
+            raise ValueError(f"{name}[{index}] has shape {tuple(tensor.shape)}; give a 1-D tensor of token ids")
+        if tensor.device.type != "cpu" and tensor.device != device:
+            raise ValueError(f"{name}[{index}] is on {tensor.device}; give it on cpu or on the model's device, {device}")
+        if len(tensor) == 0:
+            raise ValueError(f"{name}[{index}] is empty; every row needs at least one token (drop the row otherwise)")
+        checked.append(tensor)
+    if checked and any(tensor.device.type != "cpu" for tensor in checked):
+        checked = [tensor.to(device) for tensor in checked]
+    if checked:
+        _check_vocabulary(name, checked, vocab_size)
+    return [tensor.to(device=device, dtype=torch.int64) for tensor in checked]
+
+
+def _as_ids(name: str, row: object) -> Tensor:
+    try:
+        tensor = torch.as_tensor(row)
+    except (TypeError, ValueError, RuntimeError) as error:
+        raise TypeError(f"{name} is a {type(row).__name__}; give a 1-D tensor or a list of token ids ({error})") from None
+    return tensor.to(torch.int64) if tensor.numel() == 0 else tensor
+
+
+def _check_vocabulary(name: str, rows: list[Tensor], vocab_size: int) -> None:
+    low, high = torch.aminmax(torch.cat(rows))
+    if int(low) >= 0 and int(high) < vocab_size:
+        return
+    for index, row in enumerate(rows):
+        wrong = row[(row < 0) | (row >= vocab_size)]
+        if len(wrong):
+            raise ValueError(
+                f"{name}[{index}] holds token id {int(wrong[0])}; the model's vocabulary has ids 0 to {vocab_size - 1}"
+            )
+
+
+def check_sample_ids(sample_ids: Tensor | Sequence[int], rows: int, device: torch.device) -> Tensor:
+    """int64 [rows] on ``device``; unique, as two rows with one id would share their noise."""
+    ids = torch.as_tensor(sample_ids)
+    if ids.dtype not in (torch.int64, torch.int32) and ids.numel():
+        raise TypeError(f"sample_ids has dtype {ids.dtype}; sample ids must be int64 or int32")
+    if ids.shape != (rows,):
+        raise ValueError(f"sample_ids has shape {tuple(ids.shape)}; {rows} rows need shape ({rows},)")
+    values = ids.tolist()
+    if len(set(values)) != rows:
+        twice = next(value for value in values if values.count(value) > 1)
+        raise ValueError(f"sample id {twice} occurs more than once; ids tell rows apart and must be unique in a batch")
+    return ids.to(device=device, dtype=torch.int64)

@@ -1,0 +1,236 @@
+"""``ContextGenerator``: the public door to mixed contexts."""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import Literal
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from selfgen_kernels import self_mask
+
+from .batch import Batch, ContextStats, MixedContext, TokenRow, check_sample_ids, check_token_rows
+from .budget import calibrate_token_budget
+from .fixed_point import fixed_point
+from .ragged import UnsupportedModelError, inspect_model
+from .sequential import sequential
+
+logger = logging.getLogger(__name__)
+
+Method = Literal["fixed_point", "sequential"]
+METHODS = ("fixed_point", "sequential")
+
+
+class ContextGenerator:
+    """Mixed contexts for batch-scheduled sampling (arXiv 2410.14655), made with the model's current weights.
+
+    Args:
+        model: a causal language model of transformers, or a PEFT model around one. It is not modified; while contexts
+            are made it is in eval mode (no dropout) and without gradients.
+        temperature: of the model's own tokens; 0 is greedy. At least 0.
+        token_budget: most tokens computed in one pass of ``method="fixed_point"``, at least 1. By default it is measured
+            once on the model's device: see ``calibrate_token_budget``. It changes the cost, never the tokens.
+
+    Raises:
+        TypeError: ``model`` is not a transformers model, or its weights have more than one dtype.
+        ValueError: ``temperature`` or ``token_budget`` out of range.
+
+    Example:
+        >>> generator = ContextGenerator(model)
+        >>> mixed = generator.generate([[1, 2, 3]], [[4, 5, 6]], 0.25, seed=0, sample_ids=[17])
+        >>> mixed.tokens[0], mixed.is_self[0], mixed.stats.passes
+    """
+
+    def __init__(self, model: PreTrainedModel, *, temperature: float = 1.0, token_budget: int | None = None):
+        self.model = _transformers_model(model)
+        if not isinstance(temperature, int | float) or not 0.0 <= temperature < float("inf"):
+            raise ValueError(f"temperature is {temperature!r}; it must be a finite number >= 0 (0 is greedy)")
+        if token_budget is not None and (not isinstance(token_budget, int) or token_budget < 1):
+            raise ValueError(f"token_budget is {token_budget!r}; it must be an integer >= 1, or None to measure it")
+        self.temperature = float(temperature)
+        self._token_budget = token_budget
+        _check_dtypes(self.model)
+
+    @property
+    def token_budget(self) -> int:
+        """Most tokens in one pass; measured at the first use if it was not given."""
+        if self._token_budget is None:
+            with _inference(self.model):
+                self._token_budget = calibrate_token_budget(self.model)
+            logger.info("token budget: %d tokens a pass", self._token_budget)
+        return self._token_budget
+
+    def generate(
+        self,
+        prompts: Sequence[TokenRow],
+        references: Sequence[TokenRow],
+        self_prob: float | Sequence[float] | Tensor,
+        *,
+        seed: int,
+        sample_ids: Tensor | Sequence[int],
+        method: Method = "fixed_point",
+    ) -> MixedContext:
+        """Make the mixed context of every row.
+
+        Both methods give the same tokens and masks; a row gives the same ones alone, in any batch and in any order.
+
+        Args:
+            prompts: R rows of token ids, [P_i] int64/int32 tensors or lists, each at least one token.
+            references: R rows of reference answers, [T_i], likewise.
+            self_prob: probability that a token is the model's own, in [0, 1]; one number, or one a row.
+            seed: any 64-bit integer. With the sample id and the position it fixes all randomness.
+            sample_ids: [R] int64/int32, unique: the identity of each row.
+            method: "fixed_point" (few parallel passes) or "sequential" (token by token, works with every model).
+
+        Returns:
+            MixedContext, on the model's device.
+
+        Raises:
+            ValueError: values out of range, empty rows, lengths that don't match or exceed the model's positions.
+            TypeError: wrong types or dtypes.
+            UnsupportedModelError: (a ValueError) the model has a feature that "fixed_point" can't honour; it is named.
+        """
+        if method not in METHODS:
+            raise ValueError(f'method is {method!r}; it must be "fixed_point" or "sequential"')
+        started = time.perf_counter()
+        batch = self._check(prompts, references, self_prob, seed, sample_ids)
+        if not batch.prompts:
+            return MixedContext([], [], ContextStats(0, 0, 0, 0, 0, 0, 1.0, 0, 0.0))
+        support = inspect_model(self.model, max(batch.lengths))
+
+        if method == "fixed_point":
+            if support.missing:
+                raise UnsupportedModelError(
+                    f"{type(self.model).__name__} uses {'; '.join(support.missing)}: the ragged path can't honour it. "
+                    'Use method="sequential".'
+                )
+            is_self = _draw_masks(batch)
+            budget = self.token_budget
+            with _inference(self.model):
+                state = fixed_point(self.model, batch, is_self, budget)
+            tokens, invalid = state.contexts, int(state.status)
+            passes, tokens_computed = state.passes, state.tokens_computed
+        else:
+            with _inference(self.model):
+                result = sequential(self.model, batch, isolate_rows=support.isolate_rows)
+            tokens, is_self, invalid = result.tokens, result.is_self, result.invalid
+            passes, tokens_computed = result.passes, result.tokens_computed
+
+        if invalid:
+            logger.warning("%d self tokens kept the reference: their logits were not finite", invalid)
+        mask, context, reference = torch.cat(is_self), torch.cat(tokens), torch.cat(batch.references)
+        self_tokens = int(mask.sum())
+        agreeing = int((mask & (context == reference)).sum())
+        stats = ContextStats(
+            rows=len(batch.prompts),
+            passes=passes,
+            tokens_computed=tokens_computed,
+            context_tokens=sum(batch.lengths),
+            answer_tokens=sum(batch.answer_lengths),
+            self_tokens=self_tokens,
+            agreement=agreeing / self_tokens if self_tokens else 1.0,
+            invalid=invalid,
+            seconds=time.perf_counter() - started,
+        )
+        return MixedContext(tokens, is_self, stats)
+
+    def _check(self, prompts, references, self_prob, seed, sample_ids) -> Batch:
+        device = self.model.device
+        vocab_size = self.model.get_input_embeddings().num_embeddings
+        prompts = check_token_rows("prompts", prompts, vocab_size, device)
+        references = check_token_rows("references", references, vocab_size, device)
+        if len(prompts) != len(references):
+            raise ValueError(f"{len(prompts)} prompts and {len(references)} references; give one reference a prompt")
+        if not isinstance(seed, int):
+            raise TypeError(f"seed is a {type(seed).__name__}; give a 64-bit integer")
+        limit = getattr(self.model.config.get_text_config(decoder=True), "max_position_embeddings", None)
+        for index, (prompt, reference) in enumerate(zip(prompts, references, strict=True)):
+            length = len(prompt) + len(reference)
+            if limit is not None and length > limit:
+                raise ValueError(f"row {index} has {length} tokens; the model has {limit} positions: shorten the row")
+        return Batch(
+            prompts=prompts,
+            references=references,
+            self_prob=_check_self_prob(self_prob, len(prompts), device),
+            sample_ids=check_sample_ids(sample_ids, len(prompts), device),
+            seed=seed,
+            temperature=self.temperature,
+        )
+
+
+def _draw_masks(batch: Batch) -> list[Tensor]:
+    """[T_i] bool a row: the coins of ``sample_mix``, tossed before any forward."""
+    lengths = batch.answer_lengths
+    repeats = torch.tensor(lengths, device=batch.device)
+    positions = torch.cat([torch.arange(length, device=batch.device) for length in lengths])
+    mask = self_mask(
+        batch.seed,
+        batch.sample_ids.repeat_interleave(repeats),
+        positions,
+        batch.self_prob.repeat_interleave(repeats),
+    )
+    return list(torch.split(mask, lengths))
+
+
+def _check_self_prob(self_prob: float | Sequence[float] | Tensor, rows: int, device: torch.device) -> Tensor:
+    try:
+        values = torch.as_tensor(self_prob, dtype=torch.float64, device=device)
+    except (TypeError, ValueError, RuntimeError):
+        raise TypeError(f"self_prob is {self_prob!r}; give a number in [0, 1], or one a row") from None
+    if values.dim() == 0:
+        values = values.expand(rows)
+    if values.shape != (rows,):
+        raise ValueError(f"self_prob has shape {tuple(values.shape)}; give one number, or one for each of {rows} rows")
+    outside = values[~((values >= 0) & (values <= 1))]
+    if len(outside):
+        raise ValueError(f"self_prob is {float(outside[0])}; a probability must be in [0, 1]")
+    return values
+
+
+def _transformers_model(model: torch.nn.Module) -> PreTrainedModel:
+    """The transformers model itself: inside a PEFT model, adapters included."""
+    if hasattr(model, "get_base_model"):
+        if getattr(getattr(model, "active_peft_config", None), "is_prompt_learning", False):
+            raise ValueError("prompt-learning adapters of PEFT add positions of their own; use LoRA or another adapter")
+        model = model.get_base_model()
+    if not isinstance(model, PreTrainedModel):
+        raise TypeError(f"model is a {type(model).__name__}; give a transformers model (AutoModelForCausalLM) or PEFT's")
+    return model
+
+
+def _check_dtypes(model: PreTrainedModel) -> None:
+    """One dtype for all weights, but for adapters and what transformers itself keeps in fp32."""
+    kept = tuple(getattr(model, "_keep_in_fp32_modules", None) or ()) + tuple(
+        getattr(model, "_keep_in_fp32_modules_strict", None) or ()
+    )
+    adapters = {
+        id(parameter)
+        for module in model.modules()
+        for layer in getattr(module, "adapter_layer_names", ())
+        for parameter in getattr(module, layer).parameters()
+    }
+    dtypes: dict[torch.dtype, str] = {}
+    for name, parameter in model.named_parameters():
+        if parameter.is_floating_point() and id(parameter) not in adapters and not any(part in name for part in kept):
+            dtypes.setdefault(parameter.dtype, name)
+    if len(dtypes) > 1:
+        found = ", ".join(f"{dtype} ({name})" for dtype, name in dtypes.items())
+        raise TypeError(f"the model's weights have several dtypes: {found}; cast them with model.to(dtype)")
+
+
+@contextmanager
+def _inference(model: PreTrainedModel) -> Iterator[None]:
+    """Eval mode and no gradients inside; every module's own training flag is back afterwards."""
+    training = [module for module in model.modules() if module.training]
+    model.eval()
+    try:
+        with torch.no_grad():
+            yield
+    finally:
+        for module in training:
+            module.training = True

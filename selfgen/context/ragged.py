@@ -1,0 +1,229 @@
+"""transformers decoders, unmodified, over a ragged KV cache.
+
+A pass is a flat batch ``input_ids [1, N]`` of windows from many rows. Two things make an unmodified model compute it:
+the attention function ``"selfgen"`` in transformers' ``AttentionInterface`` and a ``Cache`` whose layers keep one *slot*
+per (row, position). Rows lie one after the other in the slots, each exactly as long as it is: nothing is padded, and a
+roll-back is a shorter window in the next pass, never a copy.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from functools import cached_property
+
+import torch
+from torch import Tensor
+from transformers import AttentionInterface, PreTrainedModel
+from transformers.cache_utils import Cache, CacheLayerMixin
+
+from selfgen_kernels import ragged_attention
+
+from .plan import Window
+
+ATTENTION = "selfgen"
+
+
+class UnsupportedModelError(ValueError):
+    """The model has a feature that the ragged path can't honour; ``method="sequential"`` works for it."""
+
+
+@dataclass
+class RaggedPass:
+    """The geometry of one pass, shared by all layers."""
+
+    windows: list[Window]
+    row_starts: list[int]  # first slot of each row of the batch
+    device: torch.device
+
+    @cached_property
+    def slots(self) -> Tensor:
+        """[N] int64: the KV slot of each token of the pass."""
+        return torch.cat(
+            [
+                torch.arange(self.row_starts[row] + begin, self.row_starts[row] + end, device=self.device)
+                for row, begin, end in self.windows
+            ]
+        )
+
+    @cached_property
+    def position_ids(self) -> Tensor:
+        """[1, N] int64."""
+        return torch.cat([torch.arange(begin, end, device=self.device) for _, begin, end in self.windows])[None]
+
+    @cached_property
+    def cu_seqlens_q(self) -> Tensor:
+        """[B + 1] int32: where each window's tokens begin in the pass."""
+        sizes = torch.tensor([0] + [end - begin for _, begin, end in self.windows], dtype=torch.int32)
+        return sizes.cumsum(0, dtype=torch.int32).to(self.device)
+
+    @cached_property
+    def kv_ranges(self) -> Tensor:
+        """[B, 2] int64: first KV slot and number of KV slots that each window sees, itself included."""
+        return torch.tensor([(self.row_starts[row], end) for row, _, end in self.windows], device=self.device)
+
+    @property
+    def num_tokens(self) -> int:
+        return sum(end - begin for _, begin, end in self.windows)
+
+
+class RaggedLayer(CacheLayerMixin):
+    """K/V of one layer: ``[slots, kv_heads, head_dim]``, allocated at the first pass with its dtype and head size."""
+
+    def __init__(self, cache: RaggedCache):
+        super().__init__()
+        self.cache = cache
+
+    def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
+        def allocate(states: Tensor) -> Tensor:
+            return states.new_empty(self.cache.num_slots, states.shape[1], states.shape[3])
+
+        self.keys, self.values = allocate(key_states), allocate(value_states)
+        self.is_initialized = True
+
+    def update(self, key_states: Tensor, value_states: Tensor, *args, **kwargs) -> tuple[Tensor, Tensor]:
+        """Write ``[1, kv_heads, N, head_dim]`` to the slots of the current pass and return the whole layer."""
+        if not self.is_initialized:
+            self.lazy_initialization(key_states, value_states)
+        slots = self.cache.current.slots
+        self.keys.index_copy_(0, slots, key_states[0].transpose(0, 1))
+        self.values.index_copy_(0, slots, value_states[0].transpose(0, 1))
+        return self.keys, self.values
+
+    def get_seq_length(self) -> int:
+        return 0  # positions are always given; rows have lengths of their own
+
+    def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
+        return query_length, 0
+
+    def get_max_length(self) -> int:
+        return self.cache.num_slots
+
+
+class RaggedCache(Cache):
+    """One ``RaggedLayer`` a decoder layer; ``current`` is the pass being computed."""
+
+    current: RaggedPass
+
+    def __init__(self, num_slots: int, num_layers: int):
+        self.num_slots = num_slots
+        super().__init__(layers=[RaggedLayer(self) for _ in range(num_layers)])
+
+
+_IGNORED = frozenset(
+    # Arguments that say nothing about the result of an attention layer in inference over the ragged cache.
+    {
+        "cache_position",
+        "is_causal",
+        "output_attentions",
+        "output_hidden_states",
+        "output_router_logits",
+        "position_ids",
+        "return_dict",
+        "use_cache",
+    }
+)
+
+
+def _attention(
+    module: torch.nn.Module,
+    query: Tensor,  # [1, heads, N, head_dim]
+    key: Tensor,  # [slots, kv_heads, head_dim]: the whole layer, as RaggedLayer.update returned it
+    value: Tensor,
+    attention_mask: Tensor | None,
+    *,
+    scaling: float | None = None,
+    dropout: float = 0.0,
+    sliding_window: int | None = None,
+    softcap: float | None = None,
+    s_aux: Tensor | None = None,
+    ragged_pass: RaggedPass | None = None,
+    **features,
+) -> tuple[Tensor, None]:
+    name = type(module).__name__
+    if ragged_pass is None or key.dim() != 3:
+        raise UnsupportedModelError(
+            f'{name} does not hand keyword arguments or its KV cache to the attention function; use method="sequential"'
+        )
+    unknown = sorted(key for key, given in features.items() if given is not None and key not in _IGNORED)
+    if attention_mask is not None:
+        unknown.append("attention_mask")
+    if not getattr(module, "is_causal", True) or features.get("is_causal") is False:
+        unknown.append("bidirectional attention")
+    if dropout:
+        unknown.append("attention dropout")
+    if unknown:
+        raise UnsupportedModelError(
+            f'{name} uses {", ".join(unknown)}, which the ragged path does not compute; use method="sequential"'
+        )
+    output = ragged_attention(
+        query[0].transpose(0, 1),
+        key,
+        value,
+        ragged_pass.cu_seqlens_q,
+        ragged_pass.kv_ranges,
+        scale=scaling,
+        sliding_window=sliding_window,
+        softcap=softcap,
+        sinks=s_aux,
+    )
+    return output[None], None  # [1, N, heads, head_dim]
+
+
+AttentionInterface.register(ATTENTION, _attention)
+
+
+@contextmanager
+def ragged_model(model: PreTrainedModel) -> Iterator[None]:
+    """Run ``model`` with the ragged attention inside; its own ``attn_implementation`` is back afterwards."""
+    configs = {id(m.config): m.config for m in model.modules() if isinstance(m, PreTrainedModel)}.values()
+    before = [config._attn_implementation for config in configs]
+    try:
+        for config in configs:
+            config._attn_implementation = ATTENTION
+        yield
+    finally:
+        for config, implementation in zip(configs, before, strict=True):
+            config._attn_implementation = implementation
+
+
+@dataclass(frozen=True)
+class Support:
+    """What the ragged path can't honour in a model, and whether its rows must be decoded one by one."""
+
+    missing: list[str] = field(default_factory=list)
+    isolate_rows: bool = False
+
+
+def inspect_model(model: PreTrainedModel, longest_row: int) -> Support:
+    """Name the features of ``model`` that rule out the ragged path for rows of up to ``longest_row`` tokens."""
+    config = model.config.get_text_config(decoder=True)
+    missing, isolate = [], False
+    if not getattr(model, "_supports_attention_backend", False):
+        missing.append("an attention that does not go through transformers' AttentionInterface")
+    if config.is_encoder_decoder or getattr(config, "add_cross_attention", False):
+        missing.append("cross-attention (encoder-decoder)")
+    if getattr(config, "use_bidirectional_attention", None):
+        missing.append("bidirectional attention")
+    kinds = set(getattr(config, "layer_types", None) or ()) - {"full_attention", "sliding_attention"}
+    if kinds:
+        missing.append("layers of type " + ", ".join(sorted(kinds)))
+        isolate = True
+    if getattr(config, "num_kv_shared_layers", None):
+        missing.append("KV shared between layers (num_kv_shared_layers)")
+    if getattr(config, "reorder_and_upcast_attn", False):
+        missing.append("reorder_and_upcast_attn")
+    for rope in _rope_parameters(config):
+        kind = rope.get("rope_type", "default")
+        original = rope.get("original_max_position_embeddings") or config.max_position_embeddings
+        if kind in ("dynamic", "longrope") and longest_row > original:
+            missing.append(f"rope_type {kind!r} beyond {original} positions, where frequencies depend on the longest row")
+            isolate = True
+    return Support(missing, isolate)
+
+
+def _rope_parameters(config) -> list[dict]:
+    parameters = getattr(config, "rope_parameters", None) or {}
+    nested = [value for value in parameters.values() if isinstance(value, dict)]
+    return nested or [parameters]

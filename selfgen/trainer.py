@@ -1,0 +1,234 @@
+"""``BSSTrainer``: online batch-scheduled sampling inside ``transformers.Trainer``."""
+
+from __future__ import annotations
+
+import logging
+import time
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, Trainer, TrainerCallback
+
+from .config import BSSConfig
+from .context import ContextGenerator, ContextStats
+from .data import Collator, load_rows, tokenize_rows
+
+logger = logging.getLogger(__name__)
+
+IGNORED_LABEL = -100
+_BOOKKEEPING = ("sample_id", "prompt_length", "answer_length")  # the collator's columns that are not the model's
+
+
+class BSSTrainer(Trainer):
+    """Fine-tune a causal language model on contexts that are partly its own (arXiv 2410.14655, section on BSS).
+
+    Before each optimizer step the contexts of the whole accumulated batch are made at once, with the current weights;
+    then the Trainer runs its ordinary step: inputs are the mixed contexts, labels the reference answers.
+
+    Args:
+        model: a transformers causal language model, a PEFT model around one, or a name for ``from_pretrained``.
+        args: ``BSSConfig``.
+        train_dataset, eval_dataset: rows as ``tokenize_rows`` takes them (``prompt``/``completion`` or ``messages``),
+            or as it returns them. Evaluation is teacher-forced: under reference contexts.
+        processing_class: the tokenizer; loaded beside the model by default.
+        **kwargs: of ``transformers.Trainer``.
+
+    Every training log has, as means over the steps since the last one: ``self_share`` (self tokens / answer tokens),
+    ``agreement`` (self tokens equal to the reference / self tokens), ``passes``, ``computed_per_token`` (tokens computed
+    / context tokens), ``context_seconds`` and ``training_seconds`` (of a step, of this process).
+
+    Example:
+        >>> config = BSSConfig("outputs/bss", self_prob=0.25, max_steps=100)
+        >>> BSSTrainer("HuggingFaceTB/SmolLM2-135M-Instruct", config, train_dataset=rows).train()
+    """
+
+    def __init__(
+        self,
+        model: PreTrainedModel | torch.nn.Module | str,
+        args: BSSConfig,
+        *,
+        train_dataset=None,
+        eval_dataset=None,
+        processing_class=None,
+        data_collator=None,
+        **kwargs,
+    ):
+        if not isinstance(args, BSSConfig):
+            raise TypeError(f"args is a {type(args).__name__}; BSSTrainer takes a BSSConfig")
+        if isinstance(model, str):
+            model = AutoModelForCausalLM.from_pretrained(model)
+        if processing_class is None:
+            processing_class = AutoTokenizer.from_pretrained(model.config.name_or_path)
+        self.generator = ContextGenerator(
+            model, temperature=args.sampling_temperature, token_budget=args.token_budget
+        )
+        limit = getattr(self.generator.model.config.get_text_config(decoder=True), "max_position_embeddings", None)
+        if limit is not None and args.max_length > limit:
+            raise ValueError(f"max_length is {args.max_length}, but the model has {limit} positions")
+
+        def prepare(name: str, rows):
+            return rows if rows is None else _tokenized(name, rows, processing_class, args)
+
+        super().__init__(
+            model=model,
+            args=args,
+            train_dataset=prepare("train", train_dataset),
+            eval_dataset=(
+                {key: prepare(key, rows) for key, rows in eval_dataset.items()}
+                if isinstance(eval_dataset, dict)
+                else prepare("eval", eval_dataset)
+            ),
+            processing_class=processing_class,
+            data_collator=data_collator or Collator(_pad_token_id(processing_class)),
+            **kwargs,
+        )
+        if self.is_fsdp_enabled or self.is_deepspeed_enabled:
+            raise ValueError("weights sharded by FSDP or DeepSpeed can't make contexts yet; train with DDP or one device")
+        self.meter = _Meter()
+        self.add_callback(_StepTimer(self.meter))
+
+    def get_batch_samples(self, epoch_iterator, num_batches, device):
+        """All micro-batches of one optimizer step, with mixed contexts in place of the reference ones."""
+        batches, num_items = super().get_batch_samples(epoch_iterator, num_batches, device)
+        if batches:
+            self.mix(batches)
+        return batches, num_items
+
+    def mix(self, batches: list[dict[str, Tensor]]) -> None:
+        """Replace the answers in ``input_ids`` by mixed contexts, for all micro-batches at once; labels stay."""
+        self.meter.contexts_begin()
+        self_prob = self.args.self_prob_at(self.state.global_step, self.state.max_steps)
+        rows = [row for batch in batches for row in _rows(batch)]
+        if self_prob > 0.0:
+            unique = list({row.sample_id: row for row in rows}.values())  # a sampler may repeat a row
+            with self.compute_loss_context_manager(), self.accelerator.autocast():
+                mixed = self.generator.generate(
+                    [row.prompt for row in unique],
+                    [row.reference for row in unique],
+                    self_prob,
+                    seed=_step_seed(self.args.seed, self.state.global_step),
+                    sample_ids=[row.sample_id for row in unique],
+                    method=self.args.context_method,
+                )
+            tokens = dict(zip((row.sample_id for row in unique), mixed.tokens, strict=True))
+            for row in rows:
+                row.answer.copy_(tokens[row.sample_id])
+            stats = mixed.stats
+        else:
+            answers = sum(len(row.reference) for row in rows)
+            stats = ContextStats(len(rows), 0, 0, answers + sum(len(row.prompt) for row in rows), answers, 0, 1.0, 0, 0.0)
+        self.meter.contexts_end(stats)
+
+    def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
+        inputs = {key: value for key, value in inputs.items() if key not in _BOOKKEEPING}
+        return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
+
+    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
+        if "loss" in logs:
+            logs.update(self.meter.flush())
+        super().log(logs, start_time)
+
+
+@dataclass
+class _Row:
+    """One row of a collated batch; ``answer`` is the view of ``input_ids`` that the mixed context goes to."""
+
+    sample_id: int
+    prompt: Tensor  # [P]
+    answer: Tensor  # [T]
+    reference: Tensor  # [T]
+
+
+def _rows(batch: dict[str, Tensor]) -> list[_Row]:
+    missing = [name for name in _BOOKKEEPING if name not in batch]
+    if missing:
+        raise ValueError(f"the collated batch lacks {', '.join(missing)}; use selfgen.data.Collator or extend it")
+    rows = []
+    bounds = zip(*(batch[name].tolist() for name in _BOOKKEEPING), strict=True)
+    for index, (sample_id, prompt, answer) in enumerate(bounds):
+        ids, labels = batch["input_ids"][index], batch["labels"][index]
+        span = slice(prompt, prompt + answer)
+        rows.append(_Row(sample_id, ids[:prompt], ids[span], labels[span]))
+    return rows
+
+
+def _step_seed(seed: int, step: int) -> int:
+    """One 64-bit key for each (seed, optimizer step): contexts differ from step to step, and a resumed run repeats them."""
+    return (seed & 0xFFFFFFFF) << 32 | (step & 0xFFFFFFFF)
+
+
+def _tokenized(name: str, rows, tokenizer, args: BSSConfig):
+    if hasattr(rows, "column_names") and {"sample_id", "prompt_ids", "answer_ids"} <= set(rows.column_names):
+        return rows
+    dataset, report = tokenize_rows(
+        load_rows(rows),
+        tokenizer,
+        max_length=args.max_length,
+        prompt_column=args.prompt_column,
+        completion_column=args.completion_column,
+        messages_column=args.messages_column,
+        apply_chat_template=args.apply_chat_template,
+    )
+    logger.warning("%s data: %s", name, report)
+    return dataset
+
+
+def _pad_token_id(tokenizer) -> int:
+    for token in (tokenizer.pad_token_id, tokenizer.eos_token_id):
+        if token is not None:
+            return token
+    raise ValueError("the tokenizer has neither a pad nor an eos token; set tokenizer.eos_token")
+
+
+class _Meter:
+    """What contexts and training cost since the last log, and what the contexts were like."""
+
+    def __init__(self) -> None:
+        self.stats: list[ContextStats] = []
+        self.context_seconds = self.training_seconds = 0.0
+        self._mark = 0.0
+
+    def contexts_begin(self) -> None:
+        self._mark = time.perf_counter()
+
+    def contexts_end(self, stats: ContextStats) -> None:
+        now = time.perf_counter()
+        self.context_seconds += now - self._mark
+        self.stats.append(stats)
+        self._mark = now
+
+    def step_end(self) -> None:
+        self.training_seconds += time.perf_counter() - self._mark
+
+    def flush(self) -> dict[str, float]:
+        """Means over the steps since the last flush."""
+        steps = max(1, len(self.stats))
+
+        def total(name: str) -> float:
+            return sum(getattr(stats, name) for stats in self.stats)
+
+        self_tokens = total("self_tokens")
+        agreeing = sum(stats.agreement * stats.self_tokens for stats in self.stats)
+        logs = {
+            "self_share": self_tokens / max(1, total("answer_tokens")),
+            "agreement": agreeing / self_tokens if self_tokens else 1.0,
+            "passes": total("passes") / steps,
+            "computed_per_token": total("tokens_computed") / max(1, total("context_tokens")),
+            "context_seconds": self.context_seconds / steps,
+            "training_seconds": self.training_seconds / steps,
+        }
+        self.__init__()
+        return logs
+
+
+class _StepTimer(TrainerCallback):
+    """Tells the meter when an optimizer step is done on the device."""
+
+    def __init__(self, meter: _Meter):
+        self.meter = meter
+
+    def on_step_end(self, args, state, control, **kwargs):
+        if args.device.type != "cpu":
+            torch.accelerator.synchronize(args.device)  # the next step's contexts would wait here anyway
+        self.meter.step_end()

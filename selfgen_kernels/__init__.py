@@ -1,0 +1,13 @@
+"""Sampling ops for self-generated contexts: one `torch.library` operator each, with torch, Triton and C++ kernels.
+
+`ops/` says what each op takes and returns, `backends/reference/` says in torch what it computes, and the other folders
+of `backends/` compute the same faster. Only torch is needed: a missing compiler, GPU or Triton costs speed, no more.
+"""
+
+from selfgen_kernels.ops.attention import ragged_attention
+from selfgen_kernels.ops.noise import gumbel_noise, self_mask
+from selfgen_kernels.ops.sampling import linear_sample_mix, sample_mix
+
+from selfgen_kernels import backends  # isort: skip  (kernels register for schemas that the ops above have defined)
+
+__all__ = ["backends", "gumbel_noise", "linear_sample_mix", "ragged_attention", "sample_mix", "self_mask"]

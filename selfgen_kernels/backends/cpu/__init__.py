@@ -1,0 +1,48 @@
+"""C++ kernels for CPU, built by setup.py. Where they were not built, the reference runs and a warning says so once."""
+
+import warnings
+from functools import cache
+from importlib.util import find_spec
+from types import ModuleType
+
+import torch
+
+from selfgen_kernels.backends import reference
+
+
+def _load() -> str | None:
+    """Load the kernels, which register themselves; None, or why that was not possible."""
+    library = find_spec(f"{__name__}._C")
+    if library is None or library.origin is None:
+        return "they were not built"
+    try:
+        torch.ops.load_library(library.origin)
+    except OSError as error:  # built against another torch
+        return str(error)
+    return None
+
+
+@cache
+def _warn_once() -> None:
+    warnings.warn(
+        f"selfgen_kernels runs its torch reference on CPU, several times slower than its C++ kernels: {missing}. "
+        "Reinstall selfgen where there is a C++ compiler: pip install --no-build-isolation --force-reinstall selfgen",
+        stacklevel=5,
+    )
+
+
+def _register(op: str, module: ModuleType) -> None:
+    def kernel(*args):
+        _warn_once()
+        return getattr(module, op)(*args)
+
+    torch.library.impl(f"selfgen::{op}", "CPU", kernel)
+
+
+missing = _load()
+"""Why the C++ kernels are not in use, or None if they are."""
+
+if missing is not None:
+    _register("gumbel_noise", reference.philox)
+    _register("self_mask", reference.philox)
+    _register("sample_mix", reference.sampling)

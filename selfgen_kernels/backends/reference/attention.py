@@ -1,0 +1,70 @@
+"""Attention of ragged chunks over ragged K/V: the specification, one chunk after the other."""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+
+def ragged_attention(
+    query: Tensor,  # [N, heads, head_dim]
+    key: Tensor,  # [slots, kv_heads, head_dim]
+    value: Tensor,  # [slots, kv_heads, head_dim]
+    cu_seqlens_q: Tensor,  # [B + 1]
+    kv_ranges: Tensor,  # [B, 2]: first slot, number of slots
+    scale: float,
+    sliding_window: int | None,
+    softcap: float | None,
+    sinks: Tensor | None,  # [heads]
+) -> Tensor:
+    output = torch.empty_like(query)
+    bounds = cu_seqlens_q.tolist()
+    for begin, end, (start, length) in zip(bounds, bounds[1:], kv_ranges.tolist(), strict=False):
+        if begin == end:
+            continue
+        first = 0  # keys before it are outside the sliding window of every query of the chunk
+        if sliding_window is not None:
+            first = max(0, length - (end - begin) - sliding_window + 1)
+        keys, values = key[start + first : start + length], value[start + first : start + length]
+        visible = _visible(end - begin, length - first, sliding_window, query.device)
+        attend = _attend if softcap is None and sinks is None else _attend_capped
+        output[begin:end] = attend(query[begin:end], keys, values, visible, scale, softcap, sinks)
+    return output
+
+
+def _visible(queries: int, keys: int, sliding_window: int | None, device: torch.device) -> Tensor | None:
+    """[queries, keys] bool: the causal mask of the last ``queries`` of ``keys`` positions; None if all is visible."""
+    if queries == 1:
+        return None
+    distance = torch.arange(keys - queries, keys, device=device)[:, None] - torch.arange(keys, device=device)
+    visible = distance >= 0
+    return visible if sliding_window is None else visible & (distance < sliding_window)
+
+
+def _attend(query, key, value, visible, scale, softcap, sinks):
+    """Grouped heads are packed into the query axis, so K/V are read in place and never repeated."""
+    queries, heads, head_dim = query.shape
+    kv_heads = key.shape[1]
+    group = heads // kv_heads
+    packed = query.view(queries, kv_heads, group, head_dim).permute(1, 2, 0, 3).reshape(1, kv_heads, -1, head_dim)
+    mask = None if visible is None else visible.repeat(group, 1)  # [group * queries, keys]
+    output = F.scaled_dot_product_attention(
+        packed, key.transpose(0, 1)[None], value.transpose(0, 1)[None], attn_mask=mask, scale=scale
+    )
+    return output.view(kv_heads, group, queries, head_dim).permute(2, 0, 1, 3).reshape(queries, heads, head_dim)
+
+
+def _attend_capped(query, key, value, visible, scale, softcap, sinks):
+    """With the logits in the open, for soft-caps (Gemma 2) and sinks (gpt-oss)."""
+    queries, heads, head_dim = query.shape
+    group = heads // key.shape[1]
+    logits = torch.einsum("qhd,khd->hqk", query, key.repeat_interleave(group, dim=1)) * scale
+    if softcap is not None:
+        logits = torch.tanh(logits / softcap) * softcap
+    if visible is not None:
+        logits = logits.masked_fill(~visible, -torch.inf)
+    if sinks is not None:  # one more logit to give probability to, with no value behind it
+        logits = torch.cat([logits, sinks.to(logits.dtype)[:, None, None].expand(-1, queries, 1)], dim=-1)
+    weights = torch.softmax(logits, dim=-1, dtype=torch.float32).to(query.dtype)[..., : len(key)]
+    return torch.einsum("hqk,khd->qhd", weights, value.repeat_interleave(group, dim=1))

@@ -1,0 +1,47 @@
+"""From logits to z: temperature, then top_k, top_p and min_p, each as one number a row, the cutoff of what stays.
+
+All three keep "everything at least as likely as some token", so they keep or drop equal logits together, and a backend
+needs no filtered copy of the logits: it compares z with `filter_cutoff`. Order and meaning are those of transformers'
+logits processors: temperature, top_k (Fan et al., arXiv 1805.04833), top_p (Holtzman et al., arXiv 1904.09751), min_p
+(Nguyen et al., arXiv 2407.01082). The best token always stays, and a greedy row knows no filter.
+"""
+
+import torch
+from torch import Tensor
+
+
+def scaled(logits: Tensor, inv_temperature: Tensor) -> Tensor:
+    """logits / temperature, fp32 [N, V]; a greedy row (inv_temperature [N] is +inf) keeps its logits."""
+    return logits.float() * torch.where(inv_temperature.isposinf(), 1.0, inv_temperature)[:, None]
+
+
+def filter_cutoff(
+    logits: Tensor, inv_temperature: Tensor, top_k: Tensor | None, top_p: Tensor | None, min_p: Tensor | None
+) -> Tensor:
+    """fp32 [N]: the smallest scaled logit of each row of logits [N, V] that the filters, each [N], keep."""
+    z = scaled(logits, inv_temperature)  # [N, V]
+    cutoff = z.new_full((len(z),), -torch.inf)
+    if top_k is not None and len(z):
+        cutoff = _top_k_cutoff(z, top_k)
+    if top_p is not None:
+        cutoff = torch.maximum(cutoff, _top_p_cutoff(z.masked_fill(z < cutoff[:, None], -torch.inf), top_p))
+    if min_p is not None:
+        cutoff = torch.maximum(cutoff, z.amax(1) + min_p.log().float())  # p_v >= min_p * max p
+    return torch.where(inv_temperature.isposinf(), -torch.inf, cutoff)
+
+
+def _top_k_cutoff(z: Tensor, top_k: Tensor) -> Tensor:
+    """The k-th largest value."""
+    top_k = top_k.clamp(1, z.shape[1])
+    largest = int(top_k.max()) if z.device.type == "cpu" else z.shape[1]  # its value is not worth a synchronisation
+    return z.topk(largest, dim=1).values.gather(1, top_k[:, None] - 1)[:, 0]
+
+
+def _top_p_cutoff(z: Tensor, top_p: Tensor) -> Tensor:
+    """The last value, from the top, with less than `top_p` of the probability before it."""
+    descending = z.sort(dim=1, descending=True).values
+    probs = descending.softmax(1)
+    before = probs.cumsum(1, dtype=torch.float64) - probs  # [N, V]
+    kept = (before < top_p[:, None]).sum(1).clamp(min=1)
+    cutoff = descending.gather(1, kept[:, None] - 1)[:, 0]
+    return torch.where(top_p < 1, cutoff, -torch.inf)  # 1 keeps all, whatever the rounding of the sum

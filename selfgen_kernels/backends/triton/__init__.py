@@ -1,0 +1,26 @@
+"""Triton kernels, for CUDA and ROCm (torch calls both devices "cuda").
+
+Nothing here imports triton before the first call with a GPU tensor, so a machine without it only lacks these kernels.
+Under `TRITON_INTERPRET=1`, set before triton is imported, the functions of `noise` and `sampling` run on CPU tensors.
+"""
+
+from importlib import import_module
+from importlib.util import find_spec
+
+import torch
+
+_MODULE_OF_OP = {"gumbel_noise": "noise", "self_mask": "noise", "sample_mix": "sampling"}
+
+
+def _register(op: str, module: str) -> None:
+    def kernel(*args):
+        some_tensor = next(arg for arg in args if isinstance(arg, torch.Tensor))
+        with torch.cuda.device_of(some_tensor):  # Triton launches on the current device
+            return getattr(import_module(f"{__name__}.{module}"), op)(*args)
+
+    torch.library.impl(f"selfgen::{op}", "CUDA", kernel)
+
+
+if find_spec("triton") is not None:
+    for _op, _module in _MODULE_OF_OP.items():
+        _register(_op, _module)

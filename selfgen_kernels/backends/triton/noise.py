@@ -1,0 +1,81 @@
+"""The generator of `reference/philox.py` in Triton, and the two ops that return its numbers as they are."""
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from selfgen_kernels.backends.reference import philox
+
+MASK, GROUP, TOKEN = tl.constexpr(philox.MASK), tl.constexpr(philox.GROUP), tl.constexpr(philox.TOKEN)
+
+# A fused multiply-add rounds once where the specification rounds twice.
+OPTIONS = {"num_warps": 4, "enable_fp_fusion": False}
+
+
+@triton.jit
+def random_words(seed, sample_id, position, first_index, SIZE: tl.constexpr, STREAM: tl.constexpr):
+    """r(first_index) .. r(first_index + SIZE - 1) as uint32 [SIZE]; first_index and SIZE are multiples of 4."""
+    block = (first_index // 4 + tl.arange(0, SIZE // 4)).to(tl.uint32)  # [SIZE / 4]
+    c0 = block | (STREAM << 28)
+    c1 = tl.zeros_like(block) + position.to(tl.uint32)
+    c2 = tl.zeros_like(block) + sample_id.to(tl.uint32)
+    c3 = tl.zeros_like(block) + (sample_id.to(tl.int64) >> 32).to(tl.uint32)
+    w0, w1, w2, w3 = tl.philox(seed.to(tl.int64), c0, c1, c2, c3)
+    return tl.interleave(tl.interleave(w0, w2), tl.interleave(w1, w3))
+
+
+@triton.jit
+def gumbel(word):
+    """Standard Gumbel fp32 of a uint32, with log1p(-w) = log(u) * w / (1 - u), u = fp32(1 - w), exact to a few ulp."""
+    w = tl.minimum((word.to(tl.float32) + 0.5) * 2.3283064365386963e-10, 0.99999994)  # 2^-32, 1 - 2^-24
+    u = 1.0 - w
+    rounding = w / tl.where(u == 1.0, 1.0, 1.0 - u)
+    exponential = tl.where(u == 1.0, w, -tl.log(u) * rounding)
+    return -tl.log(exponential)
+
+
+@triton.jit
+def in_mask(seed, sample_id, position, threshold):
+    """Whether a row is the model's own."""
+    word = tl.max(tl.where(tl.arange(0, 4) == 0, random_words(seed, sample_id, position, 0, 4, MASK), 0))
+    return word.to(tl.int64) < threshold
+
+
+@triton.jit(do_not_specialize=["seed"])
+def gumbel_noise_kernel(out, seed, sample_ids, positions, size, blocks, STREAM: tl.constexpr, BLOCK: tl.constexpr):
+    """Program (row, block) writes out[row, block * BLOCK :][:BLOCK]; out is contiguous [N, size]."""
+    row = tl.program_id(0).to(tl.int64) // blocks
+    first = (tl.program_id(0) % blocks) * BLOCK
+    words = random_words(seed, tl.load(sample_ids + row), tl.load(positions + row), first, BLOCK, STREAM)  # [BLOCK]
+    index = first + tl.arange(0, BLOCK)
+    tl.store(out + row * size + index, gumbel(words), mask=index < size)
+
+
+@triton.jit(do_not_specialize=["seed"])
+def self_mask_kernel(out, seed, sample_ids, positions, threshold):
+    """One program a row."""
+    row = tl.program_id(0).to(tl.int64)
+    is_self = in_mask(seed, tl.load(sample_ids + row), tl.load(positions + row), tl.load(threshold + row))
+    tl.store(out + row, is_self)
+
+
+def gumbel_noise(seed: int, sample_ids: Tensor, positions: Tensor, size: int, stream: int) -> Tensor:
+    """Standard Gumbel noise, fp32 [N, size]."""
+    out = torch.empty(len(sample_ids), size, device=sample_ids.device)
+    block = min(1024, max(4, triton.next_power_of_2(size)))
+    blocks = triton.cdiv(size, block)
+    if out.numel():
+        keys = sample_ids.contiguous(), positions.contiguous()
+        grid = (len(sample_ids) * blocks,)
+        gumbel_noise_kernel[grid](out, seed, *keys, size, blocks, STREAM=stream, BLOCK=block, **OPTIONS)
+    return out
+
+
+def self_mask(seed: int, sample_ids: Tensor, positions: Tensor, threshold: Tensor) -> Tensor:
+    """bool [N]: r(0) of stream MASK is below `threshold` int64 [N]."""
+    out = torch.empty_like(sample_ids, dtype=torch.bool, memory_format=torch.contiguous_format)
+    if out.numel():
+        keys = sample_ids.contiguous(), positions.contiguous()
+        self_mask_kernel[(len(out),)](out, seed, *keys, threshold.contiguous(), **OPTIONS)
+    return out

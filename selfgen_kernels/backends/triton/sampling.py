@@ -1,0 +1,135 @@
+"""`sample_mix` in two launches: the best group of each span of the vocabulary, then the best span and its token.
+
+A row's vocabulary is cut into spans so that a few rows still fill a GPU. The noise knows neither spans nor tiles, and
+the maximum of maxima is the maximum: the constants below may change, the tokens do not. Rows that keep their reference
+return at once.
+"""
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from selfgen_kernels.backends.reference import sampling as reference_sampling
+from selfgen_kernels.backends.reference.sampling import Mixed, Sampling
+from selfgen_kernels.backends.triton.noise import GROUP, OPTIONS, TOKEN, gumbel, in_mask, random_words
+
+GROUP_SIZE = tl.constexpr(reference_sampling.GROUP_SIZE)
+TILE = 32  # groups that a program scores at a time
+SPAN = 128  # groups a program
+
+
+@triton.jit
+def load_z(logits, ids, vocab_size, inv_temperature, cutoffs, row):
+    """z fp32 of some `ids` of a row: scaled, filtered, -inf past the end, and +inf for NaN, which max ignores."""
+    z = tl.load(logits + ids, mask=ids < vocab_size, other=float("-inf")).to(tl.float32)
+    if inv_temperature < float("inf"):
+        z *= inv_temperature
+    z = tl.where(z == z, z, float("inf"))
+    if cutoffs is not None:
+        z = tl.where(z < tl.load(cutoffs + row), float("-inf"), z)
+    return z
+
+
+@triton.jit(do_not_specialize=["seed"])
+def best_group_kernel(
+    logits, row_stride, inv_temperatures, cutoffs, thresholds, seed, sample_ids, positions,
+    best_scores, best_groups, peaks, vocab_size,
+    TILE: tl.constexpr, SPAN: tl.constexpr,
+):  # fmt: skip
+    """Program (row, span) writes its best group score, that group and its largest z, each into [N, spans]."""
+    row, span = tl.program_id(0).to(tl.int64), tl.program_id(1)
+    sample_id, position = tl.load(sample_ids + row), tl.load(positions + row)
+    if not in_mask(seed, sample_id, position, tl.load(thresholds + row)):
+        return
+    inv_temperature = tl.load(inv_temperatures + row)
+
+    best = tl.full([TILE], float("-inf"), tl.float32)  # of each lane, as are the next two
+    best_group = tl.zeros([TILE], tl.int32)
+    peak = tl.full([TILE], float("-inf"), tl.float32)
+    end = tl.minimum((span + 1) * SPAN, tl.cdiv(vocab_size, GROUP_SIZE))
+    for start in range(span * SPAN, end, TILE):
+        group = start + tl.arange(0, TILE)
+        ids = group[:, None] * GROUP_SIZE + tl.arange(0, GROUP_SIZE)[None, :]  # [TILE, 64]
+        z = load_z(logits + row * row_stride, ids, vocab_size, inv_temperature, cutoffs, row)
+        largest = tl.max(z, 1)  # [TILE]
+        shift = tl.where(largest == float("-inf"), 0.0, largest)
+        logsumexp = shift + tl.log(tl.sum(tl.exp(z - shift[:, None]), 1))
+        noisy = logsumexp + gumbel(random_words(seed, sample_id, position, start, TILE, GROUP))
+        score = tl.where(inv_temperature < float("inf"), noisy, largest)
+        best_group = tl.where(score > best, group, best_group)
+        best = tl.maximum(best, score)
+        peak = tl.maximum(peak, largest)
+
+    row_best = tl.max(best)
+    out = row * tl.num_programs(1) + span
+    tl.store(best_scores + out, row_best)
+    tl.store(best_groups + out, tl.min(tl.where(best == row_best, best_group, 2147483647)))
+    tl.store(peaks + out, tl.max(peak))
+
+
+@triton.jit(do_not_specialize=["seed"])
+def pick_token_kernel(
+    logits, row_stride, inv_temperatures, cutoffs, thresholds, seed, sample_ids, positions,
+    best_scores, best_groups, peaks, vocab_size, spans, reference, tokens, is_selfs, invalids,
+    SPANS: tl.constexpr,
+):  # fmt: skip
+    """One program a row: the best span's group, the best token in it, and the row's place in the three results."""
+    row = tl.program_id(0).to(tl.int64)
+    sample_id, position = tl.load(sample_ids + row), tl.load(positions + row)
+    is_self = in_mask(seed, sample_id, position, tl.load(thresholds + row))
+    token = tl.load(reference + row)
+    invalid = False
+    if is_self:
+        span = tl.arange(0, SPANS)
+        exists = span < spans
+        score = tl.load(best_scores + row * spans + span, mask=exists, other=float("-inf"))  # [SPANS]
+        candidate = tl.load(best_groups + row * spans + span, mask=exists, other=2147483647)
+        group = tl.min(tl.where(score == tl.max(score), candidate, 2147483647))
+        peak = tl.max(tl.load(peaks + row * spans + span, mask=exists, other=float("-inf")))
+        invalid = (peak == float("inf")) | (peak == float("-inf"))
+        if not invalid:
+            inv_temperature = tl.load(inv_temperatures + row)
+            offset = tl.arange(0, GROUP_SIZE)
+            z = load_z(
+                logits + row * row_stride, group * GROUP_SIZE + offset, vocab_size, inv_temperature, cutoffs, row
+            )
+            noise = gumbel(random_words(seed, sample_id, position, 0, GROUP_SIZE, TOKEN))  # [64]
+            noise = tl.where(inv_temperature < float("inf"), noise, 0.0)
+            token = (group * GROUP_SIZE + tl.argmax(z + noise, 0)).to(tl.int64)
+    tl.store(tokens + row, token)
+    tl.store(is_selfs + row, is_self)
+    tl.store(invalids + row, invalid)
+
+
+def sample_mix(logits: Tensor, reference: Tensor, *sampling) -> Mixed:
+    """Tokens int64 [N], is_self bool [N], invalid bool [N] from logits [N, V], reference [N] and a `Sampling`."""
+    how = Sampling(*sampling)
+    rows, vocab_size = logits.shape
+    tokens = torch.empty_like(reference, memory_format=torch.contiguous_format)  # [N]
+    is_self, invalid = (torch.empty_like(tokens, dtype=torch.bool) for _ in range(2))  # [N]
+    if rows == 0:
+        return tokens, is_self, invalid
+    if logits.stride(1) != 1:
+        logits = logits.contiguous()
+    spans = triton.cdiv(vocab_size, SPAN * GROUP_SIZE.value)
+    scores, peaks = logits.new_empty(2, rows, spans, dtype=torch.float32)
+    groups = logits.new_empty(rows, spans, dtype=torch.int32)
+    inputs = (
+        logits,
+        logits.stride(0),
+        how.inv_temperature.contiguous(),
+        how.cutoff(logits) if how.filtered else None,
+        how.threshold.contiguous(),
+        how.seed,
+        how.sample_ids.contiguous(),
+        how.positions.contiguous(),
+        scores,
+        groups,
+        peaks,
+        vocab_size,
+    )
+    best_group_kernel[(rows, spans)](*inputs, TILE=TILE, SPAN=SPAN, **OPTIONS)
+    outputs = reference.contiguous(), tokens, is_self, invalid
+    pick_token_kernel[(rows,)](*inputs, spans, *outputs, SPANS=triton.next_power_of_2(spans), **OPTIONS)
+    return tokens, is_self, invalid

@@ -1,0 +1,102 @@
+"""What users hand to the ops, checked and brought to the one form that kernels take.
+
+Values inside a tensor are checked only where that costs no device synchronisation: on CPU tensors, and outside of
+`torch.compile`. A bad value that passes unseen on a GPU marks its row as invalid; it is never an illegal address.
+"""
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+INTEGERS = (torch.int64, torch.int32)
+
+GREEDY_BELOW = 1e-5
+"""Temperatures under this are greedy: argmax, no noise."""
+
+
+def values_visible(tensor: Tensor) -> bool:
+    """Whether Python may look at the values of `tensor` without a device synchronisation or a graph break."""
+    return tensor.device.type == "cpu" and not torch.compiler.is_compiling()
+
+
+def check_tensor(
+    name: str, tensor: Any, shape: tuple[int | str, ...], dtypes: tuple[torch.dtype, ...], device: torch.device | None
+) -> None:
+    """Raise unless `tensor` has `shape` (a str stands for any size), one of `dtypes`, and lives on `device`."""
+    if not isinstance(tensor, Tensor):
+        raise TypeError(f"{name} must be a tensor, got {type(tensor).__name__}; wrap it in torch.tensor(...)")
+    if tensor.dtype not in dtypes:
+        accepted = ", ".join(str(dtype) for dtype in dtypes)
+        raise TypeError(f"{name} has dtype {tensor.dtype}, accepted are {accepted}; convert it with .to(dtype)")
+    sizes_match = all(isinstance(want, str) or have == want for have, want in zip(tensor.shape, shape, strict=False))
+    if tensor.dim() != len(shape) or not sizes_match:
+        wanted = ", ".join(str(size) for size in shape)
+        raise ValueError(f"{name} has shape {list(tensor.shape)}, expected [{wanted}]; reshape or re-select its rows")
+    if device is not None and tensor.device != device:
+        raise ValueError(
+            f"{name} is on {tensor.device}, the other tensors on {device}; move it with .to({str(device)!r})"
+        )
+
+
+def signed_seed(seed: int) -> int:
+    """Any 64-bit integer, signed or unsigned, as the int64 of the same bits."""
+    if isinstance(seed, bool) or not isinstance(seed, int | torch.SymInt):
+        raise TypeError(f"seed must be an int, got {type(seed).__name__}; pass int(seed)")
+    if not -(2**63) <= seed < 2**64:
+        raise ValueError(f"seed={seed} does not fit in 64 bits; pass -2**63 <= seed < 2**64, such as seed % 2**64")
+    return seed - 2**64 if seed >= 2**63 else seed
+
+
+def check_keys(sample_ids: Tensor, positions: Tensor, rows: int | str, device: torch.device | None) -> None:
+    """Check the two tensors [N] that name each row's random numbers."""
+    check_tensor("sample_ids", sample_ids, (rows,), INTEGERS, device)
+    check_tensor("positions", positions, (len(sample_ids),), INTEGERS, sample_ids.device)
+    if values_visible(positions) and not ((positions >= 0) & (positions.long() < 2**32)).all():
+        wrong = positions[(positions < 0) | (positions.long() >= 2**32)][0].item()
+        raise ValueError(
+            f"positions holds {wrong}, accepted are 0 <= position < 2**32; count from the first answer token"
+        )
+
+
+def check_number(
+    name: str, value: Any, accepted: str, is_valid: Callable[[Any], Any], *, whole: bool = False, or_else: str = "None"
+) -> None:
+    """Raise unless `value` is a number (an int if `whole`) that `is_valid`, which is `accepted` in words."""
+    numbers: Any = (int, torch.SymInt) if whole else (int, float, torch.SymInt, torch.SymFloat)
+    if isinstance(value, bool) or not isinstance(value, numbers):
+        kind = "an int" if whole else "a float"
+        raise TypeError(f"{name} must be {kind} or {or_else}, got {type(value).__name__}; pass {accepted}")
+    if not is_valid(value):
+        raise ValueError(f"{name}={value} is not accepted; pass {accepted}")
+
+
+def per_row(
+    name: str, value: Any, like: Tensor, dtype: torch.dtype, accepted: str, is_valid: Callable[[Any], Any]
+) -> Tensor:
+    """A number or a tensor [N] as a tensor [N] of `dtype` beside `like` [N, ...]; `accepted` is `is_valid` in words."""
+    whole = not dtype.is_floating_point
+    if isinstance(value, Tensor):
+        check_tensor(name, value, (len(like),), INTEGERS if whole else FLOATS, like.device)
+        if values_visible(value) and not is_valid(value).all():
+            wrong = value[~is_valid(value)][0].item()
+            raise ValueError(f"{name} holds {wrong}, accepted is {accepted}; correct that row")
+        return value.to(dtype)
+    check_number(name, value, accepted, is_valid, whole=whole, or_else="a tensor [N]")
+    return torch.full((len(like),), value, dtype=dtype, device=like.device)
+
+
+def mask_threshold(self_prob: float | Tensor, like: Tensor) -> Tensor:
+    """The probability p [N] as int64 [N]: a row is the model's own if its uint32 random number is below p * 2^32."""
+    prob = per_row("self_prob", self_prob, like, torch.float64, "0 <= p <= 1", lambda p: (p >= 0) & (p <= 1))
+    return (prob * 2**32).round().long()
+
+
+def inverse_temperature(temperature: float | Tensor, like: Tensor) -> Tensor:
+    """1 / temperature as fp32 [N]; +inf stands for greedy, NaN for a temperature that no one could accept."""
+    accepted = "a finite temperature >= 0 (0 is greedy)"
+    value = per_row("temperature", temperature, like, torch.float64, accepted, lambda t: (t >= 0) & (t < float("inf")))
+    inverse = torch.where(value >= GREEDY_BELOW, 1 / value, torch.inf)
+    return torch.where(value >= 0, inverse, torch.nan).float()

@@ -1,0 +1,218 @@
+"""Sample the model's own token where the Bernoulli mask says so, and keep the reference token elsewhere."""
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from selfgen_kernels.ops.arguments import (
+    FLOATS,
+    INTEGERS,
+    check_keys,
+    check_number,
+    check_tensor,
+    inverse_temperature,
+    mask_threshold,
+    per_row,
+    signed_seed,
+)
+
+_SAMPLING = (
+    "Tensor reference, Tensor threshold, SymInt seed, Tensor sample_ids, Tensor positions, Tensor inv_temperature, "
+    "Tensor? top_k, Tensor? top_p, Tensor? min_p) -> (Tensor tokens, Tensor is_self, Tensor invalid)"
+)
+torch.library.define("selfgen::sample_mix", f"(Tensor logits, {_SAMPLING}")
+torch.library.define(
+    "selfgen::linear_sample_mix", f"(Tensor hidden, Tensor weight, Tensor? bias, float? softcap, {_SAMPLING}"
+)
+
+
+@torch.library.register_fake("selfgen::sample_mix")
+def _(logits, reference, *sampling):
+    return torch.empty_like(reference), _empty_bool(reference), _empty_bool(reference)
+
+
+@torch.library.register_fake("selfgen::linear_sample_mix")
+def _(hidden, weight, bias, softcap, reference, *sampling):
+    return torch.empty_like(reference), _empty_bool(reference), _empty_bool(reference)
+
+
+def _empty_bool(like: Tensor) -> Tensor:
+    return torch.empty_like(like, dtype=torch.bool)
+
+
+def sample_mix(
+    logits: Tensor,
+    reference: Tensor,
+    self_prob: float | Tensor,
+    *,
+    seed: int,
+    sample_ids: Tensor,
+    positions: Tensor,
+    temperature: float | Tensor = 1.0,
+    top_k: int | Tensor | None = None,
+    top_p: float | Tensor | None = None,
+    min_p: float | Tensor | None = None,
+    status: Tensor | None = None,
+) -> tuple[Tensor, Tensor]:
+    """One step of a mixed context: the model's own token with probability `self_prob`, else the reference token.
+
+    Row i is drawn from softmax(logits[i] / temperature) after the filters, with noise that depends on nothing but
+    (seed, sample_ids[i], positions[i]): the same row gives the same token in any batch. The draw is Gumbel-max in two
+    levels, exact by the chain rule: a group of 64 consecutive ids, then one of them (`backends/reference/sampling.py`).
+    Rows that keep their reference cost nothing. Mixing: scheduled sampling, Bengio et al., arXiv 1506.03099.
+
+    Args:
+        logits: fp32, bf16, fp16 or fp64 [N, V], any strides, V >= 1; computed in fp32, no gradient flows.
+        reference: int32 or int64 [N], the tokens of the reference answer.
+        self_prob: a probability, or floating [N].
+        seed: any 64-bit integer, signed or unsigned.
+        sample_ids: int32 or int64 [N], any values.
+        positions: int32 or int64 [N], 0 <= position < 2^32, counted from the first answer token.
+        temperature: >= 0 and finite, or floating [N]; below 1e-5 is greedy (argmax, the lowest id wins a tie).
+        top_k: >= 1, or integer [N]: keep the k best logits and what ties with the k-th.
+        top_p: 0 < top_p <= 1, or floating [N]: keep the smallest set of best tokens with at least that probability.
+        min_p: 0 <= min_p <= 1, or floating [N]: keep tokens at least min_p times as likely as the best one.
+            The filters apply in the order temperature, top_k, top_p, min_p; None leaves one out.
+        status: int64 with one element on the same device; the number of invalid rows is added to it. A row is invalid
+            if it is to be sampled and its scaled logits hold NaN, +inf, or nothing but -inf; it gets its reference.
+
+    Returns:
+        tokens int64 [N], is_self bool [N]. is_self is the Bernoulli mask, for invalid rows too.
+
+    Raises:
+        TypeError: an argument of another type or dtype.
+        ValueError: a value, shape or device outside of the above (values inside GPU tensors are not looked at).
+
+    Example:
+        >>> import torch
+        >>> from selfgen_kernels import sample_mix
+        >>> logits = torch.tensor([[0.0, 5.0, 1.0], [9.0, 0.0, 0.0]])  # [2, 3]
+        >>> keys = dict(seed=0, sample_ids=torch.tensor([3, 3]), positions=torch.tensor([0, 1]))
+        >>> tokens, is_self = sample_mix(logits, torch.tensor([2, 2]), 1.0, temperature=0.0, **keys)
+        >>> tokens.tolist(), is_self.tolist()
+        ([1, 0], [True, True])
+    """
+    check_tensor("logits", logits, ("N", "V"), FLOATS, None)
+    sampling = _sampling_arguments(
+        logits,
+        logits.shape[1],
+        reference,
+        self_prob,
+        seed,
+        sample_ids,
+        positions,
+        temperature,
+        top_k,
+        top_p,
+        min_p,
+        status,
+    )
+    if logits.dtype == torch.float64:
+        logits = logits.float()
+    tokens, is_self, invalid = torch.ops.selfgen.sample_mix(logits.detach(), *sampling)
+    _report(invalid, status)
+    return tokens, is_self
+
+
+def linear_sample_mix(
+    hidden: Tensor,
+    weight: Tensor,
+    reference: Tensor,
+    self_prob: float | Tensor,
+    *,
+    bias: Tensor | None = None,
+    softcap: float | None = None,
+    seed: int,
+    sample_ids: Tensor,
+    positions: Tensor,
+    temperature: float | Tensor = 1.0,
+    top_k: int | Tensor | None = None,
+    top_p: float | Tensor | None = None,
+    min_p: float | Tensor | None = None,
+    status: Tensor | None = None,
+) -> tuple[Tensor, Tensor]:
+    """`sample_mix` of `hidden @ weight.T + bias`, without the logits [N, V] ever in memory as a whole.
+
+    Only rows that the mask selects are multiplied. Without filters the vocabulary passes by in chunks; with a filter,
+    rows do, at most N / 8 (at least one) at a time. The tokens are those of `sample_mix` on the same logits; the
+    product may round differently than one over the whole vocabulary, which can decide between near ties.
+
+    Args:
+        hidden: fp32, bf16, fp16 or fp64 [N, D], the input of the LM head.
+        weight: same dtype [V, D], the LM head, V >= 1.
+        bias: same dtype [V], or None.
+        softcap: > 0: logits become softcap * tanh(logits / softcap), in fp32, as in Gemma 2 (arXiv 2408.00118).
+        reference, self_prob, seed, sample_ids, positions, temperature, top_k, top_p, min_p, status: as in `sample_mix`.
+
+    Returns:
+        tokens int64 [N], is_self bool [N].
+
+    Raises:
+        TypeError: an argument of another type or dtype.
+        ValueError: a value, shape or device outside of the above (values inside GPU tensors are not looked at).
+
+    Example:
+        >>> import torch
+        >>> from selfgen_kernels import linear_sample_mix, sample_mix
+        >>> hidden, weight = torch.randn(2, 8), torch.randn(1000, 8)
+        >>> keys = dict(seed=0, sample_ids=torch.tensor([3, 3]), positions=torch.tensor([0, 1]))
+        >>> tokens, _ = linear_sample_mix(hidden, weight, torch.tensor([2, 2]), 1.0, **keys)  # [2]
+        >>> torch.equal(tokens, sample_mix(hidden @ weight.T, torch.tensor([2, 2]), 1.0, **keys)[0])
+        True
+    """
+    check_tensor("hidden", hidden, ("N", "D"), FLOATS, None)
+    check_tensor("weight", weight, ("V", hidden.shape[1]), (hidden.dtype,), hidden.device)
+    if bias is not None:
+        check_tensor("bias", bias, (len(weight),), (hidden.dtype,), hidden.device)
+        bias = bias.detach()
+    if softcap is not None:
+        check_number("softcap", softcap, "a finite float > 0, or None", lambda cap: 0 < cap < float("inf"))
+    sampling = _sampling_arguments(
+        hidden, len(weight), reference, self_prob, seed, sample_ids, positions, temperature, top_k, top_p, min_p, status
+    )
+    tokens, is_self, invalid = torch.ops.selfgen.linear_sample_mix(
+        hidden.detach(), weight.detach(), bias, softcap, *sampling
+    )
+    _report(invalid, status)
+    return tokens, is_self
+
+
+def _sampling_arguments(
+    like: Tensor,
+    vocab_size: int,
+    reference: Tensor,
+    self_prob: float | Tensor,
+    seed: int,
+    sample_ids: Tensor,
+    positions: Tensor,
+    temperature: float | Tensor,
+    top_k: int | Tensor | None,
+    top_p: float | Tensor | None,
+    min_p: float | Tensor | None,
+    status: Tensor | None,
+) -> tuple[Any, ...]:
+    """The arguments that both ops share, checked against `like` [N, ...] and in the order of their schema."""
+    if vocab_size == 0:
+        raise ValueError("the vocabulary is empty (V = 0); pass logits or weight with V >= 1")
+    check_tensor("reference", reference, (len(like),), INTEGERS, like.device)
+    check_keys(sample_ids, positions, len(like), like.device)
+    if status is not None:
+        one_element = (1,) if isinstance(status, Tensor) and status.dim() else ()
+        check_tensor("status", status, one_element, (torch.int64,), like.device)
+    filters = [
+        None if value is None else per_row(name, value, like, dtype, accepted, is_valid)
+        for name, value, dtype, accepted, is_valid in (
+            ("top_k", top_k, torch.int64, "an int >= 1", lambda k: k >= 1),
+            ("top_p", top_p, torch.float64, "0 < top_p <= 1", lambda p: (p > 0) & (p <= 1)),
+            ("min_p", min_p, torch.float64, "0 <= min_p <= 1", lambda p: (p >= 0) & (p <= 1)),
+        )
+    ]
+    threshold = mask_threshold(self_prob, like)  # [N]
+    inv_temperature = inverse_temperature(temperature, like)  # [N]
+    return (reference.long(), threshold, signed_seed(seed), sample_ids, positions, inv_temperature, *filters)
+
+
+def _report(invalid: Tensor, status: Tensor | None) -> None:
+    if status is not None:
+        status.add_(invalid.sum())

@@ -1,0 +1,46 @@
+"""Builds the C++ kernels where there is a torch and a compiler; everything else is in pyproject.toml.
+
+The kernels are optional: without them the package runs on its torch reference. SELFGEN_NO_CPP=1 leaves them out.
+"""
+
+import os
+import sys
+import sysconfig
+
+from setuptools import setup
+
+SOURCE = "selfgen_kernels/backends/cpu/kernels.cpp"
+MODULE = "selfgen_kernels.backends.cpu._C"
+OPENMP = [] if sys.platform == "darwin" else ["-fopenmp"]  # Apple's compiler has none
+FLAGS = ["-O3", "-g0", *OPENMP, "-ffp-contract=off", "-fno-math-errno", "-fno-trapping-math", "-Wno-unknown-pragmas"]
+
+
+def without_kernels(reason: object) -> dict:
+    print(f"selfgen: no C++ kernels, CPU ops will run on the torch reference ({reason})", file=sys.stderr)
+    return {}
+
+
+def cpp_kernels() -> dict:
+    """The arguments of `setup` that build the kernels; none where that is impossible or unwanted."""
+    if os.environ.get("SELFGEN_NO_CPP") == "1":
+        return without_kernels("SELFGEN_NO_CPP=1")
+    # An isolated build hides the packages of the environment that it installs into: look there last, for its torch.
+    sys.path.append(sysconfig.get_path("purelib"))
+    try:
+        from torch.utils.cpp_extension import BuildExtension, CppExtension
+    except Exception as error:
+        return without_kernels(f"torch cannot be imported: {error}")
+
+    class OptionalBuild(BuildExtension):
+        def run(self):
+            try:
+                super().run()
+            except Exception as error:
+                self.extensions = []
+                without_kernels(error)
+
+    kernels = CppExtension(MODULE, [SOURCE], extra_compile_args=FLAGS, extra_link_args=OPENMP)
+    return {"ext_modules": [kernels], "cmdclass": {"build_ext": OptionalBuild.with_options(use_ninja=False)}}
+
+
+setup(**cpp_kernels())

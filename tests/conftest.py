@@ -1,0 +1,41 @@
+"""Shared set-up: no hub, two hypothesis profiles, the tiny and the real model."""
+
+from __future__ import annotations
+
+import os
+
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+os.environ.setdefault("HF_DATASETS_OFFLINE", "1")
+os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+
+import pytest
+import torch
+from hypothesis import HealthCheck, settings
+
+torch.set_num_threads(min(2, torch.get_num_threads()))  # the tiny models are slower on more
+
+# `make test` draws the same examples every time; HYPOTHESIS_PROFILE=explore draws new ones, and more of them.
+_COMMON = {"deadline": None, "suppress_health_check": [HealthCheck.too_slow, HealthCheck.function_scoped_fixture]}
+settings.register_profile("fixed", derandomize=True, max_examples=40, database=None, **_COMMON)
+settings.register_profile("explore", max_examples=300, **_COMMON)
+settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "fixed"))
+
+
+@pytest.fixture(scope="session")
+def smollm2():
+    """(model, tokenizer): SmolLM2-135M-Instruct in fp32."""
+    from benchmarks.fixtures import load_smollm2
+
+    return load_smollm2()
+
+
+@pytest.fixture(scope="session")
+def gsm8k_rows(smollm2):
+    """Sixteen tokenized GSM8K rows: (prompts, references, sample ids)."""
+    from benchmarks.fixtures import gsm8k, gsm8k_path
+    from selfgen.data import tokenize_rows
+
+    if not gsm8k_path("train").endswith(".jsonl"):
+        pytest.skip("no local GSM8K: set SELFGEN_GSM8K to a folder with train.jsonl")
+    rows, _ = tokenize_rows(gsm8k("train", 1000, 1016), smollm2[1], max_length=1024)
+    return list(rows["prompt_ids"]), list(rows["answer_ids"]), list(rows["sample_id"])

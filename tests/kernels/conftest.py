@@ -1,0 +1,112 @@
+"""Every backend of the ops behind one fixture; Triton's kernels run in its interpreter where there is no GPU."""
+
+from __future__ import annotations
+
+import os
+from dataclasses import dataclass
+from typing import Any
+
+import pytest
+import torch
+
+from selfgen_kernels import backends
+from selfgen_kernels.backends.reference import philox
+from selfgen_kernels.backends.reference import sampling as reference_sampling
+
+ON_GPU = torch.cuda.is_available()
+if not ON_GPU:
+    os.environ.setdefault("TRITON_INTERPRET", "1")  # read when triton is imported, which no import above does
+
+
+@dataclass
+class Backend:
+    """The dispatched ops of one backend, with the arguments of their schemas."""
+
+    name: str
+    device: str
+    noise: Any
+    sampling: Any
+
+    def gumbel_noise(self, seed, sample_ids, positions, size, stream):
+        args = seed, sample_ids.to(self.device), positions.to(self.device), size, stream
+        return self.noise.gumbel_noise(*args).cpu()
+
+    def self_mask(self, seed, sample_ids, positions, threshold):
+        args = (tensor.to(self.device) for tensor in (sample_ids, positions, threshold))
+        return self.noise.self_mask(seed, *args).cpu()
+
+    def sample_mix(
+        self, logits, reference=None, *, seed=0, sample_ids=None, positions=None, threshold=2**32, inv_temperature=1.0,
+        top_k=None, top_p=None, min_p=None,
+    ):  # fmt: skip
+        """Numbers stand for a tensor [N]; rows are told apart by their sample id unless the caller says otherwise."""
+        n = len(logits)
+
+        def row_tensor(value, dtype):
+            return value if isinstance(value, torch.Tensor) or value is None else torch.full((n,), value, dtype=dtype)
+
+        args = (
+            logits,
+            torch.full((n,), -7) if reference is None else reference,
+            row_tensor(threshold, torch.int64),
+            seed,
+            torch.arange(n) if sample_ids is None else sample_ids,
+            torch.zeros(n, dtype=torch.int64) if positions is None else positions,
+            row_tensor(inv_temperature, torch.float32),
+            row_tensor(top_k, torch.int64),
+            row_tensor(top_p, torch.float64),
+            row_tensor(min_p, torch.float64),
+        )
+        args = (value.to(self.device) if isinstance(value, torch.Tensor) else value for value in args)
+        return tuple(result.cpu() for result in self.sampling.sample_mix(*args))
+
+
+def triton_backend() -> Backend:
+    pytest.importorskip("triton")
+    from selfgen_kernels.backends.triton import noise, sampling
+
+    return Backend("triton", "cuda" if ON_GPU else "cpu", noise, sampling)
+
+
+def cpp_backend() -> Backend:
+    if backends.cpu.missing is not None:
+        pytest.skip(f"no C++ kernels: {backends.cpu.missing}")
+    return Backend("cpp", "cpu", torch.ops.selfgen, torch.ops.selfgen)
+
+
+REFERENCE = Backend("reference", "cpu", philox, reference_sampling)
+_FAST = {"cpp": cpp_backend, "triton": triton_backend}
+_INTERPRETED = pytest.mark.filterwarnings("ignore::RuntimeWarning:triton.runtime.interpreter")  # numpy's, on log(0)
+_TRITON = pytest.param("triton", marks=pytest.mark.gpu if ON_GPU else _INTERPRETED)
+
+
+@pytest.fixture
+def reference() -> Backend:
+    """The torch reference, the oracle of the other two."""
+    return REFERENCE
+
+
+@pytest.fixture(params=["cpp", _TRITON])
+def fast(request) -> Backend:
+    """A backend to be held against the reference."""
+    return _FAST[request.param]()
+
+
+@pytest.fixture(params=["reference", "cpp", _TRITON])
+def backend(request) -> Backend:
+    """Each backend."""
+    return REFERENCE if request.param == "reference" else _FAST[request.param]()
+
+
+@pytest.fixture
+def rows():
+    """Twelve rows (logits [12, 1000], reference, mask threshold, ids, positions) of which about half are sampled."""
+    generator = torch.Generator().manual_seed(0)
+    n = 12
+    return {
+        "logits": torch.randn(n, 1000, generator=generator) * 3,
+        "reference": torch.arange(n) + 5000,
+        "threshold": torch.full((n,), 2**31),
+        "sample_ids": torch.randint(-(2**62), 2**62, (n,), generator=generator),
+        "positions": torch.randint(0, 2**32, (n,), generator=generator),
+    }

@@ -1,0 +1,142 @@
+"""The ops as torch sees them: opcheck, torch.compile, and a machine that has neither Triton nor a compiler."""
+
+import doctest
+import subprocess
+import sys
+import textwrap
+
+import pytest
+import torch
+from torch._dynamo.testing import CompileCounterWithBackend
+
+from selfgen_kernels import linear_sample_mix, sample_mix
+from selfgen_kernels.ops import noise, sampling
+
+N, V, D = 5, 130, 8
+IDS = torch.arange(N)
+FULL = torch.full((N,), 2**31)
+FILTERS = torch.full((N,), 9), torch.full((N,), 0.9).double(), torch.full((N,), 0.1).double()
+SAMPLING = IDS, FULL, 3, IDS, IDS, torch.ones(N)
+
+
+@pytest.mark.parametrize(
+    ("op", "args"),
+    [
+        ("gumbel_noise", (3, IDS, IDS, 10, 1)),
+        ("self_mask", (3, IDS, IDS, FULL)),
+        ("sample_mix", (torch.randn(N, V), *SAMPLING, None, None, None)),
+        ("sample_mix", (torch.randn(N, V).bfloat16(), *SAMPLING, *FILTERS)),
+        ("linear_sample_mix", (torch.randn(N, D), torch.randn(V, D), None, None, *SAMPLING, None, None, None)),
+        ("linear_sample_mix", (torch.randn(N, D), torch.randn(V, D), torch.randn(V), 30.0, *SAMPLING, *FILTERS)),
+    ],
+)
+def test_opcheck(op, args):
+    torch.library.opcheck(getattr(torch.ops.selfgen, op).default, args)
+
+
+def test_compiles_as_one_graph_whatever_the_seed():
+    counter = CompileCounterWithBackend("aot_eager")
+
+    def step(logits, reference, self_prob, ids, seed, status):
+        tokens, is_self = sample_mix(
+            logits,
+            reference,
+            self_prob,
+            seed=seed,
+            sample_ids=ids,
+            positions=ids,
+            temperature=0.7,
+            top_k=20,
+            status=status,
+        )
+        return tokens + 1, is_self
+
+    compiled = torch.compile(step, fullgraph=True, backend=counter)
+    for seed in (0, 17, -5, 2**62, 12345, 99, 98, 97, 96, 95, 94):
+        logits = torch.randn(N, V)
+        logits[0] = torch.nan
+        args = logits, IDS, torch.full((N,), 0.5), IDS, seed
+        statuses = torch.zeros(2, dtype=torch.int64)
+        for got, want in zip(compiled(*args, statuses[0]), step(*args, statuses[1]), strict=True):
+            assert torch.equal(got, want)
+        assert statuses[0] == statuses[1]
+    assert counter.frame_count <= 3
+
+
+def test_linear_compiles_as_one_graph():
+    def step(hidden, weight):
+        return linear_sample_mix(hidden, weight, IDS, 0.5, softcap=30.0, seed=1, sample_ids=IDS, positions=IDS)
+
+    args = torch.randn(N, D, requires_grad=True), torch.randn(V, D, requires_grad=True)
+    compiled = torch.compile(step, fullgraph=True, backend="aot_eager")
+    for got, want in zip(compiled(*args), step(*args), strict=True):
+        assert torch.equal(got, want)
+        assert not got.requires_grad
+
+
+@pytest.mark.parametrize("op", ["gumbel_noise", "self_mask", "sample_mix"])
+def test_a_gpu_has_kernels_of_its_own(op):
+    pytest.importorskip("triton")
+    assert torch._C._dispatch_has_kernel_for_dispatch_key(f"selfgen::{op}", "CUDA")
+
+
+@pytest.mark.parametrize("module", [noise, sampling])
+def test_examples_of_the_docstrings_run(module):
+    result = doctest.testmod(module)
+    assert result.attempted > 0
+    assert result.failed == 0
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+def test_gpu_gives_the_tokens_of_the_cpu_without_a_synchronisation():
+    logits, ids = torch.randn(256, 50_000), torch.arange(256)
+    tokens, is_self = sample_mix(logits, ids, 0.5, seed=1, sample_ids=ids, positions=ids)
+    gpu_logits, gpu_ids, status = logits.cuda(), ids.cuda(), torch.zeros((), dtype=torch.int64, device="cuda")
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        got = sample_mix(gpu_logits, gpu_ids, 0.5, seed=1, sample_ids=gpu_ids, positions=gpu_ids, status=status)
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    assert torch.equal(got[1].cpu(), is_self)
+    assert (got[0].cpu() != tokens).sum() <= 1
+    assert status.item() == 0
+
+
+def test_threads_do_not_matter():
+    logits = torch.randn(64, 5000)
+    ids = torch.arange(64)
+    threads = torch.get_num_threads()
+    results = []
+    try:
+        for count in (1, 2, 4):
+            torch.set_num_threads(count)
+            results.append(sample_mix(logits, ids, 1.0, seed=0, sample_ids=ids, positions=ids)[0])
+    finally:
+        torch.set_num_threads(threads)
+    assert torch.equal(results[0], results[1])
+    assert torch.equal(results[0], results[2])
+
+
+def test_without_triton_and_compiler_it_imports_runs_and_says_so_once():
+    script = """
+        import importlib.util, sys, warnings
+        found = importlib.util.find_spec
+        missing = lambda name: name == "triton" or name.endswith("._C")
+        importlib.util.find_spec = lambda name, *rest: None if missing(name) else found(name, *rest)
+        sys.modules["triton"] = None
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always")
+            import torch, selfgen_kernels
+            ours = lambda: [str(w.message) for w in caught if "selfgen_kernels" in str(w.message)]
+            assert ours() == [], ours()
+            ids = torch.arange(4)
+            for _ in range(2):
+                selfgen_kernels.sample_mix(torch.randn(4, 9), ids, 0.5, seed=0, sample_ids=ids, positions=ids)
+                selfgen_kernels.self_mask(0, ids, ids, 0.5)
+            assert len(ours()) == 1, ours()
+            assert "were not built" in ours()[0], ours()
+            assert [w.filename for w in caught if "selfgen_kernels" in str(w.message)] == ["<string>"]
+    """
+    done = subprocess.run([sys.executable, "-c", textwrap.dedent(script)], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr

@@ -1,0 +1,218 @@
+"""Exactness: contexts from parallel passes equal the sequential ones token for token."""
+
+from __future__ import annotations
+
+from functools import cache
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from models import CONFIGS, VOCAB, tiny_model
+
+from selfgen import ContextGenerator
+from selfgen.context import fixed_point as engine
+
+FAMILIES = sorted(CONFIGS)
+model_of = cache(tiny_model)
+
+
+@st.composite
+def batches(draw, max_rows: int = 16):
+    """(prompts, references, sample ids) of a ragged batch."""
+    sizes = draw(st.lists(st.tuples(st.integers(1, 9), st.integers(1, 12)), min_size=1, max_size=max_rows))
+    tokens = torch.Generator().manual_seed(draw(st.integers(0, 2**32)))
+
+    def row(length):
+        return torch.randint(3, VOCAB, (length,), generator=tokens)
+
+    ids = draw(st.lists(st.integers(-(2**63), 2**63 - 1), min_size=len(sizes), max_size=len(sizes), unique=True))
+    return [row(p) for p, _ in sizes], [row(t) for _, t in sizes], ids
+
+
+def assert_equal(mixed, expected):
+    for name in ("is_self", "tokens"):
+        for index, (got, want) in enumerate(zip(getattr(mixed, name), getattr(expected, name), strict=True)):
+            assert torch.equal(got, want), f"row {index}: {name} {got.tolist()} instead of {want.tolist()}"
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+@given(
+    batch=batches(),
+    self_prob=st.sampled_from([0.0, 0.1, 0.5, 1.0]),
+    temperature=st.sampled_from([0.0, 0.7, 1.0]),
+    token_budget=st.one_of(st.integers(1, 8), st.integers(9, 400)),
+    seed=st.integers(-(2**63), 2**64 - 1),
+)
+def test_fixed_point_equals_sequential(family, batch, self_prob, temperature, token_budget, seed):
+    prompts, references, sample_ids = batch
+    generator = ContextGenerator(model_of(family), temperature=temperature, token_budget=token_budget)
+    arguments = {"seed": seed, "sample_ids": sample_ids}
+    expected = generator.generate(prompts, references, self_prob, method="sequential", **arguments)
+    mixed = generator.generate(prompts, references, self_prob, **arguments)
+    assert_equal(mixed, expected)
+    for is_self, token, reference in zip(mixed.is_self, mixed.tokens, references, strict=True):
+        assert torch.equal(token[~is_self], reference[~is_self])
+    if self_prob in (0.0, 1.0):
+        assert all((is_self == bool(self_prob)).all() for is_self in mixed.is_self)
+    assert mixed.stats.passes <= max(1, mixed.stats.self_tokens) or token_budget < mixed.stats.context_tokens
+
+
+@given(batch=batches(), budgets=st.lists(st.integers(1, 300), min_size=2, max_size=2), data=st.data())
+def test_a_row_does_not_depend_on_its_batch(batch, budgets, data):
+    """Alone, in any batch, in any order, at any budget: the sample id is a row's identity."""
+    prompts, references, sample_ids = batch
+    model = model_of("llama")
+    whole = ContextGenerator(model, token_budget=budgets[0]).generate(
+        prompts, references, 0.5, seed=5, sample_ids=sample_ids
+    )
+    order = data.draw(st.permutations(range(len(prompts))))[: data.draw(st.integers(1, len(prompts)))]
+    part = ContextGenerator(model, token_budget=budgets[1]).generate(
+        [prompts[i] for i in order], [references[i] for i in order], 0.5, seed=5, sample_ids=[sample_ids[i] for i in order]
+    )
+    for place, index in enumerate(order):
+        assert torch.equal(part.tokens[place], whole.tokens[index])
+        assert torch.equal(part.is_self[place], whole.is_self[index])
+
+
+def test_sample_ids_and_seeds_change_the_contexts():
+    """The counterpart: other ids or another seed give other noise, so the tests above compare something."""
+    generator = ContextGenerator(model_of("llama"), token_budget=64)
+    prompts, references = [[5, 6, 7]] * 2, [list(range(10, 40))] * 2
+
+    def tokens(seed, ids):
+        return generator.generate(prompts, references, 1.0, seed=seed, sample_ids=ids).tokens
+
+    first, second = tokens(0, [0, 1])
+    assert not torch.equal(first, second)
+    assert not torch.equal(tokens(1, [0, 1])[0], first)
+    assert torch.equal(tokens(0, [1, 2])[0], second)
+
+
+def test_per_row_self_probabilities():
+    generator = ContextGenerator(model_of("llama"), token_budget=16)
+    rows = [[5, 6, 7]] * 3
+    mixed = generator.generate(rows, rows, [0.0, 1.0, 0.5], seed=0, sample_ids=[0, 1, 2])
+    assert not mixed.is_self[0].any()
+    assert mixed.is_self[1].all()
+    expected = generator.generate(rows, rows, torch.tensor([0.0, 1.0, 0.5]), seed=0, sample_ids=[0, 1, 2], method="sequential")
+    assert_equal(mixed, expected)
+
+
+def test_no_rows():
+    mixed = ContextGenerator(model_of("llama"), token_budget=16).generate([], [], 0.5, seed=0, sample_ids=[])
+    assert mixed.tokens == []
+    assert mixed.stats.passes == 0
+
+
+@pytest.mark.parametrize("token_budget", [1, 7, 40, 1000])
+def test_nothing_final_is_computed_twice(token_budget, monkeypatch):
+    """Each window starts where the row's final prefix ends, and no pass exceeds the budget."""
+    computed: list[list] = []
+    original = engine.run_pass
+
+    def record(model, state, windows):
+        assert sum(end - begin for _, begin, end in windows) <= token_budget
+        for row, begin, _ in windows:
+            assert begin == state.rows[row].final
+        assert len({row for row, _, _ in windows}) == len(windows)
+        computed.append(windows)
+        return original(model, state, windows)
+
+    monkeypatch.setattr(engine, "run_pass", record)
+    generator = ContextGenerator(model_of("llama"), token_budget=token_budget)
+    rows = [list(range(3, 20)), list(range(30, 60)), [9]]
+    mixed = generator.generate(rows, rows, 0.4, seed=1, sample_ids=[1, 2, 3])
+    assert len(computed) == mixed.stats.passes
+    assert sum(end - begin for windows in computed for _, begin, end in windows) == mixed.stats.tokens_computed
+    if token_budget == 1:  # no speculation: the work is exactly every needed position once
+        needed = sum(
+            len(row) + int(is_self.nonzero().max()) if is_self.any() else 0
+            for row, is_self in zip(rows, mixed.is_self, strict=True)
+        )
+        assert mixed.stats.tokens_computed == needed
+
+
+def test_head_runs_at_self_positions_only(monkeypatch):
+    model = model_of("llama")
+    seen = []
+    handle = model.lm_head.register_forward_hook(lambda module, args, output: seen.append(output.shape[:-1].numel()))
+    try:
+        rows = [list(range(3, 40))] * 2
+        mixed = ContextGenerator(model, token_budget=1).generate(rows, rows, 0.2, seed=0, sample_ids=[0, 1])
+    finally:
+        handle.remove()
+    assert sum(seen) == mixed.stats.self_tokens
+
+
+def test_the_model_is_left_as_it_was():
+    model = tiny_model("gemma3").train()
+    model.model.layers[0].eval()
+    before = model.config._attn_implementation, [module.training for module in model.modules()]
+    ContextGenerator(model, token_budget=8).generate([[3, 4]], [[5, 6, 7]], 1.0, seed=0, sample_ids=[0])
+    assert (model.config._attn_implementation, [module.training for module in model.modules()]) == before
+    assert all(parameter.grad is None and parameter.requires_grad for parameter in model.parameters())
+
+
+def test_dropout_is_off_while_contexts_are_made():
+    model = tiny_model("gpt2")
+    dropped = tiny_model("gpt2").train()
+    dropped.config.attn_pdrop = dropped.config.resid_pdrop = 0.5
+    for module in dropped.modules():
+        if isinstance(module, torch.nn.Dropout):
+            module.p = 0.5
+    rows = [list(range(3, 20))]
+    arguments = {"seed": 0, "sample_ids": [0]}
+    expected = ContextGenerator(model, token_budget=8).generate(rows, rows, 1.0, **arguments)
+    assert_equal(ContextGenerator(dropped, token_budget=8).generate(rows, rows, 1.0, **arguments), expected)
+
+
+def test_rows_with_invalid_logits_keep_the_reference():
+    model = tiny_model("llama")
+    with torch.no_grad():
+        model.lm_head.weight[7] = torch.nan
+    rows = [list(range(3, 20))]
+    for method in ("fixed_point", "sequential"):
+        mixed = ContextGenerator(model, token_budget=8).generate(rows, rows, 1.0, seed=0, sample_ids=[0], method=method)
+        assert mixed.tokens[0].tolist() == rows[0]
+        assert mixed.stats.invalid == len(rows[0])
+
+
+def test_peft_model():
+    peft = pytest.importorskip("peft")
+    model = peft.get_peft_model(tiny_model("llama"), peft.LoraConfig(target_modules=["q_proj", "v_proj"], lora_dropout=0.5))
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if "lora_B" in name:
+                parameter.normal_(std=0.5)
+    generator = ContextGenerator(model.train(), token_budget=16)
+    rows = [list(range(3, 30))]
+    arguments = {"seed": 0, "sample_ids": [0]}
+    mixed = generator.generate(rows, rows, 0.5, **arguments)
+    assert_equal(mixed, generator.generate(rows, rows, 0.5, method="sequential", **arguments))
+    plain = ContextGenerator(tiny_model("llama"), token_budget=16).generate(rows, rows, 0.5, **arguments)
+    assert not torch.equal(mixed.tokens[0], plain.tokens[0])
+
+
+@pytest.mark.parametrize(("self_prob", "temperature", "token_budget"), [(0.1, 1.0, 40), (0.5, 0.7, 96), (1.0, 0.0, 200)])
+def test_smollm2_on_gsm8k(smollm2, gsm8k_rows, self_prob, temperature, token_budget):
+    prompts, references, sample_ids = (column[:2] for column in gsm8k_rows)
+    references = [reference[:48] for reference in references]
+    generator = ContextGenerator(smollm2[0], temperature=temperature, token_budget=token_budget)
+    arguments = {"seed": 11, "sample_ids": sample_ids}
+    expected = generator.generate(prompts, references, self_prob, method="sequential", **arguments)
+    assert_equal(generator.generate(prompts, references, self_prob, **arguments), expected)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("temperature", [0.0, 0.7, 1.0])
+@pytest.mark.parametrize("self_prob", [0.0, 0.1, 0.5, 1.0])
+def test_smollm2_on_gsm8k_whole_rows(smollm2, gsm8k_rows, self_prob, temperature):
+    prompts, references, sample_ids = gsm8k_rows
+    arguments = {"seed": 12, "sample_ids": sample_ids}
+    expected = ContextGenerator(smollm2[0], temperature=temperature).generate(
+        prompts, references, self_prob, method="sequential", **arguments
+    )
+    for token_budget in (33, 128, 100_000):
+        generator = ContextGenerator(smollm2[0], temperature=temperature, token_budget=token_budget)
+        assert_equal(generator.generate(prompts, references, self_prob, **arguments), expected)

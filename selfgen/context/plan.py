@@ -76,7 +76,6 @@ class Speculation:
 
     first: AcceptanceRate = field(default_factory=lambda: AcceptanceRate(6.1, 10.0))
     revised: AcceptanceRate = field(default_factory=lambda: AcceptanceRate(7.0, 10.0))
-    min_chance: float = 0.0
 
 
 def plan_pass(rows: list[RowProgress], token_budget: int, speculation: Speculation) -> list[Window]:
@@ -118,5 +117,4 @@ def _push_segment(
     if row.next_self(begin) is None:
         return
     chance *= (speculation.revised if begin < row.sampled else speculation.first).rate
-    if chance >= speculation.min_chance:
-        heapq.heappush(segments, (-chance, index, begin))
+    heapq.heappush(segments, (-chance, index, begin))

@@ -135,11 +135,13 @@ def test_nothing_final_is_computed_twice(token_budget, monkeypatch):
 
 def test_head_runs_at_self_positions_only(monkeypatch):
     model = model_of("llama")
+    generator = ContextGenerator(model, token_budget=1)
+    rows = [list(range(3, 40))] * 2
+    generator.generate(rows, rows, 0.2, seed=0, sample_ids=[0, 1])  # the first call also verifies the model
     seen = []
     handle = model.lm_head.register_forward_hook(lambda module, args, output: seen.append(output.shape[:-1].numel()))
     try:
-        rows = [list(range(3, 40))] * 2
-        mixed = ContextGenerator(model, token_budget=1).generate(rows, rows, 0.2, seed=0, sample_ids=[0, 1])
+        mixed = generator.generate(rows, rows, 0.2, seed=0, sample_ids=[0, 1])
     finally:
         handle.remove()
     assert sum(seen) == mixed.stats.self_tokens

@@ -22,7 +22,7 @@ from selfgen_kernels import sample_mix
 from .batch import Batch
 from .packed import packed_linears
 from .plan import RowProgress, Speculation, Window, plan_pass
-from .ragged import RaggedCache, RaggedPass, ragged_model
+from .ragged import RaggedCache, RaggedPass, ragged_logits, ragged_model
 
 
 @dataclass
@@ -92,7 +92,6 @@ def run_pass(model: PreTrainedModel, state: FixedPoint, windows: list[Window]) -
     """Compute the windows under the current guess and sample at their self positions; the guess stays as it is."""
     batch = state.batch
     ragged_pass = RaggedPass(windows, state.row_starts, batch.device)
-    state.cache.current = ragged_pass
     state.passes += 1
     state.tokens_computed += ragged_pass.num_tokens
 
@@ -108,14 +107,7 @@ def run_pass(model: PreTrainedModel, state: FixedPoint, windows: list[Window]) -
         offset += end - begin
     index = torch.tensor([flat_index, slots, answer_position, row_of], dtype=torch.int64, device=batch.device)  # [4, M]
 
-    logits = model(
-        input_ids=state.tokens[ragged_pass.slots][None],
-        position_ids=ragged_pass.position_ids,
-        past_key_values=state.cache,
-        use_cache=True,
-        logits_to_keep=index[0],
-        ragged_pass=ragged_pass,
-    ).logits[0]  # [M, V]
+    logits = ragged_logits(model, state.cache, ragged_pass, state.tokens, index[0])  # [M, V]
     tokens, _ = sample_mix(
         logits,
         state.reference[index[1]],

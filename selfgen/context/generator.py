@@ -18,7 +18,7 @@ from .batch import Batch, ContextStats, MixedContext, TokenRow, check_sample_ids
 from .budget import calibrate_token_budget
 from .fixed_point import fixed_point
 from .packed import packed_linears
-from .ragged import UnsupportedModelError, inspect_model
+from .ragged import UnsupportedModelError, inspect_model, verify_model
 from .sequential import sequential
 
 logger = logging.getLogger(__name__)
@@ -55,6 +55,7 @@ class ContextGenerator:
             raise ValueError(f"token_budget is {token_budget!r}; it must be an integer >= 1, or None to measure it")
         self.temperature = float(temperature)
         self._token_budget = token_budget
+        self._verified = False
         _check_dtypes(self.model)
 
     @property
@@ -113,6 +114,7 @@ class ContextGenerator:
             is_self = _draw_masks(batch)
             budget = self.token_budget
             with _inference(self.model):
+                self._verify()
                 state = fixed_point(self.model, batch, is_self, budget)
             tokens, invalid = state.contexts, int(state.status)
             passes, tokens_computed = state.passes, state.tokens_computed
@@ -139,6 +141,12 @@ class ContextGenerator:
             seconds=time.perf_counter() - started,
         )
         return MixedContext(tokens, is_self, stats)
+
+    def _verify(self) -> None:
+        """Once for each generator: the model computes over the ragged cache what it computes by itself."""
+        if not self._verified:
+            verify_model(self.model)
+            self._verified = True
 
     def _check(self, prompts, references, self_prob, seed, sample_ids) -> Batch:
         device = self.model.device

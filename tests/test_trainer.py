@@ -1,0 +1,267 @@
+"""Training: the step is an SFT step on mixed inputs, logged, resumable, and unchanged where p = 0."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+import torch
+from datasets import Dataset
+from models import VOCAB, tiny_model
+from transformers import AutoModelForCausalLM, Trainer, TrainingArguments
+
+from selfgen import BSSConfig, BSSTrainer, ContextGenerator
+from selfgen.data import Collator
+from selfgen.evaluation import context_loss
+
+LOGGED = {"self_share", "agreement", "passes", "computed_per_token", "context_seconds", "training_seconds"}
+
+
+class Tokenizer:
+    """Just what the trainer asks of a tokenizer when the data is tokenized already."""
+
+    pad_token_id = 0
+    eos_token_id = 2
+
+    def save_pretrained(self, folder, **kwargs):
+        return ()
+
+
+def rows(count: int = 16, seed: int = 0) -> Dataset:
+    generator = torch.Generator().manual_seed(seed)
+
+    def ids(low, high):
+        length = int(torch.randint(low, high, (1,), generator=generator))
+        return torch.randint(3, VOCAB, (length,), generator=generator).tolist()
+
+    return Dataset.from_list([{"sample_id": i, "prompt_ids": ids(2, 6), "answer_ids": ids(3, 9)} for i in range(count)])
+
+
+def config(folder, **changes) -> BSSConfig:
+    defaults = {
+        "max_steps": 4,
+        "per_device_train_batch_size": 2,
+        "gradient_accumulation_steps": 2,
+        "learning_rate": 1e-2,
+        "logging_steps": 1,
+        "save_strategy": "no",
+        "use_cpu": True,
+        "disable_tqdm": True,
+        "self_prob": 0.5,
+        "max_length": 64,
+        "token_budget": 32,
+    }
+    return BSSConfig(str(folder), **{**defaults, **changes})
+
+
+def make_trainer(folder, model=None, data=None, **changes) -> BSSTrainer:
+    return BSSTrainer(
+        model or tiny_model("llama"), config(folder, **changes), train_dataset=data or rows(), processing_class=Tokenizer()
+    )
+
+
+def weights(model) -> torch.Tensor:
+    return torch.cat([parameter.detach().flatten() for parameter in model.parameters()])
+
+
+def test_a_step_trains_on_mixed_inputs_and_reference_labels(tmp_path):
+    """The whole accumulated batch is mixed at once, with the current weights, and equals the sequential contexts."""
+    trainer = make_trainer(tmp_path)
+    seen = []
+    trainer.compute_loss = _record(trainer.compute_loss, seen)
+    calls = []
+    trainer.generator.generate = _record(trainer.generator.generate, calls)
+    start = tiny_model("llama")
+    trainer.train()
+    assert len(calls) == 4
+    assert [len(call[0]) for call in calls] == [4] * 4  # prompts: 2 micro-batches of 2 rows
+    assert len(seen) == 8
+
+    oracle = ContextGenerator(start)
+    batch = [call[1] for call in seen[:2]]
+    for inputs in batch:
+        for row in range(2):
+            p, t = int(inputs["prompt_length"][row]), int(inputs["answer_length"][row])
+            reference = inputs["labels"][row, p : p + t]
+            expected = oracle.generate(
+                [inputs["input_ids"][row, :p]],
+                [reference],
+                0.5,
+                seed=42 << 32,
+                sample_ids=[int(inputs["sample_id"][row])],
+                method="sequential",
+            )
+            assert torch.equal(inputs["input_ids"][row, p : p + t], expected.tokens[0])
+            assert (inputs["labels"][row, :p] == -100).all()
+            assert (inputs["labels"][row, p + t :] == -100).all()
+
+
+def _record(function, calls):
+    def recorded(*args, **kwargs):
+        calls.append([{k: v.clone() for k, v in a.items()} if isinstance(a, dict) else a for a in args])
+        return function(*args, **kwargs)
+
+    return recorded
+
+
+def test_self_prob_zero_is_supervised_fine_tuning(tmp_path):
+    """p = 0 gives, bit for bit, the weights of the plain Trainer on the same data."""
+    bss = make_trainer(tmp_path / "bss", self_prob=0.0)
+    bss.train()
+    args = config(tmp_path / "sft")
+    plain_args = TrainingArguments(
+        **{
+            name: getattr(args, name)
+            for name in (
+                "output_dir",
+                "max_steps",
+                "per_device_train_batch_size",
+                "gradient_accumulation_steps",
+                "learning_rate",
+                "save_strategy",
+                "use_cpu",
+                "disable_tqdm",
+                "remove_unused_columns",
+            )
+        }
+    )
+
+    def collate(features):
+        return {key: value for key, value in Collator(0)(features).items() if key in ("input_ids", "attention_mask", "labels")}
+
+    plain = Trainer(tiny_model("llama"), plain_args, train_dataset=rows(), data_collator=collate)
+    plain.train()
+    assert torch.equal(weights(bss.model), weights(plain.model))
+
+
+def test_methods_train_alike(tmp_path):
+    fast, slow = (make_trainer(tmp_path, context_method=method) for method in ("fixed_point", "sequential"))
+    fast.train()
+    slow.train()
+    assert torch.equal(weights(fast.model), weights(slow.model))
+
+
+def test_every_training_log_has_the_figures(tmp_path):
+    trainer = make_trainer(tmp_path, logging_steps=2)
+    trainer.train()
+    logs = [entry for entry in trainer.state.log_history if "loss" in entry]
+    assert len(logs) == 2
+    for entry in logs:
+        assert LOGGED <= set(entry)
+        assert 0.2 < entry["self_share"] < 0.8
+        assert 0.0 <= entry["agreement"] <= 1.0
+        assert entry["passes"] >= 1
+        assert entry["computed_per_token"] > 0
+        assert entry["context_seconds"] > 0
+        assert entry["training_seconds"] > 0
+
+
+def test_linear_schedule(tmp_path):
+    args = config(tmp_path, self_prob=0.8, self_prob_start=0.2, self_prob_schedule="linear")
+    assert [round(args.self_prob_at(step, 4), 6) for step in range(4)] == [0.2, 0.4, 0.6, 0.8]
+    assert args.self_prob_at(0, 1) == 0.8
+    trainer = make_trainer(tmp_path, self_prob=1.0, self_prob_start=0.0, self_prob_schedule="linear")
+    trainer.train()
+    shares = [entry["self_share"] for entry in trainer.state.log_history if "loss" in entry]
+    assert shares[0] == 0.0
+    assert shares[-1] == 1.0
+    assert shares == sorted(shares)
+
+
+def test_resume_repeats_the_uninterrupted_run(tmp_path):
+    """A run that was stopped at a checkpoint goes on with the very contexts and weights of one that was not."""
+    whole = make_trainer(tmp_path / "whole", max_steps=6, save_strategy="no", lr_scheduler_type="constant")
+    whole.train()
+    stopped = make_trainer(
+        tmp_path / "run", max_steps=3, save_strategy="steps", save_steps=3, lr_scheduler_type="constant"
+    )
+    stopped.train()
+    resumed = make_trainer(tmp_path / "run", model=tiny_model("llama", seed=9), max_steps=6, lr_scheduler_type="constant")
+    resumed.train(resume_from_checkpoint=str(tmp_path / "run" / "checkpoint-3"))
+    torch.testing.assert_close(weights(resumed.model), weights(whole.model), rtol=0, atol=0)
+
+
+def test_repeated_rows_in_a_batch_share_their_context(tmp_path):
+    data = rows(2)
+    trainer = make_trainer(tmp_path, per_device_train_batch_size=2)
+    trainer.state.max_steps = 4
+    features = [data[0], data[1]]
+    batches = [Collator(0)(features), Collator(0)(features[::-1])]
+    trainer.mix(batches)
+    first, again = batches[0]["input_ids"][0], batches[1]["input_ids"][1]
+    assert torch.equal(first, again)
+
+
+def test_gradient_checkpointing_and_bf16_autocast_run(tmp_path):
+    trainer = make_trainer(tmp_path, activation_checkpointing=True, bf16=True, max_steps=2)
+    trainer.train()
+    assert trainer.state.log_history[0]["loss"] > 0
+
+
+def test_evaluation_is_teacher_forced(tmp_path):
+    model = tiny_model("llama")
+    trainer = BSSTrainer(
+        model, config(tmp_path), train_dataset=rows(), eval_dataset=rows(6, seed=1), processing_class=Tokenizer()
+    )
+    metrics = trainer.evaluate()
+    expected = context_loss(ContextGenerator(model), rows(6, seed=1), 0.5, batch_size=6, progress=False)
+    assert metrics["eval_loss"] == pytest.approx(expected.reference, rel=0.05)  # the Trainer averages over batches
+
+
+def test_held_out_loss_under_both_contexts():
+    generator = ContextGenerator(tiny_model("llama"), token_budget=32)
+    data = rows(5)
+    same = context_loss(generator, data, 0.0, progress=False)
+    assert same.reference == pytest.approx(same.mixed)
+    own = context_loss(generator, data, 1.0, batch_size=2, progress=False)
+    assert own.reference == pytest.approx(same.reference, rel=1e-5)
+    assert own.mixed != own.reference
+    with pytest.raises(ValueError, match="no rows"):
+        context_loss(generator, data.select([]), 0.5)
+
+
+def test_checkpoint_is_an_ordinary_one(tmp_path):
+    trainer = make_trainer(tmp_path, max_steps=1)
+    trainer.train()
+    trainer.save_model(str(tmp_path / "final"))
+    loaded = AutoModelForCausalLM.from_pretrained(tmp_path / "final")
+    assert torch.equal(weights(loaded), weights(trainer.model))
+    assert "selfgen" not in json.dumps(json.loads((tmp_path / "final" / "config.json").read_text()))
+
+
+def test_lora(tmp_path):
+    peft = pytest.importorskip("peft")
+    model = peft.get_peft_model(tiny_model("llama"), peft.LoraConfig(target_modules=["q_proj"], lora_dropout=0.1))
+    trainer = make_trainer(tmp_path, model=model)
+    before = weights(model)
+    trainer.train()
+    assert not torch.equal(weights(model), before)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"self_prob": 1.5}, r"self_prob is 1\.5; a probability must be in \[0, 1\]"),
+        ({"self_prob": float("nan")}, "self_prob is nan"),
+        ({"self_prob_start": -0.1}, r"self_prob_start is -0\.1"),
+        ({"sampling_temperature": -1.0}, r"sampling_temperature is -1\.0; .* >= 0"),
+        ({"self_prob_schedule": "cubic"}, "'cubic'; accepted: constant, linear"),
+        ({"context_method": "magic"}, "'magic'; accepted: fixed_point, sequential"),
+        ({"token_budget": 0}, "token_budget is 0; it must be at least 1"),
+        ({"max_length": 1}, "max_length is 1"),
+        ({"remove_unused_columns": True}, "remove_unused_columns must stay False"),
+    ],
+)
+def test_bad_configuration(tmp_path, changes, message):
+    with pytest.raises(ValueError, match=message):
+        config(tmp_path, **changes)
+
+
+def test_bad_trainer_arguments(tmp_path):
+    with pytest.raises(TypeError, match="BSSTrainer takes a BSSConfig"):
+        BSSTrainer(tiny_model("llama"), TrainingArguments(str(tmp_path)), train_dataset=rows())
+    with pytest.raises(ValueError, match="max_length is 1000, but the model has 256 positions"):
+        make_trainer(tmp_path, max_length=1000)
+    trainer = make_trainer(tmp_path)
+    with pytest.raises(ValueError, match="lacks sample_id"):
+        trainer.mix([{"input_ids": torch.zeros(1, 4, dtype=torch.int64)}])

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import difflib
+import json
 import logging
 import shutil
 import sys
@@ -13,7 +14,6 @@ from typing import NoReturn
 
 import yaml
 from transformers import AutoModelForCausalLM, AutoTokenizer, HfArgumentParser, TrainingArguments
-from transformers.trainer_utils import get_last_checkpoint
 
 from .config import BSSConfig
 from .context import UnsupportedModelError
@@ -161,10 +161,15 @@ def build_trainer(run: RunArguments, config: BSSConfig) -> BSSTrainer:
         eval_rows = load_rows(name, split=run.eval_split or "train", config_name=eval_config)
     if run.dtype not in ("auto", "float32", "bfloat16", "float16"):
         raise ValueError(f"dtype is {run.dtype!r}; accepted: auto, float32, bfloat16, float16")
-    tokenizer = AutoTokenizer.from_pretrained(run.model)
-    model = AutoModelForCausalLM.from_pretrained(
-        run.model, dtype=run.dtype, attn_implementation=run.attn_implementation
-    )
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(run.model)
+        model = AutoModelForCausalLM.from_pretrained(
+            run.model, dtype=run.dtype, attn_implementation=run.attn_implementation
+        )
+    except OSError as error:
+        raise FileNotFoundError(
+            f"model {run.model!r} is neither a folder with a checkpoint nor could it be loaded from the hub: {error}"
+        ) from error
     return BSSTrainer(model, config, train_dataset=train_rows, eval_dataset=eval_rows, processing_class=tokenizer)
 
 
@@ -174,12 +179,19 @@ def fail(message: object, command: str = "selfgen train") -> NoReturn:
 
 
 def _checkpoint(config: BSSConfig) -> str | None:
-    """``--resume_from_checkpoint last`` goes on from the newest checkpoint, or from the start if there is none yet."""
-    if config.resume_from_checkpoint != "last":
-        if config.resume_from_checkpoint and not Path(config.resume_from_checkpoint).is_dir():
-            raise FileNotFoundError(f"resume_from_checkpoint is {config.resume_from_checkpoint!r}: no such folder")
-        return config.resume_from_checkpoint
-    return get_last_checkpoint(config.output_dir) if Path(config.output_dir).is_dir() else None
+    """Where to go on from. "last" is the newest checkpoint that was written to its end; the start if there is none."""
+    asked = config.resume_from_checkpoint
+    if asked != "last":
+        if asked and not Path(asked).is_dir():
+            raise FileNotFoundError(f"resume_from_checkpoint is {asked!r}: no such folder (last finds the newest)")
+        return asked
+    steps = {}
+    for state in Path(config.output_dir).glob("checkpoint-*/trainer_state.json"):
+        try:
+            steps[json.loads(state.read_text())["global_step"]] = state.parent  # the Trainer writes this file last
+        except (ValueError, KeyError):
+            continue
+    return str(steps[max(steps)]) if steps else None
 
 
 def _parser(everything: bool) -> _Parser:

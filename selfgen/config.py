@@ -76,7 +76,9 @@ class BSSConfig(TrainingArguments):
         if self.max_length < 2:
             raise ValueError(f"max_length is {self.max_length}; a prompt and an answer need at least 2 tokens")
         if self.remove_unused_columns:
-            raise ValueError("remove_unused_columns must stay False: the collator needs the columns sample_id, prompt_ids")
+            raise ValueError(
+                "remove_unused_columns must stay False: the collator needs the columns sample_id, prompt_ids"
+            )
 
     def self_prob_at(self, step: int, max_steps: int) -> float:
         """Self-probability of optimizer step ``step`` (0-based) of ``max_steps``."""

@@ -35,8 +35,8 @@ class BSSTrainer(Trainer):
         **kwargs: of ``transformers.Trainer``.
 
     Every training log has, as means over the steps since the last one: ``self_share`` (self tokens / answer tokens),
-    ``agreement`` (self tokens equal to the reference / self tokens), ``passes``, ``computed_per_token`` (tokens computed
-    / context tokens), ``context_seconds`` and ``training_seconds`` (of a step, of this process).
+    ``agreement`` (self tokens equal to the reference / self tokens), ``passes``, ``computed_per_token`` (tokens
+    computed / context tokens), ``context_seconds`` and ``training_seconds`` (of a step, of this process).
 
     Example:
         >>> config = BSSConfig("outputs/bss", self_prob=0.25, max_steps=100)
@@ -58,11 +58,9 @@ class BSSTrainer(Trainer):
             raise TypeError(f"args is a {type(args).__name__}; BSSTrainer takes a BSSConfig")
         if isinstance(model, str):
             model = AutoModelForCausalLM.from_pretrained(model)
+        self.generator = ContextGenerator(model, temperature=args.sampling_temperature, token_budget=args.token_budget)
         if processing_class is None:
-            processing_class = AutoTokenizer.from_pretrained(model.config.name_or_path)
-        self.generator = ContextGenerator(
-            model, temperature=args.sampling_temperature, token_budget=args.token_budget
-        )
+            processing_class = AutoTokenizer.from_pretrained(self.generator.model.name_or_path)
         limit = getattr(self.generator.model.config.get_text_config(decoder=True), "max_position_embeddings", None)
         if limit is not None and args.max_length > limit:
             raise ValueError(f"max_length is {args.max_length}, but the model has {limit} positions")
@@ -84,7 +82,9 @@ class BSSTrainer(Trainer):
             **kwargs,
         )
         if self.is_fsdp_enabled or self.is_deepspeed_enabled:
-            raise ValueError("weights sharded by FSDP or DeepSpeed can't make contexts yet; train with DDP or one device")
+            raise ValueError(
+                "weights sharded by FSDP or DeepSpeed can't make contexts yet; train with DDP or one device"
+            )
         self.meter = _Meter()
         self.add_callback(_StepTimer(self.meter))
 
@@ -117,7 +117,9 @@ class BSSTrainer(Trainer):
             stats = mixed.stats
         else:
             answers = sum(len(row.reference) for row in rows)
-            stats = ContextStats(len(rows), 0, 0, answers + sum(len(row.prompt) for row in rows), answers, 0, 1.0, 0, 0.0)
+            stats = ContextStats(
+                len(rows), 0, 0, answers + sum(len(row.prompt) for row in rows), answers, 0, 1.0, 0, 0.0
+            )
         self.meter.contexts_end(stats)
 
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
@@ -154,7 +156,7 @@ def _rows(batch: dict[str, Tensor]) -> list[_Row]:
 
 
 def _step_seed(seed: int, step: int) -> int:
-    """One 64-bit key for each (seed, optimizer step): contexts differ from step to step, and a resumed run repeats them."""
+    """One 64-bit key for each (seed, optimizer step): contexts change from step to step, a resumed run repeats them."""
     return (seed & 0xFFFFFFFF) << 32 | (step & 0xFFFFFFFF)
 
 
@@ -185,9 +187,12 @@ class _Meter:
     """What contexts and training cost since the last log, and what the contexts were like."""
 
     def __init__(self) -> None:
+        self._mark = 0.0
+        self._reset()
+
+    def _reset(self) -> None:
         self.stats: list[ContextStats] = []
         self.context_seconds = self.training_seconds = 0.0
-        self._mark = 0.0
 
     def contexts_begin(self) -> None:
         self._mark = time.perf_counter()
@@ -218,7 +223,7 @@ class _Meter:
             "context_seconds": self.context_seconds / steps,
             "training_seconds": self.training_seconds / steps,
         }
-        self.__init__()
+        self._reset()
         return logs
 
 

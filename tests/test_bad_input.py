@@ -174,6 +174,8 @@ def test_a_model_that_computes_something_else_over_the_ragged_cache_is_refused(m
 
 def test_prompt_learning_adapters_are_refused():
     peft = pytest.importorskip("peft")
-    model = peft.get_peft_model(tiny_model("llama"), peft.PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=2))
+    model = peft.get_peft_model(
+        tiny_model("llama"), peft.PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=2)
+    )
     with pytest.raises(ValueError, match="prompt-learning adapters"):
         ContextGenerator(model)

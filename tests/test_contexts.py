@@ -68,7 +68,11 @@ def test_a_row_does_not_depend_on_its_batch(batch, budgets, data):
     )
     order = data.draw(st.permutations(range(len(prompts))))[: data.draw(st.integers(1, len(prompts)))]
     part = ContextGenerator(model, token_budget=budgets[1]).generate(
-        [prompts[i] for i in order], [references[i] for i in order], 0.5, seed=5, sample_ids=[sample_ids[i] for i in order]
+        [prompts[i] for i in order],
+        [references[i] for i in order],
+        0.5,
+        seed=5,
+        sample_ids=[sample_ids[i] for i in order],
     )
     for place, index in enumerate(order):
         assert torch.equal(part.tokens[place], whole.tokens[index])
@@ -95,7 +99,9 @@ def test_per_row_self_probabilities():
     mixed = generator.generate(rows, rows, [0.0, 1.0, 0.5], seed=0, sample_ids=[0, 1, 2])
     assert not mixed.is_self[0].any()
     assert mixed.is_self[1].all()
-    expected = generator.generate(rows, rows, torch.tensor([0.0, 1.0, 0.5]), seed=0, sample_ids=[0, 1, 2], method="sequential")
+    expected = generator.generate(
+        rows, rows, torch.tensor([0.0, 1.0, 0.5]), seed=0, sample_ids=[0, 1, 2], method="sequential"
+    )
     assert_equal(mixed, expected)
 
 
@@ -182,7 +188,9 @@ def test_rows_with_invalid_logits_keep_the_reference():
 
 def test_peft_model():
     peft = pytest.importorskip("peft")
-    model = peft.get_peft_model(tiny_model("llama"), peft.LoraConfig(target_modules=["q_proj", "v_proj"], lora_dropout=0.5))
+    model = peft.get_peft_model(
+        tiny_model("llama"), peft.LoraConfig(target_modules=["q_proj", "v_proj"], lora_dropout=0.5)
+    )
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             if "lora_B" in name:
@@ -196,7 +204,9 @@ def test_peft_model():
     assert not torch.equal(mixed.tokens[0], plain.tokens[0])
 
 
-@pytest.mark.parametrize(("self_prob", "temperature", "token_budget"), [(0.1, 1.0, 40), (0.5, 0.7, 96), (1.0, 0.0, 200)])
+@pytest.mark.parametrize(
+    ("self_prob", "temperature", "token_budget"), [(0.1, 1.0, 40), (0.5, 0.7, 96), (1.0, 0.0, 200)]
+)
 def test_smollm2_on_gsm8k(smollm2, gsm8k_rows, self_prob, temperature, token_budget):
     prompts, references, sample_ids = (column[:2] for column in gsm8k_rows)
     references = [reference[:48] for reference in references]

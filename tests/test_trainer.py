@@ -56,7 +56,10 @@ def config(folder, **changes) -> BSSConfig:
 
 def make_trainer(folder, model=None, data=None, **changes) -> BSSTrainer:
     return BSSTrainer(
-        model or tiny_model("llama"), config(folder, **changes), train_dataset=data or rows(), processing_class=Tokenizer()
+        model or tiny_model("llama"),
+        config(folder, **changes),
+        train_dataset=data or rows(),
+        processing_class=Tokenizer(),
     )
 
 
@@ -127,7 +130,11 @@ def test_self_prob_zero_is_supervised_fine_tuning(tmp_path):
     )
 
     def collate(features):
-        return {key: value for key, value in Collator(0)(features).items() if key in ("input_ids", "attention_mask", "labels")}
+        return {
+            key: value
+            for key, value in Collator(0)(features).items()
+            if key in ("input_ids", "attention_mask", "labels")
+        }
 
     plain = Trainer(tiny_model("llama"), plain_args, train_dataset=rows(), data_collator=collate)
     plain.train()
@@ -147,7 +154,7 @@ def test_every_training_log_has_the_figures(tmp_path):
     logs = [entry for entry in trainer.state.log_history if "loss" in entry]
     assert len(logs) == 2
     for entry in logs:
-        assert LOGGED <= set(entry)
+        assert set(entry) >= LOGGED
         assert 0.2 < entry["self_share"] < 0.8
         assert 0.0 <= entry["agreement"] <= 1.0
         assert entry["passes"] >= 1
@@ -176,7 +183,9 @@ def test_resume_repeats_the_uninterrupted_run(tmp_path):
         tmp_path / "run", max_steps=3, save_strategy="steps", save_steps=3, lr_scheduler_type="constant"
     )
     stopped.train()
-    resumed = make_trainer(tmp_path / "run", model=tiny_model("llama", seed=9), max_steps=6, lr_scheduler_type="constant")
+    resumed = make_trainer(
+        tmp_path / "run", model=tiny_model("llama", seed=9), max_steps=6, lr_scheduler_type="constant"
+    )
     resumed.train(resume_from_checkpoint=str(tmp_path / "run" / "checkpoint-3"))
     torch.testing.assert_close(weights(resumed.model), weights(whole.model), rtol=0, atol=0)
 

@@ -56,7 +56,7 @@ class MixedContext:
 
 @dataclass(frozen=True)
 class Batch:
-    """Checked inputs of one generation. Rows are ragged, so per-row tensors stay in lists; ids are int64 on the device."""
+    """Checked inputs of one generation, on the model's device. Rows are ragged, so their tensors stay in lists."""
 
     prompts: list[Tensor]  # [P_i] int64
     references: list[Tensor]  # [T_i] int64
@@ -85,7 +85,12 @@ class Batch:
         """The batch of one row."""
         one = slice(index, index + 1)
         return Batch(
-            self.prompts[one], self.references[one], self.self_prob[one], self.sample_ids[one], self.seed, self.temperature
+            self.prompts[one],
+            self.references[one],
+            self.self_prob[one],
+            self.sample_ids[one],
+            self.seed,
+            self.temperature,
         )
 
 
@@ -106,7 +111,9 @@ def check_token_rows(name: str, rows: Sequence[TokenRow], vocab_size: int, devic
         if tensor.dim() != 1:
             raise ValueError(f"{name}[{index}] has shape {tuple(tensor.shape)}; give a 1-D tensor of token ids")
         if tensor.device.type != "cpu" and tensor.device != device:
-            raise ValueError(f"{name}[{index}] is on {tensor.device}; give it on cpu or on the model's device, {device}")
+            raise ValueError(
+                f"{name}[{index}] is on {tensor.device}; give it on cpu or on the model's device, {device}"
+            )
         if len(tensor) == 0:
             raise ValueError(f"{name}[{index}] is empty; every row needs at least one token (drop the row otherwise)")
         checked.append(tensor)
@@ -121,7 +128,9 @@ def _as_ids(name: str, row: object) -> Tensor:
     try:
         tensor = torch.as_tensor(row)
     except (TypeError, ValueError, RuntimeError) as error:
-        raise TypeError(f"{name} is a {type(row).__name__}; give a 1-D tensor or a list of token ids ({error})") from None
+        raise TypeError(
+            f"{name} is a {type(row).__name__}; give a 1-D tensor or a list of token ids ({error})"
+        ) from None
     return tensor.to(torch.int64) if tensor.numel() == 0 else tensor
 
 

@@ -3,8 +3,8 @@
 With its noise fixed, the model's own token at every self position is a function of the tokens before it, and the mixed
 context is the one sequence that this function maps to itself. So guess it (first guess: the reference), compute many
 positions at once, correct the guess, and repeat. Whatever stands before the first correction in a row is final; it
-stays in the KV cache and is never computed again. Jacobi iteration on the decoding equations (Song et al. 2021, Santilli
-et al. 2023), exact because each pass makes at least one more token final.
+stays in the KV cache and is never computed again. This is Jacobi iteration on the decoding equations (Song et al. 2021,
+arXiv 2002.03629; Santilli et al. 2023, arXiv 2305.10427), exact as each pass makes at least one more token final.
 
 ``plan_pass`` chooses the tokens of a pass, ``run_pass`` computes them, ``commit_pass`` writes down what they showed.
 """
@@ -100,7 +100,9 @@ def run_pass(model: PreTrainedModel, state: FixedPoint, windows: list[Window]) -
     for row, begin, end in windows:
         found = state.rows[row].self_positions_in(begin + 1, end)
         positions.append(found)
-        flat_index += [offset + position - 1 - begin for position in found]  # a token is predicted one position before it
+        flat_index += [
+            offset + position - 1 - begin for position in found
+        ]  # a token is predicted one position before it
         slots += [state.row_starts[row] + position for position in found]
         answer_position += [position - batch.prompt_lengths[row] for position in found]
         row_of += [row] * len(found)

@@ -31,11 +31,11 @@ class ContextGenerator:
     """Mixed contexts for batch-scheduled sampling (arXiv 2410.14655), made with the model's current weights.
 
     Args:
-        model: a causal language model of transformers, or a PEFT model around one. It is not modified; while contexts
-            are made it is in eval mode (no dropout) and without gradients.
+        model: a causal language model of transformers, or a PEFT model around one. It is left as it was; while
+            contexts are made it is in eval mode (no dropout) and without gradients.
         temperature: of the model's own tokens; 0 is greedy. At least 0.
-        token_budget: most tokens computed in one pass of ``method="fixed_point"``, at least 1. By default it is measured
-            once on the model's device: see ``calibrate_token_budget``. It changes the cost, never the tokens.
+        token_budget: most tokens computed in one pass of ``method="fixed_point"``, at least 1. By default it is
+            measured once on the model's device (``calibrate_token_budget``). It changes the cost, never the tokens.
 
     Raises:
         TypeError: ``model`` is not a transformers model, or its weights have more than one dtype.
@@ -203,12 +203,15 @@ def _check_self_prob(self_prob: float | Sequence[float] | Tensor, rows: int, dev
 
 def _transformers_model(model: torch.nn.Module) -> PreTrainedModel:
     """The transformers model itself: inside a PEFT model, adapters included."""
-    if hasattr(model, "get_base_model"):
+    base_model = getattr(model, "get_base_model", None)  # PEFT's
+    if callable(base_model):
         if getattr(getattr(model, "active_peft_config", None), "is_prompt_learning", False):
             raise ValueError("prompt-learning adapters of PEFT add positions of their own; use LoRA or another adapter")
-        model = model.get_base_model()
+        model = base_model()
     if not isinstance(model, PreTrainedModel):
-        raise TypeError(f"model is a {type(model).__name__}; give a transformers model (AutoModelForCausalLM) or PEFT's")
+        raise TypeError(
+            f"model is a {type(model).__name__}; give a transformers model (AutoModelForCausalLM) or PEFT's"
+        )
     return model
 
 

@@ -22,7 +22,7 @@ def can_pack() -> bool:
     """Whether this torch has oneDNN's packed products and they mean the same here (autocast would be passed by)."""
     return (
         torch.backends.mkldnn.is_available()
-        and torch.backends.mkldnn.enabled
+        and bool(torch.backends.mkldnn.enabled)
         and hasattr(torch.ops.mkldnn, "_reorder_linear_weight")
         and hasattr(torch.ops.mkldnn, "_linear_pointwise")
         and not torch.is_autocast_enabled("cpu")
@@ -50,7 +50,7 @@ def packed_linears(model: nn.Module) -> Iterator[None]:
     try:
         for module in linears:
             packed = torch.ops.mkldnn._reorder_linear_weight(module.weight.detach(), _BATCH_HINT)
-            module.forward = partial(_multiply, packed, module.bias)
+            vars(module)["forward"] = partial(_multiply, packed, module.bias)
         yield
     finally:
         for module in linears:

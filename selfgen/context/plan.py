@@ -40,10 +40,10 @@ class RowProgress:
     def done(self) -> bool:
         return not self.self_positions or self.final >= self.self_positions[-1]
 
-    def next_self(self, position: int) -> int | None:
-        """The first self position behind ``position``."""
+    def next_self(self, position: int) -> int:
+        """The first self position behind ``position``, or ``position`` itself if there is none."""
         index = bisect_right(self.self_positions, position)
-        return self.self_positions[index] if index < len(self.self_positions) else None
+        return self.self_positions[index] if index < len(self.self_positions) else position
 
     def self_positions_in(self, begin: int, last: int) -> list[int]:
         """Self positions with ``begin <= position <= last``."""
@@ -114,7 +114,7 @@ def _push_segment(
 ) -> None:
     """Offer the positions from the self position ``begin`` up to the one behind it, if the row still needs them."""
     row = rows[index]
-    if row.next_self(begin) is None:
+    if row.next_self(begin) == begin:
         return
     chance *= (speculation.revised if begin < row.sampled else speculation.first).rate
     heapq.heappush(segments, (-chance, index, begin))

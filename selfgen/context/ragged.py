@@ -1,9 +1,9 @@
 """transformers decoders, unmodified, over a ragged KV cache.
 
 A pass is a flat batch ``input_ids [1, N]`` of windows from many rows. Two things make an unmodified model compute it:
-the attention function ``"selfgen"`` in transformers' ``AttentionInterface`` and a ``Cache`` whose layers keep one *slot*
-per (row, position). Rows lie one after the other in the slots, each exactly as long as it is: nothing is padded, and a
-roll-back is a shorter window in the next pass, never a copy.
+the attention function ``"selfgen"`` in transformers' ``AttentionInterface`` and a ``Cache`` whose layers keep one
+*slot* for each (row, position). Rows lie one after the other in the slots, each exactly as long as it is: nothing is
+padded, and a roll-back is a window that begins earlier in the next pass, never a copy.
 """
 
 from __future__ import annotations
@@ -201,7 +201,7 @@ def ragged_model(model: PreTrainedModel) -> Iterator[None]:
 def ragged_logits(
     model: PreTrainedModel, cache: RaggedCache, ragged_pass: RaggedPass, tokens: Tensor, index: Tensor
 ) -> Tensor:
-    """Compute a pass inside ``ragged_model``: logits [M, V] at the places ``index`` [M] of the pass, from ``tokens`` [slots].
+    """Compute a pass of ``tokens`` [slots] inside ``ragged_model``; returns logits [M, V] at its places ``index`` [M].
 
     The pass's K/V goes to its slots. The head, with all that a model does to its logits, runs at ``index`` only.
     """
@@ -256,7 +256,9 @@ def inspect_model(model: PreTrainedModel, longest_row: int) -> Support:
             continue
         original = rope.get("original_max_position_embeddings") or config.max_position_embeddings
         if longest_row > original:
-            missing.append(f"rope_type {kind!r} beyond {original} positions, where frequencies depend on the longest row")
+            missing.append(
+                f"rope_type {kind!r} beyond {original} positions, where frequencies depend on the longest row"
+            )
             isolate = True
     return Support(missing, isolate)
 
@@ -294,8 +296,8 @@ def verify_model(model: PreTrainedModel) -> None:
     difference = float((found - own).abs().mean() / own.std())
     if difference > (1e-3 if model.dtype == torch.float32 else 0.1):
         raise UnsupportedModelError(
-            f"{type(model).__name__} computes something else over the ragged cache than in its own forward (logits differ "
-            f'by {difference:.1%} of their standard deviation); use method="sequential"'
+            f"{type(model).__name__} computes something else over the ragged cache than in its own forward (logits "
+            f'differ by {difference:.1%} of their standard deviation); use method="sequential"'
         )
 
 

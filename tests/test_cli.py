@@ -1,0 +1,254 @@
+"""The command line: runs, YAML files, resuming after a kill, one line and exit code 2 for an error."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+import transformers as t
+from test_data import ROWS, WORDS, make_tokenizer, write_jsonl
+
+from selfgen.cli import main
+from selfgen.trainer import BSSTrainer
+
+ROOT = Path(__file__).parents[1]
+
+
+@pytest.fixture(scope="module")
+def model_dir(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("model")
+    torch.manual_seed(0)
+    config = t.LlamaConfig(
+        vocab_size=len(WORDS),
+        hidden_size=16,
+        intermediate_size=24,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        num_key_value_heads=1,
+        max_position_embeddings=64,
+    )
+    t.LlamaForCausalLM(config).save_pretrained(folder)
+    make_tokenizer().save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture
+def arguments(model_dir, tmp_path):
+    file = tmp_path / "train.jsonl"
+    write_jsonl(file, ROWS * 8)
+    return {
+        "model": str(model_dir),
+        "dataset": str(file),
+        "output_dir": str(tmp_path / "out"),
+        "max_steps": 3,
+        "max_length": 32,
+        "logging_steps": 1,
+        "token_budget": 16,
+        "use_cpu": True,
+    }
+
+
+def flags(arguments: dict) -> list[str]:
+    return [part for key, value in arguments.items() for part in (f"--{key}", str(value))]
+
+
+def run(arguments: list[str], capsys) -> tuple[int, str, str]:
+    try:
+        code = main(arguments)
+    except SystemExit as stop:
+        code = stop.code
+    out, err = capsys.readouterr()
+    return code, out, err
+
+
+def history(folder) -> list[dict]:
+    return [e for e in json.loads((Path(folder) / "trainer_state.json").read_text())["log_history"] if "loss" in e]
+
+
+def test_help(capsys):
+    code, out, _ = run(["--help"], capsys)
+    assert code == 0
+    assert "selfgen train" in out
+    code, short, _ = run(["train", "--help"], capsys)
+    assert code == 0
+    for option in ("--model", "--dataset", "--self_prob", "--learning_rate", "--resume_from_checkpoint"):
+        assert option in short
+    assert "--adam_beta1" not in short
+    code, everything, _ = run(["train", "--help_all"], capsys)
+    assert code == 0
+    assert "--adam_beta1" in everything
+
+
+def test_train_from_flags(arguments, capsys):
+    code, out, err = run(["train", *flags(arguments)], capsys)
+    assert code == 0
+    assert arguments["output_dir"] in out
+    logs = history(arguments["output_dir"])
+    assert len(logs) == 3
+    assert {"self_share", "agreement", "passes", "computed_per_token", "context_seconds", "training_seconds"} <= set(
+        logs[0]
+    )
+    assert t.AutoModelForCausalLM.from_pretrained(arguments["output_dir"]).config.vocab_size == len(WORDS)
+    assert t.AutoTokenizer.from_pretrained(arguments["output_dir"]).eos_token == "<eos>"
+    assert "%" in err  # the progress bar, with the time left
+    assert "<" in err
+
+
+def test_yaml_and_flags_give_the_same_run(arguments, tmp_path, capsys):
+    run(["train", *flags(arguments), "--self_prob", "0.5"], capsys)
+    yaml = tmp_path / "bss.yaml"
+    other = {**arguments, "output_dir": str(tmp_path / "other"), "self_prob": 0.1, "learning_rate": "5e-5"}
+    yaml.write_text("".join(f"{key}: {value}\n" for key, value in other.items()))
+    code, _, _ = run(["train", str(yaml), "--self_prob", "0.5"], capsys)  # flags win
+    assert code == 0
+    losses = [[e["loss"] for e in history(folder)] for folder in (arguments["output_dir"], other["output_dir"])]
+    assert losses[0] == losses[1]
+
+
+def test_evaluation_split(arguments, capsys):
+    code, _, _ = run(["train", *flags(arguments), "--eval_split", "train[:4]", "--eval_strategy", "epoch"], capsys)
+    assert code == 0
+
+
+def test_data_report_is_shown(arguments, tmp_path):
+    write_jsonl(
+        tmp_path / "train.jsonl", [*ROWS, {"prompt": "a", "completion": " "}, {"prompt": "a", "completion": "b " * 40}]
+    )
+    result = subprocess.run(
+        [sys.executable, "-m", "selfgen", "train", *flags(arguments)],
+        capture_output=True,
+        text=True,
+        cwd=ROOT,
+        check=True,
+    )
+    assert "train data: 4 rows: 3 kept, 1 answers truncated to 32 tokens, 1 dropped (1 empty answer)" in result.stderr
+
+
+BROKEN = '{"prompt": "a", "completion": "b"}\n{"prompt": "a", \n'
+
+
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        ({"self_prob": "2"}, "self_prob is 2.0; a probability must be in [0, 1]"),
+        ({"self_prob": "half"}, "--self_prob"),
+        ({"sampling_temperature": "-1"}, "sampling_temperature is -1.0"),
+        ({"max_length": "1000"}, "max_length is 1000, but the model has 64 positions"),
+        ({"dataset": "nowhere.jsonl"}, "nowhere.jsonl"),
+        ({"dataset": BROKEN}, "line 2: broken JSON"),
+        ({"dataset": '{"question": "a", "answer": "b"}\n'}, "columns question, answer"),
+        ({"dataset": '{"prompt": "a", "completion": ""}\n'}, "no row is left"),
+        ({"dataset": '{"prompt": "a", "completion": null}\n{"prompt": "a", "completion": "b"}\n'}, "row 0"),
+        ({"dataset_split": "validation"}, "no split 'validation'"),
+        ({"model": "nowhere/model"}, "nowhere/model"),
+        ({"dtype": "int8"}, "dtype is 'int8'; accepted: auto"),
+        ({"resume_from_checkpoint": "nowhere"}, "'nowhere': no such folder"),
+        ({"bogus": "1"}, "--bogus"),
+    ],
+)
+def test_errors_are_one_line_and_exit_code_2(arguments, changes, words, tmp_path, capsys):
+    if changes.get("dataset", "").startswith("{"):
+        file = tmp_path / "data.jsonl"
+        file.write_text(changes["dataset"])
+        changes = {"dataset": str(file)}
+    code, out, err = run(["train", *flags({**arguments, **changes})], capsys)
+    assert code == 2
+    last = err.strip().splitlines()[-1]
+    assert last.startswith("selfgen train: error: ")
+    assert words in last
+    assert "Traceback" not in err
+    assert out == ""
+
+
+@pytest.mark.parametrize(
+    ("content", "words"),
+    [
+        ("self_probb: 0.5\n", "unknown option 'self_probb'; did you mean 'self_prob'?"),
+        ("- a\n", "must map options to values"),
+        ("a: [\n", "is not valid YAML"),
+        (None, "there is no configuration file"),
+    ],
+)
+def test_bad_yaml(content, words, arguments, tmp_path, capsys):
+    file = tmp_path / "bss.yaml"
+    if content is not None:
+        file.write_text(content)
+    code, _, err = run(["train", str(file), *flags(arguments)], capsys)
+    assert code == 2
+    assert words in err
+
+
+def test_missing_arguments_and_commands(capsys):
+    code, _, err = run(["train"], capsys)
+    assert code == 2
+    assert "--model" in err
+    code, _, err = run(["brew"], capsys)
+    assert code == 2
+    assert err == "selfgen: error: unknown command 'brew'; there is: train\n"
+
+
+def test_tokenizer_without_eos_and_pad(arguments, model_dir, tmp_path, capsys):
+    folder = tmp_path / "no-eos"
+    t.AutoModelForCausalLM.from_pretrained(model_dir).save_pretrained(folder)
+    make_tokenizer(eos_token=None).save_pretrained(folder)
+    code, _, err = run(["train", *flags({**arguments, "model": str(folder)})], capsys)
+    assert code == 2
+    assert "set tokenizer.eos_token" in err
+
+
+def test_a_model_that_the_fast_path_refuses(arguments, tmp_path, capsys):
+    folder = tmp_path / "bloom"
+    t.BloomForCausalLM(t.BloomConfig(vocab_size=len(WORDS), hidden_size=16, n_layer=1, n_head=2)).save_pretrained(
+        folder
+    )
+    make_tokenizer().save_pretrained(folder)
+    code, _, err = run(["train", *flags({**arguments, "model": str(folder)})], capsys)
+    assert code == 2
+    assert "positions that can't be given" in err
+    assert err.count("Traceback") == 0
+    code, _, _ = run(["train", *flags({**arguments, "model": str(folder)}), "--context_method", "sequential"], capsys)
+    assert code == 0
+
+
+def test_a_killed_run_goes_on_from_its_last_checkpoint(arguments, tmp_path, capsys):
+    """SIGKILL in the middle, then `--resume_from_checkpoint last`: the losses of the run that was not killed."""
+    steps = {"max_steps": 40, "save_steps": 2, "lr_scheduler_type": "constant", "learning_rate": "1e-3"}
+    options = {**arguments, **steps, "output_dir": str(tmp_path / "killed"), "save_total_limit": 2}
+    command = ["train", *flags(options), "--resume_from_checkpoint", "last"]
+    process = subprocess.Popen(
+        [sys.executable, "-m", "selfgen", *command], cwd=ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
+    )
+    deadline = time.monotonic() + 120
+    while not list((tmp_path / "killed").glob("checkpoint-*/trainer_state.json")):
+        assert process.poll() is None, "the run ended before it could be killed"
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
+    os.kill(process.pid, signal.SIGKILL)
+    process.wait()
+    assert not (tmp_path / "killed" / "config.json").exists()
+    assert run(command, capsys)[0] == 0
+    assert run(["train", *flags({**arguments, **steps})], capsys)[0] == 0
+    assert [e["loss"] for e in history(tmp_path / "killed")] == [e["loss"] for e in history(arguments["output_dir"])]
+
+
+def test_a_half_written_checkpoint_is_passed_over(arguments, capsys):
+    """A kill while a checkpoint is being saved leaves a folder without a whole trainer_state.json."""
+    assert run(["train", *flags(arguments), "--save_steps", "1"], capsys)[0] == 0
+    out = Path(arguments["output_dir"])
+    (out / "checkpoint-3" / "trainer_state.json").write_text('{"global_st')
+    (out / "checkpoint-9").mkdir()
+    losses = [e["loss"] for e in history(out)]
+    assert run(["train", *flags(arguments), "--resume_from_checkpoint", "last"], capsys)[0] == 0
+    assert [e["loss"] for e in history(out)] == losses
+
+
+def test_refusal_happens_before_the_data_is_touched(arguments, monkeypatch, capsys):
+    monkeypatch.setattr(BSSTrainer, "train", lambda *a, **k: pytest.fail("must not train"))
+    assert run(["train", *flags({**arguments, "self_prob": "3"})], capsys)[0] == 2

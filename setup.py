@@ -9,7 +9,9 @@ import sysconfig
 
 from setuptools import setup
 
-SOURCE = "selfgen_kernels/backends/cpu/kernels.cpp"
+FOLDER = "selfgen_kernels/backends/cpu"
+SOURCES = [f"{FOLDER}/attention.cpp", f"{FOLDER}/kernels.cpp"]
+HEADERS = [f"{FOLDER}/elementary.h"]
 MODULE = "selfgen_kernels.backends.cpu._C"
 OPENMP = [] if sys.platform == "darwin" else ["-fopenmp"]  # Apple's compiler has none
 FLAGS = ["-O3", "-g0", *OPENMP, "-ffp-contract=off", "-fno-math-errno", "-fno-trapping-math", "-Wno-unknown-pragmas"]
@@ -39,7 +41,7 @@ def cpp_kernels() -> dict:
                 self.extensions = []
                 without_kernels(error)
 
-    kernels = CppExtension(MODULE, [SOURCE], extra_compile_args=FLAGS, extra_link_args=OPENMP)
+    kernels = CppExtension(MODULE, SOURCES, depends=HEADERS, extra_compile_args=FLAGS, extra_link_args=OPENMP)
     return {"ext_modules": [kernels], "cmdclass": {"build_ext": OptionalBuild.with_options(use_ninja=False)}}
 
 

@@ -238,6 +238,18 @@ def test_a_killed_run_goes_on_from_its_last_checkpoint(arguments, tmp_path, caps
     assert [e["loss"] for e in history(tmp_path / "killed")] == [e["loss"] for e in history(arguments["output_dir"])]
 
 
+def test_data_parallel_training(arguments, tmp_path, capsys):
+    """Two processes with half the batch each train as one process does: a row's context knows nothing of ranks."""
+    half = {**arguments, "output_dir": str(tmp_path / "ddp"), "per_device_train_batch_size": 2, "learning_rate": "1e-2"}
+    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "-m", "selfgen"]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    subprocess.run([*launch, "train", *flags(half)], cwd=ROOT, env=environment, check=True, capture_output=True)
+    whole = {**arguments, "per_device_train_batch_size": 4, "learning_rate": "1e-2"}
+    assert run(["train", *flags(whole)], capsys)[0] == 0
+    losses = [[e["loss"] for e in history(folder)] for folder in (half["output_dir"], whole["output_dir"])]
+    assert losses[0] == pytest.approx(losses[1], rel=1e-4)
+
+
 def test_a_half_written_checkpoint_is_passed_over(arguments, capsys):
     """A kill while a checkpoint is being saved leaves a folder without a whole trainer_state.json."""
     assert run(["train", *flags(arguments), "--save_steps", "1"], capsys)[0] == 0

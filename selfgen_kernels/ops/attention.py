@@ -1,31 +1,20 @@
-"""``ragged_attention``: the schema, the checks, the contract."""
-
-from __future__ import annotations
+"""Attention of many short chunks of queries, each over its own range of one flat K/V cache."""
 
 import torch
 from torch import Tensor
 
-from ..backends.reference import attention as reference
+from selfgen_kernels.ops.arguments import FLOATS, check_number, check_tensor, values_visible
+
+torch.library.define(
+    "selfgen::ragged_attention",
+    "(Tensor query, Tensor key, Tensor value, Tensor cu_seqlens_q, Tensor kv_ranges, float scale, "
+    "SymInt? sliding_window, float? softcap, Tensor? sinks) -> Tensor",
+)
 
 
-@torch.library.custom_op("selfgen::ragged_attention", mutates_args=())
-def _ragged_attention(
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    cu_seqlens_q: Tensor,
-    kv_ranges: Tensor,
-    scale: float,
-    sliding_window: int | None,
-    softcap: float | None,
-    sinks: Tensor | None,
-) -> Tensor:
-    return reference.ragged_attention(query, key, value, cu_seqlens_q, kv_ranges, scale, sliding_window, softcap, sinks)
-
-
-@_ragged_attention.register_fake
-def _(query, key, value, cu_seqlens_q, kv_ranges, scale, sliding_window, softcap, sinks):
-    return torch.empty_like(query)
+@torch.library.register_fake("selfgen::ragged_attention")
+def _(query, *rest):
+    return query.new_empty(query.shape)
 
 
 def ragged_attention(
@@ -40,49 +29,84 @@ def ragged_attention(
     softcap: float | None = None,
     sinks: Tensor | None = None,
 ) -> Tensor:
-    """Causal attention of many chunks of queries, each over its own range of a flat K/V cache.
+    """Causal attention of many chunks of queries, each over its own range of a flat K/V cache. For inference only.
 
-    Chunk b holds the queries ``cu_seqlens_q[b] : cu_seqlens_q[b + 1]``; they are the last positions of the K/V in slots
-    ``kv_ranges[b, 0] : kv_ranges[b, 0] + kv_ranges[b, 1]``. Each query sees the keys up to its own position.
+    Chunk b holds the queries `cu_seqlens_q[b] : cu_seqlens_q[b + 1]`; they are the last positions of the K/V in slots
+    `kv_ranges[b, 0] : kv_ranges[b, 0] + kv_ranges[b, 1]`. Each query sees the keys up to its own position. On CPU, with
+    the C++ kernel, a query over the same keys gives the same bits however the chunks are cut and on any number of
+    threads: keys count from the first slot of their range.
 
     Args:
-        query: [N, heads, head_dim].
-        key, value: [slots, kv_heads, head_dim], the dtype of ``query``; ``heads`` is a multiple of ``kv_heads``.
-        cu_seqlens_q: [B + 1] int32, ascending from 0 to N.
-        kv_ranges: [B, 2] int64, first slot and number of slots of each chunk (itself included).
-        scale: factor on the logits; ``head_dim ** -0.5`` if None.
-        sliding_window: a query sees this many positions, itself included.
-        softcap: logits become ``softcap * tanh(logits / softcap)`` (Gemma 2, arXiv 2408.00118, section 2).
-        sinks: [heads], a logit a head that takes probability and has no value (gpt-oss).
+        query: fp32, bf16, fp16 or fp64 [N, heads, head_dim], any strides.
+        key: same dtype [slots, kv_heads, head_dim], any strides; heads is a multiple of kv_heads, and query head h
+            reads K/V head h // (heads // kv_heads).
+        value: same dtype and shape as `key`.
+        cu_seqlens_q: int32 [B + 1], ascending from 0 to N.
+        kv_ranges: int64 [B, 2], first slot and number of slots of each chunk; at least as many slots as queries.
+        scale: finite factor on the logits; head_dim ** -0.5 if None.
+        sliding_window: >= 1: a query sees this many positions, itself included.
+        softcap: > 0: logits become softcap * tanh(logits / softcap), as in Gemma 2 (arXiv 2408.00118).
+        sinks: floating [heads], a logit a head that takes probability and has no value, as in gpt-oss.
 
     Returns:
-        [N, heads, head_dim], the dtype of ``query``.
+        [N, heads, head_dim], the dtype of `query`, contiguous.
 
     Raises:
-        ValueError: shapes that do not fit together.
-        TypeError: K/V of another dtype than the queries.
+        TypeError: an argument of another type or dtype.
+        ValueError: a value, shape or device outside of the above (values inside GPU tensors are not looked at).
+        RuntimeError: a tensor that requires grad while gradients are recorded; the op has no backward.
 
     Example:
-        >>> q, kv = torch.randn(3, 4, 8), torch.randn(9, 2, 8)
+        >>> import torch
+        >>> from selfgen_kernels import ragged_attention
+        >>> query, cache = torch.randn(3, 4, 8), torch.randn(9, 2, 8)
         >>> chunks = torch.tensor([0, 1, 3], dtype=torch.int32)  # one query, then two
-        >>> ragged_attention(q, kv, kv, chunks, torch.tensor([[0, 4], [4, 5]])).shape
+        >>> ragged_attention(query, cache, cache, chunks, torch.tensor([[0, 4], [4, 5]])).shape
         torch.Size([3, 4, 8])
     """
-    if query.dim() != 3 or key.dim() != 3 or key.shape != value.shape or query.shape[2] != key.shape[2]:
+    check_tensor("query", query, ("N", "heads", "head_dim"), FLOATS, None)
+    heads, head_dim = query.shape[1:]
+    check_tensor("key", key, ("slots", "kv_heads", head_dim), (query.dtype,), query.device)
+    check_tensor("value", value, tuple(key.shape), (query.dtype,), query.device)
+    if 0 in (heads, head_dim, key.shape[1]) or heads % key.shape[1]:
         raise ValueError(
-            "query must be [N, heads, head_dim] and key, value [slots, kv_heads, head_dim], got "
-            f"{tuple(query.shape)}, {tuple(key.shape)}, {tuple(value.shape)}"
+            f"{heads} query heads of size {head_dim} cannot share {key.shape[1]} K/V heads; "
+            "pass heads and head_dim >= 1, and heads a multiple of kv_heads"
         )
-    if key.shape[1] == 0 or query.shape[1] % key.shape[1]:
-        raise ValueError(f"{query.shape[1]} query heads can't share {key.shape[1]} K/V heads evenly")
-    if key.dtype != query.dtype or value.dtype != query.dtype:
-        raise TypeError(f"query, key and value must have one dtype, got {query.dtype}, {key.dtype}, {value.dtype}")
-    if kv_ranges.shape != (max(0, len(cu_seqlens_q) - 1), 2):
-        raise ValueError(
-            f"kv_ranges must be [B, 2] for cu_seqlens_q [B + 1], got {tuple(kv_ranges.shape)} and {tuple(cu_seqlens_q.shape)}"
-        )
+    check_tensor("cu_seqlens_q", cu_seqlens_q, ("B + 1",), (torch.int32,), query.device)
+    if len(cu_seqlens_q) == 0:
+        raise ValueError("cu_seqlens_q is empty; pass int32 [B + 1], which is [0] for no chunk")
+    check_tensor("kv_ranges", kv_ranges, (len(cu_seqlens_q) - 1, 2), (torch.int64,), query.device)
+    if values_visible(cu_seqlens_q):
+        _check_chunks(cu_seqlens_q.tolist(), kv_ranges.tolist(), len(query), len(key))
     if scale is None:
-        scale = query.shape[2] ** -0.5
+        scale = head_dim**-0.5
+    finite, positive = "a finite float, or None for head_dim ** -0.5", "a finite float > 0, or None"
+    check_number("scale", scale, finite, lambda scale: abs(scale) < float("inf"))
+    if sliding_window is not None:
+        check_number("sliding_window", sliding_window, "an int >= 1, or None", lambda size: size >= 1, whole=True)
+    if softcap is not None:
+        check_number("softcap", softcap, positive, lambda cap: 0 < cap < float("inf"))
+    if sinks is not None:
+        check_tensor("sinks", sinks, (heads,), FLOATS, query.device)
+    if torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in (query, key, value, sinks)):
+        raise RuntimeError("ragged_attention has no backward; call it under torch.no_grad(), or detach its tensors")
     return torch.ops.selfgen.ragged_attention(
         query, key, value, cu_seqlens_q, kv_ranges, scale, sliding_window, softcap, sinks
     )
+
+
+def _check_chunks(bounds: list[int], ranges: list[list[int]], queries: int, slots: int) -> None:
+    """Raise unless `bounds` [B + 1] ascend from 0 to `queries` and `ranges` [B, 2] fit the slots and the chunks."""
+    if bounds[0] != 0 or bounds[-1] != queries or bounds != sorted(bounds):
+        raise ValueError(
+            f"cu_seqlens_q is {bounds}, expected ascending numbers from 0 to the {queries} queries; "
+            "pass the running sum of the chunks' lengths, with a 0 in front"
+        )
+    for chunk, (first, length) in enumerate(ranges):
+        size = bounds[chunk + 1] - bounds[chunk]
+        if not (0 <= first <= first + length <= slots and length >= size):
+            raise ValueError(
+                f"kv_ranges[{chunk}] is [{first}, {length}], expected [first, length] inside the {slots} slots with "
+                f"length >= {size}, the queries of the chunk; write their K/V first and count them in"
+            )

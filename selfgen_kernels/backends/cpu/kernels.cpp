@@ -8,25 +8,19 @@
 #include <ATen/Parallel.h>
 #include <torch/library.h>
 
+#include "elementary.h"
+
 #include <algorithm>
 #include <cstring>
 #include <limits>
 #include <optional>
 #include <tuple>
 
-#if defined(__x86_64__) && defined(__linux__) && defined(__GNUC__) && !defined(__clang__)
-#define SELFGEN_CLONES __attribute__((target_clones("avx512f", "avx2", "default")))
-#else
-#define SELFGEN_CLONES
-#endif
-#define SELFGEN_INLINE inline __attribute__((always_inline))
-
 namespace {
 
 constexpr int64_t kGroup = 64;   // vocabulary ids a group
 constexpr int64_t kLanes = 16;   // Philox counters at a time: 4 numbers each, so 64 numbers
 constexpr float kInf = std::numeric_limits<float>::infinity();
-constexpr float kLn2 = 0.69314718056f;
 constexpr float kLogGroup = 4.16f;  // a bound on log(64) = 4.1589 that no rounding of a sum of 64 terms exceeds
 
 enum Stream : uint32_t { kMask = 0, kGroupNoise = 1, kTokenNoise = 2 };
@@ -39,35 +33,7 @@ struct RowKey {
   uint32_t k0, k1, c1, c2, c3;
 };
 
-// ---- Elementary functions, accurate to a few ulp over the ranges used here, without branches -------------------------
-
-template <typename To, typename From>
-SELFGEN_INLINE To bit_cast(From from) {
-  To to;
-  static_assert(sizeof(To) == sizeof(From));
-  std::memcpy(&to, &from, sizeof(To));
-  return to;
-}
-
-// log(x) of a positive normal x = 2^e m with m in [sqrt(1/2), sqrt(2)), by log(m) = 2 atanh((m - 1) / (m + 1)).
-SELFGEN_INLINE float log_(float x) {
-  const int32_t bits = bit_cast<int32_t>(x);
-  const int32_t exponent = (bits - bit_cast<int32_t>(0.70710677f)) >> 23;
-  const float m = bit_cast<float>(bits - exponent * (1 << 23));
-  const float s = (m - 1) / (m + 1), s2 = s * s;
-  const float series = s2 * (1 / 3.f + s2 * (1 / 5.f + s2 * (1 / 7.f + s2 * (1 / 9.f))));
-  return exponent * kLn2 + 2 * (s + s * series);
-}
-
-// exp(x) of x <= 0, flushed to about 1e-38 below -87: Taylor's series for |x - n log 2| <= log(2) / 2, times 2^n.
-SELFGEN_INLINE float exp_(float x) {
-  x = x > -87.f ? x : -87.f;
-  const int32_t n = int32_t(x * (1 / kLn2) - 0.5f);
-  const float r = (x - n * 0.693359375f) + n * 2.12194440e-4f;  // log 2 in two parts, of which n times the first is exact
-  const float series =
-      1 + r * (1 + r / 2 * (1 + r / 3 * (1 + r / 4 * (1 + r / 5 * (1 + r / 6 * (1 + r / 7))))));
-  return series * bit_cast<float>((n + 127) << 23);
-}
+// ---- Loops over 64 numbers -------------------------------------------------------------------------------------------
 
 SELFGEN_INLINE float gumbel(uint32_t word) {
   const float scaled = (float(word) + 0.5f) * 0x1p-32f;
@@ -77,8 +43,6 @@ SELFGEN_INLINE float gumbel(uint32_t word) {
   const float exponential = u == 1 ? w : -log1p;
   return -log_(exponential);
 }
-
-// ---- Loops over 64 numbers -------------------------------------------------------------------------------------------
 
 // Ten rounds of Philox4x32 on the counters first, .., first + LANES - 1 of a stream; words[j] holds each one's word j.
 template <int64_t LANES>

@@ -2,9 +2,15 @@
 
 import torch
 
-from selfgen_kernels.backends.reference import philox, sampling, scaling
+from selfgen_kernels.backends.reference import attention, philox, sampling, scaling
 
-for op in (philox.gumbel_noise, philox.self_mask, sampling.sample_mix, sampling.linear_sample_mix):
+for op in (
+    attention.ragged_attention,
+    philox.gumbel_noise,
+    philox.self_mask,
+    sampling.sample_mix,
+    sampling.linear_sample_mix,
+):
     torch.library.impl(f"selfgen::{op.__name__}", "CompositeExplicitAutograd", op)
 
 # For kernels that have left Python and come back for the filters.

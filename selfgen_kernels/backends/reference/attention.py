@@ -1,6 +1,4 @@
-"""Attention of ragged chunks over ragged K/V: the specification, one chunk after the other."""
-
-from __future__ import annotations
+"""Attention of ragged chunks over ragged K/V, specified: one chunk after the other."""
 
 import torch
 import torch.nn.functional as F
@@ -18,7 +16,8 @@ def ragged_attention(
     softcap: float | None,
     sinks: Tensor | None,  # [heads]
 ) -> Tensor:
-    output = torch.empty_like(query)
+    """[N, heads, head_dim]: softmax(query key^T * scale) value over the keys that a query sees."""
+    output = query.new_empty(query.shape)
     bounds = cu_seqlens_q.tolist()
     for begin, end, (start, length) in zip(bounds, bounds[1:], kv_ranges.tolist(), strict=False):
         if begin == end:
@@ -34,7 +33,7 @@ def ragged_attention(
 
 
 def _visible(queries: int, keys: int, sliding_window: int | None, device: torch.device) -> Tensor | None:
-    """[queries, keys] bool: the causal mask of the last ``queries`` of ``keys`` positions; None if all is visible."""
+    """[queries, keys] bool: the causal mask of the last `queries` of `keys` positions; None if all is visible."""
     if queries == 1:
         return None
     distance = torch.arange(keys - queries, keys, device=device)[:, None] - torch.arange(keys, device=device)
@@ -56,15 +55,17 @@ def _attend(query, key, value, visible, scale, softcap, sinks):
 
 
 def _attend_capped(query, key, value, visible, scale, softcap, sinks):
-    """With the logits in the open, for soft-caps (Gemma 2) and sinks (gpt-oss)."""
-    queries, heads, head_dim = query.shape
+    """With the logits in the open, for softcaps (Gemma 2) and sinks (gpt-oss), and in at least fp32."""
+    queries, heads, _ = query.shape
     group = heads // key.shape[1]
-    logits = torch.einsum("qhd,khd->hqk", query, key.repeat_interleave(group, dim=1)) * scale
+    dtype = torch.promote_types(query.dtype, torch.float32)
+    key, value = (x.to(dtype).repeat_interleave(group, dim=1) for x in (key, value))  # [keys, heads, head_dim]
+    logits = torch.einsum("qhd,khd->hqk", query.to(dtype), key) * scale
     if softcap is not None:
         logits = torch.tanh(logits / softcap) * softcap
     if visible is not None:
         logits = logits.masked_fill(~visible, -torch.inf)
     if sinks is not None:  # one more logit to give probability to, with no value behind it
-        logits = torch.cat([logits, sinks.to(logits.dtype)[:, None, None].expand(-1, queries, 1)], dim=-1)
-    weights = torch.softmax(logits, dim=-1, dtype=torch.float32).to(query.dtype)[..., : len(key)]
-    return torch.einsum("hqk,khd->qhd", weights, value.repeat_interleave(group, dim=1))
+        logits = torch.cat([logits, sinks.to(dtype)[:, None, None].expand(-1, queries, 1)], dim=-1)
+    weights = torch.softmax(logits, dim=-1)[..., : len(key)]
+    return torch.einsum("hqk,khd->qhd", weights, value).to(query.dtype)

@@ -1,0 +1,63 @@
+"""What lower precision does to exactness: how often two ways of computing the same context choose different tokens.
+
+    python -m benchmarks.dtypes
+
+In exact arithmetic ``fixed_point`` and ``sequential`` agree, and so do two token budgets. In floating point the same
+logits come out of differently shaped products, and rounding can turn a near tie; what follows it in the row then differs
+too. Counted is therefore the first difference of a row against the self tokens up to there.
+"""
+
+from __future__ import annotations
+
+import argparse
+
+import torch
+from tqdm.auto import tqdm
+
+from selfgen import ContextGenerator, MixedContext
+from selfgen.data import tokenize_rows
+
+from .fixtures import gsm8k, load_smollm2
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("--rows", type=int, default=16)
+    parser.add_argument("--self-prob", type=float, default=0.25)
+    arguments = parser.parse_args()
+    print(f"{'dtype':10}{'against sequential':>22}{'rows equal':>14}{'self tokens':>14}{'differ':>10}")
+    for dtype in (torch.float32, torch.bfloat16):
+        model, tokenizer = load_smollm2(dtype)
+        rows, _ = tokenize_rows(gsm8k("train", 1000, 1000 + arguments.rows), tokenizer, max_length=1024)
+
+        def generate(method: str, budget: int, model=model, rows=rows) -> MixedContext:
+            return ContextGenerator(model, token_budget=budget).generate(
+                list(rows["prompt_ids"]),
+                list(rows["answer_ids"]),
+                arguments.self_prob,
+                seed=0,
+                sample_ids=list(rows["sample_id"]),
+                method=method,
+            )
+
+        expected = generate("sequential", 1)
+        for budget in tqdm((48, 96, 100_000), desc=str(dtype), leave=False):
+            equal, seen, differ = compare(generate("fixed_point", budget), expected)
+            print(
+                f"{str(dtype)[6:]:10}{f'budget {budget}':>22}{f'{equal}/{len(rows)}':>14}{seen:14}{differ:10}",
+                flush=True,
+            )
+
+
+def compare(mixed: MixedContext, expected: MixedContext) -> tuple[int, int, int]:
+    """(rows equal, self tokens up to and including each row's first difference, rows with a difference)."""
+    equal = seen = 0
+    for tokens, others, is_self in zip(mixed.tokens, expected.tokens, mixed.is_self, strict=True):
+        different = (tokens != others).nonzero()[:, 0]
+        equal += len(different) == 0
+        seen += int(is_self[: int(different[0]) + 1 if len(different) else None].sum())
+    return equal, seen, len(mixed.tokens) - equal
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,351 @@
+// ragged_attention on CPU: streaming softmax (flash attention, arXiv 2205.14135), with a query in each vector lane.
+//
+// A tile is up to three vectors of rows, a row being one query of one head; the heads of a group share their K/V head's
+// tiles. Scores lie as [keys, rows] and outputs as [head_dim, rows], so both products are the same: a matrix of K or V,
+// read in place one number at a time, times a matrix of whole vectors. No sum ever crosses lanes.
+//
+// A lane's result depends on its own query and keys only: keys are taken in blocks that start at multiples of kBlock
+// from the first key of the range, within a block one by one, and what a lane does not see adds exact zeros. How chunks
+// and tiles are cut, and on how many threads they run, does not change a bit.
+
+#include <ATen/ATen.h>
+#include <ATen/Parallel.h>
+#include <torch/library.h>
+
+#include "elementary.h"
+
+#include <algorithm>
+#include <atomic>
+#include <cmath>
+#include <limits>
+#include <optional>
+#include <type_traits>
+#include <vector>
+
+namespace {
+
+constexpr int64_t kBlock = 32;   // keys at a time
+constexpr int64_t kVectors = 3;  // of rows a tile, at most
+
+template <typename T>
+using Accumulator = std::conditional_t<std::is_same_v<T, double>, double, float>;
+
+// A tensor [rows, heads, head_dim] whose last axis is dense.
+template <typename T>
+struct View {
+  explicit View(const at::Tensor& tensor)
+      : data(tensor.const_data_ptr<T>()), row_stride(tensor.stride(0)), head_stride(tensor.stride(1)) {}
+  const T* at(int64_t row, int64_t head) const { return data + row * row_stride + head * head_stride; }
+  const T* data;
+  int64_t row_stride, head_stride;
+};
+
+// What all tiles of a call share.
+template <typename T>
+struct Call {
+  View<T> query, key, value;
+  const Accumulator<T>* sinks;  // [heads], or null
+  T* out;                       // [N, heads, head_dim], dense
+  int64_t heads, group, head_dim, window;
+  Accumulator<T> scale, softcap;  // no cap: 0
+};
+
+// Rows first_row, .. of a chunk and a K/V head; row r is query r / group, head r % group of the K/V head.
+struct Tile {
+  int64_t first_query, queries, first_slot, keys;  // the chunk
+  int64_t kv_head, first_row, vectors;
+};
+
+// ---- Arithmetic on lanes --------------------------------------------------------------------------------------------
+
+SELFGEN_INLINE float tanh_(float x) {
+  const float e = exp_(-2 * std::abs(x));
+  return std::copysign((1 - e) / (1 + e), x);
+}
+SELFGEN_INLINE double tanh_(double x) { return std::tanh(x); }
+SELFGEN_INLINE double exp_(double x) { return std::exp(x); }
+
+// ROWS rows of c [., V vectors] = c * factor + a b, with a [ROWS, inner] at a[row * a_row + j * a_inner]. No factor: 0.
+template <int64_t ROWS, int64_t V, typename Vec, typename Real>
+SELFGEN_INLINE void multiply_rows(
+    Vec* c, const Real* a, int64_t a_row, int64_t a_inner, const Vec* b, int64_t inner, const Vec* factor) {
+  Vec sum[ROWS][V];
+#pragma GCC unroll 8
+  for (int64_t row = 0; row < ROWS; ++row) {
+#pragma GCC unroll 8
+    for (int64_t v = 0; v < V; ++v) sum[row][v] = factor ? c[row * V + v] * factor[v] : Vec{};
+  }
+  for (int64_t j = 0; j < inner; ++j) {
+#pragma GCC unroll 8
+    for (int64_t row = 0; row < ROWS; ++row) {
+      const Real x = a[row * a_row + j * a_inner];
+#pragma GCC unroll 8
+      for (int64_t v = 0; v < V; ++v) sum[row][v] += x * b[j * V + v];
+    }
+  }
+#pragma GCC unroll 8
+  for (int64_t row = 0; row < ROWS; ++row) {
+#pragma GCC unroll 8
+    for (int64_t v = 0; v < V; ++v) c[row * V + v] = sum[row][v];
+  }
+}
+
+// The same for any number of rows: as many ROWS at a time as there are, then half as many, ...
+template <int64_t ROWS, int64_t V, typename Vec, typename Real>
+SELFGEN_INLINE void multiply(
+    Vec* c, int64_t rows, const Real* a, int64_t a_row, int64_t a_inner, const Vec* b, int64_t inner,
+    const Vec* factor) {
+  int64_t row = 0;
+  for (; row + ROWS <= rows; row += ROWS) {
+    multiply_rows<ROWS, V>(c + row * V, a + row * a_row, a_row, a_inner, b, inner, factor);
+  }
+  if constexpr (ROWS > 1) {
+    if (row < rows) {
+      multiply<ROWS / 2, V>(c + row * V, rows - row, a + row * a_row, a_row, a_inner, b, inner, factor);
+    }
+  }
+}
+
+// Scores [keys, LANES] become weights relative to the largest score so far; `factor` is what earlier weights shrink by.
+template <int64_t LANES, typename Real>
+SELFGEN_INLINE void softmax_step(Real* scores, int64_t keys, Real* largest, Real* total, Real* factor) {
+  Real now[LANES];
+  for (int64_t i = 0; i < LANES; ++i) now[i] = largest[i];
+  for (int64_t k = 0; k < keys; ++k) {
+    for (int64_t i = 0; i < LANES; ++i) now[i] = scores[k * LANES + i] > now[i] ? scores[k * LANES + i] : now[i];
+  }
+  for (int64_t i = 0; i < LANES; ++i) {
+    factor[i] = exp_(largest[i] - now[i]);
+    largest[i] = now[i];
+    total[i] *= factor[i];
+  }
+  for (int64_t k = 0; k < keys; ++k) {
+    for (int64_t i = 0; i < LANES; ++i) {
+      const Real x = scores[k * LANES + i] - now[i];
+      const Real weight = exp_(x) * (x < -87 ? 0 : 1);  // nothing at all where nothing is seen
+      total[i] += weight;
+      scores[k * LANES + i] = weight;
+    }
+  }
+}
+
+// ---- Tiles ----------------------------------------------------------------------------------------------------------
+
+// Rows `first`, .. of a K or V head in the accumulator's type: in place if they have it, else copied to `buffer`.
+template <typename T, typename Real>
+SELFGEN_INLINE const Real* load_block(
+    const View<T>& view, int64_t first, int64_t rows, int64_t head, int64_t head_dim, Real* buffer, int64_t* stride) {
+  if constexpr (std::is_same_v<T, Real>) {
+    *stride = view.row_stride;
+    return view.at(first, head);
+  } else {
+    for (int64_t row = 0; row < rows; ++row) {
+      const T* from = view.at(first + row, head);
+      for (int64_t d = 0; d < head_dim; ++d) buffer[row * head_dim + d] = float(from[d]);
+    }
+    *stride = head_dim;
+    return buffer;
+  }
+}
+
+// Ask for a block of K or V before it is needed: its rows lie too far apart for the hardware to guess.
+template <typename T>
+SELFGEN_INLINE void prefetch(const View<T>& view, int64_t first, int64_t rows, int64_t head, int64_t head_dim) {
+  for (int64_t row = first; row < first + rows; ++row) {
+    const T* from = view.at(row, head);
+    for (int64_t d = 0; d < head_dim; d += 64 / sizeof(T)) __builtin_prefetch(from + d);
+  }
+}
+
+template <int64_t BYTES, int64_t V, typename T>
+SELFGEN_INLINE void attend_vectors(const Call<T>& call, const Tile& tile, Accumulator<T>* scratch) {
+  using Real = Accumulator<T>;
+  using Index = std::conditional_t<sizeof(Real) == 8, int64_t, int32_t>;
+  typedef Real Vec __attribute__((vector_size(BYTES), may_alias));
+  constexpr int64_t LANES = V * (BYTES / sizeof(Real)), ROWS = BYTES == 64 ? 8 : 4;
+  const int64_t head_dim = call.head_dim, rows = std::min(LANES, tile.queries * call.group - tile.first_row);
+
+  Real* const query = scratch;                    // [head_dim, LANES]
+  Real* const out = query + head_dim * LANES;     // [head_dim, LANES]
+  Real* const scores = out + head_dim * LANES;    // [kBlock, LANES]
+  Real* const buffer = scores + kBlock * LANES;   // [kBlock, head_dim]
+  alignas(BYTES) Real largest[LANES], total[LANES], factor[LANES];
+  Index first[LANES], last[LANES];  // keys that a lane sees
+  const auto head_of = [&](int64_t lane) { return tile.kv_head * call.group + (tile.first_row + lane) % call.group; };
+  const auto query_of = [&](int64_t lane) { return (tile.first_row + lane) / call.group; };
+
+  for (int64_t i = 0; i < LANES; ++i) {
+    const int64_t lane = std::min(i, rows - 1);  // spare lanes repeat the last row
+    const int64_t position = tile.keys - tile.queries + query_of(lane);
+    first[i] = Index(std::max<int64_t>(0, position - call.window + 1));
+    last[i] = Index(position);
+    const Real lowest = std::numeric_limits<Real>::lowest();
+    const Real sink = call.sinks ? call.sinks[head_of(lane)] : lowest;
+    largest[i] = sink <= lowest ? lowest : sink;
+    total[i] = sink <= lowest ? 0 : 1;
+    const T* from = call.query.at(tile.first_query + query_of(lane), head_of(lane));
+    for (int64_t d = 0; d < head_dim; ++d) query[d * LANES + i] = Real(from[d]) * call.scale;
+  }
+  std::fill_n(out, head_dim * LANES, Real(0));
+
+  const int64_t end = last[LANES - 1] + 1;
+  for (int64_t start = first[0] / kBlock * kBlock; start < end; start += kBlock) {
+    const int64_t keys = std::min(kBlock, end - start), slot = tile.first_slot + start;
+    const int64_t next_keys = std::min(kBlock, end - start - keys);
+    int64_t stride;
+    prefetch(call.value, slot, keys, tile.kv_head, head_dim);
+    const Real* key = load_block(call.key, slot, keys, tile.kv_head, head_dim, buffer, &stride);
+    multiply<ROWS, V>((Vec*)scores, keys, key, stride, 1, (const Vec*)query, head_dim, (const Vec*)nullptr);
+    if (call.softcap > 0) {
+      for (int64_t i = 0; i < keys * LANES; ++i) scores[i] = call.softcap * tanh_(scores[i] / call.softcap);
+    }
+    if (start < first[LANES - 1] || start + keys - 1 > last[0]) {
+      for (int64_t k = 0; k < keys; ++k) {
+        const Index at = Index(start + k);
+        for (int64_t i = 0; i < LANES; ++i) {
+          const Real score = scores[k * LANES + i];
+          scores[k * LANES + i] = (at >= first[i]) & (at <= last[i]) ? score : -std::numeric_limits<Real>::infinity();
+        }
+      }
+    }
+    softmax_step<LANES>(scores, keys, largest, total, factor);
+    prefetch(call.key, slot + keys, next_keys, tile.kv_head, head_dim);
+    const Real* value = load_block(call.value, slot, keys, tile.kv_head, head_dim, buffer, &stride);
+    multiply<ROWS, V>((Vec*)out, head_dim, value, 1, stride, (const Vec*)scores, keys, (const Vec*)factor);
+  }
+
+  for (int64_t lane = 0; lane < rows; ++lane) {
+    T* to = call.out + ((tile.first_query + query_of(lane)) * call.heads + head_of(lane)) * head_dim;
+    for (int64_t d = 0; d < head_dim; ++d) to[d] = T(out[d * LANES + lane] / total[lane]);
+  }
+}
+
+template <int64_t BYTES, typename T>
+SELFGEN_INLINE void attend(const Call<T>& call, const Tile& tile, Accumulator<T>* scratch) {
+  if (tile.vectors == 1) return attend_vectors<BYTES, 1>(call, tile, scratch);
+  if (tile.vectors == 2) return attend_vectors<BYTES, 2>(call, tile, scratch);
+  attend_vectors<BYTES, 3>(call, tile, scratch);
+}
+
+// ---- One function a level of x86; vectors are as long as its registers ----------------------------------------------
+
+template <typename T>
+struct Level {
+  int64_t lanes;
+  void (*attend)(const Call<T>&, const Tile&, Accumulator<T>*);
+};
+
+#if SELFGEN_X86_LEVELS
+#define SELFGEN_LEVEL(names) __attribute__((target(names), optimize("fp-contract=fast")))
+template <typename T>
+SELFGEN_LEVEL("avx512f") void attend_avx512(const Call<T>& call, const Tile& tile, Accumulator<T>* scratch) {
+  attend<64>(call, tile, scratch);
+}
+template <typename T>
+SELFGEN_LEVEL("avx2,fma") void attend_avx2(const Call<T>& call, const Tile& tile, Accumulator<T>* scratch) {
+  attend<32>(call, tile, scratch);
+}
+#endif
+template <typename T>
+void attend_default(const Call<T>& call, const Tile& tile, Accumulator<T>* scratch) {
+  attend<16>(call, tile, scratch);
+}
+
+template <typename T>
+Level<T> best_level() {
+  constexpr int64_t size = sizeof(Accumulator<T>);
+#if SELFGEN_X86_LEVELS
+  if (__builtin_cpu_supports("avx512f")) return {64 / size, attend_avx512<T>};
+  if (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma")) return {32 / size, attend_avx2<T>};
+#endif
+  return {16 / size, attend_default<T>};
+}
+
+// ---- The op: its contract is in ops/attention.py --------------------------------------------------------------------
+
+// The tiles of all chunks: at most `most` vectors each, as even as they can be.
+std::vector<Tile> cut(
+    const at::Tensor& cu_seqlens_q, const at::Tensor& kv_ranges, int64_t num_queries, int64_t slots, int64_t kv_heads,
+    int64_t group, int64_t lanes, int64_t most) {
+  const int32_t* bounds = cu_seqlens_q.const_data_ptr<int32_t>();
+  const int64_t *ranges = kv_ranges.const_data_ptr<int64_t>(), chunks = kv_ranges.size(0);
+  TORCH_CHECK_VALUE(
+      cu_seqlens_q.numel() == chunks + 1 && bounds[0] == 0 && bounds[chunks] == num_queries &&
+          std::is_sorted(bounds, bounds + chunks + 1),
+      "cu_seqlens_q must be [", chunks + 1, "] and ascend from 0 to the ", num_queries, " queries");
+  std::vector<Tile> tiles;
+  for (int64_t chunk = 0; chunk < chunks; ++chunk) {
+    const int64_t begin = bounds[chunk], queries = bounds[chunk + 1] - begin;
+    const int64_t first = ranges[2 * chunk], keys = ranges[2 * chunk + 1];
+    TORCH_CHECK_VALUE(
+        0 <= first && first <= slots && queries <= keys && keys <= slots - first, "kv_ranges[", chunk, "] is [", first,
+        ", ", keys, "]; pass a range inside the ", slots, " slots, at least as long as its ", queries, " queries");
+    const int64_t vectors = (queries * group + lanes - 1) / lanes, count = (vectors + most - 1) / most;
+    for (int64_t kv_head = 0; kv_head < kv_heads; ++kv_head) {
+      for (int64_t i = 0; i < count; ++i) {
+        const int64_t from = vectors * i / count, to = vectors * (i + 1) / count;
+        tiles.push_back({begin, queries, first, keys, kv_head, from * lanes, to - from});
+      }
+    }
+  }
+  return tiles;
+}
+
+using OptionalTensor = std::optional<at::Tensor>;
+
+template <typename T>
+void run(
+    at::Tensor& out, const at::Tensor& query, const at::Tensor& key, const at::Tensor& value,
+    const at::Tensor& cu_seqlens_q, const at::Tensor& kv_ranges, double scale, std::optional<int64_t> sliding_window,
+    std::optional<double> softcap, const OptionalTensor& sinks) {
+  using Real = Accumulator<T>;
+  static const Level<T> level = best_level<T>();
+  const int64_t heads = query.size(1), head_dim = query.size(2), kv_heads = key.size(1), group = heads / kv_heads;
+  const int64_t threads = at::get_num_threads();
+
+  const auto tiles_of = [&](int64_t most) {
+    return cut(cu_seqlens_q, kv_ranges, query.size(0), key.size(0), kv_heads, group, level.lanes, most);
+  };
+  std::vector<Tile> tiles = tiles_of(kVectors);
+  if (int64_t(tiles.size()) < 2 * threads) tiles = tiles_of(1);  // smaller ones keep all threads busy
+  if (tiles.empty()) return;
+
+  const auto options = query.options().dtype(c10::CppTypeToScalarType<Real>::value);
+  const int64_t lanes = kVectors * level.lanes, per_thread = 2 * head_dim * lanes + kBlock * (lanes + head_dim);
+  at::Tensor scratch = at::empty({threads, per_thread}, options);
+  const at::Tensor sink = sinks ? sinks->to(options.dtype()).contiguous() : at::Tensor();
+  const Call<T> call{
+      View<T>(query), View<T>(key), View<T>(value), sinks ? sink.const_data_ptr<Real>() : nullptr, out.data_ptr<T>(),
+      heads, group, head_dim, sliding_window.value_or(key.size(0)), Real(scale), Real(softcap.value_or(0))};
+
+  std::atomic<size_t> next{0};  // tiles differ in length: a thread takes the next one when it is done
+  at::parallel_for(0, std::min<int64_t>(threads, tiles.size()), 1, [&](int64_t begin, int64_t) {
+    Real* const own = scratch.data_ptr<Real>() + begin * per_thread;
+    for (size_t i; (i = next++) < tiles.size();) level.attend(call, tiles[i], own);
+  });
+}
+
+at::Tensor ragged_attention(
+    const at::Tensor& query, const at::Tensor& key, const at::Tensor& value, const at::Tensor& cu_seqlens_q,
+    const at::Tensor& kv_ranges, double scale, std::optional<int64_t> sliding_window, std::optional<double> softcap,
+    const OptionalTensor& sinks) {
+  const auto dense = [](const at::Tensor& x) { return x.stride(2) == 1 ? x : x.contiguous(); };
+  at::Tensor out = at::empty(query.sizes(), query.options());
+  const auto run_as = [&](auto type) {
+    run<decltype(type)>(
+        out, dense(query), dense(key), dense(value), cu_seqlens_q.contiguous(), kv_ranges.contiguous(), scale,
+        sliding_window, softcap, sinks);
+  };
+  switch (query.scalar_type()) {
+    case at::kFloat: run_as(float()); break;
+    case at::kDouble: run_as(double()); break;
+    case at::kBFloat16: run_as(at::BFloat16()); break;
+    case at::kHalf: run_as(at::Half()); break;
+    default: TORCH_CHECK_TYPE(false, "query must be float32, bfloat16, float16 or float64, got ", query.scalar_type());
+  }
+  return out;
+}
+
+}  // namespace
+
+TORCH_LIBRARY_IMPL(selfgen, CPU, m) { m.impl("ragged_attention", ragged_attention); }

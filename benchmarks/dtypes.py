@@ -3,8 +3,8 @@
     python -m benchmarks.dtypes
 
 In exact arithmetic ``fixed_point`` and ``sequential`` agree, and so do two token budgets. In floating point the same
-logits come out of differently shaped products, and rounding can turn a near tie; what follows it in the row then differs
-too. Counted is therefore the first difference of a row against the self tokens up to there.
+logits come out of differently shaped products, and rounding can turn a near tie; what follows it in the row then
+differs too. Counted is therefore the first difference of a row against the self tokens up to there.
 """
 
 from __future__ import annotations
@@ -15,6 +15,7 @@ import torch
 from tqdm.auto import tqdm
 
 from selfgen import ContextGenerator, MixedContext
+from selfgen.context.generator import Method
 from selfgen.data import tokenize_rows
 
 from .fixtures import gsm8k, load_smollm2
@@ -30,7 +31,7 @@ def main() -> None:
         model, tokenizer = load_smollm2(dtype)
         rows, _ = tokenize_rows(gsm8k("train", 1000, 1000 + arguments.rows), tokenizer, max_length=1024)
 
-        def generate(method: str, budget: int, model=model, rows=rows) -> MixedContext:
+        def generate(method: Method, budget: int, model=model, rows=rows) -> MixedContext:
             return ContextGenerator(model, token_budget=budget).generate(
                 list(rows["prompt_ids"]),
                 list(rows["answer_ids"]),

@@ -56,7 +56,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--steps", type=int, default=14, help="optimizer steps of each run")
     parser.add_argument("--batch", type=int, default=4, help="rows a step")
     parser.add_argument("--held-out", type=int, default=8, help="held-out problems")
-    parser.add_argument("--self-prob", type=float, default=0.25, help="share of self tokens in the mixed contexts")
+    parser.add_argument("--self-prob", type=float, default=0.5, help="share of self tokens in the mixed contexts")
     parser.add_argument("--learning-rate", type=float, default=5e-5)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--output-dir", default="outputs/demo")

@@ -26,7 +26,7 @@ def _load() -> str | None:
 def _warn_once() -> None:
     warnings.warn(
         f"selfgen_kernels runs its torch reference on CPU, several times slower than its C++ kernels: {missing}. "
-        "Reinstall selfgen where there is a C++ compiler: pip install --no-build-isolation --force-reinstall selfgen",
+        "With torch and a C++ compiler there, install again from the source: pip install --no-build-isolation .",
         stacklevel=5,
     )
 

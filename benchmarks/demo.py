@@ -110,7 +110,7 @@ def train_run(
         per_device_train_batch_size=arguments.batch,
         learning_rate=arguments.learning_rate,
         seed=arguments.seed,
-        logging_steps=2,
+        logging_steps=1,
         save_strategy="no",
         use_cpu=not torch.accelerator.is_available(),
     )

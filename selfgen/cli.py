@@ -13,7 +13,9 @@ from pathlib import Path
 from typing import NoReturn
 
 import yaml
+from safetensors import SafetensorError
 from transformers import AutoModelForCausalLM, AutoTokenizer, HfArgumentParser, TrainingArguments
+from transformers.hf_argparser import string_to_bool
 
 from .config import BSSConfig
 from .context import UnsupportedModelError
@@ -147,7 +149,7 @@ def parse(arguments: list[str]) -> tuple[RunArguments, BSSConfig]:
         raise SystemExit(0)
     if arguments and not arguments[0].startswith("-"):
         file, *arguments = arguments
-        _take_defaults(parser, file)
+        arguments = _from_yaml(parser, file) + arguments  # the last one of two flags wins
     run, config = parser.parse_args_into_dataclasses(arguments)
     return run, config
 
@@ -166,7 +168,7 @@ def build_trainer(run: RunArguments, config: BSSConfig) -> BSSTrainer:
         model = AutoModelForCausalLM.from_pretrained(
             run.model, dtype=run.dtype, attn_implementation=run.attn_implementation
         )
-    except OSError as error:
+    except (OSError, SafetensorError) as error:
         raise FileNotFoundError(
             f"model {run.model!r} is neither a folder with a checkpoint nor could it be loaded from the hub: {error}"
         ) from error
@@ -182,8 +184,8 @@ def _checkpoint(config: BSSConfig) -> str | None:
     """Where to go on from. "last" is the newest checkpoint that was written to its end; the start if there is none."""
     asked = config.resume_from_checkpoint
     if asked != "last":
-        if asked and not Path(asked).is_dir():
-            raise FileNotFoundError(f"resume_from_checkpoint is {asked!r}: no such folder (last finds the newest)")
+        if asked and not (Path(asked) / "trainer_state.json").is_file():
+            raise FileNotFoundError(f"resume_from_checkpoint is {asked!r}: no checkpoint there (last finds the newest)")
         return asked
     steps = {}
     for state in Path(config.output_dir).glob("checkpoint-*/trainer_state.json"):
@@ -219,8 +221,8 @@ def _parser(everything: bool) -> _Parser:
     return parser
 
 
-def _take_defaults(parser: _Parser, file: str) -> None:
-    """Let a YAML file's values stand for flags that are not given."""
+def _from_yaml(parser: _Parser, file: str) -> list[str]:
+    """The flags that a YAML file stands for."""
     if not Path(file).is_file():
         raise FileNotFoundError(f"there is no configuration file {file!r} (options begin with --)")
     try:
@@ -230,9 +232,17 @@ def _take_defaults(parser: _Parser, file: str) -> None:
     if not isinstance(values, dict):
         raise ValueError(f"{file} must map options to values (one `option: value` a line)")
     known = {action.dest: action for action in parser._actions}
-    for key in values:
+    flags = []
+    for key, value in values.items():
         if key not in known:
             close = difflib.get_close_matches(str(key), known, n=1)
             raise ValueError(f"{file}: unknown option {key!r}" + (f"; did you mean {close[0]!r}?" if close else ""))
-        known[key].required = False
-    parser.set_defaults(**values)
+        if value is None:
+            if known[key].default is not None:
+                raise ValueError(f"{file}: {key} has no value; remove the line for its default, {known[key].default!r}")
+            continue
+        if isinstance(value, bool) and known[key].type is not string_to_bool:
+            value = "yes" if value else "no"  # YAML reads the words yes and no as booleans
+        values_of_key = value if isinstance(value, list) else [json.dumps(value) if isinstance(value, dict) else value]
+        flags += [f"--{key}", *map(str, values_of_key)]
+    return flags

@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 
 from transformers import TrainingArguments
 
-from .context.generator import METHODS
+from .context.generator import METHODS, Method
 from .schedules import SCHEDULES
 
 
@@ -34,7 +34,7 @@ class BSSConfig(TrainingArguments):
     sampling_temperature: float = field(
         default=1.0, metadata={"help": "Temperature of the model's own tokens; 0 is greedy."}
     )
-    context_method: str = field(
+    context_method: Method = field(
         default="fixed_point",
         metadata={"help": "fixed_point (fast), or sequential (token by token, for models that the fast one refuses)."},
     )

@@ -223,7 +223,7 @@ def tokenize_rows(
 
     dataset = dataset.with_format(None)
     columns = _find_columns(dataset.column_names, prompt_column, completion_column, messages_column)
-    _check_sample_ids(dataset)
+    check_sample_ids(dataset)
     tokenized = dataset.map(
         _tokenize_batch,
         batched=True,
@@ -274,7 +274,8 @@ def _find_columns(present: list[str], prompt: str, completion: str, messages: st
     )
 
 
-def _check_sample_ids(dataset: datasets.Dataset) -> None:
+def check_sample_ids(dataset: datasets.Dataset) -> None:
+    """Raise ValueError unless the column `sample_id`, if there is one, holds a different integer in every row."""
     if "sample_id" not in dataset.column_names:
         return
     dtype = str(getattr(dataset.features["sample_id"], "dtype", "no number"))

@@ -11,6 +11,7 @@ from torch import Tensor
 from tqdm.auto import tqdm
 
 from .context import ContextGenerator
+from .context.generator import inference
 from .data import IGNORE_INDEX, Collator
 
 
@@ -50,10 +51,9 @@ def context_loss(
     model = generator.model
     collate = Collator(pad_token_id=0)  # padding is masked
     sums, count = torch.zeros(2, dtype=torch.float64), 0
-    training = model.training
-    model.eval()
-    try:
-        for start in tqdm(range(0, len(rows), batch_size), desc="Held-out loss", disable=not progress, leave=False):
+    starts = range(0, len(rows), batch_size)
+    with inference(model):
+        for start in tqdm(starts, desc="Held-out loss", disable=not progress, leave=False):
             part = [rows[i] for i in range(start, min(start + batch_size, len(rows)))]
             reference = [row["answer_ids"] for row in part]
             mixed = generator.generate(
@@ -67,12 +67,9 @@ def context_loss(
             for which, contexts in enumerate((None, mixed.tokens)):
                 sums[which] += _answer_loss(model, batch, contexts).double().cpu()
             count += sum(len(answer) for answer in reference)
-    finally:
-        model.train(training)
     return ContextLoss(*(sums / count).tolist())
 
 
-@torch.no_grad()
 def _answer_loss(model, batch: dict[str, Tensor], contexts: list[Tensor] | None) -> Tensor:
     """Summed loss of the answers, with ``contexts`` (or the reference) as input."""
     input_ids = batch["input_ids"].clone()

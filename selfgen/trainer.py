@@ -7,16 +7,16 @@ import time
 from dataclasses import dataclass
 
 import torch
+from datasets import DatasetDict
 from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, Trainer, TrainerCallback
 
 from .config import BSSConfig
 from .context import ContextGenerator, ContextStats
-from .data import Collator, load_rows, tokenize_rows
+from .data import Collator, check_sample_ids, load_rows, tokenize_rows
 
 logger = logging.getLogger(__name__)
 
-IGNORED_LABEL = -100
 _BOOKKEEPING = ("sample_id", "prompt_length", "answer_length")  # the collator's columns that are not the model's
 
 
@@ -34,9 +34,9 @@ class BSSTrainer(Trainer):
         processing_class: the tokenizer; loaded beside the model by default.
         **kwargs: of ``transformers.Trainer``.
 
-    Every training log has, as means over the steps since the last one: ``self_share`` (self tokens / answer tokens),
-    ``agreement`` (self tokens equal to the reference / self tokens), ``passes``, ``computed_per_token`` (tokens
-    computed / context tokens), ``context_seconds`` and ``training_seconds`` (of a step, of this process).
+    Every training log has, over the steps since the last one, of the process that logs: ``self_share`` (self tokens /
+    answer tokens), ``agreement`` (self tokens equal to the reference / self tokens), ``computed_per_token`` (tokens
+    computed / context tokens), and as means over the steps ``passes``, ``context_seconds`` and ``training_seconds``.
 
     Example:
         >>> config = BSSConfig("outputs/bss", self_prob=0.25, max_steps=100)
@@ -59,24 +59,21 @@ class BSSTrainer(Trainer):
         if isinstance(model, str):
             model = AutoModelForCausalLM.from_pretrained(model)
         self.generator = ContextGenerator(model, temperature=args.sampling_temperature, token_budget=args.token_budget)
+        if processing_class is None and not self.generator.model.name_or_path:
+            raise ValueError("the model was not loaded by name, so its tokenizer can't be found: give processing_class")
         if processing_class is None:
             processing_class = AutoTokenizer.from_pretrained(self.generator.model.name_or_path)
         limit = getattr(self.generator.model.config.get_text_config(decoder=True), "max_position_embeddings", None)
         if limit is not None and args.max_length > limit:
             raise ValueError(f"max_length is {args.max_length}, but the model has {limit} positions")
 
-        def prepare(name: str, rows):
-            return rows if rows is None else _tokenized(name, rows, processing_class, args)
-
+        # _prepare reads these; the Trainer's constructor sets them again.
+        self.processing_class, self.args, self.eval_dataset = processing_class, args, None
         super().__init__(
             model=model,
             args=args,
-            train_dataset=prepare("train", train_dataset),
-            eval_dataset=(
-                {key: prepare(key, rows) for key, rows in eval_dataset.items()}
-                if isinstance(eval_dataset, dict)
-                else prepare("eval", eval_dataset)
-            ),
+            train_dataset=self._prepare("train", train_dataset),
+            eval_dataset=self._prepare("eval", eval_dataset),
             processing_class=processing_class,
             data_collator=data_collator or Collator(_pad_token_id(processing_class)),
             **kwargs,
@@ -101,8 +98,8 @@ class BSSTrainer(Trainer):
         self_prob = self.args.self_prob_at(self.state.global_step, self.state.max_steps)
         rows = [row for batch in batches for row in _rows(batch)]
         if self_prob > 0.0:
-            unique = list({row.sample_id: row for row in rows}.values())  # a sampler may repeat a row
-            with self.compute_loss_context_manager(), self.accelerator.autocast():
+            unique = _unique(rows)
+            with self.accelerator.autocast():
                 mixed = self.generator.generate(
                     [row.prompt for row in unique],
                     [row.reference for row in unique],
@@ -116,11 +113,22 @@ class BSSTrainer(Trainer):
                 row.answer.copy_(tokens[row.sample_id])
             stats = mixed.stats
         else:
-            answers = sum(len(row.reference) for row in rows)
-            stats = ContextStats(
-                len(rows), 0, 0, answers + sum(len(row.prompt) for row in rows), answers, 0, 1.0, 0, 0.0
-            )
+            stats = ContextStats.untouched([len(row.prompt) for row in rows], [len(row.reference) for row in rows])
         self.meter.contexts_end(stats)
+
+    def evaluate(self, eval_dataset=None, *args, **kwargs):
+        return super().evaluate(self._prepare("eval", eval_dataset), *args, **kwargs)
+
+    def predict(self, test_dataset, *args, **kwargs):
+        return super().predict(self._prepare("test", test_dataset), *args, **kwargs)
+
+    def _prepare(self, name: str, rows):
+        """Tokenize what is not tokenized yet: a data set, or several by name."""
+        if isinstance(rows, dict) and not isinstance(rows, DatasetDict):
+            return {key: self._prepare(key, part) for key, part in rows.items()}
+        if rows is None or (isinstance(rows, str) and isinstance(self.eval_dataset, dict)):  # one of several, by name
+            return rows
+        return _tokenized(name, rows, self.processing_class, self.args)
 
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
         inputs = {key: value for key, value in inputs.items() if key not in _BOOKKEEPING}
@@ -155,6 +163,19 @@ def _rows(batch: dict[str, Tensor]) -> list[_Row]:
     return rows
 
 
+def _unique(rows: list[_Row]) -> list[_Row]:
+    """Each row once, as a sampler may repeat one; two different rows can't share an id."""
+    unique: dict[int, _Row] = {}
+    for row in rows:
+        known = unique.setdefault(row.sample_id, row)
+        if not (torch.equal(known.prompt, row.prompt) and torch.equal(known.reference, row.reference)):
+            raise ValueError(
+                f"two different rows have the sample id {row.sample_id}; ids tell rows apart: number the rows of the "
+                "data set anew, or remove its column sample_id before tokenizing"
+            )
+    return list(unique.values())
+
+
 def _step_seed(seed: int, step: int) -> int:
     """One 64-bit key for each (seed, optimizer step): contexts change from step to step, a resumed run repeats them."""
     return (seed & 0xFFFFFFFF) << 32 | (step & 0xFFFFFFFF)
@@ -162,6 +183,7 @@ def _step_seed(seed: int, step: int) -> int:
 
 def _tokenized(name: str, rows, tokenizer, args: BSSConfig):
     if hasattr(rows, "column_names") and {"sample_id", "prompt_ids", "answer_ids"} <= set(rows.column_names):
+        check_sample_ids(rows)
         return rows
     dataset, report = tokenize_rows(
         load_rows(rows),

@@ -7,7 +7,7 @@ from functools import cache
 import pytest
 import torch
 import transformers as t
-from models import BASE, VOCAB, tiny_model
+from models import BASE, CONFIGS, VOCAB, tiny_model
 
 from selfgen import ContextGenerator, UnsupportedModelError
 
@@ -31,6 +31,11 @@ GOOD = {"prompts": [[5, 6], [7]], "references": [[8, 9, 10], [11]], "self_prob":
         ({"prompts": [[5]]}, ValueError, "1 prompts and 2 references"),
         ({"sample_ids": [0, 1, 2]}, ValueError, r"sample_ids has shape \(3,\); 2 rows need shape \(2,\)"),
         ({"sample_ids": [4, 4]}, ValueError, "sample id 4 occurs more than once"),
+        ({"sample_ids": None}, TypeError, "sample_ids must be a 1-D tensor or a list"),
+        ({"sample_ids": ["a", "b"]}, TypeError, "sample_ids must be a 1-D tensor or a list"),
+        ({"sample_ids": [2**63, 0]}, TypeError, "64-bit integers"),
+        ({"sample_ids": torch.zeros(2, dtype=torch.int64, device="meta")}, ValueError, "sample_ids is on meta"),
+        ({"prompts": [], "references": [], "sample_ids": [], "self_prob": 3.0}, ValueError, r"self_prob is 3\.0"),
         ({"sample_ids": [0.5, 1.5]}, TypeError, "sample_ids has dtype torch.float32; .* int64 or int32"),
         ({"prompts": [torch.ones(2), [7]]}, TypeError, r"prompts\[0\] has dtype torch.float32"),
         ({"prompts": [[1.5], [7]]}, TypeError, r"prompts\[0\] has dtype"),
@@ -57,6 +62,8 @@ def test_generate(method, changes, error, message):
         ({"temperature": float("inf")}, ValueError, "temperature is inf"),
         ({"temperature": "hot"}, ValueError, "temperature is 'hot'"),
         ({"token_budget": 0}, ValueError, "token_budget is 0; it must be an integer >= 1"),
+        ({"temperature": True}, ValueError, "temperature is True"),
+        ({"token_budget": True}, ValueError, "token_budget is True"),
         ({"token_budget": 2.5}, ValueError, r"token_budget is 2\.5"),
     ],
 )
@@ -92,6 +99,20 @@ UNSUPPORTED = {
     ),
     "positions that can't be given": lambda: t.BloomConfig(
         vocab_size=VOCAB, hidden_size=32, n_layer=2, n_head=4, initializer_range=0.3
+    ),
+    "positions that can't be given: the": lambda: t.BartConfig(
+        vocab_size=VOCAB,
+        d_model=32,
+        decoder_layers=2,
+        decoder_attention_heads=4,
+        decoder_ffn_dim=48,
+        max_position_embeddings=256,
+        init_std=0.3,
+        dropout=0.0,
+        is_decoder=True,
+        is_encoder_decoder=False,
+        decoder_start_token_id=1,
+        forced_eos_token_id=None,
     ),
     "AttentionInterface": lambda: t.GPTJConfig(
         vocab_size=VOCAB, n_embd=32, n_layer=2, n_head=4, rotary_dim=4, n_positions=256, initializer_range=0.3
@@ -145,18 +166,21 @@ def test_a_model_that_does_not_fit_is_refused_by_name_and_decodes_sequentially(f
         assert torch.equal(alone.tokens[0], together.tokens[i])
 
 
-def test_sequential_contexts_are_what_a_whole_forward_would_choose():
-    """Greedy self tokens equal the argmax of one ordinary forward over the finished context, on every kind of model."""
-    for config in (UNSUPPORTED["rope_type 'dynamic' beyond 16 positions"], UNSUPPORTED["layers of type conv"]):
-        torch.manual_seed(0)
-        model = t.AutoModelForCausalLM.from_config(config()).eval()
-        prompt, reference = list(range(3, 9)), list(range(10, 16))
-        mixed = ContextGenerator(model, temperature=0.0).generate(
-            [prompt], [reference], 1.0, seed=0, sample_ids=[0], method="sequential"
-        )
-        whole = torch.cat([torch.tensor(prompt), mixed.tokens[0]])
-        chosen = model(input_ids=whole[None]).logits[0].argmax(-1)
-        assert torch.equal(chosen[len(prompt) - 1 : -1], mixed.tokens[0])
+@pytest.mark.parametrize("make", [*CONFIGS.values(), *UNSUPPORTED.values()])
+def test_sequential_contexts_are_what_a_whole_forward_would_choose(make):
+    """An oracle for the oracle: greedy self tokens are the argmax of one ordinary forward over the finished context."""
+    torch.manual_seed(0)
+    model = t.AutoModelForCausalLM.from_config(make()).eval()
+    prompts, references = [list(range(3, 9)), [4]], [list(range(10, 24)), list(range(20, 28))]
+    mixed = ContextGenerator(model, temperature=0.0).generate(
+        prompts, references, 0.5, seed=0, sample_ids=[0, 1], method="sequential"
+    )
+    for prompt, reference, tokens, is_self in zip(prompts, references, mixed.tokens, mixed.is_self, strict=True):
+        whole = torch.cat([torch.tensor(prompt), tokens])
+        with torch.no_grad():
+            chosen = model(input_ids=whole[None]).logits[0].argmax(-1)[len(prompt) - 1 : -1]
+        assert torch.equal(torch.where(is_self, chosen, torch.tensor(reference)), tokens)
+        assert is_self.any()
 
 
 def test_a_model_that_computes_something_else_over_the_ragged_cache_is_refused(monkeypatch):
@@ -167,9 +191,25 @@ def test_a_model_that_computes_something_else_over_the_ragged_cache_is_refused(m
     def depends_on_the_batch(hidden_states, **kwargs):
         return original(hidden_states - hidden_states.mean(1, keepdim=True), **kwargs)
 
-    monkeypatch.setattr(model.model.layers[1].self_attn, "forward", depends_on_the_batch)
-    with pytest.raises(UnsupportedModelError, match=r"computes something else over the ragged cache.*sequential"):
-        ContextGenerator(model, token_budget=8).generate(**GOOD)
+    def nothing_but_nan(hidden_states, **kwargs):
+        return original(hidden_states * (torch.nan if "ragged_pass" in kwargs else 1.0), **kwargs)
+
+    for forward in (depends_on_the_batch, nothing_but_nan):
+        monkeypatch.setattr(model.model.layers[1].self_attn, "forward", forward)
+        with pytest.raises(UnsupportedModelError, match=r"computes something else over the ragged cache.*sequential"):
+            ContextGenerator(model, token_budget=8).generate(**GOOD)
+
+
+def test_an_error_inside_a_pass_leaves_the_model_as_it_was(monkeypatch):
+    model = tiny_model("llama").train()
+    generator = ContextGenerator(model, token_budget=8)
+    generator.generate(**GOOD)
+    monkeypatch.setattr("selfgen.context.fixed_point.commit_pass", lambda *args: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        generator.generate(**GOOD)
+    assert model.config._attn_implementation == "sdpa"
+    assert all(module.training for module in model.modules())
+    assert not any("forward" in vars(module) for module in model.modules())
 
 
 def test_prompt_learning_adapters_are_refused():

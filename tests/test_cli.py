@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -16,7 +17,6 @@ import transformers as t
 from test_data import ROWS, WORDS, make_tokenizer, write_jsonl
 
 from selfgen.cli import main
-from selfgen.trainer import BSSTrainer
 
 ROOT = Path(__file__).parents[1]
 
@@ -105,6 +105,13 @@ def test_yaml_and_flags_give_the_same_run(arguments, tmp_path, capsys):
     run(["train", *flags(arguments), "--self_prob", "0.5"], capsys)
     yaml = tmp_path / "bss.yaml"
     other = {**arguments, "output_dir": str(tmp_path / "other"), "self_prob": 0.1, "learning_rate": "5e-5"}
+    other |= {
+        "save_strategy": "no",
+        "eval_strategy": "no",
+        "report_to": ["none"],
+        "bf16": False,
+        "dataset_config": "null",
+    }
     yaml.write_text("".join(f"{key}: {value}\n" for key, value in other.items()))
     code, _, _ = run(["train", str(yaml), "--self_prob", "0.5"], capsys)  # flags win
     assert code == 0
@@ -115,6 +122,17 @@ def test_yaml_and_flags_give_the_same_run(arguments, tmp_path, capsys):
 def test_evaluation_split(arguments, capsys):
     code, _, _ = run(["train", *flags(arguments), "--eval_split", "train[:4]", "--eval_strategy", "epoch"], capsys)
     assert code == 0
+    state = json.loads((Path(arguments["output_dir"]) / "trainer_state.json").read_text())
+    assert any("eval_loss" in entry for entry in state["log_history"])
+
+
+def test_a_broken_checkpoint_of_the_model(arguments, model_dir, tmp_path, capsys):
+    folder = tmp_path / "broken"
+    shutil.copytree(model_dir, folder)
+    (folder / "model.safetensors").write_bytes(b"no tensors in here")
+    code, _, err = run(["train", *flags({**arguments, "model": str(folder)})], capsys)
+    assert code == 2
+    assert "neither a folder with a checkpoint" in err
 
 
 def test_data_report_is_shown(arguments, tmp_path):
@@ -149,7 +167,7 @@ BROKEN = '{"prompt": "a", "completion": "b"}\n{"prompt": "a", \n'
         ({"dataset_split": "validation"}, "no split 'validation'"),
         ({"model": "nowhere/model"}, "nowhere/model"),
         ({"dtype": "int8"}, "dtype is 'int8'; accepted: auto"),
-        ({"resume_from_checkpoint": "nowhere"}, "'nowhere': no such folder"),
+        ({"resume_from_checkpoint": "nowhere"}, "'nowhere': no checkpoint there"),
         ({"bogus": "1"}, "--bogus"),
     ],
 )
@@ -173,6 +191,9 @@ def test_errors_are_one_line_and_exit_code_2(arguments, changes, words, tmp_path
         ("self_probb: 0.5\n", "unknown option 'self_probb'; did you mean 'self_prob'?"),
         ("- a\n", "must map options to values"),
         ("a: [\n", "is not valid YAML"),
+        ("max_steps: 1.5\n", "--max_steps"),
+        ("max_length: null\n", "max_length has no value; remove the line for its default, 1024"),
+        ("context_method: magic\n", "magic"),
         (None, "there is no configuration file"),
     ],
 )
@@ -262,5 +283,5 @@ def test_a_half_written_checkpoint_is_passed_over(arguments, capsys):
 
 
 def test_refusal_happens_before_the_data_is_touched(arguments, monkeypatch, capsys):
-    monkeypatch.setattr(BSSTrainer, "train", lambda *a, **k: pytest.fail("must not train"))
+    monkeypatch.setattr("selfgen.cli.load_rows", lambda *a, **k: pytest.fail("must not read the data"))
     assert run(["train", *flags({**arguments, "self_prob": "3"})], capsys)[0] == 2

@@ -6,8 +6,9 @@ import json
 
 import pytest
 import torch
-from datasets import Dataset
+from datasets import Dataset, concatenate_datasets
 from models import VOCAB, tiny_model
+from test_data import ROWS, make_tokenizer
 from transformers import AutoModelForCausalLM, Trainer, TrainingArguments
 
 from selfgen import BSSConfig, BSSTrainer, ContextGenerator
@@ -201,10 +202,35 @@ def test_repeated_rows_in_a_batch_share_their_context(tmp_path):
     assert torch.equal(first, again)
 
 
-def test_gradient_checkpointing_and_bf16_autocast_run(tmp_path):
-    trainer = make_trainer(tmp_path, activation_checkpointing=True, bf16=True, max_steps=2)
+def test_different_rows_cannot_share_an_id(tmp_path):
+    data = rows(2)
+    trainer = make_trainer(tmp_path)
+    trainer.state.max_steps = 4
+    with pytest.raises(ValueError, match="two different rows have the sample id 0"):
+        trainer.mix([Collator(0)([data[0], {**data[1], "sample_id": 0}])])
+    with pytest.raises(ValueError, match="sample_id"):
+        make_trainer(tmp_path, data=concatenate_datasets([data, rows(2, seed=1)]))
+
+
+def test_the_last_step_of_an_epoch_may_have_fewer_batches(tmp_path):
+    trainer = make_trainer(tmp_path, data=rows(5), max_steps=-1, num_train_epochs=2)
     trainer.train()
-    assert trainer.state.log_history[0]["loss"] > 0
+    assert trainer.state.global_step == 4  # 2 + 2 rows, then 1
+
+
+def test_contexts_under_bf16_autocast_are_made_in_it(tmp_path):
+    """Mixed precision and activation checkpointing: the contexts equal the sequential ones under the same autocast."""
+    trainers = [
+        make_trainer(tmp_path, activation_checkpointing=True, bf16=True, max_steps=2, context_method=method)
+        for method in ("fixed_point", "sequential")
+    ]
+    mixed = []
+    for trainer in trainers:
+        seen = []
+        trainer.compute_loss = _record(trainer.compute_loss, seen)
+        trainer.train()
+        mixed.append(torch.cat([call[1]["input_ids"].flatten() for call in seen[:2]]))  # the first step's
+    assert torch.equal(*mixed)
 
 
 def test_evaluation_is_teacher_forced(tmp_path):
@@ -215,6 +241,23 @@ def test_evaluation_is_teacher_forced(tmp_path):
     metrics = trainer.evaluate()
     expected = context_loss(ContextGenerator(model), rows(6, seed=1), 0.5, batch_size=6, progress=False)
     assert metrics["eval_loss"] == pytest.approx(expected.reference, rel=0.05)  # the Trainer averages over batches
+
+
+def test_several_evaluation_sets_and_text_ones(tmp_path):
+    """Data sets are tokenized wherever the Trainer takes one: in the constructor, by name, and handed to evaluate."""
+    tokenizer = make_tokenizer()
+    text = Dataset.from_list(ROWS)
+    trainer = BSSTrainer(
+        tiny_model("llama"),
+        config(tmp_path),
+        train_dataset=text,
+        eval_dataset={"a": text, "b": rows(3)},
+        processing_class=tokenizer,
+    )
+    metrics = trainer.evaluate()
+    assert {"eval_a_loss", "eval_b_loss"} <= set(metrics)
+    assert trainer.evaluate(text)["eval_loss"] == pytest.approx(metrics["eval_a_loss"])
+    assert trainer.predict(text).metrics["test_loss"] == pytest.approx(metrics["eval_a_loss"])
 
 
 def test_held_out_loss_under_both_contexts():
@@ -243,8 +286,11 @@ def test_lora(tmp_path):
     model = peft.get_peft_model(tiny_model("llama"), peft.LoraConfig(target_modules=["q_proj"], lora_dropout=0.1))
     trainer = make_trainer(tmp_path, model=model)
     before = weights(model)
+    base = {name: p.clone() for name, p in model.named_parameters() if "lora" not in name}
     trainer.train()
     assert not torch.equal(weights(model), before)
+    assert all(torch.equal(p, base[name]) for name, p in model.named_parameters() if "lora" not in name)
+    assert all(entry["self_share"] > 0 for entry in trainer.state.log_history if "loss" in entry)
 
 
 @pytest.mark.parametrize(

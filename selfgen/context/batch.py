@@ -31,10 +31,20 @@ class ContextStats:
     invalid: int
     seconds: float
 
-    @property
-    def self_share(self) -> float:
-        """Share of the answer tokens that the model chose itself."""
-        return self.self_tokens / max(1, self.answer_tokens)
+    @classmethod
+    def untouched(cls, prompt_lengths: Sequence[int], answer_lengths: Sequence[int]) -> ContextStats:
+        """Of contexts that are the reference: nothing was computed."""
+        return cls(
+            rows=len(answer_lengths),
+            passes=0,
+            tokens_computed=0,
+            context_tokens=sum(prompt_lengths) + sum(answer_lengths),
+            answer_tokens=sum(answer_lengths),
+            self_tokens=0,
+            agreement=1.0,
+            invalid=0,
+            seconds=0.0,
+        )
 
     @property
     def computed_per_context_token(self) -> float:
@@ -127,10 +137,8 @@ def check_token_rows(name: str, rows: Sequence[TokenRow], vocab_size: int, devic
 def _as_ids(name: str, row: object) -> Tensor:
     try:
         tensor = torch.as_tensor(row)
-    except (TypeError, ValueError, RuntimeError) as error:
-        raise TypeError(
-            f"{name} is a {type(row).__name__}; give a 1-D tensor or a list of token ids ({error})"
-        ) from None
+    except (TypeError, ValueError, RuntimeError, OverflowError) as error:
+        raise TypeError(f"{name} must be a 1-D tensor or a list of 64-bit integers ({error})") from None
     return tensor.to(torch.int64) if tensor.numel() == 0 else tensor
 
 
@@ -148,7 +156,9 @@ def _check_vocabulary(name: str, rows: list[Tensor], vocab_size: int) -> None:
 
 def check_sample_ids(sample_ids: Tensor | Sequence[int], rows: int, device: torch.device) -> Tensor:
     """int64 [rows] on ``device``; unique, as two rows with one id would share their noise."""
-    ids = torch.as_tensor(sample_ids)
+    ids = sample_ids if isinstance(sample_ids, Tensor) else _as_ids("sample_ids", sample_ids)
+    if ids.device.type != "cpu" and ids.device != device:
+        raise ValueError(f"sample_ids is on {ids.device}; give it on cpu or on the model's device, {device}")
     if ids.dtype not in (torch.int64, torch.int32) and ids.numel():
         raise TypeError(f"sample_ids has dtype {ids.dtype}; sample ids must be int64 or int32")
     if ids.shape != (rows,):

@@ -125,7 +125,7 @@ def run_pass(model: PreTrainedModel, state: FixedPoint, windows: list[Window]) -
 
 def commit_pass(state: FixedPoint, windows: list[Window], sampled: Sampled) -> None:
     """Write the sampled tokens into the guess and move each row to its first change."""
-    changed = (sampled.tokens != state.tokens[sampled.slots]).tolist()  # the one host synchronisation of a pass
+    changed = (sampled.tokens != state.tokens[sampled.slots]).tolist()  # waits for the device
     state.tokens[sampled.slots] = sampled.tokens
     first = 0
     for window, positions in zip(windows, sampled.positions, strict=True):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import operator
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -35,7 +36,8 @@ class ContextGenerator:
             contexts are made it is in eval mode (no dropout) and without gradients.
         temperature: of the model's own tokens; 0 is greedy. At least 0.
         token_budget: most tokens computed in one pass of ``method="fixed_point"``, at least 1. By default it is
-            measured once on the model's device (``calibrate_token_budget``). It changes the cost, never the tokens.
+            measured once on the model's device (``calibrate_token_budget``). It changes the cost; the tokens only where
+            rounding turns a near tie, which takes a low precision (README, "Exactness").
 
     Raises:
         TypeError: ``model`` is not a transformers model, or its weights have more than one dtype.
@@ -49,9 +51,13 @@ class ContextGenerator:
 
     def __init__(self, model: PreTrainedModel, *, temperature: float = 1.0, token_budget: int | None = None):
         self.model = _transformers_model(model)
-        if not isinstance(temperature, int | float) or not 0.0 <= temperature < float("inf"):
+        if (
+            isinstance(temperature, bool)
+            or not isinstance(temperature, int | float)
+            or not 0.0 <= temperature < float("inf")
+        ):
             raise ValueError(f"temperature is {temperature!r}; it must be a finite number >= 0 (0 is greedy)")
-        if token_budget is not None and (not isinstance(token_budget, int) or token_budget < 1):
+        if token_budget is not None and (type(token_budget) is not int or token_budget < 1):
             raise ValueError(f"token_budget is {token_budget!r}; it must be an integer >= 1, or None to measure it")
         self.temperature = float(temperature)
         self._token_budget = token_budget
@@ -62,7 +68,7 @@ class ContextGenerator:
     def token_budget(self) -> int:
         """Most tokens in one pass; measured at the first use if it was not given."""
         if self._token_budget is None:
-            with _inference(self.model), packed_linears(self.model):
+            with inference(self.model), packed_linears(self.model):
                 self._token_budget = calibrate_token_budget(self.model)
             logger.info("token budget: %d tokens a pass", self._token_budget)
         return self._token_budget
@@ -102,7 +108,7 @@ class ContextGenerator:
         started = time.perf_counter()
         batch = self._check(prompts, references, self_prob, seed, sample_ids)
         if not batch.prompts:
-            return MixedContext([], [], ContextStats(0, 0, 0, 0, 0, 0, 1.0, 0, 0.0))
+            return MixedContext([], [], ContextStats.untouched([], []))
         support = inspect_model(self.model, max(batch.lengths))
 
         if method == "fixed_point":
@@ -113,13 +119,13 @@ class ContextGenerator:
                 )
             is_self = _draw_masks(batch)
             budget = self.token_budget
-            with _inference(self.model):
+            with inference(self.model):
                 self._verify()
                 state = fixed_point(self.model, batch, is_self, budget)
             tokens, invalid = state.contexts, int(state.status)
             passes, tokens_computed = state.passes, state.tokens_computed
         else:
-            with _inference(self.model):
+            with inference(self.model):
                 result = sequential(self.model, batch, isolate_rows=support.isolate_rows)
             tokens, is_self, invalid = result.tokens, result.is_self, result.invalid
             passes, tokens_computed = result.passes, result.tokens_computed
@@ -155,8 +161,10 @@ class ContextGenerator:
         references = check_token_rows("references", references, vocab_size, device)
         if len(prompts) != len(references):
             raise ValueError(f"{len(prompts)} prompts and {len(references)} references; give one reference a prompt")
-        if not isinstance(seed, int):
-            raise TypeError(f"seed is a {type(seed).__name__}; give a 64-bit integer")
+        try:
+            seed = operator.index(seed)
+        except TypeError:
+            raise TypeError(f"seed is a {type(seed).__name__}; give a 64-bit integer") from None
         limit = getattr(self.model.config.get_text_config(decoder=True), "max_position_embeddings", None)
         for index, (prompt, reference) in enumerate(zip(prompts, references, strict=True)):
             length = len(prompt) + len(reference)
@@ -191,14 +199,12 @@ def _check_self_prob(self_prob: float | Sequence[float] | Tensor, rows: int, dev
         values = torch.as_tensor(self_prob, dtype=torch.float64, device=device)
     except (TypeError, ValueError, RuntimeError):
         raise TypeError(f"self_prob is {self_prob!r}; give a number in [0, 1], or one a row") from None
-    if values.dim() == 0:
-        values = values.expand(rows)
-    if values.shape != (rows,):
+    if values.dim() and values.shape != (rows,):
         raise ValueError(f"self_prob has shape {tuple(values.shape)}; give one number, or one for each of {rows} rows")
     outside = values[~((values >= 0) & (values <= 1))]
-    if len(outside):
-        raise ValueError(f"self_prob is {float(outside[0])}; a probability must be in [0, 1]")
-    return values
+    if outside.numel():
+        raise ValueError(f"self_prob is {float(outside.flatten()[0])}; a probability must be in [0, 1]")
+    return values.expand(rows)
 
 
 def _transformers_model(model: torch.nn.Module) -> PreTrainedModel:
@@ -236,7 +242,7 @@ def _check_dtypes(model: PreTrainedModel) -> None:
 
 
 @contextmanager
-def _inference(model: PreTrainedModel) -> Iterator[None]:
+def inference(model: PreTrainedModel) -> Iterator[None]:
     """Eval mode and no gradients inside; every module's own training flag is back afterwards."""
     training = [module for module in model.modules() if module.training]
     model.eval()

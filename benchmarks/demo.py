@@ -28,8 +28,8 @@ from .fixtures import gsm_symbolic, load_smollm2, smollm2_path
 RUNS = ("SFT", "BSS")
 
 
-def main() -> None:
-    arguments = parse()
+def main(argv: list[str] | None = None) -> None:
+    arguments = parse(argv)
     started = time.perf_counter()
     transformers_logging.set_verbosity_error()
     out = Path(arguments.output_dir)
@@ -51,7 +51,7 @@ def main() -> None:
     print(f"total       {time.perf_counter() - started:.0f} s")
 
 
-def parse() -> argparse.Namespace:
+def parse(argv: list[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--steps", type=int, default=14, help="optimizer steps of each run")
     parser.add_argument("--batch", type=int, default=4, help="rows a step")
@@ -60,7 +60,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--learning-rate", type=float, default=5e-5)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--output-dir", default="outputs/demo")
-    return parser.parse_args()
+    return parser.parse_args(argv)
 
 
 def data(tokenizer: PreTrainedTokenizerBase, arguments: argparse.Namespace) -> tuple[Dataset, Dataset]:

@@ -15,7 +15,8 @@ def calibrate_token_budget(model: PreTrainedModel, *, factor: float = 2.0, repea
 
     A forward over n tokens costs about ``fixed + n * per_token`` seconds: the weights are streamed once, whatever n is.
     The balance point is the n at which both parts are equal; n is doubled until the forward takes twice as long as
-    that of a single token, and interpolated. Smaller passes waste the streamed weights, larger ones speculate in vain.
+    that of a single token, and interpolated. Smaller passes waste the streamed weights, larger ones speculate in vain;
+    between, around twice the balance point, the cost is flat.
     """
 
     def seconds(tokens: int) -> float:

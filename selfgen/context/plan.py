@@ -70,11 +70,10 @@ class AcceptanceRate:
 class Speculation:
     """Chance that a guess is right: at the first visit the guess is the reference, later the model's own last token.
 
-    The priors are the 61 % first-guess agreement measured on SmolLM2-135M-Instruct before fine-tuning, and a cautious
-    one for revised guesses; both follow the data after a few passes.
+    The priors count as ten observations, so both rates follow the data after a few passes.
     """
 
-    first: AcceptanceRate = field(default_factory=lambda: AcceptanceRate(6.1, 10.0))
+    first: AcceptanceRate = field(default_factory=lambda: AcceptanceRate(6.0, 10.0))
     revised: AcceptanceRate = field(default_factory=lambda: AcceptanceRate(7.0, 10.0))
 
 

@@ -13,6 +13,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, T
 
 from .config import BSSConfig
 from .context import ContextGenerator, ContextStats
+from .context.ragged import max_positions
 from .data import Collator, check_sample_ids, load_rows, tokenize_rows
 
 logger = logging.getLogger(__name__)
@@ -63,7 +64,7 @@ class BSSTrainer(Trainer):
             raise ValueError("the model was not loaded by name, so its tokenizer can't be found: give processing_class")
         if processing_class is None:
             processing_class = AutoTokenizer.from_pretrained(self.generator.model.name_or_path)
-        limit = getattr(self.generator.model.config.get_text_config(decoder=True), "max_position_embeddings", None)
+        limit = max_positions(self.generator.model)
         if limit is not None and args.max_length > limit:
             raise ValueError(f"max_length is {args.max_length}, but the model has {limit} positions")
 

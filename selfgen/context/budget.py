@@ -7,6 +7,8 @@ import time
 import torch
 from transformers import PreTrainedModel
 
+from .ragged import max_positions
+
 LARGEST = 8192
 
 
@@ -31,7 +33,7 @@ def calibrate_token_budget(model: PreTrainedModel, *, factor: float = 2.0, repea
             times.append(time.perf_counter() - started)
         return min(times)  # whatever else the machine does only adds to a time
 
-    longest = getattr(model.config.get_text_config(decoder=True), "max_position_embeddings", None) or LARGEST
+    longest = max_positions(model) or LARGEST
     seconds(1)  # warm-up
     single, tokens = seconds(1), 16
     while tokens * 2 <= min(longest, LARGEST) and seconds(tokens) < 2 * single:

@@ -57,7 +57,7 @@ class FixedPoint:
             rows=rows,
             reference=torch.cat(parts),
             tokens=torch.cat(parts),
-            cache=RaggedCache(slots, model.config.get_text_config(decoder=True).num_hidden_layers),
+            cache=RaggedCache(model, slots),
             status=torch.zeros(1, dtype=torch.int64, device=batch.device),
             speculation=Speculation(),
         )

@@ -19,7 +19,7 @@ from .batch import Batch, ContextStats, MixedContext, TokenRow, check_sample_ids
 from .budget import calibrate_token_budget
 from .fixed_point import fixed_point
 from .packed import packed_linears
-from .ragged import UnsupportedModelError, inspect_model, verify_model
+from .ragged import UnsupportedModelError, inspect_model, max_positions, verify_model
 from .sequential import sequential
 
 logger = logging.getLogger(__name__)
@@ -165,7 +165,7 @@ class ContextGenerator:
             seed = operator.index(seed)
         except TypeError:
             raise TypeError(f"seed is a {type(seed).__name__}; give a 64-bit integer") from None
-        limit = getattr(self.model.config.get_text_config(decoder=True), "max_position_embeddings", None)
+        limit = max_positions(self.model)
         for index, (prompt, reference) in enumerate(zip(prompts, references, strict=True)):
             length = len(prompt) + len(reference)
             if limit is not None and length > limit:

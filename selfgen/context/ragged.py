@@ -114,8 +114,9 @@ class RaggedCache(Cache):
 
     current: RaggedPass
 
-    def __init__(self, num_slots: int, num_layers: int):
+    def __init__(self, model: PreTrainedModel, num_slots: int):
         self.num_slots = num_slots
+        num_layers = model.config.get_text_config(decoder=True).num_hidden_layers
         super().__init__(layers=[RaggedLayer(self) for _ in range(num_layers)])
 
 
@@ -224,6 +225,11 @@ class Support:
     isolate_rows: bool = False
 
 
+def max_positions(model: PreTrainedModel) -> int | None:
+    """Most tokens in a row of ``model``; None if its configuration sets no limit."""
+    return getattr(model.config.get_text_config(decoder=True), "max_position_embeddings", None)
+
+
 def inspect_model(model: PreTrainedModel, longest_row: int) -> Support:
     """Name the features of ``model`` that rule out the ragged path for rows of up to ``longest_row`` tokens."""
     config = model.config.get_text_config(decoder=True)
@@ -274,7 +280,7 @@ def verify_model(model: PreTrainedModel) -> None:
     rows = [torch.arange(length, device=device) % vocab_size for length in (21, 6)]
     passes = [[Window(0, 0, 13), Window(1, 0, 6)], [Window(0, 13, 21)]]
     tokens = torch.cat(rows)
-    cache = RaggedCache(len(tokens), model.config.get_text_config(decoder=True).num_hidden_layers)
+    cache = RaggedCache(model, len(tokens))
     found = torch.empty(0)
     try:
         with ragged_model(model):

@@ -6,8 +6,17 @@ of `backends/` compute the same faster. Only torch is needed: a missing compiler
 
 from selfgen_kernels.ops.attention import ragged_attention
 from selfgen_kernels.ops.noise import gumbel_noise, self_mask
-from selfgen_kernels.ops.sampling import linear_sample_mix, sample_mix
+from selfgen_kernels.ops.sampling import combine_shards, linear_sample_mix, linear_sample_shard, sample_mix
 
 from selfgen_kernels import backends  # isort: skip  (kernels register for schemas that the ops above have defined)
 
-__all__ = ["backends", "gumbel_noise", "linear_sample_mix", "ragged_attention", "sample_mix", "self_mask"]
+__all__ = [
+    "backends",
+    "combine_shards",
+    "gumbel_noise",
+    "linear_sample_mix",
+    "linear_sample_shard",
+    "ragged_attention",
+    "sample_mix",
+    "self_mask",
+]

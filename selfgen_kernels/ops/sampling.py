@@ -22,8 +22,17 @@ _SAMPLING = (
     "Tensor? top_k, Tensor? top_p, Tensor? min_p) -> (Tensor tokens, Tensor is_self, Tensor invalid)"
 )
 torch.library.define("selfgen::sample_mix", f"(Tensor logits, {_SAMPLING}")
+_HEAD = "Tensor hidden, Tensor weight, Tensor? bias, float? softcap, float logit_scale"
+torch.library.define("selfgen::linear_sample_mix", f"({_HEAD}, {_SAMPLING}")
 torch.library.define(
-    "selfgen::linear_sample_mix", f"(Tensor hidden, Tensor weight, Tensor? bias, float? softcap, {_SAMPLING}"
+    "selfgen::linear_sample_shard",
+    f"({_HEAD}, SymInt first_id, Tensor threshold, SymInt seed, Tensor sample_ids, Tensor positions, "
+    "Tensor inv_temperature) -> (Tensor values, Tensor ids)",
+)
+torch.library.define(
+    "selfgen::combine_shards",
+    "(Tensor values, Tensor ids, Tensor reference, Tensor threshold, SymInt seed, Tensor sample_ids, Tensor positions, "
+    "Tensor inv_temperature) -> (Tensor tokens, Tensor is_self, Tensor invalid)",
 )
 
 
@@ -33,7 +42,18 @@ def _(logits, reference, *sampling):
 
 
 @torch.library.register_fake("selfgen::linear_sample_mix")
-def _(hidden, weight, bias, softcap, reference, *sampling):
+def _(hidden, weight, bias, softcap, logit_scale, reference, *sampling):
+    return torch.empty_like(reference), _empty_bool(reference), _empty_bool(reference)
+
+
+@torch.library.register_fake("selfgen::linear_sample_shard")
+def _(hidden, *rest):
+    n = hidden.shape[0]
+    return hidden.new_empty((n, 3, 3), dtype=torch.float32), hidden.new_empty((n, 3), dtype=torch.int64)
+
+
+@torch.library.register_fake("selfgen::combine_shards")
+def _(values, ids, reference, *sampling):
     return torch.empty_like(reference), _empty_bool(reference), _empty_bool(reference)
 
 
@@ -94,23 +114,13 @@ def sample_mix(
         ([1, 0], [True, True])
     """
     check_tensor("logits", logits, ("N", "V"), FLOATS, None)
-    sampling = _sampling_arguments(
-        logits,
-        logits.shape[1],
-        reference,
-        self_prob,
-        seed,
-        sample_ids,
-        positions,
-        temperature,
-        top_k,
-        top_p,
-        min_p,
-        status,
-    )
+    _check_vocabulary(logits.shape[1])
+    reference = _check_reference(reference, status, len(logits), logits.device)
+    rows = _row_arguments(logits, self_prob, seed, sample_ids, positions, temperature)
+    filters = _filters(logits, top_k, top_p, min_p)
     if logits.dtype == torch.float64:
         logits = logits.float()
-    tokens, is_self, invalid = torch.ops.selfgen.sample_mix(logits.detach(), *sampling)
+    tokens, is_self, invalid = torch.ops.selfgen.sample_mix(logits.detach(), reference, *rows, *filters)
     _report(invalid, status)
     return tokens, is_self
 
@@ -123,6 +133,7 @@ def linear_sample_mix(
     *,
     bias: Tensor | None = None,
     softcap: float | None = None,
+    logit_scale: float = 1.0,
     seed: int,
     sample_ids: Tensor,
     positions: Tensor,
@@ -143,6 +154,8 @@ def linear_sample_mix(
         weight: same dtype [V, D], the LM head, V >= 1.
         bias: same dtype [V], or None.
         softcap: > 0: logits become softcap * tanh(logits / softcap), in fp32, as in Gemma 2 (arXiv 2408.00118).
+        logit_scale: finite factor on the logits, before the softcap, as in Cohere's models (`logit_scale`) and, as
+            its inverse, in Granite (`logits_scaling`).
         reference, self_prob, seed, sample_ids, positions, temperature, top_k, top_p, min_p, status: as in `sample_mix`.
 
     Returns:
@@ -161,46 +174,142 @@ def linear_sample_mix(
         >>> torch.equal(tokens, sample_mix(hidden @ weight.T, torch.tensor([2, 2]), 1.0, **keys)[0])
         True
     """
+    head = _head_arguments(hidden, weight, bias, softcap, logit_scale)
+    reference = _check_reference(reference, status, len(hidden), hidden.device)
+    rows = _row_arguments(hidden, self_prob, seed, sample_ids, positions, temperature)
+    filters = _filters(hidden, top_k, top_p, min_p)
+    tokens, is_self, invalid = torch.ops.selfgen.linear_sample_mix(*head, reference, *rows, *filters)
+    _report(invalid, status)
+    return tokens, is_self
+
+
+def linear_sample_shard(
+    hidden: Tensor,
+    weight: Tensor,
+    self_prob: float | Tensor,
+    *,
+    first_id: int,
+    bias: Tensor | None = None,
+    softcap: float | None = None,
+    logit_scale: float = 1.0,
+    seed: int,
+    sample_ids: Tensor,
+    positions: Tensor,
+    temperature: float | Tensor = 1.0,
+) -> tuple[Tensor, Tensor]:
+    """One rank's part of `linear_sample_mix` when the LM head is split by vocabulary (tensor parallelism).
+
+    Each rank calls this with its shard, all ranks gather the two small results (60 bytes a row and rank) in place of
+    the logits, and each calls `combine_shards`. The token is the one that a single rank with the whole head draws, up
+    to rounding at near ties; shards may have any sizes and begin and end anywhere. Filters are not offered: a cutoff
+    needs the whole row.
+
+    Args:
+        hidden: fp32, bf16, fp16 or fp64 [N, D], the same on every rank.
+        weight: same dtype [V_shard, D]: the head of the ids first_id .. first_id + V_shard - 1, V_shard >= 1.
+        first_id: >= 0, the id of the shard's first row.
+        bias: same dtype [V_shard], or None.
+        self_prob, softcap, logit_scale, seed, sample_ids, positions, temperature: as in `linear_sample_mix`.
+
+    Returns:
+        values fp32 [N, 3, 3], ids int64 [N, 3]: up to three candidates a row, whose meaning is in
+        `backends/reference/sampling.py`; ids are -1 where there is none and in rows that keep their reference.
+
+    Raises:
+        TypeError: an argument of another type or dtype.
+        ValueError: a value, shape or device outside of the above (values inside GPU tensors are not looked at).
+
+    Example:
+        >>> import torch
+        >>> from selfgen_kernels import combine_shards, linear_sample_mix, linear_sample_shard
+        >>> hidden, weight, reference = torch.randn(2, 8), torch.randn(1000, 8), torch.tensor([2, 2])
+        >>> keys = dict(seed=0, sample_ids=torch.tensor([3, 3]), positions=torch.tensor([0, 1]))
+        >>> ranks = [(0, weight[:300]), (300, weight[300:])]
+        >>> parts = [linear_sample_shard(hidden, shard, 0.5, first_id=first, **keys) for first, shard in ranks]
+        >>> values, ids = (torch.stack(part) for part in zip(*parts))  # what all_gather would give
+        >>> tokens, _ = combine_shards(values, ids, reference, 0.5, **keys)
+        >>> torch.equal(tokens, linear_sample_mix(hidden, weight, reference, 0.5, **keys)[0])
+        True
+    """
+    head = _head_arguments(hidden, weight, bias, softcap, logit_scale)
+    check_number(
+        "first_id", first_id, "0 <= first_id < 2**31", lambda i: 0 <= i < 2**31, whole=True, or_else="a SymInt"
+    )
+    rows = _row_arguments(hidden, self_prob, seed, sample_ids, positions, temperature)
+    return torch.ops.selfgen.linear_sample_shard(*head, first_id, *rows)
+
+
+def combine_shards(
+    values: Tensor,
+    ids: Tensor,
+    reference: Tensor,
+    self_prob: float | Tensor,
+    *,
+    seed: int,
+    sample_ids: Tensor,
+    positions: Tensor,
+    temperature: float | Tensor = 1.0,
+    status: Tensor | None = None,
+) -> tuple[Tensor, Tensor]:
+    """The tokens from the gathered results of `linear_sample_shard` on R ranks, the same on every rank.
+
+    Args:
+        values: fp32 [R, N, 3, 3], the ranks' values, in any order of the ranks.
+        ids: int64 [R, N, 3], their ids in the same order.
+        reference, status: as in `sample_mix`.
+        self_prob, seed, sample_ids, positions, temperature: what the shards were called with.
+
+    Returns:
+        tokens int64 [N], is_self bool [N], as `linear_sample_mix` returns them.
+
+    Raises:
+        TypeError: an argument of another type or dtype.
+        ValueError: a value, shape or device outside of the above (values inside GPU tensors are not looked at).
+
+    Example: see `linear_sample_shard`.
+    """
+    check_tensor("ids", ids, ("R", "N", 3), (torch.int64,), None)
+    check_tensor("values", values, (*ids.shape, 3), (torch.float32,), ids.device)
+    reference = _check_reference(reference, status, ids.shape[1], ids.device)
+    rows = _row_arguments(reference, self_prob, seed, sample_ids, positions, temperature)
+    tokens, is_self, invalid = torch.ops.selfgen.combine_shards(values, ids, reference, *rows)
+    _report(invalid, status)
+    return tokens, is_self
+
+
+def _head_arguments(
+    hidden: Tensor, weight: Tensor, bias: Tensor | None, softcap: float | None, logit_scale: float
+) -> tuple[Any, ...]:
+    """The arguments of a head, checked and in the order of their schema."""
     check_tensor("hidden", hidden, ("N", "D"), FLOATS, None)
     check_tensor("weight", weight, ("V", hidden.shape[1]), (hidden.dtype,), hidden.device)
+    _check_vocabulary(len(weight))
     if bias is not None:
         check_tensor("bias", bias, (len(weight),), (hidden.dtype,), hidden.device)
         bias = bias.detach()
     if softcap is not None:
         check_number("softcap", softcap, "a finite float > 0, or None", lambda cap: 0 < cap < float("inf"))
-    sampling = _sampling_arguments(
-        hidden, len(weight), reference, self_prob, seed, sample_ids, positions, temperature, top_k, top_p, min_p, status
-    )
-    tokens, is_self, invalid = torch.ops.selfgen.linear_sample_mix(
-        hidden.detach(), weight.detach(), bias, softcap, *sampling
-    )
-    _report(invalid, status)
-    return tokens, is_self
+    check_number("logit_scale", logit_scale, "a finite float", lambda x: abs(x) < float("inf"), or_else="an int")
+    return hidden.detach(), weight.detach(), bias, softcap, float(logit_scale)
 
 
-def _sampling_arguments(
-    like: Tensor,
-    vocab_size: int,
-    reference: Tensor,
-    self_prob: float | Tensor,
-    seed: int,
-    sample_ids: Tensor,
-    positions: Tensor,
-    temperature: float | Tensor,
-    top_k: int | Tensor | None,
-    top_p: float | Tensor | None,
-    min_p: float | Tensor | None,
-    status: Tensor | None,
-) -> tuple[Any, ...]:
-    """The arguments that both ops share, checked against `like` [N, ...] and in the order of their schema."""
+def _check_vocabulary(vocab_size: int) -> None:
     if vocab_size == 0:
         raise ValueError("the vocabulary is empty (V = 0); pass logits or weight with V >= 1")
-    check_tensor("reference", reference, (len(like),), INTEGERS, like.device)
+
+
+def _row_arguments(
+    like: Tensor, self_prob: float | Tensor, seed: int, sample_ids: Tensor, positions: Tensor, temperature: Any
+) -> tuple[Any, ...]:
+    """What every op needs to know about its rows, checked against `like` [N, ...] and in the order of the schemas."""
     check_keys(sample_ids, positions, len(like), like.device)
-    if status is not None:
-        one_element = (1,) if isinstance(status, Tensor) and status.dim() else ()
-        check_tensor("status", status, one_element, (torch.int64,), like.device)
-    filters = [
+    threshold = mask_threshold(self_prob, like)  # [N]
+    return threshold, signed_seed(seed), sample_ids, positions, inverse_temperature(temperature, like)
+
+
+def _filters(like: Tensor, top_k: Any, top_p: Any, min_p: Any) -> list[Tensor | None]:
+    """The filters as tensors [N] beside `like` [N, ...], checked."""
+    return [
         None if value is None else per_row(name, value, like, dtype, accepted, is_valid)
         for name, value, dtype, accepted, is_valid in (
             ("top_k", top_k, torch.int64, "an int >= 1", lambda k: k >= 1),
@@ -208,9 +317,15 @@ def _sampling_arguments(
             ("min_p", min_p, torch.float64, "0 <= min_p <= 1", lambda p: (p >= 0) & (p <= 1)),
         )
     ]
-    threshold = mask_threshold(self_prob, like)  # [N]
-    inv_temperature = inverse_temperature(temperature, like)  # [N]
-    return (reference.long(), threshold, signed_seed(seed), sample_ids, positions, inv_temperature, *filters)
+
+
+def _check_reference(reference: Tensor, status: Tensor | None, rows: int, device: torch.device) -> Tensor:
+    """`reference` as int64 [N], checked, and `status` with it."""
+    check_tensor("reference", reference, (rows,), INTEGERS, device)
+    if status is not None:
+        one_element = (1,) if isinstance(status, Tensor) and status.dim() else ()
+        check_tensor("status", status, one_element, (torch.int64,), device)
+    return reference.long()
 
 
 def _report(invalid: Tensor, status: Tensor | None) -> None:

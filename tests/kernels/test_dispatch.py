@@ -26,8 +26,10 @@ SAMPLING = IDS, FULL, 3, IDS, IDS, torch.ones(N)
         ("self_mask", (3, IDS, IDS, FULL)),
         ("sample_mix", (torch.randn(N, V), *SAMPLING, None, None, None)),
         ("sample_mix", (torch.randn(N, V).bfloat16(), *SAMPLING, *FILTERS)),
-        ("linear_sample_mix", (torch.randn(N, D), torch.randn(V, D), None, None, *SAMPLING, None, None, None)),
-        ("linear_sample_mix", (torch.randn(N, D), torch.randn(V, D), torch.randn(V), 30.0, *SAMPLING, *FILTERS)),
+        ("linear_sample_mix", (torch.randn(N, D), torch.randn(V, D), None, None, 1.0, *SAMPLING, None, None, None)),
+        ("linear_sample_mix", (torch.randn(N, D), torch.randn(V, D), torch.randn(V), 30.0, 0.5, *SAMPLING, *FILTERS)),
+        ("linear_sample_shard", (torch.randn(N, D), torch.randn(V, D), None, 30.0, 0.5, 77, *SAMPLING[1:])),
+        ("combine_shards", (torch.randn(2, N, 3, 3), torch.arange(2 * N * 3).view(2, N, 3), *SAMPLING)),
     ],
 )
 def test_opcheck(op, args):

@@ -110,7 +110,7 @@ def test_logits_are_never_in_memory_as_a_whole(filters):
     )
     sampling = zeros + 2**32, 0, torch.arange(n), zeros, torch.ones(n), *values
     with LargestTensor(weight) as largest:
-        reference_sampling.linear_sample_mix(hidden, weight, None, 30.0, zeros, *sampling)
+        reference_sampling.linear_sample_mix(hidden, weight, None, 30.0, 1.0, zeros, *sampling)
     assert largest.elements <= n * vocab_size // 8
     with LargestTensor(weight) as largest:
         reference_sampling.sample_mix(hidden @ weight.T, zeros, *sampling[:5], None, None, None)

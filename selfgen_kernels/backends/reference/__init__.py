@@ -10,6 +10,8 @@ for op in (
     philox.self_mask,
     sampling.sample_mix,
     sampling.linear_sample_mix,
+    sampling.linear_sample_shard,
+    sampling.combine_shards,
 ):
     torch.library.impl(f"selfgen::{op.__name__}", "CompositeExplicitAutograd", op)
 

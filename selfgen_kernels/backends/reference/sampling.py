@@ -8,9 +8,14 @@ from the streams GROUP and TOKEN of `philox`:
 
 P(group) P(token | group) = softmax(z)_token: an exact draw for one random number a group instead of one a token.
 Ties go to the lowest index. A greedy row knows no noise, temperature or filter: its token is the argmax of the logits.
+
+A part of the vocabulary is summed up by three candidates, and parts are put together by choosing among theirs: that is
+how chunks of one head and shards of several ranks meet. A shard may begin and end inside of a group, so the candidates
+are the group that its first id cuts, the best of its whole groups, and the group that its last id cuts. Pieces of one
+group merge: their logsumexps add up, and the better token stays.
 """
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from typing import NamedTuple
 
 import torch
@@ -25,6 +30,10 @@ VOCAB_CHUNK = 64 * GROUP_SIZE
 """Ids whose logits `linear_sample_mix` holds at a time: whole groups. Without influence on the tokens."""
 
 Mixed = tuple[Tensor, Tensor, Tensor]
+Candidates = tuple[Tensor, Tensor]
+"""Values fp32 [N, C, 3] and ids int64 [N, C] of C candidates a row: logsumexp of the group (its maximum if greedy), G1
+of the group, z + G2 of the best token in it, and that token, or -1 for no candidate. A row with NaN or +inf is all NaN.
+"""
 
 
 class Sampling(NamedTuple):
@@ -35,9 +44,9 @@ class Sampling(NamedTuple):
     sample_ids: Tensor
     positions: Tensor
     inv_temperature: Tensor  # +inf is greedy
-    top_k: Tensor | None
-    top_p: Tensor | None
-    min_p: Tensor | None
+    top_k: Tensor | None = None
+    top_p: Tensor | None = None
+    min_p: Tensor | None = None
 
     @property
     def is_self(self) -> Tensor:
@@ -64,34 +73,71 @@ def sample_mix(logits: Tensor, reference: Tensor, *sampling) -> Mixed:
     is_self = how.is_self  # [N]
     rows = is_self.nonzero()[:, 0]  # [S]
     how = how.select(rows)
-    drawn, valid = draw([scaled_and_filtered(logits[rows], how)], logits.shape[1], how)  # [S]
+    drawn, valid = choose(*candidates([scaled_and_filtered(logits[rows], how)], 0, logits.shape[1], how), how.greedy)
     return mix(reference, is_self, rows, drawn, valid)
 
 
 def linear_sample_mix(
-    hidden: Tensor, weight: Tensor, bias: Tensor | None, softcap: float | None, reference: Tensor, *sampling
+    hidden: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    softcap: float | None,
+    logit_scale: float,
+    reference: Tensor,
+    *sampling,
 ) -> Mixed:
     """The same from hidden [N, D] and weight [V, D], with logits of only some rows or some ids at a time."""
     how = Sampling(*sampling)
-    vocab_size = len(weight)
-    if how.filtered:  # a filter looks at whole rows
-        row_block, vocab_chunk = max(1, len(hidden) // 8), vocab_size
-    else:
-        row_block, vocab_chunk = max(1, len(hidden)), VOCAB_CHUNK
-
-    def head(rows: Tensor, ids: slice) -> Tensor:
-        logits = linear(hidden[rows], weight[ids], None if bias is None else bias[ids]).float()  # [B, C]
-        return logits if softcap is None else softcap * torch.tanh(logits / softcap)
-
     is_self = how.is_self  # [N]
     rows = is_self.nonzero()[:, 0]  # [S]
     drawn, valid = torch.empty_like(rows), torch.empty_like(rows, dtype=torch.bool)  # [S]
+    # A filter looks at whole rows: one pass over a block of them finds the cutoffs, a second one draws.
+    row_block = max(1, len(hidden) // 8 if how.filtered else len(hidden))
     for part in torch.arange(len(rows), device=rows.device).split(row_block):  # [B]
         block = how.select(rows[part])
-        spans = (slice(start, start + vocab_chunk) for start in range(0, vocab_size, vocab_chunk))
-        chunks = (scaled_and_filtered(head(rows[part], span), block) for span in spans)  # each [B, C]
-        drawn[part], valid[part] = draw(chunks, vocab_size, block)
+        chunks = head_chunks(hidden[rows[part]], weight, bias, softcap, logit_scale, 0, block)
+        drawn[part], valid[part] = choose(*candidates(chunks, 0, len(weight), block), block.greedy)
     return mix(reference, is_self, rows, drawn, valid)
+
+
+def linear_sample_shard(
+    hidden: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    softcap: float | None,
+    logit_scale: float,
+    first_id: int,
+    *sampling,
+) -> Candidates:
+    """Values [N, 3, 3] and ids [N, 3] of the shard weight [V_shard, D], whose row 0 is the head of `first_id`."""
+    how = Sampling(*sampling)
+    rows = how.is_self.nonzero()[:, 0]  # [S]
+    values = torch.full((len(hidden), 3, 3), -torch.inf, device=hidden.device)
+    ids = torch.full((len(hidden), 3), -1, device=hidden.device)
+    how = how.select(rows)
+    chunks = head_chunks(hidden[rows], weight, bias, softcap, logit_scale, first_id, how)
+    values[rows], ids[rows] = candidates(chunks, first_id, len(weight), how)
+    return values, ids
+
+
+def combine_shards(values: Tensor, ids: Tensor, reference: Tensor, *sampling) -> Mixed:
+    """Tokens, is_self and invalid [N] from the candidates of all shards, [R, N, 3, 3] and [R, N, 3]; any device."""
+    how = Sampling(*sampling)
+    drawn, valid = choose(values.transpose(0, 1).flatten(1, 2), ids.transpose(0, 1).flatten(1), how.greedy)
+    is_self = self_mask(how.seed, how.sample_ids, how.positions, how.threshold)  # [N]
+    return torch.where(is_self & valid, drawn, reference), is_self, is_self & ~valid
+
+
+def head_chunks(hidden, weight, bias, softcap, logit_scale, first_id, how: Sampling) -> Iterator[Tensor]:
+    """z [N, C] of consecutive ids from `first_id`: chunk after chunk that ends with a group, or all if filtered."""
+    size = len(weight)
+    begin, end = 0, size if how.filtered else min(size, VOCAB_CHUNK - first_id % GROUP_SIZE)
+    while begin < size:
+        logits = linear(hidden, weight[begin:end], None if bias is None else bias[begin:end]).float() * logit_scale
+        if softcap is not None:
+            logits = softcap * torch.tanh(logits / softcap)
+        yield scaled_and_filtered(logits, how)
+        begin, end = end, min(size, end + VOCAB_CHUNK)
 
 
 def scaled_and_filtered(logits: Tensor, how: Sampling) -> Tensor:
@@ -100,29 +146,54 @@ def scaled_and_filtered(logits: Tensor, how: Sampling) -> Tensor:
     return z.masked_fill(z < how.cutoff(logits)[:, None], -torch.inf) if how.filtered else z
 
 
-def draw(chunks: Iterable[Tensor], vocab_size: int, how: Sampling) -> tuple[Tensor, Tensor]:
-    """Tokens int64 [N] and valid bool [N], from z [N, V] in `chunks` [N, C] of consecutive ids, whole groups each."""
+def candidates(chunks: Iterable[Tensor], first_id: int, size: int, how: Sampling) -> Candidates:
+    """Values [N, 3, 3] and ids [N, 3] of the ids first_id .. first_id + size - 1, whose z [N, C] come in `chunks`."""
     greedy = how.greedy[:, None]  # [N, 1]
     keys = how.seed, how.sample_ids, how.positions
-    group_noise = gumbel_noise(*keys, -(-vocab_size // GROUP_SIZE), GROUP)  # [N, G]
+    end_id = first_id + size
+    group_noise = gumbel_noise(*keys, -(-end_id // GROUP_SIZE), GROUP).masked_fill(greedy, 0)  # [N, G]
     token_noise = gumbel_noise(*keys, GROUP_SIZE, TOKEN).masked_fill(greedy, 0)  # [N, 64]
 
-    tokens = torch.zeros_like(how.sample_ids, dtype=torch.int64)  # [N]
-    best = peak = torch.full_like(how.inv_temperature, -torch.inf)  # [N]
-    first_group = 0
+    values = torch.full((len(how.positions), 3, 3), -torch.inf, device=greedy.device)
+    ids = torch.full((len(how.positions), 3), -1, device=greedy.device)
+    peak = torch.full_like(how.inv_temperature, -torch.inf)  # [N]
+    begin = first_id  # of the chunk
     for z in chunks:
-        z = pad(z, (0, -z.shape[1] % GROUP_SIZE), value=-torch.inf)
-        z = z.unflatten(1, (-1, GROUP_SIZE))  # [N, K, 64], the K groups of this chunk
-        noise = group_noise[:, first_group : first_group + z.shape[1]]  # [N, K]
-        score, group = torch.where(greedy, z.amax(2), z.logsumexp(2) + noise).max(1)  # [N]
-        inside = z.take_along_dim(group[:, None, None], 1)[:, 0] + token_noise  # [N, 64]
-        candidate = (first_group + group) * GROUP_SIZE + inside.argmax(1)
+        peak = torch.maximum(peak, z.amax(1))
+        group, last = begin // GROUP_SIZE, -(-(begin + z.shape[1]) // GROUP_SIZE)  # its groups
+        z = pad(z, (begin - group * GROUP_SIZE, last * GROUP_SIZE - begin - z.shape[1]), value=-torch.inf)
+        begin = last * GROUP_SIZE
+        z = z.unflatten(1, (-1, GROUP_SIZE))  # [N, K, 64]
+        mass = torch.where(greedy, z.amax(2), z.logsumexp(2))  # [N, K]
+        noise = group_noise[:, group:last]
+        first = torch.arange(group, last, device=z.device) * GROUP_SIZE  # [K]: the first id of each group
+        cut_at_first, cut_at_last = first < first_id, first + GROUP_SIZE > end_id
+        for place, is_place in enumerate((cut_at_first, ~(cut_at_first | cut_at_last), cut_at_last & ~cut_at_first)):
+            score, best = (mass + noise).masked_fill(~is_place, -torch.inf).max(1, keepdim=True)  # [N, 1]
+            inner, token = (z.take_along_dim(best[:, :, None], 1)[:, 0] + token_noise).max(1, keepdim=True)  # [N, 1]
+            value = torch.cat([mass.gather(1, best), noise.gather(1, best), inner], 1)  # [N, 3]
+            better = score > values[:, place, :2].sum(1, keepdim=True)  # [N, 1]
+            values[:, place] = torch.where(better, value, values[:, place])
+            ids[:, place] = torch.where(better, (group + best) * GROUP_SIZE + token, ids[:, place, None])[:, 0]
+    values[peak.isnan() | peak.isposinf()] = torch.nan
+    return values, ids
 
-        tokens = torch.where(score > best, candidate, tokens)
-        best = torch.maximum(best, score)
-        peak = torch.maximum(peak, z.amax((1, 2)))
-        first_group += z.shape[1]
-    return tokens, peak.isfinite()  # NaN and +inf reach the peak; it stays -inf if nothing may be drawn
+
+def choose(values: Tensor, ids: Tensor, greedy: Tensor) -> tuple[Tensor, Tensor]:
+    """Tokens int64 [N] and valid bool [N]: the winner among candidates [N, C, 3] and [N, C]; greedy is bool [N]."""
+    mass, noise, inner = values.unbind(2)  # [N, C] each
+    exists = ids >= 0
+    group = ids // GROUP_SIZE
+    same = (group[:, :, None] == group[:, None]) & exists[:, None]  # [N, C, C]
+    pieces = mass[:, None].masked_fill(~same, -torch.inf)  # [N, C, C]
+    score = torch.where(greedy[:, None], pieces.amax(2), pieces.logsumexp(2)) + noise  # [N, C]
+
+    best = exists & (score == score.masked_fill(~exists, -torch.inf).amax(1, keepdim=True))
+    winner = group.masked_fill(~best, 2**62).amin(1, keepdim=True)
+    in_winner = exists & (group == winner)
+    inner = inner.masked_fill(~in_winner, -torch.inf)
+    tokens = ids.masked_fill(~in_winner | (inner < inner.amax(1, keepdim=True)), 2**62).amin(1)
+    return tokens, exists.any(1) & ~values.isnan().any(2).any(1)
 
 
 def mix(reference: Tensor, is_self: Tensor, rows: Tensor, drawn: Tensor, valid: Tensor) -> Mixed:

@@ -8,6 +8,7 @@ PYTHON ?= python3
 VENV   := .venv
 BIN    := $(VENV)/bin
 STAMP  := $(VENV)/.installed
+KERNEL_BENCHMARKS := benchmarks/bench_sampling.py benchmarks/bench_head.py benchmarks/bench_attention.py
 PIP    := $(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt
 
 .DEFAULT_GOAL := help
@@ -41,9 +42,9 @@ slow: setup
 	$(BIN)/python -m pytest -m slow $(ARGS)
 
 bench: setup
-	@echo "==> benchmarks; results in outputs/bench.json"
+	@echo "==> benchmarks; report in outputs/bench.md and outputs/bench.json"
 	@mkdir -p outputs
-	$(BIN)/python -m pytest benchmarks --benchmark-json=outputs/bench.json $(ARGS)
+	$(BIN)/python -m pytest benchmarks --benchmark-json=outputs/bench.json --report outputs/bench.md $(ARGS)
 
 lint: setup
 	$(BIN)/ruff check .
@@ -52,7 +53,10 @@ lint: setup
 
 gpu: setup
 	@$(BIN)/python -c "import sys, torch; sys.exit(None if torch.cuda.is_available() else 'make gpu needs a CUDA device')"
+	@echo "==> tests on the GPU, then kernel benchmarks; report in outputs/gpu.md and outputs/gpu.json"
+	@mkdir -p outputs
 	$(BIN)/python -m pytest -m gpu $(ARGS)
+	$(BIN)/python -m pytest $(KERNEL_BENCHMARKS) --benchmark-json=outputs/gpu.json --report outputs/gpu.md
 
 clean:
 	rm -rf $(VENV) build outputs *.egg-info .pytest_cache .mypy_cache .ruff_cache .benchmarks .hypothesis

@@ -4,6 +4,10 @@ from __future__ import annotations
 
 import os
 import platform
+import statistics
+import time
+from collections.abc import Callable
+from pathlib import Path
 
 import pytest
 import torch
@@ -11,35 +15,108 @@ import transformers
 
 os.environ.setdefault("HF_DATASETS_OFFLINE", "1")
 
-_LINES = pytest.StashKey[list[str]]()
+_TABLES = pytest.StashKey[dict[str, list[dict]]]()
+
+
+# Of one comparison: how long it may take, how many rounds it has, and how long a single timing is at least.
+SECONDS, LEAST_ROUNDS, MOST_ROUNDS, LEAST_SECONDS = 2.0, 5, 60, 2e-4
+
+
+def pytest_addoption(parser):
+    parser.addoption("--report", metavar="FILE", help="write the report to this file, too")
 
 
 def pytest_configure(config):
-    config.stash[_LINES] = []
+    config.stash[_TABLES] = {}
 
 
 @pytest.fixture
 def report(request):
     """Call with a title and rows (dicts of one shape) to have a table in the report."""
 
-    def add(title: str, rows: list[dict]) -> None:
-        lines = request.config.stash[_LINES]
-        lines.append(title)
-        if not rows:
-            return
-        cells = [list(rows[0]), *([str(value) for value in row.values()] for row in rows)]
-        widths = [max(len(row[i]) for row in cells) for i in range(len(cells[0]))]
-        lines += ["  " + "  ".join(c.rjust(w) for c, w in zip(row, widths, strict=True)) for row in cells]
+    return lambda title, rows: request.config.stash[_TABLES].setdefault(title, []).extend(rows)
 
-    return add
+
+@pytest.fixture
+def compare(benchmark, request):
+    """Time several ways to the same thing, alternating; the first one is ours.
+
+    Call with a title, the sides (functions) and the columns that tell this comparison from the title's others. Returns
+    each side's median seconds, and adds a row to the title's table: milliseconds, and how many times ours that is.
+    """
+
+    def run(title: str, sides: dict[str, Callable[[], object]], columns: dict[str, object]) -> dict[str, float]:
+        names = list(sides)
+        inner = {name: _inner_calls(side) for name, side in sides.items()}
+        seconds: dict[str, list[float]] = {name: [] for name in names}
+
+        def time_side(name: str) -> None:
+            _synchronize()
+            started = time.perf_counter()
+            for _ in range(inner[name]):
+                sides[name]()
+            _synchronize()
+            seconds[name].append((time.perf_counter() - started) / inner[name])
+
+        def time_peers() -> None:
+            for name in names[1:]:
+                time_side(name)
+
+        time_side(names[0])
+        time_peers()
+        once = sum(times[0] * inner[name] for name, times in seconds.items())
+        rounds = int(min(MOST_ROUNDS, max(LEAST_ROUNDS, SECONDS / once)))
+        for times in seconds.values():
+            times.clear()
+        benchmark.pedantic(time_side, args=(names[0],), setup=time_peers, rounds=rounds)
+
+        medians = {name: statistics.median(times) for name, times in seconds.items()}
+        mine = medians[names[0]]
+        row = dict(columns)
+        for name, median in medians.items():
+            row[f"{name}, ms"] = f"{median * 1e3:.3g}" + ("" if name == names[0] else f" ({median / mine:.2g}x)")
+        benchmark.extra_info.update(columns, rounds=rounds, median_seconds=medians)
+        request.config.stash[_TABLES].setdefault(title, []).append(row)
+        return medians
+
+    return run
+
+
+def _inner_calls(side: Callable[[], object]) -> int:
+    """How often to call `side` so that the clock's resolution and a launch do not matter; warms it up, too."""
+    for _ in range(3):
+        _synchronize()
+        started = time.perf_counter()
+        side()
+        _synchronize()
+        took = time.perf_counter() - started
+    return int(max(1, min(200, LEAST_SECONDS / took)))
+
+
+def _synchronize() -> None:
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()
 
 
 def pytest_terminal_summary(terminalreporter, config):
-    if not config.stash[_LINES]:
+    tables = config.stash[_TABLES]
+    if not tables:
         return
-    terminalreporter.section("report")
-    machine = f"{platform.processor() or platform.machine()}, {torch.get_num_threads()} threads"
+    device = f"{platform.processor() or platform.machine()}, {torch.get_num_threads()} threads"
+    if torch.cuda.is_available():
+        device += f"; {torch.cuda.get_device_name()}, CUDA {torch.version.cuda or torch.version.hip}"
     versions = f"torch {torch.__version__}, transformers {transformers.__version__}, Python {platform.python_version()}"
-    terminalreporter.write_line(f"{machine}; {versions}")
-    for line in config.stash[_LINES]:
-        terminalreporter.write_line(line)
+    lines = [f"{device}; {versions}"]
+    for title, rows in tables.items():
+        lines += ["", title, ""]
+        if rows:
+            cells = [list(rows[0]), *([str(value) for value in row.values()] for row in rows)]
+            widths = [max(len(row[i]) for row in cells) for i in range(len(cells[0]))]
+            cells.insert(1, ["-" * width for width in widths])
+            lines += ["| " + " | ".join(c.rjust(w) for c, w in zip(row, widths, strict=True)) + " |" for row in cells]
+    terminalreporter.section("report")
+    terminalreporter.write_line("\n".join(lines))
+    if file := config.getoption("--report"):
+        Path(file).parent.mkdir(parents=True, exist_ok=True)
+        Path(file).write_text("\n".join(lines) + "\n")
+        terminalreporter.write_line(f"\nreport: {file}")

@@ -18,6 +18,9 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTra
 
 from selfgen.data import load_rows
 
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+"""Where kernel benchmarks run."""
+
 ROOT = Path(__file__).resolve().parent.parent
 GGUF = "SmolLM2-135M-Instruct.Q4_1.gguf"
 
@@ -63,6 +66,25 @@ def smollm2_path() -> Path:
 def load_smollm2(dtype: torch.dtype = torch.float32) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     path = smollm2_path()
     return AutoModelForCausalLM.from_pretrained(path, dtype=dtype), AutoTokenizer.from_pretrained(path)
+
+
+@torch.inference_mode()
+def recorded_head(rows: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """SmolLM2's hidden states [rows, 576] at answer tokens of GSM8K and its LM head [49152, 576], fp32, on `DEVICE`."""
+    model, tokenizer = load_smollm2()
+    model.to(DEVICE)
+    hidden: list[torch.Tensor] = []
+    row = 0
+    while sum(map(len, hidden)) < rows:
+        example = gsm8k("train", row, row + 1)[0]
+        prompt, text = (
+            tokenizer(part, return_tensors="pt").input_ids
+            for part in (example["prompt"], example["prompt"] + " " + example["completion"])
+        )
+        states = model.model(text.to(DEVICE)).last_hidden_state[0]
+        hidden.append(states[prompt.shape[1] :])
+        row += 1
+    return torch.cat(hidden)[:rows].clone(), model.lm_head.weight.detach().clone()
 
 
 def gsm8k_path(split: str) -> str:

@@ -3,6 +3,7 @@
 #   make test   the test suite          make slow   its long part
 #   make bench  the benchmarks          make lint   ruff and mypy
 #   make gpu    what needs a CUDA device
+#   make sanitize  fuzz the C++ kernels under ASan and UBSan (gcc)
 
 PYTHON ?= python3
 VENV   := .venv
@@ -11,7 +12,7 @@ STAMP  := $(VENV)/.installed
 PIP    := $(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test slow bench lint gpu clean
+.PHONY: help setup demo test slow bench lint gpu sanitize clean
 
 help:
 	@sed -n 's/^#//p' Makefile
@@ -53,6 +54,23 @@ lint: setup
 gpu: setup
 	@$(BIN)/python -c "import sys, torch; sys.exit(None if torch.cuda.is_available() else 'make gpu needs a CUDA device')"
 	$(BIN)/python -m pytest -m gpu $(ARGS)
+
+# A build of its own: the kernels in use stay as they are. float-cast-overflow is not part of `undefined`.
+SANITIZED := build/sanitize
+PRELOAD    = $(foreach library,asan ubsan stdc++,$(shell $(CXX) -print-file-name=lib$(library).so))
+
+$(SANITIZED)/.built: setup.py $(shell find selfgen_kernels -name '*.py' -o -name '*.cpp' -o -name '*.h') | setup
+	@echo "==> building the C++ kernels with sanitizers"
+	@rm -rf $(SANITIZED)
+	SELFGEN_SANITIZE=address,undefined,float-cast-overflow \
+	  $(BIN)/python setup.py --quiet build --build-base $(SANITIZED) --build-lib $(SANITIZED)/lib
+	@touch $@
+
+sanitize: $(SANITIZED)/.built
+	@echo "==> fuzzing them"
+	LD_PRELOAD="$(PRELOAD)" ASAN_OPTIONS=detect_leaks=0 UBSAN_OPTIONS=print_stacktrace=1 \
+	  PYTHONPATH=$(SANITIZED)/lib HYPOTHESIS_PROFILE=$(or $(HYPOTHESIS_PROFILE),explore) SELFGEN_SANITIZED=1 \
+	  $(BIN)/pytest --capture=sys tests/kernels/test_fuzz.py $(ARGS)
 
 clean:
 	rm -rf $(VENV) build outputs *.egg-info .pytest_cache .mypy_cache .ruff_cache .benchmarks .hypothesis

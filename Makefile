@@ -3,6 +3,7 @@
 #   make test   the test suite          make slow   its long part
 #   make bench  the benchmarks          make lint   ruff and mypy
 #   make gpu    what needs a CUDA device
+#   make sanitize  fuzz the C++ kernels under ASan and UBSan (gcc)
 
 PYTHON ?= python3
 VENV   := .venv
@@ -12,7 +13,7 @@ KERNEL_BENCHMARKS := benchmarks/bench_sampling.py benchmarks/bench_head.py bench
 PIP    := $(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test slow bench lint gpu clean
+.PHONY: help setup demo test slow bench lint gpu sanitize clean
 
 help:
 	@sed -n 's/^#//p' Makefile
@@ -57,6 +58,23 @@ gpu: setup
 	@mkdir -p outputs
 	$(BIN)/python -m pytest -m gpu $(ARGS)
 	$(BIN)/python -m pytest $(KERNEL_BENCHMARKS) --benchmark-json=outputs/gpu.json --report outputs/gpu.md
+
+# A build of its own: the kernels in use stay as they are. float-cast-overflow is not part of `undefined`.
+SANITIZED := build/sanitize
+PRELOAD    = $(foreach library,asan ubsan stdc++,$(shell $(CXX) -print-file-name=lib$(library).so))
+
+$(SANITIZED)/.built: setup.py $(shell find selfgen_kernels -name '*.py' -o -name '*.cpp' -o -name '*.h') | setup
+	@echo "==> building the C++ kernels with sanitizers"
+	@rm -rf $(SANITIZED)
+	SELFGEN_SANITIZE=address,undefined,float-cast-overflow \
+	  $(BIN)/python setup.py --quiet build --build-base $(SANITIZED) --build-lib $(SANITIZED)/lib
+	@touch $@
+
+sanitize: $(SANITIZED)/.built
+	@echo "==> fuzzing them"
+	LD_PRELOAD="$(PRELOAD)" ASAN_OPTIONS=detect_leaks=0 UBSAN_OPTIONS=print_stacktrace=1 \
+	  PYTHONPATH=$(SANITIZED)/lib HYPOTHESIS_PROFILE=$(or $(HYPOTHESIS_PROFILE),explore) SELFGEN_SANITIZED=1 \
+	  $(BIN)/pytest --capture=sys tests/kernels/test_fuzz.py $(ARGS)
 
 clean:
 	rm -rf $(VENV) build outputs *.egg-info .pytest_cache .mypy_cache .ruff_cache .benchmarks .hypothesis

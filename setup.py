@@ -1,6 +1,7 @@
 """Builds the C++ kernels where there is a torch and a compiler; everything else is in pyproject.toml.
 
 The kernels are optional: without them the package runs on its torch reference. SELFGEN_NO_CPP=1 leaves them out.
+SELFGEN_SANITIZE=address,undefined builds them with these sanitizers of gcc: see `make sanitize`.
 """
 
 import os
@@ -14,7 +15,10 @@ SOURCES = [f"{FOLDER}/attention.cpp", f"{FOLDER}/kernels.cpp"]
 HEADERS = [f"{FOLDER}/elementary.h"]
 MODULE = "selfgen_kernels.backends.cpu._C"
 OPENMP = [] if sys.platform == "darwin" else ["-fopenmp"]  # Apple's compiler has none
-FLAGS = ["-O3", "-g0", *OPENMP, "-ffp-contract=off", "-fno-math-errno", "-fno-trapping-math", "-Wno-unknown-pragmas"]
+SANITIZERS = os.environ.get("SELFGEN_SANITIZE", "")
+SANITIZE = [f"-fsanitize={SANITIZERS}", "-fno-sanitize-recover=all"] if SANITIZERS else []  # a finding ends the process
+SPEED = ["-O1", "-g", "-fno-omit-frame-pointer", "-fno-wrapv", *SANITIZE] if SANITIZERS else ["-O3", "-g0"]
+FLAGS = [*SPEED, *OPENMP, "-ffp-contract=off", "-fno-math-errno", "-fno-trapping-math", "-Wno-unknown-pragmas"]
 
 
 def without_kernels(reason: object) -> dict:
@@ -38,10 +42,14 @@ def cpp_kernels() -> dict:
             try:
                 super().run()
             except Exception as error:
+                if SANITIZERS:
+                    raise
                 self.extensions = []
                 without_kernels(error)
 
-    kernels = CppExtension(MODULE, SOURCES, depends=HEADERS, extra_compile_args=FLAGS, extra_link_args=OPENMP)
+    kernels = CppExtension(
+        MODULE, SOURCES, depends=HEADERS, extra_compile_args=FLAGS, extra_link_args=OPENMP + SANITIZE
+    )
     return {"ext_modules": [kernels], "cmdclass": {"build_ext": OptionalBuild.with_options(use_ninja=False)}}
 
 

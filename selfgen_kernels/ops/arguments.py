@@ -28,6 +28,11 @@ def check_tensor(
     """Raise unless `tensor` has `shape` (a str stands for any size), one of `dtypes`, and lives on `device`."""
     if not isinstance(tensor, Tensor):
         raise TypeError(f"{name} must be a tensor, got {type(tensor).__name__}; wrap it in torch.tensor(...)")
+    if hasattr(tensor, "full_tensor"):  # its name: importing the class costs more than all of this package
+        raise TypeError(f"{name} is a DTensor, sharded over ranks; gather it first with {name}.full_tensor()")
+    if tensor.layout != torch.strided or tensor.is_nested:
+        kind = "nested" if tensor.is_nested else tensor.layout
+        raise TypeError(f"{name} is a tensor of another layout ({kind}), accepted are dense ones; pass .to_dense()")
     if tensor.dtype not in dtypes:
         accepted = ", ".join(str(dtype) for dtype in dtypes)
         raise TypeError(f"{name} has dtype {tensor.dtype}, accepted are {accepted}; convert it with .to(dtype)")
@@ -69,8 +74,16 @@ def check_number(
     if isinstance(value, bool) or not isinstance(value, numbers):
         kind = "an int" if whole else "a float"
         raise TypeError(f"{name} must be {kind} or {or_else}, got {type(value).__name__}; pass {accepted}")
-    if not is_valid(value):
-        raise ValueError(f"{name}={value} is not accepted; pass {accepted}")
+    too_large = isinstance(value, int) and not -(2**63) <= value < 2**63
+    if too_large or not is_valid(value):
+        raise ValueError(f"{name}={value} is not accepted; pass {accepted}{', of 64 bits' if too_large else ''}")
+
+
+def check_softcap(softcap: Any) -> None:
+    """Raise unless `softcap` is None or a cap that is neither 0 nor infinite in fp32, in which it is applied."""
+    if softcap is not None:
+        accepted = "a float > 0, or None, within 2**-126 <= softcap < 2**127"
+        check_number("softcap", softcap, accepted, lambda cap: 2**-126 <= cap < 2**127)
 
 
 def per_row(
@@ -98,5 +111,5 @@ def inverse_temperature(temperature: float | Tensor, like: Tensor) -> Tensor:
     """1 / temperature as fp32 [N]; +inf stands for greedy, NaN for a temperature that no one could accept."""
     accepted = "a finite temperature >= 0 (0 is greedy)"
     value = per_row("temperature", temperature, like, torch.float64, accepted, lambda t: (t >= 0) & (t < float("inf")))
-    inverse = torch.where(value >= GREEDY_BELOW, 1 / value, torch.inf)
+    inverse = torch.where(value >= GREEDY_BELOW, (1 / value).clamp(min=2**-126), torch.inf)  # 0 would make NaN of -inf
     return torch.where(value >= 0, inverse, torch.nan).float()

@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor
 
-from selfgen_kernels.ops.arguments import FLOATS, check_number, check_tensor, values_visible
+from selfgen_kernels.ops.arguments import FLOATS, check_number, check_softcap, check_tensor, values_visible
 
 torch.library.define(
     "selfgen::ragged_attention",
@@ -81,12 +81,11 @@ def ragged_attention(
         _check_chunks(cu_seqlens_q.tolist(), kv_ranges.tolist(), len(query), len(key))
     if scale is None:
         scale = head_dim**-0.5
-    finite, positive = "a finite float, or None for head_dim ** -0.5", "a finite float > 0, or None"
+    finite = "a finite float, or None for head_dim ** -0.5"
     check_number("scale", scale, finite, lambda scale: abs(scale) < float("inf"))
     if sliding_window is not None:
         check_number("sliding_window", sliding_window, "an int >= 1, or None", lambda size: size >= 1, whole=True)
-    if softcap is not None:
-        check_number("softcap", softcap, positive, lambda cap: 0 < cap < float("inf"))
+    check_softcap(softcap)
     if sinks is not None:
         check_tensor("sinks", sinks, (heads,), FLOATS, query.device)
     if torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in (query, key, value, sinks)):

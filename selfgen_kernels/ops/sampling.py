@@ -10,6 +10,7 @@ from selfgen_kernels.ops.arguments import (
     INTEGERS,
     check_keys,
     check_number,
+    check_softcap,
     check_tensor,
     inverse_temperature,
     mask_threshold,
@@ -151,9 +152,10 @@ def linear_sample_mix(
 
     Args:
         hidden: fp32, bf16, fp16 or fp64 [N, D], the input of the LM head.
-        weight: same dtype [V, D], the LM head, V >= 1.
+        weight: same dtype [V, D], the LM head, V >= 1. Under torch.autocast the two and `bias` are cast as in F.linear.
+            A DTensor is refused: gather it with .full_tensor(), or use `linear_sample_shard`.
         bias: same dtype [V], or None.
-        softcap: > 0: logits become softcap * tanh(logits / softcap), in fp32, as in Gemma 2 (arXiv 2408.00118).
+        softcap: > 0 in fp32: logits become softcap * tanh(logits / softcap), in fp32, as in Gemma 2 (arXiv 2408.00118).
         logit_scale: finite factor on the logits, before the softcap, as in Cohere's models (`logit_scale`) and, as
             its inverse, in Granite (`logits_scaling`).
         reference, self_prob, seed, sample_ids, positions, temperature, top_k, top_p, min_p, status: as in `sample_mix`.
@@ -254,7 +256,7 @@ def combine_shards(
     """The tokens from the gathered results of `linear_sample_shard` on R ranks, the same on every rank.
 
     Args:
-        values: fp32 [R, N, 3, 3], the ranks' values, in any order of the ranks.
+        values: fp32 [R, N, 3, 3], the ranks' values, in any order of the ranks, R >= 1.
         ids: int64 [R, N, 3], their ids in the same order.
         reference, status: as in `sample_mix`.
         self_prob, seed, sample_ids, positions, temperature: what the shards were called with.
@@ -266,10 +268,20 @@ def combine_shards(
         TypeError: an argument of another type or dtype.
         ValueError: a value, shape or device outside of the above (values inside GPU tensors are not looked at).
 
-    Example: see `linear_sample_shard`.
+    Example:
+        >>> import torch
+        >>> from selfgen_kernels import combine_shards, linear_sample_shard
+        >>> weight = torch.tensor([[0.0], [2.0], [9.0], [1.0]])  # [V, D], of which two ranks hold half each
+        >>> keys = dict(seed=0, sample_ids=torch.tensor([3]), positions=torch.tensor([0]), temperature=0.0)
+        >>> parts = [linear_sample_shard(torch.ones(1, 1), weight[i : i + 2], 1.0, first_id=i, **keys) for i in (0, 2)]
+        >>> values, ids = (torch.stack(part) for part in zip(*parts))  # [2, 1, 3, 3] and [2, 1, 3]
+        >>> combine_shards(values, ids, torch.tensor([0]), 1.0, **keys)
+        (tensor([2]), tensor([True]))
     """
     check_tensor("ids", ids, ("R", "N", 3), (torch.int64,), None)
     check_tensor("values", values, (*ids.shape, 3), (torch.float32,), ids.device)
+    if len(ids) == 0:
+        raise ValueError("ids and values are of no rank (R = 0); stack the results of at least one")
     reference = _check_reference(reference, status, ids.shape[1], ids.device)
     rows = _row_arguments(reference, self_prob, seed, sample_ids, positions, temperature)
     tokens, is_self, invalid = torch.ops.selfgen.combine_shards(values, ids, reference, *rows)
@@ -281,16 +293,25 @@ def _head_arguments(
     hidden: Tensor, weight: Tensor, bias: Tensor | None, softcap: float | None, logit_scale: float
 ) -> tuple[Any, ...]:
     """The arguments of a head, checked and in the order of their schema."""
+    hidden, weight, bias = (_autocast(tensor) for tensor in (hidden, weight, bias))
     check_tensor("hidden", hidden, ("N", "D"), FLOATS, None)
     check_tensor("weight", weight, ("V", hidden.shape[1]), (hidden.dtype,), hidden.device)
     _check_vocabulary(len(weight))
     if bias is not None:
         check_tensor("bias", bias, (len(weight),), (hidden.dtype,), hidden.device)
         bias = bias.detach()
-    if softcap is not None:
-        check_number("softcap", softcap, "a finite float > 0, or None", lambda cap: 0 < cap < float("inf"))
+    check_softcap(softcap)
     check_number("logit_scale", logit_scale, "a finite float", lambda x: abs(x) < float("inf"), or_else="an int")
     return hidden.detach(), weight.detach(), bias, softcap, float(logit_scale)
+
+
+def _autocast(tensor: Any) -> Any:
+    """What torch.nn.functional.linear makes of an argument under torch.autocast: fp64 stays, other floats are cast."""
+    if not isinstance(tensor, Tensor) or not tensor.is_floating_point() or tensor.dtype == torch.float64:
+        return tensor
+    device = tensor.device.type
+    enabled = torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device)
+    return tensor.to(torch.get_autocast_dtype(device)) if enabled else tensor
 
 
 def _check_vocabulary(vocab_size: int) -> None:

@@ -39,11 +39,12 @@ SELFGEN_INLINE float log_(float x) {
 // exp(x) of x <= 0 or NaN, about 1e-38 below -87: Taylor's series for |x - n log 2| <= log(2) / 2, times 2^n.
 SELFGEN_INLINE float exp_(float x) {
   x = x < -87.f ? -87.f : x;
-  const int32_t n = int32_t(x * (1 / kLn2) - 0.5f);
+  const float rounded = x * (1 / kLn2) + 0x1.8p23f;  // to a whole n, in the lowest bits; a cast of NaN has no meaning
+  const float n = rounded - 0x1.8p23f;
   const float r = (x - n * 0.693359375f) + n * 2.12194440e-4f;  // log 2 in two parts, of which n times the first is exact
   const float high = 1 / 24.f + r * (1 / 120.f + r * (1 / 720.f + r * (1 / 5040.f)));
   const float series = 1 + r * (1 + r * (1 / 2.f + r * (1 / 6.f + r * high)));
-  return series * bit_cast<float>((n + 127) << 23);
+  return series * bit_cast<float>((bit_cast<uint32_t>(rounded) + 127) << 23);
 }
 
 }  // namespace

@@ -192,8 +192,8 @@ def choose(values: Tensor, ids: Tensor, greedy: Tensor) -> tuple[Tensor, Tensor]
     winner = group.masked_fill(~best, 2**62).amin(1, keepdim=True)
     in_winner = exists & (group == winner)
     inner = inner.masked_fill(~in_winner, -torch.inf)
-    tokens = ids.masked_fill(~in_winner | (inner < inner.amax(1, keepdim=True)), 2**62).amin(1)
-    return tokens, exists.any(1) & ~values.isnan().any(2).any(1)
+    tokens = ids.masked_fill(~in_winner | (inner < inner.amax(1, keepdim=True)), 2**63 - 1).amin(1)
+    return tokens, best.any(1) & ~values.isnan().any(2).any(1)  # no best: inf - inf, which no shard gives
 
 
 def mix(reference: Tensor, is_self: Tensor, rows: Tensor, drawn: Tensor, valid: Tensor) -> Mixed:

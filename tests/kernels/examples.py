@@ -1,0 +1,77 @@
+"""Calls of every public op, with numbers and with tensors as per-row arguments. Tests of what all ops have in common
+run over them, so a new op gets these tests with its line here."""
+
+import torch
+
+import selfgen_kernels
+
+N, V, D = 5, 130, 8
+_generator = torch.Generator().manual_seed(0)
+
+
+def _normal(*shape):
+    return torch.randn(shape, generator=_generator)
+
+
+_IDS = torch.arange(N)
+_REFERENCE = _IDS + V
+_KEYS = {"seed": 3, "sample_ids": _IDS - 2, "positions": _IDS}
+_ROWS = {"temperature": torch.linspace(0, 2, N)}
+_FILTERS = {"top_k": 9, "top_p": 0.9, "min_p": 0.01}
+_FILTER_ROWS = {"top_k": _IDS + 1, "top_p": torch.linspace(0.5, 1, N), "min_p": torch.linspace(0, 1, N)}
+_PROBS = torch.linspace(0, 1, N)
+_HEAD = {"hidden": _normal(N, D), "weight": _normal(V, D)}
+_CAPPED = {"bias": _normal(V), "softcap": 30.0, "logit_scale": 0.5}
+_STATUS = torch.zeros((), dtype=torch.int64)
+_PARTS = {"values": _normal(2, N, 3, 3), "ids": torch.arange(2 * N * 3).view(2, N, 3), "reference": _REFERENCE}
+_CACHE = {
+    "query": _normal(3, 4, 8),
+    "key": _normal(9, 2, 8),
+    "value": _normal(9, 2, 8),
+    "cu_seqlens_q": torch.tensor([0, 1, 3], dtype=torch.int32),
+    "kv_ranges": torch.tensor([[0, 4], [4, 5]]),
+}
+
+EXAMPLES = {
+    "gumbel_noise": [{**_KEYS, "size": 10, "stream": 1}],
+    "self_mask": [{**_KEYS, "self_prob": 0.5}, {**_KEYS, "self_prob": _PROBS}],
+    "sample_mix": [
+        {"logits": _normal(N, V), "reference": _REFERENCE, "self_prob": 0.5, **_KEYS},
+        {"logits": _normal(N, V), "reference": _REFERENCE, "self_prob": 0.9, **_KEYS, **_FILTERS, "status": _STATUS},
+        {"logits": _normal(N, V), "reference": _REFERENCE, "self_prob": _PROBS, **_KEYS, **_ROWS, **_FILTER_ROWS},
+    ],
+    "linear_sample_mix": [
+        {**_HEAD, "reference": _REFERENCE, "self_prob": 0.5, **_KEYS},
+        {**_HEAD, **_CAPPED, "reference": _REFERENCE, "self_prob": 0.9, **_KEYS, **_FILTERS, "status": _STATUS},
+        {**_HEAD, "reference": _REFERENCE, "self_prob": _PROBS, **_KEYS, **_ROWS, **_FILTER_ROWS},
+    ],
+    "linear_sample_shard": [
+        {**_HEAD, "first_id": 77, "self_prob": 0.5, **_KEYS},
+        {**_HEAD, **_CAPPED, "first_id": 0, "self_prob": _PROBS, **_KEYS, **_ROWS},
+    ],
+    "combine_shards": [
+        {**_PARTS, "self_prob": 0.5, **_KEYS, "status": _STATUS},
+        {**_PARTS, "self_prob": _PROBS, **_KEYS, **_ROWS},
+    ],
+    "ragged_attention": [
+        _CACHE,
+        {**_CACHE, "scale": 0.1, "sliding_window": 3, "softcap": 30.0, "sinks": _normal(4)},
+    ],
+}
+"""By the name of the public function: keyword arguments of calls. The first call of each takes no tensor [N] where a
+number will do."""
+
+CALLS = [(name, i) for name, calls in EXAMPLES.items() for i in range(len(calls))]
+
+
+def call(name, **arguments):
+    return getattr(selfgen_kernels, name)(**arguments)
+
+
+def copied(arguments):
+    """The arguments with fresh copies of their tensors, for ops that write to some."""
+    return {name: value.clone() if isinstance(value, torch.Tensor) else value for name, value in arguments.items()}
+
+
+def as_tuple(result):
+    return result if isinstance(result, tuple | list) else (result,)

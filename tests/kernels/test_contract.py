@@ -1,0 +1,215 @@
+"""What all public ops have in common, over the calls in `examples.py`: opcheck, torch.compile, inference mode,
+autocast, the names in errors, runnable docstrings."""
+
+import doctest
+import inspect
+import pkgutil
+import re
+import warnings
+from importlib import import_module
+
+import pytest
+import torch
+import torch._dynamo.testing
+from examples import CALLS, EXAMPLES, as_tuple, call, copied
+from torch.utils._python_dispatch import TorchDispatchMode
+
+import selfgen_kernels
+from selfgen_kernels import ops
+
+PUBLIC = [name for name in selfgen_kernels.__all__ if callable(getattr(selfgen_kernels, name))]
+INF, NAN = float("inf"), float("nan")
+
+
+@pytest.fixture(params=CALLS, ids=lambda call: f"{call[0]}-{call[1]}")
+def example(request):
+    """A name and arguments that nobody else writes to."""
+    torch.compiler.reset()  # or too many examples would be variants of one function to it
+    name, i = request.param
+    return name, copied(EXAMPLES[name][i])
+
+
+def assert_equal(got, want):
+    for a, b in zip(as_tuple(got), as_tuple(want), strict=True):
+        torch.testing.assert_close(a, b, rtol=0, atol=0, equal_nan=True)
+
+
+class Recorder(TorchDispatchMode):
+    """Remembers the calls of this library's operators."""
+
+    def __init__(self):
+        super().__init__()
+        self.calls = []
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        if func.namespace == "selfgen":
+            self.calls.append((func, args))
+        return func(*args, **(kwargs or {}))
+
+
+def test_every_op_has_examples_and_every_operator_is_called_by_one():
+    assert sorted(EXAMPLES) == sorted(PUBLIC), "add calls of the new op to examples.py"
+    with Recorder() as recorder:
+        for name, i in CALLS:
+            call(name, **copied(EXAMPLES[name][i]))
+    called = {func.name() for func, _ in recorder.calls}
+    defined = {schema.name for schema in torch._C._jit_get_all_schemas() if schema.name.startswith("selfgen::")}
+    assert {name for name in defined if not name.startswith("selfgen::_")} == called
+
+
+def test_opcheck(example):
+    name, arguments = example
+    with Recorder() as recorder:
+        call(name, **arguments)
+    for func, args in recorder.calls:
+        torch.library.opcheck(func, args)
+
+
+@pytest.mark.parametrize("dynamic", [False, True])
+def test_compiles_as_one_graph(example, dynamic):
+    name, arguments = example
+    compiled = torch.compile(call, fullgraph=True, dynamic=dynamic, backend="aot_eager")
+    want_arguments = copied(arguments)
+    want = call(name, **want_arguments)
+    assert_equal(compiled(name, **arguments), want)
+    if "status" in arguments:
+        assert torch.equal(arguments["status"], want_arguments["status"])
+
+
+ROWS = (
+    "hidden",
+    "logits",
+    "reference",
+    "sample_ids",
+    "positions",
+    "self_prob",
+    "temperature",
+    "top_k",
+    "top_p",
+    "min_p",
+)
+
+
+def test_a_few_dynamic_graphs_serve_any_number_of_rows(example):
+    """Symbolic sizes and seeds: a size equal to another number, or a sign, may add one graph or two, batches do not."""
+    name, arguments = example
+    if "sample_ids" not in arguments or name == "combine_shards":
+        pytest.skip("no rows to vary")
+    counter = torch._dynamo.testing.CompileCounterWithBackend("aot_eager")
+    compiled = torch.compile(call, fullgraph=True, dynamic=True, backend=counter)
+    for n, seed in ((5, 3), (4, -7), (3, 2**62), (2, 99), (5, -1), (4, 17), (3, 0), (2, -(2**63))):
+        some = {k: v[:n] if k in ROWS and isinstance(v, torch.Tensor) else v for k, v in copied(arguments).items()}
+        assert_equal(compiled(name, **some | {"seed": seed}), call(name, **copied(some) | {"seed": seed}))
+    assert counter.frame_count <= 3
+
+
+@pytest.mark.slow
+def test_compiles_with_inductor(example):
+    name, arguments = example
+    torch.compiler.reset()
+    assert_equal(torch.compile(call, fullgraph=True)(name, **arguments), call(name, **copied(arguments)))
+
+
+def test_inference_mode(example):
+    name, arguments = example
+    want = call(name, **copied(arguments))
+    with torch.inference_mode():
+        assert_equal(call(name, **copied(arguments)), want)
+        compiled = torch.compile(call, fullgraph=True, backend="eager")
+        assert_equal(compiled(name, **copied(arguments)), want)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_autocast_changes_the_product_of_a_head_and_nothing_else(example, dtype):
+    name, arguments = example
+    lowered = copied(arguments)
+    if "weight" in arguments:  # what torch.nn.functional.linear casts
+        lowered |= {k: v.to(dtype) for k, v in lowered.items() if k in ("hidden", "weight", "bias")}
+    want = call(name, **lowered)
+    with torch.autocast("cpu", dtype):
+        assert_equal(call(name, **copied(arguments)), want)
+        compiled = torch.compile(call, fullgraph=True, backend="aot_eager")
+        assert_equal(compiled(name, **copied(arguments)), want)
+
+
+# ---- Wrong arguments -------------------------------------------------------------------------------------------------
+
+NUMBERS = [0, 1, -1, 2, 0.5, -0.5, 1.5, NAN, INF, -INF, 2**31, 2**63, 2**70, -(2**70), 10**400, 1e300, 1e-320]
+OBJECTS = [None, True, "x", b"", [0.0], {}, object(), 1j, torch.float32, torch.device("cpu")]
+with warnings.catch_warnings():
+    warnings.simplefilter("ignore")  # some of these are beta
+    TENSORS = [
+        torch.tensor(1.0),
+        torch.tensor(1),
+        torch.zeros(0),
+        torch.zeros(1),
+        torch.zeros(3, 3),
+        torch.zeros(2, 3, 3, 3),
+        torch.zeros(5, dtype=torch.bool),
+        torch.zeros(5, dtype=torch.uint8),
+        torch.zeros(5, 130, dtype=torch.complex64),
+        torch.zeros(5, 130, dtype=torch.float8_e4m3fn),
+        torch.zeros(5, 130).to_sparse(),
+        torch.zeros(5, 130).to_sparse_csr(),
+        torch.zeros(5, 8).to_mkldnn(),
+        torch.nested.nested_tensor([torch.zeros(2), torch.zeros(3)]),
+        torch.quantize_per_tensor(torch.zeros(5, 8), 1.0, 0, torch.qint8),
+    ]
+
+
+def variations(tensor):
+    """A good tensor made bad, or not so bad."""
+    yield from (tensor[..., None], tensor.to("meta"), tensor.to(torch.complex64), tensor.bool(), tensor.to_sparse())
+    yield from (tensor.double(), tensor.int(), tensor.half())
+    if tensor.dim():
+        yield from (tensor[:0], tensor[:-1], tensor[..., :-1], tensor[None], torch.cat([tensor, tensor]))
+        yield tensor[:1].expand_as(tensor)
+    if tensor.is_floating_point():
+        yield from (torch.full_like(tensor, value) for value in (NAN, INF, -INF, -1.0, torch.finfo(tensor.dtype).max))
+        yield tensor.clone().requires_grad_()
+    else:
+        yield from (torch.full_like(tensor, value) for value in (-1, 2**31 - 1, torch.iinfo(tensor.dtype).min))
+
+
+def test_a_wrong_argument_is_named_or_does_no_harm(example):
+    """One argument after the other becomes something else: the call returns, or its error names an argument."""
+    name, arguments = example
+    function = getattr(selfgen_kernels, name)
+    names = "|".join(inspect.signature(function).parameters)
+    unclear = []
+    for changed in inspect.signature(function).parameters.keys() - {"device"}:  # torch names the devices that it knows
+        good = arguments.get(changed)
+        for value in (*NUMBERS, *OBJECTS, *TENSORS, *(variations(good) if isinstance(good, torch.Tensor) else ())):
+            try:
+                function(**copied(arguments) | {changed: value})
+            except (TypeError, ValueError) as error:
+                if re.search(rf"\b({names}|vocabulary|heads)\b", str(error)) and ";" in str(error):
+                    continue
+                unclear.append((changed, value, error))
+            except RuntimeError as error:
+                if "requires_grad" in str(error) or "no backward" in str(error):
+                    continue
+                unclear.append((changed, value, error))
+            except Exception as error:
+                unclear.append((changed, value, error))
+    report = "\n".join(
+        f"{changed} = {str(value)[:60]!r}: {type(e).__name__}: {str(e)[:150]!r}" for changed, value, e in unclear
+    )
+    assert not unclear, f"{len(unclear)} errors that say neither what was wrong nor what to do:\n{report}"
+
+
+# ---- Docstrings ------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("module", [m.name for m in pkgutil.iter_modules(ops.__path__)])
+def test_examples_of_the_docstrings_run(module):
+    assert doctest.testmod(import_module(f"{ops.__name__}.{module}")).failed == 0
+
+
+@pytest.mark.parametrize("name", PUBLIC)
+def test_docstrings_have_what_a_reader_needs(name):
+    text = inspect.getdoc(getattr(selfgen_kernels, name))
+    for part in ("Args:", "Returns:", "Raises:", "Example:", ">>> "):
+        assert part in text, f"the docstring of {name} has no {part}"
+    for parameter in inspect.signature(getattr(selfgen_kernels, name)).parameters:
+        assert re.search(rf"\b{parameter}\b", text.split("Args:")[1].split("Returns:")[0]), parameter

@@ -1,0 +1,344 @@
+"""Every op under tensors of any layout, values of any kind and arguments of any type.
+
+The result is the reference's, or the error names the argument. `make sanitize` runs this file on kernels that were
+built with AddressSanitizer and UBSan: then a read past a buffer ends the run.
+"""
+
+import os
+from itertools import pairwise
+from pathlib import Path
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from oracles import assert_same_tokens
+
+from selfgen_kernels import (
+    backends,
+    combine_shards,
+    gumbel_noise,
+    linear_sample_mix,
+    linear_sample_shard,
+    ragged_attention,
+    sample_mix,
+    self_mask,
+)
+from selfgen_kernels.backends.reference import attention as reference_attention
+from selfgen_kernels.backends.reference import philox
+from selfgen_kernels.backends.reference import sampling as reference_sampling
+from selfgen_kernels.backends.reference.sampling import Sampling, scaled_and_filtered
+from selfgen_kernels.ops.arguments import inverse_temperature, signed_seed
+
+INF, NAN = float("inf"), float("nan")
+FLOATS = st.sampled_from([torch.float32, torch.bfloat16, torch.float16, torch.float64])
+SPECIAL = st.sampled_from([NAN, INF, -INF, 3e38, -3e38, 1e-45, 0.0, -0.0])
+SEEDS = st.sampled_from([0, -1, -(2**63), 2**63 - 1, 2**63, 2**64 - 1]) | st.integers(-(2**63), 2**64 - 1)
+VOCABULARIES = st.sampled_from([1, 2, 15, 63, 64, 65, 127, 128, 300, 4097])
+
+
+@pytest.mark.skipif("SELFGEN_SANITIZED" not in os.environ, reason="`make sanitize` was not asked for")
+def test_the_kernels_are_those_with_sanitizers():
+    assert backends.cpu.missing is None
+    library = next(Path(backends.cpu.__file__).parent.glob("_C*.so")).read_bytes()
+    assert b"__asan_init" in library
+    assert b"__ubsan_handle" in library
+
+
+# ---- Tensors ---------------------------------------------------------------------------------------------------------
+
+
+@st.composite
+def layouts(draw, dense):
+    """A view with the values of `dense` and other strides; what lies around it in memory is NaN, or the lowest int."""
+    kind = draw(st.sampled_from(["dense", "inside", "every second", "last axis first", "negated"]))
+    if kind == "every second" and dense.dim():
+        around = _junk([*dense.shape[:-1], 2 * dense.shape[-1]], dense)
+        around[..., ::2] = dense
+        return around[..., ::2]
+    if kind == "inside" and dense.dim():
+        around = _junk([size + 3 for size in dense.shape], dense)
+        view = around[tuple(slice(2, size + 2) for size in dense.shape)]
+        return view.copy_(dense)
+    if kind == "last axis first" and dense.dim() > 1:
+        return dense.movedim(-1, 0).contiguous().movedim(0, -1)
+    if kind == "negated" and dense.is_floating_point():
+        return torch._neg_view(-dense)  # a view with its negative bit set, as .imag of a conjugate has it
+    return dense.clone()
+
+
+def _junk(shape, like):
+    return torch.full(shape, NAN if like.is_floating_point() else torch.iinfo(like.dtype).min, dtype=like.dtype)
+
+
+@st.composite
+def floats(draw, *shape, dtype=torch.float32, bound=3):
+    """Whole numbers up to `bound`, whose products every order of summation gets right, and a few special values."""
+    generator = torch.Generator().manual_seed(draw(st.integers(0, 2**32)))
+    tensor = torch.randint(-bound, bound + 1, shape, generator=generator).to(dtype)
+    if tensor.numel():
+        for place, value in draw(st.lists(st.tuples(st.integers(0, tensor.numel() - 1), SPECIAL), max_size=3)):
+            tensor.view(-1)[place] = value
+        if len(shape) == 2 and draw(st.integers(0, 9)) == 0:
+            tensor[draw(st.integers(0, shape[0] - 1))] = draw(SPECIAL)  # a whole row of it
+    return tensor
+
+
+@st.composite
+def integers(draw, n, low, high):
+    """int64 [n], or int32 [n] with the bounds that these have."""
+    dtype = draw(st.sampled_from([torch.int64, torch.int32]))
+    limits = torch.iinfo(dtype)
+    numbers = st.integers(max(low, limits.min), min(high, limits.max))
+    return draw(layouts(torch.tensor(draw(st.lists(numbers, min_size=n, max_size=n)), dtype=dtype)))
+
+
+@st.composite
+def keys(draw, n):
+    """seed, sample_ids and positions of n rows."""
+    return {
+        "seed": draw(SEEDS),
+        "sample_ids": draw(integers(n, -(2**63), 2**63 - 1)),
+        "positions": draw(integers(n, 0, 2**32 - 1)),
+    }
+
+
+@st.composite
+def per_row(draw, n, numbers, dtypes):
+    """A number, or a tensor [n] of them."""
+    if draw(st.booleans()):
+        return draw(numbers)
+    values = torch.tensor(draw(st.lists(numbers, min_size=n, max_size=n)), dtype=torch.float64)
+    return draw(layouts(values.to(draw(st.sampled_from(dtypes)))))
+
+
+PROBS = st.sampled_from([0.0, 2**-32, 0.5, 1.0])
+TEMPERATURES = st.sampled_from([0.0, 5e-324, 1e-40, 9.9e-6, 1e-5, 0.25, 1.0, 7.5, 1e30, 1e60])
+
+
+@st.composite
+def filters(draw, n):
+    """top_k, top_p and min_p, each there or not."""
+    choices = {
+        "top_k": per_row(n, st.sampled_from([1, 2, 64, 300, 2**31 - 1]), [torch.int32, torch.int64]),
+        "top_p": per_row(n, st.sampled_from([1e-6, 0.3, 0.7, 0.999, 1.0]), [torch.float32, torch.float64]),
+        "min_p": per_row(n, st.sampled_from([0.0, 1e-6, 0.03, 1.0]), [torch.float32, torch.float64]),
+    }
+    return {name: draw(strategy) for name, strategy in choices.items() if draw(st.booleans())}
+
+
+def scalar_or_rows(value, n, dtype):
+    return torch.as_tensor(value, dtype=dtype).expand(n)
+
+
+# ---- Sampling --------------------------------------------------------------------------------------------------------
+
+
+def check_mixed(result, status, logits, reference, self_prob, how):
+    """Hold (tokens, is_self) and the count of invalid rows against the reference on dense copies of all arguments."""
+    n, vocab_size = logits.shape
+    tokens, is_self = result
+    assert tokens.dtype == torch.int64
+    assert is_self.dtype == torch.bool
+    sampling = Sampling(
+        (scalar_or_rows(self_prob, n, torch.float64) * 2**32).round().long(),
+        signed_seed(how["seed"]),
+        how["sample_ids"].long(),
+        how["positions"].long(),
+        inverse_temperature(how.get("temperature", 1.0), logits),
+        *(
+            None if name not in how else scalar_or_rows(how[name], n, dtype)
+            for name, dtype in (("top_k", torch.int64), ("top_p", torch.float64), ("min_p", torch.float64))
+        ),
+    )
+    logits = logits.float().resolve_neg()
+    want, want_self, invalid = reference_sampling.sample_mix(logits, reference.long(), *sampling)
+    assert torch.equal(is_self, want_self)
+    assert status.item() == invalid.sum()
+    assert torch.equal(tokens[~is_self | invalid], reference.long()[~is_self | invalid])
+    drawn = is_self & ~invalid
+    assert ((tokens >= 0) & (tokens < vocab_size))[drawn].all()
+    greedy = drawn & sampling.greedy
+    assert torch.equal(tokens[greedy], logits[greedy].argmax(1))
+    sampled = drawn & ~greedy
+    z = scaled_and_filtered(logits, sampling)
+    assert not z[sampled, tokens[sampled]].isneginf().any()
+    key = {"sample_ids": sampling.sample_ids[sampled], "positions": sampling.positions[sampled]}
+    assert_same_tokens(tokens[sampled], want[sampled], z[sampled], seed=sampling.seed, **key)
+
+
+@given(st.data(), st.integers(0, 9), VOCABULARIES, FLOATS)
+def test_sample_mix(data, n, vocab_size, dtype):
+    logits = data.draw(layouts(data.draw(floats(n, vocab_size, dtype=dtype, bound=9))))
+    if n and data.draw(st.integers(0, 5)) == 0:
+        logits = logits[:1].expand(n, -1)
+    reference = data.draw(integers(n, -(2**63), 2**63 - 1))
+    self_prob = data.draw(per_row(n, PROBS, [torch.float32, torch.float64]))
+    temperature = data.draw(per_row(n, TEMPERATURES, [torch.float64]))
+    how = data.draw(keys(n)) | data.draw(filters(n)) | {"temperature": temperature}
+    status = torch.zeros((), dtype=torch.int64)
+    result = sample_mix(logits, reference, self_prob, status=status, **how)
+    check_mixed(result, status, logits, reference, self_prob, how)
+
+
+@st.composite
+def heads(draw, n, vocab_size, dtype):
+    """hidden, weight, the other arguments of a head, and the logits that it gives."""
+    hidden_size = draw(st.sampled_from([0, 1, 5, 8, 33]))
+    hidden = draw(layouts(draw(floats(n, hidden_size, dtype=dtype, bound=2))))
+    weight = draw(layouts(draw(floats(vocab_size, hidden_size, dtype=dtype, bound=2))))
+    bias = draw(st.none() | floats(vocab_size, dtype=dtype).flatmap(layouts))
+    head = {"bias": bias, "softcap": draw(st.sampled_from([None, 8.0])), "logit_scale": draw(st.sampled_from([1, 0.5]))}
+    logits = torch.nn.functional.linear(hidden, weight, bias).float() * head["logit_scale"]
+    if head["softcap"] is not None:
+        logits = head["softcap"] * torch.tanh(logits / head["softcap"])
+    return hidden, weight, head, logits
+
+
+@given(st.data(), st.integers(0, 9), VOCABULARIES, FLOATS)
+def test_linear_sample_mix(data, n, vocab_size, dtype):
+    hidden, weight, head, logits = data.draw(heads(n, vocab_size, dtype))
+    reference = data.draw(integers(n, -(2**63), 2**63 - 1))
+    self_prob = data.draw(per_row(n, PROBS, [torch.float32, torch.float64]))
+    temperature = data.draw(per_row(n, TEMPERATURES, [torch.float64]))
+    how = data.draw(keys(n)) | data.draw(filters(n)) | {"temperature": temperature}
+    status = torch.zeros((), dtype=torch.int64)
+    result = linear_sample_mix(hidden, weight, reference, self_prob, status=status, **head, **how)
+    check_mixed(result, status, logits, reference, self_prob, how)
+
+
+@given(st.data(), st.integers(0, 9), VOCABULARIES, FLOATS)
+def test_shards(data, n, vocab_size, dtype):
+    hidden, weight, head, logits = data.draw(heads(n, vocab_size, dtype))
+    bias = head.pop("bias")
+    cuts = data.draw(st.lists(st.integers(1, vocab_size), max_size=4))
+    reference = data.draw(integers(n, -(2**63), 2**63 - 1))
+    self_prob = data.draw(per_row(n, PROBS, [torch.float32, torch.float64]))
+    how = data.draw(keys(n)) | {"temperature": data.draw(per_row(n, TEMPERATURES, [torch.float64]))}
+    parts = []
+    for begin, end in pairwise(sorted({0, *cuts, vocab_size})):
+        shard = {"first_id": begin, "bias": None if bias is None else bias[begin:end]}
+        parts.append(linear_sample_shard(hidden, weight[begin:end], self_prob, **shard, **head, **how))
+    values, ids = (data.draw(layouts(torch.stack(part))) for part in zip(*parts, strict=True))
+    status = torch.zeros((), dtype=torch.int64)
+    result = combine_shards(values, ids, reference, self_prob, status=status, **how)
+    check_mixed(result, status, logits, reference, self_prob, how)
+
+
+@given(st.data(), st.integers(0, 5), st.integers(1, 4))
+def test_combine_shards_never_invents_an_id(data, n, ranks):
+    """Values and ids of no rank at all: the token is one of the row's ids, or its reference."""
+    values = data.draw(floats(ranks, n, 3, 3))
+    ids = data.draw(integers(ranks * n * 3, -(2**63), 2**63 - 1)).long().view(ranks, n, 3)
+    reference = torch.full((n,), -5)
+    tokens, _ = combine_shards(values, ids, reference, 1.0, temperature=data.draw(TEMPERATURES), **data.draw(keys(n)))
+    for row in range(n):
+        assert tokens[row] == -5 or (tokens[row] >= 0 and (tokens[row] == ids[:, row]).any())
+
+
+WEIRD_FLOATS = st.sampled_from([NAN, INF, -INF, -1.0, 0.0, 2.0, 1e300, -1e-300, 1.0])
+WEIRD_INTEGERS = st.sampled_from([-(2**63), -5, 0, 1, 2**32, 2**63 - 1])
+
+
+@given(st.data(), st.integers(0, 5), VOCABULARIES)
+def test_values_that_python_has_not_seen(data, n, vocab_size):
+    """Under torch.compile nobody looks into tensors: kernels take any value and give an id or the reference."""
+
+    def rows(values, dtype):
+        return torch.tensor(data.draw(st.lists(values, min_size=n, max_size=n)), dtype=dtype)
+
+    logits = data.draw(floats(n, vocab_size))
+    reference, threshold = torch.full((n,), -5), rows(WEIRD_INTEGERS, torch.int64)
+    keys = data.draw(WEIRD_INTEGERS), rows(WEIRD_INTEGERS, torch.int64), rows(WEIRD_INTEGERS, torch.int64)
+    sampling = reference, threshold, *keys, rows(WEIRD_FLOATS, torch.float32)
+    weird = (WEIRD_INTEGERS, torch.int64), (WEIRD_FLOATS, torch.float64), (WEIRD_FLOATS, torch.float64)
+    cuts = [data.draw(st.none() | st.just(rows(*kind))) for kind in weird]
+    for op, given_ in (
+        ("sample_mix", (logits,)),
+        ("linear_sample_mix", (logits[:, :1], logits.T[:, :1], None, None, 1)),
+    ):
+        if op == "linear_sample_mix" and not n:
+            continue
+        tokens, is_self, invalid = getattr(torch.ops.selfgen, op)(*given_, *sampling, *cuts)
+        assert torch.equal(is_self, philox.self_mask(*keys, threshold))
+        kept = ~is_self | invalid
+        assert (tokens[kept] == -5).all()
+        assert ((tokens[~kept] >= 0) & (tokens[~kept] < vocab_size)).all()
+
+
+# ---- Noise -----------------------------------------------------------------------------------------------------------
+
+
+@given(st.data(), st.integers(0, 9), st.sampled_from([0, 1, 3, 63, 64, 65, 200]), st.integers(0, 15))
+def test_noise_and_mask(data, n, size, stream):
+    key = data.draw(keys(n))
+    seed, ids, positions = key.values()
+    got = gumbel_noise(seed, ids, positions, size, stream=stream)
+    want = philox.gumbel_noise(signed_seed(seed), ids.long(), positions.long(), size, stream)
+    torch.testing.assert_close(got, want, rtol=1e-6, atol=1e-6)
+    prob = data.draw(per_row(n, PROBS, [torch.float32, torch.float64]))
+    threshold = (scalar_or_rows(prob, n, torch.float64) * 2**32).long()
+    assert torch.equal(
+        self_mask(seed, ids, positions, prob), philox.self_mask(signed_seed(seed), ids, positions, threshold)
+    )
+
+
+# ---- Attention -------------------------------------------------------------------------------------------------------
+
+
+@given(
+    st.data(),
+    st.lists(st.tuples(st.integers(0, 40), st.integers(0, 70), st.integers(0, 3)), max_size=5),
+    st.sampled_from([(1, 1), (4, 4), (6, 2), (9, 3), (5, 1)]),
+    st.sampled_from([1, 3, 8, 16, 23, 64]),
+    FLOATS,
+)
+def test_ragged_attention(data, chunks, heads, head_dim, dtype):
+    """Slots that no chunk owns hold NaN, and never show."""
+    (num_heads, kv_heads), slots, ranges = heads, 0, []
+    for queries, before, gap in chunks:
+        ranges.append((slots + gap, queries + before))
+        slots += gap + queries + before
+    generator = torch.Generator().manual_seed(data.draw(st.integers(0, 2**32)))
+    bounds = torch.tensor([0, *(queries for queries, _, _ in chunks)]).cumsum(0).int()
+    query = torch.randn(int(bounds[-1]), num_heads, head_dim, generator=generator).to(dtype)
+    key, value = torch.full((2, slots, kv_heads, head_dim), NAN, dtype=dtype)
+    for first, length in ranges:
+        for cache in (key, value):
+            cache[first : first + length] = torch.randn(length, kv_heads, head_dim, generator=generator).to(dtype)
+    ranges = torch.tensor(ranges, dtype=torch.int64).view(-1, 2)
+    sinks = data.draw(st.none() | floats(num_heads).filter(lambda x: not (x.isnan() | x.isposinf()).any()))
+    how = {
+        "scale": data.draw(st.sampled_from([None, 0.0, -0.3, 2.0])),
+        "sliding_window": data.draw(st.sampled_from([None, 1, 7, 32, 2**62])),
+        "softcap": data.draw(st.sampled_from([None, 3.0])),
+        "sinks": sinks,
+    }
+    tensors = [data.draw(layouts(x)) for x in (query, key, value, bounds, ranges)]
+    got = ragged_attention(*tensors, **how)
+    how["scale"] = head_dim**-0.5 if how["scale"] is None else how["scale"]
+    wide = [x.double() for x in (query, key, value)]
+    want = reference_attention.ragged_attention(*wide, bounds, ranges, *how.values())
+    tolerance = {torch.float64: 1e-9, torch.float32: 1e-4, torch.bfloat16: 5e-2, torch.float16: 1e-2}[dtype]
+    torch.testing.assert_close(got.double(), want, rtol=tolerance, atol=tolerance)
+
+
+@given(st.data(), st.integers(1, 40), FLOATS)
+def test_ragged_attention_of_special_values(data, length, dtype):
+    """NaN and infinities anywhere: heads and queries that see none of them are as they were without."""
+    args = [
+        torch.ones(length, 4, 8, dtype=dtype),
+        torch.ones(length, 2, 8, dtype=dtype),
+        torch.ones(length, 2, 8, dtype=dtype),
+    ]
+    chunks = torch.tensor([0, length], dtype=torch.int32), torch.tensor([[0, length]])
+    clean = ragged_attention(*args, *chunks)
+    slot, head, value = data.draw(st.integers(0, length - 1)), data.draw(st.integers(0, 1)), data.draw(SPECIAL)
+    which = data.draw(st.integers(1, 2))
+    args[which][slot, head, data.draw(st.integers(0, 7))] = value
+    got = ragged_attention(
+        *args, *chunks, sinks=data.draw(st.none() | floats(4)), softcap=data.draw(st.sampled_from([None, 9.0]))
+    )
+    assert got.shape == clean.shape
+    plain = ragged_attention(*args, *chunks)
+    assert torch.equal(plain[:, 2 - 2 * head : 4 - 2 * head], clean[:, 2 - 2 * head : 4 - 2 * head])

@@ -91,7 +91,12 @@ def plan_pass(
     check_tensor("next_self", next_self, ("S",), (torch.int64,), device)
     check_tensor("log_chance", log_chance, (next_self.shape[0],), (torch.float32,), device)
     check_number(
-        "token_budget", token_budget, "1 <= token_budget < 2**31", lambda n: 1 <= n < 2**31, whole=True, or_else="a SymInt"
+        "token_budget",
+        token_budget,
+        "1 <= token_budget < 2**31",
+        lambda n: 1 <= n < 2**31,
+        whole=True,
+        or_else="a SymInt",
     )
     if values_visible(final):
         _check_next_self(next_self)
@@ -101,7 +106,9 @@ def plan_pass(
             raise ValueError("a row's final slot lies before its row_starts; pass row_starts[r] <= final[r]")
         is_self = next_self[next_self > torch.arange(len(next_self))]
         if not (log_chance[is_self] <= 0).all():
-            raise ValueError("log_chance holds a number that is not <= 0 at a self position; pass logs of probabilities")
+            raise ValueError(
+                "log_chance holds a number that is not <= 0 at a self position; pass logs of probabilities"
+            )
     return torch.ops.selfgen.plan_pass(final, row_starts, next_self, log_chance.detach(), token_budget)
 
 

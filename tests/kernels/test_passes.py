@@ -1,11 +1,11 @@
-"""Planning and committing a pass: every backend against the reference, and a loop made of the ops against its oracle."""
+"""Planning and committing a pass: every backend against the reference, and a loop of the ops against its oracle."""
 
 import heapq
 
 import pytest
 import torch
 from conftest import _INTERPRETED, ON_GPU
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from selfgen_kernels import backends, commit_pass, plan_pass
@@ -127,7 +127,9 @@ def test_plan_keeps_the_budget_and_leaves_no_work_waiting(backend, state, token_
     assert int(sizes.sum()) <= token_budget
     assert bool(sizes.sum()) == bool(unfinished.any())
     assert not sizes[~unfinished].any()
-    assert (sizes > required).any() <= (sizes >= required).all()  # speculation only when all required work has its place
+    assert (sizes > required).any() <= (
+        sizes >= required
+    ).all()  # speculation only when all required work has its place
     if sizes.sum() < token_budget:  # nothing is left to compute in any row
         ends = final + sizes
         assert torch.equal(next_self[ends], ends)
@@ -140,7 +142,7 @@ def test_plan_of_many_rows(fast, rows):
     next_self, row_starts = (x.long() for x in next_self_of(masks))
     final = row_starts + torch.randint(0, 9, (rows,), generator=generator)
     log_chance = torch.tensor([0.6, 0.7, 0.75])[torch.randint(0, 3, (9 * rows,), generator=generator)].log()
-    for token_budget in (1, 2 * rows + 1, 4 * rows + 1, 20 * rows + 1):
+    for token_budget in (1, 2 * rows + 1, 20 * rows + 1) if rows < 100 else (3 * rows,):
         args = final, row_starts, next_self, log_chance
         for got, want in zip(
             fast.plan_pass(*args, token_budget=token_budget), reference.plan_pass(*args, token_budget), strict=True
@@ -193,8 +195,9 @@ def toy_states(states_before, tokens):
     return (states_before * 31 + tokens * 7 + 11) % 10007
 
 
+@settings(max_examples=15)  # each is a whole loop
 @given(
-    masks=st.lists(st.lists(st.booleans(), min_size=1, max_size=20), min_size=1, max_size=6),
+    masks=st.lists(st.lists(st.booleans(), min_size=1, max_size=12), min_size=1, max_size=4),
     token_budget=BUDGETS,
     rate=st.floats(0.01, 1.0),
 )
@@ -349,7 +352,12 @@ BAD = [
     (commit_pass, {"slots": torch.tensor([0, 1, 2, -1, 5, -1])}, ValueError, "slots holds -1"),
     (commit_pass, {"slots": torch.tensor([0, 1, 2, 8, 5, -1])}, ValueError, "slots holds 8"),
     (commit_pass, {"cu_seqlens_q": int32(0, 5)}, ValueError, r"cu_seqlens_q has shape \[2\], expected \[3\]"),
-    (commit_pass, {"cu_seqlens_q": int32(0, 3, 7)}, ValueError, r"cu_seqlens_q is \[0, 3, 7\], expected .* at most the 6"),
+    (
+        commit_pass,
+        {"cu_seqlens_q": int32(0, 3, 7)},
+        ValueError,
+        r"cu_seqlens_q is \[0, 3, 7\], expected .* at most the 6",
+    ),
     (commit_pass, {"cu_seqlens_q": int32(0, 3, 2)}, ValueError, r"cu_seqlens_q is \[0, 3, 2\]"),
     (commit_pass, {"cu_seqlens_q": int32(1, 3, 5)}, ValueError, r"cu_seqlens_q is \[1, 3, 5\]"),
     (commit_pass, {"next_self": NEXT_SELF[:7]}, ValueError, r"next_self has shape \[7\], expected \[8\]"),

@@ -1,5 +1,7 @@
 """Planning and committing a pass, specified: segments in order, and what a row's first change leaves final."""
 
+from itertools import pairwise
+
 import torch
 from torch import Tensor
 from torch.nn.functional import pad
@@ -44,7 +46,7 @@ def commit_pass(
     """Changed [N] and observed [N]; `tokens` and `final` are written."""
     changed, observed = torch.zeros(2, len(slots), dtype=torch.bool, device=slots.device)
     bounds = cu_seqlens_q.tolist()
-    for row, (begin, end) in enumerate(zip(bounds, bounds[1:], strict=False)):
+    for row, (begin, end) in enumerate(pairwise(bounds)):
         if begin == end:
             continue
         window = slots[begin:end]

@@ -29,7 +29,8 @@ def following(next_self, slot, num_slots, mask):
 
 @triton.jit(do_not_specialize=["num_slots", "rows", "token_budget"])
 def window_kernel(
-    final, row_starts, next_self, log_chance, cu_seqlens_q, kv_ranges, num_slots, rows, token_budget, LANES: tl.constexpr
+    final, row_starts, next_self, log_chance, cu_seqlens_q, kv_ranges, num_slots, rows, token_budget,
+    LANES: tl.constexpr,
 ):  # fmt: skip
     """One program: how far each row's window goes, as cu_seqlens_q [rows + 1], with kv_ranges [rows, 2]."""
     row = tl.arange(0, LANES)

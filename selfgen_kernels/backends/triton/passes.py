@@ -47,7 +47,7 @@ def window_kernel(
         while best == level:  # more than once if a guess is certain: a row may then have several segments of a level
             taken = log_sum == level
             reach = tl.where(taken, after, reach)
-            after = following(next_self, reach, num_slots, taken)
+            after = tl.where(taken, following(next_self, reach, num_slots, taken), after)
             is_open = taken & (after > reach)
             longer = tl.minimum(log_sum, 0.0) + tl.load(log_chance + reach, mask=is_open, other=0.0)
             log_sum = tl.where(taken, tl.where(is_open, tl.maximum(longer, LOWEST), float("-inf")), log_sum)

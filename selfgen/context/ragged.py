@@ -250,20 +250,17 @@ def verify_model(model: PreTrainedModel) -> None:
     """
     vocab_size, device = model.get_input_embeddings().num_embeddings, model.device
     rows = [torch.arange(length, device=device) % vocab_size for length in (21, 6)]
-    starts = [0, len(rows[0])]
     tokens = torch.cat(rows)
     cache = RaggedCache(model, len(tokens))
     found = torch.empty(0)
     try:
         with ragged_model(model):
-            for windows in ([(0, 13), (0, 6)], [(13, 21), (6, 6)]):  # positions of each row
+            for windows in ([(0, 0, 13), (21, 0, 6)], [(0, 13, 21), (21, 6, 6)]):  # row start, begin, end
                 ragged_pass = RaggedPass(
-                    torch.cat(
-                        [torch.arange(s + a, s + b, device=device) for s, (a, b) in zip(starts, windows, strict=True)]
-                    ),
-                    torch.cat([torch.arange(a, b, device=device) for a, b in windows])[None],
-                    torch.tensor([0, *(b - a for a, b in windows)], device=device).cumsum(0).int(),
-                    torch.tensor([(s, b) for s, (_, b) in zip(starts, windows, strict=True)], device=device),
+                    torch.cat([torch.arange(row + begin, row + end, device=device) for row, begin, end in windows]),
+                    torch.cat([torch.arange(begin, end, device=device) for _, begin, end in windows])[None],
+                    torch.tensor([0, *(end - begin for _, begin, end in windows)], device=device).cumsum(0).int(),
+                    torch.tensor([(row, end) for row, _, end in windows], device=device),
                 )
                 everything = torch.arange(ragged_pass.num_tokens, device=device)
                 logits = ragged_logits(model, cache, ragged_pass, tokens, everything).float()

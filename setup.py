@@ -11,7 +11,7 @@ import sysconfig
 from setuptools import setup
 
 FOLDER = "selfgen_kernels/backends/cpu"
-SOURCES = [f"{FOLDER}/attention.cpp", f"{FOLDER}/kernels.cpp"]
+SOURCES = [f"{FOLDER}/attention.cpp", f"{FOLDER}/kernels.cpp", f"{FOLDER}/passes.cpp"]
 HEADERS = [f"{FOLDER}/elementary.h"]
 MODULE = "selfgen_kernels.backends.cpu._C"
 OPENMP = [] if sys.platform == "darwin" else ["-fopenmp"]  # Apple's compiler has none

@@ -6,6 +6,7 @@ of `backends/` compute the same faster. Only torch is needed: a missing compiler
 
 from selfgen_kernels.ops.attention import ragged_attention
 from selfgen_kernels.ops.noise import gumbel_noise, self_mask
+from selfgen_kernels.ops.passes import commit_pass, plan_pass
 from selfgen_kernels.ops.sampling import combine_shards, linear_sample_mix, linear_sample_shard, sample_mix
 
 from selfgen_kernels import backends  # isort: skip  (kernels register for schemas that the ops above have defined)
@@ -13,9 +14,11 @@ from selfgen_kernels import backends  # isort: skip  (kernels register for schem
 __all__ = [
     "backends",
     "combine_shards",
+    "commit_pass",
     "gumbel_noise",
     "linear_sample_mix",
     "linear_sample_shard",
+    "plan_pass",
     "ragged_attention",
     "sample_mix",
     "self_mask",

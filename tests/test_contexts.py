@@ -114,23 +114,26 @@ def test_no_rows():
 @pytest.mark.parametrize("token_budget", [1, 7, 40, 1000])
 def test_nothing_final_is_computed_twice(token_budget, monkeypatch):
     """Each window starts where the row's final prefix ends, and no pass exceeds the budget."""
-    computed: list[list] = []
+    sizes: list[int] = []
     original = engine.run_pass
 
-    def record(model, state, windows):
-        assert sum(end - begin for _, begin, end in windows) <= token_budget
-        for row, begin, _ in windows:
-            assert begin == state.rows[row].final
-        assert len({row for row, _, _ in windows}) == len(windows)
-        computed.append(windows)
-        return original(model, state, windows)
+    def record(model, state, ragged_pass):
+        slots, bounds = ragged_pass.slots, ragged_pass.cu_seqlens_q
+        assert 1 <= len(slots) <= token_budget
+        assert bounds[-1] == len(slots)
+        for row, final in enumerate(state.final.tolist()):
+            window = slots[bounds[row] : bounds[row + 1]]
+            assert torch.equal(window, torch.arange(final, final + len(window)))
+        assert torch.equal(ragged_pass.position_ids[0], state.positions[slots])
+        sizes.append(len(slots))
+        return original(model, state, ragged_pass)
 
     monkeypatch.setattr(engine, "run_pass", record)
     generator = ContextGenerator(model_of("llama"), token_budget=token_budget)
     rows = [list(range(3, 20)), list(range(30, 60)), [9]]
     mixed = generator.generate(rows, rows, 0.4, seed=1, sample_ids=[1, 2, 3])
-    assert len(computed) == mixed.stats.passes
-    assert sum(end - begin for windows in computed for _, begin, end in windows) == mixed.stats.tokens_computed
+    assert len(sizes) == mixed.stats.passes
+    assert sum(sizes) == mixed.stats.tokens_computed
     if token_budget == 1:  # no speculation: the work is exactly every needed position once
         needed = sum(
             len(row) + int(is_self.nonzero().max()) if is_self.any() else 0

@@ -17,23 +17,30 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from selfgen_kernels import sample_mix
+import selfgen_kernels as kernels
 
 from .batch import Batch
 from .packed import packed_linears
-from .plan import RowProgress, Speculation, Window, plan_pass
+from .plan import Speculation, next_self_slots
 from .ragged import RaggedCache, RaggedPass, ragged_logits, ragged_model
 
 
 @dataclass
 class FixedPoint:
-    """The state of one generation. Rows lie one after the other; a token's index is its KV slot."""
+    """The state of one generation, on the model's device. Rows lie one after the other; a token's index is its KV slot.
+
+    ``tokens`` is the guess. K/V before ``final`` is computed under the final context; tokens up to it are final too.
+    """
 
     batch: Batch
-    row_starts: list[int]
-    rows: list[RowProgress]
-    reference: Tensor  # [slots] int64: prompts and reference answers
-    tokens: Tensor  # [slots] int64: the current guess
+    row_starts: Tensor  # [R] int64: slots
+    positions: Tensor  # [S] int64: counted from the first prompt token of the slot's row
+    answer_positions: Tensor  # [S] int64: counted from the first answer token
+    sample_ids: Tensor  # [S] int64
+    reference: Tensor  # [S] int64: prompts and reference answers
+    next_self: Tensor  # [S] int64: slot of the first self position behind each slot
+    tokens: Tensor  # [S] int64
+    final: Tensor  # [R] int64: slots
     cache: RaggedCache
     status: Tensor  # [1] int64: self tokens whose logits were not finite
     speculation: Speculation
@@ -42,25 +49,34 @@ class FixedPoint:
 
     @classmethod
     def start(cls, model: PreTrainedModel, batch: Batch, is_self: list[Tensor]) -> FixedPoint:
-        row_starts, slots = [], 0
-        for length in batch.lengths:
-            row_starts.append(slots)
-            slots += length
-        parts = [part for pair in zip(batch.prompts, batch.references, strict=True) for part in pair]
-        rows = [
-            RowProgress([prompt + t for t in mask.nonzero()[:, 0].tolist()])
-            for prompt, mask in zip(batch.prompt_lengths, is_self, strict=True)
-        ]
+        device = batch.device
+        prompt_lengths, lengths = (torch.tensor(x, device=device) for x in (batch.prompt_lengths, batch.lengths))  # [R]
+        row_ends = lengths.cumsum(0)
+        row_starts = row_ends - lengths
+        num_slots = sum(batch.lengths)
+        slots = torch.arange(num_slots, device=device)
+        row = torch.arange(len(lengths), device=device).repeat_interleave(lengths, output_size=num_slots)  # [S]
+        no_prompt = [torch.zeros_like(prompt, dtype=torch.bool) for prompt in batch.prompts]
+        positions = slots - row_starts[row]
+        reference = torch.cat(_interleave(batch.prompts, batch.references))
         return cls(
             batch=batch,
             row_starts=row_starts,
-            rows=rows,
-            reference=torch.cat(parts),
-            tokens=torch.cat(parts),
-            cache=RaggedCache(model, slots),
-            status=torch.zeros(1, dtype=torch.int64, device=batch.device),
-            speculation=Speculation(),
+            positions=positions,
+            answer_positions=positions - prompt_lengths[row],
+            sample_ids=batch.sample_ids[row],
+            reference=reference,
+            next_self=next_self_slots(torch.cat(_interleave(no_prompt, is_self)), row_ends[row]),
+            tokens=reference.clone(),
+            final=row_starts.clone(),
+            cache=RaggedCache(model, num_slots),
+            status=torch.zeros(1, dtype=torch.int64, device=device),
+            speculation=Speculation(num_slots, device),
         )
+
+    def is_sampled(self, ragged_pass: RaggedPass) -> Tensor:
+        """[N] bool: the places of a pass that come right before a self position."""
+        return self.next_self[ragged_pass.slots] == ragged_pass.slots + 1
 
     @property
     def contexts(self) -> list[Tensor]:
@@ -69,81 +85,65 @@ class FixedPoint:
         return [row[prompt:] for row, prompt in zip(rows, self.batch.prompt_lengths, strict=True)]
 
 
+def _interleave(prompts: list[Tensor], answers: list[Tensor]) -> list[Tensor]:
+    return [part for pair in zip(prompts, answers, strict=True) for part in pair]
+
+
 def fixed_point(model: PreTrainedModel, batch: Batch, is_self: list[Tensor], token_budget: int) -> FixedPoint:
     """Iterate passes of at most ``token_budget`` tokens until every self token is final."""
     state = FixedPoint.start(model, batch, is_self)
     with ragged_model(model), packed_linears(model):
-        while windows := plan_pass(state.rows, token_budget, state.speculation):
-            sampled = run_pass(model, state, windows)
-            commit_pass(state, windows, sampled)
+        while (ragged_pass := plan_pass(state, token_budget)).num_tokens:
+            sampled = run_pass(model, state, ragged_pass)
+            commit_pass(state, ragged_pass, sampled)
     return state
 
 
-@dataclass
-class Sampled:
-    """What a pass showed: the self positions whose predecessor was computed, in the order of the windows."""
+def plan_pass(state: FixedPoint, token_budget: int) -> RaggedPass:
+    """Choose what to compute next: nothing once every row is done."""
+    slots, cu_seqlens_q, kv_ranges = kernels.plan_pass(
+        state.final,
+        state.row_starts,
+        state.next_self,
+        state.speculation.log_chance,
+        min(token_budget, len(state.tokens)),
+    )
+    # The one look at the device before the model runs. A captured graph of plan, run and commit would keep the padding
+    # in place of this, and be replayed until a look at it now and then finds no planned token.
+    slots = slots[: int(cu_seqlens_q[-1])]
+    return RaggedPass(slots, state.positions[slots][None], cu_seqlens_q, kv_ranges)
 
-    positions: list[list[int]]  # per window, ascending
-    slots: Tensor  # [M] int64
-    tokens: Tensor  # [M] int64
 
+def run_pass(model: PreTrainedModel, state: FixedPoint, ragged_pass: RaggedPass) -> Tensor:
+    """Compute the pass under the current guess, which stays as it is.
 
-def run_pass(model: PreTrainedModel, state: FixedPoint, windows: list[Window]) -> Sampled:
-    """Compute the windows under the current guess and sample at their self positions; the guess stays as it is."""
+    Returns [N] int64: at places right before a self position the model's token there, anything elsewhere.
+    """
     batch = state.batch
-    ragged_pass = RaggedPass(windows, state.row_starts, batch.device)
     state.passes += 1
     state.tokens_computed += ragged_pass.num_tokens
 
-    positions, flat_index, slots, row_of, answer_position = [], [], [], [], []
-    offset = 0
-    for row, begin, end in windows:
-        found = state.rows[row].self_positions_in(begin + 1, end)
-        positions.append(found)
-        flat_index += [
-            offset + position - 1 - begin for position in found
-        ]  # a token is predicted one position before it
-        slots += [state.row_starts[row] + position for position in found]
-        answer_position += [position - batch.prompt_lengths[row] for position in found]
-        row_of += [row] * len(found)
-        offset += end - begin
-    index = torch.tensor([flat_index, slots, answer_position, row_of], dtype=torch.int64, device=batch.device)  # [4, M]
-
-    logits = ragged_logits(model, state.cache, ragged_pass, state.tokens, index[0])  # [M, V]
-    tokens, _ = sample_mix(
+    places = state.is_sampled(ragged_pass).nonzero()[:, 0]  # [M]: a token is predicted one position before it
+    at = ragged_pass.slots[places] + 1  # [M]
+    logits = ragged_logits(model, state.cache, ragged_pass, state.tokens, places)  # [M, V]
+    sampled = torch.zeros_like(ragged_pass.slots)
+    sampled[places], _ = kernels.sample_mix(
         logits,
-        state.reference[index[1]],
+        state.reference[at],
         1.0,
         seed=batch.seed,
-        sample_ids=batch.sample_ids[index[3]],
-        positions=index[2],
+        sample_ids=state.sample_ids[at],
+        positions=state.answer_positions[at],
         temperature=batch.temperature,
         status=state.status,
     )
-    return Sampled(positions, index[1], tokens)
+    return sampled
 
 
-def commit_pass(state: FixedPoint, windows: list[Window], sampled: Sampled) -> None:
-    """Write the sampled tokens into the guess and move each row to its first change."""
-    changed = (sampled.tokens != state.tokens[sampled.slots]).tolist()  # waits for the device
-    state.tokens[sampled.slots] = sampled.tokens
-    first = 0
-    for window, positions in zip(windows, sampled.positions, strict=True):
-        row_changed = changed[first : first + len(positions)]
-        first += len(positions)
-        _commit_row(state.rows[window.row], window, positions, row_changed, state.speculation)
-
-
-def _commit_row(
-    row: RowProgress, window: Window, positions: list[int], changed: list[bool], speculation: Speculation
-) -> None:
-    final = window.end
-    for position, wrong in zip(positions, changed, strict=True):
-        # Observed under a final context: this is what the chance of a segment is made of.
-        (speculation.revised if position < row.sampled else speculation.first).observe(not wrong, 1)
-        if wrong:
-            final = position
-            break
-    row.final = final
-    if positions:
-        row.sampled = max(row.sampled, positions[-1] + 1)
+def commit_pass(state: FixedPoint, ragged_pass: RaggedPass, sampled: Tensor) -> None:
+    """Write the sampled tokens [N] into the guess and move each row to its first change."""
+    slots = ragged_pass.slots
+    changed, observed = kernels.commit_pass(
+        state.tokens, state.final, slots, ragged_pass.cu_seqlens_q, state.next_self, sampled
+    )
+    state.speculation.observe(slots, changed, observed, state.is_sampled(ragged_pass))

@@ -12,7 +12,6 @@ import inspect
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from functools import cached_property
 
 import torch
 from torch import Tensor
@@ -20,8 +19,6 @@ from transformers import AttentionInterface, PreTrainedModel
 from transformers.cache_utils import Cache, CacheLayerMixin
 
 from selfgen_kernels import ragged_attention
-
-from .plan import Window
 
 ATTENTION = "selfgen"
 
@@ -32,41 +29,16 @@ class UnsupportedModelError(ValueError):
 
 @dataclass
 class RaggedPass:
-    """The geometry of one pass, shared by all layers."""
+    """The geometry of one pass, shared by all layers: a window of consecutive slots of each row, some empty."""
 
-    windows: list[Window]
-    row_starts: list[int]  # first slot of each row of the batch
-    device: torch.device
-
-    @cached_property
-    def slots(self) -> Tensor:
-        """[N] int64: the KV slot of each token of the pass."""
-        return torch.cat(
-            [
-                torch.arange(self.row_starts[row] + begin, self.row_starts[row] + end, device=self.device)
-                for row, begin, end in self.windows
-            ]
-        )
-
-    @cached_property
-    def position_ids(self) -> Tensor:
-        """[1, N] int64."""
-        return torch.cat([torch.arange(begin, end, device=self.device) for _, begin, end in self.windows])[None]
-
-    @cached_property
-    def cu_seqlens_q(self) -> Tensor:
-        """[B + 1] int32: where each window's tokens begin in the pass."""
-        sizes = torch.tensor([0] + [end - begin for _, begin, end in self.windows], dtype=torch.int32)
-        return sizes.cumsum(0, dtype=torch.int32).to(self.device)
-
-    @cached_property
-    def kv_ranges(self) -> Tensor:
-        """[B, 2] int64: first KV slot and number of KV slots that each window sees, itself included."""
-        return torch.tensor([(self.row_starts[row], end) for row, _, end in self.windows], device=self.device)
+    slots: Tensor  # [N] int64: the KV slot of each token of the pass
+    position_ids: Tensor  # [1, N] int64
+    cu_seqlens_q: Tensor  # [R + 1] int32: where each row's tokens begin in the pass
+    kv_ranges: Tensor  # [R, 2] int64: first KV slot and number of KV slots that each row sees, its window included
 
     @property
     def num_tokens(self) -> int:
-        return sum(end - begin for _, begin, end in self.windows)
+        return len(self.slots)
 
 
 def _autocast(states: Tensor) -> Tensor:
@@ -278,14 +250,18 @@ def verify_model(model: PreTrainedModel) -> None:
     """
     vocab_size, device = model.get_input_embeddings().num_embeddings, model.device
     rows = [torch.arange(length, device=device) % vocab_size for length in (21, 6)]
-    passes = [[Window(0, 0, 13), Window(1, 0, 6)], [Window(0, 13, 21)]]
     tokens = torch.cat(rows)
     cache = RaggedCache(model, len(tokens))
     found = torch.empty(0)
     try:
         with ragged_model(model):
-            for windows in passes:
-                ragged_pass = RaggedPass(windows, [0, len(rows[0])], device)
+            for windows in ([(0, 0, 13), (21, 0, 6)], [(0, 13, 21), (21, 6, 6)]):  # row start, begin, end
+                ragged_pass = RaggedPass(
+                    torch.cat([torch.arange(row + begin, row + end, device=device) for row, begin, end in windows]),
+                    torch.cat([torch.arange(begin, end, device=device) for _, begin, end in windows])[None],
+                    torch.tensor([0, *(end - begin for _, begin, end in windows)], device=device).cumsum(0).int(),
+                    torch.tensor([(row, end) for row, _, end in windows], device=device),
+                )
                 everything = torch.arange(ragged_pass.num_tokens, device=device)
                 logits = ragged_logits(model, cache, ragged_pass, tokens, everything).float()
                 if not len(found):

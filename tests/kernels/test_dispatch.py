@@ -10,12 +10,13 @@ import torch
 from torch._dynamo.testing import CompileCounterWithBackend
 
 from selfgen_kernels import linear_sample_mix, sample_mix
-from selfgen_kernels.ops import noise, sampling
+from selfgen_kernels.ops import noise, passes, sampling
 
 N, V, D = 5, 130, 8
 IDS = torch.arange(N)
 FULL = torch.full((N,), 2**31)
 FILTERS = torch.full((N,), 9), torch.full((N,), 0.9).double(), torch.full((N,), 0.1).double()
+NEXT_SELF = torch.tensor([1, 3, 3, 4, 4])
 SAMPLING = IDS, FULL, 3, IDS, IDS, torch.ones(N)
 
 
@@ -30,6 +31,8 @@ SAMPLING = IDS, FULL, 3, IDS, IDS, torch.ones(N)
         ("linear_sample_mix", (torch.randn(N, D), torch.randn(V, D), torch.randn(V), 30.0, 0.5, *SAMPLING, *FILTERS)),
         ("linear_sample_shard", (torch.randn(N, D), torch.randn(V, D), None, 30.0, 0.5, 77, *SAMPLING[1:])),
         ("combine_shards", (torch.randn(2, N, 3, 3), torch.arange(2 * N * 3).view(2, N, 3), *SAMPLING)),
+        ("plan_pass", (IDS[:1], IDS[:1], NEXT_SELF, torch.zeros(N), 3)),
+        ("commit_pass", (IDS.clone(), IDS[:1].clone(), IDS[:3], torch.tensor([0, 3]).int(), NEXT_SELF, IDS[2:])),
     ],
 )
 def test_opcheck(op, args):
@@ -76,13 +79,13 @@ def test_linear_compiles_as_one_graph():
         assert not got.requires_grad
 
 
-@pytest.mark.parametrize("op", ["gumbel_noise", "self_mask", "sample_mix"])
+@pytest.mark.parametrize("op", ["gumbel_noise", "self_mask", "sample_mix", "plan_pass", "commit_pass"])
 def test_a_gpu_has_kernels_of_its_own(op):
     pytest.importorskip("triton")
     assert torch._C._dispatch_has_kernel_for_dispatch_key(f"selfgen::{op}", "CUDA")
 
 
-@pytest.mark.parametrize("module", [noise, sampling])
+@pytest.mark.parametrize("module", [noise, passes, sampling])
 def test_examples_of_the_docstrings_run(module):
     result = doctest.testmod(module)
     assert result.attempted > 0

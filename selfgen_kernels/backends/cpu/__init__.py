@@ -47,3 +47,5 @@ if missing is not None:
     _register("gumbel_noise", reference.philox)
     _register("self_mask", reference.philox)
     _register("sample_mix", reference.sampling)
+    _register("plan_pass", reference.passes)
+    _register("commit_pass", reference.passes)

@@ -2,7 +2,7 @@
 
 import torch
 
-from selfgen_kernels.backends.reference import attention, philox, sampling, scaling
+from selfgen_kernels.backends.reference import attention, passes, philox, sampling, scaling
 
 for op in (
     attention.ragged_attention,
@@ -12,6 +12,8 @@ for op in (
     sampling.linear_sample_mix,
     sampling.linear_sample_shard,
     sampling.combine_shards,
+    passes.plan_pass,
+    passes.commit_pass,
 ):
     torch.library.impl(f"selfgen::{op.__name__}", "CompositeExplicitAutograd", op)
 

@@ -9,7 +9,13 @@ from importlib.util import find_spec
 
 import torch
 
-_MODULE_OF_OP = {"gumbel_noise": "noise", "self_mask": "noise", "sample_mix": "sampling"}
+_MODULE_OF_OP = {
+    "gumbel_noise": "noise",
+    "self_mask": "noise",
+    "sample_mix": "sampling",
+    "plan_pass": "passes",
+    "commit_pass": "passes",
+}
 
 
 def _register(op: str, module: str) -> None:

@@ -1,0 +1,159 @@
+"""`plan_pass` and `commit_pass` without a look at the device's values from the host.
+
+Planning is one program with a row in each lane. It goes down through the sums of log chances that occur: all segments
+of the best one are taken at once, by all rows that have one, until the budget ends within such a level. In a generation
+few sums differ, so that a plan takes few steps, each a reduction over the rows and a gather.
+"""
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from selfgen_kernels.backends.reference import passes as reference_passes
+from selfgen_kernels.backends.triton.configuration import Configuration
+
+LOWEST = tl.constexpr(reference_passes.LOWEST)
+LANES = (64, 512, 2048)
+"""Rows that shipped plans hold in registers; with more rows, registers spill."""
+BLOCK = 128  # places that a program of the other kernels handles at a time
+
+
+@triton.jit
+def following(next_self, slot, num_slots, mask):
+    """The next self slot; `slot` itself where there is none, where one of both is no slot, or outside of `mask`."""
+    is_slot = mask & (slot >= 0) & (slot < num_slots)
+    after = tl.load(next_self + slot, mask=is_slot, other=0)
+    return tl.where(is_slot & (after > slot) & (after < num_slots), after, slot)
+
+
+@triton.jit(do_not_specialize=["num_slots", "rows", "token_budget"])
+def window_kernel(
+    final, row_starts, next_self, log_chance, cu_seqlens_q, kv_ranges, num_slots, rows, token_budget,
+    LANES: tl.constexpr,
+):  # fmt: skip
+    """One program: how far each row's window goes, as cu_seqlens_q [rows + 1], with kv_ranges [rows, 2]."""
+    row = tl.arange(0, LANES)
+    exists = row < rows
+    begin = tl.load(final + row, mask=exists, other=0)  # [LANES], as is all that follows but for scalars
+    end = begin  # of the window
+    reach = begin  # the end if the budget allows
+    after = following(next_self, reach, num_slots, exists)
+    log_sum = tl.where(after > reach, 1.0, float("-inf"))  # of the segment from `reach`; 1: computed before all others
+    best = tl.max(log_sum, 0)
+    left = token_budget.to(tl.int64)
+    while (left > 0) & (best > float("-inf")):
+        level = best
+        while best == level:  # more than once if a guess is certain: a row may then have several segments of a level
+            taken = log_sum == level
+            reach = tl.where(taken, after, reach)
+            after = tl.where(taken, following(next_self, reach, num_slots, taken), after)
+            is_open = taken & (after > reach)
+            longer = tl.minimum(log_sum, 0.0) + tl.load(log_chance + reach, mask=is_open, other=0.0)
+            log_sum = tl.where(taken, tl.where(is_open, tl.maximum(longer, LOWEST), float("-inf")), log_sum)
+            best = tl.max(log_sum, 0)
+        size = tl.minimum(reach - end, left)
+        before = tl.cumsum(size, 0) - size  # taken by the rows that come first
+        size = tl.minimum(size, tl.maximum(left - before, 0))
+        end += size
+        left -= tl.sum(size, 0)
+
+    tl.store(cu_seqlens_q + row + 1, tl.cumsum(end - begin, 0).to(tl.int32), mask=exists)
+    tl.store(cu_seqlens_q, 0)
+    start = tl.load(row_starts + row, mask=exists, other=0)
+    tl.store(kv_ranges + 2 * row, start, mask=exists)
+    tl.store(kv_ranges + 2 * row + 1, end - start, mask=exists)
+
+
+@triton.jit(do_not_specialize=["rows", "token_budget"])
+def slots_kernel(final, cu_seqlens_q, slots, rows, token_budget, BLOCK: tl.constexpr):
+    """One program a row writes its window's slots, and a last one the padding."""
+    row = tl.program_id(0)
+    is_row = row < rows
+    begin = tl.load(cu_seqlens_q + row)
+    end = tl.load(cu_seqlens_q + row + 1, mask=is_row, other=token_budget)
+    first = tl.load(final + row, mask=is_row, other=0)
+    for start in range(begin, end, BLOCK):
+        place = start + tl.arange(0, BLOCK)
+        tl.store(slots + place, tl.where(is_row, first + (place - begin), -1), mask=place < end)
+
+
+@triton.jit(do_not_specialize=["num_slots", "places"])
+def commit_pass_kernel(
+    tokens, final, slots, cu_seqlens_q, next_self, sampled, changed, observed, num_slots, places, BLOCK: tl.constexpr
+):  # fmt: skip
+    """One program a row."""
+    row = tl.program_id(0)
+    begin = tl.maximum(tl.load(cu_seqlens_q + row), 0)
+    end = tl.minimum(tl.load(cu_seqlens_q + row + 1), places)
+    if begin < end:
+        last = end - 1  # the place behind which the row is not final
+        for start in range(begin, end, BLOCK):
+            place = start + tl.arange(0, BLOCK)
+            exists = place < end
+            slot = tl.load(slots + place, mask=exists, other=-1)
+            is_slot = (slot >= 0) & (slot < num_slots - 1)
+            is_sampled = is_slot & (tl.load(next_self + slot, mask=is_slot, other=0) == slot + 1)
+            token = tl.load(sampled + place, mask=is_sampled, other=0)
+            differs = is_sampled & (token != tl.load(tokens + slot + 1, mask=is_sampled, other=0))
+            last = tl.minimum(last, tl.min(tl.where(differs, place, end)))
+            tl.store(tokens + slot + 1, token, mask=is_sampled)
+            tl.store(changed + place, differs, mask=exists)
+            tl.store(observed + place, is_sampled & (place <= last), mask=exists)
+        tl.store(final + row, tl.load(slots + last) + 1)
+
+
+def plan_pass(
+    final: Tensor, row_starts: Tensor, next_self: Tensor, log_chance: Tensor, token_budget: int
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Slots int64 [token_budget], cu_seqlens_q int32 [R + 1], kv_ranges int64 [R, 2]."""
+    rows, num_slots = len(final), len(next_self)
+    slots = final.new_empty(token_budget)
+    cu_seqlens_q = final.new_empty(rows + 1, dtype=torch.int32)
+    kv_ranges = final.new_empty(rows, 2)
+    final = final.contiguous()
+    state = final, row_starts.contiguous(), next_self.contiguous(), log_chance.contiguous()
+    lanes = next((lanes for lanes in LANES if rows <= lanes), triton.next_power_of_2(rows))
+    options = window_options(lanes)
+    window_kernel[(1,)](*state, cu_seqlens_q, kv_ranges, num_slots, rows, token_budget, LANES=lanes, **options)
+    slots_kernel[(rows + 1,)](final, cu_seqlens_q, slots, rows, token_budget, BLOCK=BLOCK, **OPTIONS)
+    return slots, cu_seqlens_q, kv_ranges
+
+
+def commit_pass(
+    tokens: Tensor, final: Tensor, slots: Tensor, cu_seqlens_q: Tensor, next_self: Tensor, sampled: Tensor
+) -> tuple[Tensor, Tensor]:
+    """Changed and observed, bool [N]; `tokens` and `final`, contiguous, are written."""
+    changed, observed = torch.zeros(2, len(slots), dtype=torch.bool, device=slots.device)
+    if len(final):
+        inputs = (tensor.contiguous() for tensor in (slots, cu_seqlens_q, next_self, sampled))
+        sizes = len(tokens), len(slots)
+        commit_pass_kernel[(len(final),)](tokens, final, *inputs, changed, observed, *sizes, BLOCK=BLOCK, **OPTIONS)
+    return changed, observed
+
+
+OPTIONS = {"num_warps": 1, "enable_fp_fusion": False}
+
+
+def window_options(lanes: int) -> dict[str, int | bool]:
+    return OPTIONS | {"num_warps": min(max(1, lanes // 64), 16)}
+
+
+def configurations(target: str) -> list[Configuration]:
+    """What ships for one of `configuration.TARGETS`."""
+    state = {"final": "*i64", "row_starts": "*i64", "next_self": "*i64", "log_chance": "*fp32"}
+    plan = {"cu_seqlens_q": "*i32", "kv_ranges": "*i64", "num_slots": "i64", "rows": "i32", "token_budget": "i32"}
+    places = {"final": "*i64", "cu_seqlens_q": "*i32", "slots": "*i64", "rows": "i32", "token_budget": "i32"}
+    commit = {
+        "tokens": "*i64", "final": "*i64", "slots": "*i64", "cu_seqlens_q": "*i32", "next_self": "*i64",
+        "sampled": "*i64", "changed": "*i1", "observed": "*i1", "num_slots": "i64", "places": "i32",
+    }  # fmt: skip
+    windows = [
+        Configuration(f"plan_pass, {lanes} rows", window_kernel, state | plan, {"LANES": lanes}, window_options(lanes))
+        for lanes in LANES
+    ]
+    return [
+        *windows,
+        Configuration("plan_pass, slots", slots_kernel, places, {"BLOCK": BLOCK}, OPTIONS),
+        Configuration("commit_pass", commit_pass_kernel, commit, {"BLOCK": BLOCK}, OPTIONS),
+    ]

@@ -6,12 +6,13 @@ The kernels are optional: without them the package runs on its torch reference. 
 import os
 import sys
 import sysconfig
+from glob import glob
 
 from setuptools import setup
 
 FOLDER = "selfgen_kernels/backends/cpu"
-SOURCES = [f"{FOLDER}/attention.cpp", f"{FOLDER}/kernels.cpp"]
-HEADERS = [f"{FOLDER}/elementary.h"]
+SOURCES = sorted(glob(f"{FOLDER}/*.cpp"))
+HEADERS = sorted(glob(f"{FOLDER}/*.h"))
 MODULE = "selfgen_kernels.backends.cpu._C"
 OPENMP = [] if sys.platform == "darwin" else ["-fopenmp"]  # Apple's compiler has none
 FLAGS = ["-O3", "-g0", *OPENMP, "-ffp-contract=off", "-fno-math-errno", "-fno-trapping-math", "-Wno-unknown-pragmas"]

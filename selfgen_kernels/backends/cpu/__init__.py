@@ -46,4 +46,5 @@ if missing is not None:
     _register("ragged_attention", reference.attention)
     _register("gumbel_noise", reference.philox)
     _register("self_mask", reference.philox)
-    _register("sample_mix", reference.sampling)
+    for _op in ("sample_mix", "linear_sample_mix", "linear_sample_shard"):
+        _register(_op, reference.sampling)

@@ -108,7 +108,13 @@ inline float smallest_kept(Weighted all, double target) {
   return kept;
 }
 
-// The cutoff of one row, whose largest maximum `peak` is finite. `values`: room for V + 64 numbers.
+// Whether the cutoff is more than a distance from the peak.
+inline bool looks_at_values(const Filters& filters) {
+  return filters.top_k < std::numeric_limits<int64_t>::max() || filters.top_p < 1;
+}
+
+// The cutoff of one row, whose largest maximum `peak` is finite. `values`: room for V + 64 numbers if
+// looks_at_values().
 template <typename T>
 float filter_cutoff(
     const LogitsRow<T>& row, const Filters& filters, const float* maxima, float peak, float* values) {

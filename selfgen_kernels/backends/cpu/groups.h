@@ -59,10 +59,11 @@ SELFGEN_INLINE void group_maxima_(
 
 // Function multiversioning knows no templates.
 #define SELFGEN_LOGITS(T)                                                                                           \
-  SELFGEN_CLONES float load_group(const T* logits, int64_t size, float scale, float cutoff, float z[kGroup]) {      \
+  [[maybe_unused]] SELFGEN_CLONES float load_group(                                                                 \
+      const T* logits, int64_t size, float scale, float cutoff, float z[kGroup]) {                                  \
     return load_group_(logits, size, scale, cutoff, z);                                                             \
   }                                                                                                                 \
-  SELFGEN_CLONES void group_maxima(                                                                                 \
+  [[maybe_unused]] SELFGEN_CLONES void group_maxima(                                                                \
       const T* logits, int64_t vocab_size, float scale, int64_t begin, int64_t end, float* maxima) {                \
     group_maxima_(logits, vocab_size, scale, begin, end, maxima);                                                   \
   }

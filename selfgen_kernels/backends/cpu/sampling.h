@@ -2,6 +2,9 @@
 
 #pragma once
 
+#include <ATen/ATen.h>
+#include <ATen/Parallel.h>
+
 #include "draw.h"
 #include "filters.h"
 #include "groups.h"
@@ -11,11 +14,6 @@
 #include <cstdint>
 
 namespace {
-
-// Numbers of scratch memory for `sample_row`.
-inline int64_t sample_row_scratch(int64_t vocab_size, bool filtered) {
-  return 2 * (groups_of(vocab_size) + kGroup) + (filtered ? vocab_size + kGroup : 0);
-}
 
 // The token of a row, or -1 if it is invalid; scratch begins with the maxima of its groups.
 template <typename T>
@@ -48,6 +46,32 @@ int64_t sample_row(const LogitsRow<T>& logits, const Row& row, float* scratch) {
     draw.feed(group, z, logits.load(group, cutoff, z), noise[group]);
   }
   return draw.candidate(1).token;
+}
+
+// The tokens `drawn` from the logits of `count` rows; logits_of(i) points to those of rows[i].
+template <typename F>
+void sample_rows(F logits_of, int64_t vocab_size, const Row* rows, int64_t count, int64_t* drawn) {
+  const int64_t groups = groups_of(vocab_size), threads = at::get_num_threads();
+  const bool values = std::any_of(rows, rows + count, [&](const Row& row) { return looks_at_values(row.filters); });
+  const int64_t per_thread = 2 * groups + kGroup + (values ? vocab_size + kGroup : 0);
+  const bool few = count < threads;  // then threads share the rows
+  at::Tensor scratch = at::empty({few ? 1 : threads, per_thread}, at::kFloat);
+  const auto sample = [&](int64_t i, float* own, auto sweep) {
+    const LogitsRow row{logits_of(i), vocab_size, rows[i].scale};
+    sweep([&](int64_t begin, int64_t end) { row.maxima(begin, end, own); });
+    drawn[i] = sample_row(row, rows[i], own);
+  };
+  float* const data = scratch.data_ptr<float>();
+  if (few) {
+    for (int64_t i = 0; i < count; ++i) {
+      sample(i, data, [&](auto maxima) { at::parallel_for(0, groups, 256, maxima); });
+    }
+  } else {
+    at::parallel_for(0, count, 1, [&](int64_t begin, int64_t end) {
+      float* const own = data + at::get_thread_num() * per_thread;
+      for (int64_t i = begin; i < end; ++i) sample(i, own, [&](auto maxima) { maxima(0, groups); });
+    });
+  }
 }
 
 }  // namespace

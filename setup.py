@@ -7,12 +7,13 @@ SELFGEN_SANITIZE=address,undefined builds them with these sanitizers of gcc: see
 import os
 import sys
 import sysconfig
+from glob import glob
 
 from setuptools import setup
 
 FOLDER = "selfgen_kernels/backends/cpu"
-SOURCES = [f"{FOLDER}/attention.cpp", f"{FOLDER}/kernels.cpp", f"{FOLDER}/passes.cpp"]
-HEADERS = [f"{FOLDER}/elementary.h"]
+SOURCES = sorted(glob(f"{FOLDER}/*.cpp"))
+HEADERS = sorted(glob(f"{FOLDER}/*.h"))
 MODULE = "selfgen_kernels.backends.cpu._C"
 OPENMP = [] if sys.platform == "darwin" else ["-fopenmp"]  # Apple's compiler has none
 SANITIZERS = os.environ.get("SELFGEN_SANITIZE", "")

@@ -43,9 +43,11 @@ missing = _load()
 """Why the C++ kernels are not in use, or None if they are."""
 
 if missing is not None:
-    _register("ragged_attention", reference.attention)
-    _register("gumbel_noise", reference.philox)
-    _register("self_mask", reference.philox)
-    _register("sample_mix", reference.sampling)
-    _register("plan_pass", reference.passes)
-    _register("commit_pass", reference.passes)
+    for _module, _ops in {
+        reference.attention: ("ragged_attention",),
+        reference.passes: ("plan_pass", "commit_pass"),
+        reference.philox: ("gumbel_noise", "self_mask"),
+        reference.sampling: ("sample_mix", "linear_sample_mix", "linear_sample_shard"),
+    }.items():
+        for _op in _ops:
+            _register(_op, _module)

@@ -12,7 +12,7 @@
 #include <ATen/Parallel.h>
 #include <torch/library.h>
 
-#include "elementary.h"
+#include "product.h"
 
 #include <algorithm>
 #include <atomic>
@@ -24,11 +24,7 @@
 
 namespace {
 
-constexpr int64_t kBlock = 32;   // keys at a time
-constexpr int64_t kVectors = 3;  // of rows a tile, at most
-
-template <typename T>
-using Accumulator = std::conditional_t<std::is_same_v<T, double>, double, float>;
+constexpr int64_t kBlock = 32;  // keys at a time
 
 // A tensor [rows, heads, head_dim] whose last axis is dense.
 template <typename T>
@@ -58,53 +54,8 @@ struct Tile {
 
 // ---- Arithmetic on lanes --------------------------------------------------------------------------------------------
 
-SELFGEN_INLINE float tanh_(float x) {
-  const float e = exp_(-2 * std::abs(x));
-  return std::copysign((1 - e) / (1 + e), x);
-}
 SELFGEN_INLINE double tanh_(double x) { return std::tanh(x); }
 SELFGEN_INLINE double exp_(double x) { return std::exp(x); }
-
-// ROWS rows of c [., V vectors] = c * factor + a b, with a [ROWS, inner] at a[row * a_row + j * a_inner]. No factor: 0.
-template <int64_t ROWS, int64_t V, typename Vec, typename Real>
-SELFGEN_INLINE void multiply_rows(
-    Vec* c, const Real* a, int64_t a_row, int64_t a_inner, const Vec* b, int64_t inner, const Vec* factor) {
-  Vec sum[ROWS][V];
-#pragma GCC unroll 8
-  for (int64_t row = 0; row < ROWS; ++row) {
-#pragma GCC unroll 8
-    for (int64_t v = 0; v < V; ++v) sum[row][v] = factor ? c[row * V + v] * factor[v] : Vec{};
-  }
-  for (int64_t j = 0; j < inner; ++j) {
-#pragma GCC unroll 8
-    for (int64_t row = 0; row < ROWS; ++row) {
-      const Real x = a[row * a_row + j * a_inner];
-#pragma GCC unroll 8
-      for (int64_t v = 0; v < V; ++v) sum[row][v] += x * b[j * V + v];
-    }
-  }
-#pragma GCC unroll 8
-  for (int64_t row = 0; row < ROWS; ++row) {
-#pragma GCC unroll 8
-    for (int64_t v = 0; v < V; ++v) c[row * V + v] = sum[row][v];
-  }
-}
-
-// The same for any number of rows: as many ROWS at a time as there are, then half as many, ...
-template <int64_t ROWS, int64_t V, typename Vec, typename Real>
-SELFGEN_INLINE void multiply(
-    Vec* c, int64_t rows, const Real* a, int64_t a_row, int64_t a_inner, const Vec* b, int64_t inner,
-    const Vec* factor) {
-  int64_t row = 0;
-  for (; row + ROWS <= rows; row += ROWS) {
-    multiply_rows<ROWS, V>(c + row * V, a + row * a_row, a_row, a_inner, b, inner, factor);
-  }
-  if constexpr (ROWS > 1) {
-    if (row < rows) {
-      multiply<ROWS / 2, V>(c + row * V, rows - row, a + row * a_row, a_row, a_inner, b, inner, factor);
-    }
-  }
-}
 
 // Scores [keys, LANES] become weights relative to the largest score so far; `factor` is what earlier weights shrink by.
 template <int64_t LANES, typename Real>
@@ -236,7 +187,6 @@ struct Level {
 };
 
 #if SELFGEN_X86_LEVELS
-#define SELFGEN_LEVEL(names) __attribute__((target(names), optimize("fp-contract=fast")))
 template <typename T>
 SELFGEN_LEVEL("avx512f") void attend_avx512(const Call<T>& call, const Tile& tile, Accumulator<T>* scratch) {
   attend<64>(call, tile, scratch);

@@ -2,7 +2,7 @@
 
 import torch
 
-from selfgen_kernels.backends.reference import attention, passes, philox, sampling, scaling
+from selfgen_kernels.backends.reference import attention, passes, philox, sampling
 
 for op in (
     attention.ragged_attention,
@@ -16,8 +16,3 @@ for op in (
     passes.commit_pass,
 ):
     torch.library.impl(f"selfgen::{op.__name__}", "CompositeExplicitAutograd", op)
-
-# For kernels that have left Python and come back for the filters.
-_FILTERS = "Tensor logits, Tensor inv_temperature, Tensor? top_k, Tensor? top_p, Tensor? min_p"
-torch.library.define("selfgen::_filter_cutoff", f"({_FILTERS}) -> Tensor")
-torch.library.impl("selfgen::_filter_cutoff", "CompositeExplicitAutograd", scaling.filter_cutoff)

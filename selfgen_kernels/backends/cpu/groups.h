@@ -1,0 +1,102 @@
+// Loops over the vocabulary in groups of 64: from logits to z, maxima, sums of exponentials.
+//
+// They are compiled for several x86 levels, of which the loader picks the machine's. No floating-point flag that could
+// change a result is set, and fused multiply-adds are off, so every level gives the same bits.
+
+#pragma once
+
+#include <c10/util/BFloat16.h>
+#include <c10/util/Half.h>
+
+#include "elementary.h"
+#include "random.h"
+
+#include <algorithm>
+#include <cstdint>
+#include <limits>
+
+namespace {
+
+constexpr float kInf = std::numeric_limits<float>::infinity();
+
+inline int64_t groups_of(int64_t vocab_size) { return (vocab_size + kGroup - 1) / kGroup; }
+
+// z of one group, and its maximum: scaled, filtered, -inf past the end of the row, +inf in place of NaN.
+template <typename T>
+SELFGEN_INLINE float load_group_(const T* logits, int64_t size, float scale, float cutoff, float z[kGroup]) {
+  float largest[kLanes];
+  for (int64_t i = 0; i < kLanes; ++i) largest[i] = -kInf;
+  if (size < kGroup) {
+    for (int64_t i = 0; i < kGroup; ++i) z[i] = i < size ? float(logits[i]) * scale : -kInf;
+  } else {
+    for (int64_t i = 0; i < kGroup; ++i) z[i] = float(logits[i]) * scale;
+  }
+  for (int64_t j = 0; j < kGroup; j += kLanes) {
+    for (int64_t i = 0; i < kLanes; ++i) {
+      float x = z[j + i];
+      x = x == x ? x : kInf;
+      x = x < cutoff ? -kInf : x;
+      z[j + i] = x;
+      largest[i] = x > largest[i] ? x : largest[i];
+    }
+  }
+  for (int64_t width = kLanes / 2; width > 0; width /= 2) {
+    for (int64_t i = 0; i < width; ++i) largest[i] = largest[i] > largest[i + width] ? largest[i] : largest[i + width];
+  }
+  return largest[0];
+}
+
+// The maxima of the groups begin, .., end - 1 of a row.
+template <typename T>
+SELFGEN_INLINE void group_maxima_(
+    const T* logits, int64_t vocab_size, float scale, int64_t begin, int64_t end, float* maxima) {
+  float z[kGroup];
+  for (int64_t group = begin; group < end; ++group) {
+    const int64_t size = vocab_size - group * kGroup;
+    maxima[group] = load_group_(logits + group * kGroup, size < kGroup ? size : kGroup, scale, -kInf, z);
+  }
+}
+
+// Function multiversioning knows no templates.
+#define SELFGEN_LOGITS(T)                                                                                           \
+  [[maybe_unused]] SELFGEN_CLONES float load_group(                                                                 \
+      const T* logits, int64_t size, float scale, float cutoff, float z[kGroup]) {                                  \
+    return load_group_(logits, size, scale, cutoff, z);                                                             \
+  }                                                                                                                 \
+  [[maybe_unused]] SELFGEN_CLONES void group_maxima(                                                                \
+      const T* logits, int64_t vocab_size, float scale, int64_t begin, int64_t end, float* maxima) {                \
+    group_maxima_(logits, vocab_size, scale, begin, end, maxima);                                                   \
+  }
+SELFGEN_LOGITS(float)
+SELFGEN_LOGITS(c10::BFloat16)
+SELFGEN_LOGITS(c10::Half)
+#undef SELFGEN_LOGITS
+
+// The sum of exp(z - shift) over a group, none of whose z is larger than shift.
+SELFGEN_CLONES float sum_exp(const float z[kGroup], float shift) {
+  float sum[kLanes] = {};
+  for (int64_t j = 0; j < kGroup; j += kLanes) {
+    for (int64_t i = 0; i < kLanes; ++i) sum[i] += exp_(z[j + i] - shift);
+  }
+  float total = 0;
+  for (int64_t i = 0; i < kLanes; ++i) total += sum[i];
+  return total;
+}
+
+// A row of logits, or of some part of the vocabulary.
+template <typename T>
+struct LogitsRow {
+  int64_t groups() const { return groups_of(vocab_size); }
+  float load(int64_t group, float cutoff, float z[kGroup]) const {
+    const int64_t start = group * kGroup;
+    return load_group(logits + start, std::min(kGroup, vocab_size - start), scale, cutoff, z);
+  }
+  void maxima(int64_t begin, int64_t end, float* out) const {
+    group_maxima(logits, vocab_size, scale, begin, end, out);
+  }
+  const T* logits;  // dense
+  int64_t vocab_size;
+  float scale;
+};
+
+}  // namespace

@@ -1,0 +1,366 @@
+// linear_sample_mix and linear_sample_shard on CPU; their contract is in ops/sampling.py.
+//
+// The vocabulary passes by in groups: the product of one group's head with all rows, which lie in vector lanes, then
+// the draw of each row takes the group in. Without a filter nothing else is kept of the logits. With one, the logits of
+// a few rows at a time are, and are drawn from as sample_mix does.
+//
+// A logit depends on its own row of `hidden` and `weight` only: neither the batch nor the number of threads changes a
+// bit of it. Sums are fp32 (fp64 for fp64 heads) and round to the dtype of the head, as a linear layer's do.
+
+#include <ATen/ATen.h>
+#include <ATen/Parallel.h>
+#include <torch/library.h>
+
+#include "draw.h"
+#include "product.h"
+#include "rows.h"
+#include "sampling.h"
+
+#include <algorithm>
+#include <atomic>
+#include <optional>
+#include <vector>
+
+namespace {
+
+constexpr int64_t kDepth = 256;    // of a product at a time: what multiplies 8 ids then stays in the nearest cache
+constexpr int64_t kRowsAtOnce = 8;  // ids that `multiply` takes at a time
+constexpr int64_t kTask = 16;      // groups that a thread takes at a time, at most
+
+// What all groups of a call share: the head, and the rows of `hidden` that it multiplies.
+template <typename T>
+struct Head {
+  const T *weight, *bias;  // no bias: null
+  int64_t id_stride, inner_stride, bias_stride;
+  int64_t depth;                  // D
+  const Accumulator<T>* hidden;   // strip after strip of [depth, lanes]
+  int64_t vectors;                // of all strips together, a vector holding `lanes` rows
+  float logit_scale, softcap;     // no cap: 0
+};
+
+// Scratch memory of a thread.
+template <typename T>
+struct Buffers {
+  Accumulator<T>* product;  // strip after strip of [64, lanes]
+  Accumulator<T>* weight;   // [64, kDepth], for dtypes that are not multiplied as they are
+  float* logits;            // [64, all lanes]
+};
+
+// Calls f(first vector, vectors) for strips of at most kVectors, as even as they can be.
+template <typename F>
+SELFGEN_INLINE void for_each_strip(int64_t vectors, F f) {
+  const int64_t strips = (vectors + kVectors - 1) / kVectors;
+  for (int64_t i = 0; i < strips; ++i) f(vectors * i / strips, vectors * (i + 1) / strips - vectors * i / strips);
+}
+
+// The head of `count` ids from `first` at some depth in the accumulator's type: in place, or copied to `buffer`.
+template <typename T, typename Real>
+SELFGEN_INLINE const Real* load_weight(
+    const Head<T>& head, int64_t first, int64_t count, int64_t begin, int64_t inner, Real* buffer, int64_t* id_stride,
+    int64_t* inner_stride) {
+  const T* weight = head.weight + first * head.id_stride + begin * head.inner_stride;
+  if constexpr (std::is_same_v<T, Real>) {
+    *id_stride = head.id_stride;
+    *inner_stride = head.inner_stride;
+    return weight;
+  } else {
+    for (int64_t i = 0; i < count; ++i) {
+      const T* from = weight + i * head.id_stride;
+      if (head.inner_stride == 1) {
+        for (int64_t d = 0; d < inner; ++d) buffer[i * kDepth + d] = float(from[d]);
+      } else {
+        for (int64_t d = 0; d < inner; ++d) buffer[i * kDepth + d] = float(from[d * head.inner_stride]);
+      }
+    }
+    *id_stride = kDepth;
+    *inner_stride = 1;
+    return buffer;
+  }
+}
+
+template <int64_t V, typename Vec, typename Real>
+SELFGEN_INLINE void multiply_ids(
+    Real* product, int64_t count, const Real* weight, int64_t id_stride, int64_t inner_stride, const Real* hidden,
+    int64_t inner, bool add, bool ask_ahead) {
+  Vec one[V];
+  for (int64_t v = 0; v < V; ++v) one[v] = Vec{} + 1;
+  for (int64_t i = 0; i < count; i += kRowsAtOnce) {
+    const int64_t ids = std::min(kRowsAtOnce, count - i);
+    const Real* from = weight + i * id_stride;
+    if (ask_ahead && i + 2 * kRowsAtOnce <= count) {  // for what comes next: it lies too far apart to be guessed
+      for (int64_t next = kRowsAtOnce; next < 2 * kRowsAtOnce; ++next) {
+        for (int64_t d = 0; d < inner; d += 64 / sizeof(Real)) __builtin_prefetch(from + next * id_stride + d);
+      }
+    }
+    multiply<kRowsAtOnce, V>(
+        (Vec*)product + i * V, ids, from, id_stride, inner_stride, (const Vec*)hidden, inner, add ? one : nullptr);
+  }
+}
+
+// Logits fp32 [count, lanes of all vectors] of `count` <= 64 ids from `first`: buffers.logits.
+template <int64_t BYTES, typename T>
+SELFGEN_INLINE void group_logits(const Head<T>& head, int64_t first, int64_t count, const Buffers<T>& buffers) {
+  using Real = Accumulator<T>;
+  typedef Real Vec __attribute__((vector_size(BYTES), may_alias));
+  constexpr int64_t lanes = BYTES / sizeof(Real);
+  for (int64_t begin = 0; begin < head.depth || begin == 0; begin += kDepth) {
+    const int64_t inner = std::min(kDepth, head.depth - begin);
+    int64_t id_stride, inner_stride;
+    const Real* weight = load_weight(head, first, count, begin, inner, buffers.weight, &id_stride, &inner_stride);
+    for_each_strip(head.vectors, [&](int64_t vector, int64_t vectors) __attribute__((always_inline)) {
+      Real* product = buffers.product + vector * lanes * kGroup;
+      const Real* hidden = head.hidden + (vector * head.depth + vectors * begin) * lanes;
+      const bool add = begin > 0, ask_ahead = std::is_same_v<T, Real> && inner_stride == 1 && vector == 0;
+      const auto multiply = [&](auto v) __attribute__((always_inline)) {
+        multiply_ids<v(), Vec>(product, count, weight, id_stride, inner_stride, hidden, inner, add, ask_ahead);
+      };
+      if (vectors == 1) multiply(std::integral_constant<int64_t, 1>());
+      if (vectors == 2) multiply(std::integral_constant<int64_t, 2>());
+      if (vectors == 3) multiply(std::integral_constant<int64_t, 3>());
+    });
+  }
+  for_each_strip(head.vectors, [&](int64_t vector, int64_t vectors) __attribute__((always_inline)) {
+    const Real* product = buffers.product + vector * lanes * kGroup;
+    for (int64_t i = 0; i < count; ++i) {
+      const Real bias = head.bias ? Real(head.bias[(first + i) * head.bias_stride]) : 0;
+      float* out = buffers.logits + i * head.vectors * lanes + vector * lanes;
+      for (int64_t j = 0; j < vectors * lanes; ++j) {
+        out[j] = float(T(product[i * vectors * lanes + j] + bias)) * head.logit_scale;
+      }
+      if (head.softcap > 0) {
+        for (int64_t j = 0; j < vectors * lanes; ++j) out[j] = head.softcap * tanh_(out[j] / head.softcap);
+      }
+    }
+  });
+}
+
+// ---- One function a level of x86; vectors are as long as its registers ----------------------------------------------
+
+template <typename T>
+struct Level {
+  int64_t lanes;
+  void (*group_logits)(const Head<T>&, int64_t, int64_t, const Buffers<T>&);
+};
+
+#if SELFGEN_X86_LEVELS
+template <typename T>
+SELFGEN_LEVEL("avx512f")
+void group_logits_avx512(const Head<T>& head, int64_t first, int64_t count, const Buffers<T>& buffers) {
+  group_logits<64>(head, first, count, buffers);
+}
+template <typename T>
+SELFGEN_LEVEL("avx2,fma")
+void group_logits_avx2(const Head<T>& head, int64_t first, int64_t count, const Buffers<T>& buffers) {
+  group_logits<32>(head, first, count, buffers);
+}
+#endif
+template <typename T>
+void group_logits_default(const Head<T>& head, int64_t first, int64_t count, const Buffers<T>& buffers) {
+  group_logits<16>(head, first, count, buffers);
+}
+
+template <typename T>
+Level<T> best_level() {
+  constexpr int64_t size = sizeof(Accumulator<T>);
+#if SELFGEN_X86_LEVELS
+  if (__builtin_cpu_supports("avx512f")) return {64 / size, group_logits_avx512<T>};
+  if (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma")) return {32 / size, group_logits_avx2<T>};
+#endif
+  return {16 / size, group_logits_default<T>};
+}
+
+// ---- Calls ----------------------------------------------------------------------------------------------------------
+
+struct HeadArguments {
+  const at::Tensor &hidden, &weight;
+  const OptionalTensor& bias;
+  std::optional<double> softcap;
+  double logit_scale;
+  int64_t first_id;
+};
+
+// The logits of some rows, group by group.
+template <typename T>
+class HeadRows {
+ public:
+  using Real = Accumulator<T>;
+
+  HeadRows(const HeadArguments& arguments, const Row* rows, int64_t count)
+      : level_(best_level<T>()), first_id_(arguments.first_id), size_(arguments.weight.size(0)) {
+    const at::Tensor &hidden = arguments.hidden, &weight = arguments.weight;
+    const int64_t depth = weight.size(1), vectors = (count + level_.lanes - 1) / level_.lanes;
+    const auto options = hidden.options().dtype(c10::CppTypeToScalarType<Real>::value);
+    packed_ = at::zeros({vectors * level_.lanes * depth}, options);
+    const T* from = hidden.const_data_ptr<T>();
+    Real* to = packed_.template data_ptr<Real>();
+    for_each_strip(vectors, [&](int64_t vector, int64_t strip) {
+      const int64_t lanes = strip * level_.lanes, first = vector * level_.lanes;
+      for (int64_t i = 0; i < std::min(lanes, count - first); ++i) {
+        const T* row = from + rows[first + i].index * hidden.stride(0);
+        for (int64_t d = 0; d < depth; ++d) to[first * depth + d * lanes + i] = Real(row[d * hidden.stride(1)]);
+      }
+    });
+    head_ = {weight.const_data_ptr<T>(),
+             arguments.bias ? arguments.bias->const_data_ptr<T>() : nullptr,
+             weight.stride(0),
+             weight.stride(1),
+             arguments.bias ? arguments.bias->stride(0) : 0,
+             depth,
+             to,
+             vectors,
+             float(arguments.logit_scale),
+             float(arguments.softcap.value_or(0))};
+    threads_ = at::get_num_threads();
+    const int64_t lanes = vectors * level_.lanes, copied = std::is_same_v<T, Real> ? 0 : kGroup * kDepth;
+    products_ = at::empty({threads_, kGroup * lanes + copied}, options);
+    logits_ = at::empty({threads_, kGroup * lanes}, at::kFloat);
+  }
+
+  int64_t lanes() const { return head_.vectors * level_.lanes; }
+  int64_t threads() const { return threads_; }
+
+  // Calls f(thread, group, first, count, logits) for all groups, from several threads, in rising order on each. The
+  // shard's ids first, .., first + count - 1 are in the group; logits are [count, lanes()].
+  template <typename F>
+  void for_each_group(F f) const {
+    const int64_t begin = first_id_ / kGroup, end = groups_of(first_id_ + size_);
+    const int64_t task = std::clamp<int64_t>((end - begin) / (4 * threads_), 1, kTask);
+    std::atomic<int64_t> next{begin};
+    at::parallel_for(0, threads_, 1, [&](int64_t thread, int64_t last_thread) {
+      for (; thread < last_thread; ++thread) {
+        Real* const product = products_.template data_ptr<Real>() + thread * products_.size(1);
+        float* const logits = logits_.template data_ptr<float>() + thread * logits_.size(1);
+        const Buffers<T> buffers{product, product + kGroup * lanes(), logits};
+        for (int64_t start; (start = next.fetch_add(task)) < end;) {
+          for (int64_t group = start; group < std::min(start + task, end); ++group) {
+            const int64_t first = std::max<int64_t>(0, group * kGroup - first_id_);
+            const int64_t count = std::min(size_, (group + 1) * kGroup - first_id_) - first;
+            level_.group_logits(head_, first, count, buffers);
+            f(thread, group, first, count, (const float*)logits);
+          }
+        }
+      }
+    });
+  }
+
+ private:
+  Level<T> level_;
+  int64_t first_id_, size_, threads_;
+  at::Tensor packed_, products_, logits_;
+  Head<T> head_;
+};
+
+// How each row is drawn from its part of the vocabulary, from logits that nobody keeps.
+template <typename T>
+std::vector<Draw> draw_rows(const HeadArguments& arguments, const std::vector<Row>& rows, int64_t end_id) {
+  const int64_t count = rows.size();
+  const HeadRows<T> head(arguments, rows.data(), count);
+  std::vector<Draw> draws;
+  draws.reserve(head.threads() * count);
+  for (int64_t thread = 0; thread < head.threads(); ++thread) {
+    for (const Row& row : rows) draws.emplace_back(row, arguments.first_id, end_id);
+  }
+  head.for_each_group([&](int64_t thread, int64_t group, int64_t first, int64_t size, const float* logits) {
+    const int64_t lanes = head.lanes(), offset = arguments.first_id + first - group * kGroup;
+    for (int64_t i = 0; i < count; ++i) {
+      Draw& draw = draws[thread * count + i];
+      float own[kGroup], z[kGroup];
+      std::fill_n(own, kGroup, -kInf);
+      for (int64_t j = 0; j < size; ++j) own[offset + j] = logits[j * lanes + i];
+      draw.feed(group, z, load_group(own, kGroup, draw.row().scale, -kInf, z), draw.noise(group));
+    }
+  });
+  for (int64_t thread = 1; thread < head.threads(); ++thread) {
+    for (int64_t i = 0; i < count; ++i) draws[i].merge(draws[thread * count + i]);
+  }
+  draws.erase(draws.begin() + count, draws.end());
+  return draws;
+}
+
+// The tokens of rows with a filter: logits of at most `block` rows at a time.
+template <typename T>
+void draw_filtered(
+    const HeadArguments& arguments, const std::vector<Row>& rows, int64_t block, std::vector<int64_t>& drawn) {
+  const int64_t vocab_size = arguments.weight.size(0), count = rows.size(), most = std::min(block, count);
+  at::Tensor logits = at::empty({most, vocab_size}, at::kFloat);
+  float* const data = logits.data_ptr<float>();
+  for (int64_t begin = 0; begin < count; begin += most) {
+    const int64_t size = std::min(most, count - begin);
+    const HeadRows<T> head(arguments, rows.data() + begin, size);
+    head.for_each_group([&](int64_t, int64_t, int64_t first, int64_t ids, const float* from) {
+      for (int64_t i = 0; i < size; ++i) {
+        float* to = data + i * vocab_size + first;
+        for (int64_t j = 0; j < ids; ++j) to[j] = from[j * head.lanes() + i];
+      }
+    });
+    sample_rows(
+        [&](int64_t i) { return (const float*)data + i * vocab_size; }, vocab_size, rows.data() + begin, size,
+        drawn.data() + begin);
+  }
+}
+
+template <typename F>
+auto with_dtype(const at::Tensor& hidden, F f) {
+  switch (hidden.scalar_type()) {
+    case at::kFloat: return f(float());
+    case at::kDouble: return f(double());
+    case at::kBFloat16: return f(at::BFloat16());
+    case at::kHalf: return f(at::Half());
+    default: TORCH_CHECK_TYPE(false, "hidden must be float32, bfloat16, float16 or float64, got ", hidden.scalar_type());
+  }
+}
+
+Mixed linear_sample_mix(
+    const at::Tensor& hidden, const at::Tensor& weight, const OptionalTensor& bias, std::optional<double> softcap,
+    double logit_scale, const at::Tensor& reference, const at::Tensor& threshold, int64_t seed,
+    const at::Tensor& sample_ids, const at::Tensor& positions, const at::Tensor& inv_temperature,
+    const OptionalTensor& top_k, const OptionalTensor& top_p, const OptionalTensor& min_p) {
+  const Rows rows(threshold, seed, sample_ids, positions, inv_temperature, top_k, top_p, min_p);
+  const HeadArguments arguments{hidden, weight, bias, softcap, logit_scale, 0};
+  std::vector<int64_t> drawn(rows.selected.size());
+  if (!drawn.empty()) {
+    with_dtype(hidden, [&](auto type) {
+      using T = decltype(type);
+      if (rows.filtered) {
+        draw_filtered<T>(arguments, rows.selected, std::max<int64_t>(1, hidden.size(0) / 8), drawn);
+        return;
+      }
+      const std::vector<Draw> draws = draw_rows<T>(arguments, rows.selected, groups_of(weight.size(0)) * kGroup);
+      for (size_t i = 0; i < draws.size(); ++i) drawn[i] = draws[i].is_valid() ? draws[i].candidate(1).token : -1;
+    });
+  }
+  return mix(reference, rows, drawn);
+}
+
+std::tuple<at::Tensor, at::Tensor> linear_sample_shard(
+    const at::Tensor& hidden, const at::Tensor& weight, const OptionalTensor& bias, std::optional<double> softcap,
+    double logit_scale, int64_t first_id, const at::Tensor& threshold, int64_t seed, const at::Tensor& sample_ids,
+    const at::Tensor& positions, const at::Tensor& inv_temperature) {
+  const Rows rows(threshold, seed, sample_ids, positions, inv_temperature, {}, {}, {});
+  const HeadArguments arguments{hidden, weight, bias, softcap, logit_scale, first_id};
+  at::Tensor values = at::full({hidden.size(0), 3, 3}, -kInf, hidden.options().dtype(at::kFloat));
+  at::Tensor ids = at::full({hidden.size(0), 3}, -1, hidden.options().dtype(at::kLong));
+  if (!rows.selected.empty()) {
+    with_dtype(hidden, [&](auto type) {
+      const auto draws = draw_rows<decltype(type)>(arguments, rows.selected, first_id + weight.size(0));
+      for (const Draw& draw : draws) {
+        float* value = values.data_ptr<float>() + draw.row().index * 9;
+        int64_t* id = ids.data_ptr<int64_t>() + draw.row().index * 3;
+        for (int64_t i = 0; i < 3; ++i, value += 3) {
+          const Candidate& best = draw.candidate(i);
+          const float numbers[3] = {best.mass, best.noise, best.inner};
+          for (int64_t j = 0; j < 3; ++j) value[j] = draw.is_valid() ? numbers[j] : std::nanf("");
+          id[i] = best.token;
+        }
+      }
+    });
+  }
+  return {values, ids};
+}
+
+}  // namespace
+
+TORCH_LIBRARY_IMPL(selfgen, CPU, m) {
+  m.impl("linear_sample_mix", linear_sample_mix);
+  m.impl("linear_sample_shard", linear_sample_shard);
+}

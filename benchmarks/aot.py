@@ -45,8 +45,8 @@ class Chip(NamedTuple):
     wide_load: str  # 128 bits or more from global memory; TMA copies are as wide
 
 
-# CUDA Programming Guide, 5.1 "Compute Capabilities", table of technical specifications. Each has 65,536 registers, given
-# to warps in units of 256; a block takes 1 KiB of shared memory for the system beside its own.
+# CUDA Programming Guide, 5.1 "Compute Capabilities", technical specifications. Each has 65,536 registers, which warps get
+# in units of 256; a block takes 1 KiB of shared memory for the system beside its own.
 # CDNA 3: 4 SIMDs of 8 wavefronts of 64 lanes and 64 KiB of LDS (LLVM's AMDGPUBaseInfo.cpp: getMaxWavesPerEU,
 # getAddressableLocalMemorySize); LLVM writes the wavefronts that registers allow into the assembly.
 WIDE_CUDA = r"LDG\.\S*(128|256)|LDGSTS\.\S*128|UTMALDG"
@@ -190,8 +190,11 @@ def disassemble(cubin: bytes) -> tuple[str, str]:
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder, "kernel.cubin")
         path.write_bytes(cubin)
-        commands = [tools / "cuobjdump", "--dump-resource-usage", path], [tools / "nvdisasm", path]
-        usage, code = (subprocess.run(c, capture_output=True, text=True, check=True).stdout for c in commands)
+        commands = ["cuobjdump", "--dump-resource-usage"], ["nvdisasm"]
+        usage, code = (
+            subprocess.run([tools / tool, *flags, path], capture_output=True, text=True, check=True).stdout
+            for tool, *flags in commands
+        )
     return usage, code
 
 
@@ -210,10 +213,10 @@ class Job(NamedTuple):
 
     module: str
     target: str
-    index: int
+    place: int  # in the list of configurations
 
     def configuration(self) -> Configuration:
-        return import_module(self.module).configurations(self.target)[self.index]
+        return import_module(self.module).configurations(self.target)[self.place]
 
     def run(self) -> Report:
         return inspect(self.configuration(), self.target)
@@ -228,9 +231,9 @@ def jobs(modules: Iterable[str], targets: Iterable[str], kernel: str, quick: boo
         every = {target: import_module(module).configurations(target) for target in targets}
         found = [Job(module, target, i) for target in targets for i, c in enumerate(every[target]) if kernel in c.name]
         if quick:
-            functions = dict.fromkeys(every[job.target][job.index].kernel.__name__ for job in found)
+            functions = dict.fromkeys(every[job.target][job.place].kernel.__name__ for job in found)
             for function in functions:
-                mine = [job for job in found if every[job.target][job.index].kernel.__name__ == function]
+                mine = [job for job in found if every[job.target][job.place].kernel.__name__ == function]
                 for place, offset in ((0, 0), (-1, len(targets) // 2)):
                     target = targets[(turn + offset) % len(targets)]
                     chosen += [job for job in mine if job.target == target][place:][:1]
@@ -261,13 +264,12 @@ def table(reports: list[Report]) -> str:
         numbers = spills, str(r.local_bytes), f"{r.shared_bytes:,}", f"{r.warps}/{CHIPS[r.target].warps}"
         rows.append((r.target, r.name, registers, *numbers, instructions))
     widths = [max(len(row[i]) for row in rows) for i in range(len(head))]
-    left = 0, 1, 7
-    lines = [
-        "  ".join(
-            cell.ljust(w) if i in left else cell.rjust(w) for i, (cell, w) in enumerate(zip(row, widths, strict=True))
-        )
-        for row in rows
-    ]
+    left = 0, 1, 7  # columns of text
+
+    def aligned(i: int, cell: str) -> str:
+        return cell.ljust(widths[i]) if i in left else cell.rjust(widths[i])
+
+    lines = ["  ".join(aligned(i, cell) for i, cell in enumerate(row)) for row in rows]
     lines += [f"FAULT {r.target} {r.name}: {fault}" for r in reports for fault in r.faults]
     return "\n".join(line.rstrip() for line in lines)
 

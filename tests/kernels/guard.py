@@ -1,10 +1,10 @@
 """An out-of-bounds check for Triton kernels under the interpreter.
 
-Inside `guarded()` every launch gets copies of its tensors. Around and between their elements lies poison (all bits one:
-NaN, or -1), and every address that a kernel loads, stores or updates, unless masked off, must be the start of an element
-of one of them: a row's padding, a neighbour's memory and a half element are all outside. What was written is copied
-back, so results are as without the guard. Works by replacing the functions of the interpreter that touch memory, which
-are the same in Triton 3.5 to 3.9.
+Inside `guarded()` every launch gets copies of its tensors. Around and between their elements lies poison (all bits
+one: NaN, or -1), and every address that a kernel loads, stores or updates, unless masked off, must be the start of an
+element of one of them: a row's padding, a neighbour's memory and a half element are all outside. What was written is
+copied back, so results are as without the guard. Works by replacing the functions of the interpreter that touch memory,
+which are the same in Triton 3.5 to 3.9.
 """
 
 import contextlib

@@ -2,10 +2,10 @@
 
 The compiler types an integer argument by its value, so a stride below 2^31 arrives as i32 and a product with it is i32
 unless the kernel widens a factor first. Every configuration is lowered to TTIR with all its integers as i32. What is
-looked for, on the way back from each `tt.addptr` offset and from each tensor descriptor's index: a 32-bit product of two
-values neither of which is constant (row * stride), or of an argument and a constant (stride * BLOCK). Widening a wrapped
-product afterwards does not hide it. A product of a constant and an index, such as block * BLOCK, is not looked for: its
-result is bounded by the size that it counts up to.
+looked for, on the way back from each `tt.addptr` offset and each tensor descriptor's index: a 32-bit product of two
+values neither of which is constant (row * stride), or of an argument and a constant (stride * BLOCK). Widening a
+wrapped product afterwards does not hide it. A product of a constant and an index, such as block * BLOCK, is not looked
+for: its result is bounded by the size that it counts up to.
 """
 
 import json

@@ -1,11 +1,11 @@
-"""Elements more than 2^31 apart: rows of a view over an address range of which only a few pages exist."""
+"""Elements more than 2^31 apart: rows of a view over a sparse file, of which only a few pages exist."""
 
 import mmap
+import tempfile
 
 import pytest
 import torch
 
-import selfgen_kernels
 from selfgen_kernels import sample_mix
 
 FAR = 2**30  # elements from one row to the next: row 3 begins past 2^31
@@ -13,16 +13,18 @@ pytestmark = pytest.mark.filterwarnings("ignore::RuntimeWarning:triton.runtime.i
 
 
 def far_apart(values):
-    """A view [N, ...] with the `values` [N, ...] and FAR elements from row to row, in a range twice as long as it needs.
+    """A view [N, ...] with the `values` [N, ...] and FAR elements from row to row, in a range twice as long as needed.
 
     The other half lies in front, so that an offset that has wrapped reads zeros instead of ending the process.
     """
     span = len(values) * FAR
     size = 2 * span * values.element_size()
-    try:
-        memory = mmap.mmap(-1, size, mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS | getattr(mmap, "MAP_NORESERVE", 0))
-    except OSError as error:
-        pytest.skip(f"{size >> 30} GiB of addresses are refused here: {error}")
+    with tempfile.TemporaryFile() as file:  # sparse: what is not written takes no room
+        try:
+            file.truncate(size)
+            memory = mmap.mmap(file.fileno(), size)
+        except OSError as error:
+            pytest.skip(f"{size >> 30} GiB of addresses are refused here: {error}")
     view = torch.frombuffer(memory, dtype=values.dtype)[span:]
     view = view.as_strided(values.shape, (FAR, *values[0].stride()), view.storage_offset())
     view.copy_(values)
@@ -43,11 +45,24 @@ def test_sample_mix(backend, logits):
         assert not got[2].any()
 
 
+@pytest.mark.skipif(torch.cuda.is_available(), reason="reads wherever the wrapped offset leads")
+def test_a_wrapped_offset_is_noticed():
+    pytest.importorskip("triton")
+    import specimens
+
+    rows, out = far_apart(torch.ones(4, 512)), torch.zeros(4, 512)
+    specimens.narrow_offset_kernel[(4,)](rows, out, FAR, SIZE=512)
+    assert not torch.equal(out, rows)
+
+
 def test_sample_mix_by_the_public_function(logits):
     ids = torch.arange(4)
     keys = {"seed": 0, "sample_ids": ids, "positions": ids}
     near, got = (sample_mix(x, ids, 1.0, **keys)[0] for x in (logits, far_apart(logits)))
     assert torch.equal(near, got)
+
+
+REFERENCE_MODULES = {"head": "sampling"}  # where its name is not that of the Triton module
 
 
 def function_of(backend, module, op):
@@ -61,9 +76,6 @@ def function_of(backend, module, op):
     if not hasattr(module, op):
         pytest.skip(f"no {op} in {backend.name}")
     return getattr(module, op)
-
-
-REFERENCE_MODULES = {"head": "sampling"}
 
 
 @pytest.mark.parametrize("far_argument", ["hidden", "weight"])
@@ -94,11 +106,10 @@ def test_ragged_attention(backend, far_argument):
     torch.testing.assert_close(ragged_attention(*inputs.values(), *rest), near)
 
 
-def test_kv_append():
-    if not hasattr(selfgen_kernels, "kv_append"):
-        pytest.skip("no kv_append")
+def test_kv_append(backend):
+    kv_append = function_of(backend, "attention", "kv_append")
     new = torch.randn(2, 2, 64)
     caches = [far_apart(torch.zeros(4, 2, 64)) for _ in range(2)]
-    selfgen_kernels.kv_append(new, -new, *caches, torch.tensor([3, 1]))
+    kv_append(*caches, new, -new, torch.tensor([3, 1]))
     assert torch.equal(caches[0][[3, 1]], new)
     assert torch.equal(caches[1][[3, 1]], -new)

@@ -2,7 +2,7 @@
 #   make demo   train a real model online on its own tokens, in minutes, on two cores
 #   make test   the test suite          make slow   its long part
 #   make bench  the benchmarks          make lint   ruff and mypy
-#   make gpu    what needs a CUDA device
+#   make gpu    what needs a CUDA device        make triton-versions  the Triton tests under older Tritons
 
 PYTHON ?= python3
 VENV   := .venv
@@ -11,7 +11,7 @@ STAMP  := $(VENV)/.installed
 PIP    := $(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test slow bench lint gpu clean
+.PHONY: help setup demo test slow bench lint gpu triton-versions clean
 
 help:
 	@sed -n 's/^#//p' Makefile
@@ -53,6 +53,18 @@ lint: setup
 gpu: setup
 	@$(BIN)/python -c "import sys, torch; sys.exit(None if torch.cuda.is_available() else 'make gpu needs a CUDA device')"
 	$(BIN)/python -m pytest -m gpu $(ARGS)
+
+# numpy: the interpreters of Triton 3.5 and 3.6 fail under numpy >= 2.4, which no longer makes [1] arrays scalars.
+TRITONS := 3.5.0 3.6.0 3.7.0 3.8.0
+triton-versions: setup
+	@for version in $(TRITONS); do \
+	  folder=outputs/triton-$$version; \
+	  $(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps --upgrade --target $$folder \
+	    triton==$$version 'numpy<2.4' && \
+	  echo "==> Triton $$version" && \
+	  PYTHONPATH=$$folder $(BIN)/python -m pytest tests/kernels -k triton -W ignore::DeprecationWarning $(ARGS) \
+	    || exit 1; \
+	done
 
 clean:
 	rm -rf $(VENV) build outputs *.egg-info .pytest_cache .mypy_cache .ruff_cache .benchmarks .hypothesis

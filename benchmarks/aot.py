@@ -45,8 +45,8 @@ class Chip(NamedTuple):
     wide_load: str  # 128 bits or more from global memory; TMA copies are as wide
 
 
-# CUDA Programming Guide, 5.1 "Compute Capabilities", technical specifications. Each has 65,536 registers, which warps get
-# in units of 256; a block takes 1 KiB of shared memory for the system beside its own.
+# CUDA Programming Guide, 5.1 "Compute Capabilities", technical specifications. Each has 65,536 registers, given
+# to warps by 256; a block takes 1 KiB of shared memory for the system beside its own.
 # CDNA 3: 4 SIMDs of 8 wavefronts of 64 lanes and 64 KiB of LDS (LLVM's AMDGPUBaseInfo.cpp: getMaxWavesPerEU,
 # getAddressableLocalMemorySize); LLVM writes the wavefronts that registers allow into the assembly.
 WIDE_CUDA = r"LDG\.\S*(128|256)|LDGSTS\.\S*128|UTMALDG"

@@ -54,8 +54,7 @@ gpu: setup
 	@$(BIN)/python -c "import sys, torch; sys.exit(None if torch.cuda.is_available() else 'make gpu needs a CUDA device')"
 	$(BIN)/python -m pytest -m gpu $(ARGS)
 
-# numpy: the interpreters of Triton 3.5 and 3.6 fail under numpy >= 2.4, which no longer makes [1] arrays scalars.
-TRITONS := 3.5.0 3.6.0 3.7.0 3.8.0
+TRITONS := 3.5.0 3.6.0 3.7.0 3.8.0  # numpy: the interpreters of 3.5 and 3.6 use what numpy 2.4 took away
 triton-versions: setup
 	@for version in $(TRITONS); do \
 	  folder=outputs/triton-$$version; \

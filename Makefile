@@ -3,7 +3,8 @@
 #   make test   the test suite          make slow   its long part
 #   make bench  the benchmarks          make lint   ruff and mypy
 #   make gpu    what needs a CUDA device
-#   make sanitize  fuzz the C++ kernels under ASan and UBSan (gcc)
+#   make sanitize         fuzz the C++ kernels under ASan and UBSan (gcc)
+#   make triton-versions  the Triton tests under older Tritons
 
 PYTHON ?= python3
 VENV   := .venv
@@ -13,7 +14,7 @@ KERNEL_BENCHMARKS := benchmarks/bench_sampling.py benchmarks/bench_head.py bench
 PIP    := $(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test slow bench lint gpu sanitize clean
+.PHONY: help setup demo test slow bench lint gpu sanitize triton-versions clean
 
 help:
 	@sed -n 's/^#//p' Makefile
@@ -75,6 +76,17 @@ sanitize: $(SANITIZED)/.built
 	LD_PRELOAD="$(PRELOAD)" ASAN_OPTIONS=detect_leaks=0 UBSAN_OPTIONS=print_stacktrace=1 \
 	  PYTHONPATH=$(SANITIZED)/lib HYPOTHESIS_PROFILE=$(or $(HYPOTHESIS_PROFILE),explore) SELFGEN_SANITIZED=1 \
 	  $(BIN)/pytest --capture=sys tests/kernels/test_fuzz.py $(ARGS)
+
+TRITONS := 3.5.0 3.6.0 3.7.0 3.8.0  # numpy: the interpreters of 3.5 and 3.6 use what numpy 2.4 took away
+triton-versions: setup
+	@for version in $(TRITONS); do \
+	  folder=outputs/triton-$$version; \
+	  $(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps --upgrade --target $$folder \
+	    triton==$$version 'numpy<2.4' && \
+	  echo "==> Triton $$version" && \
+	  PYTHONPATH=$$folder $(BIN)/python -m pytest tests/kernels -k triton -W ignore::DeprecationWarning $(ARGS) \
+	    || exit 1; \
+	done
 
 clean:
 	rm -rf $(VENV) build outputs *.egg-info .pytest_cache .mypy_cache .ruff_cache .benchmarks .hypothesis

@@ -145,3 +145,44 @@ def test_without_triton_and_compiler_it_imports_runs_and_says_so_once():
     """
     done = subprocess.run([sys.executable, "-c", textwrap.dedent(script)], capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
+
+
+@pytest.mark.parametrize("state", ["missing", "broken"])
+@pytest.mark.parametrize(
+    "absent", [("triton",), ("flash_attn",), ("_C",), ("triton", "flash_attn", "_C")], ids="+".join
+)
+def test_importing_needs_torch_only(absent, state):
+    """Each optional part not installed, or installed and failing when imported; and none is imported too early."""
+    script = f"""
+        import importlib.abc, importlib.util, sys
+
+        class Absent(importlib.abc.MetaPathFinder, importlib.abc.Loader):
+            def find_spec(self, name, path=None, target=None):
+                if name.split(".")[0] in {absent} or name.endswith("._C") and "selfgen" in name and "_C" in {absent}:
+                    if {state!r} == "missing":
+                        raise ModuleNotFoundError(name)
+                    return importlib.util.spec_from_loader(name, self)
+
+            def exec_module(self, module):
+                raise ImportError("undefined symbol")
+
+        import torch
+        before = set(sys.modules)
+        sys.meta_path.insert(0, Absent())
+        found = importlib.util.find_spec
+
+        def find_spec(name, *rest):
+            try:
+                return found(name, *rest)
+            except ModuleNotFoundError:
+                return None
+
+        importlib.util.find_spec = find_spec
+        import selfgen_kernels
+        assert not {{"triton", "flash_attn"}} & (set(sys.modules) - before)
+        ids = torch.arange(4)
+        tokens, is_self = selfgen_kernels.sample_mix(torch.randn(4, 9), ids, 1.0, seed=0, sample_ids=ids, positions=ids)
+        assert is_self.all() and ((tokens >= 0) & (tokens < 9)).all()
+    """
+    done = subprocess.run([sys.executable, "-c", textwrap.dedent(script)], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr

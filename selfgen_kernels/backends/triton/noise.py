@@ -6,11 +6,13 @@ import triton.language as tl
 from torch import Tensor
 
 from selfgen_kernels.backends.reference import philox
+from selfgen_kernels.backends.triton.configuration import Configuration
 
 MASK, GROUP, TOKEN = tl.constexpr(philox.MASK), tl.constexpr(philox.GROUP), tl.constexpr(philox.TOKEN)
 
 # A fused multiply-add rounds once where the specification rounds twice.
 OPTIONS = {"num_warps": 4, "enable_fp_fusion": False}
+BLOCK = 1024  # random numbers a program
 
 
 @triton.jit
@@ -63,7 +65,7 @@ def self_mask_kernel(out, seed, sample_ids, positions, threshold):
 def gumbel_noise(seed: int, sample_ids: Tensor, positions: Tensor, size: int, stream: int) -> Tensor:
     """Standard Gumbel noise, fp32 [N, size]."""
     out = torch.empty(len(sample_ids), size, device=sample_ids.device)
-    block = min(1024, max(4, triton.next_power_of_2(size)))
+    block = min(BLOCK, max(4, triton.next_power_of_2(size)))
     blocks = triton.cdiv(size, block)
     if out.numel():
         keys = sample_ids.contiguous(), positions.contiguous()
@@ -79,3 +81,14 @@ def self_mask(seed: int, sample_ids: Tensor, positions: Tensor, threshold: Tenso
         keys = sample_ids.contiguous(), positions.contiguous()
         self_mask_kernel[(len(out),)](out, seed, *keys, threshold.contiguous(), **OPTIONS)
     return out
+
+
+def configurations(target: str) -> list[Configuration]:
+    """What ships for `target`."""
+    keys = {"seed": "i64", "sample_ids": "*i64", "positions": "*i64"}
+    noise = {"out": "*fp32", **keys, "size": "i32", "blocks": "i32"}
+    mask = {"out": "*i1", **keys, "threshold": "*i64"}
+    return [
+        Configuration("gumbel_noise", gumbel_noise_kernel, noise, {"STREAM": philox.GROUP, "BLOCK": BLOCK}, OPTIONS),
+        Configuration("self_mask", self_mask_kernel, mask, {}, OPTIONS),
+    ]

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from selfgen_kernels.backends.reference import sampling as reference_sampling
 from selfgen_kernels.backends.reference.sampling import Mixed, Sampling
+from selfgen_kernels.backends.triton.configuration import Configuration
 from selfgen_kernels.backends.triton.noise import GROUP, OPTIONS, TOKEN, gumbel, in_mask, random_words
 
 GROUP_SIZE = tl.constexpr(reference_sampling.GROUP_SIZE)
@@ -133,3 +134,31 @@ def sample_mix(logits: Tensor, reference: Tensor, *sampling) -> Mixed:
     outputs = reference.contiguous(), tokens, is_self, invalid
     pick_token_kernel[(rows,)](*inputs, spans, *outputs, SPANS=triton.next_power_of_2(spans), **OPTIONS)
     return tokens, is_self, invalid
+
+
+def configurations(target: str) -> list[Configuration]:
+    """What ships for `target`."""
+    ships = []
+    for dtype in ("fp32", "bf16", "fp16"):
+        for cutoffs in ("*fp32", None):
+            types = {
+                "logits": f"*{dtype}", "row_stride": "i64", "inv_temperatures": "*fp32", "thresholds": "*i64",
+                "seed": "i64", "sample_ids": "*i64", "positions": "*i64",
+                "best_scores": "*fp32", "best_groups": "*i32", "peaks": "*fp32", "vocab_size": "i32",
+            }  # fmt: skip
+            results = {"spans": "i32", "reference": "*i64", "tokens": "*i64", "is_selfs": "*i1", "invalids": "*i1"}
+            optional = {"cutoffs": cutoffs} if cutoffs else {}
+            absent = {} if cutoffs else {"cutoffs": None}
+            label = f"{dtype}, filtered" if cutoffs else dtype
+            aligned = "row_stride", "vocab_size"
+            tile = absent | {"TILE": TILE, "SPAN": SPAN}
+            ships += [
+                Configuration(
+                    f"best_group[{label}]", best_group_kernel, types | optional, tile, OPTIONS, aligned, streams=True
+                ),
+                Configuration(
+                    f"pick_token[{label}]", pick_token_kernel, types | optional | results, absent | {"SPANS": 16},
+                    OPTIONS, aligned,
+                ),
+            ]  # fmt: skip
+    return ships

@@ -1,0 +1,296 @@
+"""What the Triton kernels become on GPUs that are not here: registers, spills, shared memory, occupancy, instructions.
+
+    python -m benchmarks.aot [--target sm_90 ...] [--kernel TEXT] [--quick] [--json FILE]
+
+Compiles every configuration that ships (`configurations(target)` in each module of `selfgen_kernels/backends/triton`)
+for every target and reads the machine code. No GPU is asked for. Exits with 1 if a kernel breaks a rule of `faults`.
+Compiled kernels stay in Triton's cache, so a second run is short.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import dataclasses
+import io
+import json
+import multiprocessing
+import os
+import pkgutil
+import re
+import subprocess
+import sys
+import tempfile
+from collections import Counter
+from collections.abc import Iterable
+from concurrent.futures import ProcessPoolExecutor, as_completed
+from importlib import import_module
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from tqdm import tqdm
+
+import selfgen_kernels.backends.triton as kernels
+from selfgen_kernels.backends.triton.configuration import TARGETS, Configuration
+
+
+class Chip(NamedTuple):
+    """What one multiprocessor (CUDA) or compute unit (AMD) has, and the names of the instructions to look for."""
+
+    warps: int
+    blocks: int
+    shared: int  # bytes
+    shared_per_block: int  # bytes
+    tensor_core: str  # pattern of its opcode
+    wide_load: str  # 128 bits or more from global memory; TMA copies are as wide
+
+
+# CUDA Programming Guide, 5.1 "Compute Capabilities", technical specifications. Each has 65,536 registers, given
+# to warps by 256; a block takes 1 KiB of shared memory for the system beside its own.
+# CDNA 3: 4 SIMDs of 8 wavefronts of 64 lanes and 64 KiB of LDS (LLVM's AMDGPUBaseInfo.cpp: getMaxWavesPerEU,
+# getAddressableLocalMemorySize); LLVM writes the wavefronts that registers allow into the assembly.
+WIDE_CUDA = r"LDG\.\S*(128|256)|LDGSTS\.\S*128|UTMALDG"
+CHIPS = {
+    "sm_80": Chip(64, 32, 164 << 10, 163 << 10, "HMMA", WIDE_CUDA),
+    "sm_90": Chip(64, 32, 228 << 10, 227 << 10, "HGMMA", WIDE_CUDA),
+    "sm_100": Chip(64, 32, 228 << 10, 227 << 10, "UTCHMMA", WIDE_CUDA),
+    "gfx942": Chip(32, 32, 64 << 10, 64 << 10, "v_mfma", r"(global|buffer)_load_(lds_)?dwordx4"),
+}
+OF_INTEREST = {  # what the table counts, under the name it prints
+    "HMMA": r"HMMA",
+    "HGMMA": r"HGMMA",
+    "UTCHMMA": r"UTCHMMA",
+    "LDG.128": r"LDG\.\S*(128|256)",
+    "LDGSTS.128": r"LDGSTS\.\S*128",
+    "UTMALDG": r"UTMALDG",
+    "narrow LDG": r"LDG(STS)?(?!\S*(128|256|DEPBAR))(\.|$)",
+    "mfma": r"v_mfma",
+    "load_dwordx4": r"(global|buffer)_load_(lds_)?dwordx4",
+    "narrow load": r"(global|buffer)_load_(lds_)?(dword|dwordx2|dwordx3|[us]?byte|[us]?short)(_d16\w*)?$",
+    "ds": r"ds_(read|write)",
+}
+
+
+@dataclasses.dataclass(frozen=True)
+class Report:
+    """What the compiler made of one configuration for one target."""
+
+    target: str
+    name: str
+    registers: int = 0  # a thread; on AMD vector registers, accumulation ones included
+    scalar_registers: int = 0  # a wavefront; AMD only
+    spill_stores: int = 0  # on CUDA the instructions that write local memory; on AMD the registers spilled
+    spill_loads: int = 0  # the instructions that read local memory
+    local_bytes: int = 0  # a thread: stack and local memory
+    shared_bytes: int = 0  # a block
+    warps: int = 0  # a multiprocessor holds at most this many
+    tensor_core_instructions: int = 0
+    wide_loads: int = 0
+    instructions: dict[str, int] = dataclasses.field(default_factory=dict)
+    faults: tuple[str, ...] = ()
+
+
+def inspect(configuration: Configuration, target: str) -> Report:
+    """Compile `configuration` for `target`, one of `TARGETS`, and read the machine code."""
+    from triton import compile as triton_compile
+
+    try:
+        with contextlib.redirect_stdout(io.StringIO()):  # where Triton writes the whole program if ptxas refuses it
+            compiled = triton_compile(source(configuration), target=gpu_target(target), options=configuration.options)
+    except Exception as error:  # whatever a stage of the compiler raises
+        reason = " ".join(str(error).split())[:300]
+        return Report(target, configuration.name, faults=(f"does not compile: {type(error).__name__}: {reason}",))
+    metadata = compiled.metadata
+    chip = CHIPS[target]
+    if target.startswith("sm_"):
+        usage, code = disassemble(compiled.asm["cubin"])
+        count = {name: int(value) for name, value in re.findall(r"(REG|STACK|LOCAL):(\d+)", usage)}
+        opcodes = Counter(re.findall(r"^\s+/\*[0-9a-f]{4,}\*/\s+(?:@!?U?P\w+ +)?([A-Z][\w.]+)", code, re.M))
+        registers, scalar_registers, local_bytes = count["REG"], 0, count["STACK"] + count["LOCAL"]
+        spills = count_matching(opcodes, "STL"), count_matching(opcodes, "LDL")
+        by_registers = 65536 // (-(-registers * 32 // 256) * 256)  # warps
+    else:
+        code = compiled.asm["amdgcn"]
+        count = {name: int(value) for name, value in re.findall(r"^ +\.(\w+): +(\d+)$", code, re.M)}
+        opcodes = Counter(re.findall(r"^\s+([vs]_\w+|(?:global|buffer|flat|scratch|ds)_\w+)", code, re.M))
+        registers, scalar_registers = count["vgpr_count"], count["sgpr_count"]
+        local_bytes = count["private_segment_fixed_size"]
+        spills = count["vgpr_spill_count"] + count["sgpr_spill_count"], count_matching(opcodes, "scratch_load")
+        by_registers = 4 * int(re.findall(r"; Occupancy: (\d+)", code)[-1])
+
+    reserved = 1024 if target.startswith("sm_") else 0
+    blocks = [chip.blocks, min(chip.warps, by_registers) // metadata.num_warps]
+    if metadata.shared:
+        blocks.append(chip.shared // (metadata.shared + reserved))
+    if getattr(metadata, "tmem_size", 0):  # 512 columns of tensor memory a multiprocessor (PTX ISA, tcgen05)
+        blocks.append(512 // metadata.tmem_size)
+    report = Report(
+        target=target,
+        name=configuration.name,
+        registers=registers,
+        scalar_registers=scalar_registers,
+        spill_stores=spills[0],
+        spill_loads=spills[1],
+        local_bytes=local_bytes,
+        shared_bytes=metadata.shared,
+        warps=min(blocks) * metadata.num_warps,
+        tensor_core_instructions=count_matching(opcodes, chip.tensor_core),
+        wide_loads=count_matching(opcodes, chip.wide_load),
+        instructions={name: n for name, like in OF_INTEREST.items() if (n := count_matching(opcodes, like))},
+    )
+    return dataclasses.replace(report, faults=tuple(faults(report, configuration)))
+
+
+def faults(report: Report, configuration: Configuration) -> Iterable[str]:
+    """The rules of every kernel that ships: what `report` breaks of them."""
+    chip = CHIPS[report.target]
+    if report.spill_stores or report.spill_loads:
+        yield f"spills registers: {report.spill_stores} stores, {report.spill_loads} loads"
+    if report.local_bytes:
+        yield f"{report.local_bytes} bytes of local memory a thread"
+    if report.shared_bytes > chip.shared_per_block:
+        yield f"{report.shared_bytes} bytes of shared memory, {report.target} has {chip.shared_per_block}"
+    if report.warps == 0:
+        yield "no block fits a multiprocessor"
+    if configuration.streams and not report.wide_loads:
+        yield "no load of 128 bits"
+    if configuration.tensor_cores and not report.tensor_core_instructions:
+        yield f"no {chip.tensor_core} instruction"
+
+
+def source(configuration: Configuration, types: dict[str, str] | None = None) -> Any:
+    """`configuration` as the compiler takes it, with other `types` if given."""
+    from triton.compiler import ASTSource
+
+    kernel = configuration.kernel
+    types = configuration.types if types is None else types
+    missing = set(kernel.arg_names) ^ (set(types) | set(configuration.constants))
+    if missing:
+        raise ValueError(f"configuration {configuration.name!r}: arguments {sorted(missing)} are not the kernel's")
+    signature = {name: types.get(name, "constexpr") for name in kernel.arg_names}
+    aligned = {
+        (i,): [["tt.divisibility", 16]]
+        for i, name in enumerate(kernel.arg_names)
+        if signature[name].startswith("*") or name in configuration.aligned
+    }
+    return ASTSource(kernel, signature, configuration.constants, aligned)
+
+
+def gpu_target(target: str) -> Any:
+    from triton.backends.compiler import GPUTarget
+
+    return GPUTarget("cuda", int(target[3:]), 32) if target.startswith("sm_") else GPUTarget("hip", target, 64)
+
+
+def disassemble(cubin: bytes) -> tuple[str, str]:
+    """What cuobjdump says of the resources of a cubin, and its assembly; both tools are in Triton's wheel."""
+    import triton
+
+    tools = Path(triton.__file__).parent / "backends/nvidia/bin"
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder, "kernel.cubin")
+        path.write_bytes(cubin)
+        commands = ["cuobjdump", "--dump-resource-usage"], ["nvdisasm"]
+        usage, code = (
+            subprocess.run([tools / tool, *flags, path], capture_output=True, text=True, check=True).stdout
+            for tool, *flags in commands
+        )
+    return usage, code
+
+
+def count_matching(opcodes: Counter[str], pattern: str) -> int:
+    return sum(count for opcode, count in opcodes.items() if re.match(pattern, opcode))
+
+
+def shipped_modules() -> list[str]:
+    """The modules with `configurations(target)`."""
+    names = [f"{kernels.__name__}.{module.name}" for module in pkgutil.iter_modules(kernels.__path__)]
+    return [name for name in names if hasattr(import_module(name), "configurations")]
+
+
+class Job(NamedTuple):
+    """The address of a configuration: kernels cannot be sent to another process."""
+
+    module: str
+    target: str
+    place: int  # in the list of configurations
+
+    def configuration(self) -> Configuration:
+        return import_module(self.module).configurations(self.target)[self.place]
+
+    def run(self) -> Report:
+        return inspect(self.configuration(), self.target)
+
+
+def jobs(modules: Iterable[str], targets: Iterable[str], kernel: str, quick: bool) -> list[Job]:
+    """Every configuration whose name holds `kernel`. If `quick`, one or two of each kernel: its first configuration on
+    one target and its last on another, by turns, so that every kernel and every target has its part."""
+    targets = list(targets)
+    chosen, turn = [], 0
+    for module in modules:
+        every = {target: import_module(module).configurations(target) for target in targets}
+        found = [Job(module, target, i) for target in targets for i, c in enumerate(every[target]) if kernel in c.name]
+        if quick:
+            functions = dict.fromkeys(every[job.target][job.place].kernel.__name__ for job in found)
+            for function in functions:
+                mine = [job for job in found if every[job.target][job.place].kernel.__name__ == function]
+                for place, offset in ((0, 0), (-1, len(targets) // 2)):
+                    target = targets[(turn + offset) % len(targets)]
+                    chosen += [job for job in mine if job.target == target][place:][:1]
+                turn += 1
+        else:
+            chosen += found
+    return list(dict.fromkeys(chosen))
+
+
+def compile_all(todo: list[Job], processes: int) -> list[Report]:
+    """A report for each job, in their order."""
+    # Forked before any kernel is compiled: the children need not import torch and triton once more.
+    with ProcessPoolExecutor(processes, multiprocessing.get_context("fork")) as pool:
+        running = [pool.submit(job.run) for job in todo]
+        for done in tqdm(as_completed(running), total=len(todo), unit="kernel", disable=None):
+            done.result()  # raises at once what a compiler raised
+    return [done.result() for done in running]
+
+
+def table(reports: list[Report]) -> str:
+    """Reports as aligned text, faults below."""
+    head = "target", "configuration", "registers", "spills", "local B", "shared B", "warps", "instructions"
+    rows = [head]
+    for r in reports:
+        registers = f"{r.registers}+{r.scalar_registers}s" if r.scalar_registers else str(r.registers)
+        instructions = "  ".join(f"{name} {count}" for name, count in r.instructions.items())
+        spills = f"{r.spill_stores}/{r.spill_loads}"
+        numbers = spills, str(r.local_bytes), f"{r.shared_bytes:,}", f"{r.warps}/{CHIPS[r.target].warps}"
+        rows.append((r.target, r.name, registers, *numbers, instructions))
+    widths = [max(len(row[i]) for row in rows) for i in range(len(head))]
+    left = 0, 1, 7  # columns of text
+
+    def aligned(i: int, cell: str) -> str:
+        return cell.ljust(widths[i]) if i in left else cell.rjust(widths[i])
+
+    lines = ["  ".join(aligned(i, cell) for i, cell in enumerate(row)) for row in rows]
+    lines += [f"FAULT {r.target} {r.name}: {fault}" for r in reports for fault in r.faults]
+    return "\n".join(line.rstrip() for line in lines)
+
+
+def main(argv: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.aot", description=(__doc__ or "").split("\n\n")[0])
+    parser.add_argument("--target", nargs="+", choices=TARGETS, default=TARGETS)
+    parser.add_argument("--kernel", default="", help="only configurations whose name holds this text")
+    parser.add_argument("--quick", action="store_true", help="one or two configurations of each kernel")
+    parser.add_argument("--module", nargs="+", help="modules with configurations(target); default: all that ship")
+    parser.add_argument("--processes", type=int, default=min(2, os.cpu_count() or 1))
+    parser.add_argument("--json", type=Path, help="also write the reports to this file")
+    args = parser.parse_args(argv)
+    if os.environ.get("TRITON_INTERPRET"):
+        parser.error("TRITON_INTERPRET is set, and interpreted kernels are not compiled; unset it")
+    reports = compile_all(jobs(args.module or shipped_modules(), args.target, args.kernel, args.quick), args.processes)
+    print(table(reports))
+    if args.json:
+        args.json.write_text(json.dumps([dataclasses.asdict(report) for report in reports], indent=1))
+    return int(any(report.faults for report in reports))
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -6,21 +6,26 @@ import triton.language as tl
 from torch import Tensor
 
 from selfgen_kernels.backends.reference import philox
+from selfgen_kernels.backends.triton.configuration import Configuration
 
 MASK, GROUP, TOKEN = tl.constexpr(philox.MASK), tl.constexpr(philox.GROUP), tl.constexpr(philox.TOKEN)
 
 # A fused multiply-add rounds once where the specification rounds twice.
 OPTIONS = {"num_warps": 4, "enable_fp_fusion": False}
+BLOCK = 1024  # random numbers a program
 
 
 @triton.jit
 def random_words(seed, sample_id, position, first_index, SIZE: tl.constexpr, STREAM: tl.constexpr):
-    """r(first_index) .. r(first_index + SIZE - 1) as uint32 [SIZE]; first_index and SIZE are multiples of 4."""
+    """r(first_index) .. r(first_index + SIZE - 1) as uint32 [SIZE]; first_index and SIZE are multiples of 4.
+
+    With sample_id and position [M, 1] in place of scalars: uint32 [M, SIZE].
+    """
     block = (first_index // 4 + tl.arange(0, SIZE // 4)).to(tl.uint32)  # [SIZE / 4]
-    c0 = block | (STREAM << 28)
     c1 = tl.zeros_like(block) + position.to(tl.uint32)
-    c2 = tl.zeros_like(block) + sample_id.to(tl.uint32)
-    c3 = tl.zeros_like(block) + (sample_id.to(tl.int64) >> 32).to(tl.uint32)
+    c0 = tl.zeros_like(c1) + (block | (STREAM << 28))
+    c2 = tl.zeros_like(c1) + sample_id.to(tl.uint32)
+    c3 = tl.zeros_like(c1) + (sample_id.to(tl.int64) >> 32).to(tl.uint32)
     w0, w1, w2, w3 = tl.philox(seed.to(tl.int64), c0, c1, c2, c3)
     return tl.interleave(tl.interleave(w0, w2), tl.interleave(w1, w3))
 
@@ -37,8 +42,8 @@ def gumbel(word):
 
 @triton.jit
 def in_mask(seed, sample_id, position, threshold):
-    """Whether a row is the model's own."""
-    word = tl.max(tl.where(tl.arange(0, 4) == 0, random_words(seed, sample_id, position, 0, 4, MASK), 0))
+    """Whether a row is the model's own; for rows [M], sample_id and position are [M, 1] and threshold is [M]."""
+    word = tl.max(tl.where(tl.arange(0, 4) == 0, random_words(seed, sample_id, position, 0, 4, MASK), 0), -1)
     return word.to(tl.int64) < threshold
 
 
@@ -63,7 +68,7 @@ def self_mask_kernel(out, seed, sample_ids, positions, threshold):
 def gumbel_noise(seed: int, sample_ids: Tensor, positions: Tensor, size: int, stream: int) -> Tensor:
     """Standard Gumbel noise, fp32 [N, size]."""
     out = torch.empty(len(sample_ids), size, device=sample_ids.device)
-    block = min(1024, max(4, triton.next_power_of_2(size)))
+    block = min(BLOCK, max(4, triton.next_power_of_2(size)))
     blocks = triton.cdiv(size, block)
     if out.numel():
         keys = sample_ids.contiguous(), positions.contiguous()
@@ -79,3 +84,14 @@ def self_mask(seed: int, sample_ids: Tensor, positions: Tensor, threshold: Tenso
         keys = sample_ids.contiguous(), positions.contiguous()
         self_mask_kernel[(len(out),)](out, seed, *keys, threshold.contiguous(), **OPTIONS)
     return out
+
+
+def configurations(target: str) -> list[Configuration]:
+    """What ships for `target`."""
+    keys = {"seed": "i64", "sample_ids": "*i64", "positions": "*i64"}
+    noise = {"out": "*fp32", **keys, "size": "i32", "blocks": "i32"}
+    mask = {"out": "*i1", **keys, "threshold": "*i64"}
+    return [
+        Configuration("gumbel_noise", gumbel_noise_kernel, noise, {"STREAM": philox.GROUP, "BLOCK": BLOCK}, OPTIONS),
+        Configuration("self_mask", self_mask_kernel, mask, {}, OPTIONS),
+    ]

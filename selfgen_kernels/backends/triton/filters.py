@@ -2,9 +2,9 @@
 
 Logits are compared as unsigned integers in the same order ("keys"), 16 bits of bf16 and fp16, 32 of fp32. With a weight
 of 1 for each logit, the k-th largest is the largest key such that the weights of the keys not below it add up to k;
-with probabilities for weights, the same search gives the cutoff of top_p. It finds two bits at a time, from the highest:
-a sweep over the row tests the three continuations of the bits known so far. A temperature keeps the order, so logits
-serve in place of z.
+with probabilities for weights, the same search gives the cutoff of top_p. It finds two bits at a time, from the
+highest: a sweep over the row tests the three continuations of the bits known so far. A temperature keeps the order, so
+logits serve in place of z.
 """
 
 import torch

@@ -22,6 +22,7 @@ from selfgen_kernels.backends.triton.configuration import Configuration, current
 from selfgen_kernels.backends.triton.noise import GROUP, OPTIONS, TOKEN, gumbel, gumbel_noise, in_mask, random_words
 from selfgen_kernels.backends.triton.sampling import GROUP_SIZE, group_mass
 
+FEW_ROWS = 64  # at most these: a smaller tile
 ROWS = 1024  # that select_rows_kernel looks at at a time
 PIECES, SLOTS = 64, 16  # candidates that the reductions look at at a time, and rows a program
 
@@ -213,15 +214,15 @@ def pick_candidates_kernel(
 
 
 def tile_constants(target: str, dtype: str, rows: int) -> tuple[dict, dict]:
-    """Tile and launch options of `score_tile_kernel` for `dtype` and at most `rows` rows of the model's own."""
+    """Tile and launch options of `score_tile_kernel` for `dtype` and at most `rows` of the model's own rows."""
     if dtype == "fp32":  # no tensor cores
-        tile, warps, stages = (64, 64, 32), 4, 2
+        tile, warps, stages = ((64, 64, 32), 8, 2) if target == "gfx942" else ((64, 64, 16), 4, 2)
     else:
-        tile, warps, stages = (64 if rows <= 64 else 128, 128, 64), 4 if rows <= 64 else 8, 3
-    if target == "gfx942":  # 64 KiB of shared memory
-        stages = 2
-    options = OPTIONS | {"num_warps": warps, "num_stages": stages}
-    return dict(zip(("BLOCK_M", "BLOCK_N", "BLOCK_K"), tile)), options
+        few = rows <= FEW_ROWS
+        tile, warps = (64 if few else 128, 128, 64), 4 if few else 8
+        stages = 2 if target == "gfx942" else 3  # 64 KiB of shared memory
+    names = "BLOCK_M", "BLOCK_N", "BLOCK_K"
+    return dict(zip(names, tile, strict=True)), OPTIONS | {"num_warps": warps, "num_stages": stages}
 
 
 _PICK = {"PIECES": PIECES, "SLOTS": SLOTS}
@@ -229,13 +230,13 @@ _NAMES = {torch.float32: "fp32", torch.bfloat16: "bf16", torch.float16: "fp16"}
 
 
 def select_rows(how: Sampling, reference, tokens, is_self, invalid) -> tuple[Tensor, Tensor]:
-    """The model's own rows, int32 [N] of which the first count [1] hold; the other results are set if they are given."""
+    """The model's own rows, int32 [N] of which the first count [1] hold; sets the other results if they are given."""
     size = len(how.threshold)
     rows = torch.empty_like(how.threshold, dtype=torch.int32, memory_format=torch.contiguous_format)
     count = rows.new_empty(1)
     select_rows_kernel[(1,)](
-        how.threshold.contiguous(), how.seed, how.sample_ids.contiguous(), how.positions.contiguous(), size, rows, count,
-        reference, tokens, is_self, invalid, ROWS=ROWS, **OPTIONS,
+        how.threshold.contiguous(), how.seed, how.sample_ids.contiguous(), how.positions.contiguous(), size, rows,
+        count, reference, tokens, is_self, invalid, ROWS=ROWS, **OPTIONS,
     )  # fmt: skip
     return rows, count
 
@@ -258,7 +259,8 @@ def score_tiles(
     score_tile_kernel[(pieces * triton.cdiv(capacity, constants["BLOCK_M"]),)](
         hidden, hidden.stride(0), weight, weight.stride(0), bias if bias is None else bias.contiguous(),
         hidden.shape[1], logit_scale, softcap, first_id, end_id, whole_begin, whole_end, tiles, pieces,
-        rows, count, capacity, how.inv_temperature.contiguous(), *keys, token_noise, values, ids, **constants, **options,
+        rows, count, capacity, how.inv_temperature.contiguous(), *keys, token_noise, values, ids,
+        **constants, **options,
     )  # fmt: skip
     return values, ids, capacity, tiles
 
@@ -288,7 +290,8 @@ def linear_sample_mix(
         logits = torch.nn.functional.linear(hidden[part], weight, bias).float() * logit_scale  # [B, V]
         if softcap is not None:
             logits = softcap * torch.tanh(logits / softcap)
-        for whole, drawn in zip(results, logits_sampling.sample_mix(logits, reference[part], *how.select(part))):
+        block_results = logits_sampling.sample_mix(logits, reference[part], *how.select(part))
+        for whole, drawn in zip(results, block_results, strict=True):
             whole[part] = drawn
     return results
 
@@ -334,11 +337,11 @@ def configurations(target: str) -> list[Configuration]:
     for dtype in _NAMES.values():
         types = {
             "hidden": f"*{dtype}", "hidden_stride": "i64", "weight": f"*{dtype}", "weight_stride": "i64",
-            "logit_scale": "fp32", "inv_temperatures": "*fp32", "token_noise": "*fp32", "values": "*fp32", "ids": "*i64",
-            **keys, **rows, **dict.fromkeys(numbers, "i32"),
+            "logit_scale": "fp32", "inv_temperatures": "*fp32", "token_noise": "*fp32", "values": "*fp32",
+            "ids": "*i64", **keys, **rows, **dict.fromkeys(numbers, "i32"),
         }  # fmt: skip
         optional = {"bias": f"*{dtype}", "softcap": "fp32"}
-        for label, rows_at_most in (("few rows", 64), ("many rows", 1024)):
+        for label, rows_at_most in (("few rows", FEW_ROWS), ("many rows", FEW_ROWS + 1))[dtype == "fp32" :]:
             for extra, present, absent in (("", {}, dict.fromkeys(optional)), (", bias, softcap", optional, {})):
                 constants, options = tile_constants(target, dtype, rows_at_most)
                 ships.append(

@@ -160,7 +160,8 @@ def configurations(target: str) -> list[Configuration]:
                     aligned, streams=True,
                 ),
                 Configuration(
-                    f"pick_token[{label}]", pick_token_kernel, inputs | results, absent | {"SPANS": 16}, OPTIONS, aligned
+                    f"pick_token[{label}]", pick_token_kernel, inputs | results, absent | {"SPANS": 16}, OPTIONS,
+                    aligned,
                 ),
             ]  # fmt: skip
     return ships

@@ -55,7 +55,8 @@ def assert_same_tokens(head, rows):
 
 def assert_same_candidates(head, first_id, rows):
     (values, ids), (want_values, want_ids) = both("linear_sample_shard", *head, first_id, *rows[:5])
-    assert torch.equal(ids, want_ids)
+    named = ~want_values.isnan().any(2)  # a row that is all NaN names no token
+    assert torch.equal(ids[named], want_ids[named])
     torch.testing.assert_close(values, want_values, rtol=1e-5, atol=1e-5, equal_nan=True)
 
 
@@ -102,11 +103,11 @@ def test_any_strides():
 @pytest.mark.parametrize("filters", [{}, {"top_k": 3, "top_p": 0.9, "min_p": 0.1}], ids=["plain", "filtered"])
 def test_rows_that_keep_their_reference_do_no_harm(filters):
     """Their hidden states may hold anything, and all or none may be the model's own."""
-    head = a_head(12, 5, 100)
-    for prob in (0.0, 0.5, 1.0):
-        rows = rows_of(12, prob, **filters)
+    head = a_head(8, 5, 100)
+    for prob, least, most in ((0.0, 0, 0), (0.5, 1, 7), (1.0, 8, 8)):
+        rows = rows_of(8, prob, **filters)
         is_self = Sampling(*rows).is_self
-        assert is_self.sum() == 12 * prob or prob == 0.5
+        assert least <= is_self.sum() <= most
         head[0][~is_self] = torch.nan
         assert not assert_same_tokens(head, rows)[2].any()
         head[0][~is_self] = 1.0
@@ -127,13 +128,13 @@ def test_bad_logits(bad, where):
 
 
 @pytest.mark.parametrize("filters", [{"top_k": 3}, {"top_p": 0.5}, {"min_p": 0.2}], ids=lambda f: "+".join(f))
-@pytest.mark.parametrize("n", [1, 9, 17])
+@pytest.mark.parametrize("n", [1, 17])
 def test_filtered_tokens_are_those_of_the_reference(filters, n):
     assert_same_tokens(a_head(n, 5, 200), rows_of(n, **filters))
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
-@pytest.mark.parametrize("vocab_size", [1, 3, 4100])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, pytest.param(torch.float16, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("vocab_size", [3, 4100])
 @pytest.mark.parametrize(
     "filters",
     [{"top_k": 1}, {"top_k": 7}, {"top_k": 10**6}, {"top_p": 0.9}, {"top_p": 1e-9}, {"top_p": 1.0}, {"min_p": 0.0},
@@ -143,12 +144,12 @@ def test_filtered_tokens_are_those_of_the_reference(filters, n):
 def test_cutoffs_are_those_of_the_reference(dtype, vocab_size, filters):
     from selfgen_kernels.backends.triton.filters import filter_cutoff
 
-    logits = (torch.randn(6, vocab_size, generator=torch.Generator().manual_seed(0)) * 3).to(dtype)
+    logits = (torch.randn(5, vocab_size, generator=torch.Generator().manual_seed(0)) * 3).to(dtype)
     logits[1] = logits[1].round()  # ties, and both zeros
     logits[2, : vocab_size // 2] = -INF
     logits[3] = -INF
-    rows = rows_of(6, 1.0, **filters)
-    rows[4][5] = 100.0
+    rows = rows_of(5, 1.0, **filters)
+    rows[4][4] = 100.0
     want = Sampling(*rows).cutoff(logits)
     how = Sampling(*(value.to(DEVICE) if isinstance(value, torch.Tensor) else value for value in rows))
     got = filter_cutoff(logits.to(DEVICE), how).cpu()
@@ -158,7 +159,7 @@ def test_cutoffs_are_those_of_the_reference(dtype, vocab_size, filters):
 def test_top_p_is_exact_up_to_the_rounding_of_its_sum():
     from selfgen_kernels.backends.triton.filters import filter_cutoff
 
-    n = 40
+    n = 20
     logits = torch.randn(n, 600, generator=torch.Generator().manual_seed(1)) * 2
     rows = list(rows_of(n, 1.0, top_p=0.5))
     rows[6] = torch.rand(n, generator=torch.Generator().manual_seed(2), dtype=torch.float64)

@@ -22,6 +22,7 @@ from selfgen_kernels.backends.triton.configuration import Configuration, current
 from selfgen_kernels.backends.triton.noise import GROUP, OPTIONS, TOKEN, gumbel, gumbel_noise, in_mask, random_words
 from selfgen_kernels.backends.triton.sampling import GROUP_SIZE, group_mass
 
+INTERPRETED = tl.constexpr(not isinstance(in_mask, triton.JITFunction))
 FEW_ROWS = 64  # at most these: a smaller tile
 ROWS = 1024  # that select_rows_kernel looks at at a time
 PIECES, SLOTS = 64, 16  # candidates that the reductions look at at a time, and rows a program
@@ -88,7 +89,7 @@ def score_tile_kernel(
         is_k = first_k + k < hidden_size
         left = tl.load(hidden_tile + first_k, mask=is_row[:, None] & is_k[None, :], other=0.0)
         right = tl.load(weight_tile + first_k, mask=is_id[None, :] & is_k[:, None], other=0.0)
-        logits = tl.dot(left, right, logits, input_precision="ieee")
+        logits = tl.dot(factor_of_dot(left), factor_of_dot(right), logits, input_precision="ieee")
 
     if bias is not None:
         logits += tl.load(bias + offset - first_id, mask=is_id, other=0.0).to(tl.float32)[None, :]
@@ -124,6 +125,14 @@ def score_tile_kernel(
     tl.store(value + capacity, best_noise, mask=is_row)
     tl.store(value + 2 * capacity, inner, mask=is_row)
     tl.store(ids + piece * capacity + slot, token, mask=is_row)
+
+
+@triton.jit
+def factor_of_dot(x):
+    """`x` as `tl.dot` takes it: the interpreter would multiply the bits of bf16."""
+    if INTERPRETED:
+        x = x.to(tl.float32)
+    return x
 
 
 @triton.jit

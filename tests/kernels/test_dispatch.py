@@ -79,7 +79,18 @@ def test_linear_compiles_as_one_graph():
         assert not got.requires_grad
 
 
-@pytest.mark.parametrize("op", ["gumbel_noise", "self_mask", "sample_mix", "plan_pass", "commit_pass"])
+@pytest.mark.parametrize(
+    "op",
+    [
+        "gumbel_noise",
+        "self_mask",
+        "sample_mix",
+        "linear_sample_mix",
+        "linear_sample_shard",
+        "plan_pass",
+        "commit_pass",
+    ],
+)
 def test_a_gpu_has_kernels_of_its_own(op):
     pytest.importorskip("triton")
     assert torch._C._dispatch_has_kernel_for_dispatch_key(f"selfgen::{op}", "CUDA")

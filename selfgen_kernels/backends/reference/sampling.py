@@ -63,7 +63,7 @@ class Sampling(NamedTuple):
     def cutoff(self, logits: Tensor) -> Tensor:
         return filter_cutoff(logits, self.inv_temperature, self.top_k, self.top_p, self.min_p)
 
-    def select(self, rows: Tensor) -> "Sampling":
+    def select(self, rows: Tensor | slice) -> "Sampling":
         return Sampling(*(value[rows] if isinstance(value, Tensor) else value for value in self))  # type: ignore[arg-type]
 
 

@@ -1,7 +1,7 @@
 """Triton kernels, for CUDA and ROCm (torch calls both devices "cuda").
 
 Nothing here imports triton before the first call with a GPU tensor, so a machine without it only lacks these kernels.
-Under `TRITON_INTERPRET=1`, set before triton is imported, the functions of `noise` and `sampling` run on CPU tensors.
+Under `TRITON_INTERPRET=1`, set before triton is imported, the functions of these modules run on CPU tensors.
 """
 
 from importlib import import_module
@@ -15,6 +15,8 @@ _MODULE_OF_OP = {
     "sample_mix": "sampling",
     "plan_pass": "passes",
     "commit_pass": "passes",
+    "linear_sample_mix": "head",
+    "linear_sample_shard": "head",
 }
 
 

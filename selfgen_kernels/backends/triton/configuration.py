@@ -7,6 +7,8 @@ from the same tables, so what `benchmarks/aot.py` shows and the tests hold is wh
 from dataclasses import dataclass
 from typing import Any
 
+import torch
+
 TARGETS = ("sm_80", "sm_90", "sm_100", "gfx942")
 """A100, H100, B200, MI300: the GPUs that kernels are compiled for in tests."""
 
@@ -23,3 +25,11 @@ class Configuration:
     aligned: tuple[str, ...] = ()  # integer arguments divisible by 16, as all pointers are
     streams: bool = False  # reads its data 128 bits at a time
     tensor_cores: bool = False  # multiplies matrices
+
+
+def current_target() -> str:
+    """The one of `TARGETS` whose choices the current device takes: its own, or the nearest older one's."""
+    if torch.version.hip:
+        return "gfx942"
+    major = torch.cuda.get_device_capability()[0] if torch.cuda.is_available() else 8  # none: the interpreter
+    return {9: "sm_90", 10: "sm_100"}.get(major, "sm_80")

@@ -17,12 +17,15 @@ BLOCK = 1024  # random numbers a program
 
 @triton.jit
 def random_words(seed, sample_id, position, first_index, SIZE: tl.constexpr, STREAM: tl.constexpr):
-    """r(first_index) .. r(first_index + SIZE - 1) as uint32 [SIZE]; first_index and SIZE are multiples of 4."""
+    """r(first_index) .. r(first_index + SIZE - 1) as uint32 [SIZE]; first_index and SIZE are multiples of 4.
+
+    With sample_id and position [M, 1] in place of scalars: uint32 [M, SIZE].
+    """
     block = (first_index // 4 + tl.arange(0, SIZE // 4)).to(tl.uint32)  # [SIZE / 4]
-    c0 = block | (STREAM << 28)
     c1 = tl.zeros_like(block) + position.to(tl.uint32)
-    c2 = tl.zeros_like(block) + sample_id.to(tl.uint32)
-    c3 = tl.zeros_like(block) + (sample_id.to(tl.int64) >> 32).to(tl.uint32)
+    c0 = tl.zeros_like(c1) + (block | (STREAM << 28))
+    c2 = tl.zeros_like(c1) + sample_id.to(tl.uint32)
+    c3 = tl.zeros_like(c1) + (sample_id.to(tl.int64) >> 32).to(tl.uint32)
     w0, w1, w2, w3 = tl.philox(seed.to(tl.int64), c0, c1, c2, c3)
     return tl.interleave(tl.interleave(w0, w2), tl.interleave(w1, w3))
 
@@ -39,8 +42,8 @@ def gumbel(word):
 
 @triton.jit
 def in_mask(seed, sample_id, position, threshold):
-    """Whether a row is the model's own."""
-    word = tl.max(tl.where(tl.arange(0, 4) == 0, random_words(seed, sample_id, position, 0, 4, MASK), 0))
+    """Whether a row is the model's own; for rows [M], sample_id and position are [M, 1] and threshold is [M]."""
+    word = tl.max(tl.where(tl.arange(0, 4) == 0, random_words(seed, sample_id, position, 0, 4, MASK), 0), -1)
     return word.to(tl.int64) < threshold
 
 

@@ -13,6 +13,7 @@ from torch import Tensor
 from selfgen_kernels.backends.reference import sampling as reference_sampling
 from selfgen_kernels.backends.reference.sampling import Mixed, Sampling
 from selfgen_kernels.backends.triton.configuration import Configuration
+from selfgen_kernels.backends.triton.filters import filter_cutoff
 from selfgen_kernels.backends.triton.noise import GROUP, OPTIONS, TOKEN, gumbel, in_mask, random_words
 
 GROUP_SIZE = tl.constexpr(reference_sampling.GROUP_SIZE)
@@ -24,7 +25,7 @@ SPAN = 128  # groups a program
 def load_z(logits, ids, vocab_size, inv_temperature, cutoffs, row):
     """z fp32 of some `ids` of a row: scaled, filtered, -inf past the end, and +inf for NaN, which max ignores."""
     z = tl.load(logits + ids, mask=ids < vocab_size, other=float("-inf")).to(tl.float32)
-    if inv_temperature < float("inf"):
+    if inv_temperature != float("inf"):
         z *= inv_temperature
     z = tl.where(z == z, z, float("inf"))
     if cutoffs is not None:
@@ -32,47 +33,50 @@ def load_z(logits, ids, vocab_size, inv_temperature, cutoffs, row):
     return z
 
 
+@triton.jit
+def group_mass(z, greedy):
+    """logsumexp over the last dimension, or the maximum where `greedy`; +inf where z, which is never NaN, has one."""
+    largest = tl.max(z, -1)
+    shift = tl.where(tl.abs(largest) == float("inf"), 0.0, largest)
+    return tl.where(greedy, largest, shift + tl.log(tl.sum(tl.exp(z - tl.expand_dims(shift, -1)), -1)))
+
+
 @triton.jit(do_not_specialize=["seed"])
 def best_group_kernel(
     logits, row_stride, inv_temperatures, cutoffs, thresholds, seed, sample_ids, positions,
-    best_scores, best_groups, peaks, vocab_size,
+    best_scores, best_groups, vocab_size,
     TILE: tl.constexpr, SPAN: tl.constexpr,
 ):  # fmt: skip
-    """Program (row, span) writes its best group score, that group and its largest z, each into [N, spans]."""
+    """Program (row, span) writes its best group's score and that group, each into [N, spans]."""
     row, span = tl.program_id(0).to(tl.int64), tl.program_id(1)
     sample_id, position = tl.load(sample_ids + row), tl.load(positions + row)
     if not in_mask(seed, sample_id, position, tl.load(thresholds + row)):
         return
     inv_temperature = tl.load(inv_temperatures + row)
+    greedy = inv_temperature == float("inf")
 
-    best = tl.full([TILE], float("-inf"), tl.float32)  # of each lane, as are the next two
+    best = tl.full([TILE], float("-inf"), tl.float32)  # of each lane, as is the next
     best_group = tl.zeros([TILE], tl.int32)
-    peak = tl.full([TILE], float("-inf"), tl.float32)
     end = tl.minimum((span + 1) * SPAN, tl.cdiv(vocab_size, GROUP_SIZE))
     for start in range(span * SPAN, end, TILE):
         group = start + tl.arange(0, TILE)
         ids = group[:, None] * GROUP_SIZE + tl.arange(0, GROUP_SIZE)[None, :]  # [TILE, 64]
         z = load_z(logits + row * row_stride, ids, vocab_size, inv_temperature, cutoffs, row)
-        largest = tl.max(z, 1)  # [TILE]
-        shift = tl.where(largest == float("-inf"), 0.0, largest)
-        logsumexp = shift + tl.log(tl.sum(tl.exp(z - shift[:, None]), 1))
-        noisy = logsumexp + gumbel(random_words(seed, sample_id, position, start, TILE, GROUP))
-        score = tl.where(inv_temperature < float("inf"), noisy, largest)
+        noise = gumbel(random_words(seed, sample_id, position, start, TILE, GROUP))
+        score = group_mass(z, greedy) + tl.where(greedy, 0.0, noise)  # [TILE]
         best_group = tl.where(score > best, group, best_group)
         best = tl.maximum(best, score)
-        peak = tl.maximum(peak, largest)
 
     row_best = tl.max(best)
     out = row * tl.num_programs(1) + span
     tl.store(best_scores + out, row_best)
     tl.store(best_groups + out, tl.min(tl.where(best == row_best, best_group, 2147483647)))
-    tl.store(peaks + out, tl.max(peak))
 
 
 @triton.jit(do_not_specialize=["seed"])
 def pick_token_kernel(
     logits, row_stride, inv_temperatures, cutoffs, thresholds, seed, sample_ids, positions,
-    best_scores, best_groups, peaks, vocab_size, spans, reference, tokens, is_selfs, invalids,
+    best_scores, best_groups, vocab_size, spans, reference, tokens, is_selfs, invalids,
     SPANS: tl.constexpr,
 ):  # fmt: skip
     """One program a row: the best span's group, the best token in it, and the row's place in the three results."""
@@ -86,9 +90,9 @@ def pick_token_kernel(
         exists = span < spans
         score = tl.load(best_scores + row * spans + span, mask=exists, other=float("-inf"))  # [SPANS]
         candidate = tl.load(best_groups + row * spans + span, mask=exists, other=2147483647)
-        group = tl.min(tl.where(score == tl.max(score), candidate, 2147483647))
-        peak = tl.max(tl.load(peaks + row * spans + span, mask=exists, other=float("-inf")))
-        invalid = (peak == float("inf")) | (peak == float("-inf"))
+        best = tl.max(score)
+        group = tl.min(tl.where(score == best, candidate, 2147483647))
+        invalid = tl.abs(best) == float("inf")  # of NaN or +inf, or of nothing but -inf
         if not invalid:
             inv_temperature = tl.load(inv_temperatures + row)
             offset = tl.arange(0, GROUP_SIZE)
@@ -96,7 +100,7 @@ def pick_token_kernel(
                 logits + row * row_stride, group * GROUP_SIZE + offset, vocab_size, inv_temperature, cutoffs, row
             )
             noise = gumbel(random_words(seed, sample_id, position, 0, GROUP_SIZE, TOKEN))  # [64]
-            noise = tl.where(inv_temperature < float("inf"), noise, 0.0)
+            noise = tl.where(inv_temperature == float("inf"), 0.0, noise)
             token = (group * GROUP_SIZE + tl.argmax(z + noise, 0)).to(tl.int64)
     tl.store(tokens + row, token)
     tl.store(is_selfs + row, is_self)
@@ -114,20 +118,19 @@ def sample_mix(logits: Tensor, reference: Tensor, *sampling) -> Mixed:
     if logits.stride(1) != 1:
         logits = logits.contiguous()
     spans = triton.cdiv(vocab_size, SPAN * GROUP_SIZE.value)
-    scores, peaks = logits.new_empty(2, rows, spans, dtype=torch.float32)
+    scores = logits.new_empty(rows, spans, dtype=torch.float32)
     groups = logits.new_empty(rows, spans, dtype=torch.int32)
     inputs = (
         logits,
         logits.stride(0),
         how.inv_temperature.contiguous(),
-        how.cutoff(logits) if how.filtered else None,
+        filter_cutoff(logits, how) if how.filtered else None,
         how.threshold.contiguous(),
         how.seed,
         how.sample_ids.contiguous(),
         how.positions.contiguous(),
         scores,
         groups,
-        peaks,
         vocab_size,
     )
     best_group_kernel[(rows, spans)](*inputs, TILE=TILE, SPAN=SPAN, **OPTIONS)
@@ -138,27 +141,27 @@ def sample_mix(logits: Tensor, reference: Tensor, *sampling) -> Mixed:
 
 def configurations(target: str) -> list[Configuration]:
     """What ships for `target`."""
+    types = {
+        "row_stride": "i64", "inv_temperatures": "*fp32", "thresholds": "*i64", "seed": "i64", "sample_ids": "*i64",
+        "positions": "*i64", "best_scores": "*fp32", "best_groups": "*i32", "vocab_size": "i32",
+    }  # fmt: skip
+    results = {"spans": "i32", "reference": "*i64", "tokens": "*i64", "is_selfs": "*i1", "invalids": "*i1"}
+    aligned = "row_stride", "vocab_size"
     ships = []
     for dtype in ("fp32", "bf16", "fp16"):
-        for cutoffs in ("*fp32", None):
-            types = {
-                "logits": f"*{dtype}", "row_stride": "i64", "inv_temperatures": "*fp32", "thresholds": "*i64",
-                "seed": "i64", "sample_ids": "*i64", "positions": "*i64",
-                "best_scores": "*fp32", "best_groups": "*i32", "peaks": "*fp32", "vocab_size": "i32",
-            }  # fmt: skip
-            results = {"spans": "i32", "reference": "*i64", "tokens": "*i64", "is_selfs": "*i1", "invalids": "*i1"}
-            optional = {"cutoffs": cutoffs} if cutoffs else {}
-            absent = {} if cutoffs else {"cutoffs": None}
-            label = f"{dtype}, filtered" if cutoffs else dtype
-            aligned = "row_stride", "vocab_size"
-            tile = absent | {"TILE": TILE, "SPAN": SPAN}
+        for label, cutoffs, absent in (
+            (dtype, {}, {"cutoffs": None}),
+            (f"{dtype}, filtered", {"cutoffs": "*fp32"}, {}),
+        ):
+            inputs = types | cutoffs | {"logits": f"*{dtype}"}
             ships += [
                 Configuration(
-                    f"best_group[{label}]", best_group_kernel, types | optional, tile, OPTIONS, aligned, streams=True
+                    f"best_group[{label}]", best_group_kernel, inputs, absent | {"TILE": TILE, "SPAN": SPAN}, OPTIONS,
+                    aligned, streams=True,
                 ),
                 Configuration(
-                    f"pick_token[{label}]", pick_token_kernel, types | optional | results, absent | {"SPANS": 16},
-                    OPTIONS, aligned,
+                    f"pick_token[{label}]", pick_token_kernel, inputs | results, absent | {"SPANS": 16}, OPTIONS,
+                    aligned,
                 ),
             ]  # fmt: skip
     return ships

@@ -1,0 +1,166 @@
+"""The cutoffs of top_k, top_p and min_p without a sort: one program searches a row for the bits of its threshold.
+
+Logits are compared as unsigned integers in the same order ("keys"), 16 bits of bf16 and fp16, 32 of fp32. With a weight
+of 1 for each logit, the k-th largest is the largest key such that the weights of the keys not below it add up to k;
+with probabilities for weights, the same search gives the cutoff of top_p. It finds two bits at a time, from the
+highest: a sweep over the row tests the three continuations of the bits known so far. A temperature keeps the order, so
+logits serve in place of z.
+"""
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from selfgen_kernels.backends.reference.sampling import Sampling
+from selfgen_kernels.backends.triton.configuration import Configuration
+from selfgen_kernels.backends.triton.noise import OPTIONS as NOISE_OPTIONS
+from selfgen_kernels.backends.triton.noise import in_mask
+
+BLOCK = 4096  # logits at a time
+OPTIONS = {**NOISE_OPTIONS, "num_warps": 8}
+
+
+@triton.jit
+def key_of(logit):
+    """uint32 in the order of the logits; NaN counts as +inf, -0 as 0."""
+    BITS: tl.constexpr = logit.dtype.primitive_bitwidth
+    SIGN: tl.constexpr = 1 << (BITS - 1)
+    logit = tl.where(logit == logit, logit, float("inf")).to(logit.dtype)
+    bits = logit.to(tl.uint32 if BITS == 32 else tl.uint16, bitcast=True).to(tl.uint32)
+    return tl.where(bits > SIGN, 2 * SIGN - 1 - bits, (bits & (SIGN - 1)) + SIGN)
+
+
+@triton.jit
+def logit_of(key, DTYPE: tl.constexpr):
+    """fp32: the logit with that key."""
+    BITS: tl.constexpr = DTYPE.primitive_bitwidth
+    SIGN: tl.constexpr = 1 << (BITS - 1)
+    bits = tl.where(key >= SIGN, key - SIGN, 2 * SIGN - 1 - key)
+    return bits.to(tl.uint32 if BITS == 32 else tl.uint16).to(DTYPE, bitcast=True).to(tl.float32)
+
+
+@triton.jit
+def load_weights(logits, start, vocab_size, inv_temperature, largest, floor, BLOCK: tl.constexpr, PROBS: tl.constexpr):
+    """Keys [BLOCK] and their weights: 1, or up to a factor the probability, of those that are not below `floor`."""
+    ids = start + tl.arange(0, BLOCK)
+    logit = tl.load(logits + ids, mask=ids < vocab_size, other=float("-inf"))
+    key = key_of(logit)
+    weight = tl.full([BLOCK], 1.0, tl.float32)
+    if PROBS:
+        weight = tl.where(key < floor, 0.0, tl.exp(logit.to(tl.float32) * inv_temperature - largest))
+    return key, weight
+
+
+@triton.jit
+def largest_key(logits, vocab_size, inv_temperature, largest, floor, needed, BLOCK: tl.constexpr, PROBS: tl.constexpr):
+    """uint32: the largest key such that the weights of all keys not below it come to what is `needed`."""
+    BITS: tl.constexpr = logits.dtype.element_ty.primitive_bitwidth
+    found = floor * 0
+    for digit in range(1, BITS // 2 + 1):
+        step = (floor * 0 + 1) << (BITS - 2 * digit)
+        weight1 = tl.zeros([BLOCK], tl.float32)  # of each lane
+        weight2 = tl.zeros([BLOCK], tl.float32)
+        weight3 = tl.zeros([BLOCK], tl.float32)
+        for start in range(0, vocab_size, BLOCK):
+            key, weight = load_weights(logits, start, vocab_size, inv_temperature, largest, floor, BLOCK, PROBS)
+            weight1 += tl.where(key >= found + step, weight, 0.0)
+            weight2 += tl.where(key >= found + 2 * step, weight, 0.0)
+            weight3 += tl.where(key >= found + 3 * step, weight, 0.0)
+        reached = (
+            (tl.sum(weight1).to(tl.float64) >= needed).to(tl.uint32)
+            + (tl.sum(weight2).to(tl.float64) >= needed).to(tl.uint32)
+            + (tl.sum(weight3).to(tl.float64) >= needed).to(tl.uint32)
+        )
+        found += reached * step
+    return found
+
+
+@triton.jit(do_not_specialize=["seed"])
+def filter_cutoff_kernel(
+    logits, row_stride, inv_temperatures, top_ks, top_ps, min_ps, thresholds, seed, sample_ids, positions,
+    cutoffs, vocab_size,
+    BLOCK: tl.constexpr,
+):  # fmt: skip
+    """One program a row writes the smallest z that the filters keep, if the row is the model's own."""
+    row = tl.program_id(0).to(tl.int64)
+    if not in_mask(seed, tl.load(sample_ids + row), tl.load(positions + row), tl.load(thresholds + row)):
+        return
+    inv_temperature = tl.load(inv_temperatures + row)
+    cutoff = float("-inf")
+    if inv_temperature != float("inf"):
+        DTYPE: tl.constexpr = logits.dtype.element_ty
+        logits += row * row_stride
+        floor = tl.full([], 0, tl.uint32)
+        if top_ks is not None:
+            k = tl.maximum(tl.minimum(tl.load(top_ks + row), vocab_size), 1).to(tl.float64)
+            floor = largest_key(logits, vocab_size, inv_temperature, 0.0, floor, k, BLOCK, False)
+            cutoff = logit_of(floor, DTYPE) * inv_temperature
+        if (top_ps is not None) | (min_ps is not None):
+            keys = tl.full([BLOCK], 0, tl.uint32)
+            for start in range(0, vocab_size, BLOCK):
+                key, _ = load_weights(logits, start, vocab_size, inv_temperature, 0.0, floor, BLOCK, False)
+                keys = tl.maximum(keys, key)
+            best = tl.max(keys)
+            largest = logit_of(best, DTYPE) * inv_temperature
+            if top_ps is not None:
+                top_p = tl.load(top_ps + row)
+                if top_p < 1.0:
+                    weights = tl.zeros([BLOCK], tl.float32)
+                    for start in range(0, vocab_size, BLOCK):
+                        _, weight = load_weights(
+                            logits, start, vocab_size, inv_temperature, largest, floor, BLOCK, True
+                        )
+                        weights += weight
+                    needed = top_p * tl.sum(weights).to(tl.float64)
+                    key = largest_key(logits, vocab_size, inv_temperature, largest, floor, needed, BLOCK, True)
+                    cutoff = tl.maximum(cutoff, logit_of(tl.minimum(key, best), DTYPE) * inv_temperature)
+            if min_ps is not None:
+                cutoff = tl.maximum(cutoff, largest + tl.log(tl.load(min_ps + row)).to(tl.float32))
+    tl.store(cutoffs + row, cutoff)
+
+
+def filter_cutoff(logits: Tensor, how: Sampling) -> Tensor:
+    """fp32 [N]: `scaling.filter_cutoff` of the rows of logits [N, V] that are the model's own; any number of others."""
+    cutoffs = logits.new_empty(len(logits), dtype=torch.float32)
+    top_k, top_p, min_p = (None if value is None else value.contiguous() for value in (how.top_k, how.top_p, how.min_p))
+    if len(logits):
+        filter_cutoff_kernel[(len(logits),)](
+            logits,
+            logits.stride(0),
+            how.inv_temperature.contiguous(),
+            top_k,
+            top_p,
+            min_p,
+            how.threshold.contiguous(),
+            how.seed,
+            how.sample_ids.contiguous(),
+            how.positions.contiguous(),
+            cutoffs,
+            logits.shape[1],
+            BLOCK=BLOCK,
+            **OPTIONS,
+        )
+    return cutoffs
+
+
+def configurations(target: str) -> list[Configuration]:
+    """What ships for `target`."""
+    types = {
+        "row_stride": "i64", "inv_temperatures": "*fp32", "thresholds": "*i64", "seed": "i64", "sample_ids": "*i64",
+        "positions": "*i64", "cutoffs": "*fp32", "vocab_size": "i32",
+    }  # fmt: skip
+    filters = {"top_ks": "*i64", "top_ps": "*fp64", "min_ps": "*fp64"}
+    aligned = "row_stride", "vocab_size"
+    ships = []
+    for dtype in ("fp32", "bf16", "fp16"):
+        for name, present in [(name, [name]) for name in filters] + [("all", list(filters))]:
+            ships.append(
+                Configuration(
+                    f"filter_cutoff[{dtype}, {name}]", filter_cutoff_kernel,
+                    types | {"logits": f"*{dtype}"} | {name: filters[name] for name in present},
+                    {name: None for name in filters if name not in present} | {"BLOCK": BLOCK},
+                    OPTIONS, aligned, streams=True,
+                )
+            )  # fmt: skip
+    return ships

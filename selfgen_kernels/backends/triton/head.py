@@ -1,0 +1,363 @@
+"""The LM head fused with sampling: logits live in registers, tile by tile, and only candidates reach memory.
+
+1. `select_rows_kernel` packs the rows that are the model's own, so that tiles are full and the others cost nothing.
+2. `score_tile_kernel` multiplies BLOCK_M of them with BLOCK_N ids and keeps, of each row, the best group: its
+   logsumexp, G1, and its best token with z + G2. The token comes from the accumulators that the group was scored by.
+3. A small kernel reduces the tiles' candidates: to tokens, or to the three candidates of a shard.
+
+Tiles begin at multiples of BLOCK_N in the whole vocabulary, also in a shard, so a group never straddles two tiles and
+the constants below don't decide a token (a group's sum may round differently, nothing else). The groups that a shard's
+ends cut are two tiles of their own. NaN becomes +inf, which max keeps, and makes the logsumexp of its group +inf: that
+is how a row is found invalid.
+"""
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from selfgen_kernels.backends.reference.sampling import Candidates, Mixed, Sampling
+from selfgen_kernels.backends.triton import sampling as logits_sampling
+from selfgen_kernels.backends.triton.configuration import Configuration, current_target
+from selfgen_kernels.backends.triton.noise import GROUP, OPTIONS, TOKEN, gumbel, gumbel_noise, in_mask, random_words
+from selfgen_kernels.backends.triton.sampling import GROUP_SIZE, group_mass
+
+INTERPRETED = tl.constexpr(not isinstance(in_mask, triton.JITFunction))
+FEW_ROWS = 64  # at most these: a smaller tile
+ROWS = 1024  # that select_rows_kernel looks at at a time
+PIECES, SLOTS = 64, 16  # candidates that the reductions look at at a time, and rows a program
+
+
+@triton.jit(do_not_specialize=["seed"])
+def select_rows_kernel(
+    thresholds, seed, sample_ids, positions, size, rows, count, reference, tokens, is_selfs, invalids,
+    ROWS: tl.constexpr,
+):  # fmt: skip
+    """One program writes the numbers of the model's own rows, how many there are, and the results of the others."""
+    selected = 0
+    for start in range(0, size, ROWS):
+        row = start + tl.arange(0, ROWS)
+        exists = row < size
+        sample_id = tl.load(sample_ids + row, mask=exists, other=0)[:, None]
+        position = tl.load(positions + row, mask=exists, other=0)[:, None]
+        threshold = tl.load(thresholds + row, mask=exists, other=-1)
+        is_self = in_mask(seed, sample_id, position, threshold)  # [ROWS]
+        before = tl.cumsum(is_self.to(tl.int32), 0) - 1
+        tl.store(rows + selected + before, row, mask=is_self)
+        selected += tl.sum(is_self.to(tl.int32))
+        if tokens is not None:
+            tl.store(tokens + row, tl.load(reference + row, mask=exists), mask=exists)
+            tl.store(is_selfs + row, is_self, mask=exists)
+            tl.store(invalids + row, tl.zeros_like(is_self), mask=exists)
+    tl.store(count, selected)
+
+
+@triton.jit(do_not_specialize=["seed"])
+def score_tile_kernel(
+    hidden, hidden_stride, weight, weight_stride, bias, hidden_size, logit_scale, softcap,
+    first_id, end_id, whole_begin, whole_end, tiles, pieces,
+    rows, count, capacity, inv_temperatures, seed, sample_ids, positions, token_noise, values, ids,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
+):  # fmt: skip
+    """Program (piece, rows) writes its best group into values [pieces, 3, capacity] and ids [pieces, capacity].
+
+    The first `tiles` pieces are tiles of the groups in whole_begin .. whole_end - 1, the next two the cut groups.
+    """
+    selected = tl.load(count)
+    row_tiles = tl.maximum(tl.cdiv(selected, BLOCK_M), 1)
+    piece = tl.program_id(0) // row_tiles
+    slot = tl.program_id(0) % row_tiles * BLOCK_M + tl.arange(0, BLOCK_M)  # [BLOCK_M], neighbours share weights
+    if (piece >= pieces) | (selected == 0):
+        return
+    is_row = slot < selected
+    row = tl.load(rows + slot, mask=is_row, other=0).to(tl.int64)  # [BLOCK_M]
+
+    begin, end, tile = whole_begin, whole_end, first_id // BLOCK_N + piece
+    if piece == tiles:
+        begin, end, tile = first_id, tl.minimum(whole_begin, end_id), first_id // BLOCK_N
+    if piece > tiles:
+        begin, end, tile = tl.maximum(whole_begin, whole_end), end_id, (end_id - 1) // BLOCK_N
+    start = tile.to(tl.int64) * BLOCK_N
+    offset = start + tl.arange(0, BLOCK_N)  # [BLOCK_N] ids
+    is_id = (offset >= begin) & (offset < end)
+
+    k = tl.arange(0, BLOCK_K)
+    hidden_tile = hidden + row[:, None] * hidden_stride + k[None, :]  # [BLOCK_M, BLOCK_K]
+    weight_tile = weight + (offset - first_id)[None, :] * weight_stride + k[:, None]  # [BLOCK_K, BLOCK_N]
+    logits = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
+    for first_k in range(0, hidden_size, BLOCK_K):
+        is_k = first_k + k < hidden_size
+        left = tl.load(hidden_tile + first_k, mask=is_row[:, None] & is_k[None, :], other=0.0)
+        right = tl.load(weight_tile + first_k, mask=is_id[None, :] & is_k[:, None], other=0.0)
+        logits = tl.dot(factor_of_dot(left), factor_of_dot(right), logits, input_precision="ieee")
+
+    if bias is not None:
+        logits += tl.load(bias + offset - first_id, mask=is_id, other=0.0).to(tl.float32)[None, :]
+    logits *= logit_scale
+    if softcap is not None:
+        logits = softcap * tanh(logits / softcap)
+    inv_temperature = tl.load(inv_temperatures + row, mask=is_row, other=1.0)  # [BLOCK_M]
+    greedy = inv_temperature == float("inf")
+    z = logits * tl.where(greedy, 1.0, inv_temperature)[:, None]
+    z = tl.where(z == z, z, float("inf"))
+    z = tl.where(is_id[None, :], z, float("-inf"))
+
+    GROUPS: tl.constexpr = BLOCK_N // GROUP_SIZE
+    z = tl.reshape(z, [BLOCK_M, GROUPS, GROUP_SIZE])
+    mass = group_mass(z, greedy[:, None])  # [BLOCK_M, GROUPS]
+    sample_id = tl.load(sample_ids + row, mask=is_row, other=0)[:, None]
+    position = tl.load(positions + row, mask=is_row, other=0)[:, None]
+    noise = tl.where(greedy[:, None], 0.0, group_noise(seed, sample_id, position, tile, GROUPS))  # [BLOCK_M, GROUPS]
+    best = tl.argmax(mass + noise, 1)  # [BLOCK_M], the lowest of equals
+    is_best = tl.arange(0, GROUPS)[None, :] == best[:, None]
+    best_mass = tl.max(tl.where(is_best, mass, float("-inf")), 1)
+    best_noise = tl.max(tl.where(is_best & (mass > float("-inf")), noise, float("-inf")), 1)
+
+    z = tl.max(tl.where(is_best[:, :, None], z, float("-inf")), 1)  # [BLOCK_M, 64]
+    in_group = tl.arange(0, GROUP_SIZE)
+    noise = tl.load(token_noise + row[:, None] * GROUP_SIZE + in_group[None, :], mask=is_row[:, None], other=0.0)
+    inner, token = tl.max(z + tl.where(greedy[:, None], 0.0, noise), 1, return_indices=True)
+    token = tl.where(best_mass > float("-inf"), start + best * GROUP_SIZE + token, -1)
+
+    capacity = capacity.to(tl.int64)
+    value = values + piece * 3 * capacity + slot
+    tl.store(value, best_mass, mask=is_row)
+    tl.store(value + capacity, best_noise, mask=is_row)
+    tl.store(value + 2 * capacity, inner, mask=is_row)
+    tl.store(ids + piece * capacity + slot, token, mask=is_row)
+
+
+@triton.jit
+def factor_of_dot(x):
+    """`x` as `tl.dot` takes it: the interpreter would multiply the bits of bf16."""
+    if INTERPRETED:
+        x = x.to(tl.float32)
+    return x
+
+
+@triton.jit
+def tanh(x):
+    """tanh with the absolute precision of fp32, in two instructions of the special function unit."""
+    decay = tl.exp(-2.0 * tl.abs(x))
+    size = (1.0 - decay) / (1.0 + decay)
+    return tl.where(x < 0, -size, size)
+
+
+@triton.jit
+def group_noise(seed, sample_id, position, tile, GROUPS: tl.constexpr):
+    """G1 [M, GROUPS] of the groups of a tile, for sample_id and position [M, 1]; GROUPS is 1 or even."""
+    if GROUPS >= 4:
+        words = random_words(seed, sample_id, position, tile * GROUPS, GROUPS, GROUP)
+    else:  # a part of the four numbers that come together
+        words = random_words(seed, sample_id, position, tile * GROUPS // 4 * 4, 4, GROUP)
+        words = tl.reshape(words, [words.shape[0], 4 // GROUPS, GROUPS])
+        is_part = tl.arange(0, 4 // GROUPS) == tile % (4 // GROUPS)
+        words = tl.max(tl.where(is_part[None, :, None], words, 0), 1)
+    return gumbel(words)
+
+
+@triton.jit
+def best_piece(values, capacity, tiles, slot, is_row, PIECES: tl.constexpr):
+    """The best score of each slot [SLOTS] among the first `tiles` pieces, and the piece that has it."""
+    lane = tl.arange(0, PIECES)[:, None]
+    best = tl.full([PIECES, slot.shape[0]], float("-inf"), tl.float32)
+    best_piece = tl.zeros([PIECES, slot.shape[0]], tl.int32)
+    for start in range(0, tiles, PIECES):
+        piece = start + lane
+        exists = (piece < tiles) & is_row[None, :]
+        value = values + piece * 3 * capacity + slot[None, :]
+        score = tl.load(value, mask=exists, other=float("-inf")) + tl.load(value + capacity, mask=exists, other=0.0)
+        best_piece = tl.where(score > best, piece, best_piece)
+        best = tl.maximum(best, score)
+    score = tl.max(best, 0)
+    return score, tl.min(tl.where(best == score[None, :], best_piece, 2147483647), 0)
+
+
+@triton.jit
+def pick_token_kernel(
+    values, ids, capacity, tiles, rows, count, tokens, invalids,
+    PIECES: tl.constexpr, SLOTS: tl.constexpr,
+):  # fmt: skip
+    """The tokens of SLOTS of the model's own rows."""
+    selected = tl.load(count)
+    slot = tl.program_id(0) * SLOTS + tl.arange(0, SLOTS)
+    if tl.program_id(0) * SLOTS >= selected:
+        return
+    is_row = slot < selected
+    row = tl.load(rows + slot, mask=is_row, other=0).to(tl.int64)
+    capacity = capacity.to(tl.int64)
+    score, piece = best_piece(values, capacity, tiles, slot, is_row, PIECES)
+    valid = (score > float("-inf")) & (score < float("inf"))
+    tl.store(tokens + row, tl.load(ids + piece * capacity + slot, mask=is_row & valid), mask=is_row & valid)
+    tl.store(invalids + row, ~valid, mask=is_row)
+
+
+@triton.jit
+def pick_candidates_kernel(
+    values, ids, capacity, tiles, rows, count, out_values, out_ids,
+    PIECES: tl.constexpr, SLOTS: tl.constexpr,
+):  # fmt: skip
+    """The three candidates of SLOTS of the model's own rows, into [N, 3, 3] and [N, 3]."""
+    selected = tl.load(count)
+    slot = tl.program_id(0) * SLOTS + tl.arange(0, SLOTS)
+    if tl.program_id(0) * SLOTS >= selected:
+        return
+    is_row = slot < selected
+    row = tl.load(rows + slot, mask=is_row, other=0).to(tl.int64)
+    capacity = capacity.to(tl.int64)
+    score, piece = best_piece(values, capacity, tiles, slot, is_row, PIECES)
+    has_best = score > float("-inf")
+    first_cut, last_cut = tl.zeros_like(piece) + tiles, tl.zeros_like(piece) + tiles + 1
+    first_mass = tl.load(values + first_cut * 3 * capacity + slot, mask=is_row, other=0.0)
+    last_mass = tl.load(values + last_cut * 3 * capacity + slot, mask=is_row, other=0.0)
+    bad = (score == float("inf")) | (first_mass == float("inf")) | (last_mass == float("inf"))
+    for place in tl.static_range(3):
+        source = first_cut if place == 0 else (piece if place == 1 else last_cut)
+        has_any = is_row & has_best if place == 1 else is_row
+        for part in tl.static_range(3):
+            value = tl.load(values + (source * 3 + part) * capacity + slot, mask=has_any, other=float("-inf"))
+            tl.store(out_values + row * 9 + place * 3 + part, tl.where(bad, float("nan"), value), mask=is_row)
+        tl.store(
+            out_ids + row * 3 + place, tl.load(ids + source * capacity + slot, mask=has_any, other=-1), mask=is_row
+        )
+
+
+def tile_constants(target: str, dtype: str, rows: int) -> tuple[dict, dict]:
+    """Tile and launch options of `score_tile_kernel` for `dtype` and at most `rows` of the model's own rows."""
+    if dtype == "fp32":  # no tensor cores
+        tile, warps, stages = ((64, 64, 32), 8, 2) if target == "gfx942" else ((64, 64, 16), 4, 2)
+    else:
+        few = rows <= FEW_ROWS
+        tile, warps = (64 if few else 128, 128, 64), 4 if few else 8
+        stages = 2 if target == "gfx942" else 3  # 64 KiB of shared memory
+    names = "BLOCK_M", "BLOCK_N", "BLOCK_K"
+    return dict(zip(names, tile, strict=True)), OPTIONS | {"num_warps": warps, "num_stages": stages}
+
+
+_PICK = {"PIECES": PIECES, "SLOTS": SLOTS}
+_NAMES = {torch.float32: "fp32", torch.bfloat16: "bf16", torch.float16: "fp16"}
+
+
+def select_rows(how: Sampling, reference, tokens, is_self, invalid) -> tuple[Tensor, Tensor]:
+    """The model's own rows, int32 [N] of which the first count [1] hold; sets the other results if they are given."""
+    size = len(how.threshold)
+    rows = torch.empty_like(how.threshold, dtype=torch.int32, memory_format=torch.contiguous_format)
+    count = rows.new_empty(1)
+    select_rows_kernel[(1,)](
+        how.threshold.contiguous(), how.seed, how.sample_ids.contiguous(), how.positions.contiguous(), size, rows,
+        count, reference, tokens, is_self, invalid, ROWS=ROWS, **OPTIONS,
+    )  # fmt: skip
+    return rows, count
+
+
+def score_tiles(
+    hidden, weight, bias, softcap, logit_scale, first_id, whole_begin, whole_end, cut_groups, how: Sampling, rows, count
+) -> tuple[Tensor, Tensor, int, int]:
+    """Launch `score_tile_kernel`: values, ids, their number of slots, and of pieces that are tiles."""
+    if hidden.dtype == torch.float64:
+        hidden, weight, bias = hidden.float(), weight.float(), None if bias is None else bias.float()
+    hidden, weight = (x if x.stride(1) == 1 else x.contiguous() for x in (hidden, weight))
+    capacity, end_id = len(hidden), first_id + len(weight)
+    constants, options = tile_constants(current_target(), _NAMES[hidden.dtype], capacity)
+    tiles = triton.cdiv(end_id, constants["BLOCK_N"]) - first_id // constants["BLOCK_N"]
+    pieces = tiles + cut_groups
+    values = hidden.new_empty(pieces, 3, capacity, dtype=torch.float32)
+    ids = hidden.new_empty(pieces, capacity, dtype=torch.int64)
+    keys = how.seed, how.sample_ids.contiguous(), how.positions.contiguous()
+    token_noise = gumbel_noise(*keys, GROUP_SIZE.value, TOKEN.value)  # [N, 64]
+    score_tile_kernel[(pieces * triton.cdiv(capacity, constants["BLOCK_M"]),)](
+        hidden, hidden.stride(0), weight, weight.stride(0), bias if bias is None else bias.contiguous(),
+        hidden.shape[1], logit_scale, softcap, first_id, end_id, whole_begin, whole_end, tiles, pieces,
+        rows, count, capacity, how.inv_temperature.contiguous(), *keys, token_noise, values, ids,
+        **constants, **options,
+    )  # fmt: skip
+    return values, ids, capacity, tiles
+
+
+def linear_sample_mix(
+    hidden: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    softcap: float | None,
+    logit_scale: float,
+    reference: Tensor,
+    *sampling,
+) -> Mixed:
+    """Tokens int64 [N], is_self and invalid bool [N] from hidden [N, D], weight [V, D] and a `Sampling`."""
+    how = Sampling(*sampling)
+    tokens = torch.empty_like(reference, memory_format=torch.contiguous_format)  # [N]
+    is_self, invalid = (torch.empty_like(tokens, dtype=torch.bool) for _ in range(2))  # [N]
+    results = tokens, is_self, invalid
+    if not how.filtered and len(tokens):
+        selected = select_rows(how, reference.contiguous(), *results)
+        pieces = score_tiles(hidden, weight, bias, softcap, logit_scale, 0, 0, len(weight), 0, how, *selected)
+        pick_token_kernel[(triton.cdiv(len(tokens), SLOTS),)](*pieces, *selected, tokens, invalid, **_PICK, **OPTIONS)
+    # A filter looks at whole rows, so these are multiplied a block at a time, whosever they are.
+    block = max(1, len(tokens) // 8)
+    for start in range(0, len(tokens) if how.filtered else 0, block):
+        part = slice(start, start + block)
+        logits = torch.nn.functional.linear(hidden[part], weight, bias).float() * logit_scale  # [B, V]
+        if softcap is not None:
+            logits = softcap * torch.tanh(logits / softcap)
+        block_results = logits_sampling.sample_mix(logits, reference[part], *how.select(part))
+        for whole, drawn in zip(results, block_results, strict=True):
+            whole[part] = drawn
+    return results
+
+
+def linear_sample_shard(
+    hidden: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    softcap: float | None,
+    logit_scale: float,
+    first_id: int,
+    *sampling,
+) -> Candidates:
+    """Values [N, 3, 3] and ids [N, 3] of the shard weight [V_shard, D], whose row 0 is the head of `first_id`."""
+    how = Sampling(*sampling)
+    values = torch.full((len(hidden), 3, 3), -torch.inf, device=hidden.device)
+    ids = torch.full((len(hidden), 3), -1, device=hidden.device)
+    if len(hidden):
+        end_id, size = first_id + len(weight), GROUP_SIZE.value
+        bounds = first_id, triton.cdiv(first_id, size) * size, end_id // size * size
+        selected = select_rows(how, None, None, None, None)
+        pieces = score_tiles(hidden, weight, bias, softcap, logit_scale, *bounds, 2, how, *selected)
+        pick_candidates_kernel[(triton.cdiv(len(hidden), SLOTS),)](*pieces, *selected, values, ids, **_PICK, **OPTIONS)
+    return values, ids
+
+
+def configurations(target: str) -> list[Configuration]:
+    """What ships for `target`."""
+    keys = {"seed": "i64", "sample_ids": "*i64", "positions": "*i64"}
+    rows = {"rows": "*i32", "count": "*i32"}
+    reduced = {"values": "*fp32", "ids": "*i64", "capacity": "i32", "tiles": "i32"}
+    mask = {"thresholds": "*i64", **keys, "size": "i32", **rows}
+    outputs = {"reference": "*i64", "tokens": "*i64", "is_selfs": "*i1", "invalids": "*i1"}
+    candidates = {"out_values": "*fp32", "out_ids": "*i64"}
+    results = {"tokens": "*i64", "invalids": "*i1"}
+    ships = [
+        Configuration("select_rows", select_rows_kernel, mask | outputs, {"ROWS": ROWS}, OPTIONS),
+        Configuration("select_rows[shard]", select_rows_kernel, mask, dict.fromkeys(outputs) | {"ROWS": ROWS}, OPTIONS),
+        Configuration("pick_tokens", pick_token_kernel, reduced | rows | results, _PICK, OPTIONS),
+        Configuration("pick_candidates", pick_candidates_kernel, reduced | rows | candidates, _PICK, OPTIONS),
+    ]
+    numbers = ("hidden_size", "first_id", "end_id", "whole_begin", "whole_end", "tiles", "pieces", "capacity")
+    for dtype in _NAMES.values():
+        types = {
+            "hidden": f"*{dtype}", "hidden_stride": "i64", "weight": f"*{dtype}", "weight_stride": "i64",
+            "logit_scale": "fp32", "inv_temperatures": "*fp32", "token_noise": "*fp32", "values": "*fp32",
+            "ids": "*i64", **keys, **rows, **dict.fromkeys(numbers, "i32"),
+        }  # fmt: skip
+        optional = {"bias": f"*{dtype}", "softcap": "fp32"}
+        for label, rows_at_most in (("few rows", FEW_ROWS), ("many rows", FEW_ROWS + 1))[dtype == "fp32" :]:
+            for extra, present, absent in (("", {}, dict.fromkeys(optional)), (", bias, softcap", optional, {})):
+                constants, options = tile_constants(target, dtype, rows_at_most)
+                ships.append(
+                    Configuration(
+                        f"score_tile[{dtype}, {label}{extra}]", score_tile_kernel, types | present, absent | constants,
+                        options, ("hidden_stride", "weight_stride", "hidden_size"), streams=True,
+                        tensor_cores=dtype != "fp32",
+                    )
+                )  # fmt: skip
+    return ships

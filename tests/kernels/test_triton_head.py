@@ -1,0 +1,188 @@
+"""Triton's LM head and filters against the reference, on products that every order of summation gets right."""
+
+import pytest
+import torch
+
+from selfgen_kernels.backends.reference import sampling as reference
+from selfgen_kernels.backends.reference.sampling import Sampling
+
+pytest.importorskip("triton")
+pytestmark = pytest.mark.filterwarnings("ignore::RuntimeWarning:triton.runtime.interpreter")  # numpy's, on log(0)
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+INF = float("inf")
+SHARDS = ((0, 300), (64, 128), (70, 30), (70, 300), (100, 28), (192, 1))  # first id, ids
+
+
+def whole_numbers(*shape, seed=0, dtype=torch.float32):
+    return torch.randint(-3, 4, shape, generator=torch.Generator().manual_seed(seed)).to(dtype)
+
+
+def a_head(n, width, vocab_size, dtype=torch.float32, bias=True, softcap=8.0, logit_scale=0.5):
+    return (
+        whole_numbers(n, width, seed=1, dtype=dtype),
+        whole_numbers(vocab_size, width, seed=2, dtype=dtype),
+        whole_numbers(vocab_size, seed=3, dtype=dtype) if bias else None,
+        softcap,
+        logit_scale,
+    )
+
+
+def rows_of(n, prob=0.7, **filters):
+    """The arguments of a `Sampling`; every fourth row is greedy."""
+    inv_temperature = torch.linspace(0.5, 1.5, max(n, 1))[:n]
+    inv_temperature[::4] = INF
+    threshold = torch.full((n,), round(prob * 2**32))
+    dtypes = {"top_k": torch.int64, "top_p": torch.float64, "min_p": torch.float64}
+    values = (torch.full((n,), filters[k], dtype=d) if k in filters else None for k, d in dtypes.items())
+    return threshold, 5, torch.arange(n) // 6, torch.arange(n) % 6, inv_temperature, *values
+
+
+def both(op, *args):
+    """Results of Triton and of the reference."""
+    from selfgen_kernels.backends.triton import head
+
+    there = (value.to(DEVICE) if isinstance(value, torch.Tensor) else value for value in args)
+    return [result.cpu() for result in getattr(head, op)(*there)], getattr(reference, op)(*args)
+
+
+def assert_same_tokens(head, rows):
+    n = len(head[0])
+    got, want = both("linear_sample_mix", *head, torch.arange(n) + 10**6, *rows)
+    for ours, theirs in zip(got, want, strict=True):
+        assert torch.equal(ours, theirs)
+    return got
+
+
+def assert_same_candidates(head, first_id, rows):
+    (values, ids), (want_values, want_ids) = both("linear_sample_shard", *head, first_id, *rows[:5])
+    named = ~want_values.isnan().any(2)  # a row that is all NaN names no token
+    assert torch.equal(ids[named], want_ids[named])
+    torch.testing.assert_close(values, want_values, rtol=1e-5, atol=1e-5, equal_nan=True)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16, torch.float64])
+@pytest.mark.parametrize(("n", "width", "vocab_size"), [(0, 4, 9), (3, 1, 1), (7, 5, 300), (66, 67, 77)])
+@pytest.mark.parametrize("plain", [True, False])
+def test_tokens_are_those_of_the_reference(dtype, n, width, vocab_size, plain):
+    settings = {"bias": False, "softcap": None, "logit_scale": 1.0} if plain else {}
+    assert_same_tokens(a_head(n, width, vocab_size, dtype, **settings), rows_of(n))
+
+
+@pytest.mark.parametrize(("first_id", "size"), SHARDS)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_candidates_of_a_shard_are_those_of_the_reference(first_id, size, dtype):
+    assert_same_candidates(a_head(9, 3, size, dtype), first_id, rows_of(9))
+
+
+def test_no_rows_in_a_shard():
+    assert_same_candidates(a_head(0, 3, 70), 0, rows_of(0))
+
+
+@pytest.mark.parametrize("tile", [(16, 64, 16), (32, 128, 32), (64, 256, 16)])
+def test_tiles_do_not_matter(tile, monkeypatch):
+    from selfgen_kernels.backends.triton import head
+
+    names = "BLOCK_M", "BLOCK_N", "BLOCK_K"
+    options = {"num_warps": 4, "num_stages": 2}
+    monkeypatch.setattr(head, "tile_constants", lambda *_: (dict(zip(names, tile, strict=True)), options))
+    monkeypatch.setattr(head, "ROWS", 16)
+    monkeypatch.setattr(head, "_PICK", {"PIECES": 2, "SLOTS": 16})
+    assert_same_tokens(a_head(35, 20, 700), rows_of(35))
+    assert_same_candidates(a_head(9, 3, 400), 70, rows_of(9))
+
+
+def test_any_strides():
+    hidden, weight, bias, *rest = a_head(7, 5, 300)
+    wide = torch.full((7, 20), torch.nan)
+    wide[:, :10:2] = hidden
+    rows = rows_of(7)
+    stretched = tuple(value.repeat_interleave(2)[::2] if isinstance(value, torch.Tensor) else value for value in rows)
+    assert_same_tokens((wide[:, :10:2], weight.T.contiguous().T, bias.repeat_interleave(2)[::2], *rest), stretched)
+
+
+@pytest.mark.parametrize("filters", [{}, {"top_k": 3, "top_p": 0.9, "min_p": 0.1}], ids=["plain", "filtered"])
+def test_rows_that_keep_their_reference_do_no_harm(filters):
+    """Their hidden states may hold anything, and all or none may be the model's own."""
+    head = a_head(8, 5, 100)
+    for prob, least, most in ((0.0, 0, 0), (0.5, 1, 7), (1.0, 8, 8)):
+        rows = rows_of(8, prob, **filters)
+        is_self = Sampling(*rows).is_self
+        assert least <= is_self.sum() <= most
+        head[0][~is_self] = torch.nan
+        assert not assert_same_tokens(head, rows)[2].any()
+        head[0][~is_self] = 1.0
+
+
+@pytest.mark.parametrize("bad", [torch.nan, INF, -INF])
+@pytest.mark.parametrize("where", ["one", "all"])
+def test_bad_logits(bad, where):
+    """NaN and +inf spoil their rows, -inf only if nothing else is there; a NaN temperature spoils its row."""
+    hidden, weight, bias, *_ = a_head(9, 5, 150)
+    bias[149 if where == "one" else slice(None)] = bad
+    rows = rows_of(9, 1.0)
+    rows[4][1] = torch.nan
+    invalid = assert_same_tokens((hidden, weight, bias, None, 1.0), rows)[2]
+    assert invalid.all() if bad != -INF or where == "all" else invalid.sum() == 1
+    if where == "one":
+        assert_same_candidates((hidden, weight, bias, None, 1.0), 70, rows)
+
+
+@pytest.mark.parametrize("filters", [{"top_k": 3}, {"top_p": 0.5}, {"min_p": 0.2}], ids=lambda f: "+".join(f))
+@pytest.mark.parametrize("n", [1, 17])
+def test_filtered_tokens_are_those_of_the_reference(filters, n):
+    assert_same_tokens(a_head(n, 5, 200), rows_of(n, **filters))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, pytest.param(torch.float16, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("vocab_size", [3, 4100])
+@pytest.mark.parametrize(
+    "filters",
+    [{"top_k": 1}, {"top_k": 7}, {"top_k": 10**6}, {"top_p": 0.9}, {"top_p": 1e-9}, {"top_p": 1.0}, {"min_p": 0.0},
+     {"min_p": 0.05}, {"min_p": 1.0}, {"top_k": 50, "top_p": 0.9, "min_p": 0.02}],
+    ids=lambda f: "+".join(f"{name}={value}" for name, value in f.items()),
+)  # fmt: skip
+def test_cutoffs_are_those_of_the_reference(dtype, vocab_size, filters):
+    from selfgen_kernels.backends.triton.filters import filter_cutoff
+
+    logits = (torch.randn(5, vocab_size, generator=torch.Generator().manual_seed(0)) * 3).to(dtype)
+    logits[1] = logits[1].round()  # ties, and both zeros
+    logits[2, : vocab_size // 2] = -INF
+    logits[3] = -INF
+    rows = rows_of(5, 1.0, **filters)
+    rows[4][4] = 100.0
+    want = Sampling(*rows).cutoff(logits)
+    how = Sampling(*(value.to(DEVICE) if isinstance(value, torch.Tensor) else value for value in rows))
+    got = filter_cutoff(logits.to(DEVICE), how).cpu()
+    assert torch.equal(got, want)
+
+
+def test_top_p_is_exact_up_to_the_rounding_of_its_sum():
+    from selfgen_kernels.backends.triton.filters import filter_cutoff
+
+    n = 20
+    logits = torch.randn(n, 600, generator=torch.Generator().manual_seed(1)) * 2
+    rows = list(rows_of(n, 1.0, top_p=0.5))
+    rows[6] = torch.rand(n, generator=torch.Generator().manual_seed(2), dtype=torch.float64)
+    want = Sampling(*rows).cutoff(logits)
+    how = Sampling(*(value.to(DEVICE) if isinstance(value, torch.Tensor) else value for value in rows))
+    got = filter_cutoff(logits.to(DEVICE), how).cpu()
+    z = logits.double() * rows[4].double().where(rows[4] < INF, 1.0)[:, None]
+    probs = z.softmax(1)
+    for row in (got != want).nonzero()[:, 0]:  # both cutoffs may only differ where the sum meets top_p
+        larger = torch.maximum(got[row], want[row])
+        before = probs[row][z[row].float() >= larger].sum()
+        assert abs(before - rows[6][row]) < 1e-6
+    assert (got != want).sum() <= 1
+
+
+@pytest.mark.parametrize("bad", [torch.nan, INF])
+def test_bad_rows_stay_invalid_behind_filters(bad):
+    from selfgen_kernels.backends.triton import sampling
+
+    logits = torch.randn(4, 100)
+    logits[0, 3], logits[2] = bad, -INF
+    args = torch.arange(4) + 500, *rows_of(4, 1.0, top_k=5, top_p=0.9, min_p=0.1)
+    there = (value.to(DEVICE) if isinstance(value, torch.Tensor) else value for value in (logits, *args))
+    tokens, _, invalid = (result.cpu() for result in sampling.sample_mix(*there))
+    assert invalid.tolist() == [True, False, True, False]
+    assert torch.equal(tokens, reference.sample_mix(logits, *args)[0])

@@ -23,6 +23,7 @@ SAMPLING = IDS, FULL, 3, IDS, IDS, torch.ones(N)
     ("op", "args"),
     [
         ("gumbel_noise", (3, IDS, IDS, 10, 1)),
+        ("kv_append", (*torch.randn(2, 9, 3, 16), *torch.randn(2, N, 3, 16), IDS - 1)),
         ("self_mask", (3, IDS, IDS, FULL)),
         ("sample_mix", (torch.randn(N, V), *SAMPLING, None, None, None)),
         ("sample_mix", (torch.randn(N, V).bfloat16(), *SAMPLING, *FILTERS)),
@@ -76,7 +77,7 @@ def test_linear_compiles_as_one_graph():
         assert not got.requires_grad
 
 
-@pytest.mark.parametrize("op", ["gumbel_noise", "self_mask", "sample_mix"])
+@pytest.mark.parametrize("op", ["gumbel_noise", "kv_append", "ragged_attention", "self_mask", "sample_mix"])
 def test_a_gpu_has_kernels_of_its_own(op):
     pytest.importorskip("triton")
     assert torch._C._dispatch_has_kernel_for_dispatch_key(f"selfgen::{op}", "CUDA")

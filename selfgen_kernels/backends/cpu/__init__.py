@@ -43,6 +43,7 @@ missing = _load()
 """Why the C++ kernels are not in use, or None if they are."""
 
 if missing is not None:
+    _register("kv_append", reference.attention)
     _register("ragged_attention", reference.attention)
     _register("gumbel_noise", reference.philox)
     _register("self_mask", reference.philox)

@@ -1,7 +1,7 @@
 """Triton kernels, for CUDA and ROCm (torch calls both devices "cuda").
 
 Nothing here imports triton before the first call with a GPU tensor, so a machine without it only lacks these kernels.
-Under `TRITON_INTERPRET=1`, set before triton is imported, the functions of `noise` and `sampling` run on CPU tensors.
+Under `TRITON_INTERPRET=1`, set before triton is imported, the functions of these modules run on CPU tensors.
 """
 
 from importlib import import_module
@@ -9,7 +9,13 @@ from importlib.util import find_spec
 
 import torch
 
-_MODULE_OF_OP = {"gumbel_noise": "noise", "self_mask": "noise", "sample_mix": "sampling"}
+_MODULE_OF_OP = {
+    "gumbel_noise": "noise",
+    "kv_append": "attention",
+    "ragged_attention": "attention",
+    "sample_mix": "sampling",
+    "self_mask": "noise",
+}
 
 
 def _register(op: str, module: str) -> None:

@@ -70,6 +70,17 @@ def find_chunk(cu_seqlens_q, chunks, queries, tile, GROUP: tl.constexpr, ROWS: t
     return chunk, tl.maximum(begin, 0), tl.minimum(end, queries), tl.maximum(first_row, 0)
 
 
+INTERPRETED = tl.constexpr(not isinstance(find_chunk, triton.JITFunction))
+
+
+@triton.jit
+def factor_of_dot(x):
+    """`x` as `tl.dot` takes it: the interpreter would multiply the bits of bf16."""
+    if INTERPRETED:
+        x = x.to(tl.float32)
+    return x
+
+
 @triton.jit
 def attend_blocks(
     query, key, key_stride, value, value_stride, begin, end, last, scale, softcap, window, largest, total,
@@ -87,7 +98,9 @@ def attend_blocks(
         slot = tl.minimum(at, end - 1).to(tl.int64)[:, None]
         exists = column < HEAD_DIM
         k = tl.load(key + slot * key_stride + column, mask=exists, other=0.0)
-        scores = tl.dot(query, tl.trans(k), input_precision="ieee") * scale  # [ROWS, KEYS]
+        scores = (
+            tl.dot(factor_of_dot(query), tl.trans(factor_of_dot(k)), input_precision="ieee") * scale
+        )  # [ROWS, KEYS]
         if softcap is not None:
             scores = softcap * (2 * tl.sigmoid(2 * scores) - 1)  # tanh
         visible = (last[:, None] - at[None, :]).to(tl.uint32) < window  # one comparison: what is negative wraps around
@@ -104,7 +117,8 @@ def attend_blocks(
             total += tl.sum(tl.where(visible, zero[None, :], 0.0), 1)
             exists = exists & (zero == 0)[:, None]
         v = tl.load(from_value, mask=exists, other=0.0)
-        out = tl.dot(weights.to(v.dtype), v, out * factor[:, None], input_precision="ieee")
+        rounded = factor_of_dot(weights.to(v.dtype))
+        out = tl.dot(rounded, factor_of_dot(v), out * factor[:, None], input_precision="ieee")
     return total, out
 
 

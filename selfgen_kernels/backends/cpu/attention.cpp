@@ -398,18 +398,21 @@ void append(const at::Tensor& cache, const at::Tensor& rows, const at::Tensor& s
   }
   const int64_t heads = cache.size(1), head_dim = cache.size(2), size = cache.element_size();
   const auto dense = [&](const at::Tensor& x) { return head_dim == 1 || x.stride(2) == 1; };
+  // Out of the tensors once: their accessors cost as much as copying a head.
+  const int64_t to_row = cache.stride(0) * size, to_head = cache.stride(1) * size, to_number = cache.stride(2) * size;
+  const int64_t from_row = rows.stride(0) * size, from_head = rows.stride(1) * size, from_number = rows.stride(2) * size;
   const int64_t run = dense(cache) && dense(rows) ? head_dim : 1;  // numbers copied together
   char* const to = static_cast<char*>(cache.data_ptr());
   const char* const from = static_cast<const char*>(rows.const_data_ptr());
-  const int64_t grain = std::max<int64_t>(1, (1 << 15) / std::max<int64_t>(1, heads * head_dim * size));
+  const int64_t grain = std::max<int64_t>(1, (1 << 18) / std::max<int64_t>(1, heads * head_dim * size));
   at::parallel_for(0, count, grain, [&](int64_t begin, int64_t end) {
     for (int64_t i = begin; i < end; ++i) {
       if (slot[i] < 0) continue;
       for (int64_t head = 0; head < heads; ++head) {
         for (int64_t d = 0; d < head_dim; d += run) {
           std::memcpy(
-              to + (slot[i] * cache.stride(0) + head * cache.stride(1) + d * cache.stride(2)) * size,
-              from + (i * rows.stride(0) + head * rows.stride(1) + d * rows.stride(2)) * size, run * size);
+              to + slot[i] * to_row + head * to_head + d * to_number,
+              from + i * from_row + head * from_head + d * from_number, run * size);
         }
       }
     }

@@ -188,10 +188,10 @@ def kv_append(key_cache: Tensor, value_cache: Tensor, key: Tensor, value: Tensor
     """key_cache[slots] = key [N, kv_heads, head_dim] and the same of values, where there is such a slot."""
     caches = key_cache, value_cache
     if _dense(key_cache) is not key_cache or _dense(value_cache) is not value_cache:
-        spare = [_dense(x) for x in caches]  # rare: heads with gaps are written to through copies of the whole cache
-        kv_append(*spare, key, value, slots)
-        for cache, copy in zip(caches, spare, strict=True):
-            cache.copy_(copy)
+        keys, values = (_dense(x) for x in caches)  # rare: heads with gaps are written to through copies of the cache
+        kv_append(keys, values, key, value, slots)
+        key_cache.copy_(keys)
+        value_cache.copy_(values)
         return
     width = key.shape[1] * key.shape[2]
     if len(slots) == 0 or width == 0:

@@ -4,7 +4,7 @@
 of `backends/` compute the same faster. Only torch is needed: a missing compiler, GPU or Triton costs speed, no more.
 """
 
-from selfgen_kernels.ops.attention import ragged_attention
+from selfgen_kernels.ops.attention import kv_append, ragged_attention
 from selfgen_kernels.ops.noise import gumbel_noise, self_mask
 from selfgen_kernels.ops.passes import commit_pass, plan_pass
 from selfgen_kernels.ops.sampling import combine_shards, linear_sample_mix, linear_sample_shard, sample_mix
@@ -16,6 +16,7 @@ __all__ = [
     "combine_shards",
     "commit_pass",
     "gumbel_noise",
+    "kv_append",
     "linear_sample_mix",
     "linear_sample_shard",
     "plan_pass",

@@ -18,7 +18,7 @@ from torch import Tensor
 from transformers import AttentionInterface, PreTrainedModel
 from transformers.cache_utils import Cache, CacheLayerMixin
 
-from selfgen_kernels import ragged_attention
+from selfgen_kernels import kv_append, ragged_attention
 
 ATTENTION = "selfgen"
 
@@ -66,9 +66,8 @@ class RaggedLayer(CacheLayerMixin):
         key_states, value_states = _autocast(key_states), _autocast(value_states)
         if not self.is_initialized:
             self.lazy_initialization(key_states, value_states)
-        slots = self.cache.current.slots
-        self.keys.index_copy_(0, slots, key_states[0].transpose(0, 1))
-        self.values.index_copy_(0, slots, value_states[0].transpose(0, 1))
+        key, value = key_states[0].transpose(0, 1), value_states[0].transpose(0, 1)  # [N, kv_heads, head_dim]
+        kv_append(self.keys, self.values, key, value, self.cache.current.slots)
         return self.keys, self.values
 
     def get_seq_length(self) -> int:

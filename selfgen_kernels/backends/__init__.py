@@ -1,5 +1,5 @@
-"""Kernels for the ops, one folder a backend. Importing a folder registers with torch what it can run here."""
+"""Kernels for the ops, one folder or file a backend. Importing a folder registers with torch what it can run here."""
 
-from selfgen_kernels.backends import cpu, reference, triton
+from selfgen_kernels.backends import cpu, flash_attn, reference, triton
 
-__all__ = ["cpu", "reference", "triton"]
+__all__ = ["cpu", "flash_attn", "reference", "triton"]

@@ -1,4 +1,6 @@
-"""Attention of many short chunks of queries, each over its own range of one flat K/V cache."""
+"""A flat K/V cache: appending to its slots, and attention of many short chunks of queries over ranges of them."""
+
+from typing import Literal
 
 import torch
 from torch import Tensor
@@ -6,15 +8,65 @@ from torch import Tensor
 from selfgen_kernels.ops.arguments import FLOATS, check_number, check_softcap, check_tensor, values_visible
 
 torch.library.define(
+    "selfgen::kv_append",
+    "(Tensor(a!) key_cache, Tensor(b!) value_cache, Tensor key, Tensor value, Tensor slots) -> ()",
+)
+torch.library.define(
     "selfgen::ragged_attention",
     "(Tensor query, Tensor key, Tensor value, Tensor cu_seqlens_q, Tensor kv_ranges, float scale, "
     "SymInt? sliding_window, float? softcap, Tensor? sinks) -> Tensor",
 )
 
 
+@torch.library.register_fake("selfgen::kv_append")
+def _(key_cache, value_cache, key, value, slots):
+    return None
+
+
 @torch.library.register_fake("selfgen::ragged_attention")
 def _(query, *rest):
     return query.new_empty(query.shape)
+
+
+def kv_append(key_cache: Tensor, value_cache: Tensor, key: Tensor, value: Tensor, slots: Tensor) -> None:
+    """Write the K/V of N tokens to their slots of a flat cache, in place. For inference only.
+
+    Args:
+        key_cache: fp32, bf16, fp16 or fp64 [slots, kv_heads, head_dim], any strides; written to.
+        value_cache: same dtype and shape, other memory; written to.
+        key: same dtype [N, kv_heads, head_dim], any strides, so the transposed view that models make is fine.
+        value: same dtype and shape as `key`.
+        slots: int64 [N], the slot of each token; a negative one is padding, and nothing is written. No slot twice:
+            which of two tokens wins is not defined.
+
+    Raises:
+        TypeError: an argument of another type or dtype.
+        ValueError: a shape or device outside of the above, or a slot past the end (on a GPU, where values are not
+            looked at, nothing is written for it).
+        RuntimeError: a tensor that requires grad while gradients are recorded; the op has no backward.
+
+    Example:
+        >>> import torch
+        >>> from selfgen_kernels import kv_append
+        >>> cache = torch.zeros(2, 4, 1, 8)  # K and V: four slots, one head
+        >>> token = torch.ones(2, 1, 8)
+        >>> kv_append(*cache, token, token, torch.tensor([3, -1]))  # the second is padding
+        >>> cache[0, :, 0, 0]
+        tensor([0., 0., 0., 1.])
+    """
+    check_tensor("key_cache", key_cache, ("slots", "kv_heads", "head_dim"), FLOATS, None)
+    dtype, device = (key_cache.dtype,), key_cache.device
+    check_tensor("value_cache", value_cache, tuple(key_cache.shape), dtype, device)
+    check_tensor("key", key, ("N", *key_cache.shape[1:]), dtype, device)
+    check_tensor("value", value, tuple(key.shape), dtype, device)
+    check_tensor("slots", slots, (len(key),), (torch.int64,), device)
+    if values_visible(slots) and (slots >= len(key_cache)).any():
+        raise ValueError(
+            f"slots holds {int(slots.max())}, accepted are slots below {len(key_cache)}, the length of the cache, and "
+            "negative ones for padding; make the cache longer"
+        )
+    _refuse_grad("kv_append", key_cache, value_cache, key, value)
+    torch.ops.selfgen.kv_append(key_cache, value_cache, key, value, slots)
 
 
 def ragged_attention(
@@ -28,33 +80,42 @@ def ragged_attention(
     sliding_window: int | None = None,
     softcap: float | None = None,
     sinks: Tensor | None = None,
+    implementation: Literal["flash_attn"] | None = None,
 ) -> Tensor:
     """Causal attention of many chunks of queries, each over its own range of a flat K/V cache. For inference only.
 
     Chunk b holds the queries `cu_seqlens_q[b] : cu_seqlens_q[b + 1]`; they are the last positions of the K/V in slots
-    `kv_ranges[b, 0] : kv_ranges[b, 0] + kv_ranges[b, 1]`. Each query sees the keys up to its own position. On CPU, with
-    the C++ kernel, a query over the same keys gives the same bits however the chunks are cut and on any number of
-    threads: keys count from the first slot of their range.
+    `kv_ranges[b, 0] : kv_ranges[b, 0] + kv_ranges[b, 1]`. Each query sees the keys up to its own position; what it does
+    not see does not touch it, NaN included. Queries past `cu_seqlens_q[B]` are padding.
+
+    With the C++ kernel, a query over the same keys gives the same bits however the chunks are cut and on any number of
+    threads: keys count from the first slot of their range. The Triton kernel is built the same way, and no GPU has yet
+    confirmed it. It never waits for the device; in fp64, and
+    in fp32 with head_dim > 128, the reference runs, which does.
 
     Args:
         query: fp32, bf16, fp16 or fp64 [N, heads, head_dim], any strides.
         key: same dtype [slots, kv_heads, head_dim], any strides; heads is a multiple of kv_heads, and query head h
             reads K/V head h // (heads // kv_heads).
         value: same dtype and shape as `key`.
-        cu_seqlens_q: int32 [B + 1], ascending from 0 to N.
+        cu_seqlens_q: int32 [B + 1], ascending from 0 to at most N.
         kv_ranges: int64 [B, 2], first slot and number of slots of each chunk; at least as many slots as queries.
         scale: finite factor on the logits; head_dim ** -0.5 if None.
         sliding_window: >= 1: a query sees this many positions, itself included.
         softcap: > 0: logits become softcap * tanh(logits / softcap), as in Gemma 2 (arXiv 2408.00118).
         sinks: floating [heads], a logit a head that takes probability and has no value, as in gpt-oss.
+        implementation: None for this library's kernels, "flash_attn" for the one of flash-attn (see
+            `backends/flash_attn.py` for what it offers).
 
     Returns:
-        [N, heads, head_dim], the dtype of `query`, contiguous.
+        [N, heads, head_dim], the dtype of `query`, contiguous; 0 for padding, NaN for a chunk on a GPU whose range
+        leaves the cache.
 
     Raises:
         TypeError: an argument of another type or dtype.
         ValueError: a value, shape or device outside of the above (values inside GPU tensors are not looked at).
-        RuntimeError: a tensor that requires grad while gradients are recorded; the op has no backward.
+        RuntimeError: a tensor that requires grad while gradients are recorded; the op has no backward. Or flash-attn
+            was asked for and is not installed.
 
     Example:
         >>> import torch
@@ -88,18 +149,27 @@ def ragged_attention(
     check_softcap(softcap)
     if sinks is not None:
         check_tensor("sinks", sinks, (heads,), FLOATS, query.device)
-    if torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in (query, key, value, sinks)):
-        raise RuntimeError("ragged_attention has no backward; call it under torch.no_grad(), or detach its tensors")
-    return torch.ops.selfgen.ragged_attention(
-        query, key, value, cu_seqlens_q, kv_ranges, scale, sliding_window, softcap, sinks
-    )
+    _refuse_grad("ragged_attention", query, key, value, sinks)
+    args = query, key, value, cu_seqlens_q, kv_ranges, scale, sliding_window, softcap, sinks
+    if implementation is None:
+        return torch.ops.selfgen.ragged_attention(*args)
+    if implementation != "flash_attn":
+        raise ValueError(f'implementation={implementation!r} is not accepted; pass None or "flash_attn"')
+    from selfgen_kernels.backends import flash_attn
+
+    return flash_attn.ragged_attention(*args)
+
+
+def _refuse_grad(op: str, *tensors: Tensor | None) -> None:
+    if torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in tensors):
+        raise RuntimeError(f"{op} has no backward; call it under torch.no_grad(), or detach its tensors")
 
 
 def _check_chunks(bounds: list[int], ranges: list[list[int]], queries: int, slots: int) -> None:
-    """Raise unless `bounds` [B + 1] ascend from 0 to `queries` and `ranges` [B, 2] fit the slots and the chunks."""
-    if bounds[0] != 0 or bounds[-1] != queries or bounds != sorted(bounds):
+    """Raise unless `bounds` [B + 1] ascend from 0 to at most `queries`, and `ranges` [B, 2] fit slots and chunks."""
+    if bounds[0] != 0 or bounds[-1] > queries or bounds != sorted(bounds):
         raise ValueError(
-            f"cu_seqlens_q is {bounds}, expected ascending numbers from 0 to the {queries} queries; "
+            f"cu_seqlens_q is {bounds}, expected ascending numbers from 0 to at most the {queries} queries; "
             "pass the running sum of the chunks' lengths, with a 0 in front"
         )
     for chunk, (first, length) in enumerate(ranges):

@@ -1,22 +1,61 @@
-"""Ragged attention: against dense attention in float64, bit for bit in any batch, and for every mistake its message."""
+"""The K/V cache: attention against dense attention in float64, bit for bit in any batch; appending; every message."""
 
 import doctest
+import sys
+from types import ModuleType
 
+import conftest
 import pytest
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
 
-from selfgen_kernels import backends, ragged_attention
-from selfgen_kernels.backends.reference.attention import ragged_attention as reference
+from selfgen_kernels import backends, kv_append, ragged_attention
+from selfgen_kernels.backends.reference import attention as reference
 from selfgen_kernels.ops import attention
 
 TOLERANCE = {torch.float64: 1e-12, torch.float32: 1e-5, torch.bfloat16: 3e-2, torch.float16: 4e-3}
 needs_cpp = pytest.mark.skipif(backends.cpu.missing is not None, reason=f"no C++ kernels: {backends.cpu.missing}")
 
 
-@pytest.fixture(params=["reference", pytest.param("cpp", marks=needs_cpp)])
-def attend(request):
-    """The op of one backend, with the arguments of its schema."""
-    return reference if request.param == "reference" else torch.ops.selfgen.ragged_attention
+@pytest.fixture(params=["reference", pytest.param("cpp", marks=needs_cpp), conftest._TRITON])
+def ops(request):
+    """The ops of one backend, with the arguments of their schemas."""
+    if request.param == "reference":
+        return reference
+    if request.param == "cpp":
+        return torch.ops.selfgen
+    pytest.importorskip("triton")
+    from selfgen_kernels.backends.triton import attention as triton_attention
+
+    return OnDevice(triton_attention) if conftest.ON_GPU else triton_attention
+
+
+def interpreted(op) -> bool:
+    """Whether `op` is Triton's and runs in its interpreter, which takes a millisecond a block."""
+    return op.__module__.endswith("triton.attention")
+
+
+class OnDevice:
+    """Ops on a GPU, called with CPU tensors."""
+
+    def __init__(self, module):
+        self.module = module
+
+    def ragged_attention(self, *args):
+        return self.module.ragged_attention(*(x.cuda() if isinstance(x, torch.Tensor) else x for x in args)).cpu()
+
+    def kv_append(self, *args):
+        on_gpu = [x.cuda() for x in args]
+        self.module.kv_append(*on_gpu)
+        for cache, result in zip(args[:2], on_gpu[:2], strict=True):
+            cache.copy_(result)
+
+
+@pytest.fixture
+def attend(ops):
+    """Ragged attention of one backend."""
+    return ops.ragged_attention
 
 
 @pytest.fixture
@@ -61,6 +100,7 @@ def dense(query, key, value, cu_seqlens_q, kv_ranges, scale, sliding_window, sof
 
 
 CHUNKS = [(3, 40), (1, 1), (12, 77), (0, 5), (1, 64), (5, 5), (0, 0), (33, 35)]
+FEW_CHUNKS = [(1, 33), (0, 5), (12, 70), (0, 0)]
 
 
 @pytest.mark.parametrize("dtype", TOLERANCE, ids=str)
@@ -79,7 +119,12 @@ CHUNKS = [(3, 40), (1, 1), (12, 77), (0, 5), (1, 64), (5, 5), (0, 0), (33, 35)]
     ids=str,
 )
 def test_agrees_with_dense_attention(attend, dtype, shape, options):
-    args = problem(CHUNKS, **shape, dtype=dtype)
+    chunks = CHUNKS
+    if interpreted(attend):
+        chunks = FEW_CHUNKS
+        if dtype == torch.float64 or (dtype == torch.float16 and options):
+            pytest.skip("fp64 is the reference's, and fp16 takes the way of bf16")
+    args = problem(chunks, **shape, dtype=dtype)
     sinks = torch.linspace(-3, 3, args[0].shape[1]).to(dtype) if "sinks" in options else None
     how = options.get("scale", 0.3), options.get("sliding_window"), options.get("softcap"), sinks
     got = attend(*args, *how)
@@ -90,6 +135,8 @@ def test_agrees_with_dense_attention(attend, dtype, shape, options):
 @pytest.mark.parametrize("chunks", [[], [(0, 0)], [(0, 4), (0, 0)], [(1, 1)], [(1, 300)], [(260, 260)], [(200, 300)]])
 def test_few_many_and_no_queries(attend, chunks):
     args = problem(chunks)
+    if interpreted(attend) and len(args[0]) > 100:
+        args = problem([(queries // 4, keys // 4) for queries, keys in chunks])
     how = 0.25, None, None, None
     got = attend(*args, *how)
     assert got.shape == args[0].shape
@@ -97,7 +144,7 @@ def test_few_many_and_no_queries(attend, chunks):
 
 
 def test_strides_do_not_matter(attend):
-    query, key, value, *chunks = problem(CHUNKS)
+    query, key, value, *chunks = problem(FEW_CHUNKS)
     how = 0.25, None, None, None
     want = attend(query, key, value, *chunks, *how)
     assert want.is_contiguous()
@@ -123,6 +170,77 @@ def test_large_logits_do_not_overflow_and_nan_is_not_hidden(attend):
     got = attend(query, key, value, *chunks, *how)  # [4, 6, 16]
     assert got[:, :3].isnan().all()
     assert not got[:, 3:].isnan().any()
+
+
+@pytest.mark.parametrize("bad", [torch.nan, torch.inf])
+@pytest.mark.parametrize("sliding_window", [None, 6])
+@pytest.mark.parametrize("which", ["key", "value"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_what_is_not_seen_does_no_harm(attend, bad, sliding_window, which, dtype):
+    """A key or value that is not finite reaches the queries that see it, and no other."""
+    query, key, value, *chunks = problem([(12, 45), (5, 5)], heads=6, dtype=dtype)
+    key, value = key.clone(), value.clone()
+    how = 0.25, sliding_window, None, None
+    clean = attend(query, key, value, *chunks, *how)
+    position = 38  # of the first chunk, whose queries are positions 33 to 44
+    (key if which == "key" else value)[3 + position, 1] = bad
+    got = attend(query, key, value, *chunks, *how)  # [17, 6, 16]
+    at = torch.arange(33, 45)
+    sees = at >= position if sliding_window is None else (at >= position) & (at - position < sliding_window)
+    sees = torch.cat([sees, torch.zeros(5, dtype=torch.bool)])
+    assert (~got[sees][:, 3:].isfinite()).any(-1).all()
+    torch.testing.assert_close(got[~sees], clean[~sees], rtol=0, atol=TOLERANCE[dtype])
+    torch.testing.assert_close(got[:, :3], clean[:, :3], rtol=0, atol=TOLERANCE[dtype])
+
+
+def test_padding_gives_zeros(attend):
+    query, key, value, bounds, ranges = problem([(3, 40), (0, 2), (12, 20)])
+    how = 0.25, 9, None, torch.randn(6)
+    want = attend(query, key, value, bounds, ranges, *how)
+    for extra in (1, 70):
+        padded = torch.cat([query, torch.full((extra, *query.shape[1:]), torch.nan)])
+        got = attend(padded, key, value, bounds, ranges, *how)
+        assert torch.equal(got[:15], want)
+        assert torch.equal(got[15:], torch.zeros(extra, 6, 16))
+    nothing = attend(query, key, value, bounds[:1], ranges[:0], *how)
+    assert torch.equal(nothing, torch.zeros_like(query))
+
+
+@given(
+    chunks=st.lists(st.tuples(st.integers(0, 40), st.integers(0, 40)).map(lambda c: (c[0], c[0] + c[1])), max_size=4),
+    group=st.integers(1, 5),
+    head_dim=st.integers(1, 33),
+    window=st.none() | st.integers(1, 50),
+)
+def test_any_chunks(attend, chunks, group, head_dim, window):
+    if interpreted(attend):
+        chunks = [(queries // 5, keys // 5) for queries, keys in chunks[:2]]
+    args = problem(chunks, heads=2 * group, kv_heads=2, head_dim=head_dim)
+    how = 0.25, window, None, None
+    torch.testing.assert_close(attend(*args, *how).double(), dense(*args, *how), rtol=0, atol=TOLERANCE[torch.float32])
+
+
+def test_more_chunks_than_the_gpu_looks_at_together(attend):
+    args = problem([(0, 0)] * 140 + [(1, 2)] * 5, heads=1, kv_heads=1, gap=0)
+    how = 0.25, None, None, None
+    torch.testing.assert_close(attend(*args, *how).double(), dense(*args, *how), rtol=0, atol=TOLERANCE[torch.float32])
+
+
+def test_gpu_kernel_never_leaves_the_cache():
+    """Ranges that Python can't look at on a GPU: NaN for the chunk, the others as they were."""
+    pytest.importorskip("triton")
+    if conftest.ON_GPU:
+        pytest.skip("the interpreter's test")
+    from selfgen_kernels.backends.triton.attention import ragged_attention as attend
+
+    query, key, value, bounds, ranges = problem([(2, 9), (3, 8)])
+    how = 0.25, None, None, None
+    want = attend(query, key, value, bounds, ranges, *how)
+    for first, length in ((-1, 5), (2**62, 9), (0, 2**62), (2**62, 2**62), (20, 9), (0, 1), (0, -3)):
+        wrong = torch.tensor([[first, length], ranges[1].tolist()])
+        got = attend(query, key, value, bounds, wrong, *how)
+        assert got[:2].isnan().all()
+        assert torch.equal(got[2:], want[2:])
 
 
 @needs_cpp
@@ -174,8 +292,8 @@ def test_compiles_as_one_graph():
 def test_kernel_refuses_what_python_has_not_seen():
     query, key, value, bounds, ranges = problem([(2, 5)])
     op = torch.ops.selfgen.ragged_attention
-    for wrong in ([0, 1], [0, 3], [1, 2], [0, 2, 2]):
-        with pytest.raises(ValueError, match="ascend from 0 to the 2 queries"):
+    for wrong in ([0, -1], [0, 3], [1, 2], [0, 2, 2]):
+        with pytest.raises(ValueError, match="ascend from 0 to at most the 2 queries"):
             op(query, key, value, torch.tensor(wrong, dtype=torch.int32), ranges, 1.0, None, None, None)
     for first, length in ((-1, 5), (4, 5), (0, 1), (0, 2**62), (2**62, 2**62)):
         with pytest.raises(ValueError, match="inside the 8 slots"):
@@ -208,7 +326,7 @@ BAD = [
     ({"value": torch.zeros(9, 2, 8, device="meta")}, ValueError, "value is on meta"),
     ({"cu_seqlens_q": torch.tensor([0, 1, 3])}, TypeError, "cu_seqlens_q has dtype torch.int64"),
     ({"cu_seqlens_q": int32()}, ValueError, "cu_seqlens_q is empty"),
-    ({"cu_seqlens_q": int32(0, 1, 2)}, ValueError, r"cu_seqlens_q is \[0, 1, 2\], expected .* from 0 to the 3 queries"),
+    ({"cu_seqlens_q": int32(0, 1, 4)}, ValueError, r"cu_seqlens_q is \[0, 1, 4\], expected .* at most the 3 queries"),
     ({"cu_seqlens_q": int32(1, 1, 3)}, ValueError, r"cu_seqlens_q is \[1, 1, 3\]"),
     ({"cu_seqlens_q": int32(0, 4, 3)}, ValueError, r"cu_seqlens_q is \[0, 4, 3\]"),
     ({"cu_seqlens_q": int32(0, 3)}, ValueError, r"kv_ranges has shape \[2, 2\], expected \[1, 2\]"),
@@ -223,6 +341,8 @@ BAD = [
     ({"sliding_window": 2.0}, TypeError, "sliding_window must be an int or None"),
     ({"softcap": 0.0}, ValueError, "softcap=0.0 is not accepted"),
     ({"softcap": float("inf")}, ValueError, "softcap=inf"),
+    ({"implementation": "fast"}, ValueError, "implementation='fast' is not accepted"),
+    ({"implementation": "flash_attn"}, ValueError, "flash-attn does not offer tensors on cpu, dtype torch.float32"),
     ({"sinks": torch.zeros(2)}, ValueError, r"sinks has shape \[2\], expected \[4\]"),
     ({"sinks": torch.zeros(4, dtype=torch.int32)}, TypeError, "sinks has dtype torch.int32"),
 ]
@@ -246,3 +366,207 @@ def test_example_of_the_docstring_runs():
     result = doctest.testmod(attention)
     assert result.attempted > 0
     assert result.failed == 0
+
+
+def append_problem(dtype=torch.float32, tokens=7, slots=20, kv_heads=3, head_dim=16):
+    """(key_cache, value_cache, key, value, slots): every third token is padding."""
+    generator = torch.Generator().manual_seed(0)
+    caches = torch.randn(2, slots, kv_heads, head_dim, generator=generator).to(dtype)
+    states = torch.randn(2, tokens, kv_heads, head_dim, generator=generator).to(dtype)
+    where = torch.randperm(slots, generator=generator)[:tokens]
+    where[::3] = -torch.arange(1, len(where[::3]) + 1)
+    return *caches, *states, where
+
+
+def appended(caches, states, slots):
+    """What the caches hold afterwards, one token after the other."""
+    want = [cache.clone() for cache in caches]
+    for cache, rows in zip(want, states, strict=True):
+        for slot, row in zip(slots.tolist(), rows, strict=True):
+            if slot >= 0:
+                cache[slot] = row
+    return want
+
+
+@pytest.mark.parametrize("dtype", TOLERANCE, ids=str)
+@pytest.mark.parametrize(
+    "shape",
+    [
+        {},
+        {"tokens": 0},
+        {"tokens": 1},
+        {"kv_heads": 1, "head_dim": 1},
+        {"head_dim": 80},
+        {"kv_heads": 9, "head_dim": 128},
+    ],
+    ids=str,
+)
+def test_append_writes_its_slots_and_nothing_else(ops, dtype, shape):
+    *tensors, slots = append_problem(dtype, **shape)
+    want = appended(tensors[:2], tensors[2:], slots)
+    ops.kv_append(*tensors, slots)
+    for got, expected in zip(tensors[:2], want, strict=True):
+        assert torch.equal(got, expected)
+
+
+@pytest.mark.parametrize("which", [(0, 1), (2, 3), (0, 3)], ids=str)
+@pytest.mark.parametrize("stride", ["heads first", "gaps in heads", "expanded"])
+def test_append_takes_any_strides(ops, which, stride):
+    *tensors, slots = append_problem()
+    for i in which:
+        x = tensors[i]
+        if stride == "heads first":
+            tensors[i] = x.transpose(0, 1).contiguous().transpose(0, 1)
+        elif stride == "gaps in heads":
+            tensors[i] = torch.stack([x, x], -1)[..., 0]
+        elif i >= 2:
+            tensors[i] = x[:, :1].expand_as(x)
+    want = appended(tensors[:2], tensors[2:], slots)
+    ops.kv_append(*tensors, slots)
+    for got, expected in zip(tensors[:2], want, strict=True):
+        assert torch.equal(got, expected)
+
+
+def test_gpu_append_skips_slots_past_the_end():
+    pytest.importorskip("triton")
+    if conftest.ON_GPU:
+        pytest.skip("the interpreter's test")
+    from selfgen_kernels.backends.triton.attention import kv_append as append
+
+    *tensors, slots = append_problem()
+    slots[1], slots[2] = 20, 2**62
+    want = appended(tensors[:2], tensors[2:], slots.where(slots < 20, -1))
+    append(*tensors, slots)
+    assert all(torch.equal(got, expected) for got, expected in zip(tensors[:2], want, strict=True))
+
+
+def test_append_in_one_graph():
+    def step(key_cache, value_cache, key, value, slots):
+        kv_append(key_cache, value_cache, key, value, slots)
+        return key_cache.sum() + value_cache.sum()
+
+    compiled = torch.compile(step, fullgraph=True, backend="aot_eager")
+    got, want = append_problem(), append_problem()
+    assert torch.equal(compiled(*got), step(*want))
+    assert torch.equal(got[0], want[0])
+
+
+@pytest.mark.parametrize(
+    ("change", "error", "message"),
+    [
+        ({"slots": torch.tensor([0, 20, 1])}, ValueError, "slots holds 20, accepted are slots below 20"),
+        ({"slots": int32(0, 1, 2)}, TypeError, "slots has dtype torch.int32"),
+        ({"slots": torch.tensor([0])}, ValueError, r"slots has shape \[1\], expected \[3\]"),
+        ({"key": torch.zeros(3, 3, 8)}, ValueError, r"key has shape \[3, 3, 8\], expected \[N, 3, 16\]"),
+        ({"value": torch.zeros(3, 3, 16).half()}, TypeError, "value has dtype torch.float16"),
+        ({"value_cache": torch.zeros(4, 3, 16)}, ValueError, r"value_cache has shape \[4, 3, 16\], expected \[20"),
+        ({"key": torch.zeros(3, 3, 16, requires_grad=True)}, RuntimeError, "kv_append has no backward"),
+    ],
+    ids=str,
+)
+def test_append_names_the_mistake(change, error, message):
+    names = "key_cache", "value_cache", "key", "value", "slots"
+    good = dict(zip(names, append_problem(tokens=3), strict=True))
+    kv_append(**good)
+    with pytest.raises(error, match=message):
+        kv_append(**good | change)
+
+
+@needs_cpp
+def test_append_kernel_refuses_what_python_has_not_seen():
+    *tensors, slots = append_problem()
+    slots[1] = 20
+    with pytest.raises(ValueError, match=r"slots\[1\] is 20, but there are 20 slots"):
+        torch.ops.selfgen.kv_append(*tensors, slots)
+    with pytest.raises(ValueError, match="do not fit"):
+        torch.ops.selfgen.kv_append(*tensors[:2], tensors[2][1:], tensors[3], slots.clamp(max=0))
+
+
+def fake_flash_attn(calls):
+    """A module flash_attn that computes what flash-attn documents, from the arguments it would be given."""
+
+    def forward(
+        q, k, v, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, dropout_p, softmax_scale, causal,
+        window_size_left=-1, window_size_right=-1, softcap=0.0, alibi_slopes=None, return_softmax=False,
+        block_table=None, leftpad_k=None, seqused_k=None,
+    ):  # fmt: skip
+        assert {x.dtype for x in (cu_seqlens_q, cu_seqlens_k, seqused_k)} == {torch.int32}
+        assert cu_seqlens_k.shape == cu_seqlens_q.shape == (len(seqused_k) + 1,)
+        assert all(x.is_contiguous() for x in (cu_seqlens_q, cu_seqlens_k, seqused_k))
+        assert causal
+        assert dropout_p == 0
+        assert max_seqlen_q >= max(2, cu_seqlens_q.diff().max())
+        assert max_seqlen_k >= seqused_k.max()
+        calls.append((k, v))
+        ranges = torch.stack([cu_seqlens_k[:-1], seqused_k], 1).long()
+        window = None if window_size_left < 0 else window_size_left + 1
+        out = reference.ragged_attention(q, k, v, cu_seqlens_q, ranges, softmax_scale, window, softcap or None, None)
+        out[cu_seqlens_q[-1] :] = torch.nan  # flash-attn does not write there
+        return out, None, None, None
+
+    package, interface = ModuleType("flash_attn"), ModuleType("flash_attn.flash_attn_interface")
+    interface._flash_attn_varlen_forward = forward
+    package.flash_attn_interface = interface
+    return {"flash_attn": package, "flash_attn.flash_attn_interface": interface}
+
+
+@pytest.mark.parametrize(("window", "softcap"), [(None, None), (7, None), (7, 5.0)])
+def test_flash_attn_is_called_over_the_cache_in_place(monkeypatch, window, softcap):
+    calls = []
+    for name, module in fake_flash_attn(calls).items():
+        monkeypatch.setitem(sys.modules, name, module)
+    query, key, value, bounds, ranges = problem(CHUNKS, dtype=torch.bfloat16)
+    query = torch.cat([query, query[:3]])  # padding
+    how = 0.25, window, softcap, None
+    want = reference.ragged_attention(query, key, value, bounds, ranges, *how)
+    monkeypatch.setattr(backends.flash_attn, "_device_type", lambda query: "cuda")
+    got = ragged_attention(
+        query, key, value, bounds, ranges, scale=0.25, sliding_window=window, softcap=softcap,
+        implementation="flash_attn",
+    )  # fmt: skip
+    assert torch.equal(got, want)
+    assert calls[0][0] is key
+    assert calls[0][1] is value
+
+
+def test_flash_attn_missing_or_without_the_feature(monkeypatch):
+    monkeypatch.setattr(backends.flash_attn, "_device_type", lambda query: "cuda")
+    monkeypatch.setitem(sys.modules, "flash_attn", None)
+    args = problem([(2, 5)], dtype=torch.bfloat16)
+    with pytest.raises(RuntimeError, match=r"needs flash-attn >= 2.7, which cannot be imported"):
+        ragged_attention(*args, implementation="flash_attn")
+    with pytest.raises(ValueError, match="does not offer sinks"):
+        ragged_attention(*args, sinks=torch.zeros(6), implementation="flash_attn")
+    with pytest.raises(ValueError, match=r"does not offer dtype torch.float64, head_dim 264"):
+        ragged_attention(*problem([(1, 1)], head_dim=264, dtype=torch.float64), implementation="flash_attn")
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+@pytest.mark.parametrize("window", [None, 7])
+def test_flash_attn_agrees_on_a_gpu(window):
+    pytest.importorskip("flash_attn")
+    args = problem(CHUNKS, heads=8, kv_heads=2, head_dim=64, dtype=torch.bfloat16)
+    how = 0.25, window, None, None
+    on_gpu = [x.cuda() for x in args]
+    got = ragged_attention(*on_gpu, scale=0.25, sliding_window=window, implementation="flash_attn")
+    torch.testing.assert_close(got.cpu().double(), dense(*args, *how), rtol=0, atol=TOLERANCE[torch.bfloat16])
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+def test_a_step_is_captured_in_a_cuda_graph():
+    query, key, value, bounds, ranges = (x.cuda() for x in problem(CHUNKS, dtype=torch.bfloat16))
+    states, slots = torch.randn(2, 4, *key.shape[1:]).to(key).unbind(), torch.tensor([0, 1, -1, 2]).cuda()
+
+    def step():
+        kv_append(key, value, *states, slots)
+        return ragged_attention(query, key, value, bounds, ranges)
+
+    want = step()
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        got = step()
+    graph.replay()
+    assert torch.equal(got, want)

@@ -24,6 +24,7 @@ SAMPLING = IDS, FULL, 3, IDS, IDS, torch.ones(N)
     ("op", "args"),
     [
         ("gumbel_noise", (3, IDS, IDS, 10, 1)),
+        ("kv_append", (*torch.randn(2, 9, 3, 16), *torch.randn(2, N, 3, 16), IDS - 1)),
         ("self_mask", (3, IDS, IDS, FULL)),
         ("sample_mix", (torch.randn(N, V), *SAMPLING, None, None, None)),
         ("sample_mix", (torch.randn(N, V).bfloat16(), *SAMPLING, *FILTERS)),
@@ -89,6 +90,8 @@ def test_linear_compiles_as_one_graph():
         "linear_sample_shard",
         "plan_pass",
         "commit_pass",
+        "kv_append",
+        "ragged_attention",
     ],
 )
 def test_a_gpu_has_kernels_of_its_own(op):

@@ -44,7 +44,7 @@ missing = _load()
 
 if missing is not None:
     for _module, _ops in {
-        reference.attention: ("ragged_attention",),
+        reference.attention: ("kv_append", "ragged_attention"),
         reference.passes: ("plan_pass", "commit_pass"),
         reference.philox: ("gumbel_noise", "self_mask"),
         reference.sampling: ("sample_mix", "linear_sample_mix", "linear_sample_shard"),

@@ -1,4 +1,5 @@
-// ragged_attention on CPU: streaming softmax (flash attention, arXiv 2205.14135), with a query in each vector lane.
+// kv_append and ragged_attention on CPU. The latter is a streaming softmax (flash attention, arXiv 2205.14135), with a query in each
+// vector lane.
 //
 // A tile is up to three vectors of rows, a row being one query of one head; the heads of a group share their K/V head's
 // tiles. Scores lie as [keys, rows] and outputs as [head_dim, rows], so both products are the same: a matrix of K or V,
@@ -17,6 +18,7 @@
 #include <algorithm>
 #include <atomic>
 #include <cmath>
+#include <cstring>
 #include <limits>
 #include <optional>
 #include <type_traits>
@@ -99,6 +101,24 @@ SELFGEN_INLINE const Real* load_block(
   }
 }
 
+// Rows of V at `value` in `clean`, with 0 for what is not finite; null if all is finite. 0 * NaN is not 0.
+template <typename Real>
+SELFGEN_INLINE const Real* without_nan(
+    const Real* value, int64_t rows, int64_t head_dim, int64_t stride, Real* clean) {
+  Real zero = 0;
+  for (int64_t row = 0; row < rows; ++row) {
+    for (int64_t d = 0; d < head_dim; ++d) zero += value[row * stride + d] * 0;
+  }
+  if (zero == 0) return nullptr;
+  for (int64_t row = 0; row < rows; ++row) {
+    for (int64_t d = 0; d < head_dim; ++d) {
+      const Real x = value[row * stride + d];
+      clean[row * head_dim + d] = x * 0 == 0 ? x : 0;
+    }
+  }
+  return clean;
+}
+
 // Ask for a block of K or V before it is needed: its rows lie too far apart for the hardware to guess.
 template <typename T>
 SELFGEN_INLINE void prefetch(const View<T>& view, int64_t first, int64_t rows, int64_t head, int64_t head_dim) {
@@ -120,6 +140,7 @@ SELFGEN_INLINE void attend_vectors(const Call<T>& call, const Tile& tile, Accumu
   Real* const out = query + head_dim * LANES;     // [head_dim, LANES]
   Real* const scores = out + head_dim * LANES;    // [kBlock, LANES]
   Real* const buffer = scores + kBlock * LANES;   // [kBlock, head_dim]
+  Real* const clean = buffer + kBlock * head_dim; // [kBlock, head_dim]
   alignas(BYTES) Real largest[LANES], total[LANES], factor[LANES];
   Index first[LANES], last[LANES];  // keys that a lane sees
   const auto head_of = [&](int64_t lane) { return tile.kv_head * call.group + (tile.first_row + lane) % call.group; };
@@ -150,7 +171,8 @@ SELFGEN_INLINE void attend_vectors(const Call<T>& call, const Tile& tile, Accumu
     if (call.softcap > 0) {
       for (int64_t i = 0; i < keys * LANES; ++i) scores[i] = call.softcap * tanh_(scores[i] / call.softcap);
     }
-    if (start < first[LANES - 1] || start + keys - 1 > last[0]) {
+    const bool edge = start < first[LANES - 1] || start + keys - 1 > last[0];  // not all lanes see all keys
+    if (edge) {
       for (int64_t k = 0; k < keys; ++k) {
         const Index at = Index(start + k);
         for (int64_t i = 0; i < LANES; ++i) {
@@ -162,7 +184,22 @@ SELFGEN_INLINE void attend_vectors(const Call<T>& call, const Tile& tile, Accumu
     softmax_step<LANES>(scores, keys, largest, total, factor);
     prefetch(call.key, slot + keys, next_keys, tile.kv_head, head_dim);
     const Real* value = load_block(call.value, slot, keys, tile.kv_head, head_dim, buffer, &stride);
-    multiply<ROWS, V>((Vec*)out, head_dim, value, 1, stride, (const Vec*)scores, keys, (const Vec*)factor);
+    const Real* finite = edge ? without_nan(value, keys, head_dim, stride, clean) : nullptr;
+    if (finite == nullptr) {
+      multiply<ROWS, V>((Vec*)out, head_dim, value, 1, stride, (const Vec*)scores, keys, (const Vec*)factor);
+      continue;
+    }
+    multiply<ROWS, V>((Vec*)out, head_dim, finite, 1, head_dim, (const Vec*)scores, keys, (const Vec*)factor);
+    for (int64_t k = 0; k < keys; ++k) {  // what is not finite reaches the lanes that see it
+      const Index at = Index(start + k);
+      for (int64_t d = 0; d < head_dim; ++d) {
+        const Real x = value[k * stride + d];
+        if (x * 0 == 0) continue;
+        for (int64_t i = 0; i < LANES; ++i) {
+          if (at >= first[i] && at <= last[i]) out[d * LANES + i] += x * scores[k * LANES + i];
+        }
+      }
+    }
   }
 
   for (int64_t lane = 0; lane < rows; ++lane) {
@@ -220,9 +257,9 @@ std::vector<Tile> cut(
   const int32_t* bounds = cu_seqlens_q.const_data_ptr<int32_t>();
   const int64_t *ranges = kv_ranges.const_data_ptr<int64_t>(), chunks = kv_ranges.size(0);
   TORCH_CHECK_VALUE(
-      cu_seqlens_q.numel() == chunks + 1 && bounds[0] == 0 && bounds[chunks] == num_queries &&
+      cu_seqlens_q.numel() == chunks + 1 && bounds[0] == 0 && bounds[chunks] <= num_queries &&
           std::is_sorted(bounds, bounds + chunks + 1),
-      "cu_seqlens_q must be [", chunks + 1, "] and ascend from 0 to the ", num_queries, " queries");
+      "cu_seqlens_q must be [", chunks + 1, "] and ascend from 0 to at most the ", num_queries, " queries");
   std::vector<Tile> tiles;
   for (int64_t chunk = 0; chunk < chunks; ++chunk) {
     const int64_t begin = bounds[chunk], queries = bounds[chunk + 1] - begin;
@@ -261,7 +298,7 @@ void run(
   if (tiles.empty()) return;
 
   const auto options = query.options().dtype(c10::CppTypeToScalarType<Real>::value);
-  const int64_t lanes = kVectors * level.lanes, per_thread = 2 * head_dim * lanes + kBlock * (lanes + head_dim);
+  const int64_t lanes = kVectors * level.lanes, per_thread = 2 * head_dim * lanes + kBlock * (lanes + 2 * head_dim);
   at::Tensor scratch = at::empty({threads, per_thread}, options);
   const at::Tensor sink = sinks ? sinks->to(options.dtype()).contiguous() : at::Tensor();
   const Call<T> call{
@@ -281,9 +318,10 @@ at::Tensor ragged_attention(
     const OptionalTensor& sinks) {
   const auto dense = [](const at::Tensor& x) { return x.stride(2) == 1 ? x : x.contiguous(); };
   at::Tensor out = at::empty(query.sizes(), query.options());
+  const at::Tensor bounds = cu_seqlens_q.contiguous();
   const auto run_as = [&](auto type) {
     run<decltype(type)>(
-        out, dense(query), dense(key), dense(value), cu_seqlens_q.contiguous(), kv_ranges.contiguous(), scale,
+        out, dense(query), dense(key), dense(value), bounds, kv_ranges.contiguous(), scale,
         sliding_window, softcap, sinks);
   };
   switch (query.scalar_type()) {
@@ -293,9 +331,56 @@ at::Tensor ragged_attention(
     case at::kHalf: run_as(at::Half()); break;
     default: TORCH_CHECK_TYPE(false, "query must be float32, bfloat16, float16 or float64, got ", query.scalar_type());
   }
+  out.slice(0, bounds.const_data_ptr<int32_t>()[bounds.numel() - 1]).zero_();  // padding
   return out;
+}
+
+// Rows `slots` of `cache` [slots, heads, head_dim] = `rows` [N, heads, head_dim], byte by byte; negative: skipped.
+void append(const at::Tensor& cache, const at::Tensor& rows, const at::Tensor& slots) {
+  TORCH_CHECK_TYPE(cache.scalar_type() == rows.scalar_type(), "the cache and its new rows must have one dtype");
+  TORCH_CHECK_VALUE(
+      cache.dim() == 3 && rows.dim() == 3 && rows.size(0) == slots.numel() && rows.size(1) == cache.size(1) &&
+          rows.size(2) == cache.size(2),
+      "rows ", rows.sizes(), " do not fit ", slots.numel(), " slots of a cache ", cache.sizes());
+  const int64_t *slot = slots.const_data_ptr<int64_t>(), count = slots.numel(), num_slots = cache.size(0);
+  for (int64_t i = 0; i < count; ++i) {
+    TORCH_CHECK_VALUE(slot[i] < num_slots, "slots[", i, "] is ", slot[i], ", but there are ", num_slots, " slots");
+  }
+  const int64_t heads = cache.size(1), head_dim = cache.size(2), size = cache.element_size();
+  const auto dense = [&](const at::Tensor& x) { return head_dim == 1 || x.stride(2) == 1; };
+  // Out of the tensors once: their accessors cost as much as copying a head.
+  const int64_t to_row = cache.stride(0) * size, to_head = cache.stride(1) * size, to_number = cache.stride(2) * size;
+  const int64_t from_row = rows.stride(0) * size, from_head = rows.stride(1) * size, from_number = rows.stride(2) * size;
+  const int64_t run = dense(cache) && dense(rows) ? head_dim : 1;  // numbers copied together
+  char* const to = static_cast<char*>(cache.data_ptr());
+  const char* const from = static_cast<const char*>(rows.const_data_ptr());
+  const int64_t grain = std::max<int64_t>(1, (1 << 18) / std::max<int64_t>(1, heads * head_dim * size));
+  at::parallel_for(0, count, grain, [&](int64_t begin, int64_t end) {
+    for (int64_t i = begin; i < end; ++i) {
+      if (slot[i] < 0) continue;
+      for (int64_t head = 0; head < heads; ++head) {
+        for (int64_t d = 0; d < head_dim; d += run) {
+          std::memcpy(
+              to + slot[i] * to_row + head * to_head + d * to_number,
+              from + i * from_row + head * from_head + d * from_number, run * size);
+        }
+      }
+    }
+  });
+}
+
+void kv_append(
+    const at::Tensor& key_cache, const at::Tensor& value_cache, const at::Tensor& key, const at::Tensor& value,
+    const at::Tensor& slots) {
+  TORCH_CHECK_TYPE(slots.scalar_type() == at::kLong, "slots must be int64, got ", slots.scalar_type());
+  const at::Tensor dense_slots = slots.contiguous();
+  append(key_cache, key, dense_slots);
+  append(value_cache, value, dense_slots);
 }
 
 }  // namespace
 
-TORCH_LIBRARY_IMPL(selfgen, CPU, m) { m.impl("ragged_attention", ragged_attention); }
+TORCH_LIBRARY_IMPL(selfgen, CPU, m) {
+  m.impl("kv_append", kv_append);
+  m.impl("ragged_attention", ragged_attention);
+}

@@ -5,6 +5,7 @@ import torch
 from selfgen_kernels.backends.reference import attention, passes, philox, sampling
 
 for op in (
+    attention.kv_append,
     attention.ragged_attention,
     philox.gumbel_noise,
     philox.self_mask,

@@ -1,8 +1,21 @@
-"""Attention of ragged chunks over ragged K/V, specified: one chunk after the other."""
+"""The flat K/V cache, specified: appending to it, and attention of ragged chunks, one after the other."""
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+
+
+def kv_append(
+    key_cache: Tensor,  # [slots, kv_heads, head_dim]
+    value_cache: Tensor,  # [slots, kv_heads, head_dim]
+    key: Tensor,  # [N, kv_heads, head_dim]
+    value: Tensor,  # [N, kv_heads, head_dim]
+    slots: Tensor,  # [N]: negative for padding
+) -> None:
+    """cache[slots[i]] = states[i] where there is such a slot."""
+    exists = (slots >= 0) & (slots < len(key_cache))
+    key_cache[slots[exists]] = key[exists]
+    value_cache[slots[exists]] = value[exists]
 
 
 def ragged_attention(
@@ -19,16 +32,21 @@ def ragged_attention(
     """[N, heads, head_dim]: softmax(query key^T * scale) value over the keys that a query sees."""
     output = query.new_empty(query.shape)
     bounds = cu_seqlens_q.tolist()
+    output[bounds[-1] :] = 0  # padding
     for begin, end, (start, length) in zip(bounds, bounds[1:], kv_ranges.tolist(), strict=False):
-        if begin == end:
-            continue
-        first = 0  # keys before it are outside the sliding window of every query of the chunk
-        if sliding_window is not None:
-            first = max(0, length - (end - begin) - sliding_window + 1)
-        keys, values = key[start + first : start + length], value[start + first : start + length]
-        visible = _visible(end - begin, length - first, sliding_window, query.device)
-        attend = _attend if softcap is None and sinks is None else _attend_capped
-        output[begin:end] = attend(query[begin:end], keys, values, visible, scale, softcap, sinks)
+        keys, values = key[start : start + length], value[start : start + length]
+        # 0 * NaN is NaN: one by one, queries meet only what they see.
+        finite = bool(keys.isfinite().all() and values.isfinite().all())
+        step = max(1, end - begin) if finite else 1
+        for i in range(begin, end, step):
+            last = length - (end - i) + step  # one past the last key that a query of this step sees
+            first = 0  # keys before it are outside the sliding window of every query of this step
+            if sliding_window is not None:
+                first = max(0, last - step - sliding_window + 1)
+            visible = _visible(step, last - first, sliding_window, query.device)
+            attend = _attend if softcap is None and sinks is None else _attend_capped
+            part = keys[first:last], values[first:last]
+            output[i : i + step] = attend(query[i : i + step], *part, visible, scale, softcap, sinks)
     return output
 
 

@@ -17,6 +17,8 @@ _MODULE_OF_OP = {
     "commit_pass": "passes",
     "linear_sample_mix": "head",
     "linear_sample_shard": "head",
+    "kv_append": "attention",
+    "ragged_attention": "attention",
 }
 
 

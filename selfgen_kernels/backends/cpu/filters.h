@@ -73,7 +73,7 @@ struct Weighted {
   float peak;
 };
 
-// The smallest value of `all` with less than `target` of weight above it, or the largest if there is none. Reorders.
+// The smallest value of `all` with less than `target` of weight above it, or the largest if there is none. Overwrites.
 inline float smallest_kept(Weighted all, double target) {
   double above = 0;  // weight of the values that are known to be larger than what is sought
   while (all.size() > kFewValues) {
@@ -143,14 +143,18 @@ float filter_cutoff(
     }
 
     Weighted kept{values, values, false, peak};
-    for (int64_t group = 0; group < groups; ++group) {
-      if (maxima[group] < bound) continue;
-      row.load(group, -kInf, z);
-      kept.end = append(z, bound, kept.end);
-    }
+    const auto collect = [&](float least) {
+      kept.end = values;
+      for (int64_t group = 0; group < groups; ++group) {
+        if (maxima[group] < least) continue;
+        row.load(group, -kInf, z);
+        kept.end = append(z, least, kept.end);
+      }
+    };
+    collect(bound);
     if (by_k && kept.size() >= k) {
       cutoff = smallest_kept(kept, double(k));
-      kept.end = std::partition(kept.begin, kept.end, [&](float value) { return value >= cutoff; });
+      if (by_p) collect(cutoff);  // the search leaves only some of the values
     }
     if (by_p) {
       kept.by_mass = true;

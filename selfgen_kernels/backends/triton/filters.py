@@ -17,7 +17,7 @@ from selfgen_kernels.backends.triton.configuration import Configuration
 from selfgen_kernels.backends.triton.noise import OPTIONS as NOISE_OPTIONS
 from selfgen_kernels.backends.triton.noise import in_mask
 
-BLOCK = 4096  # logits at a time
+BLOCK = 2048  # logits at a time
 OPTIONS = {**NOISE_OPTIONS, "num_warps": 8}
 
 

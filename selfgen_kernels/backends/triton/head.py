@@ -207,6 +207,7 @@ def pick_candidates_kernel(
     capacity = capacity.to(tl.int64)
     score, piece = best_piece(values, capacity, tiles, slot, is_row, PIECES)
     has_best = score > float("-inf")
+    piece = piece.to(tl.int64)
     first_cut, last_cut = tl.zeros_like(piece) + tiles, tl.zeros_like(piece) + tiles + 1
     first_mass = tl.load(values + first_cut * 3 * capacity + slot, mask=is_row, other=0.0)
     last_mass = tl.load(values + last_cut * 3 * capacity + slot, mask=is_row, other=0.0)

@@ -2,7 +2,7 @@
 
 Its kernel for chunks of any length finds the keys of chunk b at `cu_seqlens_k[b]` and takes `seqused_k[b]` of them, so
 first slots and lengths of our ranges are its arguments and the flat cache is read in place. The function that takes
-`seqused_k` is not public: flash-attn may change it. Written from the signature and the checks in its source, tested
+`seqused_k` is not public: flash-attn may change it. Written from the signature and the checks in its source, and tested
 with a stand-in; it has not run on hardware.
 """
 

@@ -39,6 +39,9 @@ def kv_append(key_cache: Tensor, value_cache: Tensor, key: Tensor, value: Tensor
         slots: int64 [N], the slot of each token; a negative one is padding, and nothing is written. No slot twice:
             which of two tokens wins is not defined.
 
+    Returns:
+        None.
+
     Raises:
         TypeError: an argument of another type or dtype.
         ValueError: a shape or device outside of the above, or a slot past the end (on a GPU, where values are not

@@ -32,6 +32,15 @@ _CACHE = {
     "kv_ranges": torch.tensor([[0, 4], [4, 5]]),
 }
 
+_APPEND = {
+    "key_cache": _normal(9, 2, 8),
+    "value_cache": _normal(9, 2, 8),
+    "key": _normal(3, 2, 8),
+    "value": _normal(3, 2, 8),
+    "slots": torch.tensor([4, -1, 0]),
+}
+_NEXT_SELF = torch.tensor([2, 2, 4, 4, 4, 7, 7, 7, 8])  # two rows of slots, 0 to 4 and 5 to 8
+
 EXAMPLES = {
     "gumbel_noise": [{**_KEYS, "size": 10, "stream": 1}],
     "self_mask": [{**_KEYS, "self_prob": 0.5}, {**_KEYS, "self_prob": _PROBS}],
@@ -52,6 +61,26 @@ EXAMPLES = {
     "combine_shards": [
         {**_PARTS, "self_prob": 0.5, **_KEYS, "status": _STATUS},
         {**_PARTS, "self_prob": _PROBS, **_KEYS, **_ROWS},
+    ],
+    "kv_append": [_APPEND],
+    "plan_pass": [
+        {
+            "final": torch.tensor([0, 5]),
+            "row_starts": torch.tensor([0, 5]),
+            "next_self": _NEXT_SELF,
+            "log_chance": torch.full((9,), -0.5),
+            "token_budget": 6,
+        }
+    ],
+    "commit_pass": [
+        {
+            "tokens": torch.arange(9),
+            "final": torch.tensor([0, 5]),
+            "slots": torch.tensor([0, 1, 5, 6, -1]),
+            "cu_seqlens_q": torch.tensor([0, 2, 4], dtype=torch.int32),
+            "next_self": _NEXT_SELF,
+            "sampled": torch.arange(5) + 20,
+        }
     ],
     "ragged_attention": [
         _CACHE,
@@ -74,4 +103,6 @@ def copied(arguments):
 
 
 def as_tuple(result):
+    if result is None:  # an op that only writes to its arguments
+        return ()
     return result if isinstance(result, tuple | list) else (result,)

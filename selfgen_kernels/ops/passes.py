@@ -176,7 +176,7 @@ def commit_pass(
 def _check_slots(name: str, slots: Tensor, size: int) -> None:
     outside = (slots < 0) | (slots >= size)
     if outside.any():
-        raise ValueError(f"{name} holds {slots[outside][0]}, accepted are the slots 0 <= slot < {size}")
+        raise ValueError(f"{name} holds {slots[outside][0]}, accepted are the slots 0 <= slot < {size}; correct it")
 
 
 def _check_next_self(next_self: Tensor) -> None:

@@ -1,9 +1,9 @@
-// The cutoff of top-k, top-p and min-p, as reference/scaling.py defines it, without sorting a row.
+// The cutoff of top-k, top-p and min-p, as reference/scaling.py defines it, without sorting or copying a row.
 //
-// The maxima of the groups, known beforehand, bound the cutoff from below, so only what lies above the bound is looked
-// at: for top-k the k-th largest maximum, for top-p the value below which all V tokens together have less than 1 - p.
-// Among these few candidates both filters ask for the same: the smallest value with less than a target of weight above
-// it, a weight being 1 or a probability. They are put into bins, of which only the critical one is looked at again.
+// The maxima of the groups, known beforehand, bound the cutoff from below, and only groups that reach the bound are
+// looked at: for top-k the k-th largest maximum, for top-p the value below which all V tokens together have less than
+// 1 - p. Both filters then ask for the same: the smallest value with less than a target of weight above it, a weight
+// being 1 or a probability. Sweeps over what is left find it by bins, of which only the critical one stays.
 
 #pragma once
 
@@ -15,151 +15,129 @@
 #include <cstdint>
 #include <functional>
 #include <limits>
+#include <utility>
 
 namespace {
 
-constexpr int64_t kBins = 1024;
+constexpr int kLogBins = 10;
 constexpr int64_t kFewValues = 64;  // are sorted
 
-// Appends those of z that are at least `bound`, and returns the new end.
-SELFGEN_INLINE float* append(const float z[kGroup], float bound, float* end) {
-  for (int64_t i = 0; i < kGroup; ++i) {
-    *end = z[i];
-    end += z[i] >= bound;
-  }
-  return end;
+// Unsigned integers in the order of the floats, -0 being 0, and back.
+SELFGEN_INLINE uint32_t key_of(float x) {
+  const uint32_t bits = bit_cast<uint32_t>(x + 0.f);
+  return bits >> 31 ? ~bits : bits | 0x80000000u;
 }
+SELFGEN_INLINE float value_of(uint32_t key) { return bit_cast<float>(key >> 31 ? key ^ 0x80000000u : ~key); }
 
-// The probabilities of 64 values, relative to the peak's.
+// Probabilities of 64 values, relative to the peak's.
 SELFGEN_CLONES void exp64(const float values[kGroup], float peak, float weights[kGroup]) {
   for (int64_t i = 0; i < kGroup; ++i) weights[i] = exp_(values[i] - peak);
 }
 
-// The bins of 64 values that are at most `largest`, the largest values first.
-SELFGEN_CLONES void bin64(const float values[kGroup], float largest, float bins_per_unit, int32_t bins[kGroup]) {
-  for (int64_t i = 0; i < kGroup; ++i) {
-    const float bin = (largest - values[i]) * bins_per_unit;
-    bins[i] = int32_t(bin < kBins - 1 ? bin : kBins - 1);
-  }
-}
-
-// Finite values, each with a weight: its probability relative to the peak's, or 1.
+// The finite values of a row, each with a weight: its probability relative to the peak's, or 1.
+template <typename T>
 struct Weighted {
-  int64_t size() const { return end - begin; }
-
-  // Calls f(value, weight, bin) for all values in turn; the bins have no meaning if bins_per_unit is 0.
+  // Calls f(value, weight) for all values with keys first, .., last.
   template <typename F>
-  void for_each(float largest, float bins_per_unit, F f) const {
-    float values[kGroup], weights[kGroup];
-    int32_t bins[kGroup];
+  void for_each(uint32_t first, uint32_t last, F f) const {
+    float z[kGroup], values[kGroup], weights[kGroup];
+    std::fill_n(values, kGroup, peak);
     std::fill_n(weights, kGroup, 1.f);
-    for (const float* at = begin; at < end; at += kGroup) {
-      const int64_t count = std::min<int64_t>(kGroup, end - at);
-      std::fill(std::copy_n(at, count, values), values + kGroup, largest);
-      if (by_mass) exp64(values, peak, weights);
-      bin64(values, largest, bins_per_unit, bins);
-      for (int64_t i = 0; i < count; ++i) f(values[i], weights[i], bins[i]);
+    for (int64_t group = 0; group < row.groups(); ++group) {
+      if (maxima[group] < value_of(first)) continue;
+      row.load(group, -kInf, z);
+      int64_t count = 0;
+      for (int64_t i = 0; i < kGroup; ++i) {
+        values[count] = z[i];
+        count += key_of(z[i]) - first <= last - first;
+      }
+      if (by_mass && count > 0) exp64(values, peak, weights);
+      for (int64_t i = 0; i < count; ++i) f(values[i], weights[i]);
     }
   }
 
-  double total() const {
+  // Of the values that are at least `low`.
+  double mass(float low) const {
     double sum = 0;
-    for_each(peak, 0, [&](float, float weight, int32_t) { sum += weight; });
+    float z[kGroup];
+    for (int64_t group = 0; group < row.groups(); ++group) {
+      if (maxima[group] < low) continue;
+      row.load(group, low, z);
+      sum += sum_exp(z, peak);
+    }
     return sum;
   }
 
-  float *begin, *end;
-  bool by_mass;
+  const LogitsRow<T>& row;
+  const float* maxima;
   float peak;
+  bool by_mass;
 };
 
-// The smallest value of `all` with less than `target` of weight above it, or the largest if there is none. Overwrites.
-inline float smallest_kept(Weighted all, double target) {
-  double above = 0;  // weight of the values that are known to be larger than what is sought
-  while (all.size() > kFewValues) {
-    const auto [smallest, largest] = std::minmax_element(all.begin, all.end);
-    const float low = *smallest, high = *largest, bins_per_unit = (kBins - 1) / (high - low);
-    if (low == high) return low;
-    if (!(bins_per_unit > 0 && bins_per_unit < kInf)) break;  // the range overflows, or is too narrow to divide
-
-    double weight_of[kBins] = {};
-    all.for_each(high, bins_per_unit, [&](float, float weight, int32_t bin) { weight_of[bin] += weight; });
-    int32_t critical = 0;  // the bin with which the target is reached, or the last that is not empty
+// The smallest value that is at least `low` and has less than `target` of weight above it; the peak if there is none.
+template <typename T>
+float smallest_kept(const Weighted<T>& weighted, float low, double target) {
+  uint32_t first = key_of(low), last = key_of(weighted.peak);  // what is sought is between them
+  double above = 0;                                            // weight of the values beyond the last
+  for (;;) {
+    int shift = 0;
+    while ((last - first) >> shift >> kLogBins) ++shift;
+    double weight_of[1 << kLogBins] = {};
+    int32_t count_of[1 << kLogBins] = {};
+    weighted.for_each(first, last, [&](float value, float weight) {
+      const uint32_t bin = (last - key_of(value)) >> shift;  // the largest values first
+      weight_of[bin] += weight;
+      ++count_of[bin];
+    });
+    uint32_t critical = 0;  // the bin with which the target is reached, or the last that is not empty
     double sum = above;
-    for (int32_t bin = 0; bin < kBins && (bin == 0 || sum < target); ++bin) {
-      if (weight_of[bin] == 0) continue;
+    for (uint32_t bin = 0; bin < 1 << kLogBins && (bin == 0 || sum < target); ++bin) {
+      if (count_of[bin] == 0) continue;
       critical = bin;
       above = sum;
       sum += weight_of[bin];
     }
-    float* kept = all.begin;  // the values are written behind where they are read
-    all.for_each(high, bins_per_unit, [&](float value, float, int32_t bin) {
-      *kept = value;
-      kept += bin == critical;
-    });
-    all.end = kept;
+    last -= critical << shift;
+    first = std::max(first, last - std::min(last, (1u << shift) - 1));
+    if (shift == 0) return value_of(first);
+    if (count_of[critical] > kFewValues) continue;
+
+    std::pair<float, float> few[kFewValues];  // value, weight
+    int64_t count = 0;
+    weighted.for_each(first, last, [&](float value, float weight) { few[count++] = {value, weight}; });
+    std::sort(few, few + count, std::greater<std::pair<float, float>>());
+    float kept = few[0].first;
+    for (int64_t i = 1; i < count; ++i) {
+      above += few[i - 1].second;
+      if (above < target) kept = few[i].first;
+    }
+    return kept;
   }
-  std::sort(all.begin, all.end, std::greater<float>());
-  float kept = *all.begin;
-  all.for_each(kept, 0, [&](float value, float weight, int32_t) {
-    if (above < target) kept = value;
-    above += weight;
-  });
-  return kept;
 }
 
-// Whether the cutoff is more than a distance from the peak.
-inline bool looks_at_values(const Filters& filters) {
-  return filters.top_k < std::numeric_limits<int64_t>::max() || filters.top_p < 1;
-}
-
-// The cutoff of one row, whose largest maximum `peak` is finite. `values`: room for V + 64 numbers if
-// looks_at_values().
+// The cutoff of one row, whose largest maximum `peak` is finite. `scratch`: room for the maxima.
 template <typename T>
 float filter_cutoff(
-    const LogitsRow<T>& row, const Filters& filters, const float* maxima, float peak, float* values) {
+    const LogitsRow<T>& row, const Filters& filters, const float* maxima, float peak, float* scratch) {
   const int64_t groups = row.groups(), k = std::max<int64_t>(1, filters.top_k);
-  const bool by_k = k < row.vocab_size, by_p = filters.top_p < 1;
-  float z[kGroup], cutoff = -kInf;
-  if (by_k || by_p) {
-    float bound = std::numeric_limits<float>::lowest();
-    double p_mass = 0;
-    const double p = std::max(0., filters.top_p);
-    if (by_k && k <= groups) {
-      std::copy_n(maxima, groups, values);
-      std::nth_element(values, values + k - 1, values + groups, std::greater<float>());
-      bound = std::max(bound, values[k - 1]);
+  Weighted<T> weighted{row, maxima, peak, false};
+  float cutoff = std::numeric_limits<float>::lowest();
+  if (k < row.vocab_size) {
+    float bound = cutoff;
+    if (k <= groups) {
+      std::copy_n(maxima, groups, scratch);
+      std::nth_element(scratch, scratch + k - 1, scratch + groups, std::greater<float>());
+      bound = std::max(bound, scratch[k - 1]);
     }
-    if (!by_k) {
-      double mass = 0;
-      for (int64_t group = 0; group < groups; ++group) {
-        row.load(group, -kInf, z);
-        mass += sum_exp(z, peak);
-      }
-      p_mass = p * mass;
-      const double margin = 0.01;  // more than all rounding of the masses
-      const double below = std::log((1 - p) * mass / double(row.vocab_size)) - margin;
-      bound = std::max(bound, std::nextafter(float(peak + below), -kInf));
-    }
-
-    Weighted kept{values, values, false, peak};
-    const auto collect = [&](float least) {
-      kept.end = values;
-      for (int64_t group = 0; group < groups; ++group) {
-        if (maxima[group] < least) continue;
-        row.load(group, -kInf, z);
-        kept.end = append(z, least, kept.end);
-      }
-    };
-    collect(bound);
-    if (by_k && kept.size() >= k) {
-      cutoff = smallest_kept(kept, double(k));
-      if (by_p) collect(cutoff);  // the search leaves only some of the values
-    }
-    if (by_p) {
-      kept.by_mass = true;
-      cutoff = std::max(cutoff, smallest_kept(kept, by_k ? p * kept.total() : p_mass));
-    }
+    cutoff = smallest_kept(weighted, bound, double(k));
+  }
+  if (filters.top_p < 1) {
+    weighted.by_mass = true;
+    const double p = std::max(0., filters.top_p), margin = 0.01;  // more than all rounding of the masses
+    const double mass = weighted.mass(cutoff);
+    const double below = std::log((1 - p) * mass / double(row.vocab_size)) - margin;
+    const float bound = std::nextafter(float(peak + below), -kInf);
+    cutoff = smallest_kept(weighted, std::max(cutoff, bound), p * mass);
   }
   const float by_min_p = peak + filters.log_min_p;  // NaN for a min_p that no one could accept: nothing is dropped
   return by_min_p == by_min_p ? std::max(cutoff, by_min_p) : -kInf;

@@ -24,7 +24,7 @@
 namespace {
 
 constexpr int64_t kDepth = 256;    // of a product at a time: what multiplies 8 ids then stays in the nearest cache
-constexpr int64_t kRowsAtOnce = 8;  // ids that `multiply` takes at a time
+constexpr int64_t kIds = 8;       // that are multiplied at a time
 constexpr int64_t kTask = 16;      // groups that a thread takes at a time, at most
 
 // What all groups of a call share: the head, and the rows of `hidden` that it multiplies.
@@ -42,7 +42,7 @@ struct Head {
 template <typename T>
 struct Buffers {
   Accumulator<T>* product;  // strip after strip of [64, lanes]
-  Accumulator<T>* weight;   // [64, kDepth], for dtypes that are not multiplied as they are
+  Accumulator<T>* weight;   // [kIds, kDepth], for dtypes that are not multiplied as they are
   float* logits;            // [64, all lanes]
 };
 
@@ -78,22 +78,13 @@ SELFGEN_INLINE const Real* load_weight(
   }
 }
 
-template <int64_t V, typename Vec, typename Real>
-SELFGEN_INLINE void multiply_ids(
-    Real* product, int64_t count, const Real* weight, int64_t id_stride, int64_t inner_stride, const Real* hidden,
-    int64_t inner, bool add, bool ask_ahead) {
-  Vec one[V];
-  for (int64_t v = 0; v < V; ++v) one[v] = Vec{} + 1;
-  for (int64_t i = 0; i < count; i += kRowsAtOnce) {
-    const int64_t ids = std::min(kRowsAtOnce, count - i);
-    const Real* from = weight + i * id_stride;
-    if (ask_ahead && i + 2 * kRowsAtOnce <= count) {  // for what comes next: it lies too far apart to be guessed
-      for (int64_t next = kRowsAtOnce; next < 2 * kRowsAtOnce; ++next) {
-        for (int64_t d = 0; d < inner; d += 64 / sizeof(Real)) __builtin_prefetch(from + next * id_stride + d);
-      }
-    }
-    multiply<kRowsAtOnce, V>(
-        (Vec*)product + i * V, ids, from, id_stride, inner_stride, (const Vec*)hidden, inner, add ? one : nullptr);
+// Asks for `count` ids of the head before they are needed: they lie too far apart for the hardware to guess.
+template <typename T>
+SELFGEN_INLINE void prefetch(const Head<T>& head, int64_t first, int64_t count, int64_t begin, int64_t inner) {
+  if (head.inner_stride != 1) return;
+  for (int64_t i = 0; i < count; ++i) {
+    const T* from = head.weight + (first + i) * head.id_stride + begin;
+    for (int64_t d = 0; d < inner; d += 64 / int64_t(sizeof(T))) __builtin_prefetch(from + d);
   }
 }
 
@@ -103,21 +94,23 @@ SELFGEN_INLINE void group_logits(const Head<T>& head, int64_t first, int64_t cou
   using Real = Accumulator<T>;
   typedef Real Vec __attribute__((vector_size(BYTES), may_alias));
   constexpr int64_t lanes = BYTES / sizeof(Real);
+  const Vec one[kVectors] = {Vec{} + 1, Vec{} + 1, Vec{} + 1};
   for (int64_t begin = 0; begin < head.depth || begin == 0; begin += kDepth) {
     const int64_t inner = std::min(kDepth, head.depth - begin);
-    int64_t id_stride, inner_stride;
-    const Real* weight = load_weight(head, first, count, begin, inner, buffers.weight, &id_stride, &inner_stride);
-    for_each_strip(head.vectors, [&](int64_t vector, int64_t vectors) __attribute__((always_inline)) {
-      Real* product = buffers.product + vector * lanes * kGroup;
-      const Real* hidden = head.hidden + (vector * head.depth + vectors * begin) * lanes;
-      const bool add = begin > 0, ask_ahead = std::is_same_v<T, Real> && inner_stride == 1 && vector == 0;
-      const auto multiply = [&](auto v) __attribute__((always_inline)) {
-        multiply_ids<v(), Vec>(product, count, weight, id_stride, inner_stride, hidden, inner, add, ask_ahead);
-      };
-      if (vectors == 1) multiply(std::integral_constant<int64_t, 1>());
-      if (vectors == 2) multiply(std::integral_constant<int64_t, 2>());
-      if (vectors == 3) multiply(std::integral_constant<int64_t, 3>());
-    });
+    for (int64_t i = 0; i < count; i += kIds) {
+      const int64_t ids = std::min(kIds, count - i);
+      prefetch(head, first + i + ids, std::min(kIds, count - i - ids), begin, inner);
+      int64_t id_stride, inner_stride;
+      const Real* weight = load_weight(head, first + i, ids, begin, inner, buffers.weight, &id_stride, &inner_stride);
+      for_each_strip(head.vectors, [&](int64_t vector, int64_t vectors) __attribute__((always_inline)) {
+        Vec* const product = (Vec*)(buffers.product + (vector * kGroup + i * vectors) * lanes);
+        const Vec* hidden = (const Vec*)(head.hidden + (vector * head.depth + vectors * begin) * lanes);
+        const Vec* factor = begin > 0 ? one : nullptr;
+        if (vectors == 1) multiply<kIds, 1>(product, ids, weight, id_stride, inner_stride, hidden, inner, factor);
+        if (vectors == 2) multiply<kIds, 2>(product, ids, weight, id_stride, inner_stride, hidden, inner, factor);
+        if (vectors == 3) multiply<kIds, 3>(product, ids, weight, id_stride, inner_stride, hidden, inner, factor);
+      });
+    }
   }
   for_each_strip(head.vectors, [&](int64_t vector, int64_t vectors) __attribute__((always_inline)) {
     const Real* product = buffers.product + vector * lanes * kGroup;
@@ -211,7 +204,7 @@ class HeadRows {
              float(arguments.logit_scale),
              float(arguments.softcap.value_or(0))};
     threads_ = at::get_num_threads();
-    const int64_t lanes = vectors * level_.lanes, copied = std::is_same_v<T, Real> ? 0 : kGroup * kDepth;
+    const int64_t lanes = vectors * level_.lanes, copied = std::is_same_v<T, Real> ? 0 : kIds * kDepth;
     products_ = at::empty({threads_, kGroup * lanes + copied}, options);
     logits_ = at::empty({threads_, kGroup * lanes}, at::kFloat);
   }
@@ -306,7 +299,8 @@ auto with_dtype(const at::Tensor& hidden, F f) {
     case at::kDouble: return f(double());
     case at::kBFloat16: return f(at::BFloat16());
     case at::kHalf: return f(at::Half());
-    default: TORCH_CHECK_TYPE(false, "hidden must be float32, bfloat16, float16 or float64, got ", hidden.scalar_type());
+    default:
+      TORCH_CHECK_TYPE(false, "hidden must be float32, bfloat16, float16 or float64, got ", hidden.scalar_type());
   }
 }
 

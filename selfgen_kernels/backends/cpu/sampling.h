@@ -15,15 +15,15 @@
 
 namespace {
 
-// The token of a row, or -1 if it is invalid; scratch begins with the maxima of its groups.
+// The token of a row, or -1 if it is invalid. Scratch: the maxima of its groups, then room for as many and 64 more.
 template <typename T>
 int64_t sample_row(const LogitsRow<T>& logits, const Row& row, float* scratch) {
   const int64_t groups = logits.groups();
   const float* maxima = scratch;
-  float *noise = scratch + groups, *values = noise + groups + kGroup;
+  float* const noise = scratch + groups;
   const float peak = *std::max_element(maxima, maxima + groups);
   if (!(-kInf < peak && peak < kInf)) return -1;
-  const float cutoff = filter_cutoff(logits, row.filters, maxima, peak, values);
+  const float cutoff = filter_cutoff(logits, row.filters, maxima, peak, noise);
 
   // Every group's score is at least its maximum plus noise. Few have a chance against the best of these.
   float best = -kInf;
@@ -52,8 +52,7 @@ int64_t sample_row(const LogitsRow<T>& logits, const Row& row, float* scratch) {
 template <typename F>
 void sample_rows(F logits_of, int64_t vocab_size, const Row* rows, int64_t count, int64_t* drawn) {
   const int64_t groups = groups_of(vocab_size), threads = at::get_num_threads();
-  const bool values = std::any_of(rows, rows + count, [&](const Row& row) { return looks_at_values(row.filters); });
-  const int64_t per_thread = 2 * groups + kGroup + (values ? vocab_size + kGroup : 0);
+  const int64_t per_thread = 2 * groups + kGroup;
   const bool few = count < threads;  // then threads share the rows
   at::Tensor scratch = at::empty({few ? 1 : threads, per_thread}, at::kFloat);
   const auto sample = [&](int64_t i, float* own, auto sweep) {

@@ -8,6 +8,7 @@ from hypothesis import strategies as st
 from selfgen_kernels import sample_mix
 from selfgen_kernels.backends.reference.philox import GROUP, TOKEN, gumbel_noise
 from selfgen_kernels.backends.reference.sampling import Sampling, scaled_and_filtered
+from selfgen_kernels.backends.reference.scaling import filter_cutoff
 
 INF = float("inf")
 FILTERS = [{}, {"top_k": 20}, {"top_p": 0.8}, {"min_p": 0.05}, {"top_k": 50, "top_p": 0.9, "min_p": 0.01}]
@@ -234,6 +235,16 @@ def test_filters_are_those_of_transformers(filters):
     kept = ~z.isneginf()
     assert torch.allclose(z[kept], expected[kept])
     assert (kept.sum(1) >= 1).all()
+
+
+def test_top_p_is_exact_on_a_large_vocabulary():
+    logits = torch.randn(2**18, generator=torch.Generator().manual_seed(0)) * 4
+    top_p = torch.linspace(0.05, 0.95, 16).double()
+    descending = logits.double().sort(descending=True).values
+    probs = descending.softmax(0)
+    kept = [int((probs.cumsum(0) - probs < p).sum()) for p in top_p]
+    cutoff = filter_cutoff(logits.expand(16, -1), torch.ones(16), None, top_p, None)
+    assert cutoff.tolist() == [descending[n - 1].item() for n in kept]
 
 
 def test_filters_off_by_value_change_nothing():

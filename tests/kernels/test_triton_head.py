@@ -61,7 +61,9 @@ def assert_same_candidates(head, first_id, rows):
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16, torch.float64])
-@pytest.mark.parametrize(("n", "width", "vocab_size"), [(0, 4, 9), (3, 1, 1), (7, 5, 300), (66, 67, 77)])
+@pytest.mark.parametrize(
+    ("n", "width", "vocab_size"), [(0, 4, 9), (3, 1, 1), (7, 16, 300), (66, 67, 77), (66, 80, 130)]
+)
 @pytest.mark.parametrize("plain", [True, False])
 def test_tokens_are_those_of_the_reference(dtype, n, width, vocab_size, plain):
     settings = {"bias": False, "softcap": None, "logit_scale": 1.0} if plain else {}

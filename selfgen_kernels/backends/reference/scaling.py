@@ -40,8 +40,8 @@ def _top_k_cutoff(z: Tensor, top_k: Tensor) -> Tensor:
 def _top_p_cutoff(z: Tensor, top_p: Tensor) -> Tensor:
     """The last value, from the top, with less than `top_p` of the probability before it."""
     descending = z.sort(dim=1, descending=True).values
-    probs = descending.softmax(1)
-    before = probs.cumsum(1, dtype=torch.float64) - probs  # [N, V]
+    probs = descending.double().softmax(1)  # torch's fp32 sum of 256k terms is off by 4e-5
+    before = probs.cumsum(1) - probs  # [N, V]
     kept = (before < top_p[:, None]).sum(1).clamp(min=1)
     cutoff = descending.gather(1, kept[:, None] - 1)[:, 0]
     return torch.where(top_p < 1, cutoff, -torch.inf)  # 1 keeps all, whatever the rounding of the sum

@@ -223,10 +223,15 @@ def pick_candidates_kernel(
         )
 
 
-def tile_constants(target: str, dtype: str, rows: int) -> tuple[dict, dict]:
-    """Tile and launch options of `score_tile_kernel` for `dtype` and at most `rows` of the model's own rows."""
+def tile_constants(target: str, dtype: str, rows: int, aligned: bool) -> tuple[dict, dict]:
+    """Tile and launch options of `score_tile_kernel` for `dtype` and at most `rows` of the model's own rows.
+
+    `aligned`: its sizes and strides are divisible by 16. If not, loads are narrow and take more registers.
+    """
     if dtype == "fp32":  # no tensor cores
         tile, warps, stages = ((64, 64, 32), 8, 2) if target == "gfx942" else ((64, 64, 16), 4, 2)
+    elif not aligned:
+        tile, warps, stages = (64, 128, 32), 8, 2
     else:
         few = rows <= FEW_ROWS
         tile, warps = (64 if few else 128, 128, 64), 4 if few else 8
@@ -259,7 +264,9 @@ def score_tiles(
         hidden, weight, bias = hidden.float(), weight.float(), None if bias is None else bias.float()
     hidden, weight = (x if x.stride(1) == 1 else x.contiguous() for x in (hidden, weight))
     capacity, end_id = len(hidden), first_id + len(weight)
-    constants, options = tile_constants(current_target(), _NAMES[hidden.dtype], capacity)
+    sizes = hidden.shape[1], hidden.stride(0), weight.stride(0)
+    aligned = all(size % 16 == 0 for size in sizes)  # as Triton tells them apart
+    constants, options = tile_constants(current_target(), _NAMES[hidden.dtype], capacity, aligned)
     tiles = triton.cdiv(end_id, constants["BLOCK_N"]) - first_id // constants["BLOCK_N"]
     pieces = tiles + cut_groups
     values = hidden.new_empty(pieces, 3, capacity, dtype=torch.float32)
@@ -351,13 +358,14 @@ def configurations(target: str) -> list[Configuration]:
             "ids": "*i64", **keys, **rows, **dict.fromkeys(numbers, "i32"),
         }  # fmt: skip
         optional = {"bias": f"*{dtype}", "softcap": "fp32"}
-        for label, rows_at_most in (("few rows", FEW_ROWS), ("many rows", FEW_ROWS + 1))[dtype == "fp32" :]:
+        few = [("few rows", FEW_ROWS, True)] if dtype != "fp32" else []
+        for label, rows_at_most, aligned in (*few, ("many rows", FEW_ROWS + 1, True), ("odd sizes", 1, False)):
             for extra, present, absent in (("", {}, dict.fromkeys(optional)), (", bias, softcap", optional, {})):
-                constants, options = tile_constants(target, dtype, rows_at_most)
+                constants, options = tile_constants(target, dtype, rows_at_most, aligned)
                 ships.append(
                     Configuration(
                         f"score_tile[{dtype}, {label}{extra}]", score_tile_kernel, types | present, absent | constants,
-                        options, ("hidden_stride", "weight_stride", "hidden_size"), streams=True,
+                        options, ("hidden_stride", "weight_stride", "hidden_size") if aligned else (), streams=aligned,
                         tensor_cores=dtype != "fp32",
                     )
                 )  # fmt: skip

@@ -91,7 +91,9 @@ def configurations(target: str) -> list[Configuration]:
     keys = {"seed": "i64", "sample_ids": "*i64", "positions": "*i64"}
     noise = {"out": "*fp32", **keys, "size": "i32", "blocks": "i32"}
     mask = {"out": "*i1", **keys, "threshold": "*i64"}
+    groups, tokens = {"STREAM": philox.GROUP, "BLOCK": BLOCK}, {"STREAM": philox.TOKEN, "BLOCK": 64}
     return [
-        Configuration("gumbel_noise", gumbel_noise_kernel, noise, {"STREAM": philox.GROUP, "BLOCK": BLOCK}, OPTIONS),
+        Configuration("gumbel_noise[groups]", gumbel_noise_kernel, noise, groups, OPTIONS),
+        Configuration("gumbel_noise[tokens]", gumbel_noise_kernel, noise, tokens, OPTIONS),
         Configuration("self_mask", self_mask_kernel, mask, {}, OPTIONS),
     ]

@@ -133,11 +133,15 @@ def head_chunks(hidden, weight, bias, softcap, logit_scale, first_id, how: Sampl
     size = len(weight)
     begin, end = 0, size if how.filtered else min(size, VOCAB_CHUNK - first_id % GROUP_SIZE)
     while begin < size:
-        logits = linear(hidden, weight[begin:end], None if bias is None else bias[begin:end]).float() * logit_scale
-        if softcap is not None:
-            logits = softcap * torch.tanh(logits / softcap)
-        yield scaled_and_filtered(logits, how)
+        part = None if bias is None else bias[begin:end]
+        yield scaled_and_filtered(head_logits(hidden, weight[begin:end], part, softcap, logit_scale), how)
         begin, end = end, min(size, end + VOCAB_CHUNK)
+
+
+def head_logits(hidden, weight, bias, softcap, logit_scale) -> Tensor:
+    """fp32 [N, V]: what the head makes of hidden [N, D]."""
+    logits = linear(hidden, weight, bias).float() * logit_scale
+    return logits if softcap is None else softcap * torch.tanh(logits / softcap)
 
 
 def scaled_and_filtered(logits: Tensor, how: Sampling) -> Tensor:

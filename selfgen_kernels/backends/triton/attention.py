@@ -16,6 +16,7 @@ from torch import Tensor
 
 from selfgen_kernels.backends.reference import attention as reference
 from selfgen_kernels.backends.triton.configuration import Configuration
+from selfgen_kernels.backends.triton.dot import factor_of_dot
 
 LOG2_E = tl.constexpr(1.4426950408889634)
 SEARCH = tl.constexpr(128)  # chunks looked at together
@@ -68,17 +69,6 @@ def find_chunk(cu_seqlens_q, chunks, queries, tile, GROUP: tl.constexpr, ROWS: t
     end = tl.load(cu_seqlens_q + chunk + 1, mask=chunk < chunks, other=queries).to(tl.int64)
     first_row = (tile - begin * GROUP // ROWS - chunk) * ROWS
     return chunk, tl.maximum(begin, 0), tl.minimum(end, queries), tl.maximum(first_row, 0)
-
-
-INTERPRETED = tl.constexpr(not isinstance(find_chunk, triton.JITFunction))
-
-
-@triton.jit
-def factor_of_dot(x):
-    """`x` as `tl.dot` takes it: the interpreter would multiply the bits of bf16."""
-    if INTERPRETED:
-        x = x.to(tl.float32)
-    return x
 
 
 @triton.jit

@@ -16,13 +16,13 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from selfgen_kernels.backends.reference.sampling import Candidates, Mixed, Sampling
+from selfgen_kernels.backends.reference.sampling import Candidates, Mixed, Sampling, head_logits
 from selfgen_kernels.backends.triton import sampling as logits_sampling
 from selfgen_kernels.backends.triton.configuration import Configuration, current_target
+from selfgen_kernels.backends.triton.dot import factor_of_dot
 from selfgen_kernels.backends.triton.noise import GROUP, OPTIONS, TOKEN, gumbel, gumbel_noise, in_mask, random_words
 from selfgen_kernels.backends.triton.sampling import GROUP_SIZE, group_mass
 
-INTERPRETED = tl.constexpr(not isinstance(in_mask, triton.JITFunction))
 FEW_ROWS = 64  # at most these: a smaller tile
 ROWS = 1024  # that select_rows_kernel looks at at a time
 PIECES, SLOTS = 64, 16  # candidates that the reductions look at at a time, and rows a program
@@ -128,14 +128,6 @@ def score_tile_kernel(
 
 
 @triton.jit
-def factor_of_dot(x):
-    """`x` as `tl.dot` takes it: the interpreter would multiply the bits of bf16."""
-    if INTERPRETED:
-        x = x.to(tl.float32)
-    return x
-
-
-@triton.jit
 def tanh(x):
     """tanh with the absolute precision of fp32, in two instructions of the special function unit."""
     decay = tl.exp(-2.0 * tl.abs(x))
@@ -157,11 +149,17 @@ def group_noise(seed, sample_id, position, tile, GROUPS: tl.constexpr):
 
 
 @triton.jit
-def best_piece(values, capacity, tiles, slot, is_row, PIECES: tl.constexpr):
-    """The best score of each slot [SLOTS] among the first `tiles` pieces, and the piece that has it."""
+def best_of_rows(values, capacity, tiles, rows, count, PIECES: tl.constexpr, SLOTS: tl.constexpr):
+    """Of this program's slots [SLOTS]: number, whether there is a row, which, its best score and that score's tile."""
+    selected = tl.load(count)
+    slot = tl.program_id(0) * SLOTS + tl.arange(0, SLOTS)
+    is_row = slot < selected
+    row = tl.load(rows + slot, mask=is_row, other=0).to(tl.int64)
+
     lane = tl.arange(0, PIECES)[:, None]
-    best = tl.full([PIECES, slot.shape[0]], float("-inf"), tl.float32)
-    best_piece = tl.zeros([PIECES, slot.shape[0]], tl.int32)
+    best = tl.full([PIECES, SLOTS], float("-inf"), tl.float32)
+    best_piece = tl.zeros([PIECES, SLOTS], tl.int32)
+    tiles = tl.where(tl.program_id(0) * SLOTS < selected, tiles, 0)  # no row, no work
     for start in range(0, tiles, PIECES):
         piece = start + lane
         exists = (piece < tiles) & is_row[None, :]
@@ -170,7 +168,8 @@ def best_piece(values, capacity, tiles, slot, is_row, PIECES: tl.constexpr):
         best_piece = tl.where(score > best, piece, best_piece)
         best = tl.maximum(best, score)
     score = tl.max(best, 0)
-    return score, tl.min(tl.where(best == score[None, :], best_piece, 2147483647), 0)
+    piece = tl.min(tl.where(best == score[None, :], best_piece, 2147483647), 0)
+    return slot, is_row, row, score, piece.to(tl.int64)
 
 
 @triton.jit
@@ -179,14 +178,8 @@ def pick_token_kernel(
     PIECES: tl.constexpr, SLOTS: tl.constexpr,
 ):  # fmt: skip
     """The tokens of SLOTS of the model's own rows."""
-    selected = tl.load(count)
-    slot = tl.program_id(0) * SLOTS + tl.arange(0, SLOTS)
-    if tl.program_id(0) * SLOTS >= selected:
-        return
-    is_row = slot < selected
-    row = tl.load(rows + slot, mask=is_row, other=0).to(tl.int64)
     capacity = capacity.to(tl.int64)
-    score, piece = best_piece(values, capacity, tiles, slot, is_row, PIECES)
+    slot, is_row, row, score, piece = best_of_rows(values, capacity, tiles, rows, count, PIECES, SLOTS)
     valid = (score > float("-inf")) & (score < float("inf"))
     tl.store(tokens + row, tl.load(ids + piece * capacity + slot, mask=is_row & valid), mask=is_row & valid)
     tl.store(invalids + row, ~valid, mask=is_row)
@@ -198,16 +191,9 @@ def pick_candidates_kernel(
     PIECES: tl.constexpr, SLOTS: tl.constexpr,
 ):  # fmt: skip
     """The three candidates of SLOTS of the model's own rows, into [N, 3, 3] and [N, 3]."""
-    selected = tl.load(count)
-    slot = tl.program_id(0) * SLOTS + tl.arange(0, SLOTS)
-    if tl.program_id(0) * SLOTS >= selected:
-        return
-    is_row = slot < selected
-    row = tl.load(rows + slot, mask=is_row, other=0).to(tl.int64)
     capacity = capacity.to(tl.int64)
-    score, piece = best_piece(values, capacity, tiles, slot, is_row, PIECES)
+    slot, is_row, row, score, piece = best_of_rows(values, capacity, tiles, rows, count, PIECES, SLOTS)
     has_best = score > float("-inf")
-    piece = piece.to(tl.int64)
     first_cut, last_cut = tl.zeros_like(piece) + tiles, tl.zeros_like(piece) + tiles + 1
     first_mass = tl.load(values + first_cut * 3 * capacity + slot, mask=is_row, other=0.0)
     last_mass = tl.load(values + last_cut * 3 * capacity + slot, mask=is_row, other=0.0)
@@ -304,9 +290,7 @@ def linear_sample_mix(
     block = max(1, len(tokens) // 8)
     for start in range(0, len(tokens) if how.filtered else 0, block):
         part = slice(start, start + block)
-        logits = torch.nn.functional.linear(hidden[part], weight, bias).float() * logit_scale  # [B, V]
-        if softcap is not None:
-            logits = softcap * torch.tanh(logits / softcap)
+        logits = head_logits(hidden[part], weight, bias, softcap, logit_scale)  # [B, V]
         block_results = logits_sampling.sample_mix(logits, reference[part], *how.select(part))
         for whole, drawn in zip(results, block_results, strict=True):
             whole[part] = drawn

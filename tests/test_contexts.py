@@ -210,8 +210,8 @@ def test_peft_model():
 @pytest.mark.parametrize(
     ("self_prob", "temperature", "token_budget"), [(0.1, 1.0, 40), (0.5, 0.7, 96), (1.0, 0.0, 200)]
 )
-def test_smollm2_on_gsm8k(smollm2, gsm8k_rows, self_prob, temperature, token_budget):
-    prompts, references, sample_ids = (column[:2] for column in gsm8k_rows)
+def test_smollm2(smollm2, math_rows, self_prob, temperature, token_budget):
+    prompts, references, sample_ids = (column[:2] for column in math_rows)
     references = [reference[:48] for reference in references]
     generator = ContextGenerator(smollm2[0], temperature=temperature, token_budget=token_budget)
     arguments = {"seed": 11, "sample_ids": sample_ids}
@@ -222,8 +222,8 @@ def test_smollm2_on_gsm8k(smollm2, gsm8k_rows, self_prob, temperature, token_bud
 @pytest.mark.slow
 @pytest.mark.parametrize("temperature", [0.0, 0.7, 1.0])
 @pytest.mark.parametrize("self_prob", [0.0, 0.1, 0.5, 1.0])
-def test_smollm2_on_gsm8k_whole_rows(smollm2, gsm8k_rows, self_prob, temperature):
-    prompts, references, sample_ids = gsm8k_rows
+def test_smollm2_on_whole_rows(smollm2, math_rows, self_prob, temperature):
+    prompts, references, sample_ids = math_rows
     arguments = {"seed": 12, "sample_ids": sample_ids}
     expected = ContextGenerator(smollm2[0], temperature=temperature).generate(
         prompts, references, self_prob, method="sequential", **arguments

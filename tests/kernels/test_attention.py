@@ -25,6 +25,16 @@ def ops(request):
         return reference
     if request.param == "cpp":
         return torch.ops.selfgen
+    return _triton_ops()
+
+
+@pytest.fixture(params=[conftest._TRITON])
+def triton_ops(request):
+    """Triton's ops, for what only they do."""
+    return _triton_ops()
+
+
+def _triton_ops():
     pytest.importorskip("triton")
     from selfgen_kernels.backends.triton import attention as triton_attention
 
@@ -122,8 +132,6 @@ def test_agrees_with_dense_attention(attend, dtype, shape, options):
     chunks = CHUNKS
     if interpreted(attend):
         chunks = FEW_CHUNKS
-        if dtype == torch.float64 or (dtype == torch.float16 and options):
-            pytest.skip("fp64 is the reference's, and fp16 takes the way of bf16")
     args = problem(chunks, **shape, dtype=dtype)
     sinks = torch.linspace(-3, 3, args[0].shape[1]).to(dtype) if "sinks" in options else None
     how = options.get("scale", 0.3), options.get("sliding_window"), options.get("softcap"), sinks
@@ -226,13 +234,9 @@ def test_more_chunks_than_the_gpu_looks_at_together(attend):
     torch.testing.assert_close(attend(*args, *how).double(), dense(*args, *how), rtol=0, atol=TOLERANCE[torch.float32])
 
 
-def test_gpu_kernel_never_leaves_the_cache():
+def test_gpu_kernel_never_leaves_the_cache(triton_ops):
     """Ranges that Python can't look at on a GPU: NaN for the chunk, the others as they were."""
-    pytest.importorskip("triton")
-    if conftest.ON_GPU:
-        pytest.skip("the interpreter's test")
-    from selfgen_kernels.backends.triton.attention import ragged_attention as attend
-
+    attend = triton_ops.ragged_attention
     query, key, value, bounds, ranges = problem([(2, 9), (3, 8)])
     how = 0.25, None, None, None
     want = attend(query, key, value, bounds, ranges, *how)
@@ -427,16 +431,11 @@ def test_append_takes_any_strides(ops, which, stride):
         assert torch.equal(got, expected)
 
 
-def test_gpu_append_skips_slots_past_the_end():
-    pytest.importorskip("triton")
-    if conftest.ON_GPU:
-        pytest.skip("the interpreter's test")
-    from selfgen_kernels.backends.triton.attention import kv_append as append
-
+def test_gpu_append_skips_slots_past_the_end(triton_ops):
     *tensors, slots = append_problem()
     slots[1], slots[2] = 20, 2**62
     want = appended(tensors[:2], tensors[2:], slots.where(slots < 20, -1))
-    append(*tensors, slots)
+    triton_ops.kv_append(*tensors, slots)
     assert all(torch.equal(got, expected) for got, expected in zip(tensors[:2], want, strict=True))
 
 

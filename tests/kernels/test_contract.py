@@ -90,11 +90,15 @@ ROWS = (
 )
 
 
+@pytest.mark.parametrize(
+    "example",
+    [(name, i) for name, i in CALLS if "sample_ids" in EXAMPLES[name][i] and name != "combine_shards"],
+    ids=lambda call: f"{call[0]}-{call[1]}",
+    indirect=True,
+)
 def test_a_few_dynamic_graphs_serve_any_number_of_rows(example):
     """Symbolic sizes and seeds: a size equal to another number, or a sign, may add one graph or two, batches do not."""
     name, arguments = example
-    if "sample_ids" not in arguments or name == "combine_shards":
-        pytest.skip("no rows to vary")
     counter = torch._dynamo.testing.CompileCounterWithBackend("aot_eager")
     compiled = torch.compile(call, fullgraph=True, dynamic=True, backend=counter)
     for n, seed in ((5, 3), (4, -7), (3, 2**62), (2, 99), (5, -1), (4, 17), (3, 0), (2, -(2**63))):

@@ -2,15 +2,14 @@
 
 import pytest
 import torch
+from conftest import require_cpp
 from hypothesis import given
 from hypothesis import strategies as st
 
-from selfgen_kernels import backends
 from selfgen_kernels.backends.reference import sampling as reference
 from selfgen_kernels.backends.reference.scaling import filter_cutoff
 
-if backends.cpu.missing is not None:
-    pytest.skip(f"no C++ kernels: {backends.cpu.missing}", allow_module_level=True)
+require_cpp()
 
 INF = float("inf")
 ops = torch.ops.selfgen

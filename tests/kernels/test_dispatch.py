@@ -1,6 +1,8 @@
 """The ops as torch sees them: opcheck, torch.compile, and a machine that has neither Triton nor a compiler."""
 
 import doctest
+import os
+import shutil
 import subprocess
 import sys
 import textwrap
@@ -9,7 +11,7 @@ import pytest
 import torch
 from torch._dynamo.testing import CompileCounterWithBackend
 
-from selfgen_kernels import linear_sample_mix, sample_mix
+from selfgen_kernels import backends, linear_sample_mix, sample_mix
 from selfgen_kernels.ops import noise, passes, sampling
 
 N, V, D = 5, 130, 8
@@ -120,6 +122,13 @@ def test_gpu_gives_the_tokens_of_the_cpu_without_a_synchronisation():
     assert torch.equal(got[1].cpu(), is_self)
     assert (got[0].cpu() != tokens).sum() <= 1
     assert status.item() == 0
+
+
+@pytest.mark.skipif(os.environ.get("SELFGEN_NO_CPP") == "1", reason="the kernels are unwanted here")
+def test_a_machine_with_a_compiler_has_the_cpp_kernels():
+    """Tests of the C++ kernels skip without them, which must not hide a build that failed."""
+    if shutil.which(os.environ.get("CXX", "c++")):
+        assert backends.cpu.missing is None, f"{backends.cpu.missing}; pip install --no-build-isolation -e ."
 
 
 def test_threads_do_not_matter():

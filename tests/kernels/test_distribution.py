@@ -233,23 +233,30 @@ def test_ten_million_draws(tailed):
     assert stats.binomtest(int(counts[rare].sum()), MANY, probs[rare].sum()).pvalue > SMALLEST_P
 
 
+def forms(*draws):
+    """Each way to draw with each of the CASES that it has; shards have no filters."""
+    return pytest.mark.parametrize(
+        ("draw", "case"),
+        [
+            pytest.param(draw, case, id=f"{case}-{draw.__name__}")
+            for case, how in CASES.items()
+            for draw in draws
+            if draw is not by_shards or how.keys() <= {"temperature"}
+        ],
+    )
+
+
 @pytest.mark.slow
-@pytest.mark.parametrize("draw", [by_logits, by_head, by_shards, by_reference], ids=lambda f: f.__name__)
-@pytest.mark.parametrize("case", CASES)
+@forms(by_logits, by_head, by_shards, by_reference)
 def test_ten_million_draws_of_every_filter_and_form(tailed, draw, case):
     how = CASES[case]
-    if draw is by_shards and how.keys() - {"temperature"}:
-        pytest.skip("shards have no filters")
     assert p_value_of_counts(count(draw, tailed, MANY, how), filtered_softmax(tailed, **how)) > SMALLEST_P
 
 
-@pytest.mark.parametrize("draw", [by_logits, by_head, by_shards], ids=lambda f: f.__name__)
-@pytest.mark.parametrize("case", CASES)
+@forms(by_logits, by_head, by_shards)
 def test_every_filter_and_form(tailed, draw, case):
     """What the long test above does, on as many draws as are quick: rare tokens share a bin."""
     how = CASES[case]
-    if draw is by_shards and how.keys() - {"temperature"}:
-        pytest.skip("shards have no filters")
     n = 10_000 if draw is not by_logits or "top_p" in how else 100_000
     assert p_value_of_counts(count(draw, tailed, n, how), filtered_softmax(tailed, **how)) > SMALLEST_P
 

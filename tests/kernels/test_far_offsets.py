@@ -2,6 +2,7 @@
 
 import mmap
 import tempfile
+from importlib import import_module
 
 import pytest
 import torch
@@ -23,7 +24,7 @@ def far_apart(values):
         try:
             file.truncate(size)
             memory = mmap.mmap(file.fileno(), size)
-        except OSError as error:
+        except OSError as error:  # a limit of this machine (ulimit -v, a file system without sparse files), not of ours
             pytest.skip(f"{size >> 30} GiB of addresses are refused here: {error}")
     view = torch.frombuffer(memory, dtype=values.dtype)[span:]
     view = view.as_strided(values.shape, (FAR, *values[0].stride()), view.storage_offset())
@@ -66,16 +67,12 @@ REFERENCE_MODULES = {"head": "sampling"}  # where its name is not that of the Tr
 
 
 def function_of(backend, module, op):
-    """The op of a backend, or skip: a backend need not have every op yet."""
-    if backend.name == "triton":
-        module = pytest.importorskip(f"selfgen_kernels.backends.triton.{module}")
-    elif backend.name == "reference":
-        module = pytest.importorskip(f"selfgen_kernels.backends.reference.{REFERENCE_MODULES.get(module, module)}")
-    else:
-        module = torch.ops.selfgen
-    if not hasattr(module, op):
-        pytest.skip(f"no {op} in {backend.name}")
-    return getattr(module, op)
+    """The op of a backend."""
+    if backend.name == "cpp":
+        return getattr(torch.ops.selfgen, op)
+    if backend.name == "reference":
+        module = REFERENCE_MODULES.get(module, module)
+    return getattr(import_module(f"selfgen_kernels.backends.{backend.name}.{module}"), op)
 
 
 @pytest.mark.parametrize("far_argument", ["hidden", "weight"])

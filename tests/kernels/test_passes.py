@@ -4,11 +4,11 @@ import heapq
 
 import pytest
 import torch
-from conftest import _INTERPRETED, ON_GPU
+from conftest import _TRITON, ON_GPU, require_cpp
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from selfgen_kernels import backends, commit_pass, plan_pass
+from selfgen_kernels import commit_pass, plan_pass
 from selfgen_kernels.backends.reference import passes as reference
 
 LOG_CHANCES = st.one_of(
@@ -27,9 +27,8 @@ class Backend:
     """The two ops of one backend, on CPU tensors."""
 
     def __init__(self, name: str):
-        if name == "cpp" and backends.cpu.missing is not None:
-            # The kernels are optional: an install without a compiler must pass on what it has.
-            pytest.skip(f"no C++ kernels: {backends.cpu.missing}")
+        if name == "cpp":
+            require_cpp()
         self.ops = {"reference": lambda: reference, "cpp": lambda: torch.ops.selfgen, "triton": triton_passes}[name]()
         self.device = "cuda" if name == "triton" and ON_GPU else "cpu"
 
@@ -42,9 +41,6 @@ class Backend:
         tokens.copy_(state[0])
         final.copy_(state[1])
         return tuple(x.cpu() for x in results)
-
-
-_TRITON = pytest.param("triton", marks=pytest.mark.gpu if ON_GPU else _INTERPRETED)
 
 
 @pytest.fixture(params=["cpp", _TRITON], scope="module")

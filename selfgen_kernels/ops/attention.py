@@ -5,7 +5,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from selfgen_kernels.ops.arguments import FLOATS, check_number, check_softcap, check_tensor, values_visible
+from selfgen_kernels.ops.arguments import FLOATS, check_number, check_softcap, check_tensor
 
 torch.library.define(
     "selfgen::kv_append",
@@ -63,11 +63,6 @@ def kv_append(key_cache: Tensor, value_cache: Tensor, key: Tensor, value: Tensor
     check_tensor("key", key, ("N", *key_cache.shape[1:]), dtype, device)
     check_tensor("value", value, tuple(key.shape), dtype, device)
     check_tensor("slots", slots, (len(key),), (torch.int64,), device)
-    if values_visible(slots) and (slots >= len(key_cache)).any():
-        raise ValueError(
-            f"slots holds {int(slots.max())}, accepted are slots below {len(key_cache)}, the length of the cache, and "
-            "negative ones for padding; make the cache longer"
-        )
     _refuse_grad("kv_append", key_cache, value_cache, key, value)
     torch.ops.selfgen.kv_append(key_cache, value_cache, key, value, slots)
 
@@ -141,8 +136,6 @@ def ragged_attention(
     if len(cu_seqlens_q) == 0:
         raise ValueError("cu_seqlens_q is empty; pass int32 [B + 1], which is [0] for no chunk")
     check_tensor("kv_ranges", kv_ranges, (len(cu_seqlens_q) - 1, 2), (torch.int64,), query.device)
-    if values_visible(cu_seqlens_q):
-        _check_chunks(cu_seqlens_q.tolist(), kv_ranges.tolist(), len(query), len(key))
     if scale is None:
         scale = head_dim**-0.5
     finite = "a finite float, or None for head_dim ** -0.5"
@@ -166,19 +159,3 @@ def ragged_attention(
 def _refuse_grad(op: str, *tensors: Tensor | None) -> None:
     if torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in tensors):
         raise RuntimeError(f"{op} has no backward; call it under torch.no_grad(), or detach its tensors")
-
-
-def _check_chunks(bounds: list[int], ranges: list[list[int]], queries: int, slots: int) -> None:
-    """Raise unless `bounds` [B + 1] ascend from 0 to at most `queries`, and `ranges` [B, 2] fit slots and chunks."""
-    if bounds[0] != 0 or bounds[-1] > queries or bounds != sorted(bounds):
-        raise ValueError(
-            f"cu_seqlens_q is {bounds}, expected ascending numbers from 0 to at most the {queries} queries; "
-            "pass the running sum of the chunks' lengths, with a 0 in front"
-        )
-    for chunk, (first, length) in enumerate(ranges):
-        size = bounds[chunk + 1] - bounds[chunk]
-        if not (0 <= first <= first + length <= slots and length >= size):
-            raise ValueError(
-                f"kv_ranges[{chunk}] is [{first}, {length}], expected [first, length] inside the {slots} slots with "
-                f"length >= {size}, the queries of the chunk; write their K/V first and count them in"
-            )

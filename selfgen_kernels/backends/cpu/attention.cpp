@@ -1,9 +1,10 @@
-// kv_append and ragged_attention on CPU. The latter is a streaming softmax (flash attention, arXiv 2205.14135), with a query in each
-// vector lane.
+// kv_append and ragged_attention on CPU. The latter is a streaming softmax (flash attention, arXiv 2205.14135).
 //
-// A tile is up to three vectors of rows, a row being one query of one head; the heads of a group share their K/V head's
-// tiles. Scores lie as [keys, rows] and outputs as [head_dim, rows], so both products are the same: a matrix of K or V,
-// read in place one number at a time, times a matrix of whole vectors. No sum ever crosses lanes.
+// A row is one query of one head; the heads of a group share their K/V head's tiles. A wide tile is up to three vectors
+// of rows. Its scores lie as [keys, rows] and its outputs as [head_dim, rows], so both products are the same: a matrix of
+// K or V, read in place one number at a time, times a matrix of whole vectors. A narrow tile is the rows of one query,
+// too few to fill a vector: there keys lie in the lanes of scores, and head_dim in those of outputs. Both add the same
+// numbers in the same order, so they give the same bits. No sum ever crosses lanes.
 //
 // A lane's result depends on its own query and keys only: keys are taken in blocks that start at multiples of kBlock
 // from the first key of the range, within a block one by one, and what a lane does not see adds exact zeros. How chunks
@@ -51,13 +52,18 @@ struct Call {
 // Rows first_row, .. of a chunk and a K/V head; row r is query r / group, head r % group of the K/V head.
 struct Tile {
   int64_t first_query, queries, first_slot, keys;  // the chunk
-  int64_t kv_head, first_row, vectors;
+  int64_t kv_head, first_row, vectors;             // no vectors: a narrow tile
 };
 
 // ---- Arithmetic on lanes --------------------------------------------------------------------------------------------
 
 SELFGEN_INLINE double tanh_(double x) { return std::tanh(x); }
 SELFGEN_INLINE double exp_(double x) { return std::exp(x); }
+
+template <typename Real>
+SELFGEN_INLINE Real weight_of(Real below_largest) {
+  return exp_(below_largest) * (below_largest < -87 ? 0 : 1);  // nothing at all where nothing is seen
+}
 
 // Scores [keys, LANES] become weights relative to the largest score so far; `factor` is what earlier weights shrink by.
 template <int64_t LANES, typename Real>
@@ -74,8 +80,7 @@ SELFGEN_INLINE void softmax_step(Real* scores, int64_t keys, Real* largest, Real
   }
   for (int64_t k = 0; k < keys; ++k) {
     for (int64_t i = 0; i < LANES; ++i) {
-      const Real x = scores[k * LANES + i] - now[i];
-      const Real weight = exp_(x) * (x < -87 ? 0 : 1);  // nothing at all where nothing is seen
+      const Real weight = weight_of(scores[k * LANES + i] - now[i]);
       total[i] += weight;
       scores[k * LANES + i] = weight;
     }
@@ -128,8 +133,16 @@ SELFGEN_INLINE void prefetch(const View<T>& view, int64_t first, int64_t rows, i
   }
 }
 
+// The largest score, sink included, and the sum of weights with which a row starts.
+template <typename T, typename Real>
+SELFGEN_INLINE void start_row(const Call<T>& call, int64_t head, Real* largest, Real* total) {
+  const Real lowest = std::numeric_limits<Real>::lowest(), sink = call.sinks ? call.sinks[head] : lowest;
+  *largest = sink <= lowest ? lowest : sink;
+  *total = sink <= lowest ? 0 : 1;
+}
+
 template <int64_t BYTES, int64_t V, typename T>
-SELFGEN_INLINE void attend_vectors(const Call<T>& call, const Tile& tile, Accumulator<T>* scratch) {
+SELFGEN_INLINE void attend_wide(const Call<T>& call, const Tile& tile, Accumulator<T>* scratch) {
   using Real = Accumulator<T>;
   using Index = std::conditional_t<sizeof(Real) == 8, int64_t, int32_t>;
   typedef Real Vec __attribute__((vector_size(BYTES), may_alias));
@@ -151,10 +164,7 @@ SELFGEN_INLINE void attend_vectors(const Call<T>& call, const Tile& tile, Accumu
     const int64_t position = tile.keys - tile.queries + query_of(lane);
     first[i] = Index(std::max<int64_t>(0, position - call.window + 1));
     last[i] = Index(position);
-    const Real lowest = std::numeric_limits<Real>::lowest();
-    const Real sink = call.sinks ? call.sinks[head_of(lane)] : lowest;
-    largest[i] = sink <= lowest ? lowest : sink;
-    total[i] = sink <= lowest ? 0 : 1;
+    start_row(call, head_of(lane), &largest[i], &total[i]);
     const T* from = call.query.at(tile.first_query + query_of(lane), head_of(lane));
     for (int64_t d = 0; d < head_dim; ++d) query[d * LANES + i] = Real(from[d]) * call.scale;
   }
@@ -167,7 +177,7 @@ SELFGEN_INLINE void attend_vectors(const Call<T>& call, const Tile& tile, Accumu
     int64_t stride;
     prefetch(call.value, slot, keys, tile.kv_head, head_dim);
     const Real* key = load_block(call.key, slot, keys, tile.kv_head, head_dim, buffer, &stride);
-    multiply<ROWS, V>((Vec*)scores, keys, key, stride, 1, (const Vec*)query, head_dim, (const Vec*)nullptr);
+    multiply<ROWS, V, Vec, Real>({scores, LANES}, keys, {key, stride}, 1, {query, LANES}, head_dim, {nullptr, 0});
     if (call.softcap > 0) {
       for (int64_t i = 0; i < keys * LANES; ++i) scores[i] = call.softcap * tanh_(scores[i] / call.softcap);
     }
@@ -185,11 +195,12 @@ SELFGEN_INLINE void attend_vectors(const Call<T>& call, const Tile& tile, Accumu
     prefetch(call.key, slot + keys, next_keys, tile.kv_head, head_dim);
     const Real* value = load_block(call.value, slot, keys, tile.kv_head, head_dim, buffer, &stride);
     const Real* finite = edge ? without_nan(value, keys, head_dim, stride, clean) : nullptr;
+    const Matrix<const Real> weights{scores, LANES}, shrink{factor, 0};
     if (finite == nullptr) {
-      multiply<ROWS, V>((Vec*)out, head_dim, value, 1, stride, (const Vec*)scores, keys, (const Vec*)factor);
+      multiply<ROWS, V, Vec, Real>({out, LANES}, head_dim, {value, 1}, stride, weights, keys, shrink);
       continue;
     }
-    multiply<ROWS, V>((Vec*)out, head_dim, finite, 1, head_dim, (const Vec*)scores, keys, (const Vec*)factor);
+    multiply<ROWS, V, Vec, Real>({out, LANES}, head_dim, {finite, 1}, head_dim, weights, keys, shrink);
     for (int64_t k = 0; k < keys; ++k) {  // what is not finite reaches the lanes that see it
       const Index at = Index(start + k);
       for (int64_t d = 0; d < head_dim; ++d) {
@@ -208,11 +219,120 @@ SELFGEN_INLINE void attend_vectors(const Call<T>& call, const Tile& tile, Accumu
   }
 }
 
+// x[i][j] becomes x[j][i], by swapping ever larger blocks across the diagonal.
+template <int64_t L, typename Index, typename Vec>
+SELFGEN_INLINE void transpose(Vec* x) {
+  typedef Index Lanes __attribute__((vector_size(sizeof(Vec))));
+#pragma GCC unroll 16
+  for (int64_t step = 1; step < L; step *= 2) {
+    Lanes upper, lower;
+#pragma GCC unroll 16
+    for (int64_t j = 0; j < L; ++j) {
+      upper[j] = j & step ? L + j - step : j;
+      lower[j] = j & step ? L + j : j + step;
+    }
+#pragma GCC unroll 16
+    for (int64_t i = 0; i < L; ++i) {
+      if (i & step) continue;
+      const Vec first = x[i], second = x[i + step];
+      x[i] = __builtin_shuffle(first, second, upper);
+      x[i + step] = __builtin_shuffle(first, second, lower);
+    }
+  }
+}
+
+template <int64_t BYTES, typename T>
+SELFGEN_INLINE void attend_narrow(const Call<T>& call, const Tile& tile, Accumulator<T>* scratch) {
+  using Real = Accumulator<T>;
+  using Index = std::conditional_t<sizeof(Real) == 8, int64_t, int32_t>;
+  constexpr int64_t L = BYTES / sizeof(Real), ROWS = 4, WIDTH = BYTES == 64 ? 4 : 2;
+  typedef Real Vec __attribute__((vector_size(BYTES), may_alias, aligned(sizeof(Real))));  // rows lie as they like
+  const int64_t head_dim = call.head_dim, rows = call.group, head = tile.kv_head * rows;
+  const int64_t at = tile.first_query + tile.first_row / rows;
+  const int64_t position = tile.keys - tile.queries + tile.first_row / rows, end = position + 1;
+  const int64_t first = std::max<int64_t>(0, end - call.window);
+
+  Real* const query = scratch;                      // [rows, head_dim]
+  Real* const out = query + rows * head_dim;        // [rows, head_dim]
+  Real* const scores = out + rows * head_dim;       // [rows, kBlock]
+  Real* const buffer = scores + rows * kBlock;      // [kBlock, head_dim]
+  Real* const across = buffer + kBlock * head_dim;  // [head_dim, kBlock]
+  Real largest[L], total[L], factor[L][WIDTH * L];  // of each row, of which there are fewer than lanes
+
+  for (int64_t row = 0; row < rows; ++row) {
+    start_row(call, head + row, &largest[row], &total[row]);
+    const T* from = call.query.at(at, head + row);
+    for (int64_t d = 0; d < head_dim; ++d) query[row * head_dim + d] = Real(from[d]) * call.scale;
+  }
+  std::fill_n(out, rows * head_dim, Real(0));
+
+  for (int64_t start = first / kBlock * kBlock; start < end; start += kBlock) {
+    const int64_t keys = std::min(kBlock, end - start), slot = tile.first_slot + start;
+    const int64_t next_keys = std::min(kBlock, end - start - keys), skip = std::max<int64_t>(0, first - start);
+    int64_t stride;
+    prefetch(call.value, slot, keys, tile.kv_head, head_dim);
+    const Real* key = load_block(call.key, slot, keys, tile.kv_head, head_dim, buffer, &stride);
+    for (int64_t k = 0; k < keys; k += L) {
+      for (int64_t d = 0; d < head_dim; d += L) {
+        Vec block[L];
+#pragma GCC unroll 16
+        for (int64_t i = 0; i < L; ++i) block[i] = *(const Vec*)(key + std::min(k + i, keys - 1) * stride + d);
+        transpose<L, Index>(block);
+#pragma GCC unroll 16
+        for (int64_t i = 0; i < L; ++i) *(Vec*)(across + (d + i) * kBlock + k) = block[i];
+      }
+    }
+    for (int64_t k = 0; k < keys; k += 2 * L) {
+      multiply<ROWS, 2, Vec, Real>(
+          {scores + k, kBlock}, rows, {query, head_dim}, 1, {across + k, kBlock}, head_dim, {nullptr, 0});
+    }
+    for (int64_t row = 0; row < rows; ++row) {
+      Real* const score = scores + row * kBlock;
+      if (call.softcap > 0) {
+        for (int64_t k = 0; k < kBlock; ++k) score[k] = call.softcap * tanh_(score[k] / call.softcap);
+      }
+      for (int64_t k = 0; k < kBlock; ++k) {
+        score[k] = k >= skip && k < keys ? score[k] : -std::numeric_limits<Real>::infinity();
+      }
+      Vec most = Vec{} + largest[row];
+      for (int64_t k = 0; k < kBlock; k += L) {
+        const Vec x = *(const Vec*)(score + k);
+        most = x > most ? x : most;
+      }
+      Real now = largest[row];
+      for (int64_t i = 0; i < L; ++i) now = most[i] > now ? most[i] : now;
+      const Real shrink = exp_(largest[row] - now);
+      largest[row] = now;
+      for (int64_t i = 0; i < WIDTH * L; ++i) factor[row][i] = shrink;
+      for (int64_t k = 0; k < kBlock; ++k) score[k] = weight_of(score[k] - now);
+      Real sum = total[row] * shrink;
+      for (int64_t k = skip; k < keys; ++k) sum += score[k];
+      total[row] = sum;
+    }
+    prefetch(call.key, slot + keys, next_keys, tile.kv_head, head_dim);
+    const Real* value = load_block(call.value, slot, keys, tile.kv_head, head_dim, buffer, &stride) + skip * stride;
+    const auto weigh = [&](auto width, int64_t d) __attribute__((always_inline)) {
+      multiply<ROWS, decltype(width)::value, Vec, Real>(
+          {out + d, head_dim}, rows, {scores + skip, kBlock}, 1, {value + d, stride}, keys - skip,
+          {factor[0], WIDTH * L});
+    };
+    int64_t d = 0;
+    for (; d + WIDTH * L <= head_dim; d += WIDTH * L) weigh(std::integral_constant<int64_t, WIDTH>(), d);
+    for (; d < head_dim; d += L) weigh(std::integral_constant<int64_t, 1>(), d);
+  }
+
+  for (int64_t row = 0; row < rows; ++row) {
+    T* to = call.out + (at * call.heads + head + row) * head_dim;
+    for (int64_t d = 0; d < head_dim; ++d) to[d] = T(out[row * head_dim + d] / total[row]);
+  }
+}
+
 template <int64_t BYTES, typename T>
 SELFGEN_INLINE void attend(const Call<T>& call, const Tile& tile, Accumulator<T>* scratch) {
-  if (tile.vectors == 1) return attend_vectors<BYTES, 1>(call, tile, scratch);
-  if (tile.vectors == 2) return attend_vectors<BYTES, 2>(call, tile, scratch);
-  attend_vectors<BYTES, 3>(call, tile, scratch);
+  if (tile.vectors == 0) return attend_narrow<BYTES>(call, tile, scratch);
+  if (tile.vectors == 1) return attend_wide<BYTES, 1>(call, tile, scratch);
+  if (tile.vectors == 2) return attend_wide<BYTES, 2>(call, tile, scratch);
+  attend_wide<BYTES, 3>(call, tile, scratch);
 }
 
 // ---- One function a level of x86; vectors are as long as its registers ----------------------------------------------
@@ -250,26 +370,34 @@ Level<T> best_level() {
 
 // ---- The op: its contract is in ops/attention.py --------------------------------------------------------------------
 
-// The tiles of all chunks: at most `most` vectors each, as even as they can be.
+// The tiles of all chunks: narrow where that is less work, else at most `most` vectors each, as even as they can be.
 std::vector<Tile> cut(
     const at::Tensor& cu_seqlens_q, const at::Tensor& kv_ranges, int64_t num_queries, int64_t slots, int64_t kv_heads,
-    int64_t group, int64_t lanes, int64_t most) {
+    int64_t group, int64_t head_dim, int64_t lanes, int64_t most) {
   const int32_t* bounds = cu_seqlens_q.const_data_ptr<int32_t>();
   const int64_t *ranges = kv_ranges.const_data_ptr<int64_t>(), chunks = kv_ranges.size(0);
   TORCH_CHECK_VALUE(
       cu_seqlens_q.numel() == chunks + 1 && bounds[0] == 0 && bounds[chunks] <= num_queries &&
           std::is_sorted(bounds, bounds + chunks + 1),
-      "cu_seqlens_q must be [", chunks + 1, "] and ascend from 0 to at most the ", num_queries, " queries");
+      "cu_seqlens_q is ", at::IntArrayRef(std::vector<int64_t>(bounds, bounds + cu_seqlens_q.numel())), ", expected ",
+      chunks + 1, " ascending numbers from 0 to at most the ", num_queries,
+      " queries; pass the running sum of the chunks' lengths, with a 0 in front");
   std::vector<Tile> tiles;
   for (int64_t chunk = 0; chunk < chunks; ++chunk) {
     const int64_t begin = bounds[chunk], queries = bounds[chunk + 1] - begin;
     const int64_t first = ranges[2 * chunk], keys = ranges[2 * chunk + 1];
     TORCH_CHECK_VALUE(
         0 <= first && first <= slots && queries <= keys && keys <= slots - first, "kv_ranges[", chunk, "] is [", first,
-        ", ", keys, "]; pass a range inside the ", slots, " slots, at least as long as its ", queries, " queries");
+        ", ", keys, "], expected [first, length] inside the ", slots, " slots with length >= ", queries,
+        ", the queries of the chunk; write their K/V first and count them in");
     const int64_t vectors = (queries * group + lanes - 1) / lanes, count = (vectors + most - 1) / most;
+    // A number of K and V costs a wide tile two products, a narrow one of each query 2 group / lanes, and its transposing.
+    const bool narrow = head_dim % lanes == 0 && queries * (group + 2) <= lanes;
     for (int64_t kv_head = 0; kv_head < kv_heads; ++kv_head) {
-      for (int64_t i = 0; i < count; ++i) {
+      for (int64_t i = 0; narrow && i < queries; ++i) {
+        tiles.push_back({begin, queries, first, keys, kv_head, i * group, 0});
+      }
+      for (int64_t i = 0; !narrow && i < count; ++i) {
         const int64_t from = vectors * i / count, to = vectors * (i + 1) / count;
         tiles.push_back({begin, queries, first, keys, kv_head, from * lanes, to - from});
       }
@@ -291,7 +419,7 @@ void run(
   const int64_t threads = at::get_num_threads();
 
   const auto tiles_of = [&](int64_t most) {
-    return cut(cu_seqlens_q, kv_ranges, query.size(0), key.size(0), kv_heads, group, level.lanes, most);
+    return cut(cu_seqlens_q, kv_ranges, query.size(0), key.size(0), kv_heads, group, head_dim, level.lanes, most);
   };
   std::vector<Tile> tiles = tiles_of(kVectors);
   if (int64_t(tiles.size()) < 2 * threads) tiles = tiles_of(1);  // smaller ones keep all threads busy
@@ -344,7 +472,9 @@ void append(const at::Tensor& cache, const at::Tensor& rows, const at::Tensor& s
       "rows ", rows.sizes(), " do not fit ", slots.numel(), " slots of a cache ", cache.sizes());
   const int64_t *slot = slots.const_data_ptr<int64_t>(), count = slots.numel(), num_slots = cache.size(0);
   for (int64_t i = 0; i < count; ++i) {
-    TORCH_CHECK_VALUE(slot[i] < num_slots, "slots[", i, "] is ", slot[i], ", but there are ", num_slots, " slots");
+    TORCH_CHECK_VALUE(
+        slot[i] < num_slots, "slots holds ", slot[i], ", accepted are slots below ", num_slots,
+        ", the length of the cache, and negative ones for padding; make the cache longer");
   }
   const int64_t heads = cache.size(1), head_dim = cache.size(2), size = cache.element_size();
   const auto dense = [&](const at::Tensor& x) { return head_dim == 1 || x.stride(2) == 1; };

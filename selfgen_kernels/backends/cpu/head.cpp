@@ -94,7 +94,8 @@ SELFGEN_INLINE void group_logits(const Head<T>& head, int64_t first, int64_t cou
   using Real = Accumulator<T>;
   typedef Real Vec __attribute__((vector_size(BYTES), may_alias));
   constexpr int64_t lanes = BYTES / sizeof(Real);
-  const Vec one[kVectors] = {Vec{} + 1, Vec{} + 1, Vec{} + 1};
+  Real one[kVectors * lanes];
+  std::fill_n(one, kVectors * lanes, Real(1));
   for (int64_t begin = 0; begin < head.depth || begin == 0; begin += kDepth) {
     const int64_t inner = std::min(kDepth, head.depth - begin);
     for (int64_t i = 0; i < count; i += kIds) {
@@ -103,12 +104,13 @@ SELFGEN_INLINE void group_logits(const Head<T>& head, int64_t first, int64_t cou
       int64_t id_stride, inner_stride;
       const Real* weight = load_weight(head, first + i, ids, begin, inner, buffers.weight, &id_stride, &inner_stride);
       for_each_strip(head.vectors, [&](int64_t vector, int64_t vectors) __attribute__((always_inline)) {
-        Vec* const product = (Vec*)(buffers.product + (vector * kGroup + i * vectors) * lanes);
-        const Vec* hidden = (const Vec*)(head.hidden + (vector * head.depth + vectors * begin) * lanes);
-        const Vec* factor = begin > 0 ? one : nullptr;
-        if (vectors == 1) multiply<kIds, 1>(product, ids, weight, id_stride, inner_stride, hidden, inner, factor);
-        if (vectors == 2) multiply<kIds, 2>(product, ids, weight, id_stride, inner_stride, hidden, inner, factor);
-        if (vectors == 3) multiply<kIds, 3>(product, ids, weight, id_stride, inner_stride, hidden, inner, factor);
+        const int64_t row = vectors * lanes;
+        const Matrix<Real> product{buffers.product + vector * kGroup * lanes + i * row, row};
+        const Matrix<const Real> ids_of{weight, id_stride}, add{begin > 0 ? one : nullptr, 0};
+        const Matrix<const Real> hidden{head.hidden + vector * head.depth * lanes + begin * row, row};
+        if (vectors == 1) multiply<kIds, 1, Vec>(product, ids, ids_of, inner_stride, hidden, inner, add);
+        if (vectors == 2) multiply<kIds, 2, Vec>(product, ids, ids_of, inner_stride, hidden, inner, add);
+        if (vectors == 3) multiply<kIds, 3, Vec>(product, ids, ids_of, inner_stride, hidden, inner, add);
       });
     }
   }

@@ -15,10 +15,20 @@ constexpr int64_t kVectors = 3;  // of c side by side, at most: with 8 rows of t
 template <typename T>
 using Accumulator = std::conditional_t<std::is_same_v<T, double>, double, float>;
 
-// ROWS rows of c [., V vectors] = c * factor + a b, with a [ROWS, inner] at a[row * a_row + j * a_inner]. No factor: 0.
+// A matrix in memory: row i begins at data + i * stride.
+template <typename Real>
+struct Matrix {
+  Real* data;
+  int64_t stride;
+  Matrix from(int64_t row) const { return {data + row * stride, stride}; }
+};
+
+// ROWS rows of c = c * factor + a b; c, b and factor have rows of V vectors, a [ROWS, inner] columns a_inner apart. With
+// no factor, c = a b.
 template <int64_t ROWS, int64_t V, typename Vec, typename Real>
 SELFGEN_INLINE void multiply_rows(
-    Vec* c, const Real* a, int64_t a_row, int64_t a_inner, const Vec* b, int64_t inner, const Vec* factor) {
+    Matrix<Real> c, Matrix<const Real> a, int64_t a_inner, Matrix<const Real> b, int64_t inner, Matrix<const Real> factor) {
+  constexpr int64_t LANES = sizeof(Vec) / sizeof(Real);
   Vec sum[ROWS][V];
 #pragma GCC unroll 8
   for (int64_t row = 0; row < ROWS; ++row) {
@@ -28,31 +38,34 @@ SELFGEN_INLINE void multiply_rows(
   for (int64_t j = 0; j < inner; ++j) {
 #pragma GCC unroll 8
     for (int64_t row = 0; row < ROWS; ++row) {
-      const Real x = a[row * a_row + j * a_inner];
+      const Real x = a.data[row * a.stride + j * a_inner];
 #pragma GCC unroll 8
-      for (int64_t v = 0; v < V; ++v) sum[row][v] += x * b[j * V + v];
+      for (int64_t v = 0; v < V; ++v) sum[row][v] += x * *(const Vec*)(b.data + j * b.stride + v * LANES);
     }
   }
 #pragma GCC unroll 8
   for (int64_t row = 0; row < ROWS; ++row) {
 #pragma GCC unroll 8
-    for (int64_t v = 0; v < V; ++v) c[row * V + v] = factor ? c[row * V + v] * factor[v] + sum[row][v] : sum[row][v];
+    for (int64_t v = 0; v < V; ++v) {
+      Vec* const to = (Vec*)(c.data + row * c.stride + v * LANES);
+      *to = factor.data ? *to * *(const Vec*)(factor.data + row * factor.stride + v * LANES) + sum[row][v] : sum[row][v];
+    }
   }
 }
 
-// The same for any number of rows: as many ROWS at a time as there are, then half as many, ...
+// The same for any number of rows: as many ROWS at a time as there are, then fewer.
 template <int64_t ROWS, int64_t V, typename Vec, typename Real>
 SELFGEN_INLINE void multiply(
-    Vec* c, int64_t rows, const Real* a, int64_t a_row, int64_t a_inner, const Vec* b, int64_t inner,
-    const Vec* factor) {
+    Matrix<Real> c, int64_t rows, Matrix<const Real> a, int64_t a_inner, Matrix<const Real> b, int64_t inner,
+    Matrix<const Real> factor) {
+  const auto from = [&](int64_t row) { return factor.data ? factor.from(row) : factor; };
   int64_t row = 0;
   for (; row + ROWS <= rows; row += ROWS) {
-    multiply_rows<ROWS, V>(c + row * V, a + row * a_row, a_row, a_inner, b, inner, factor);
+    multiply_rows<ROWS, V, Vec>(c.from(row), a.from(row), a_inner, b, inner, from(row));
   }
   if constexpr (ROWS > 1) {
-    if (row < rows) {
-      multiply<ROWS / 2, V>(c + row * V, rows - row, a + row * a_row, a_row, a_inner, b, inner, factor);
-    }
+    constexpr int64_t FEWER = ROWS > 4 ? ROWS / 2 : ROWS - 1;
+    if (row < rows) multiply<FEWER, V, Vec>(c.from(row), rows - row, a.from(row), a_inner, b, inner, from(row));
   }
 }
 

@@ -13,6 +13,11 @@ def kv_append(
     slots: Tensor,  # [N]: negative for padding
 ) -> None:
     """cache[slots[i]] = states[i] where there is such a slot."""
+    if slots.device.type == "cpu" and (slots >= len(key_cache)).any():
+        raise ValueError(
+            f"slots holds {int(slots.max())}, accepted are slots below {len(key_cache)}, the length of the cache, and "
+            "negative ones for padding; make the cache longer"
+        )
     exists = (slots >= 0) & (slots < len(key_cache))
     key_cache[slots[exists]] = key[exists]
     value_cache[slots[exists]] = value[exists]
@@ -30,10 +35,11 @@ def ragged_attention(
     sinks: Tensor | None,  # [heads]
 ) -> Tensor:
     """[N, heads, head_dim]: softmax(query key^T * scale) value over the keys that a query sees."""
+    bounds, ranges = cu_seqlens_q.tolist(), kv_ranges.tolist()
+    _check_chunks(bounds, ranges, len(query), len(key))
     output = query.new_empty(query.shape)
-    bounds = cu_seqlens_q.tolist()
     output[bounds[-1] :] = 0  # padding
-    for begin, end, (start, length) in zip(bounds, bounds[1:], kv_ranges.tolist(), strict=False):
+    for begin, end, (start, length) in zip(bounds, bounds[1:], ranges, strict=False):
         keys, values = key[start : start + length], value[start : start + length]
         # 0 * NaN is NaN: one by one, queries meet only what they see.
         finite = bool(keys.isfinite().all() and values.isfinite().all())
@@ -48,6 +54,22 @@ def ragged_attention(
             part = keys[first:last], values[first:last]
             output[i : i + step] = attend(query[i : i + step], *part, visible, scale, softcap, sinks)
     return output
+
+
+def _check_chunks(bounds: list[int], ranges: list[list[int]], queries: int, slots: int) -> None:
+    """Raise unless `bounds` [B + 1] ascend from 0 to at most `queries`, and `ranges` [B, 2] fit slots and chunks."""
+    if bounds[0] != 0 or bounds[-1] > queries or bounds != sorted(bounds):
+        raise ValueError(
+            f"cu_seqlens_q is {bounds}, expected ascending numbers from 0 to at most the {queries} queries; "
+            "pass the running sum of the chunks' lengths, with a 0 in front"
+        )
+    for chunk, (first, length) in enumerate(ranges):
+        size = bounds[chunk + 1] - bounds[chunk]
+        if not (0 <= first <= first + length <= slots and length >= size):
+            raise ValueError(
+                f"kv_ranges[{chunk}] is [{first}, {length}], expected [first, length] inside the {slots} slots with "
+                f"length >= {size}, the queries of the chunk; write their K/V first and count them in"
+            )
 
 
 def _visible(queries: int, keys: int, sliding_window: int | None, device: torch.device) -> Tensor | None:

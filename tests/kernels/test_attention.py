@@ -47,16 +47,16 @@ def interpreted(op) -> bool:
 
 
 class OnDevice:
-    """Ops on a GPU, called with CPU tensors."""
+    """Ops on a GPU, called with CPU tensors, whose strides they see."""
 
     def __init__(self, module):
         self.module = module
 
     def ragged_attention(self, *args):
-        return self.module.ragged_attention(*(x.cuda() if isinstance(x, torch.Tensor) else x for x in args)).cpu()
+        return self.module.ragged_attention(*conftest.moved(args, "cuda")).cpu()
 
     def kv_append(self, *args):
-        on_gpu = [x.cuda() for x in args]
+        on_gpu = conftest.moved(args, "cuda")
         self.module.kv_append(*on_gpu)
         for cache, result in zip(args[:2], on_gpu[:2], strict=True):
             cache.copy_(result)

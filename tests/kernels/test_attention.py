@@ -477,8 +477,10 @@ def test_append_kernel_refuses_what_python_has_not_seen():
     slots[1] = 20
     with pytest.raises(ValueError, match="slots holds 20, accepted are slots below 20"):
         torch.ops.selfgen.kv_append(*tensors, slots)
-    with pytest.raises(ValueError, match="do not fit"):
-        torch.ops.selfgen.kv_append(*tensors[:2], tensors[2][1:], tensors[3], slots.clamp(max=0))
+    before = tensors[0].clone()
+    with pytest.raises(ValueError, match=r"value_cache has shape \[1, 3, 16\], expected \[20, 3, 16\]"):
+        torch.ops.selfgen.kv_append(tensors[0], tensors[1][:1], *tensors[2:], slots.clamp(max=0))
+    assert torch.equal(tensors[0], before), "written before the error"
 
 
 def fake_flash_attn(calls):

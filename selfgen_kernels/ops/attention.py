@@ -196,7 +196,8 @@ def _refuse_overlap(key_cache: Tensor, value_cache: Tensor, key: Tensor, value: 
                     raise ValueError(f"{name} is a view of {cache_name}, which is written to; pass {name}.clone()")
     # Parts of one tensor may interleave, so here only a slot of one cache that is a slot of the other is an overlap.
     if key_storage == value_storage and key_cache.numel() > 0:
-        distance, stride = abs(key_cache.storage_offset() - value_cache.storage_offset()), key_cache.stride()
+        distance = abs(int(key_cache.storage_offset()) - int(value_cache.storage_offset()))
+        stride = key_cache.stride()
         slots, rest = divmod(distance, max(1, stride[0]))
         if distance == 0 or (value_cache.stride() == stride and rest == 0 and slots < len(key_cache)):
             raise ValueError("key_cache and value_cache share memory; pass two caches, such as the halves of a tensor")

@@ -3,8 +3,8 @@
 // A row is one query of one head; the heads of a group share their K/V head's tiles. A wide tile is up to three vectors
 // of rows. Its scores lie as [keys, rows] and its outputs as [head_dim, rows], so both products are the same: a matrix
 // of K or V, read in place one number at a time, times a matrix of whole vectors. A narrow tile is the rows of one
-// query, too few to fill a vector: there keys lie in the lanes of scores, and head_dim in those of outputs. Both add the
-// same numbers in the same order, so they give the same bits. No sum ever crosses lanes.
+// query, too few to fill a vector: there keys lie in the lanes of scores, and head_dim in those of outputs. Both add
+// the same numbers in the same order, so they give the same bits. No sum ever crosses lanes.
 //
 // A lane's result depends on its own query and keys only: keys are taken in blocks that start at multiples of kBlock
 // from the first key of the range, within a block one by one, and what a lane does not see adds exact zeros. How chunks
@@ -389,9 +389,10 @@ std::vector<Tile> cut(
     const int64_t begin = bounds[chunk], queries = bounds[chunk + 1] - begin;
     const int64_t first = ranges[2 * chunk], keys = ranges[2 * chunk + 1];
     TORCH_CHECK_VALUE(
-        0 <= first && first <= slots && queries <= keys && keys <= std::min(kMostKeys, slots - first), "kv_ranges[",
-        chunk, "] is [", first, ", ", keys, "], expected [first, length] inside the ", slots, " slots with length >= ", queries,
-        ", the queries of the chunk, and at most 2**30; write their K/V first and count them in");
+        0 <= first && first <= slots && queries <= keys && keys <= std::min(kMostKeys, slots - first),
+        "kv_ranges[", chunk, "] is [", first, ", ", keys, "], expected [first, length] inside the ", slots,
+        " slots with length >= ", queries, ", the queries of the chunk, and at most 2**30; "
+        "write their K/V first and count them in");
     const int64_t vectors = (queries * group + lanes - 1) / lanes, count = (vectors + most - 1) / most;
     // A number of K and V costs a wide tile two products, a narrow one of each query 2 group / lanes, and transposing.
     const bool narrow = head_dim % lanes == 0 && queries * (group + 2) <= lanes;

@@ -80,7 +80,7 @@ sanitize: $(SANITIZED)/.built
 	@echo "==> fuzzing them"
 	LD_PRELOAD="$(PRELOAD)" ASAN_OPTIONS=detect_leaks=0 UBSAN_OPTIONS=print_stacktrace=1 \
 	  PYTHONPATH=$(SANITIZED)/lib HYPOTHESIS_PROFILE=$(or $(HYPOTHESIS_PROFILE),explore) SELFGEN_SANITIZED=1 \
-	  $(BIN)/pytest --capture=sys tests/kernels/test_fuzz.py $(ARGS)
+	  $(BIN)/pytest --capture=sys tests/kernels/test_fuzz.py tests/kernels/test_direct_calls.py $(ARGS)
 
 TRITONS := 3.5.0 3.6.0 3.7.0 3.8.0  # numpy: the interpreters of 3.5 and 3.6 use what numpy 2.4 took away
 triton-versions: setup

@@ -7,6 +7,7 @@ import triton
 import triton.language as tl
 
 from selfgen_kernels.backends.triton.configuration import Configuration
+from selfgen_kernels.backends.triton.dot import rounded
 
 
 @triton.jit
@@ -21,6 +22,13 @@ def product_kernel(x, y, out, size, x_stride, y_stride, M: tl.constexpr, N: tl.c
         b = tl.load(y + columns[:, None] * y_stride + inner[None])  # [N, K]
         total = tl.dot(a, b.T, total)
     tl.store(out + rows, tl.max(total, 1))
+
+
+@triton.jit
+def rounding_kernel(x, out, SIZE: tl.constexpr):
+    """Copies fp32 x [SIZE], rounded, to out."""
+    index = tl.arange(0, SIZE)
+    tl.store(out + index, rounded(tl.load(x + index), out.dtype.element_ty))
 
 
 @triton.jit

@@ -19,7 +19,7 @@ from torch import Tensor
 from selfgen_kernels.backends.reference.sampling import Candidates, Mixed, Sampling, head_logits
 from selfgen_kernels.backends.triton import sampling as logits_sampling
 from selfgen_kernels.backends.triton.configuration import Configuration, current_target
-from selfgen_kernels.backends.triton.dot import factor_of_dot
+from selfgen_kernels.backends.triton.dot import factor_of_dot, rounded
 from selfgen_kernels.backends.triton.noise import GROUP, OPTIONS, TOKEN, gumbel, gumbel_noise, in_mask, random_words
 from selfgen_kernels.backends.triton.sampling import GROUP_SIZE, group_mass
 
@@ -52,6 +52,29 @@ def select_rows_kernel(
     tl.store(count, selected)
 
 
+@triton.jit
+def multiply_tile(
+    hidden, hidden_stride, weight, weight_stride, bias, hidden_size, logit_scale, softcap,
+    row, is_row, column, is_column, BLOCK_K: tl.constexpr,
+):  # fmt: skip
+    """fp32 [M, N]: the head's logits of `row` [M] at `column` [N], rounded to its dtype as those of a linear layer."""
+    k = tl.arange(0, BLOCK_K)
+    hidden_tile = hidden + row[:, None] * hidden_stride + k[None, :]  # [M, BLOCK_K]
+    weight_tile = weight + column[None, :] * weight_stride + k[:, None]  # [BLOCK_K, N]
+    logits = tl.zeros([row.shape[0], column.shape[0]], tl.float32)
+    for first_k in range(0, hidden_size, BLOCK_K):
+        is_k = first_k + k < hidden_size
+        left = tl.load(hidden_tile + first_k, mask=is_row[:, None] & is_k[None, :], other=0.0)
+        right = tl.load(weight_tile + first_k, mask=is_column[None, :] & is_k[:, None], other=0.0)
+        logits = tl.dot(factor_of_dot(left), factor_of_dot(right), logits, input_precision="ieee")
+    if bias is not None:
+        logits += tl.load(bias + column, mask=is_column, other=0.0).to(tl.float32)[None, :]
+    logits = rounded(logits, weight.dtype.element_ty).to(tl.float32) * logit_scale
+    if softcap is not None:
+        logits = softcap * tanh(logits / softcap)
+    return logits
+
+
 @triton.jit(do_not_specialize=["seed"])
 def score_tile_kernel(
     hidden, hidden_stride, weight, weight_stride, bias, hidden_size, logit_scale, softcap,
@@ -81,21 +104,10 @@ def score_tile_kernel(
     offset = start + tl.arange(0, BLOCK_N)  # [BLOCK_N] ids
     is_id = (offset >= begin) & (offset < end)
 
-    k = tl.arange(0, BLOCK_K)
-    hidden_tile = hidden + row[:, None] * hidden_stride + k[None, :]  # [BLOCK_M, BLOCK_K]
-    weight_tile = weight + (offset - first_id)[None, :] * weight_stride + k[:, None]  # [BLOCK_K, BLOCK_N]
-    logits = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
-    for first_k in range(0, hidden_size, BLOCK_K):
-        is_k = first_k + k < hidden_size
-        left = tl.load(hidden_tile + first_k, mask=is_row[:, None] & is_k[None, :], other=0.0)
-        right = tl.load(weight_tile + first_k, mask=is_id[None, :] & is_k[:, None], other=0.0)
-        logits = tl.dot(factor_of_dot(left), factor_of_dot(right), logits, input_precision="ieee")
-
-    if bias is not None:
-        logits += tl.load(bias + offset - first_id, mask=is_id, other=0.0).to(tl.float32)[None, :]
-    logits *= logit_scale
-    if softcap is not None:
-        logits = softcap * tanh(logits / softcap)
+    logits = multiply_tile(
+        hidden, hidden_stride, weight, weight_stride, bias, hidden_size, logit_scale, softcap, row, is_row,
+        offset - first_id, is_id, BLOCK_K,
+    )  # fmt: skip
     inv_temperature = tl.load(inv_temperatures + row, mask=is_row, other=1.0)  # [BLOCK_M]
     greedy = inv_temperature == float("inf")
     z = logits * tl.where(greedy, 1.0, inv_temperature)[:, None]

@@ -1,11 +1,12 @@
-"""Triton's head on random numbers: rounded as the reference's."""
+"""Triton's head on random numbers: rounded as the reference's, and no work for rows that keep their reference."""
 
 import pytest
 import torch
 from oracles import assert_same_tokens
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from selfgen_kernels.backends.reference import sampling as reference
-from selfgen_kernels.backends.reference.sampling import head_logits
+from selfgen_kernels.backends.reference.sampling import Sampling, head_logits
 from selfgen_kernels.backends.reference.scaling import scaled
 
 pytest.importorskip("triton")
@@ -13,8 +14,10 @@ ON_GPU = torch.cuda.is_available()
 pytestmark = (
     pytest.mark.gpu if ON_GPU else pytest.mark.filterwarnings("ignore::RuntimeWarning:triton.runtime.interpreter")
 )
+INTERPRETED = pytest.mark.skipif(ON_GPU, reason="the guard is one of the interpreter")
 INF = float("inf")
 NEAR_TIES = 1e-4  # at most this part of the rows: none of the few here
+FILTERS = [{}, {"top_k": 9}, {"top_p": 0.9, "min_p": 0.01}]
 
 
 def random_head(n, width, vocab_size, dtype, **settings):
@@ -98,3 +101,80 @@ def test_bf16_is_rounded_to_nearest_even():
     x, out = (value.cuda() if ON_GPU else value for value in (x, out))
     specimens.rounding_kernel[(1,)](x, out, SIZE=4096)
     torch.testing.assert_close(out, x.bfloat16(), rtol=0, atol=0, equal_nan=True)
+
+
+# ---- Rows that keep their reference ----------------------------------------------------------------------------------
+
+
+class UntouchedByTorch(TorchDispatchMode):
+    """Fails where torch, rather than a kernel, computes with a tensor; to look at its layout is no computing."""
+
+    def __init__(self, tensor):
+        super().__init__()
+        self.storage = tensor.untyped_storage().data_ptr()
+
+    def is_it(self, value):
+        return isinstance(value, torch.Tensor) and value.untyped_storage().data_ptr() == self.storage
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        name, kwargs = func._schema.name, kwargs or {}
+        of_interpreter = name in ("aten::new_empty", "aten::set_") or (name == "aten::copy_" and self.is_it(args[0]))
+        if any(self.is_it(value) for value in (*args, *kwargs.values())):
+            assert func.is_view or of_interpreter, f"{func} of the whole tensor"
+        return func(*args, **kwargs)
+
+
+@INTERPRETED
+@pytest.mark.parametrize("filters", FILTERS, ids=lambda f: "+".join(f) or "none")
+@pytest.mark.parametrize("selected", [(), (3,), (0, 4, 8), range(9)], ids=len)
+def test_hidden_states_of_other_rows_are_not_read(filters, selected):
+    from guard import disowned, guarded
+    from triton.runtime.errors import InterpreterError
+
+    n = 9
+    threshold = torch.zeros(n, dtype=torch.int64)
+    threshold[list(selected)] = 2**32
+    head, kept = random_head(n, 32, 150, torch.float32), torch.arange(n) + 1000
+    rows = rows_of(n, threshold, **filters)
+    want = reference.linear_sample_mix(*head, kept, *rows)
+    others = [head[0][row] for row in range(n) if row not in selected]
+    with guarded() as launches, disowned(*others):
+        got = in_triton(*head, kept, *rows)
+    assert launches
+    with UntouchedByTorch(head[0]):
+        in_triton(*head, kept, *rows)
+    assert Sampling(*rows).is_self.sum() == len(selected)
+    assert all(torch.equal(ours, theirs) for ours, theirs in zip(got, want, strict=True))
+    if selected:  # the measure itself does see it
+        with (
+            guarded(),
+            disowned(head[0][selected[-1]]),
+            pytest.raises(InterpreterError, match="outside of every tensor"),
+        ):
+            in_triton(*head, kept, *rows)
+    with UntouchedByTorch(head[0]), pytest.raises(AssertionError, match="of the whole tensor"):
+        reference.linear_sample_mix(*head, kept, *rows)
+
+
+@pytest.mark.parametrize("filters", FILTERS, ids=lambda f: "+".join(f) or "none")
+def test_noise_is_made_for_the_models_own_rows_only(filters, monkeypatch):
+    from selfgen_kernels.backends.triton import head
+
+    made, gumbel_noise = [], head.gumbel_noise
+
+    def spy(*args):
+        made.append(gumbel_noise(*args))
+        return made[-1]
+
+    monkeypatch.setattr(head, "gumbel_noise", spy)
+    n = 40
+    rows = rows_of(n, 2**31, **filters)
+    torch.use_deterministic_algorithms(True, warn_only=True)  # what is not written is NaN
+    try:
+        in_triton(*random_head(n, 16, 70, torch.float32), torch.zeros(n, dtype=torch.int64), *rows)
+    finally:
+        torch.use_deterministic_algorithms(False)
+    assert len(made) == (0 if filters else 1)
+    for noise in made:
+        written = ~noise.isnan().all(1).cpu()
+        assert 0 < written.sum() == Sampling(*rows).is_self.sum() < n

@@ -9,8 +9,8 @@ from selfgen_kernels.backends.reference import philox
 
 V = 300
 ROWS, INTERPRETED_ROWS = 20_000, 40
-NEAR_TIES = 2
-"""At most this many of the rows above may differ, each a near tie: one in ten thousand."""
+NEAR_TIES = 1e-4
+"""At most this part of the rows may differ, each a near tie: two of those above, and none of the interpreted ones."""
 
 KNOWN = [  # Random123's vectors: counter, key, words
     ([0] * 4, (0, 0), [0x6627E8D5, 0xE169C58D, 0xBC57AC4C, 0x9B00DBD8]),
@@ -75,4 +75,4 @@ def test_tokens_differ_in_near_ties_only(fast, reference, filters):
     (got, _, invalid), (want, _, _) = (b.sample_mix(logits, **filters) for b in (fast, reference))
     assert not invalid.any()
     keys = {"seed": 0, "sample_ids": torch.arange(n), "positions": torch.zeros(n, dtype=torch.int64)}
-    assert assert_same_tokens(got, want, logits, **keys) <= NEAR_TIES
+    assert assert_same_tokens(got, want, logits, **keys) <= NEAR_TIES * n

@@ -5,6 +5,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
+from selfgen_kernels.ops import batching
 from selfgen_kernels.ops.arguments import FLOATS, check_number, check_softcap, check_tensor
 
 torch.library.define(
@@ -26,6 +27,9 @@ def _(key_cache, value_cache, key, value, slots):
 @torch.library.register_fake("selfgen::ragged_attention")
 def _(query, *rest):
     return query.new_empty(query.shape)
+
+
+batching.register("kv_append", "ragged_attention")
 
 
 def kv_append(key_cache: Tensor, value_cache: Tensor, key: Tensor, value: Tensor, slots: Tensor) -> None:
@@ -62,7 +66,7 @@ def kv_append(key_cache: Tensor, value_cache: Tensor, key: Tensor, value: Tensor
     check_tensor("value_cache", value_cache, tuple(key_cache.shape), dtype, device)
     check_tensor("key", key, ("N", *key_cache.shape[1:]), dtype, device)
     check_tensor("value", value, tuple(key.shape), dtype, device)
-    check_tensor("slots", slots, (len(key),), (torch.int64,), device)
+    check_tensor("slots", slots, (key.shape[0],), (torch.int64,), device)
     _refuse_grad("kv_append", key_cache, value_cache, key, value)
     torch.ops.selfgen.kv_append(key_cache, value_cache, key, value, slots)
 
@@ -133,9 +137,9 @@ def ragged_attention(
             "pass heads and head_dim >= 1, and heads a multiple of kv_heads"
         )
     check_tensor("cu_seqlens_q", cu_seqlens_q, ("B + 1",), (torch.int32,), query.device)
-    if len(cu_seqlens_q) == 0:
+    if cu_seqlens_q.shape[0] == 0:
         raise ValueError("cu_seqlens_q is empty; pass int32 [B + 1], which is [0] for no chunk")
-    check_tensor("kv_ranges", kv_ranges, (len(cu_seqlens_q) - 1, 2), (torch.int64,), query.device)
+    check_tensor("kv_ranges", kv_ranges, (cu_seqlens_q.shape[0] - 1, 2), (torch.int64,), query.device)
     if scale is None:
         scale = head_dim**-0.5
     finite = "a finite float, or None for head_dim ** -0.5"

@@ -11,6 +11,7 @@ captured in one CUDA graph and replayed until every row is done.
 import torch
 from torch import Tensor
 
+from selfgen_kernels.ops import batching
 from selfgen_kernels.ops.arguments import check_number, check_tensor, values_visible
 
 torch.library.define(
@@ -35,6 +36,9 @@ def _(final, row_starts, next_self, log_chance, token_budget):
 @torch.library.register_fake("selfgen::commit_pass")
 def _(tokens, final, slots, cu_seqlens_q, next_self, sampled):
     return tuple(slots.new_empty(slots.shape, dtype=torch.bool) for _ in range(2))
+
+
+batching.register("plan_pass", "commit_pass")
 
 
 def plan_pass(
@@ -98,7 +102,7 @@ def plan_pass(
         whole=True,
         or_else="a SymInt",
     )
-    if values_visible(final):
+    if values_visible(final, row_starts, next_self, log_chance):
         _check_next_self(next_self)
         _check_slots("final", final, len(next_self))
         _check_slots("row_starts", row_starts, len(next_self))
@@ -160,7 +164,7 @@ def commit_pass(
     for name, tensor in (("tokens", tokens), ("final", final)):
         if not tensor.is_contiguous():
             raise ValueError(f"{name} is written in place and has stride {tensor.stride(0)}; pass a contiguous tensor")
-    if values_visible(tokens):
+    if values_visible(slots, cu_seqlens_q, next_self):
         _check_next_self(next_self)
         planned = int(cu_seqlens_q[-1])
         sizes = cu_seqlens_q.diff()

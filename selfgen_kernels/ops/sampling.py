@@ -4,7 +4,9 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch._C._functorch import is_batchedtensor
 
+from selfgen_kernels.ops import batching
 from selfgen_kernels.ops.arguments import (
     FLOATS,
     INTEGERS,
@@ -56,6 +58,9 @@ def _(hidden, *rest):
 @torch.library.register_fake("selfgen::combine_shards")
 def _(values, ids, reference, *sampling):
     return torch.empty_like(reference), _empty_bool(reference), _empty_bool(reference)
+
+
+batching.register("sample_mix", "linear_sample_mix", "linear_sample_shard", "combine_shards")
 
 
 def _empty_bool(like: Tensor) -> Tensor:
@@ -116,7 +121,7 @@ def sample_mix(
     """
     check_tensor("logits", logits, ("N", "V"), FLOATS, None)
     _check_vocabulary(logits.shape[1])
-    reference = _check_reference(reference, status, len(logits), logits.device)
+    reference = _check_reference(reference, status, logits.shape[0], logits.device)
     rows = _row_arguments(logits, self_prob, seed, sample_ids, positions, temperature)
     filters = _filters(logits, top_k, top_p, min_p)
     if logits.dtype == torch.float64:
@@ -177,7 +182,7 @@ def linear_sample_mix(
         True
     """
     head = _head_arguments(hidden, weight, bias, softcap, logit_scale)
-    reference = _check_reference(reference, status, len(hidden), hidden.device)
+    reference = _check_reference(reference, status, hidden.shape[0], hidden.device)
     rows = _row_arguments(hidden, self_prob, seed, sample_ids, positions, temperature)
     filters = _filters(hidden, top_k, top_p, min_p)
     tokens, is_self, invalid = torch.ops.selfgen.linear_sample_mix(*head, reference, *rows, *filters)
@@ -280,7 +285,7 @@ def combine_shards(
     """
     check_tensor("ids", ids, ("R", "N", 3), (torch.int64,), None)
     check_tensor("values", values, (*ids.shape, 3), (torch.float32,), ids.device)
-    if len(ids) == 0:
+    if ids.shape[0] == 0:
         raise ValueError("ids and values are of no rank (R = 0); stack the results of at least one")
     reference = _check_reference(reference, status, ids.shape[1], ids.device)
     rows = _row_arguments(reference, self_prob, seed, sample_ids, positions, temperature)
@@ -296,9 +301,9 @@ def _head_arguments(
     hidden, weight, bias = (_autocast(tensor) for tensor in (hidden, weight, bias))
     check_tensor("hidden", hidden, ("N", "D"), FLOATS, None)
     check_tensor("weight", weight, ("V", hidden.shape[1]), (hidden.dtype,), hidden.device)
-    _check_vocabulary(len(weight))
+    _check_vocabulary(weight.shape[0])
     if bias is not None:
-        check_tensor("bias", bias, (len(weight),), (hidden.dtype,), hidden.device)
+        check_tensor("bias", bias, (weight.shape[0],), (hidden.dtype,), hidden.device)
         bias = bias.detach()
     check_softcap(softcap)
     check_number("logit_scale", logit_scale, "a finite float", lambda x: abs(x) < float("inf"), or_else="an int")
@@ -323,7 +328,7 @@ def _row_arguments(
     like: Tensor, self_prob: float | Tensor, seed: int, sample_ids: Tensor, positions: Tensor, temperature: Any
 ) -> tuple[Any, ...]:
     """What every op needs to know about its rows, checked against `like` [N, ...] and in the order of the schemas."""
-    check_keys(sample_ids, positions, len(like), like.device)
+    check_keys(sample_ids, positions, like.shape[0], like.device)
     threshold = mask_threshold(self_prob, like)  # [N]
     return threshold, signed_seed(seed), sample_ids, positions, inverse_temperature(temperature, like)
 
@@ -351,4 +356,9 @@ def _check_reference(reference: Tensor, status: Tensor | None, rows: int, device
 
 def _report(invalid: Tensor, status: Tensor | None) -> None:
     if status is not None:
+        if is_batchedtensor(invalid) and not is_batchedtensor(status):
+            raise ValueError(
+                "status is one tensor for all the calls that torch.func.vmap makes; give each its own, by a status "
+                "with the batch dimension and in_dims, or leave it out"
+            )
         status.add_(invalid.sum())

@@ -35,6 +35,9 @@ batching.register("kv_append", "ragged_attention")
 def kv_append(key_cache: Tensor, value_cache: Tensor, key: Tensor, value: Tensor, slots: Tensor) -> None:
     """Write the K/V of N tokens to their slots of a flat cache, in place. For inference only.
 
+    The append of flash-attn's `flash_attn_with_kvcache`, with a slot for each token as in vLLM (Kwon et al., arXiv
+    2309.06180): slots of one row need not follow one another.
+
     Args:
         key_cache: fp32, bf16, fp16 or fp64 [slots, kv_heads, head_dim], any strides; written to.
         value_cache: same dtype and shape, other memory; written to.

@@ -53,6 +53,10 @@ def plan_pass(
     segment's first slot (of equal sums the lower row, then the earlier slot). The last one is cut where the budget
     ends. At least one token is planned while any row is unfinished.
 
+    A pass is a step of Jacobi decoding (Santilli et al., arXiv 2305.10427), here of the mixed contexts of
+    batch-scheduled sampling (Cen et al., arXiv 2410.14655), under a token budget as in Sarathi-Serve (Agrawal et al.,
+    arXiv 2403.02310).
+
     The sums are fp32, added along the row one after the other and held at the lowest finite number, so that every
     backend gives the same plan.
 
@@ -124,6 +128,8 @@ def commit_pass(
     Place i of the pass computed slot s = slots[i]. If the next self position is s + 1, then sampled[i] is the model's
     token there, and else it is ignored. A row is final up to its first token that changed: `final` becomes that slot,
     or the end of the row's window if none did. Rows with an empty window stay as they are.
+
+    Jacobi decoding's test of a guess (Santilli et al., arXiv 2305.10427), at self positions only.
 
     Args:
         tokens: int64 [S], contiguous: the guess.

@@ -214,7 +214,9 @@ def linear_sample_shard(
     Each rank calls this with its shard, all ranks gather the two small results (60 bytes a row and rank) in place of
     the logits, and each calls `combine_shards`. The token is the one that a single rank with the whole head draws, up
     to rounding at near ties; shards may have any sizes and begin and end anywhere. Filters are not offered: a cutoff
-    needs the whole row.
+    needs the whole row. The split is Megatron-LM's (Shoeybi et al., arXiv 1909.08053, section 3); what shards have to
+    exchange is small as a maximum of Gumbel-perturbed logits is one of its parts' maxima (Maddison et al., "A*
+    Sampling", arXiv 1411.0030).
 
     Args:
         hidden: fp32, bf16, fp16 or fp64 [N, D], the same on every rank.
@@ -264,6 +266,9 @@ def combine_shards(
     status: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """The tokens from the gathered results of `linear_sample_shard` on R ranks, the same on every rank.
+
+    Gumbel-max over the parts of a vocabulary: the best of the parts' best (Maddison et al., "A* Sampling", arXiv
+    1411.0030). The torch reference on every device, by design: it handles 12 numbers a row and rank.
 
     Args:
         values: fp32 [R, N, 3, 3], the ranks' values, in any order of the ranks, R >= 1.

@@ -370,5 +370,6 @@ def test_docstrings_have_what_a_reader_needs(name):
     text = inspect.getdoc(getattr(selfgen_kernels, name))
     for part in ("Args:", "Returns:", "Raises:", "Example:", ">>> "):
         assert part in text, f"the docstring of {name} has no {part}"
+    assert re.search(r"arXiv\s\d{4}\.\d{4,5}|SC 2011", text), f"the docstring of {name} names no source"
     for parameter in inspect.signature(getattr(selfgen_kernels, name)).parameters:
         assert re.search(rf"\b{parameter}\b", text.split("Args:")[1].split("Returns:")[0]), parameter

@@ -6,7 +6,15 @@ import torch
 from torch import Tensor
 from torch.autograd import forward_ad
 
-from selfgen_kernels.ops.arguments import FLOATS, check_factor, check_number, check_softcap, check_tensor
+from selfgen_kernels.ops import batching
+from selfgen_kernels.ops.arguments import (
+    FLOATS,
+    check_factor,
+    check_number,
+    check_softcap,
+    check_tensor,
+    is_traced,
+)
 
 torch.library.define(
     "selfgen::kv_append",
@@ -29,6 +37,9 @@ def _(query, *rest):
     return query.new_empty(query.shape)
 
 
+batching.register("kv_append", "ragged_attention")
+
+
 @torch.library.impl("selfgen::kv_append", "Negative")
 def _(key_cache, value_cache, *states):
     """Views with their negative bit set; torch's own fallback corrupts memory where an operator returns nothing."""
@@ -42,6 +53,9 @@ def _(key_cache, value_cache, *states):
 
 def kv_append(key_cache: Tensor, value_cache: Tensor, key: Tensor, value: Tensor, slots: Tensor) -> None:
     """Write the K/V of N tokens to their slots of a flat cache, in place. For inference only.
+
+    The append of flash-attn's `flash_attn_with_kvcache`, with a slot for each token as in vLLM (Kwon et al., arXiv
+    2309.06180): slots of one row need not follow one another.
 
     Args:
         key_cache: fp32, bf16, fp16 or fp64 [slots, kv_heads, head_dim], any strides but 0; written to.
@@ -76,9 +90,9 @@ def kv_append(key_cache: Tensor, value_cache: Tensor, key: Tensor, value: Tensor
     check_tensor("value_cache", value_cache, tuple(key_cache.shape), dtype, device)
     check_tensor("key", key, ("N", *key_cache.shape[1:]), dtype, device)
     check_tensor("value", value, tuple(key.shape), dtype, device)
-    check_tensor("slots", slots, (len(key),), (torch.int64,), device)
+    check_tensor("slots", slots, (key.shape[0],), (torch.int64,), device)
     _refuse_grad("kv_append", key_cache, value_cache, key, value)
-    if not torch.compiler.is_compiling():  # which knows no memory
+    if not is_traced(key_cache, value_cache, key, value):  # which may have no memory
         _refuse_overlap(key_cache, value_cache, key, value)
     torch.ops.selfgen.kv_append(key_cache, value_cache, key, value, slots)
 
@@ -150,9 +164,9 @@ def ragged_attention(
             "pass heads and head_dim >= 1, and heads a multiple of kv_heads"
         )
     check_tensor("cu_seqlens_q", cu_seqlens_q, ("B + 1",), (torch.int32,), query.device)
-    if len(cu_seqlens_q) == 0:
+    if cu_seqlens_q.shape[0] == 0:
         raise ValueError("cu_seqlens_q is empty; pass int32 [B + 1], which is [0] for no chunk")
-    check_tensor("kv_ranges", kv_ranges, (len(cu_seqlens_q) - 1, 2), (torch.int64,), query.device)
+    check_tensor("kv_ranges", kv_ranges, (cu_seqlens_q.shape[0] - 1, 2), (torch.int64,), query.device)
     if scale is None:
         scale = head_dim**-0.5
     check_factor("scale", scale, or_else="None")

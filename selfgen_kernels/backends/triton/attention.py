@@ -15,7 +15,7 @@ import triton.language as tl
 from torch import Tensor
 
 from selfgen_kernels.backends.reference import attention as reference
-from selfgen_kernels.backends.triton.configuration import Configuration
+from selfgen_kernels.backends.triton.configuration import Configuration, current_target
 from selfgen_kernels.backends.triton.dot import factor_of_dot
 
 LOG2_E = tl.constexpr(1.4426950408889634)
@@ -25,7 +25,7 @@ TILE = 2048  # numbers of K, and of V, that it copies
 APPEND_OPTIONS = {"num_warps": 4, "enable_fp_fusion": False}
 
 
-def attention_tile(width: int, dtype: torch.dtype) -> tuple[dict[str, int], dict[str, object]]:
+def attention_tile(width: int, dtype: torch.dtype, target: str) -> tuple[dict[str, int], dict[str, object]]:
     """(ROWS and KEYS, options) for a padded head_dim of `width`: sizes that spill on none of the targets.
 
     64 rows are the fewest that tensor cores of sm_90 and sm_100 multiply. A decode step fills few of them, but it waits
@@ -33,7 +33,8 @@ def attention_tile(width: int, dtype: torch.dtype) -> tuple[dict[str, int], dict
     without rounding to tf32, and a row costs registers.
     """
     if dtype == torch.float32:
-        return {"ROWS": 16, "KEYS": 16}, {"num_warps": 8, "num_stages": 1, "enable_fp_fusion": True}
+        warps = 4 if target == "gfx942" else 8  # wavefronts of 64 lanes, warps of 32: 128 bits of K/V for each lane
+        return {"ROWS": 16, "KEYS": 16}, {"num_warps": warps, "num_stages": 1, "enable_fp_fusion": True}
     return {"ROWS": 64, "KEYS": 32}, {"num_warps": 4 if width <= 128 else 8, "num_stages": 2, "enable_fp_fusion": True}
 
 
@@ -209,7 +210,7 @@ def ragged_attention(
     if queries == 0:
         return out
     width = max(16, triton.next_power_of_2(head_dim))
-    tile, options = attention_tile(width, query.dtype)
+    tile, options = attention_tile(width, query.dtype, current_target())
     log2_e: float = LOG2_E.value
     grid = queries * group // tile["ROWS"] + chunks + 1, kv_heads
     ragged_attention_kernel[grid](
@@ -252,7 +253,7 @@ def configurations(target: str) -> list[Configuration]:
     found = []
     for head_dim, dtype, features in cases:
         width = max(16, triton.next_power_of_2(head_dim))
-        tile, options = attention_tile(width, torch.float32 if dtype == "fp32" else torch.bfloat16)
+        tile, options = attention_tile(width, torch.float32 if dtype == "fp32" else torch.bfloat16, target)
         types = dict.fromkeys(("query", "key", "value", "out"), f"*{dtype}") | dict.fromkeys(sorted(strides), "i32")
         types |= {"cu_seqlens_q": "*i32", "kv_ranges": "*i64", "queries": "i32", "chunks": "i32", "slots": "i32"}
         types |= {"scale": "fp32", "window": "i32"}
@@ -269,7 +270,7 @@ def configurations(target: str) -> list[Configuration]:
                 constants,
                 options,
                 aligned=tuple(sorted(strides)),
-                streams=(dtype, target) != ("fp32", "gfx942"),  # its layout for fp32 products loads 4 bytes a lane
+                streams=True,
                 tensor_cores=dtype != "fp32",
             )
         )

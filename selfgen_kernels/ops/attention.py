@@ -118,8 +118,7 @@ def ragged_attention(
 
     With the C++ kernel, a query over the same keys gives the same bits however the chunks are cut and on any number of
     threads: keys count from the first slot of their range. The Triton kernel is built the same way, and no GPU has yet
-    confirmed it. It never waits for the device; in fp64, and
-    in fp32 with head_dim > 128, the reference runs, which does.
+    confirmed it. It never waits for the device; in fp32 and fp64 with head_dim > 256, the reference runs, which does.
 
     Args:
         query: fp32, bf16, fp16 or fp64 [N, heads, head_dim], any strides.

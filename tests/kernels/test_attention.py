@@ -5,6 +5,7 @@ import sys
 from types import ModuleType
 
 import conftest
+import numpy
 import pytest
 import torch
 from hypothesis import given
@@ -123,6 +124,7 @@ FEW_CHUNKS = [(1, 33), (0, 5), (12, 70), (0, 0)]
         ({"heads": 8, "kv_heads": 1, "head_dim": 5}, {"softcap": 2.0}),
         ({"heads": 1, "kv_heads": 1, "head_dim": 1}, {"sinks": True}),
         ({"head_dim": 23}, {"sliding_window": 33, "softcap": 5.0, "sinks": True, "scale": 0.7}),
+        ({"heads": 2, "kv_heads": 1, "head_dim": 200}, {"sliding_window": 33, "softcap": 5.0, "sinks": True}),
         ({}, {"sliding_window": 1}),
         ({}, {"sliding_window": 2**62, "scale": -3.0}),
     ],
@@ -183,10 +185,12 @@ def test_large_logits_do_not_overflow_and_nan_is_not_hidden(attend):
 @pytest.mark.parametrize("bad", [torch.nan, torch.inf])
 @pytest.mark.parametrize("sliding_window", [None, 6])
 @pytest.mark.parametrize("which", ["key", "value"])
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-def test_what_is_not_seen_does_no_harm(attend, bad, sliding_window, which, dtype):
+@pytest.mark.parametrize(
+    ("dtype", "head_dim"), [(torch.float32, 16), (torch.bfloat16, 16), (torch.float64, 130)], ids=str
+)
+def test_what_is_not_seen_does_no_harm(attend, bad, sliding_window, which, dtype, head_dim):
     """A key or value that is not finite reaches the queries that see it, and no other."""
-    query, key, value, *chunks = problem([(12, 45), (5, 5)], heads=6, dtype=dtype)
+    query, key, value, *chunks = problem([(12, 45), (5, 5)], heads=6, head_dim=head_dim, dtype=dtype)
     key, value = key.clone(), value.clone()
     how = 0.25, sliding_window, None, None
     clean = attend(query, key, value, *chunks, *how)
@@ -274,6 +278,24 @@ def test_a_query_gives_the_same_bits_in_any_batch(set_threads, dtype, sliding_wi
     bounds, ranges = torch.tensor([0, 40, 40 + length], dtype=torch.int32), torch.tensor([[2, 55], [7 + 11, length]])
     got = ragged_attention(torch.cat([others, query]), *moved, bounds, ranges, **how)
     assert torch.equal(got[40:], whole)
+
+
+@pytest.mark.parametrize("sliding_window", [None, 20])
+@pytest.mark.parametrize("head_dim", [16, 130])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32, torch.float64], ids=str)
+def test_triton_gives_the_same_bits_in_any_batch(triton_ops, monkeypatch, dtype, head_dim, sliding_window):
+    """In the interpreter with products that add in a fixed order: numpy's depend on a row's place in the tile."""
+    length = 40
+    query, key, value, *chunks = problem([(length, length)], head_dim=head_dim, dtype=dtype, gap=11)
+    how = 0.1, sliding_window, 20.0, torch.randn(6)
+    if not conftest.ON_GPU:
+        monkeypatch.setattr(numpy, "matmul", lambda a, b, dtype: (a[:, :, None] * b).sum(1, dtype=dtype))
+        monkeypatch.setattr(reference, "ragged_attention", None)  # is not what is tested
+    whole = triton_ops.ragged_attention(query, key, value, *chunks, *how)
+    for parts in ((1, 2, 10, 3, 17, 7), (39, 1), (1,) * length):
+        bounds = torch.tensor((0, *parts)).cumsum(0)
+        ranges = torch.stack([torch.full_like(bounds[1:], 11), bounds[1:]], 1)
+        assert torch.equal(triton_ops.ragged_attention(query, key, value, bounds.int(), ranges, *how), whole)
 
 
 def test_opcheck():
@@ -625,8 +647,11 @@ def test_flash_attn_agrees_on_a_gpu(window):
 
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
-def test_a_step_is_captured_in_a_cuda_graph():
-    query, key, value, bounds, ranges = (x.cuda() for x in problem(CHUNKS, dtype=torch.bfloat16))
+@pytest.mark.parametrize(
+    ("dtype", "head_dim"), [(torch.bfloat16, 16), (torch.float32, 256), (torch.float64, 256)], ids=str
+)
+def test_a_step_is_captured_in_a_cuda_graph(dtype, head_dim):
+    query, key, value, bounds, ranges = (x.cuda() for x in problem(CHUNKS, head_dim=head_dim, dtype=dtype))
     states, slots = torch.randn(2, 4, *key.shape[1:]).to(key).unbind(), torch.tensor([0, 1, -1, 2]).cuda()
 
     def step():

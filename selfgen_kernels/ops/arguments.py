@@ -86,6 +86,12 @@ def check_softcap(softcap: Any) -> None:
         check_number("softcap", softcap, accepted, lambda cap: 2**-126 <= cap < 2**127)
 
 
+def check_factor(name: str, factor: Any, *, or_else: str) -> None:
+    """Raise unless `factor` is a number that fp32, in which it is applied, holds: not as inf, nor as 0 what is not."""
+    accepted = "0 or a float with 2**-126 <= abs < 2**127"
+    check_number(name, factor, accepted, lambda x: x == 0 or 2**-126 <= abs(x) < 2**127, or_else=or_else)
+
+
 def per_row(
     name: str, value: Any, like: Tensor, dtype: torch.dtype, accepted: str, is_valid: Callable[[Any], Any]
 ) -> Tensor:

@@ -8,6 +8,7 @@ from torch import Tensor
 from selfgen_kernels.ops.arguments import (
     FLOATS,
     INTEGERS,
+    check_factor,
     check_keys,
     check_number,
     check_softcap,
@@ -156,8 +157,8 @@ def linear_sample_mix(
             A DTensor is refused: gather it with .full_tensor(), or use `linear_sample_shard`.
         bias: same dtype [V], or None.
         softcap: > 0 in fp32: logits become softcap * tanh(logits / softcap), in fp32, as in Gemma 2 (arXiv 2408.00118).
-        logit_scale: finite factor on the logits, before the softcap, as in Cohere's models (`logit_scale`) and, as
-            its inverse, in Granite (`logits_scaling`).
+        logit_scale: factor on the logits, finite in fp32, before the softcap, as in Cohere's models (`logit_scale`)
+            and, as its inverse, in Granite (`logits_scaling`).
         reference, self_prob, seed, sample_ids, positions, temperature, top_k, top_p, min_p, status: as in `sample_mix`.
 
     Returns:
@@ -301,7 +302,7 @@ def _head_arguments(
         check_tensor("bias", bias, (len(weight),), (hidden.dtype,), hidden.device)
         bias = bias.detach()
     check_softcap(softcap)
-    check_number("logit_scale", logit_scale, "a finite float", lambda x: abs(x) < float("inf"), or_else="an int")
+    check_factor("logit_scale", logit_scale, or_else="an int")
     return hidden.detach(), weight.detach(), bias, softcap, float(logit_scale)
 
 

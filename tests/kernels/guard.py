@@ -114,7 +114,7 @@ class Watched:
 
 @contextlib.contextmanager
 def guarded():
-    """Check every launch in the block; yields a list with the number of tensors of each, to see that it was watched.
+    """Check every launch in the block; yields a list of (kernel's name, tensors), to see that it was watched.
 
     Tensors of a launch that overlap without being the same view are taken for separate ones.
     """
@@ -126,7 +126,7 @@ def guarded():
         nonlocal memory
         memory = Memory()
         placed = [memory.place(arg) for arg in args], {name: memory.place(arg) for name, arg in kwargs.items()}
-        launches.append(len(memory.copies))
+        launches.append((f"{self.fn.__module__}.{self.fn.__name__}", len(memory.copies)))
         return placed
 
     executor = interpreter.GridExecutor

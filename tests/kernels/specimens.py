@@ -1,4 +1,4 @@
-"""Kernels for the tests of the tests: one that is as it should be, the others each with one thing wrong.
+"""Kernels for the tests of the tests: two that are as they should be, the others each with one thing wrong.
 
 Compiled by `python -m benchmarks.aot --module specimens` with this folder on the path; it is never launched from there.
 """
@@ -11,6 +11,14 @@ import triton.language as tl
 from selfgen_kernels.backends.triton import head
 from selfgen_kernels.backends.triton.configuration import Configuration
 from selfgen_kernels.backends.triton.dot import rounded
+from selfgen_kernels.backends.triton.noise import random_words
+
+
+@triton.jit(do_not_specialize=["seed"])
+def words_kernel(out, seed, sample_ids, positions, first, STREAM: tl.constexpr):
+    """Four random words as they are, for the generator's known answers."""
+    words = random_words(seed, tl.load(sample_ids), tl.load(positions), first, 4, STREAM)
+    tl.store(out + tl.arange(0, 4), words.to(tl.int64))
 
 
 @triton.jit

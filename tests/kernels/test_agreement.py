@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from conftest import cpp_backend
+from conftest import DEVICE, TRITON_MARKS, cpp_backend
 from oracles import assert_same_tokens
 
 from selfgen_kernels.backends.reference import philox
@@ -30,25 +30,15 @@ def as_keys(counter, key):
     return c0 >> 28, (c0 & (2**28 - 1)) * 4, c1, *signed
 
 
-@pytest.mark.parametrize(("counter", "key", "words"), KNOWN)
-@pytest.mark.filterwarnings("ignore::RuntimeWarning:triton.runtime.interpreter")
+@pytest.mark.parametrize(("counter", "key", "words"), [pytest.param(*known, marks=TRITON_MARKS) for known in KNOWN])
 def test_known_answers_in_triton(counter, key, words):
     pytest.importorskip("triton")
-    import triton
-    import triton.language as tl
-
-    from selfgen_kernels.backends.triton.noise import random_words
-
-    @triton.jit(do_not_specialize=["seed"])
-    def kernel(out, seed, sample_ids, positions, first, STREAM: tl.constexpr, words: tl.constexpr):
-        result = words(seed, tl.load(sample_ids), tl.load(positions), first, 4, STREAM)
-        tl.store(out + tl.arange(0, 4), result.to(tl.int64))
+    import specimens
 
     stream, first, position, sample_id, seed = as_keys(counter, key)
-    device = "cuda" if torch.cuda.is_available() else "cpu"
-    out = torch.zeros(4, dtype=torch.int64, device=device)
-    rows = (torch.tensor([value], device=device) for value in (sample_id, position))
-    kernel[(1,)](out, seed, *rows, first, STREAM=stream, words=random_words)
+    out = torch.zeros(4, dtype=torch.int64, device=DEVICE)
+    rows = (torch.tensor([value], device=DEVICE) for value in (sample_id, position))
+    specimens.words_kernel[(1,)](out, seed, *rows, first, STREAM=stream)
     assert out.tolist() == words
 
 

@@ -11,8 +11,7 @@ from importlib import import_module
 import pytest
 import torch
 import torch._dynamo.testing
-from examples import CALLS, EXAMPLES, as_tuple, call, copied
-from torch.utils._python_dispatch import TorchDispatchMode
+from examples import CALLS, EXAMPLES, Recorder, as_tuple, call, copied
 
 import selfgen_kernels
 from selfgen_kernels import ops
@@ -32,19 +31,6 @@ def example(request):
 def assert_equal(got, want):
     for a, b in zip(as_tuple(got), as_tuple(want), strict=True):
         torch.testing.assert_close(a, b, rtol=0, atol=0, equal_nan=True)
-
-
-class Recorder(TorchDispatchMode):
-    """Remembers the calls of this library's operators."""
-
-    def __init__(self):
-        super().__init__()
-        self.calls = []
-
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        if func.namespace == "selfgen":
-            self.calls.append((func, args))
-        return func(*args, **(kwargs or {}))
 
 
 def test_every_op_has_examples_and_every_operator_is_called_by_one():

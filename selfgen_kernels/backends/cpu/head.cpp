@@ -11,6 +11,7 @@
 #include <ATen/Parallel.h>
 #include <torch/library.h>
 
+#include "checks.h"
 #include "draw.h"
 #include "product.h"
 #include "rows.h"
@@ -174,6 +175,16 @@ struct HeadArguments {
   int64_t first_id;
 };
 
+void check_head(const HeadArguments& head) {
+  check_shape(head.hidden, "hidden", {kAny, kAny});
+  check(head.weight, "weight", head.hidden.scalar_type(), {kAny, head.hidden.size(1)});
+  check_vocabulary(head.weight.size(0));
+  check(head.bias, "bias", head.hidden.scalar_type(), {head.weight.size(0)});
+  TORCH_CHECK_VALUE(
+      0 <= head.first_id && head.first_id < 1LL << 31, "first_id=", head.first_id,
+      " is not accepted; pass 0 <= first_id < 2**31");
+}
+
 // The logits of some rows, group by group.
 template <typename T>
 class HeadRows {
@@ -311,20 +322,21 @@ Mixed linear_sample_mix(
     double logit_scale, const at::Tensor& reference, const at::Tensor& threshold, int64_t seed,
     const at::Tensor& sample_ids, const at::Tensor& positions, const at::Tensor& inv_temperature,
     const OptionalTensor& top_k, const OptionalTensor& top_p, const OptionalTensor& min_p) {
-  const Rows rows(threshold, seed, sample_ids, positions, inv_temperature, top_k, top_p, min_p);
   const HeadArguments arguments{hidden, weight, bias, softcap, logit_scale, 0};
+  check_head(arguments);
+  check(reference, "reference", at::kLong, {hidden.size(0)});
+  const Rows rows(hidden.size(0), threshold, seed, sample_ids, positions, inv_temperature, top_k, top_p, min_p);
   std::vector<int64_t> drawn(rows.selected.size());
-  if (!drawn.empty()) {
-    with_dtype(hidden, [&](auto type) {
-      using T = decltype(type);
-      if (rows.filtered) {
-        draw_filtered<T>(arguments, rows.selected, std::max<int64_t>(1, hidden.size(0) / 8), drawn);
-        return;
-      }
-      const std::vector<Draw> draws = draw_rows<T>(arguments, rows.selected, groups_of(weight.size(0)) * kGroup);
-      for (size_t i = 0; i < draws.size(); ++i) drawn[i] = draws[i].is_valid() ? draws[i].candidate(1).token : -1;
-    });
-  }
+  with_dtype(hidden, [&](auto type) {
+    using T = decltype(type);
+    if (drawn.empty()) return;
+    if (rows.filtered) {
+      draw_filtered<T>(arguments, rows.selected, std::max<int64_t>(1, hidden.size(0) / 8), drawn);
+      return;
+    }
+    const std::vector<Draw> draws = draw_rows<T>(arguments, rows.selected, groups_of(weight.size(0)) * kGroup);
+    for (size_t i = 0; i < draws.size(); ++i) drawn[i] = draws[i].is_valid() ? draws[i].candidate(1).token : -1;
+  });
   return mix(reference, rows, drawn);
 }
 
@@ -332,25 +344,25 @@ std::tuple<at::Tensor, at::Tensor> linear_sample_shard(
     const at::Tensor& hidden, const at::Tensor& weight, const OptionalTensor& bias, std::optional<double> softcap,
     double logit_scale, int64_t first_id, const at::Tensor& threshold, int64_t seed, const at::Tensor& sample_ids,
     const at::Tensor& positions, const at::Tensor& inv_temperature) {
-  const Rows rows(threshold, seed, sample_ids, positions, inv_temperature, {}, {}, {});
   const HeadArguments arguments{hidden, weight, bias, softcap, logit_scale, first_id};
+  check_head(arguments);
+  const Rows rows(hidden.size(0), threshold, seed, sample_ids, positions, inv_temperature, {}, {}, {});
   at::Tensor values = at::full({hidden.size(0), 3, 3}, -kInf, hidden.options().dtype(at::kFloat));
   at::Tensor ids = at::full({hidden.size(0), 3}, -1, hidden.options().dtype(at::kLong));
-  if (!rows.selected.empty()) {
-    with_dtype(hidden, [&](auto type) {
-      const auto draws = draw_rows<decltype(type)>(arguments, rows.selected, first_id + weight.size(0));
-      for (const Draw& draw : draws) {
-        float* value = values.data_ptr<float>() + draw.row().index * 9;
-        int64_t* id = ids.data_ptr<int64_t>() + draw.row().index * 3;
-        for (int64_t i = 0; i < 3; ++i, value += 3) {
-          const Candidate& best = draw.candidate(i);
-          const float numbers[3] = {best.mass, best.noise, best.inner};
-          for (int64_t j = 0; j < 3; ++j) value[j] = draw.is_valid() ? numbers[j] : std::nanf("");
-          id[i] = best.token;
-        }
+  with_dtype(hidden, [&](auto type) {
+    if (rows.selected.empty()) return;
+    const auto draws = draw_rows<decltype(type)>(arguments, rows.selected, first_id + weight.size(0));
+    for (const Draw& draw : draws) {
+      float* value = values.data_ptr<float>() + draw.row().index * 9;
+      int64_t* id = ids.data_ptr<int64_t>() + draw.row().index * 3;
+      for (int64_t i = 0; i < 3; ++i, value += 3) {
+        const Candidate& best = draw.candidate(i);
+        const float numbers[3] = {best.mass, best.noise, best.inner};
+        for (int64_t j = 0; j < 3; ++j) value[j] = draw.is_valid() ? numbers[j] : std::nanf("");
+        id[i] = best.token;
       }
-    });
-  }
+    }
+  });
   return {values, ids};
 }
 

@@ -123,6 +123,14 @@ def linear_sample_shard(
 def combine_shards(values: Tensor, ids: Tensor, reference: Tensor, *sampling) -> Mixed:
     """Tokens, is_self and invalid [N] from the candidates of all shards, [R, N, 3, 3] and [R, N, 3]; any device."""
     how = Sampling(*sampling)
+    per_row = reference, how.threshold, how.sample_ids, how.positions, how.inv_temperature  # [N] each
+    shapes = [list(x.shape) for x in (values, ids, *per_row)]
+    ranks, rows = len(ids), len(reference)
+    if shapes != [[ranks, rows, 3, 3], [ranks, rows, 3], *[[rows]] * 5]:
+        raise ValueError(
+            f"values, ids, reference, threshold, sample_ids, positions and inv_temperature have shapes {shapes}, "
+            "expected [R, N, 3, 3], [R, N, 3] and [N] five times; stack the results of all ranks for the same rows"
+        )
     drawn, valid = choose(values.transpose(0, 1).flatten(1, 2), ids.transpose(0, 1).flatten(1), how.greedy)
     is_self = self_mask(how.seed, how.sample_ids, how.positions, how.threshold)  # [N]
     return torch.where(is_self & valid, drawn, reference), is_self, is_self & ~valid

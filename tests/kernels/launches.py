@@ -7,6 +7,7 @@ tensors, Triton believes in an H100, and each launch ends when its kernel is com
 
 import contextlib
 import json
+from unittest import mock
 
 import specimens
 import torch
@@ -72,6 +73,10 @@ def launch_head(n, vocab_size, first_id):
     rows = rows_of(n)
     head.linear_sample_mix(hidden, weight, None, None, 1.0, torch.arange(n), *rows, None, None, None)
     head.linear_sample_shard(hidden, weight, torch.zeros(vocab_size), 8.0, 1.0, first_id, *rows)
+    selected = torch.arange(n).int(), torch.tensor([n]).int()  # as no kernel runs that could write them
+    with mock.patch.object(head, "select_rows", return_value=selected):
+        top_k = torch.full((n,), 3)
+        head.linear_sample_mix(hidden, weight, None, None, 1.0, torch.arange(n), *rows, top_k, None, None)
 
 
 def launch_attention(queries, heads, kv_heads, head_dim):

@@ -215,7 +215,7 @@ LAUNCHES = {
     self_mask: [noise.self_mask_kernel],
     sample_mix: [filters.filter_cutoff_kernel, sampling.best_group_kernel, sampling.pick_token_kernel],
     filter_cutoff: [filters.filter_cutoff_kernel],
-    linear_sample_mix: [*HEAD, head.pick_token_kernel, sampling.best_group_kernel],
+    linear_sample_mix: [*HEAD, head.pick_token_kernel, head.logits_kernel, sampling.best_group_kernel],
     linear_sample_shard: [*HEAD, head.pick_candidates_kernel],
     ragged_attention: [attention.ragged_attention_kernel],
     ragged_attention_of_nonsense: [attention.ragged_attention_kernel],

@@ -78,7 +78,7 @@ def multiply_tile(
     return logits
 
 
-@triton.jit(do_not_specialize=["seed"])
+@triton.jit(do_not_specialize=["seed", "capacity"])  # a capacity of 1 would be no tensor
 def score_tile_kernel(
     hidden, hidden_stride, weight, weight_stride, bias, hidden_size, logit_scale, softcap,
     first_id, end_id, whole_begin, whole_end, tiles, pieces,
@@ -217,7 +217,7 @@ def best_of_rows(values, capacity, tiles, rows, count, PIECES: tl.constexpr, SLO
     return slot, is_row, row, score, piece.to(tl.int64)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["capacity"])
 def pick_token_kernel(
     values, ids, capacity, tiles, rows, count, tokens, invalids,
     PIECES: tl.constexpr, SLOTS: tl.constexpr,
@@ -230,7 +230,7 @@ def pick_token_kernel(
     tl.store(invalids + row, ~valid, mask=is_row)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["capacity"])
 def pick_candidates_kernel(
     values, ids, capacity, tiles, rows, count, out_values, out_ids,
     PIECES: tl.constexpr, SLOTS: tl.constexpr,

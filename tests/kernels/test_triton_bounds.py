@@ -193,6 +193,12 @@ def plan_pass(draw):
     return passes.plan_pass(*a_state(draw), draw(BUDGETS))
 
 
+def plan_pass_of_many_rows(draw):
+    """The kernel for more rows than registers hold, as if they held 1, and few rows at a time."""
+    with mock.patch.multiple(passes, LANES=(1,), ROWS=draw(st.sampled_from([2, 8]))):
+        return passes.plan_pass(*a_state(draw), draw(BUDGETS))
+
+
 def commit_pass(draw):
     """What a plan of the same state holds, or slots and windows of no plan."""
     state, token_budget = a_state(draw), draw(BUDGETS)
@@ -221,6 +227,7 @@ LAUNCHES = {
     ragged_attention_of_nonsense: [attention.ragged_attention_kernel],
     kv_append: [attention.kv_append_kernel],
     plan_pass: [passes.window_kernel, passes.slots_kernel],
+    plan_pass_of_many_rows: [passes.many_windows_kernel, passes.slots_kernel],
     commit_pass: [passes.commit_pass_kernel],
 }
 

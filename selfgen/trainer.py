@@ -6,6 +6,7 @@ import logging
 import time
 from contextlib import nullcontext
 from dataclasses import dataclass
+from functools import partial
 from itertools import accumulate
 
 import torch
@@ -169,8 +170,8 @@ class BSSTrainer(Trainer):
         }
         try:
             decoder_layers(self.generator.model)
-        except ReplayError as reason:
-            reasons[str(reason)] = True
+        except ReplayError as error:
+            reasons[str(error)] = True
         for reason, holds in reasons.items():
             if holds:
                 return self._replay_off(reason)
@@ -197,27 +198,31 @@ class BSSTrainer(Trainer):
 
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
         replay = self._replay if model.training else None
-        slots = None if replay is None else replay.slots(inputs)
+        replayed = nullcontext if replay is None else partial(replay.hidden_states.replay, replay.slots(inputs))
         inputs = {key: value for key, value in inputs.items() if key not in _BOOKKEEPING}
-
-        def loss(model, *, replayed: bool):
-            with replay.hidden_states.replay(slots) if replayed else nullcontext():
-                return super(BSSTrainer, self).compute_loss(model, inputs, return_outputs, num_items_in_batch)
-
+        loss = partial(
+            super().compute_loss, inputs=inputs, return_outputs=return_outputs, num_items_in_batch=num_items_in_batch
+        )
         if replay is not None and not self._replay_verified:
-            with torch.no_grad():
-                unwrapped = self.accelerator.unwrap_model(model)
-                ordinary, replayed = (
-                    value[0] if return_outputs else value
-                    for value in (loss(unwrapped, replayed=False), loss(unwrapped, replayed=True))
-                )
-            difference = float((replayed - ordinary).abs() / ordinary.abs())
-            full_precision = self.generator.model.dtype == torch.float32 and self.accelerator.mixed_precision == "no"
-            if not difference <= (1e-4 if full_precision else 2e-2):  # NaN is a difference, too
-                self._replay_off(f"the loss would be off by {difference:.1e} of itself")
-                replay = None
-            self._replay_verified = True
-        return loss(model, replayed=replay is not None)
+            replayed = replayed if self._verify_replay(model, loss, replayed) else nullcontext
+        with replayed():
+            return loss(model)
+
+    def _verify_replay(self, model, loss, replayed) -> bool:
+        """Once: the replayed loss is that of the ordinary forward. Whether it is, for what no look at a model can tell."""
+        self._replay_verified = True
+        unwrapped = self.accelerator.unwrap_model(model)  # ranks may come to different ends, so no collectives
+        with torch.no_grad():
+            ordinary = loss(unwrapped)
+            with replayed():
+                found = loss(unwrapped)
+        if isinstance(ordinary, tuple):  # with outputs
+            ordinary, found = ordinary[0], found[0]
+        difference = float((found - ordinary).abs() / ordinary.abs())
+        full_precision = self.generator.model.dtype == torch.float32 and self.accelerator.mixed_precision == "no"
+        if not difference <= (1e-4 if full_precision else 2e-2):  # NaN is a difference, too
+            return self._replay_off(f"the loss would be off by {difference:.1e} of itself")
+        return True
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         if "loss" in logs:

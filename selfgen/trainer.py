@@ -209,7 +209,7 @@ class BSSTrainer(Trainer):
             return loss(model)
 
     def _verify_replay(self, model, loss, replayed) -> bool:
-        """Once: the replayed loss is that of the ordinary forward. Whether it is, for what no look at a model can tell."""
+        """Once: the replayed loss is the ordinary one, for what no look at a model can tell."""
         self._replay_verified = True
         unwrapped = self.accelerator.unwrap_model(model)  # ranks may come to different ends, so no collectives
         with torch.no_grad():

@@ -21,7 +21,6 @@ import re
 import subprocess
 import sys
 import tempfile
-from collections import Counter
 from collections.abc import Iterable
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from importlib import import_module
@@ -43,18 +42,23 @@ class Chip(NamedTuple):
     shared_per_block: int  # bytes
     tensor_core: str  # pattern of its opcode
     wide_load: str  # 128 bits or more from global memory; TMA copies are as wide
+    narrow_load: str  # less
 
 
 # CUDA Programming Guide, 5.1 "Compute Capabilities", technical specifications. Each has 65,536 registers, given
 # to warps by 256; a block takes 1 KiB of shared memory for the system beside its own.
 # CDNA 3: 4 SIMDs of 8 wavefronts of 64 lanes and 64 KiB of LDS (LLVM's AMDGPUBaseInfo.cpp: getMaxWavesPerEU,
 # getAddressableLocalMemorySize); LLVM writes the wavefronts that registers allow into the assembly.
-WIDE_CUDA = r"LDG\.\S*(128|256)|LDGSTS\.\S*128|UTMALDG"
+CUDA_LOADS = r"LDG\.\S*(128|256)|LDGSTS\.\S*128|UTMALDG", r"LDG(STS)?(?!\S*(128|256|DEPBAR))(\.|$)"
+AMD_LOADS = (
+    r"(global|buffer)_load_(lds_)?dwordx4",
+    r"(global|buffer)_load_(lds_)?(dword|dwordx2|dwordx3|[us]?byte|[us]?short)(_d16\w*)?$",
+)
 CHIPS = {
-    "sm_80": Chip(64, 32, 164 << 10, 163 << 10, "HMMA", WIDE_CUDA),
-    "sm_90": Chip(64, 32, 228 << 10, 227 << 10, "HGMMA", WIDE_CUDA),
-    "sm_100": Chip(64, 32, 228 << 10, 227 << 10, "UTCHMMA", WIDE_CUDA),
-    "gfx942": Chip(32, 32, 64 << 10, 64 << 10, "v_mfma", r"(global|buffer)_load_(lds_)?dwordx4"),
+    "sm_80": Chip(64, 32, 164 << 10, 163 << 10, "HMMA", *CUDA_LOADS),
+    "sm_90": Chip(64, 32, 228 << 10, 227 << 10, "HGMMA", *CUDA_LOADS),
+    "sm_100": Chip(64, 32, 228 << 10, 227 << 10, "UTCHMMA", *CUDA_LOADS),
+    "gfx942": Chip(32, 32, 64 << 10, 64 << 10, "v_mfma", *AMD_LOADS),
 }
 OF_INTEREST = {  # what the table counts, under the name it prints
     "HMMA": r"HMMA",
@@ -63,10 +67,10 @@ OF_INTEREST = {  # what the table counts, under the name it prints
     "LDG.128": r"LDG\.\S*(128|256)",
     "LDGSTS.128": r"LDGSTS\.\S*128",
     "UTMALDG": r"UTMALDG",
-    "narrow LDG": r"LDG(STS)?(?!\S*(128|256|DEPBAR))(\.|$)",
+    "narrow LDG": CUDA_LOADS[1],
     "mfma": r"v_mfma",
-    "load_dwordx4": r"(global|buffer)_load_(lds_)?dwordx4",
-    "narrow load": r"(global|buffer)_load_(lds_)?(dword|dwordx2|dwordx3|[us]?byte|[us]?short)(_d16\w*)?$",
+    "load_dwordx4": AMD_LOADS[0],
+    "narrow load": AMD_LOADS[1],
     "ds": r"ds_(read|write)",
 }
 
@@ -86,6 +90,8 @@ class Report:
     warps: int = 0  # a multiprocessor holds at most this many
     tensor_core_instructions: int = 0
     wide_loads: int = 0
+    narrow_loads: int = 0
+    loops: tuple[tuple[int, int], ...] = ()  # (wide loads, narrow loads) of each loop that loads
     instructions: dict[str, int] = dataclasses.field(default_factory=dict)
     faults: tuple[str, ...] = ()
 
@@ -105,17 +111,17 @@ def inspect(configuration: Configuration, target: str) -> Report:
     if target.startswith("sm_"):
         usage, code = disassemble(compiled.asm["cubin"])
         count = {name: int(value) for name, value in re.findall(r"(REG|STACK|LOCAL):(\d+)", usage)}
-        opcodes = Counter(re.findall(r"^\s+/\*[0-9a-f]{4,}\*/\s+(?:@!?U?P\w+ +)?([A-Z][\w.]+)", code, re.M))
+        instructions = cuda_instructions(code)
         registers, scalar_registers, local_bytes = count["REG"], 0, count["STACK"] + count["LOCAL"]
-        spills = count_matching(opcodes, "STL"), count_matching(opcodes, "LDL")
+        spills = count_matching(instructions, "STL"), count_matching(instructions, "LDL")
         by_registers = 65536 // (-(-registers * 32 // 256) * 256)  # warps
     else:
         code = compiled.asm["amdgcn"]
         count = {name: int(value) for name, value in re.findall(r"^ +\.(\w+): +(\d+)$", code, re.M)}
-        opcodes = Counter(re.findall(r"^\s+([vs]_\w+|(?:global|buffer|flat|scratch|ds)_\w+)", code, re.M))
+        instructions = amd_instructions(code)
         registers, scalar_registers = count["vgpr_count"], count["sgpr_count"]
         local_bytes = count["private_segment_fixed_size"]
-        spills = count["vgpr_spill_count"] + count["sgpr_spill_count"], count_matching(opcodes, "scratch_load")
+        spills = count["vgpr_spill_count"] + count["sgpr_spill_count"], count_matching(instructions, "scratch_load")
         by_registers = 4 * int(re.findall(r"; Occupancy: (\d+)", code)[-1])
 
     reserved = 1024 if target.startswith("sm_") else 0
@@ -124,6 +130,10 @@ def inspect(configuration: Configuration, target: str) -> Report:
         blocks.append(chip.shared // (metadata.shared + reserved))
     if getattr(metadata, "tmem_size", 0):  # 512 columns of tensor memory a multiprocessor (PTX ISA, tcgen05)
         blocks.append(512 // metadata.tmem_size)
+    loops = (
+        (count_matching(loop, chip.wide_load), count_matching(loop, chip.narrow_load))
+        for loop in loops_of(instructions)
+    )
     report = Report(
         target=target,
         name=configuration.name,
@@ -134,9 +144,11 @@ def inspect(configuration: Configuration, target: str) -> Report:
         local_bytes=local_bytes,
         shared_bytes=metadata.shared,
         warps=min(blocks) * metadata.num_warps,
-        tensor_core_instructions=count_matching(opcodes, chip.tensor_core),
-        wide_loads=count_matching(opcodes, chip.wide_load),
-        instructions={name: n for name, like in OF_INTEREST.items() if (n := count_matching(opcodes, like))},
+        tensor_core_instructions=count_matching(instructions, chip.tensor_core),
+        wide_loads=count_matching(instructions, chip.wide_load),
+        narrow_loads=count_matching(instructions, chip.narrow_load),
+        loops=tuple(loads for loads in loops if any(loads)),
+        instructions={name: n for name, like in OF_INTEREST.items() if (n := count_matching(instructions, like))},
     )
     return dataclasses.replace(report, faults=tuple(faults(report, configuration)))
 
@@ -152,10 +164,27 @@ def faults(report: Report, configuration: Configuration) -> Iterable[str]:
         yield f"{report.shared_bytes} bytes of shared memory, {report.target} has {chip.shared_per_block}"
     if report.warps == 0:
         yield "no block fits a multiprocessor"
-    if configuration.streams and not report.wide_loads:
-        yield "no load of 128 bits"
+    if configuration.streams:
+        yield from narrow_streams(report)
     if configuration.tensor_cores and not report.tensor_core_instructions:
         yield f"no {chip.tensor_core} instruction"
+
+
+def narrow_streams(report: Report) -> Iterable[str]:
+    """What is streamed is loaded in loops, all of it by 128 bits; ids, biases and thresholds are loaded outside.
+
+    Beside its streams a kernel may search, by one narrow load a round in a loop of its own. What has no loop streams by
+    all its loads: most must be wide.
+    """
+    if not report.wide_loads:
+        yield "no load of 128 bits"
+    elif report.loops and not any(wide for wide, _ in report.loops):
+        yield "no load of 128 bits in a loop"
+    elif not report.loops and report.narrow_loads > report.wide_loads:
+        yield f"{report.narrow_loads} narrow loads beside {report.wide_loads} of 128 bits"
+    for wide, narrow in report.loops:
+        if narrow > (0 if wide else 1):
+            yield f"{narrow} narrow loads in a loop" + (f" beside {wide} of 128 bits" if wide else "")
 
 
 def source(configuration: Configuration, types: dict[str, str] | None = None) -> Any:
@@ -198,8 +227,99 @@ def disassemble(cubin: bytes) -> tuple[str, str]:
     return usage, code
 
 
-def count_matching(opcodes: Counter[str], pattern: str) -> int:
-    return sum(count for opcode, count in opcodes.items() if re.match(pattern, opcode))
+class Instruction(NamedTuple):
+    """One of a program, and where control goes from there."""
+
+    opcode: str
+    targets: tuple[int, ...]  # that it may jump to, as places in the program
+    falls_through: bool  # may go on to the next one
+
+
+def cuda_instructions(code: str) -> list[Instruction]:
+    """The instructions of a disassembled cubin."""
+    labels: dict[str, int] = {}
+    found: list[tuple[str, str, str]] = []  # predicate, opcode, operands
+    line_like = re.compile(r"^(\.L_x_\d+):|^\s+/\*[0-9a-f]{4,}\*/\s+(@!?U?P\w+ +)?([A-Z][\w.]+)([^;]*)", re.M)
+    for label, *instruction in line_like.findall(code):
+        if label:
+            labels[label] = len(found)
+        else:
+            found.append(tuple(instruction))
+    met: dict[str, list[int]] = {}  # where the threads that a barrier divides meet again
+    for _, opcode, operands in found:
+        if opcode.startswith("BSSY"):
+            met.setdefault(operands.split(",")[0].strip(), []).extend(places_of(operands, labels))
+    program = []
+    for predicate, opcode, operands in found:
+        name = opcode.split(".")[0]
+        ends = name in ("EXIT", "RET", "BSYNC") or (name in ("BRA", "JMP") and operands.strip().startswith("`"))
+        targets = places_of(operands, labels) if name in ("BRA", "JMP") else ()
+        if name == "BSYNC":
+            targets = tuple(met.get(operands.strip(), ()))
+        program.append(Instruction(opcode, targets, bool(predicate) or not ends))
+    return program
+
+
+def amd_instructions(code: str) -> list[Instruction]:
+    """The instructions of an AMD assembly."""
+    labels: dict[str, int] = {}
+    found: list[tuple[str, str]] = []  # opcode, operands
+    line_like = re.compile(r"^(\.LBB\w+):|^\s+((?:[vs]|global|buffer|flat|scratch|ds)_\w+)([^;\n]*)", re.M)
+    for label, opcode, operands in line_like.findall(code):
+        if label:
+            labels[label] = len(found)
+        else:
+            found.append((opcode, operands))
+    ends = "s_branch", "s_endpgm", "s_setpc_b64"
+    return [
+        Instruction(
+            opcode,
+            places_of(operands, labels) if opcode.startswith(("s_branch", "s_cbranch")) else (),
+            opcode not in ends,
+        )
+        for opcode, operands in found
+    ]
+
+
+def places_of(operands: str, labels: dict[str, int]) -> tuple[int, ...]:
+    return tuple(labels[label] for label in re.findall(r"\.L\w+", operands) if label in labels)
+
+
+def loops_of(program: list[Instruction]) -> list[list[Instruction]]:
+    """The outermost loops of a program: its strongly connected parts, wherever the compiler has put their pieces."""
+    after: list[list[int]] = [list(instruction.targets) for instruction in program]
+    before: list[list[int]] = [[] for _ in program]
+    for i, instruction in enumerate(program):
+        if instruction.falls_through and i + 1 < len(program):
+            after[i].append(i + 1)
+        for j in after[i]:
+            before[j].append(i)
+
+    def visit(start: int, edges: list[list[int]], seen: set[int]) -> list[int]:
+        """All that is not `seen` and can be reached from `start`, each after what it leads to."""
+        seen.add(start)
+        done, path = [], [(start, iter(edges[start]))]
+        while path:
+            place, following = path[-1]
+            for j in following:
+                if j not in seen:
+                    seen.add(j)
+                    path.append((j, iter(edges[j])))
+                    break
+            else:
+                done.append(place)
+                path.pop()
+        return done
+
+    seen: set[int] = set()
+    order = [place for start in range(len(program)) if start not in seen for place in visit(start, after, seen)]
+    seen = set()
+    parts = [visit(start, before, seen) for start in reversed(order) if start not in seen]  # Kosaraju
+    return [[program[i] for i in sorted(part)] for part in parts if len(part) > 1]
+
+
+def count_matching(instructions: Iterable[Instruction], pattern: str) -> int:
+    return sum(bool(re.match(pattern, instruction.opcode)) for instruction in instructions)
 
 
 def shipped_modules() -> list[str]:

@@ -2,18 +2,23 @@
 
     make bench            (or: pytest benchmarks/bench_sampling.py)
 
-The logits are SmolLM2-135M-Instruct's at the answer tokens of GSM8K. Vocabularies other than its own are columns of
-these, drawn at random: each id once for a smaller vocabulary, as often as needed for a larger one.
+The logits are SmolLM2-135M-Instruct's at the answer tokens of GSM8K, or of gsm_symbolic where that is not at hand.
+Vocabularies other than its own are columns of these, drawn at random: each id once for a smaller vocabulary, as often
+as needed for a larger one.
 """
 
 from __future__ import annotations
 
+import warnings
+
 import pytest
 import torch
 from torch import Tensor
+from torch.nn.functional import pad
 from transformers import LogitsProcessorList, TemperatureLogitsWarper, TopKLogitsWarper, TopPLogitsWarper
 
 from selfgen_kernels import sample_mix
+from selfgen_kernels.backends.reference.sampling import GROUP_SIZE
 from selfgen_kernels.backends.reference.sampling import sample_mix as reference_sample_mix
 
 from .fixtures import DEVICE, recorded_head
@@ -59,6 +64,7 @@ def exponential_race(logits: Tensor) -> Tensor:
 
 
 compiled_race = torch.compile(exponential_race, dynamic=True)
+compiled_multinomial = torch.compile(multinomial, dynamic=True)
 
 
 def two_level(logits: Tensor):
@@ -69,8 +75,20 @@ def two_level(logits: Tensor):
     return lambda: reference_sample_mix(logits, *args)
 
 
+def two_level_draw(logits: Tensor) -> Tensor:
+    """The same draw, but for its noise from torch's generator: what a compiler can fuse of it."""
+    z = pad(logits.float(), (0, -logits.shape[1] % GROUP_SIZE), value=-torch.inf).unflatten(1, (-1, GROUP_SIZE))
+    group_score = z.logsumexp(2)  # [N, G]
+    group = (group_score - torch.empty_like(group_score).exponential_().log()).argmax(1)  # [N]
+    inner = z[torch.arange(len(z), device=z.device), group]  # [N, 64]
+    return group * GROUP_SIZE + (inner - torch.empty_like(inner).exponential_().log()).argmax(1)
+
+
+compiled_two_level = torch.compile(two_level_draw, dynamic=True)
+
+
 def gpu_peers(logits: Tensor, filtered: bool) -> dict:
-    """FlashInfer and vLLM, where they are installed; neither runs on a CPU."""
+    """FlashInfer and vLLM, where they are installed and run; neither does on a CPU."""
     peers: dict = {}
     if logits.device.type != "cuda":
         return peers
@@ -96,6 +114,12 @@ def gpu_peers(logits: Tensor, filtered: bool) -> dict:
             peers["vLLM"] = lambda: random_sample(logits.float().softmax(-1), {})
     except ImportError:
         pass
+    for name, draw in list(peers.items()):
+        try:
+            draw()
+        except Exception as error:  # of a version with other functions, or without kernels for this GPU
+            warnings.warn(f"{name} is left out: {error!r}", stacklevel=2)
+            del peers[name]
     return peers
 
 
@@ -112,6 +136,8 @@ def test_sample_mix(compare, recorded, rows, vocabulary, dtype):
         "exponential race, torch.compile": lambda: compiled_race(logits),
         "exponential race, eager": lambda: exponential_race(logits),
         "multinomial(softmax)": lambda: multinomial(logits),
+        "multinomial(softmax), torch.compile": lambda: compiled_multinomial(logits),
+        "two-level, torch.compile": lambda: compiled_two_level(logits),
         **gpu_peers(logits, filtered=False),
     }
     seconds = compare("sample_mix", sides, {"rows": rows, "vocabulary": vocabulary, "dtype": dtype})

@@ -70,13 +70,17 @@ def load_smollm2(dtype: torch.dtype = torch.float32) -> tuple[PreTrainedModel, P
 
 @torch.inference_mode()
 def recorded_head(rows: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """SmolLM2's hidden states [rows, 576] at answer tokens of GSM8K and its LM head [49152, 576], fp32, on `DEVICE`."""
+    """SmolLM2's hidden states [rows, 576] at answer tokens and its LM head [49152, 576], fp32, on `DEVICE`.
+
+    The answers are GSM8K's, or gsm_symbolic's where GSM8K is not at hand.
+    """
     model, tokenizer = load_smollm2()
     model.to(DEVICE)
     hidden: list[torch.Tensor] = []
     row = 0
+    local = gsm8k_path("train").endswith(".jsonl")
     while sum(map(len, hidden)) < rows:
-        example = gsm8k("train", row, row + 1)[0]
+        example = gsm8k("train", row, row + 1)[0] if local else gsm_symbolic(row + 1, seed=0)[row]
         prompt, text = (
             tokenizer(part, return_tensors="pt").input_ids
             for part in (example["prompt"], example["prompt"] + " " + example["completion"])

@@ -1,7 +1,8 @@
 """What users hand to the ops, checked and brought to the one form that kernels take.
 
-Values inside a tensor are checked only where that costs no device synchronisation: on CPU tensors, and outside of
-`torch.compile`. A bad value that passes unseen on a GPU marks its row as invalid; it is never an illegal address.
+Values inside a tensor are checked only where that costs no device synchronisation: on CPU tensors, and where nothing
+traces or transforms the call (`torch.compile`, `torch.export`, `make_fx`, fake tensors, `torch.func`). A bad value that
+passes unseen marks its row as invalid, or is refused by the kernel; it is never an illegal address.
 """
 
 from collections.abc import Callable
@@ -9,6 +10,8 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch._C import DispatchKey, _dispatch_tls_is_dispatch_key_included, _len_torch_dispatch_stack
+from torch._C._functorch import is_functorch_wrapped_tensor
 
 FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 INTEGERS = (torch.int64, torch.int32)
@@ -17,9 +20,28 @@ GREEDY_BELOW = 1e-5
 """Temperatures under this are greedy: argmax, no noise."""
 
 
-def values_visible(tensor: Tensor) -> bool:
-    """Whether Python may look at the values of `tensor` without a device synchronisation or a graph break."""
-    return tensor.device.type == "cpu" and not torch.compiler.is_compiling()
+def is_traced(*tensors: Tensor) -> bool:
+    """Whether a call is recorded, faked or mapped, so that some of `tensors` may have no memory of their own.
+
+    On the path of every call, so made of tests that cost less than `tensor.device` does. So is any call under a
+    dispatch mode: a tracer's cannot be told from others as cheaply, and makes fake or recorded what real tensors give.
+    """
+    if (
+        torch.compiler.is_compiling()
+        or _len_torch_dispatch_stack()
+        or _dispatch_tls_is_dispatch_key_included(DispatchKey.PreDispatch)  # make_fx(pre_dispatch=True)
+    ):
+        return True
+    for tensor in tensors:
+        plain = type(tensor).__torch_dispatch__ is Tensor.__torch_dispatch__  # else fake, or functional
+        if not plain or is_functorch_wrapped_tensor(tensor):
+            return True
+    return False
+
+
+def values_visible(*tensors: Tensor) -> bool:
+    """Whether Python may look at the values of all `tensors` without a device synchronisation or a graph break."""
+    return not is_traced(*tensors) and all(tensor.is_cpu for tensor in tensors)
 
 
 def check_tensor(
@@ -58,7 +80,7 @@ def signed_seed(seed: int) -> int:
 def check_keys(sample_ids: Tensor, positions: Tensor, rows: int | str, device: torch.device | None) -> None:
     """Check the two tensors [N] that name each row's random numbers."""
     check_tensor("sample_ids", sample_ids, (rows,), INTEGERS, device)
-    check_tensor("positions", positions, (len(sample_ids),), INTEGERS, sample_ids.device)
+    check_tensor("positions", positions, (sample_ids.shape[0],), INTEGERS, sample_ids.device)
     if values_visible(positions) and not ((positions >= 0) & (positions.long() < 2**32)).all():
         wrong = positions[(positions < 0) | (positions.long() >= 2**32)][0].item()
         raise ValueError(
@@ -86,19 +108,25 @@ def check_softcap(softcap: Any) -> None:
         check_number("softcap", softcap, accepted, lambda cap: 2**-126 <= cap < 2**127)
 
 
+def check_factor(name: str, factor: Any, *, or_else: str) -> None:
+    """Raise unless `factor` is a number that fp32, in which it is applied, holds: not as inf, nor as 0 what is not."""
+    accepted = "0 or a float with 2**-126 <= abs < 2**127"
+    check_number(name, factor, accepted, lambda x: x == 0 or 2**-126 <= abs(x) < 2**127, or_else=or_else)
+
+
 def per_row(
     name: str, value: Any, like: Tensor, dtype: torch.dtype, accepted: str, is_valid: Callable[[Any], Any]
 ) -> Tensor:
     """A number or a tensor [N] as a tensor [N] of `dtype` beside `like` [N, ...]; `accepted` is `is_valid` in words."""
     whole = not dtype.is_floating_point
     if isinstance(value, Tensor):
-        check_tensor(name, value, (len(like),), INTEGERS if whole else FLOATS, like.device)
+        check_tensor(name, value, (like.shape[0],), INTEGERS if whole else FLOATS, like.device)
         if values_visible(value) and not is_valid(value).all():
             wrong = value[~is_valid(value)][0].item()
             raise ValueError(f"{name} holds {wrong}, accepted is {accepted}; correct that row")
         return value.to(dtype)
     check_number(name, value, accepted, is_valid, whole=whole, or_else="a tensor [N]")
-    return torch.full((len(like),), value, dtype=dtype, device=like.device)
+    return like.new_full((like.shape[0],), value, dtype=dtype)  # fake if `like` is
 
 
 def mask_threshold(self_prob: float | Tensor, like: Tensor) -> Tensor:
@@ -111,5 +139,5 @@ def inverse_temperature(temperature: float | Tensor, like: Tensor) -> Tensor:
     """1 / temperature as fp32 [N]; +inf stands for greedy, NaN for a temperature that no one could accept."""
     accepted = "a finite temperature >= 0 (0 is greedy)"
     value = per_row("temperature", temperature, like, torch.float64, accepted, lambda t: (t >= 0) & (t < float("inf")))
-    inverse = torch.where(value >= GREEDY_BELOW, (1 / value).clamp(min=2**-126), torch.inf)  # 0 would make NaN of -inf
-    return torch.where(value >= 0, inverse, torch.nan).float()
+    inverse = (1 / value).clamp(min=2**-126)  # 0 would make NaN of -inf
+    return inverse.masked_fill(value < GREEDY_BELOW, torch.inf).masked_fill(value < 0, torch.nan).float()

@@ -4,8 +4,17 @@ from typing import Literal
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 
-from selfgen_kernels.ops.arguments import FLOATS, check_number, check_softcap, check_tensor
+from selfgen_kernels.ops import batching
+from selfgen_kernels.ops.arguments import (
+    FLOATS,
+    check_factor,
+    check_number,
+    check_softcap,
+    check_tensor,
+    is_traced,
+)
 
 torch.library.define(
     "selfgen::kv_append",
@@ -28,13 +37,31 @@ def _(query, *rest):
     return query.new_empty(query.shape)
 
 
+batching.register("kv_append", "ragged_attention")
+
+
+@torch.library.impl("selfgen::kv_append", "Negative")
+def _(key_cache, value_cache, *states):
+    """Views with their negative bit set; torch's own fallback corrupts memory where an operator returns nothing."""
+    for name, cache in (("key_cache", key_cache), ("value_cache", value_cache)):
+        if cache.is_neg():
+            raise ValueError(
+                f"{name} is a view of its negative (is_neg()), accepted is plain memory; pass a clone of it"
+            )
+    torch.ops.selfgen.kv_append(key_cache, value_cache, *(x.resolve_neg() for x in states))
+
+
 def kv_append(key_cache: Tensor, value_cache: Tensor, key: Tensor, value: Tensor, slots: Tensor) -> None:
     """Write the K/V of N tokens to their slots of a flat cache, in place. For inference only.
 
+    The append of flash-attn's `flash_attn_with_kvcache`, with a slot for each token as in vLLM (Kwon et al., arXiv
+    2309.06180): slots of one row need not follow one another.
+
     Args:
-        key_cache: fp32, bf16, fp16 or fp64 [slots, kv_heads, head_dim], any strides; written to.
-        value_cache: same dtype and shape, other memory; written to.
-        key: same dtype [N, kv_heads, head_dim], any strides, so the transposed view that models make is fine.
+        key_cache: fp32, bf16, fp16 or fp64 [slots, kv_heads, head_dim], any strides but 0; written to.
+        value_cache: same dtype and shape, other memory, be it another part of one tensor; written to.
+        key: same dtype [N, kv_heads, head_dim], any strides, so the transposed view that models make is fine; no view
+            of a cache.
         value: same dtype and shape as `key`.
         slots: int64 [N], the slot of each token; a negative one is padding, and nothing is written. No slot twice:
             which of two tokens wins is not defined.
@@ -44,9 +71,10 @@ def kv_append(key_cache: Tensor, value_cache: Tensor, key: Tensor, value: Tensor
 
     Raises:
         TypeError: an argument of another type or dtype.
-        ValueError: a shape or device outside of the above, or a slot past the end (on a GPU, where values are not
-            looked at, nothing is written for it).
-        RuntimeError: a tensor that requires grad while gradients are recorded; the op has no backward.
+        ValueError: a shape or device outside of the above, a slot past the end (on a GPU, where values are not
+            looked at, nothing is written for it), or memory that is written to and shared.
+        RuntimeError: a tensor that requires grad while gradients are recorded, or has a tangent; the op has no
+            derivative.
 
     Example:
         >>> import torch
@@ -62,8 +90,10 @@ def kv_append(key_cache: Tensor, value_cache: Tensor, key: Tensor, value: Tensor
     check_tensor("value_cache", value_cache, tuple(key_cache.shape), dtype, device)
     check_tensor("key", key, ("N", *key_cache.shape[1:]), dtype, device)
     check_tensor("value", value, tuple(key.shape), dtype, device)
-    check_tensor("slots", slots, (len(key),), (torch.int64,), device)
+    check_tensor("slots", slots, (key.shape[0],), (torch.int64,), device)
     _refuse_grad("kv_append", key_cache, value_cache, key, value)
+    if not is_traced(key_cache, value_cache, key, value):  # which may have no memory
+        _refuse_overlap(key_cache, value_cache, key, value)
     torch.ops.selfgen.kv_append(key_cache, value_cache, key, value, slots)
 
 
@@ -88,8 +118,7 @@ def ragged_attention(
 
     With the C++ kernel, a query over the same keys gives the same bits however the chunks are cut and on any number of
     threads: keys count from the first slot of their range. The Triton kernel is built the same way, and no GPU has yet
-    confirmed it. It never waits for the device; in fp64, and
-    in fp32 with head_dim > 128, the reference runs, which does.
+    confirmed it. It never waits for the device; in fp32 and fp64 with head_dim > 256, the reference runs, which does.
 
     Args:
         query: fp32, bf16, fp16 or fp64 [N, heads, head_dim], any strides.
@@ -97,8 +126,9 @@ def ragged_attention(
             reads K/V head h // (heads // kv_heads).
         value: same dtype and shape as `key`.
         cu_seqlens_q: int32 [B + 1], ascending from 0 to at most N.
-        kv_ranges: int64 [B, 2], first slot and number of slots of each chunk; at least as many slots as queries.
-        scale: finite factor on the logits; head_dim ** -0.5 if None.
+        kv_ranges: int64 [B, 2], first slot and number of slots of each chunk; at least as many slots as queries, and
+            at most 2^30.
+        scale: factor on the logits, finite in fp32; head_dim ** -0.5 if None.
         sliding_window: >= 1: a query sees this many positions, itself included.
         softcap: > 0: logits become softcap * tanh(logits / softcap), as in Gemma 2 (arXiv 2408.00118).
         sinks: floating [heads], a logit a head that takes probability and has no value, as in gpt-oss.
@@ -112,8 +142,8 @@ def ragged_attention(
     Raises:
         TypeError: an argument of another type or dtype.
         ValueError: a value, shape or device outside of the above (values inside GPU tensors are not looked at).
-        RuntimeError: a tensor that requires grad while gradients are recorded; the op has no backward. Or flash-attn
-            was asked for and is not installed.
+        RuntimeError: a tensor that requires grad while gradients are recorded, or has a tangent; the op has no
+            derivative. Or flash-attn was asked for and is not installed.
 
     Example:
         >>> import torch
@@ -133,13 +163,12 @@ def ragged_attention(
             "pass heads and head_dim >= 1, and heads a multiple of kv_heads"
         )
     check_tensor("cu_seqlens_q", cu_seqlens_q, ("B + 1",), (torch.int32,), query.device)
-    if len(cu_seqlens_q) == 0:
+    if cu_seqlens_q.shape[0] == 0:
         raise ValueError("cu_seqlens_q is empty; pass int32 [B + 1], which is [0] for no chunk")
-    check_tensor("kv_ranges", kv_ranges, (len(cu_seqlens_q) - 1, 2), (torch.int64,), query.device)
+    check_tensor("kv_ranges", kv_ranges, (cu_seqlens_q.shape[0] - 1, 2), (torch.int64,), query.device)
     if scale is None:
         scale = head_dim**-0.5
-    finite = "a finite float, or None for head_dim ** -0.5"
-    check_number("scale", scale, finite, lambda scale: abs(scale) < float("inf"))
+    check_factor("scale", scale, or_else="None")
     if sliding_window is not None:
         check_number("sliding_window", sliding_window, "an int >= 1, or None", lambda size: size >= 1, whole=True)
     check_softcap(softcap)
@@ -159,3 +188,35 @@ def ragged_attention(
 def _refuse_grad(op: str, *tensors: Tensor | None) -> None:
     if torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in tensors):
         raise RuntimeError(f"{op} has no backward; call it under torch.no_grad(), or detach its tensors")
+    if forward_ad._current_level >= 0 and any(
+        x is not None and forward_ad.unpack_dual(x).tangent is not None for x in tensors
+    ):
+        raise RuntimeError(f"{op} has no backward and no forward-mode derivative; detach its tensors")
+
+
+def _refuse_overlap(key_cache: Tensor, value_cache: Tensor, key: Tensor, value: Tensor) -> None:
+    """Raise if memory that is written to is also read, or is that of two numbers."""
+    key_storage, value_storage = (x.untyped_storage()._cdata for x in (key_cache, value_cache))
+    for name, cache in (("key_cache", key_cache), ("value_cache", value_cache)):
+        strides = cache.stride()
+        if 0 in strides and any(stride == 0 and size > 1 for size, stride in zip(cache.shape, strides, strict=True)):
+            raise ValueError(f"{name} is expanded: several of its numbers share memory; pass {name}.contiguous()")
+    for name, states in (("key", key), ("value", value)):
+        storage = states.untyped_storage()._cdata
+        if storage in (key_storage, value_storage):
+            for cache_name, cache in (("key_cache", key_cache), ("value_cache", value_cache)):
+                if storage == cache.untyped_storage()._cdata and _meet(states, cache):
+                    raise ValueError(f"{name} is a view of {cache_name}, which is written to; pass {name}.clone()")
+    # Parts of one tensor may interleave, so here only a slot of one cache that is a slot of the other is an overlap.
+    if key_storage == value_storage and key_cache.numel() > 0:
+        distance = abs(int(key_cache.storage_offset()) - int(value_cache.storage_offset()))
+        stride = key_cache.stride()
+        slots, rest = divmod(distance, max(1, stride[0]))
+        if distance == 0 or (value_cache.stride() == stride and rest == 0 and slots < len(key_cache)):
+            raise ValueError("key_cache and value_cache share memory; pass two caches, such as the halves of a tensor")
+
+
+def _meet(x: Tensor, y: Tensor) -> bool:
+    """Whether the stretches from first to last number of two tensors of one storage have a part in common."""
+    ends = [x.storage_offset() + sum((n - 1) * s for n, s in zip(x.shape, x.stride(), strict=True)) for x in (x, y)]
+    return x.numel() > 0 and y.numel() > 0 and max(x.storage_offset(), y.storage_offset()) <= min(ends)

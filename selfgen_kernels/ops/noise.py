@@ -3,6 +3,7 @@
 import torch
 from torch import Tensor
 
+from selfgen_kernels.ops import batching
 from selfgen_kernels.ops.arguments import check_keys, mask_threshold, signed_seed
 
 torch.library.define(
@@ -21,6 +22,9 @@ def _(seed, sample_ids, positions, size, stream):
 @torch.library.register_fake("selfgen::self_mask")
 def _(seed, sample_ids, positions, threshold):
     return sample_ids.new_empty((sample_ids.shape[0],), dtype=torch.bool)
+
+
+batching.register("gumbel_noise", "self_mask")
 
 
 def gumbel_noise(

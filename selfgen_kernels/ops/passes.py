@@ -11,6 +11,7 @@ captured in one CUDA graph and replayed until every row is done.
 import torch
 from torch import Tensor
 
+from selfgen_kernels.ops import batching
 from selfgen_kernels.ops.arguments import check_number, check_tensor, values_visible
 
 torch.library.define(
@@ -37,6 +38,9 @@ def _(tokens, final, slots, cu_seqlens_q, next_self, sampled):
     return tuple(slots.new_empty(slots.shape, dtype=torch.bool) for _ in range(2))
 
 
+batching.register("plan_pass", "commit_pass")
+
+
 def plan_pass(
     final: Tensor, row_starts: Tensor, next_self: Tensor, log_chance: Tensor, token_budget: int
 ) -> tuple[Tensor, Tensor, Tensor]:
@@ -48,6 +52,10 @@ def plan_pass(
     are taken in the order of the sum of `log_chance` along the row, from the row's first open self position to the
     segment's first slot (of equal sums the lower row, then the earlier slot). The last one is cut where the budget
     ends. At least one token is planned while any row is unfinished.
+
+    A pass is a step of Jacobi decoding (Santilli et al., arXiv 2305.10427), here of the mixed contexts of
+    batch-scheduled sampling (Cen et al., arXiv 2410.14655), under a token budget as in Sarathi-Serve (Agrawal et al.,
+    arXiv 2403.02310).
 
     The sums are fp32, added along the row one after the other and held at the lowest finite number, so that every
     backend gives the same plan.
@@ -98,7 +106,7 @@ def plan_pass(
         whole=True,
         or_else="a SymInt",
     )
-    if values_visible(final):
+    if values_visible(final, row_starts, next_self, log_chance):
         _check_next_self(next_self)
         _check_slots("final", final, len(next_self))
         _check_slots("row_starts", row_starts, len(next_self))
@@ -120,6 +128,8 @@ def commit_pass(
     Place i of the pass computed slot s = slots[i]. If the next self position is s + 1, then sampled[i] is the model's
     token there, and else it is ignored. A row is final up to its first token that changed: `final` becomes that slot,
     or the end of the row's window if none did. Rows with an empty window stay as they are.
+
+    Jacobi decoding's test of a guess (Santilli et al., arXiv 2305.10427), at self positions only.
 
     Args:
         tokens: int64 [S], contiguous: the guess.
@@ -160,7 +170,7 @@ def commit_pass(
     for name, tensor in (("tokens", tokens), ("final", final)):
         if not tensor.is_contiguous():
             raise ValueError(f"{name} is written in place and has stride {tensor.stride(0)}; pass a contiguous tensor")
-    if values_visible(tokens):
+    if values_visible(slots, cu_seqlens_q, next_self):
         _check_next_self(next_self)
         planned = int(cu_seqlens_q[-1])
         sizes = cu_seqlens_q.diff()

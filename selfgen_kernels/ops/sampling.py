@@ -4,10 +4,13 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch._C._functorch import is_batchedtensor
 
+from selfgen_kernels.ops import batching
 from selfgen_kernels.ops.arguments import (
     FLOATS,
     INTEGERS,
+    check_factor,
     check_keys,
     check_number,
     check_softcap,
@@ -56,6 +59,9 @@ def _(hidden, *rest):
 @torch.library.register_fake("selfgen::combine_shards")
 def _(values, ids, reference, *sampling):
     return torch.empty_like(reference), _empty_bool(reference), _empty_bool(reference)
+
+
+batching.register("sample_mix", "linear_sample_mix", "linear_sample_shard", "combine_shards")
 
 
 def _empty_bool(like: Tensor) -> Tensor:
@@ -116,7 +122,7 @@ def sample_mix(
     """
     check_tensor("logits", logits, ("N", "V"), FLOATS, None)
     _check_vocabulary(logits.shape[1])
-    reference = _check_reference(reference, status, len(logits), logits.device)
+    reference = _check_reference(reference, status, logits.shape[0], logits.device)
     rows = _row_arguments(logits, self_prob, seed, sample_ids, positions, temperature)
     filters = _filters(logits, top_k, top_p, min_p)
     if logits.dtype == torch.float64:
@@ -147,8 +153,13 @@ def linear_sample_mix(
     """`sample_mix` of `hidden @ weight.T + bias`, without the logits [N, V] ever in memory as a whole.
 
     Only rows that the mask selects are multiplied. Without filters the vocabulary passes by in chunks; with a filter,
-    rows do, at most N / 8 (at least one) at a time. The tokens are those of `sample_mix` on the same logits; the
-    product may round differently than one over the whole vocabulary, which can decide between near ties.
+    rows do, one or more at a time. On the CPU the C++ kernel keeps at most 1/8 of the bytes of all logits in their
+    dtype, and beside them 1/32 of an fp32 row a thread; one row is more than that for N < 8, and for N < 16 in bf16 and
+    fp16 with a softcap or a scale, after which logits are fp32. The torch reference keeps to 1/8 from 32,000 ids on,
+    but one row with its filters takes up to 64 bytes an id, which is more for N < 128 in fp32.
+
+    The tokens are those of `sample_mix` on the same logits; the product may round differently than one over the whole
+    vocabulary, which can decide between near ties.
 
     Args:
         hidden: fp32, bf16, fp16 or fp64 [N, D], the input of the LM head.
@@ -156,8 +167,8 @@ def linear_sample_mix(
             A DTensor is refused: gather it with .full_tensor(), or use `linear_sample_shard`.
         bias: same dtype [V], or None.
         softcap: > 0 in fp32: logits become softcap * tanh(logits / softcap), in fp32, as in Gemma 2 (arXiv 2408.00118).
-        logit_scale: finite factor on the logits, before the softcap, as in Cohere's models (`logit_scale`) and, as
-            its inverse, in Granite (`logits_scaling`).
+        logit_scale: factor on the logits, finite in fp32, before the softcap, as in Cohere's models (`logit_scale`)
+            and, as its inverse, in Granite (`logits_scaling`).
         reference, self_prob, seed, sample_ids, positions, temperature, top_k, top_p, min_p, status: as in `sample_mix`.
 
     Returns:
@@ -177,7 +188,7 @@ def linear_sample_mix(
         True
     """
     head = _head_arguments(hidden, weight, bias, softcap, logit_scale)
-    reference = _check_reference(reference, status, len(hidden), hidden.device)
+    reference = _check_reference(reference, status, hidden.shape[0], hidden.device)
     rows = _row_arguments(hidden, self_prob, seed, sample_ids, positions, temperature)
     filters = _filters(hidden, top_k, top_p, min_p)
     tokens, is_self, invalid = torch.ops.selfgen.linear_sample_mix(*head, reference, *rows, *filters)
@@ -204,7 +215,9 @@ def linear_sample_shard(
     Each rank calls this with its shard, all ranks gather the two small results (60 bytes a row and rank) in place of
     the logits, and each calls `combine_shards`. The token is the one that a single rank with the whole head draws, up
     to rounding at near ties; shards may have any sizes and begin and end anywhere. Filters are not offered: a cutoff
-    needs the whole row.
+    needs the whole row. The split is Megatron-LM's (Shoeybi et al., arXiv 1909.08053, section 3); what shards have to
+    exchange is small as a maximum of Gumbel-perturbed logits is one of its parts' maxima (Maddison et al., "A*
+    Sampling", arXiv 1411.0030).
 
     Args:
         hidden: fp32, bf16, fp16 or fp64 [N, D], the same on every rank.
@@ -255,6 +268,9 @@ def combine_shards(
 ) -> tuple[Tensor, Tensor]:
     """The tokens from the gathered results of `linear_sample_shard` on R ranks, the same on every rank.
 
+    Gumbel-max over the parts of a vocabulary: the best of the parts' best (Maddison et al., "A* Sampling", arXiv
+    1411.0030). The torch reference on every device, by design: it handles 12 numbers a row and rank.
+
     Args:
         values: fp32 [R, N, 3, 3], the ranks' values, in any order of the ranks, R >= 1.
         ids: int64 [R, N, 3], their ids in the same order.
@@ -280,7 +296,7 @@ def combine_shards(
     """
     check_tensor("ids", ids, ("R", "N", 3), (torch.int64,), None)
     check_tensor("values", values, (*ids.shape, 3), (torch.float32,), ids.device)
-    if len(ids) == 0:
+    if ids.shape[0] == 0:
         raise ValueError("ids and values are of no rank (R = 0); stack the results of at least one")
     reference = _check_reference(reference, status, ids.shape[1], ids.device)
     rows = _row_arguments(reference, self_prob, seed, sample_ids, positions, temperature)
@@ -296,12 +312,12 @@ def _head_arguments(
     hidden, weight, bias = (_autocast(tensor) for tensor in (hidden, weight, bias))
     check_tensor("hidden", hidden, ("N", "D"), FLOATS, None)
     check_tensor("weight", weight, ("V", hidden.shape[1]), (hidden.dtype,), hidden.device)
-    _check_vocabulary(len(weight))
+    _check_vocabulary(weight.shape[0])
     if bias is not None:
-        check_tensor("bias", bias, (len(weight),), (hidden.dtype,), hidden.device)
+        check_tensor("bias", bias, (weight.shape[0],), (hidden.dtype,), hidden.device)
         bias = bias.detach()
     check_softcap(softcap)
-    check_number("logit_scale", logit_scale, "a finite float", lambda x: abs(x) < float("inf"), or_else="an int")
+    check_factor("logit_scale", logit_scale, or_else="an int")
     return hidden.detach(), weight.detach(), bias, softcap, float(logit_scale)
 
 
@@ -323,7 +339,7 @@ def _row_arguments(
     like: Tensor, self_prob: float | Tensor, seed: int, sample_ids: Tensor, positions: Tensor, temperature: Any
 ) -> tuple[Any, ...]:
     """What every op needs to know about its rows, checked against `like` [N, ...] and in the order of the schemas."""
-    check_keys(sample_ids, positions, len(like), like.device)
+    check_keys(sample_ids, positions, like.shape[0], like.device)
     threshold = mask_threshold(self_prob, like)  # [N]
     return threshold, signed_seed(seed), sample_ids, positions, inverse_temperature(temperature, like)
 
@@ -351,4 +367,9 @@ def _check_reference(reference: Tensor, status: Tensor | None, rows: int, device
 
 def _report(invalid: Tensor, status: Tensor | None) -> None:
     if status is not None:
+        if is_batchedtensor(invalid) and not is_batchedtensor(status):
+            raise ValueError(
+                "status is one tensor for all the calls that torch.func.vmap makes; give each its own, by a status "
+                "with the batch dimension and in_dims, or leave it out"
+            )
         status.add_(invalid.sum())

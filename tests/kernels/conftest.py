@@ -14,8 +14,25 @@ from selfgen_kernels.backends.reference import philox
 from selfgen_kernels.backends.reference import sampling as reference_sampling
 
 ON_GPU = torch.cuda.is_available()
+DEVICE = "cuda" if ON_GPU else "cpu"
+"""Where Triton's tensors are."""
 if not ON_GPU:
     os.environ.setdefault("TRITON_INTERPRET", "1")  # read when triton is imported, which no import above does
+
+
+def moved(values, device):
+    """The `values` with their tensors on `device`, with strides, alignment and what lies between their elements.
+
+    Tensor.to would make a tensor with gaps dense: then no test of strides would reach the kernels of a GPU.
+    """
+    result = []
+    for value in values:
+        if isinstance(value, torch.Tensor) and value.device.type != torch.device(device).type:
+            size = value.untyped_storage().nbytes() // value.element_size()
+            there = value.as_strided((size,), (1,), 0).to(device)
+            value = there.as_strided(value.shape, value.stride(), value.storage_offset())
+        result.append(value)
+    return result
 
 
 @dataclass
@@ -28,11 +45,11 @@ class Backend:
     sampling: Any
 
     def gumbel_noise(self, seed, sample_ids, positions, size, stream):
-        args = seed, sample_ids.to(self.device), positions.to(self.device), size, stream
+        args = seed, *moved((sample_ids, positions), self.device), size, stream
         return self.noise.gumbel_noise(*args).cpu()
 
     def self_mask(self, seed, sample_ids, positions, threshold):
-        args = (tensor.to(self.device) for tensor in (sample_ids, positions, threshold))
+        args = moved((sample_ids, positions, threshold), self.device)
         return self.noise.self_mask(seed, *args).cpu()
 
     def sample_mix(
@@ -57,15 +74,14 @@ class Backend:
             row_tensor(top_p, torch.float64),
             row_tensor(min_p, torch.float64),
         )
-        args = (value.to(self.device) if isinstance(value, torch.Tensor) else value for value in args)
-        return tuple(result.cpu() for result in self.sampling.sample_mix(*args))
+        return tuple(result.cpu() for result in self.sampling.sample_mix(*moved(args, self.device)))
 
 
 def triton_backend() -> Backend:
     pytest.importorskip("triton")
     from selfgen_kernels.backends.triton import noise, sampling
 
-    return Backend("triton", "cuda" if ON_GPU else "cpu", noise, sampling)
+    return Backend("triton", DEVICE, noise, sampling)
 
 
 def require_cpp() -> None:
@@ -85,7 +101,11 @@ def cpp_backend() -> Backend:
 REFERENCE = Backend("reference", "cpu", philox, reference_sampling)
 _FAST = {"cpp": cpp_backend, "triton": triton_backend}
 _INTERPRETED = pytest.mark.filterwarnings("ignore::RuntimeWarning:triton.runtime.interpreter")  # numpy's, on log(0)
-_TRITON = pytest.param("triton", marks=pytest.mark.gpu if ON_GPU else _INTERPRETED)
+TRITON_MARKS = [pytest.mark.gpu if ON_GPU else _INTERPRETED]
+"""Of all that launches a Triton kernel: `make test` runs it in the interpreter, `make gpu` on the GPU."""
+GPU_ONLY = [pytest.mark.gpu, pytest.mark.skipif(not ON_GPU, reason="needs a CUDA device")]
+INTERPRETER_ONLY = pytest.mark.skipif(ON_GPU, reason="asks the interpreter what a GPU does not tell")
+_TRITON = pytest.param("triton", marks=TRITON_MARKS)
 
 
 @pytest.fixture

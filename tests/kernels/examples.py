@@ -2,6 +2,7 @@
 run over them, so a new op gets these tests with its line here."""
 
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import selfgen_kernels
 
@@ -100,6 +101,19 @@ def call(name, **arguments):
 def copied(arguments):
     """The arguments with fresh copies of their tensors, for ops that write to some."""
     return {name: value.clone() if isinstance(value, torch.Tensor) else value for name, value in arguments.items()}
+
+
+class Recorder(TorchDispatchMode):
+    """Remembers the calls of this library's operators."""
+
+    def __init__(self):
+        super().__init__()
+        self.calls = []
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        if func.namespace == "selfgen":
+            self.calls.append((func, args))
+        return func(*args, **(kwargs or {}))
 
 
 def as_tuple(result):

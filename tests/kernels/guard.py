@@ -14,6 +14,7 @@ import numpy as np
 import torch
 
 MARGIN = 4096  # bytes of poison between two tensors
+DISOWNED: list[torch.Tensor] = []  # views of tensors whose elements lie outside, too: see `disowned`
 
 
 class OutOfBounds(Exception):
@@ -56,6 +57,10 @@ class Memory:
         moved[tuple(distinct)] = tensor[tuple(distinct)]
         owned = torch.zeros(extent * size, dtype=torch.bool)
         owned.as_strided(tensor.shape, [stride * size for stride in tensor.stride()]).fill_(True)
+        for view in DISOWNED:
+            offset = view.data_ptr() - tensor.data_ptr()
+            if view.untyped_storage().data_ptr() == tensor.untyped_storage().data_ptr() and 0 <= offset < len(owned):
+                owned.as_strided(view.shape, [stride * size for stride in view.stride()], offset).fill_(False)
         self.copies.append((tensor, moved))
         self.starts.append(inside.data_ptr())
         self.owned.append(owned.numpy())
@@ -109,7 +114,7 @@ class Watched:
 
 @contextlib.contextmanager
 def guarded():
-    """Check every launch in the block; yields a list with the number of tensors of each, to see that it was watched.
+    """Check every launch in the block; yields a list of (kernel's name, tensors), to see that it was watched.
 
     Tensors of a launch that overlap without being the same view are taken for separate ones.
     """
@@ -121,7 +126,7 @@ def guarded():
         nonlocal memory
         memory = Memory()
         placed = [memory.place(arg) for arg in args], {name: memory.place(arg) for name, arg in kwargs.items()}
-        launches.append(len(memory.copies))
+        launches.append((f"{self.fn.__module__}.{self.fn.__name__}", len(memory.copies)))
         return placed
 
     executor = interpreter.GridExecutor
@@ -133,3 +138,13 @@ def guarded():
         yield launches
     finally:
         executor._init_args_hst, executor._restore_args_dev, interpreter._interpreter = before
+
+
+@contextlib.contextmanager
+def disowned(*views):
+    """Inside `guarded()`: the elements of these views, such as some rows of a tensor, are nobody's, either."""
+    DISOWNED.extend(views)
+    try:
+        yield
+    finally:
+        DISOWNED.clear()

@@ -1,12 +1,24 @@
-"""Kernels for the tests of the tests: one that is as it should be, the others each with one thing wrong.
+"""Kernels for the tests of the tests: two that are as they should be, the others each with one thing wrong.
 
 Compiled by `python -m benchmarks.aot --module specimens` with this folder on the path; it is never launched from there.
 """
 
+import dataclasses
+
 import triton
 import triton.language as tl
 
+from selfgen_kernels.backends.triton import head
 from selfgen_kernels.backends.triton.configuration import Configuration
+from selfgen_kernels.backends.triton.dot import rounded
+from selfgen_kernels.backends.triton.noise import random_words
+
+
+@triton.jit(do_not_specialize=["seed"])
+def words_kernel(out, seed, sample_ids, positions, first, STREAM: tl.constexpr):
+    """Four random words as they are, for the generator's known answers."""
+    words = random_words(seed, tl.load(sample_ids), tl.load(positions), first, 4, STREAM)
+    tl.store(out + tl.arange(0, 4), words.to(tl.int64))
 
 
 @triton.jit
@@ -21,6 +33,21 @@ def product_kernel(x, y, out, size, x_stride, y_stride, M: tl.constexpr, N: tl.c
         b = tl.load(y + columns[:, None] * y_stride + inner[None])  # [N, K]
         total = tl.dot(a, b.T, total)
     tl.store(out + rows, tl.max(total, 1))
+
+
+@triton.jit
+def rounding_kernel(x, out, SIZE: tl.constexpr):
+    """Copies fp32 x [SIZE], rounded, to out."""
+    index = tl.arange(0, SIZE)
+    tl.store(out + index, rounded(tl.load(x + index), out.dtype.element_ty))
+
+
+@triton.jit
+def add_kernel(x, y, out, x_stride, y_stride, SIZE: tl.constexpr):
+    """Adds a row of x and one of y, without a loop."""
+    row = tl.program_id(0).to(tl.int64)
+    inner = tl.arange(0, SIZE)
+    tl.store(out + row * SIZE + inner, tl.load(x + row * x_stride + inner) + tl.load(y + row * y_stride + inner))
 
 
 @triton.jit
@@ -74,10 +101,18 @@ def configurations(target: str) -> list[Configuration]:
     row = {"x": "*fp32", "out": "*fp32"}
     one_warp, four_warps = {"num_warps": 1, "enable_fp_fusion": False}, {"num_warps": 4, "enable_fp_fusion": True}
     many_stages = {"num_warps": 8, "num_stages": 5 if target.startswith("sm_") else 3, "enable_fp_fusion": True}
+    pair = {name: types[name] for name in ("x", "y", "out", "x_stride", "y_stride")}
+    head_of_odd_sizes = next(c for c in head.configurations(target) if c.name == "score_tile[bf16, odd sizes]")
+    odd_sizes = dataclasses.replace(head_of_odd_sizes, name="odd sizes", streams=True)
     spills = Configuration("spills", softmax_kernel, row, {"STRIDE": 1, "SIZE": 32768}, one_warp, streams=True)
     return [
         Configuration("nothing", product_kernel, types, tile, four_warps, aligned, streams=True, tensor_cores=True),
         Configuration("narrow loads", product_kernel, types, small_tile, four_warps, streams=True),
+        Configuration("mixed loads", product_kernel, types, tile, four_warps, aligned[:2], streams=True),
+        Configuration(
+            "mixed loads, no loop", add_kernel, pair, {"SIZE": 2048}, four_warps, ("x_stride",), streams=True
+        ),
+        odd_sizes,
         Configuration("shared memory", product_kernel, types, big_tile, many_stages, aligned),
         *([spills] if target == "sm_80" else []),  # other targets take half a minute to compile it
         Configuration("tensor cores", softmax_kernel, row, {"STRIDE": 2, "SIZE": 512}, four_warps, tensor_cores=True),

@@ -71,6 +71,8 @@ BAD = [
     (linear, {"bias": torch.zeros(V).double()}, TypeError, "bias has dtype torch.float64"),
     (linear, {"softcap": 0.0}, ValueError, "softcap=0.0 is not accepted"),
     (linear, {"softcap": float("nan")}, ValueError, "softcap=nan"),
+    (linear, {"logit_scale": 1e300}, ValueError, r"logit_scale=1e\+300 is not accepted; pass 0 or a float with"),
+    (linear, {"logit_scale": -1e-39}, ValueError, "logit_scale=-1e-39"),
     (linear, {"softcap": "30"}, TypeError, "softcap must be a float or None, got str"),
 ]
 

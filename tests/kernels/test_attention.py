@@ -5,6 +5,7 @@ import sys
 from types import ModuleType
 
 import conftest
+import numpy
 import pytest
 import torch
 from hypothesis import given
@@ -47,16 +48,16 @@ def interpreted(op) -> bool:
 
 
 class OnDevice:
-    """Ops on a GPU, called with CPU tensors."""
+    """Ops on a GPU, called with CPU tensors, whose strides they see."""
 
     def __init__(self, module):
         self.module = module
 
     def ragged_attention(self, *args):
-        return self.module.ragged_attention(*(x.cuda() if isinstance(x, torch.Tensor) else x for x in args)).cpu()
+        return self.module.ragged_attention(*conftest.moved(args, "cuda")).cpu()
 
     def kv_append(self, *args):
-        on_gpu = [x.cuda() for x in args]
+        on_gpu = conftest.moved(args, "cuda")
         self.module.kv_append(*on_gpu)
         for cache, result in zip(args[:2], on_gpu[:2], strict=True):
             cache.copy_(result)
@@ -123,6 +124,7 @@ FEW_CHUNKS = [(1, 33), (0, 5), (12, 70), (0, 0)]
         ({"heads": 8, "kv_heads": 1, "head_dim": 5}, {"softcap": 2.0}),
         ({"heads": 1, "kv_heads": 1, "head_dim": 1}, {"sinks": True}),
         ({"head_dim": 23}, {"sliding_window": 33, "softcap": 5.0, "sinks": True, "scale": 0.7}),
+        ({"heads": 2, "kv_heads": 1, "head_dim": 200}, {"sliding_window": 33, "softcap": 5.0, "sinks": True}),
         ({}, {"sliding_window": 1}),
         ({}, {"sliding_window": 2**62, "scale": -3.0}),
     ],
@@ -183,10 +185,12 @@ def test_large_logits_do_not_overflow_and_nan_is_not_hidden(attend):
 @pytest.mark.parametrize("bad", [torch.nan, torch.inf])
 @pytest.mark.parametrize("sliding_window", [None, 6])
 @pytest.mark.parametrize("which", ["key", "value"])
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-def test_what_is_not_seen_does_no_harm(attend, bad, sliding_window, which, dtype):
+@pytest.mark.parametrize(
+    ("dtype", "head_dim"), [(torch.float32, 16), (torch.bfloat16, 16), (torch.float64, 130)], ids=str
+)
+def test_what_is_not_seen_does_no_harm(attend, bad, sliding_window, which, dtype, head_dim):
     """A key or value that is not finite reaches the queries that see it, and no other."""
-    query, key, value, *chunks = problem([(12, 45), (5, 5)], heads=6, dtype=dtype)
+    query, key, value, *chunks = problem([(12, 45), (5, 5)], heads=6, head_dim=head_dim, dtype=dtype)
     key, value = key.clone(), value.clone()
     how = 0.25, sliding_window, None, None
     clean = attend(query, key, value, *chunks, *how)
@@ -276,6 +280,24 @@ def test_a_query_gives_the_same_bits_in_any_batch(set_threads, dtype, sliding_wi
     assert torch.equal(got[40:], whole)
 
 
+@pytest.mark.parametrize("sliding_window", [None, 20])
+@pytest.mark.parametrize("head_dim", [16, 130])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32, torch.float64], ids=str)
+def test_triton_gives_the_same_bits_in_any_batch(triton_ops, monkeypatch, dtype, head_dim, sliding_window):
+    """In the interpreter with products that add in a fixed order: numpy's depend on a row's place in the tile."""
+    length = 40
+    query, key, value, *chunks = problem([(length, length)], head_dim=head_dim, dtype=dtype, gap=11)
+    how = 0.1, sliding_window, 20.0, torch.randn(6)
+    if not conftest.ON_GPU:
+        monkeypatch.setattr(numpy, "matmul", lambda a, b, dtype: (a[:, :, None] * b).sum(1, dtype=dtype))
+        monkeypatch.setattr(reference, "ragged_attention", None)  # is not what is tested
+    whole = triton_ops.ragged_attention(query, key, value, *chunks, *how)
+    for parts in ((1, 2, 10, 3, 17, 7), (39, 1), (1,) * length):
+        bounds = torch.tensor((0, *parts)).cumsum(0)
+        ranges = torch.stack([torch.full_like(bounds[1:], 11), bounds[1:]], 1)
+        assert torch.equal(triton_ops.ragged_attention(query, key, value, bounds.int(), ranges, *how), whole)
+
+
 def test_opcheck():
     args = *problem(CHUNKS), 0.25
     torch.library.opcheck(torch.ops.selfgen.ragged_attention.default, (*args, None, None, None))
@@ -313,6 +335,23 @@ def test_there_is_no_backward_and_it_says_so():
         assert not ragged_attention(query, *rest).requires_grad
 
 
+@pytest.mark.parametrize("which", ["query", "key", "value", "sinks"])
+def test_there_is_no_forward_derivative_and_it_says_so(which):
+    """Else torch.func.jvp would take it for zero."""
+    names = "query", "key", "value", "cu_seqlens_q", "kv_ranges"
+    args = dict(zip(names, problem(CHUNKS), strict=True)) | {"sinks": torch.zeros(6)}
+    with pytest.raises(RuntimeError, match="no forward-mode derivative; detach its tensors"):
+        torch.func.jvp(lambda x: ragged_attention(**args | {which: x}), (args[which],), (torch.ones_like(args[which]),))
+    result, tangent = torch.func.jvp(lambda x: x * ragged_attention(**args).sum(), (torch.ones(1),), (torch.ones(1),))
+    assert torch.equal(result, tangent)
+
+
+def test_append_has_no_forward_derivative_and_says_so():
+    *caches, key, value, slots = append_problem()
+    with pytest.raises(RuntimeError, match="kv_append has no backward and no forward-mode derivative"):
+        torch.func.jvp(lambda x: kv_append(*caches, x, value, slots), (key,), (key,))
+
+
 def int32(*values):
     return torch.tensor(values, dtype=torch.int32)
 
@@ -339,7 +378,9 @@ BAD = [
     ({"kv_ranges": torch.tensor([[0, 4], [5, 5]])}, ValueError, r"kv_ranges\[1\] is \[5, 5\], .* inside the 9 slots"),
     ({"kv_ranges": torch.tensor([[0, 4], [4, 1]])}, ValueError, "length >= 2, the queries of the chunk"),
     ({"kv_ranges": torch.tensor([[0, -4], [4, 5]])}, ValueError, r"kv_ranges\[0\] is \[0, -4\]"),
-    ({"scale": float("nan")}, ValueError, "scale=nan is not accepted; pass a finite float"),
+    ({"scale": float("nan")}, ValueError, "scale=nan is not accepted; pass 0 or a float with"),
+    ({"scale": 1e300}, ValueError, r"scale=1e\+300 is not accepted"),
+    ({"scale": -1e-39}, ValueError, "scale=-1e-39 is not accepted"),
     ({"scale": "1"}, TypeError, "scale must be a float or None, got str"),
     ({"sliding_window": 0}, ValueError, "sliding_window=0 is not accepted; pass an int >= 1"),
     ({"sliding_window": 2.0}, TypeError, "sliding_window must be an int or None"),
@@ -471,14 +512,66 @@ def test_append_names_the_mistake(change, error, message):
         kv_append(**good | change)
 
 
+@pytest.mark.parametrize(
+    "layout", ["halves", "interleaved slots", "interleaved heads", "interleaved numbers", "buffer"]
+)
+def test_append_takes_two_caches_of_one_tensor(layout):
+    *_, key, value, slots = append_problem()
+    storage = torch.zeros(2, 20, 3, 16)
+    if layout == "buffer":  # K and V of the new tokens lie behind the caches
+        buffer = torch.zeros(2 * 20 * 48 + 2 * 7 * 48)
+        storage = buffer[: 2 * 20 * 48].view(2, 20, 3, 16)
+        key, value = buffer[2 * 20 * 48 :].view(2, 7, 3, 16).copy_(torch.stack([key, value]))
+    axis = {"interleaved slots": 1, "interleaved heads": 2, "interleaved numbers": 3}.get(layout, 0)
+    caches = storage.movedim(0, axis).contiguous().unbind(axis) if axis else storage.unbind()
+    want = appended(caches, (key, value), slots)
+    kv_append(*caches, key, value, slots)
+    assert all(torch.equal(got, expected) for got, expected in zip(caches, want, strict=True))
+
+
+def test_append_takes_empty_tensors_of_one_tensor():
+    for slots, heads in ((0, 3), (4, 0)):
+        cache = torch.zeros(2, slots, heads, 16)
+        kv_append(*cache, cache[0, :0], cache[1, :0], torch.zeros(0, dtype=torch.int64))
+
+
+def test_append_refuses_memory_that_it_would_read_and_write():
+    key_cache, value_cache, key, value, slots = append_problem()
+    for wrong, message in (
+        ((key_cache, key_cache, key, value), "key_cache and value_cache share memory"),
+        ((key_cache[:9], key_cache[2:11], key, value), "key_cache and value_cache share memory"),
+        ((key_cache, value_cache, key_cache[3:10], value), "key is a view of key_cache"),
+        ((key_cache, value_cache, value_cache[3:10], value), "key is a view of value_cache"),
+        ((key_cache, value_cache, key, key_cache[:7]), "value is a view of key_cache"),
+        ((key_cache[:1].expand(20, 3, 16), value_cache, key, value), "key_cache is expanded"),
+        ((key_cache, value_cache[:, :, :1].expand(20, 3, 16), key, value), "value_cache is expanded"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            kv_append(*wrong, slots.clamp(max=8))
+
+
+@pytest.mark.parametrize("append", [kv_append, torch.ops.selfgen.kv_append])
+def test_append_of_negative_views(append):
+    """torch's fallback for the negative bit, which .imag of a conjugate has, writes past the end of its stack."""
+    *caches, key, value, slots = append_problem()
+    want = appended(caches, (-key, -value), slots)
+    append(*caches, torch._neg_view(key), torch._neg_view(value), slots)
+    assert all(torch.equal(got, expected) for got, expected in zip(caches, want, strict=True))
+    for wrong in ((torch._neg_view(caches[0]), caches[1]), (caches[0], torch._neg_view(caches[1]))):
+        with pytest.raises(ValueError, match="_cache is a view of its negative"):
+            append(*wrong, key, value, slots)
+
+
 @needs_cpp
 def test_append_kernel_refuses_what_python_has_not_seen():
     *tensors, slots = append_problem()
     slots[1] = 20
     with pytest.raises(ValueError, match="slots holds 20, accepted are slots below 20"):
         torch.ops.selfgen.kv_append(*tensors, slots)
-    with pytest.raises(ValueError, match="do not fit"):
-        torch.ops.selfgen.kv_append(*tensors[:2], tensors[2][1:], tensors[3], slots.clamp(max=0))
+    before = tensors[0].clone()
+    with pytest.raises(ValueError, match=r"value_cache has shape \[1, 3, 16\], expected \[20, 3, 16\]"):
+        torch.ops.selfgen.kv_append(tensors[0], tensors[1][:1], *tensors[2:], slots.clamp(max=0))
+    assert torch.equal(tensors[0], before), "written before the error"
 
 
 def fake_flash_attn(calls):
@@ -554,8 +647,11 @@ def test_flash_attn_agrees_on_a_gpu(window):
 
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
-def test_a_step_is_captured_in_a_cuda_graph():
-    query, key, value, bounds, ranges = (x.cuda() for x in problem(CHUNKS, dtype=torch.bfloat16))
+@pytest.mark.parametrize(
+    ("dtype", "head_dim"), [(torch.bfloat16, 16), (torch.float32, 256), (torch.float64, 256)], ids=str
+)
+def test_a_step_is_captured_in_a_cuda_graph(dtype, head_dim):
+    query, key, value, bounds, ranges = (x.cuda() for x in problem(CHUNKS, head_dim=head_dim, dtype=dtype))
     states, slots = torch.randn(2, 4, *key.shape[1:]).to(key).unbind(), torch.tensor([0, 1, -1, 2]).cuda()
 
     def step():

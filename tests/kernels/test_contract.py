@@ -1,21 +1,24 @@
-"""What all public ops have in common, over the calls in `examples.py`: opcheck, torch.compile, inference mode,
-autocast, the names in errors, runnable docstrings."""
+"""What all public ops have in common, over the calls in `examples.py`: opcheck, torch.compile and the other
+tracers, vmap, inference mode, autocast, the names in errors, runnable docstrings."""
 
 import doctest
 import inspect
 import pkgutil
 import re
 import warnings
+from contextlib import nullcontext
 from importlib import import_module
 
 import pytest
 import torch
 import torch._dynamo.testing
-from examples import CALLS, EXAMPLES, as_tuple, call, copied
-from torch.utils._python_dispatch import TorchDispatchMode
+from examples import CALLS, EXAMPLES, Recorder, as_tuple, call, copied
+from torch._subclasses import FakeTensorMode
+from torch.fx.experimental.proxy_tensor import make_fx
 
 import selfgen_kernels
 from selfgen_kernels import ops
+from selfgen_kernels.ops.arguments import values_visible
 
 PUBLIC = [name for name in selfgen_kernels.__all__ if callable(getattr(selfgen_kernels, name))]
 INF, NAN = float("inf"), float("nan")
@@ -32,19 +35,6 @@ def example(request):
 def assert_equal(got, want):
     for a, b in zip(as_tuple(got), as_tuple(want), strict=True):
         torch.testing.assert_close(a, b, rtol=0, atol=0, equal_nan=True)
-
-
-class Recorder(TorchDispatchMode):
-    """Remembers the calls of this library's operators."""
-
-    def __init__(self):
-        super().__init__()
-        self.calls = []
-
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        if func.namespace == "selfgen":
-            self.calls.append((func, args))
-        return func(*args, **(kwargs or {}))
 
 
 def test_every_op_has_examples_and_every_operator_is_called_by_one():
@@ -121,6 +111,157 @@ def test_inference_mode(example):
         assert_equal(call(name, **copied(arguments)), want)
         compiled = torch.compile(call, fullgraph=True, backend="eager")
         assert_equal(compiled(name, **copied(arguments)), want)
+
+
+# ---- Tracing and transforms other than torch.compile -----------------------------------------------------------------
+
+
+def split(arguments):
+    """Names and values of the tensors, and a function of the tensors that gives all arguments."""
+    names = [name for name, value in arguments.items() if isinstance(value, torch.Tensor)]
+    return names, [arguments[name] for name in names], lambda values: arguments | dict(zip(names, values, strict=True))
+
+
+def meta_of(result):
+    return [(tensor.shape, tensor.dtype) for tensor in as_tuple(result)]
+
+
+def test_values_are_visible_where_they_are_plain():
+    with torch.inference_mode():
+        assert values_visible(torch.zeros(2), torch.nn.Parameter(torch.zeros(2)))
+    with FakeTensorMode() as mode:
+        assert not values_visible(torch.zeros(2))
+    assert not values_visible(torch.zeros(2), mode.from_tensor(torch.zeros(2)))
+    assert not values_visible(torch.zeros(2, device="meta"))
+
+
+@pytest.mark.parametrize("inside", [True, False])
+def test_fake_tensors(example, inside):
+    name, arguments = example
+    want = meta_of(call(name, **copied(arguments)))
+    _, values, rebuilt = split(arguments)
+    mode = FakeTensorMode()
+    fakes = rebuilt([mode.from_tensor(value) for value in values])
+    with mode if inside else nullcontext():
+        assert meta_of(call(name, **fakes)) == want
+
+
+@pytest.mark.parametrize("pre_dispatch", [False, True])
+@pytest.mark.parametrize("tracing_mode", ["real", "fake", "symbolic"])
+def test_make_fx(example, tracing_mode, pre_dispatch):
+    name, arguments = example
+    want_arguments = copied(arguments)
+    want = call(name, **want_arguments)
+    _, values, rebuilt = split(copied(arguments))
+    traced = make_fx(
+        lambda *values: call(name, **rebuilt(values)), tracing_mode=tracing_mode, pre_dispatch=pre_dispatch
+    )(*values)
+    names, values, _ = split(arguments)
+    assert_equal(traced(*values), want)
+    for changed, value in zip(names, values, strict=True):
+        assert torch.equal(value, want_arguments[changed]), changed
+
+
+DYNAMIC = {  # sizes that a caller's batch changes, of the tensors that have them
+    "rows": ((*ROWS, "status"), (0,)),
+    "combine_shards": (("values", "ids"), (1,)),
+    "kv_append": (("key", "value", "slots"), (0,)),
+    "plan_pass": (("final", "row_starts", "next_self", "log_chance"), (0,)),
+    "commit_pass": (("tokens", "final", "slots", "cu_seqlens_q", "next_self", "sampled"), (0,)),
+    "ragged_attention": (("query", "key", "value", "cu_seqlens_q", "kv_ranges"), (0,)),
+}
+
+
+def dynamic_sizes(name, arguments):
+    """Of each tensor, the dimensions that `torch.export` must leave open."""
+    of_rows, of_op = DYNAMIC["rows"] if "sample_ids" in arguments else ((), ()), DYNAMIC.get(name, ((), ()))
+    names, values, _ = split(arguments)
+    return {
+        n: {dim: torch.export.Dim.DYNAMIC for some, dims in (of_rows, of_op) for dim in dims if n in some and v.dim()}
+        for n, v in zip(names, values, strict=True)
+    }
+
+
+def resized(name, arguments):
+    """The arguments of a call with another batch size, of at least 2, which torch.export asks for."""
+    if "sample_ids" in arguments:
+        cut = {n: v[:3] for n, v in arguments.items() if n in ROWS and isinstance(v, torch.Tensor)}
+        shards = {n: arguments[n][:, :3] for n in ("values", "ids") if n in arguments}
+        return arguments | cut | shards
+    other = {
+        "kv_append": {n: arguments[n][:2] for n in ("key", "value", "slots") if n in arguments},
+        "plan_pass": {"final": torch.tensor([0, 5, 8]), "row_starts": torch.tensor([0, 5, 8])},
+        "commit_pass": {
+            "final": torch.tensor([0, 5, 8]),
+            "slots": torch.tensor([0, 1, 5]),
+            "cu_seqlens_q": torch.tensor([0, 2, 3, 3], dtype=torch.int32),
+            "sampled": torch.arange(3),
+        },
+        "ragged_attention": {
+            "cu_seqlens_q": torch.tensor([0, 1, 1, 3], dtype=torch.int32),
+            "kv_ranges": torch.tensor([[0, 4], [1, 1], [4, 5]]),
+        },
+    }
+    return arguments | other[name]
+
+
+def test_export_with_a_dynamic_batch(example):
+    name, arguments = example
+    names, _, _ = split(arguments)
+
+    class Program(torch.nn.Module):
+        def forward(self, tensors):
+            return call(name, **(arguments | tensors))
+
+    tensors = {n: v.clone() for n, v in arguments.items() if n in names}
+    exported = torch.export.export(
+        Program(), (tensors,), strict=False, dynamic_shapes={"tensors": dynamic_sizes(name, arguments)}
+    ).module()
+    for batch in (arguments, resized(name, arguments)):
+        want_arguments, got_arguments = copied(batch), copied(batch)
+        want = call(name, **want_arguments)
+        assert_equal(exported({n: got_arguments[n] for n in names}), want)
+        for n in names:
+            assert torch.equal(got_arguments[n], want_arguments[n]), n
+
+
+WRITTEN = ("key_cache", "value_cache", "tokens", "final", "status")
+
+
+@pytest.mark.parametrize("dim", [0, -1])
+def test_vmap_gives_what_call_after_call_gives(example, dim):
+    """Over each argument alone, and what is written to with it."""
+    name, arguments = example
+    names, values, _ = split(arguments)
+    kept = {n: v for n, v in zip(names, values, strict=True) if n in WRITTEN and name != "plan_pass"}
+    for changed in names:
+        mapped = {changed: arguments[changed]} | kept
+        pairs = {n: torch.stack([v, v.clone()], 0) for n, v in mapped.items()}
+        if changed not in ("cu_seqlens_q", "slots", "final", "row_starts", "next_self", *kept):  # others have to fit
+            pairs[changed][1] = mapped[changed].flip(0)
+        if dim == -1 and name != "commit_pass":  # it wants contiguous rows
+            pairs = {n: pair.movedim(0, -1).contiguous() for n, pair in pairs.items()}
+        at = dim if name != "commit_pass" else 0
+        calls = [arguments | {n: pair.select(at, i).clone() for n, pair in pairs.items()} for i in range(2)]
+        want = [as_tuple(call(name, **each)) for each in calls]
+        got = torch.func.vmap(lambda some: as_tuple(call(name, **(arguments | some))), in_dims=at)(pairs)
+        for i in range(2):
+            assert_equal(tuple(result[i] for result in got), want[i])
+            for n in kept:
+                assert torch.equal(pairs[n].select(at, i), calls[i][n])
+
+
+@pytest.mark.parametrize(
+    "example",
+    [call for call in CALLS if {*EXAMPLES[call[0]][call[1]]} & {"key_cache", "tokens", "status"}],
+    ids=lambda call: f"{call[0]}-{call[1]}",
+    indirect=True,
+)
+def test_vmap_does_not_write_to_one_tensor_from_many_calls(example):
+    name, arguments = example
+    mapped = {"kv_append": "key", "commit_pass": "sampled"}.get(name, "reference")
+    with pytest.raises(ValueError, match=r"(key_cache|tokens|status) is .*one tensor for all the calls .*; give"):
+        torch.func.vmap(lambda one: call(name, **(arguments | {mapped: one})))(torch.stack([arguments[mapped]] * 2))
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
@@ -215,5 +356,6 @@ def test_docstrings_have_what_a_reader_needs(name):
     text = inspect.getdoc(getattr(selfgen_kernels, name))
     for part in ("Args:", "Returns:", "Raises:", "Example:", ">>> "):
         assert part in text, f"the docstring of {name} has no {part}"
+    assert re.search(r"arXiv\s\d{4}\.\d{4,5}|SC 2011", text), f"the docstring of {name} names no source"
     for parameter in inspect.signature(getattr(selfgen_kernels, name)).parameters:
         assert re.search(rf"\b{parameter}\b", text.split("Args:")[1].split("Returns:")[0]), parameter

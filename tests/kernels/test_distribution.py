@@ -3,9 +3,9 @@
 Seeds are fixed, so the verdict is the same every time: a p-value under 1e-4 means a wrong sampler, not bad luck. About
 a hundred p-values are looked at here, so a right sampler with fresh seeds fails one of them in a hundred runs.
 
-Ten million draws are those of the public ops (C++ on CPU) and, marked slow, of the torch reference. Triton's
-interpreter takes milliseconds a row: that its numbers and tokens are the reference's, and so have its distribution, is
-shown on fewer rows in test_noise_ops.py and test_agreement.py.
+Ten million draws are those of the public ops (C++ on CPU, on a GPU Triton) and, marked slow, of the torch reference.
+Triton's interpreter takes milliseconds a row: that its numbers and tokens are the reference's, and so have its
+distribution, is shown on fewer rows in test_noise_ops.py and test_agreement.py.
 """
 
 import math
@@ -13,6 +13,7 @@ import math
 import numpy as np
 import pytest
 import torch
+from conftest import GPU_ONLY
 from scipy import stats
 
 from selfgen_kernels import (
@@ -186,13 +187,13 @@ def by_logits(logits, ids, how):
 
 def by_head(logits, ids, how):
     """hidden of ones and a weight [V, 1] of the logits: products without rounding."""
-    zeros, ones = torch.zeros_like(ids), torch.ones(len(ids), 1)
+    zeros, ones = torch.zeros_like(ids), logits.new_ones(len(ids), 1)
     keys = {"seed": 7, "sample_ids": ids, "positions": zeros}
     return linear_sample_mix(ones, logits[:, None], zeros, 1.0, **keys, **how)[0]
 
 
 def by_shards(logits, ids, how):
-    zeros, ones = torch.zeros_like(ids), torch.ones(len(ids), 1)
+    zeros, ones = torch.zeros_like(ids), logits.new_ones(len(ids), 1)
     keys = {"seed": 7, "sample_ids": ids, "positions": zeros, **how}
     shards = [(first, logits[first:last, None]) for first, last in ((0, 100), (100, 130), (130, SMALL_V))]
     parts = [linear_sample_shard(ones, weight, 1.0, first_id=first, **keys) for first, weight in shards]
@@ -213,8 +214,8 @@ def by_reference(logits, ids, how):
 
 def count(draw, logits, n, how):
     """How often each token is drawn in n draws: int64 [V]."""
-    ids = torch.arange(n).split(200_000)
-    return sum(torch.bincount(draw(logits, part, how), minlength=len(logits)) for part in ids).numpy()
+    ids = torch.arange(n, device=logits.device).split(200_000)
+    return sum(torch.bincount(draw(logits, part, how).cpu(), minlength=len(logits)) for part in ids).numpy()
 
 
 def p_value_of_counts(counts, probs):
@@ -251,6 +252,14 @@ def forms(*draws):
 def test_ten_million_draws_of_every_filter_and_form(tailed, draw, case):
     how = CASES[case]
     assert p_value_of_counts(count(draw, tailed, MANY, how), filtered_softmax(tailed, **how)) > SMALLEST_P
+
+
+@pytest.mark.parametrize("device", [pytest.param("cuda", marks=GPU_ONLY)])
+@forms(by_logits, by_head, by_shards)
+def test_ten_million_draws_of_triton(tailed, draw, case, device):
+    how = CASES[case]
+    counts = count(draw, tailed.to(device), MANY, how)
+    assert p_value_of_counts(counts, filtered_softmax(tailed, **how)) > SMALLEST_P
 
 
 @forms(by_logits, by_head, by_shards)

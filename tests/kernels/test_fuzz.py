@@ -17,14 +17,18 @@ from oracles import assert_same_tokens
 from selfgen_kernels import (
     backends,
     combine_shards,
+    commit_pass,
     gumbel_noise,
+    kv_append,
     linear_sample_mix,
     linear_sample_shard,
+    plan_pass,
     ragged_attention,
     sample_mix,
     self_mask,
 )
 from selfgen_kernels.backends.reference import attention as reference_attention
+from selfgen_kernels.backends.reference import passes as reference_passes
 from selfgen_kernels.backends.reference import philox
 from selfgen_kernels.backends.reference import sampling as reference_sampling
 from selfgen_kernels.backends.reference.sampling import Sampling, scaled_and_filtered
@@ -342,3 +346,83 @@ def test_ragged_attention_of_special_values(data, length, dtype):
     assert got.shape == clean.shape
     plain = ragged_attention(*args, *chunks)
     assert torch.equal(plain[:, 2 - 2 * head : 4 - 2 * head], clean[:, 2 - 2 * head : 4 - 2 * head])
+
+
+@given(st.data(), st.integers(0, 12), st.integers(0, 9), st.integers(1, 3), st.sampled_from([1, 3, 8, 64]), FLOATS)
+def test_kv_append(data, slots, tokens, heads, head_dim, dtype):
+    """What is no slot's own, and what lies around a cache in memory, stays as it was."""
+    tokens = min(tokens, slots)
+    order = data.draw(st.permutations(range(slots)))[:tokens]
+    where = torch.tensor([data.draw(st.sampled_from([slot, slot, -1, -(2**63)])) for slot in order], dtype=torch.int64)
+    caches = [data.draw(floats(slots, heads, head_dim, dtype=dtype)) for _ in range(2)]
+    states = [data.draw(floats(tokens, heads, head_dim, dtype=dtype)) for _ in range(2)]
+    want = [cache.clone() for cache in caches]
+    reference_attention.kv_append(*want, *states, where)
+    views = [data.draw(layouts(x).filter(lambda view: not view.is_neg())) for x in caches]
+    around = [x if x._base is None else x._base for x in views]
+    before = [x.clone() for x in around]
+    kv_append(*views, *(data.draw(layouts(x)) for x in (*states, where)))
+    for got, expected, base, old in zip(views, want, around, before, strict=True):
+        torch.testing.assert_close(got, expected, rtol=0, atol=0, equal_nan=True)
+        got.copy_(old.as_strided(got.shape, got.stride(), got.storage_offset()))  # then all memory is as it was
+        torch.testing.assert_close(base, old, rtol=0, atol=0, equal_nan=True)
+
+
+# ---- Passes ----------------------------------------------------------------------------------------------------------
+
+LOG_CHANCES = st.sampled_from([0.0, -0.0, -1e-45, -0.5, -1.0, -1e30, -3e38, -INF])
+
+
+@given(st.data(), st.lists(st.lists(st.booleans(), min_size=1, max_size=9), max_size=6), st.integers(1, 70))
+def test_plan_and_commit_pass(data, masks, token_budget):
+    """The plan of the reference, and what it makes of any sampled tokens."""
+    next_self, starts = [], []
+    for mask in masks:
+        start = len(next_self)
+        starts.append(start)
+        for i in range(len(mask)):
+            next_self.append(next((start + j for j in range(i + 1, len(mask)) if mask[j]), start + i))
+    final = [start + data.draw(st.integers(0, len(mask) - 1)) for start, mask in zip(starts, masks, strict=True)]
+    size = len(next_self)
+    final, starts, next_self = (torch.tensor(x, dtype=torch.int64) for x in (final, starts, next_self))
+    chances = torch.tensor(data.draw(st.lists(LOG_CHANCES, min_size=size, max_size=size)), dtype=torch.float32)
+    got = plan_pass(*(data.draw(layouts(x)) for x in (final, starts, next_self, chances)), token_budget)
+    plan = reference_passes.plan_pass(final, starts, next_self, chances, token_budget)
+    for ours, want in zip(got, plan, strict=True):
+        assert ours.dtype == want.dtype
+        assert torch.equal(ours, want)
+
+    tokens = data.draw(integers(size, -(2**63), 2**63 - 1)).long().contiguous()
+    sampled = data.draw(integers(token_budget, -(2**63), 2**63 - 1)).long()
+    same = torch.tensor(data.draw(st.lists(st.booleans(), min_size=token_budget, max_size=token_budget)))
+    sampled = sampled.where(~same, torch.cat([tokens, tokens.new_zeros(1)])[(plan[0] + 1).clamp(max=size)])
+    rest = plan[0], plan[1], next_self, sampled
+    state, want_state = (tokens, final), (tokens.clone(), final.clone())
+    got = commit_pass(*state, *(data.draw(layouts(x)) for x in rest))
+    want = reference_passes.commit_pass(*want_state, *rest)
+    for ours, theirs in zip((*got, *state), (*want, *want_state), strict=True):
+        assert ours.dtype == theirs.dtype
+        assert torch.equal(ours, theirs)
+
+
+@given(st.data(), st.integers(0, 5), st.integers(0, 7), st.integers(1, 20))
+def test_passes_of_values_that_python_has_not_seen(data, rows, size, token_budget):
+    """Under torch.compile slots, bounds and chances may be anything: a plan holds slots, a commit writes to slots."""
+    numbers = st.sampled_from([-(2**63), -1, 2**40, 2**63 - 1]) | st.integers(0, 8)
+
+    def some(n, dtype=torch.int64, values=numbers):
+        return torch.tensor(data.draw(st.lists(values, min_size=n, max_size=n)), dtype=dtype)
+
+    chances = some(size, torch.float32, LOG_CHANCES | st.sampled_from([NAN, INF, 1.0]))
+    slots, bounds, _ = torch.ops.selfgen.plan_pass(some(rows), some(rows), some(size), chances, token_budget)
+    planned = slots[: bounds[-1]]
+    assert ((planned >= 0) & (planned < size)).all()
+    assert (slots[bounds[-1] :] == -1).all()
+
+    bounds = some(rows + 1, torch.int32, st.sampled_from([-(2**31), -3, 2**31 - 1]) | st.integers(0, 9))
+    places, tokens = data.draw(st.integers(0, 9)), torch.full((size + 8,), -5)
+    before = tokens.clone()
+    rest = some(places), bounds, some(size), some(places)
+    torch.ops.selfgen.commit_pass(tokens[4 : size + 4], some(rows), *rest)
+    assert torch.equal(tokens[:4], before[:4])
+    assert torch.equal(tokens[size + 4 :], before[size + 4 :])

@@ -1,7 +1,13 @@
 """linear_sample_mix: the tokens of sample_mix on the same logits, and the promise on memory."""
 
+import os
+import subprocess
+import sys
+import weakref
+
 import pytest
 import torch
+from conftest import require_cpp
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from selfgen_kernels import linear_sample_mix, sample_mix
@@ -56,12 +62,16 @@ def test_other_dtypes(head, dtype):
     assert (got != want).sum() <= 1
 
 
-@pytest.mark.parametrize("chunk", [64, 128, 2048, 2**20])
-def test_vocabulary_chunks_do_not_matter(head, chunk, monkeypatch):
-    args = head["hidden"], head["weight"], torch.zeros(N, dtype=torch.int64), 1.0
-    want, _ = linear_sample_mix(*args, **keys())
-    monkeypatch.setattr(reference_sampling, "VOCAB_CHUNK", chunk)
-    got, _ = linear_sample_mix(*args, **keys())
+@pytest.mark.parametrize("workspace", [1, 20, 100, 10**6])
+@pytest.mark.parametrize("filters", [None, 500])
+def test_sizes_of_blocks_do_not_matter(head, workspace, filters, monkeypatch):
+    rows = torch.full((N,), 2**32), 5, torch.arange(N), torch.zeros(N, dtype=torch.int64), torch.ones(N)
+    top_k = None if filters is None else torch.full((N,), filters)
+    args = *head.values(), None, 1.0, torch.zeros(N, dtype=torch.int64), *rows, top_k, None, None
+    want, *_ = reference_sampling.linear_sample_mix(*args)
+    monkeypatch.setattr(reference_sampling, "WORKSPACE", workspace)
+    monkeypatch.setattr(reference_sampling, "FILTER_WORKSPACE", workspace)
+    got, *_ = reference_sampling.linear_sample_mix(*args)
     assert (got != want).sum() <= 1
 
 
@@ -83,38 +93,89 @@ def test_invalid_rows_keep_their_reference_and_are_counted(head):
     assert status.item() == 1
 
 
-class LargestTensor(TorchDispatchMode):
-    """Remembers the most elements that any operator's result had, views of `inputs` aside."""
+class PeakMemory(TorchDispatchMode):
+    """Remembers the most bytes that the results of operators held at one time, those of `inputs` aside."""
 
     def __init__(self, *inputs):
         super().__init__()
-        self.elements = 0
-        self.inputs = {tensor.untyped_storage().data_ptr() for tensor in inputs}
+        self.bytes = self.now = 0
+        self.seen = {tensor.untyped_storage()._cdata for tensor in inputs}
+
+    def free(self, storage, size):
+        self.now -= size
+        self.seen.discard(storage)
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         result = func(*args, **(kwargs or {}))
         for tensor in result if isinstance(result, tuple | list) else (result,):
-            if isinstance(tensor, torch.Tensor) and tensor.untyped_storage().data_ptr() not in self.inputs:
-                self.elements = max(self.elements, tensor.numel())
+            if not isinstance(tensor, torch.Tensor) or tensor.untyped_storage()._cdata in self.seen:
+                continue
+            storage = tensor.untyped_storage()
+            self.seen.add(storage._cdata)
+            self.now += storage.nbytes()
+            weakref.finalize(storage, self.free, storage._cdata, storage.nbytes())
+        self.bytes = max(self.bytes, self.now)
         return result
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("filters", FILTERS, ids=lambda f: "+".join(f) or "none")
-def test_logits_are_never_in_memory_as_a_whole(filters):
-    n, vocab_size, hidden_size = 16, 65536, 4
-    hidden, weight = torch.randn(n, hidden_size), torch.randn(vocab_size, hidden_size)
+def test_the_reference_takes_an_eighth_of_the_logits(filters, dtype):
+    n, vocab_size, hidden_size = (256, 4096, 4) if filters else (16, 65536, 4)
+    hidden, weight = torch.randn(n, hidden_size).to(dtype), torch.randn(vocab_size, hidden_size).to(dtype)
     zeros = torch.zeros(n, dtype=torch.int64)
-    values = (
+    values = [
         None if name not in filters else torch.full((n,), filters[name], dtype=dtype)
         for name, dtype in (("top_k", torch.int64), ("top_p", torch.float64), ("min_p", torch.float64))
-    )
+    ]
     sampling = zeros + 2**32, 0, torch.arange(n), zeros, torch.ones(n), *values
-    with LargestTensor(weight) as largest:
+    logits_bytes = n * vocab_size * dtype.itemsize
+    with PeakMemory(hidden, weight, *(value for value in sampling if isinstance(value, torch.Tensor))) as peak:
         reference_sampling.linear_sample_mix(hidden, weight, None, 30.0, 1.0, zeros, *sampling)
-    assert largest.elements <= n * vocab_size // 8
-    with LargestTensor(weight) as largest:
-        reference_sampling.sample_mix(hidden @ weight.T, zeros, *sampling[:5], None, None, None)
-    assert largest.elements == n * vocab_size  # the measure itself does see it
+    assert 0 < peak.bytes <= logits_bytes // 8
+    with PeakMemory(weight) as peak:
+        reference_sampling.sample_mix(hidden @ weight.T, zeros, *sampling)
+    assert peak.bytes >= 2 * logits_bytes  # the measure itself does see them
+
+
+# `hidden` and `weight` of the C++ kernel are small beside its logits, so that what the process grows by is its own.
+MEASURE = """
+import sys
+import torch
+import selfgen_kernels
+
+torch.set_num_threads(2)
+n, vocab_size, dtype, filtered = int(sys.argv[1]), 2**20, getattr(torch, sys.argv[2]), sys.argv[3] == "True"
+hidden, weight = torch.randn(n, 4).to(dtype), torch.randn(vocab_size, 4).to(dtype)
+
+def run(hidden, weight):
+    rows = torch.arange(len(hidden))
+    filters = {"top_k": 50, "top_p": 0.9} if filtered else {}
+    selfgen_kernels.linear_sample_mix(hidden, weight, rows, 1.0, seed=0, sample_ids=rows, positions=rows, **filters)
+
+def peak():
+    return 1024 * next(int(line.split()[1]) for line in open("/proc/self/status") if line.startswith("VmHWM"))
+
+run(hidden, weight[:1000])
+open("/proc/self/clear_refs", "w").write("5")
+before = peak()
+run(hidden, weight)
+print(peak() - before)
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not os.access("/proc/self/clear_refs", os.W_OK), reason="needs Linux's peak memory of a process")
+@pytest.mark.parametrize("filtered", [False, True])
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float64"])
+@pytest.mark.parametrize("n", [8, 64])
+def test_the_kernel_takes_an_eighth_of_the_logits(n, dtype, filtered):
+    require_cpp()
+    command = [sys.executable, "-c", MEASURE, str(n), dtype, str(filtered)]
+    done = subprocess.run(command, capture_output=True, text=True, check=True)
+    row = 2**20 * 4  # fp32
+    of_logits = n * 2**20 * getattr(torch, dtype).itemsize // 8 if filtered else 0
+    assert int(done.stdout) <= of_logits + row // 32 * 2 + 2**21, "2 threads, and 2 MiB for pages of libraries"
 
 
 def test_no_rows(head):

@@ -43,13 +43,28 @@ class Backend:
         return tuple(x.cpu() for x in results)
 
 
+class BlockedBackend(Backend):
+    """Plans two rows at a time, as Triton does with a thousand where there are thousands."""
+
+    def plan_pass(self, *tensors, token_budget):
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(self.ops, "LANES", (1,))
+            patch.setattr(self.ops, "ROWS", 2)
+            return super().plan_pass(*tensors, token_budget=token_budget)
+
+
 @pytest.fixture(params=["cpp", _TRITON], scope="module")
 def fast(request):
     return Backend(request.param)
 
 
-@pytest.fixture(params=["reference", "cpp", _TRITON], scope="module")
+IN_BLOCKS = pytest.param("triton in blocks of rows", marks=_TRITON.marks)
+
+
+@pytest.fixture(params=["reference", "cpp", _TRITON, IN_BLOCKS], scope="module")
 def backend(request):
+    if request.param == "triton in blocks of rows":
+        return BlockedBackend("triton")
     return Backend(request.param)
 
 
@@ -131,7 +146,7 @@ def test_plan_keeps_the_budget_and_leaves_no_work_waiting(backend, state, token_
         assert torch.equal(next_self[ends], ends)
 
 
-@pytest.mark.parametrize("rows", [0, 1, 64, 65, 700, 2100])
+@pytest.mark.parametrize("rows", [0, 1, 64, 65, 700, 2049, 5000])
 def test_plan_of_many_rows(fast, rows):
     generator = torch.Generator().manual_seed(rows)
     masks = (torch.rand(rows, 9, generator=generator) < 0.4).tolist()
@@ -267,13 +282,14 @@ def test_compiles_as_one_graph():
 
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
-def test_a_pass_is_captured_in_a_cuda_graph():
+@pytest.mark.parametrize("rows", [50, 2100])
+def test_a_pass_is_captured_in_a_cuda_graph(rows):
     """Replayed without a look at the device, plan and commit bring every row to its end, as they do on CPU."""
     generator = torch.Generator().manual_seed(0)
-    masks = (torch.rand(50, 40, generator=generator) < 0.3).tolist()
+    masks = (torch.rand(rows, 40, generator=generator) < 0.3).tolist()
     next_self, starts = next_self_of(masks)
     truth = torch.randint(0, 9, next_self.shape, generator=generator)  # what the "model" samples, whatever comes before
-    log_chance, token_budget = torch.full(next_self.shape, -0.4), 100
+    log_chance, token_budget = torch.full(next_self.shape, -0.4), 2 * rows
 
     def step(tokens, final, starts, next_self, log_chance, truth):
         slots, chunks, _ = plan_pass(final, starts, next_self, log_chance, token_budget)

@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from conftest import _TRITON
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -25,10 +26,10 @@ def draw(logits, **kwargs):
     return sample_mix(logits, torch.full((n,), -7), 1.0, **(keys | kwargs))[0]
 
 
-def assert_same_tokens(got, want, near_ties=1):
-    """Equal, but for a few rows in which two candidates differ by less than the backends' rounding."""
+def assert_same_tokens(got, want):
+    """Equal, but for one of many rows, in which two candidates may differ by less than the backends' rounding."""
     different = (got != want).sum().item()
-    assert different <= near_ties, f"{different} of {len(got)} tokens differ"
+    assert different <= len(got) // 200, f"{different} of {len(got)} tokens differ"
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
@@ -53,6 +54,24 @@ def test_any_vocabulary_size(backend, reference, vocab_size):
     assert_same_tokens(tokens, reference.sample_mix(logits)[0])
     assert ((tokens >= 0) & (tokens < vocab_size)).all()
     assert not invalid.any()
+
+
+@pytest.mark.parametrize("fast", [_TRITON], indirect=True)
+@pytest.mark.parametrize(("tile", "span", "block"), [(4, 4, 64), (8, 32, 256), (16, 48, 4096), (64, 64, 1024)])
+def test_sizes_of_tiles_do_not_matter(fast, reference, tile, span, block, monkeypatch):
+    from selfgen_kernels.backends.triton import filters, sampling
+
+    logits = random_logits(4, 4200)  # 66 groups, in one span of the sizes that ship
+    how = {"inv_temperature": torch.tensor([1.0, 0.1, 2.0, INF]), "seed": 3}
+    cases = [(logits, {}), (logits.bfloat16(), {"top_k": 60, "top_p": 0.9, "min_p": 0.001})]
+    shipped = [fast.sample_mix(x, **how, **case) for x, case in cases]
+    for module, name, value in ((sampling, "TILE", tile), (sampling, "SPAN", span), (filters, "BLOCK", block)):
+        assert getattr(module, name) != value
+        monkeypatch.setattr(module, name, value)
+    for (x, case), before in zip(cases, shipped, strict=True):
+        got = fast.sample_mix(x, **how, **case)
+        assert all(torch.equal(a, b) for a, b in zip(got, before, strict=True))
+        assert torch.equal(got[0], reference.sample_mix(x, **how, **case)[0])
 
 
 def test_the_rule_by_hand(backend):

@@ -2,13 +2,13 @@
 
 import pytest
 import torch
+from conftest import DEVICE, TRITON_MARKS, moved
 
 from selfgen_kernels.backends.reference import sampling as reference
 from selfgen_kernels.backends.reference.sampling import Sampling
 
 pytest.importorskip("triton")
-pytestmark = pytest.mark.filterwarnings("ignore::RuntimeWarning:triton.runtime.interpreter")  # numpy's, on log(0)
-DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+pytestmark = TRITON_MARKS
 INF = float("inf")
 SHARDS = ((0, 300), (64, 128), (70, 30), (70, 300), (100, 28), (192, 1))  # first id, ids
 
@@ -41,8 +41,7 @@ def both(op, *args):
     """Results of Triton and of the reference."""
     from selfgen_kernels.backends.triton import head
 
-    there = (value.to(DEVICE) if isinstance(value, torch.Tensor) else value for value in args)
-    return [result.cpu() for result in getattr(head, op)(*there)], getattr(reference, op)(*args)
+    return [result.cpu() for result in getattr(head, op)(*moved(args, DEVICE))], getattr(reference, op)(*args)
 
 
 def assert_same_tokens(head, rows):
@@ -153,8 +152,7 @@ def test_cutoffs_are_those_of_the_reference(dtype, vocab_size, filters):
     rows = rows_of(5, 1.0, **filters)
     rows[4][4] = 100.0
     want = Sampling(*rows).cutoff(logits)
-    how = Sampling(*(value.to(DEVICE) if isinstance(value, torch.Tensor) else value for value in rows))
-    got = filter_cutoff(logits.to(DEVICE), how).cpu()
+    got = filter_cutoff(logits.to(DEVICE), Sampling(*moved(rows, DEVICE))).cpu()
     assert torch.equal(got, want)
 
 
@@ -166,8 +164,7 @@ def test_top_p_is_exact_up_to_the_rounding_of_its_sum():
     rows = list(rows_of(n, 1.0, top_p=0.5))
     rows[6] = torch.rand(n, generator=torch.Generator().manual_seed(2), dtype=torch.float64)
     want = Sampling(*rows).cutoff(logits)
-    how = Sampling(*(value.to(DEVICE) if isinstance(value, torch.Tensor) else value for value in rows))
-    got = filter_cutoff(logits.to(DEVICE), how).cpu()
+    got = filter_cutoff(logits.to(DEVICE), Sampling(*moved(rows, DEVICE))).cpu()
     z = logits.double() * rows[4].double().where(rows[4] < INF, 1.0)[:, None]
     probs = z.softmax(1)
     for row in (got != want).nonzero()[:, 0]:  # both cutoffs may only differ where the sum meets top_p
@@ -184,7 +181,6 @@ def test_bad_rows_stay_invalid_behind_filters(bad):
     logits = torch.randn(4, 100)
     logits[0, 3], logits[2] = bad, -INF
     args = torch.arange(4) + 500, *rows_of(4, 1.0, top_k=5, top_p=0.9, min_p=0.1)
-    there = (value.to(DEVICE) if isinstance(value, torch.Tensor) else value for value in (logits, *args))
-    tokens, _, invalid = (result.cpu() for result in sampling.sample_mix(*there))
+    tokens, _, invalid = (result.cpu() for result in sampling.sample_mix(*moved((logits, *args), DEVICE)))
     assert invalid.tolist() == [True, False, True, False]
     assert torch.equal(tokens, reference.sample_mix(logits, *args)[0])

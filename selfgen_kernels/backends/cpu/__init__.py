@@ -1,5 +1,11 @@
-"""C++ kernels for CPU, built by setup.py. Where they were not built, the reference runs and a warning says so once."""
+"""C++ kernels for CPU, built by setup.py. Where they were not built, the reference runs and a warning says so once.
 
+On x86 they are compiled for several instruction sets, of which the best one of the machine is used. The environment
+variable SELFGEN_CPU_LEVEL, read when this package is imported, asks for a lesser one: avx512, avx2 or default. Tokens
+do not depend on it but at near ties of a head's products; a level that the machine does not have is never used.
+"""
+
+import os
 import warnings
 from functools import cache
 from importlib.util import find_spec
@@ -9,9 +15,14 @@ import torch
 
 from selfgen_kernels.backends import reference
 
+LEVELS = ("avx512", "avx2", "default")
+
 
 def _load() -> str | None:
     """Load the kernels, which register themselves; None, or why that was not possible."""
+    level = os.environ.get("SELFGEN_CPU_LEVEL", "")
+    if level and level not in LEVELS:
+        raise ValueError(f"SELFGEN_CPU_LEVEL={level} is not accepted; set one of {', '.join(LEVELS)}, or leave it out")
     library = find_spec(f"{__name__}._C")
     if library is None or library.origin is None:
         return "they were not built"

@@ -1,10 +1,10 @@
 // kv_append and ragged_attention on CPU. The latter is a streaming softmax (flash attention, arXiv 2205.14135).
 //
 // A row is one query of one head; the heads of a group share their K/V head's tiles. A wide tile is up to three vectors
-// of rows. Its scores lie as [keys, rows] and its outputs as [head_dim, rows], so both products are the same: a matrix of
-// K or V, read in place one number at a time, times a matrix of whole vectors. A narrow tile is the rows of one query,
-// too few to fill a vector: there keys lie in the lanes of scores, and head_dim in those of outputs. Both add the same
-// numbers in the same order, so they give the same bits. No sum ever crosses lanes.
+// of rows. Its scores lie as [keys, rows] and its outputs as [head_dim, rows], so both products are the same: a matrix
+// of K or V, read in place one number at a time, times a matrix of whole vectors. A narrow tile is the rows of one
+// query, too few to fill a vector: there keys lie in the lanes of scores, and head_dim in those of outputs. Both add
+// the same numbers in the same order, so they give the same bits. No sum ever crosses lanes.
 //
 // A lane's result depends on its own query and keys only: keys are taken in blocks that start at multiples of kBlock
 // from the first key of the range, within a block one by one, and what a lane does not see adds exact zeros. How chunks
@@ -14,6 +14,7 @@
 #include <ATen/Parallel.h>
 #include <torch/library.h>
 
+#include "checks.h"
 #include "product.h"
 
 #include <algorithm>
@@ -27,7 +28,8 @@
 
 namespace {
 
-constexpr int64_t kBlock = 32;  // keys at a time
+constexpr int64_t kBlock = 32;         // keys at a time
+constexpr int64_t kMostKeys = 1 << 30;  // of a chunk: with them, lanes count in 32 bits
 
 // A tensor [rows, heads, head_dim] whose last axis is dense.
 template <typename T>
@@ -362,8 +364,8 @@ template <typename T>
 Level<T> best_level() {
   constexpr int64_t size = sizeof(Accumulator<T>);
 #if SELFGEN_X86_LEVELS
-  if (__builtin_cpu_supports("avx512f")) return {64 / size, attend_avx512<T>};
-  if (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma")) return {32 / size, attend_avx2<T>};
+  if (kIsa == Isa::kAvx512) return {64 / size, attend_avx512<T>};
+  if (kIsa == Isa::kAvx2) return {32 / size, attend_avx2<T>};
 #endif
   return {16 / size, attend_default<T>};
 }
@@ -387,11 +389,12 @@ std::vector<Tile> cut(
     const int64_t begin = bounds[chunk], queries = bounds[chunk + 1] - begin;
     const int64_t first = ranges[2 * chunk], keys = ranges[2 * chunk + 1];
     TORCH_CHECK_VALUE(
-        0 <= first && first <= slots && queries <= keys && keys <= slots - first, "kv_ranges[", chunk, "] is [", first,
-        ", ", keys, "], expected [first, length] inside the ", slots, " slots with length >= ", queries,
-        ", the queries of the chunk; write their K/V first and count them in");
+        0 <= first && first <= slots && queries <= keys && keys <= std::min(kMostKeys, slots - first),
+        "kv_ranges[", chunk, "] is [", first, ", ", keys, "], expected [first, length] inside the ", slots,
+        " slots with length >= ", queries, ", the queries of the chunk, and at most 2**30; "
+        "write their K/V first and count them in");
     const int64_t vectors = (queries * group + lanes - 1) / lanes, count = (vectors + most - 1) / most;
-    // A number of K and V costs a wide tile two products, a narrow one of each query 2 group / lanes, and its transposing.
+    // A number of K and V costs a wide tile two products, a narrow one of each query 2 group / lanes, and transposing.
     const bool narrow = head_dim % lanes == 0 && queries * (group + 2) <= lanes;
     for (int64_t kv_head = 0; kv_head < kv_heads; ++kv_head) {
       for (int64_t i = 0; narrow && i < queries; ++i) {
@@ -405,8 +408,6 @@ std::vector<Tile> cut(
   }
   return tiles;
 }
-
-using OptionalTensor = std::optional<at::Tensor>;
 
 template <typename T>
 void run(
@@ -444,6 +445,20 @@ at::Tensor ragged_attention(
     const at::Tensor& query, const at::Tensor& key, const at::Tensor& value, const at::Tensor& cu_seqlens_q,
     const at::Tensor& kv_ranges, double scale, std::optional<int64_t> sliding_window, std::optional<double> softcap,
     const OptionalTensor& sinks) {
+  check_shape(query, "query", {kAny, kAny, kAny});
+  const int64_t heads = query.size(1), head_dim = query.size(2);
+  check(key, "key", query.scalar_type(), {kAny, kAny, head_dim});
+  check(value, "value", query.scalar_type(), key.sizes());
+  const int64_t kv_heads = key.size(1);
+  TORCH_CHECK_VALUE(
+      heads > 0 && head_dim > 0 && kv_heads > 0 && heads % kv_heads == 0, heads, " query heads of size ", head_dim,
+      " cannot share ", kv_heads, " K/V heads; pass heads and head_dim >= 1, and heads a multiple of kv_heads");
+  check(cu_seqlens_q, "cu_seqlens_q", at::kInt, {kAny});
+  check(kv_ranges, "kv_ranges", at::kLong, {kAny, 2});
+  TORCH_CHECK_VALUE(
+      sliding_window.value_or(1) >= 1, "sliding_window=", *sliding_window,
+      " is not accepted; pass an int >= 1, or None");
+  check(sinks, "sinks", kFloats, {heads});
   const auto dense = [](const at::Tensor& x) { return x.stride(2) == 1 ? x : x.contiguous(); };
   at::Tensor out = at::empty(query.sizes(), query.options());
   const at::Tensor bounds = cu_seqlens_q.contiguous();
@@ -465,22 +480,13 @@ at::Tensor ragged_attention(
 
 // Rows `slots` of `cache` [slots, heads, head_dim] = `rows` [N, heads, head_dim], byte by byte; negative: skipped.
 void append(const at::Tensor& cache, const at::Tensor& rows, const at::Tensor& slots) {
-  TORCH_CHECK_TYPE(cache.scalar_type() == rows.scalar_type(), "the cache and its new rows must have one dtype");
-  TORCH_CHECK_VALUE(
-      cache.dim() == 3 && rows.dim() == 3 && rows.size(0) == slots.numel() && rows.size(1) == cache.size(1) &&
-          rows.size(2) == cache.size(2),
-      "rows ", rows.sizes(), " do not fit ", slots.numel(), " slots of a cache ", cache.sizes());
-  const int64_t *slot = slots.const_data_ptr<int64_t>(), count = slots.numel(), num_slots = cache.size(0);
-  for (int64_t i = 0; i < count; ++i) {
-    TORCH_CHECK_VALUE(
-        slot[i] < num_slots, "slots holds ", slot[i], ", accepted are slots below ", num_slots,
-        ", the length of the cache, and negative ones for padding; make the cache longer");
-  }
+  const int64_t *slot = slots.const_data_ptr<int64_t>(), count = slots.numel();
   const int64_t heads = cache.size(1), head_dim = cache.size(2), size = cache.element_size();
   const auto dense = [&](const at::Tensor& x) { return head_dim == 1 || x.stride(2) == 1; };
   // Out of the tensors once: their accessors cost as much as copying a head.
   const int64_t to_row = cache.stride(0) * size, to_head = cache.stride(1) * size, to_number = cache.stride(2) * size;
-  const int64_t from_row = rows.stride(0) * size, from_head = rows.stride(1) * size, from_number = rows.stride(2) * size;
+  const int64_t from_row = rows.stride(0) * size, from_head = rows.stride(1) * size;
+  const int64_t from_number = rows.stride(2) * size;
   const int64_t run = dense(cache) && dense(rows) ? head_dim : 1;  // numbers copied together
   char* const to = static_cast<char*>(cache.data_ptr());
   const char* const from = static_cast<const char*>(rows.const_data_ptr());
@@ -502,8 +508,19 @@ void append(const at::Tensor& cache, const at::Tensor& rows, const at::Tensor& s
 void kv_append(
     const at::Tensor& key_cache, const at::Tensor& value_cache, const at::Tensor& key, const at::Tensor& value,
     const at::Tensor& slots) {
-  TORCH_CHECK_TYPE(slots.scalar_type() == at::kLong, "slots must be int64, got ", slots.scalar_type());
+  const at::ScalarType dtype = key_cache.scalar_type();
+  check_shape(key_cache, "key_cache", {kAny, kAny, kAny});
+  check(value_cache, "value_cache", dtype, key_cache.sizes());
+  check(key, "key", dtype, {kAny, key_cache.size(1), key_cache.size(2)});
+  check(value, "value", dtype, key.sizes());
+  check(slots, "slots", at::kLong, {key.size(0)});
   const at::Tensor dense_slots = slots.contiguous();
+  const int64_t *slot = dense_slots.const_data_ptr<int64_t>(), num_slots = key_cache.size(0);
+  for (int64_t i = 0; i < slots.size(0); ++i) {
+    TORCH_CHECK_VALUE(
+        slot[i] < num_slots, "slots holds ", slot[i], ", accepted are slots below ", num_slots,
+        ", the length of the cache, and negative ones for padding; make the cache longer");
+  }
   append(key_cache, key, dense_slots);
   append(value_cache, value, dense_slots);
 }

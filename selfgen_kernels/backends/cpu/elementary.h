@@ -5,14 +5,7 @@
 #include <cstdint>
 #include <cstring>
 
-#if defined(__x86_64__) && defined(__linux__) && defined(__GNUC__) && !defined(__clang__)
-#define SELFGEN_X86_LEVELS 1
-#define SELFGEN_CLONES __attribute__((target_clones("avx512f", "avx2", "default")))
-#else
-#define SELFGEN_X86_LEVELS 0
-#define SELFGEN_CLONES
-#endif
-#define SELFGEN_INLINE inline __attribute__((always_inline))
+#include "level.h"
 
 namespace {
 

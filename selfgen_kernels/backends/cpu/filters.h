@@ -30,9 +30,11 @@ SELFGEN_INLINE uint32_t key_of(float x) {
 SELFGEN_INLINE float value_of(uint32_t key) { return bit_cast<float>(key >> 31 ? key ^ 0x80000000u : ~key); }
 
 // Probabilities of 64 values, relative to the peak's.
-SELFGEN_CLONES void exp64(const float values[kGroup], float peak, float weights[kGroup]) {
+SELFGEN_INLINE void exp64_(const float values[kGroup], float peak, float weights[kGroup]) {
   for (int64_t i = 0; i < kGroup; ++i) weights[i] = exp_(values[i] - peak);
 }
+SELFGEN_CLONES(
+    void, exp64, (const float values[kGroup], float peak, float weights[kGroup]), (values, peak, weights))
 
 // The finite values of a row, each with a weight: its probability relative to the peak's, or 1.
 template <typename T>

@@ -1,7 +1,6 @@
 // Loops over the vocabulary in groups of 64: from logits to z, maxima, sums of exponentials.
 //
-// They are compiled for several x86 levels, of which the loader picks the machine's. No floating-point flag that could
-// change a result is set, and fused multiply-adds are off, so every level gives the same bits.
+// They are compiled for several x86 levels (level.h). Fused multiply-adds are off, so every level gives the same bits.
 
 #pragma once
 
@@ -57,23 +56,21 @@ SELFGEN_INLINE void group_maxima_(
   }
 }
 
-// Function multiversioning knows no templates.
-#define SELFGEN_LOGITS(T)                                                                                           \
-  [[maybe_unused]] SELFGEN_CLONES float load_group(                                                                 \
-      const T* logits, int64_t size, float scale, float cutoff, float z[kGroup]) {                                  \
-    return load_group_(logits, size, scale, cutoff, z);                                                             \
-  }                                                                                                                 \
-  [[maybe_unused]] SELFGEN_CLONES void group_maxima(                                                                \
-      const T* logits, int64_t vocab_size, float scale, int64_t begin, int64_t end, float* maxima) {                \
-    group_maxima_(logits, vocab_size, scale, begin, end, maxima);                                                   \
-  }
+#define SELFGEN_LOGITS(T)                                                                                            \
+  SELFGEN_CLONES(                                                                                                    \
+      float, load_group, (const T* logits, int64_t size, float scale, float cutoff, float z[kGroup]),                \
+      (logits, size, scale, cutoff, z))                                                                              \
+  SELFGEN_CLONES(                                                                                                    \
+      void, group_maxima,                                                                                            \
+      (const T* logits, int64_t vocab_size, float scale, int64_t begin, int64_t end, float* maxima),                 \
+      (logits, vocab_size, scale, begin, end, maxima))
 SELFGEN_LOGITS(float)
 SELFGEN_LOGITS(c10::BFloat16)
 SELFGEN_LOGITS(c10::Half)
 #undef SELFGEN_LOGITS
 
 // The sum of exp(z - shift) over a group, none of whose z is larger than shift.
-SELFGEN_CLONES float sum_exp(const float z[kGroup], float shift) {
+SELFGEN_INLINE float sum_exp_(const float z[kGroup], float shift) {
   float sum[kLanes] = {};
   for (int64_t j = 0; j < kGroup; j += kLanes) {
     for (int64_t i = 0; i < kLanes; ++i) sum[i] += exp_(z[j + i] - shift);
@@ -82,6 +79,7 @@ SELFGEN_CLONES float sum_exp(const float z[kGroup], float shift) {
   for (int64_t i = 0; i < kLanes; ++i) total += sum[i];
   return total;
 }
+SELFGEN_CLONES(float, sum_exp, (const float z[kGroup], float shift), (z, shift))
 
 // A row of logits, or of some part of the vocabulary.
 template <typename T>

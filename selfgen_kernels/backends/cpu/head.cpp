@@ -11,6 +11,7 @@
 #include <ATen/Parallel.h>
 #include <torch/library.h>
 
+#include "checks.h"
 #include "draw.h"
 #include "product.h"
 #include "rows.h"
@@ -158,8 +159,8 @@ template <typename T>
 Level<T> best_level() {
   constexpr int64_t size = sizeof(Accumulator<T>);
 #if SELFGEN_X86_LEVELS
-  if (__builtin_cpu_supports("avx512f")) return {64 / size, group_logits_avx512<T>};
-  if (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma")) return {32 / size, group_logits_avx2<T>};
+  if (kIsa == Isa::kAvx512) return {64 / size, group_logits_avx512<T>};
+  if (kIsa == Isa::kAvx2) return {32 / size, group_logits_avx2<T>};
 #endif
   return {16 / size, group_logits_default<T>};
 }
@@ -173,6 +174,16 @@ struct HeadArguments {
   double logit_scale;
   int64_t first_id;
 };
+
+void check_head(const HeadArguments& head) {
+  check_shape(head.hidden, "hidden", {kAny, kAny});
+  check(head.weight, "weight", head.hidden.scalar_type(), {kAny, head.hidden.size(1)});
+  check_vocabulary(head.weight.size(0));
+  check(head.bias, "bias", head.hidden.scalar_type(), {head.weight.size(0)});
+  TORCH_CHECK_VALUE(
+      0 <= head.first_id && head.first_id < 1LL << 31, "first_id=", head.first_id,
+      " is not accepted; pass 0 <= first_id < 2**31");
+}
 
 // The logits of some rows, group by group.
 template <typename T>
@@ -272,26 +283,40 @@ std::vector<Draw> draw_rows(const HeadArguments& arguments, const std::vector<Ro
   return draws;
 }
 
-// The tokens of rows with a filter: logits of at most `block` rows at a time.
-template <typename T>
+// The tokens of rows with a filter: logits of as many rows at a time as `bytes` hold, or of one, kept as Stored.
+template <typename T, typename Stored>
 void draw_filtered(
-    const HeadArguments& arguments, const std::vector<Row>& rows, int64_t block, std::vector<int64_t>& drawn) {
-  const int64_t vocab_size = arguments.weight.size(0), count = rows.size(), most = std::min(block, count);
-  at::Tensor logits = at::empty({most, vocab_size}, at::kFloat);
-  float* const data = logits.data_ptr<float>();
+    const HeadArguments& arguments, const std::vector<Row>& rows, int64_t bytes, std::vector<int64_t>& drawn) {
+  const int64_t vocab_size = arguments.weight.size(0), count = rows.size();
+  const int64_t most = std::clamp<int64_t>(bytes / (vocab_size * int64_t(sizeof(Stored))), 1, count);
+  at::Tensor logits = at::empty({most, vocab_size}, c10::CppTypeToScalarType<Stored>::value);
+  Stored* const data = logits.data_ptr<Stored>();
   for (int64_t begin = 0; begin < count; begin += most) {
     const int64_t size = std::min(most, count - begin);
     const HeadRows<T> head(arguments, rows.data() + begin, size);
     head.for_each_group([&](int64_t, int64_t, int64_t first, int64_t ids, const float* from) {
       for (int64_t i = 0; i < size; ++i) {
-        float* to = data + i * vocab_size + first;
-        for (int64_t j = 0; j < ids; ++j) to[j] = from[j * head.lanes() + i];
+        Stored* to = data + i * vocab_size + first;
+        for (int64_t j = 0; j < ids; ++j) to[j] = Stored(from[j * head.lanes() + i]);
       }
     });
     sample_rows(
-        [&](int64_t i) { return (const float*)data + i * vocab_size; }, vocab_size, rows.data() + begin, size,
+        [&](int64_t i) { return (const Stored*)data + i * vocab_size; }, vocab_size, rows.data() + begin, size,
         drawn.data() + begin);
   }
+}
+
+// The same in an eighth of what all logits take in the dtype of the head. A product has been rounded to it: it need not
+// be kept in more, unless a scale or a softcap has been applied to it since.
+template <typename T>
+void draw_filtered(const HeadArguments& arguments, const std::vector<Row>& rows, std::vector<int64_t>& drawn) {
+  const int64_t bytes = arguments.hidden.size(0) * arguments.weight.size(0) * int64_t(sizeof(T)) / 8;
+  if constexpr (sizeof(T) < sizeof(float)) {
+    if (float(arguments.logit_scale) == 1 && !arguments.softcap) {
+      return draw_filtered<T, T>(arguments, rows, bytes, drawn);
+    }
+  }
+  draw_filtered<T, float>(arguments, rows, bytes, drawn);
 }
 
 template <typename F>
@@ -311,14 +336,16 @@ Mixed linear_sample_mix(
     double logit_scale, const at::Tensor& reference, const at::Tensor& threshold, int64_t seed,
     const at::Tensor& sample_ids, const at::Tensor& positions, const at::Tensor& inv_temperature,
     const OptionalTensor& top_k, const OptionalTensor& top_p, const OptionalTensor& min_p) {
-  const Rows rows(threshold, seed, sample_ids, positions, inv_temperature, top_k, top_p, min_p);
   const HeadArguments arguments{hidden, weight, bias, softcap, logit_scale, 0};
+  check_head(arguments);
+  check(reference, "reference", at::kLong, {hidden.size(0)});
+  const Rows rows(hidden.size(0), threshold, seed, sample_ids, positions, inv_temperature, top_k, top_p, min_p);
   std::vector<int64_t> drawn(rows.selected.size());
   if (!drawn.empty()) {
     with_dtype(hidden, [&](auto type) {
       using T = decltype(type);
       if (rows.filtered) {
-        draw_filtered<T>(arguments, rows.selected, std::max<int64_t>(1, hidden.size(0) / 8), drawn);
+        draw_filtered<T>(arguments, rows.selected, drawn);
         return;
       }
       const std::vector<Draw> draws = draw_rows<T>(arguments, rows.selected, groups_of(weight.size(0)) * kGroup);
@@ -332,25 +359,25 @@ std::tuple<at::Tensor, at::Tensor> linear_sample_shard(
     const at::Tensor& hidden, const at::Tensor& weight, const OptionalTensor& bias, std::optional<double> softcap,
     double logit_scale, int64_t first_id, const at::Tensor& threshold, int64_t seed, const at::Tensor& sample_ids,
     const at::Tensor& positions, const at::Tensor& inv_temperature) {
-  const Rows rows(threshold, seed, sample_ids, positions, inv_temperature, {}, {}, {});
   const HeadArguments arguments{hidden, weight, bias, softcap, logit_scale, first_id};
+  check_head(arguments);
+  const Rows rows(hidden.size(0), threshold, seed, sample_ids, positions, inv_temperature, {}, {}, {});
   at::Tensor values = at::full({hidden.size(0), 3, 3}, -kInf, hidden.options().dtype(at::kFloat));
   at::Tensor ids = at::full({hidden.size(0), 3}, -1, hidden.options().dtype(at::kLong));
-  if (!rows.selected.empty()) {
-    with_dtype(hidden, [&](auto type) {
-      const auto draws = draw_rows<decltype(type)>(arguments, rows.selected, first_id + weight.size(0));
-      for (const Draw& draw : draws) {
-        float* value = values.data_ptr<float>() + draw.row().index * 9;
-        int64_t* id = ids.data_ptr<int64_t>() + draw.row().index * 3;
-        for (int64_t i = 0; i < 3; ++i, value += 3) {
-          const Candidate& best = draw.candidate(i);
-          const float numbers[3] = {best.mass, best.noise, best.inner};
-          for (int64_t j = 0; j < 3; ++j) value[j] = draw.is_valid() ? numbers[j] : std::nanf("");
-          id[i] = best.token;
-        }
+  with_dtype(hidden, [&](auto type) {
+    if (rows.selected.empty()) return;
+    const auto draws = draw_rows<decltype(type)>(arguments, rows.selected, first_id + weight.size(0));
+    for (const Draw& draw : draws) {
+      float* value = values.data_ptr<float>() + draw.row().index * 9;
+      int64_t* id = ids.data_ptr<int64_t>() + draw.row().index * 3;
+      for (int64_t i = 0; i < 3; ++i, value += 3) {
+        const Candidate& best = draw.candidate(i);
+        const float numbers[3] = {best.mass, best.noise, best.inner};
+        for (int64_t j = 0; j < 3; ++j) value[j] = draw.is_valid() ? numbers[j] : std::nanf("");
+        id[i] = best.token;
       }
-    });
-  }
+    }
+  });
   return {values, ids};
 }
 

@@ -4,6 +4,7 @@
 #include <ATen/Parallel.h>
 #include <torch/library.h>
 
+#include "checks.h"
 #include "random.h"
 
 #include <algorithm>
@@ -13,6 +14,9 @@ namespace {
 
 at::Tensor gumbel_noise(
     int64_t seed, const at::Tensor& sample_ids, const at::Tensor& positions, int64_t size, int64_t stream) {
+  check_keys(sample_ids, positions, sample_ids.numel());
+  TORCH_CHECK_VALUE(0 <= size && size <= 1 << 30, "size=", size, " is not accepted; pass 0 <= size <= 2**30");
+  TORCH_CHECK_VALUE(0 <= stream && stream < 16, "stream=", stream, " is not accepted; pass 0 <= stream <= 15");
   const at::Tensor ids = sample_ids.to(at::kLong).contiguous(), at_positions = positions.to(at::kLong).contiguous();
   at::Tensor out = at::empty({ids.size(0), size}, ids.options().dtype(at::kFloat));
   const int64_t *id = ids.const_data_ptr<int64_t>(), *position = at_positions.const_data_ptr<int64_t>();
@@ -32,6 +36,8 @@ at::Tensor gumbel_noise(
 
 at::Tensor self_mask(
     int64_t seed, const at::Tensor& sample_ids, const at::Tensor& positions, const at::Tensor& threshold) {
+  check_keys(sample_ids, positions, sample_ids.numel());
+  check(threshold, "threshold", at::kLong, {sample_ids.numel()});
   const at::Tensor ids = sample_ids.to(at::kLong).contiguous(), at_positions = positions.to(at::kLong).contiguous();
   const at::Tensor thresholds = threshold.contiguous();
   at::Tensor out = at::empty({ids.size(0)}, ids.options().dtype(at::kBool));

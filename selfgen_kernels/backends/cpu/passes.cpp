@@ -1,10 +1,13 @@
-// plan_pass and commit_pass on CPU. The reference says what is computed; here segments wait in a heap, so that only those
-// that are taken are looked at.
+// plan_pass and commit_pass on CPU. The reference says what is computed; here segments wait in a heap, so that only
+// those that are taken are looked at.
 
 #include <ATen/ATen.h>
 #include <torch/library.h>
 
+#include "checks.h"
+
 #include <algorithm>
+#include <cstdint>
 #include <limits>
 #include <queue>
 #include <tuple>
@@ -13,6 +16,9 @@
 namespace {
 
 constexpr float kLowest = std::numeric_limits<float>::lowest();
+
+// x + y for slots that nobody has looked at: they wrap.
+int64_t plus(int64_t x, uint64_t y) { return int64_t(uint64_t(x) + y); }
 
 // The slots from a row's self position `begin` up to the next one; `log_sum` is the chance that they turn out final.
 struct Segment {
@@ -26,6 +32,13 @@ struct Segment {
 std::tuple<at::Tensor, at::Tensor, at::Tensor> plan_pass(
     const at::Tensor& final, const at::Tensor& row_starts, const at::Tensor& next_self, const at::Tensor& log_chance,
     int64_t token_budget) {
+  check(final, "final", at::kLong, {kAny});
+  check(row_starts, "row_starts", at::kLong, final.sizes());
+  check(next_self, "next_self", at::kLong, {kAny});
+  check(log_chance, "log_chance", at::kFloat, next_self.sizes());
+  TORCH_CHECK_VALUE(
+      1 <= token_budget && token_budget < 1LL << 31, "token_budget=", token_budget,
+      " is not accepted; pass 1 <= token_budget < 2**31");
   const auto finals = final.accessor<int64_t, 1>(), starts = row_starts.accessor<int64_t, 1>();
   const auto nexts = next_self.accessor<int64_t, 1>();
   const auto chances = log_chance.accessor<float, 1>();
@@ -63,7 +76,7 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor> plan_pass(
     for (int64_t s = finals[row]; s < ends[row]; ++s) slot[place++] = s;
     bound[row + 1] = int32_t(place);
     range[2 * row] = starts[row];
-    range[2 * row + 1] = ends[row] - starts[row];
+    range[2 * row + 1] = plus(ends[row], -uint64_t(starts[row]));
   }
   return {slots, cu_seqlens_q, kv_ranges};
 }
@@ -71,6 +84,12 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor> plan_pass(
 std::tuple<at::Tensor, at::Tensor> commit_pass(
     at::Tensor& tokens, at::Tensor& final, const at::Tensor& slots, const at::Tensor& cu_seqlens_q,
     const at::Tensor& next_self, const at::Tensor& sampled) {
+  check(tokens, "tokens", at::kLong, {kAny});
+  check(final, "final", at::kLong, {kAny});
+  check(slots, "slots", at::kLong, {kAny});
+  check(cu_seqlens_q, "cu_seqlens_q", at::kInt, {final.size(0) + 1});
+  check(next_self, "next_self", at::kLong, tokens.sizes());
+  check(sampled, "sampled", at::kLong, slots.sizes());
   auto guess = tokens.accessor<int64_t, 1>(), finals = final.accessor<int64_t, 1>();
   const auto slot = slots.accessor<int64_t, 1>(), nexts = next_self.accessor<int64_t, 1>();
   const auto drawn = sampled.accessor<int64_t, 1>();
@@ -82,7 +101,7 @@ std::tuple<at::Tensor, at::Tensor> commit_pass(
   for (int64_t row = 0; row < final.size(0); ++row) {
     const int64_t begin = std::max(bound[row], 0), end = std::min<int64_t>(bound[row + 1], slots.size(0));
     if (begin >= end) continue;
-    int64_t new_final = slot[end - 1] + 1;
+    int64_t new_final = plus(slot[end - 1], 1);
     bool right_so_far = true;
     for (int64_t i = begin; i < end; ++i) {
       const int64_t s = slot[i];

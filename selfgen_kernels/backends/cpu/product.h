@@ -69,9 +69,4 @@ SELFGEN_INLINE void multiply(
   }
 }
 
-// Functions of one level of x86, chosen when they are first needed; vectors are as long as its registers.
-#if SELFGEN_X86_LEVELS
-#define SELFGEN_LEVEL(names) __attribute__((target(names), optimize("fp-contract=fast")))
-#endif
-
 }  // namespace

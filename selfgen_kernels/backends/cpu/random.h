@@ -52,13 +52,16 @@ SELFGEN_INLINE void philox(const RowKey& key, uint32_t stream, uint32_t first, u
 }
 
 // Gumbel noise of the indices first, .., first + 63; first is a multiple of 4.
-SELFGEN_CLONES void gumbel64(const RowKey& key, uint32_t stream, uint32_t first, float noise[kGroup]) {
+SELFGEN_INLINE void gumbel64_(const RowKey& key, uint32_t stream, uint32_t first, float noise[kGroup]) {
   uint32_t words[4][kLanes];
   philox<kLanes>(key, stream, first / 4, words);
   for (int64_t j = 0; j < 4; ++j) {
     for (int64_t i = 0; i < kLanes; ++i) noise[4 * i + j] = gumbel(words[j][i]);
   }
 }
+SELFGEN_CLONES(
+    void, gumbel64, (const RowKey& key, uint32_t stream, uint32_t first, float noise[kGroup]),
+    (key, stream, first, noise))
 
 // Is the row the model's own?
 inline bool in_mask(const RowKey& key, int64_t threshold) {

@@ -4,18 +4,17 @@
 
 #include <ATen/ATen.h>
 
+#include "checks.h"
 #include "groups.h"
 #include "random.h"
 
 #include <cmath>
 #include <limits>
-#include <optional>
 #include <tuple>
 #include <vector>
 
 namespace {
 
-using OptionalTensor = std::optional<at::Tensor>;
 using Mixed = std::tuple<at::Tensor, at::Tensor, at::Tensor>;  // tokens, is_self, invalid: [N] each
 
 struct Filters {
@@ -32,13 +31,19 @@ struct Row {
   Filters filters;
 };
 
-// The arguments that the sampling ops share, in the order of their schema.
+// The arguments that the sampling ops share, for `count` rows and in the order of their schema.
 struct Rows {
   Rows(
-      const at::Tensor& threshold, int64_t seed, const at::Tensor& sample_ids, const at::Tensor& positions,
-      const at::Tensor& inv_temperature, const OptionalTensor& top_k, const OptionalTensor& top_p,
-      const OptionalTensor& min_p)
-      : is_self(at::empty(threshold.sizes(), threshold.options().dtype(at::kBool))), filtered(top_k || top_p || min_p) {
+      int64_t count, const at::Tensor& threshold, int64_t seed, const at::Tensor& sample_ids,
+      const at::Tensor& positions, const at::Tensor& inv_temperature, const OptionalTensor& top_k,
+      const OptionalTensor& top_p, const OptionalTensor& min_p)
+      : is_self(at::empty({count}, threshold.options().dtype(at::kBool))), filtered(top_k || top_p || min_p) {
+    check(threshold, "threshold", at::kLong, {count});
+    check_keys(sample_ids, positions, count);
+    check(inv_temperature, "inv_temperature", at::kFloat, {count});
+    check(top_k, "top_k", at::kLong, {count});
+    check(top_p, "top_p", at::kDouble, {count});
+    check(min_p, "min_p", at::kDouble, {count});
     const at::Tensor ids = sample_ids.to(at::kLong).contiguous(), places = positions.to(at::kLong).contiguous();
     const at::Tensor thresholds = threshold.contiguous(), inverses = inv_temperature.contiguous();
     const at::Tensor k = top_k ? top_k->contiguous() : at::Tensor(), p = top_p ? top_p->contiguous() : at::Tensor();
@@ -47,7 +52,7 @@ struct Rows {
     const int64_t* below = thresholds.const_data_ptr<int64_t>();
     const float* inverse = inverses.const_data_ptr<float>();
     bool* self = is_self.data_ptr<bool>();
-    for (int64_t i = 0; i < threshold.size(0); ++i) {
+    for (int64_t i = 0; i < count; ++i) {
       const RowKey key(seed, id[i], place[i]);
       self[i] = in_mask(key, below[i]);
       if (!self[i]) continue;

@@ -3,6 +3,7 @@
 #include <ATen/ATen.h>
 #include <torch/library.h>
 
+#include "checks.h"
 #include "rows.h"
 #include "sampling.h"
 
@@ -22,7 +23,10 @@ Mixed sample_mix(
     const at::Tensor& logits, const at::Tensor& reference, const at::Tensor& threshold, int64_t seed,
     const at::Tensor& sample_ids, const at::Tensor& positions, const at::Tensor& inv_temperature,
     const OptionalTensor& top_k, const OptionalTensor& top_p, const OptionalTensor& min_p) {
-  const Rows rows(threshold, seed, sample_ids, positions, inv_temperature, top_k, top_p, min_p);
+  check_shape(logits, "logits", {kAny, kAny});
+  check_vocabulary(logits.size(1));
+  check(reference, "reference", at::kLong, {logits.size(0)});
+  const Rows rows(logits.size(0), threshold, seed, sample_ids, positions, inv_temperature, top_k, top_p, min_p);
   const at::Tensor dense = logits.stride(1) == 1 ? logits : logits.contiguous();
   std::vector<int64_t> drawn(rows.selected.size());
   switch (dense.scalar_type()) {

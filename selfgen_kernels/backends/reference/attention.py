@@ -4,6 +4,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+MOST_KEYS = 2**30
+"""Of a chunk: kernels count the keys of a range in 32 bits."""
+
 
 def kv_append(
     key_cache: Tensor,  # [slots, kv_heads, head_dim]
@@ -65,10 +68,11 @@ def _check_chunks(bounds: list[int], ranges: list[list[int]], queries: int, slot
         )
     for chunk, (first, length) in enumerate(ranges):
         size = bounds[chunk + 1] - bounds[chunk]
-        if not (0 <= first <= first + length <= slots and length >= size):
+        if not (0 <= first <= first + length <= slots and size <= length <= MOST_KEYS):
             raise ValueError(
                 f"kv_ranges[{chunk}] is [{first}, {length}], expected [first, length] inside the {slots} slots with "
-                f"length >= {size}, the queries of the chunk; write their K/V first and count them in"
+                f"length >= {size}, the queries of the chunk, and at most 2**30; write their K/V first and count them "
+                "in"
             )
 
 

@@ -52,10 +52,10 @@ def philox4x32(counter: Words, key: tuple[int, int]) -> Words:
     return c0, c1, c2, c3
 
 
-def random_words(seed: int, sample_ids: Tensor, positions: Tensor, size: int, stream: int) -> Tensor:
-    """r(0) .. r(size - 1) of every row: uint32 in int64 [N, size]."""
+def random_words(seed: int, sample_ids: Tensor, positions: Tensor, size: int, stream: int, first: int = 0) -> Tensor:
+    """r(first) .. r(first + size - 1) of every row: uint32 in int64 [N, size]; `first` is a multiple of 4."""
     sample_ids, positions = sample_ids.long()[:, None], positions.long()[:, None]  # [N, 1]
-    blocks = torch.arange((size + 3) // 4, device=sample_ids.device)[None]  # [1, B]
+    blocks = torch.arange(first // 4, (first + size + 3) // 4, device=sample_ids.device)[None]  # [1, B]
     counter = torch.broadcast_tensors((stream << 28) | blocks, positions & _LOW, sample_ids & _LOW, _high(sample_ids))
     words = philox4x32(counter, (seed & _LOW, (seed >> 32) & _LOW))
     return torch.stack(words, dim=-1).flatten(1)[:, :size]  # [N, B, 4] -> [N, size]
@@ -67,9 +67,9 @@ def gumbel_from_words(words: Tensor) -> Tensor:
     return -torch.log(-torch.log1p(-uniform))
 
 
-def gumbel_noise(seed: int, sample_ids: Tensor, positions: Tensor, size: int, stream: int) -> Tensor:
-    """Standard Gumbel noise, fp32 [N, size]."""
-    return gumbel_from_words(random_words(seed, sample_ids, positions, size, stream)).contiguous()
+def gumbel_noise(seed: int, sample_ids: Tensor, positions: Tensor, size: int, stream: int, first: int = 0) -> Tensor:
+    """Standard Gumbel noise, fp32 [N, size], of the indices from `first`, a multiple of 4."""
+    return gumbel_from_words(random_words(seed, sample_ids, positions, size, stream, first)).contiguous()
 
 
 def self_mask(seed: int, sample_ids: Tensor, positions: Tensor, threshold: Tensor) -> Tensor:

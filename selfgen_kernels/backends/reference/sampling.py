@@ -26,8 +26,9 @@ from selfgen_kernels.backends.reference.philox import GROUP, TOKEN, gumbel_noise
 from selfgen_kernels.backends.reference.scaling import filter_cutoff, scaled
 
 GROUP_SIZE = 64
-VOCAB_CHUNK = 64 * GROUP_SIZE
-"""Ids whose logits `linear_sample_mix` holds at a time: whole groups. Without influence on the tokens."""
+WORKSPACE, FILTER_WORKSPACE = 32, 64
+"""Bytes that a logit takes at most while it is drawn from, with its copies; the second where filters sort and sum it in
+fp64. `linear_sample_mix` works on as many at a time as fit into an eighth of all logits in the head's dtype."""
 
 Mixed = tuple[Tensor, Tensor, Tensor]
 Candidates = tuple[Tensor, Tensor]
@@ -92,7 +93,7 @@ def linear_sample_mix(
     rows = is_self.nonzero()[:, 0]  # [S]
     drawn, valid = torch.empty_like(rows), torch.empty_like(rows, dtype=torch.bool)  # [S]
     # A filter looks at whole rows: one pass over a block of them finds the cutoffs, a second one draws.
-    row_block = max(1, len(hidden) // 8 if how.filtered else len(hidden))
+    row_block = max(1, at_a_time(len(hidden), weight, FILTER_WORKSPACE) if how.filtered else len(hidden))
     for part in torch.arange(len(rows), device=rows.device).split(row_block):  # [B]
         block = how.select(rows[part])
         chunks = head_chunks(hidden[rows[part]], weight, bias, softcap, logit_scale, 0, block)
@@ -123,31 +124,46 @@ def linear_sample_shard(
 def combine_shards(values: Tensor, ids: Tensor, reference: Tensor, *sampling) -> Mixed:
     """Tokens, is_self and invalid [N] from the candidates of all shards, [R, N, 3, 3] and [R, N, 3]; any device."""
     how = Sampling(*sampling)
+    per_row = reference, how.threshold, how.sample_ids, how.positions, how.inv_temperature  # [N] each
+    shapes = [list(x.shape) for x in (values, ids, *per_row)]
+    ranks, rows = len(ids), len(reference)
+    if shapes != [[ranks, rows, 3, 3], [ranks, rows, 3], *[[rows]] * 5]:
+        raise ValueError(
+            f"values, ids, reference, threshold, sample_ids, positions and inv_temperature have shapes {shapes}, "
+            "expected [R, N, 3, 3], [R, N, 3] and [N] five times; stack the results of all ranks for the same rows"
+        )
     drawn, valid = choose(values.transpose(0, 1).flatten(1, 2), ids.transpose(0, 1).flatten(1), how.greedy)
     is_self = self_mask(how.seed, how.sample_ids, how.positions, how.threshold)  # [N]
     return torch.where(is_self & valid, drawn, reference), is_self, is_self & ~valid
 
 
+def at_a_time(size: int, weight: Tensor, workspace: int) -> int:
+    """Of `size` rows or ids, how many may be drawn from together."""
+    return size * weight.element_size() // (8 * workspace)
+
+
 def head_chunks(hidden, weight, bias, softcap, logit_scale, first_id, how: Sampling) -> Iterator[Tensor]:
     """z [N, C] of consecutive ids from `first_id`: chunk after chunk that ends with a group, or all if filtered."""
     size = len(weight)
-    begin, end = 0, size if how.filtered else min(size, VOCAB_CHUNK - first_id % GROUP_SIZE)
+    chunk = size if how.filtered else max(1, at_a_time(size, weight, WORKSPACE) // GROUP_SIZE) * GROUP_SIZE
+    begin, end = 0, size if how.filtered else min(size, chunk - first_id % GROUP_SIZE)
     while begin < size:
         part = None if bias is None else bias[begin:end]
         yield scaled_and_filtered(head_logits(hidden, weight[begin:end], part, softcap, logit_scale), how)
-        begin, end = end, min(size, end + VOCAB_CHUNK)
+        begin, end = end, min(size, end + chunk)
 
 
 def head_logits(hidden, weight, bias, softcap, logit_scale) -> Tensor:
     """fp32 [N, V]: what the head makes of hidden [N, D]."""
-    logits = linear(hidden, weight, bias).float() * logit_scale
-    return logits if softcap is None else softcap * torch.tanh(logits / softcap)
+    logits = linear(hidden, weight, bias).float().mul_(logit_scale)
+    return logits if softcap is None else logits.div_(softcap).tanh_().mul_(softcap)
 
 
 def scaled_and_filtered(logits: Tensor, how: Sampling) -> Tensor:
     """z fp32 [N, V], with -inf for the tokens that the filters drop."""
+    cutoff = how.cutoff(logits) if how.filtered else None
     z = scaled(logits, how.inv_temperature)
-    return z.masked_fill(z < how.cutoff(logits)[:, None], -torch.inf) if how.filtered else z
+    return z if cutoff is None else z.masked_fill_(z < cutoff[:, None], -torch.inf)
 
 
 def candidates(chunks: Iterable[Tensor], first_id: int, size: int, how: Sampling) -> Candidates:
@@ -155,7 +171,7 @@ def candidates(chunks: Iterable[Tensor], first_id: int, size: int, how: Sampling
     greedy = how.greedy[:, None]  # [N, 1]
     keys = how.seed, how.sample_ids, how.positions
     end_id = first_id + size
-    group_noise = gumbel_noise(*keys, -(-end_id // GROUP_SIZE), GROUP).masked_fill(greedy, 0)  # [N, G]
+    group_noise = group_noise_of(how, -(-end_id // GROUP_SIZE)).masked_fill_(greedy, 0)  # [N, G]
     token_noise = gumbel_noise(*keys, GROUP_SIZE, TOKEN).masked_fill(greedy, 0)  # [N, 64]
 
     values = torch.full((len(how.positions), 3, 3), -torch.inf, device=greedy.device)
@@ -181,6 +197,16 @@ def candidates(chunks: Iterable[Tensor], first_id: int, size: int, how: Sampling
             ids[:, place] = torch.where(better, (group + best) * GROUP_SIZE + token, ids[:, place, None])[:, 0]
     values[peak.isnan() | peak.isposinf()] = torch.nan
     return values, ids
+
+
+def group_noise_of(how: Sampling, groups: int) -> Tensor:
+    """G1 fp32 [N, groups], part after part, as the random words of it all take many times its memory."""
+    noise = torch.empty(len(how.positions), groups, device=how.positions.device)
+    part = 4 * -(-groups // 64)
+    for first in range(0, groups, part):
+        some = noise[:, first : first + part]
+        some.copy_(gumbel_noise(how.seed, how.sample_ids, how.positions, some.shape[1], GROUP, first))
+    return noise
 
 
 def choose(values: Tensor, ids: Tensor, greedy: Tensor) -> tuple[Tensor, Tensor]:

@@ -24,7 +24,7 @@ def filter_cutoff(
     if top_k is not None and len(z):
         cutoff = _top_k_cutoff(z, top_k)
     if top_p is not None:
-        cutoff = torch.maximum(cutoff, _top_p_cutoff(z.masked_fill(z < cutoff[:, None], -torch.inf), top_p))
+        cutoff = torch.maximum(cutoff, _top_p_cutoff(z, cutoff, top_p))
     if min_p is not None:
         cutoff = torch.maximum(cutoff, z.amax(1) + min_p.log().float())  # p_v >= min_p * max p
     return torch.where(inv_temperature.isposinf(), -torch.inf, cutoff)
@@ -37,11 +37,11 @@ def _top_k_cutoff(z: Tensor, top_k: Tensor) -> Tensor:
     return z.topk(largest, dim=1).values.gather(1, top_k[:, None] - 1)[:, 0]
 
 
-def _top_p_cutoff(z: Tensor, top_p: Tensor) -> Tensor:
-    """The last value, from the top, with less than `top_p` of the probability before it."""
-    descending = z.sort(dim=1, descending=True).values
-    probs = descending.double().softmax(1)  # torch's fp32 sum of 256k terms is off by 4e-5
-    before = probs.cumsum(1) - probs  # [N, V]
+def _top_p_cutoff(z: Tensor, cutoff: Tensor, top_p: Tensor) -> Tensor:
+    """The last value, from the top, with less than `top_p` of the probability of what `cutoff` keeps before it."""
+    descending = z.masked_fill(z < cutoff[:, None], -torch.inf).sort(dim=1, descending=True).values
+    probs = descending.softmax(1, dtype=torch.float64)  # torch's fp32 sum of 256k terms is off by 4e-5
+    before = probs.cumsum(1).sub_(probs)  # [N, V]
     kept = (before < top_p[:, None]).sum(1).clamp(min=1)
     cutoff = descending.gather(1, kept[:, None] - 1)[:, 0]
     return torch.where(top_p < 1, cutoff, -torch.inf)  # 1 keeps all, whatever the rounding of the sum

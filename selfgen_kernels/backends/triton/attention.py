@@ -9,13 +9,15 @@ Keys are taken in blocks that start at multiples of KEYS from the first key of t
 of all lengths, and what a row does not see adds exact zeros. So a row's sums do not depend on how chunks are cut.
 """
 
+from typing import Any
+
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
 from selfgen_kernels.backends.reference import attention as reference
-from selfgen_kernels.backends.triton.configuration import Configuration
+from selfgen_kernels.backends.triton.configuration import Configuration, current_target
 from selfgen_kernels.backends.triton.dot import factor_of_dot
 
 LOG2_E = tl.constexpr(1.4426950408889634)
@@ -25,16 +27,20 @@ TILE = 2048  # numbers of K, and of V, that it copies
 APPEND_OPTIONS = {"num_warps": 4, "enable_fp_fusion": False}
 
 
-def attention_tile(width: int, dtype: torch.dtype) -> tuple[dict[str, int], dict[str, object]]:
-    """(ROWS and KEYS, options) for a padded head_dim of `width`: sizes that spill on none of the targets.
+def attention_tile(width: int, dtype: torch.dtype, target: str) -> tuple[dict[str, int], dict[str, object]]:
+    """(ROWS, KEYS and PART, options) for a padded head_dim of `width`: sizes that spill on none of the targets.
 
     64 rows are the fewest that tensor cores of sm_90 and sm_100 multiply. A decode step fills few of them, but it waits
     for memory: per byte of K/V the tile does 64 operations, and an H100 could do 295. In fp32 there is no tensor core
-    without rounding to tf32, and a row costs registers.
+    without rounding to tf32, and a thread holds whole rows of a product's factors: PART numbers of a query and a key.
     """
-    if dtype == torch.float32:
-        return {"ROWS": 16, "KEYS": 16}, {"num_warps": 8, "num_stages": 1, "enable_fp_fusion": True}
-    return {"ROWS": 64, "KEYS": 32}, {"num_warps": 4 if width <= 128 else 8, "num_stages": 2, "enable_fp_fusion": True}
+    if dtype.itemsize > 2:
+        part = min(width, 512 // dtype.itemsize)
+        warps = 8 if dtype == torch.float32 and width <= 128 else 16
+        warps //= 2 if target == "gfx942" else 1  # wavefronts of 64 lanes, warps of 32: 128 bits of K/V for each
+        return {"ROWS": 16, "KEYS": 16, "PART": part}, {"num_warps": warps, "num_stages": 1, "enable_fp_fusion": True}
+    warps = 4 if width <= 128 else 8
+    return {"ROWS": 64, "KEYS": 32, "PART": width}, {"num_warps": warps, "num_stages": 2, "enable_fp_fusion": True}
 
 
 @triton.jit
@@ -73,24 +79,34 @@ def find_chunk(cu_seqlens_q, chunks, queries, tile, GROUP: tl.constexpr, ROWS: t
 
 @triton.jit
 def attend_blocks(
-    query, key, key_stride, value, value_stride, begin, end, last, scale, softcap, window, largest, total,
-    KEYS: tl.constexpr, HEAD_DIM: tl.constexpr, WIDTH: tl.constexpr, CAREFUL: tl.constexpr,
+    query, row_exists, key, key_stride, value, value_stride, begin, end, last, scale, softcap, window, largest, total,
+    KEYS: tl.constexpr, HEAD_DIM: tl.constexpr, WIDTH: tl.constexpr, PART: tl.constexpr, CAREFUL: tl.constexpr,
 ):  # fmt: skip
     """(weights' sum [ROWS], weighted values' sum [ROWS, WIDTH]) over keys `begin` .. `end` - 1, in units of log 2.
 
-    `query` [ROWS, WIDTH]; a row sees keys up to `last` [ROWS] and starts from `largest` and `total` [ROWS]. Careful: a
-    value that is not finite makes only the rows that see it NaN. Otherwise it meets the zero weights of the others.
+    `query` [ROWS, WIDTH], or if PART < WIDTH pointers [ROWS, 1], from which PART numbers at a time are read for each
+    block of keys. A row sees keys up to `last` [ROWS] and starts from `largest` and `total` [ROWS]. Careful: a value
+    that is not finite makes only the rows that see it NaN. Otherwise it meets the zero weights of the others.
     """
     offset, column = tl.arange(0, KEYS), tl.arange(0, WIDTH)[None, :]
-    out = tl.zeros(query.shape, tl.float32)
+    NUMBER: tl.constexpr = total.dtype  # fp64 or fp32
+    out = tl.zeros([last.shape[0], WIDTH], NUMBER)
     for start in tl.range(begin, end, KEYS, num_stages=1 if CAREFUL else None):
         at = start + offset
         slot = tl.minimum(at, end - 1).to(tl.int64)[:, None]
         exists = column < HEAD_DIM
-        k = tl.load(key + slot * key_stride + column, mask=exists, other=0.0)
-        scores = (
-            tl.dot(factor_of_dot(query), tl.trans(factor_of_dot(k)), input_precision="ieee") * scale
-        )  # [ROWS, KEYS]
+        if PART == WIDTH:
+            k = tl.load(key + slot * key_stride + column, mask=exists, other=0.0)
+            scores = tl.dot(factor_of_dot(query), tl.trans(factor_of_dot(k)), input_precision="ieee")
+        else:
+            scores = tl.zeros([last.shape[0], KEYS], NUMBER)
+            for first in tl.range(0, WIDTH, PART):
+                part = first + tl.arange(0, PART)[None, :]
+                q = tl.load(query + part, mask=row_exists & (part < HEAD_DIM), other=0.0)
+                k = tl.load(key + slot * key_stride + part, mask=part < HEAD_DIM, other=0.0)
+                k = tl.trans(factor_of_dot(k))
+                scores = tl.dot(factor_of_dot(q), k, scores, input_precision="ieee", out_dtype=NUMBER)
+        scores *= scale  # [ROWS, KEYS]
         if softcap is not None:
             scores = softcap * (2 * tl.sigmoid(2 * scores) - 1)  # tanh
         visible = (last[:, None] - at[None, :]).to(tl.uint32) < window  # one comparison: what is negative wraps around
@@ -103,12 +119,12 @@ def attend_blocks(
         total = total * factor + tl.sum(weights, 1)
         from_value = value + slot * value_stride + column
         if CAREFUL:
-            zero = tl.sum(tl.load(from_value, mask=exists, other=0.0).to(tl.float32) * 0, 1)  # [KEYS], or NaN
+            zero = tl.sum(tl.load(from_value, mask=exists, other=0.0).to(NUMBER) * 0, 1)  # [KEYS], or NaN
             total += tl.sum(tl.where(visible, zero[None, :], 0.0), 1)
             exists = exists & (zero == 0)[:, None]
         v = tl.load(from_value, mask=exists, other=0.0)
         rounded = factor_of_dot(weights.to(v.dtype))
-        out = tl.dot(rounded, factor_of_dot(v), out * factor[:, None], input_precision="ieee")
+        out = tl.dot(rounded, factor_of_dot(v), out * factor[:, None], input_precision="ieee", out_dtype=NUMBER)
     return total, out
 
 
@@ -117,7 +133,7 @@ def ragged_attention_kernel(
     query, query_stride, query_head_stride, key, key_stride, key_head_stride, value, value_stride, value_head_stride,
     cu_seqlens_q, kv_ranges, sinks, out, queries, chunks, slots, scale, softcap, window,
     HEADS: tl.constexpr, GROUP: tl.constexpr, HEAD_DIM: tl.constexpr, WIDTH: tl.constexpr,
-    ROWS: tl.constexpr, KEYS: tl.constexpr,
+    ROWS: tl.constexpr, KEYS: tl.constexpr, PART: tl.constexpr,
 ):  # fmt: skip
     """Program (tile, K/V head) writes up to ROWS rows of out [N, HEADS, HEAD_DIM]; WIDTH is a power of two."""
     tile, kv_head = tl.program_id(0).to(tl.int64), tl.program_id(1).to(tl.int64)
@@ -135,27 +151,34 @@ def ragged_attention_kernel(
     index = begin + row // GROUP
     head = kv_head * GROUP + row % GROUP
     column = tl.arange(0, WIDTH)[None, :]
-    exists = (index < end)[:, None] & (column < HEAD_DIM)
-    from_query = query + index[:, None] * query_stride + head[:, None] * query_head_stride + column
-    q = tl.load(from_query, mask=exists, other=0.0)  # [ROWS, WIDTH]
+    row_exists = (index < end)[:, None]
+    exists = row_exists & (column < HEAD_DIM)
+    q = query + index[:, None] * query_stride + head[:, None] * query_head_stride  # [ROWS, 1]
+    if PART == WIDTH:
+        q = tl.load(q + column, mask=exists, other=0.0)  # [ROWS, WIDTH]
 
     last = tl.minimum(length - (end - index).to(tl.int32), length - 1)  # [ROWS]: the last key that a row sees
     low, high = tl.maximum(tl.min(last) - window + 1, 0) // KEYS * KEYS, tl.max(last) + 1
-    largest = tl.full([ROWS], float("-inf"), tl.float32)
-    total = tl.zeros([ROWS], tl.float32)
+    IS_FP64: tl.constexpr = query.dtype.element_ty == tl.float64
+    NUMBER: tl.constexpr = tl.float64 if IS_FP64 else tl.float32
+    if IS_FP64:  # as an argument, a number would be fp32
+        scale = tl.load(scale)
+        softcap = tl.load(softcap) if softcap is not None else None
+    largest = tl.full([ROWS], float("-inf"), NUMBER)
+    total = tl.zeros([ROWS], NUMBER)
     if sinks is not None:
-        largest = tl.load(sinks + head).to(tl.float32) * LOG2_E
-        total = tl.where(largest == float("-inf"), 0.0, 1.0)
+        largest = tl.load(sinks + head).to(NUMBER) * LOG2_E
+        total = tl.where(largest == float("-inf"), total, 1.0)
     key += start * key_stride + kv_head * key_head_stride
     value += start * value_stride + kv_head * value_head_stride
     weight, sums = attend_blocks(
-        q, key, key_stride, value, value_stride, low, high, last, scale, softcap, window, largest, total,
-        KEYS, HEAD_DIM, WIDTH, CAREFUL=False,
+        q, row_exists, key, key_stride, value, value_stride, low, high, last, scale, softcap, window, largest,
+        total, KEYS, HEAD_DIM, WIDTH, PART, CAREFUL=False,
     )  # fmt: skip
     if tl.max(tl.sum(tl.where(sums * 0 == 0, 0, 1), 1)) > 0:
         weight, sums = attend_blocks(
-            q, key, key_stride, value, value_stride, low, high, last, scale, softcap, window, largest, total,
-            KEYS, HEAD_DIM, WIDTH, CAREFUL=True,
+            q, row_exists, key, key_stride, value, value_stride, low, high, last, scale, softcap, window, largest,
+            total, KEYS, HEAD_DIM, WIDTH, PART, CAREFUL=True,
         )  # fmt: skip
     result = sums / tl.where(weight == 0, 1.0, weight)[:, None]  # 0: padding, which sees nothing
     result = tl.where(invalid, float("nan"), result)
@@ -199,7 +222,7 @@ def ragged_attention(
     sliding_window: int | None, softcap: float | None, sinks: Tensor | None,
 ) -> Tensor:  # fmt: skip
     """[N, heads, head_dim]: softmax(query key^T * scale) value over the keys that a query sees."""
-    if query.dtype == torch.float64 or (query.dtype == torch.float32 and query.shape[2] > 128):  # these spill
+    if query.dtype.itemsize > 2 and query.shape[2] > 256:  # these spill
         args = query, key, value, cu_seqlens_q, kv_ranges, scale, sliding_window, softcap, sinks
         return reference.ragged_attention(*args)
     queries, heads, head_dim = query.shape
@@ -209,8 +232,11 @@ def ragged_attention(
     if queries == 0:
         return out
     width = max(16, triton.next_power_of_2(head_dim))
-    tile, options = attention_tile(width, query.dtype)
+    tile, options = attention_tile(width, query.dtype, current_target())
     log2_e: float = LOG2_E.value
+    factors: list[Any] = [scale * log2_e, None] if softcap is None else [scale / softcap, softcap * log2_e]
+    if query.dtype == torch.float64:
+        factors = [None if factor is None else query.new_full((), factor) for factor in factors]
     grid = queries * group // tile["ROWS"] + chunks + 1, kv_heads
     ragged_attention_kernel[grid](
         *(arg for x in (query, key, value) for x in [_dense(x)] for arg in (x, x.stride(0), x.stride(1))),
@@ -221,8 +247,7 @@ def ragged_attention(
         queries,
         chunks,
         slots,
-        scale * log2_e if softcap is None else scale / softcap,
-        None if softcap is None else softcap * log2_e,
+        *factors,
         min(2**30, sliding_window or 2**30),
         HEADS=heads,
         GROUP=group,
@@ -235,10 +260,11 @@ def ragged_attention(
 
 
 HEAD_DIMS = (64, 80, 96, 128, 192, 256)  # that tests compile for; others work, too
+WIDE = {"fp32": torch.float32, "fp64": torch.float64}
 
 
 def configurations(target: str) -> list[Configuration]:
-    """What ships for `target`: each head size in bf16, with all features and with none; fp16 and fp32."""
+    """What ships for `target`: each head size in bf16, with all features and with none; fp16, fp32 and fp64."""
     strides = {
         "query_stride",
         "query_head_stride",
@@ -248,17 +274,18 @@ def configurations(target: str) -> list[Configuration]:
         "value_head_stride",
     }
     cases = [(head_dim, "bf16", features) for head_dim in HEAD_DIMS for features in (False, True)]
-    cases += [(128, "fp16", True), *((head_dim, "fp32", True) for head_dim in (64, 128))]
+    cases += [(128, "fp16", True), *((head_dim, dtype, True) for dtype in WIDE for head_dim in (64, 128, 256))]
     found = []
     for head_dim, dtype, features in cases:
         width = max(16, triton.next_power_of_2(head_dim))
-        tile, options = attention_tile(width, torch.float32 if dtype == "fp32" else torch.bfloat16)
+        tile, options = attention_tile(width, WIDE.get(dtype, torch.bfloat16), target)
         types = dict.fromkeys(("query", "key", "value", "out"), f"*{dtype}") | dict.fromkeys(sorted(strides), "i32")
         types |= {"cu_seqlens_q": "*i32", "kv_ranges": "*i64", "queries": "i32", "chunks": "i32", "slots": "i32"}
-        types |= {"scale": "fp32", "window": "i32"}
+        factor = "*fp64" if dtype == "fp64" else "fp32"
+        types |= {"scale": factor, "window": "i32"}
         constants = {"HEADS": 32, "GROUP": 4, "HEAD_DIM": head_dim, "WIDTH": width, **tile}
         if features:
-            types |= {"softcap": "fp32", "sinks": "*bf16"}
+            types |= {"softcap": factor, "sinks": "*bf16"}
         else:
             constants |= {"softcap": None, "sinks": None}
         found.append(
@@ -269,8 +296,8 @@ def configurations(target: str) -> list[Configuration]:
                 constants,
                 options,
                 aligned=tuple(sorted(strides)),
-                streams=(dtype, target) != ("fp32", "gfx942"),  # its layout for fp32 products loads 4 bytes a lane
-                tensor_cores=dtype != "fp32",
+                streams=True,
+                tensor_cores=dtype not in WIDE,
             )
         )
     tensors = "key_cache", "value_cache", "key", "value"

@@ -23,7 +23,7 @@ class Configuration:
     constants: dict[str, Any]  # of the constexpr arguments
     options: dict[str, Any]  # num_warps, num_stages, enable_fp_fusion
     aligned: tuple[str, ...] = ()  # integer arguments divisible by 16, as all pointers are
-    streams: bool = False  # reads its data 128 bits at a time
+    streams: bool = False  # reads its data 128 bits at a time: `narrow_streams` in benchmarks/aot.py is the rule
     tensor_cores: bool = False  # multiplies matrices
 
 

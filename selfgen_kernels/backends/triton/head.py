@@ -5,6 +5,9 @@
    logsumexp, G1, and its best token with z + G2. The token comes from the accumulators that the group was scored by.
 3. A small kernel reduces the tiles' candidates: to tokens, or to the three candidates of a shard.
 
+A filter looks at whole rows: `logits_kernel` multiplies the selected rows a block at a time, and `sampling` draws. The
+host knows no number of rows; all is launched for N of them, and what lies behind the selected ones returns at once.
+
 Tiles begin at multiples of BLOCK_N in the whole vocabulary, also in a shard, so a group never straddles two tiles and
 the constants below don't decide a token (a group's sum may round differently, nothing else). The groups that a shard's
 ends cut are two tiles of their own. NaN becomes +inf, which max keeps, and makes the logsumexp of its group +inf: that
@@ -16,10 +19,10 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from selfgen_kernels.backends.reference.sampling import Candidates, Mixed, Sampling, head_logits
+from selfgen_kernels.backends.reference.sampling import Candidates, Mixed, Sampling
 from selfgen_kernels.backends.triton import sampling as logits_sampling
 from selfgen_kernels.backends.triton.configuration import Configuration, current_target
-from selfgen_kernels.backends.triton.dot import factor_of_dot
+from selfgen_kernels.backends.triton.dot import factor_of_dot, rounded
 from selfgen_kernels.backends.triton.noise import GROUP, OPTIONS, TOKEN, gumbel, gumbel_noise, in_mask, random_words
 from selfgen_kernels.backends.triton.sampling import GROUP_SIZE, group_mass
 
@@ -33,7 +36,7 @@ def select_rows_kernel(
     thresholds, seed, sample_ids, positions, size, rows, count, reference, tokens, is_selfs, invalids,
     ROWS: tl.constexpr,
 ):  # fmt: skip
-    """One program writes the numbers of the model's own rows, how many there are, and the results of the others."""
+    """One program writes which rows are the model's own, then which are not, how many are, and the others' results."""
     selected = 0
     for start in range(0, size, ROWS):
         row = start + tl.arange(0, ROWS)
@@ -42,14 +45,37 @@ def select_rows_kernel(
         position = tl.load(positions + row, mask=exists, other=0)[:, None]
         threshold = tl.load(thresholds + row, mask=exists, other=-1)
         is_self = in_mask(seed, sample_id, position, threshold)  # [ROWS]
-        before = tl.cumsum(is_self.to(tl.int32), 0) - 1
-        tl.store(rows + selected + before, row, mask=is_self)
+        before = selected + tl.cumsum(is_self.to(tl.int32), 0) - is_self.to(tl.int32)  # [ROWS] selected ones
+        tl.store(rows + tl.where(is_self, before, size - 1 - (row - before)), row, mask=exists)
         selected += tl.sum(is_self.to(tl.int32))
         if tokens is not None:
             tl.store(tokens + row, tl.load(reference + row, mask=exists), mask=exists)
             tl.store(is_selfs + row, is_self, mask=exists)
             tl.store(invalids + row, tl.zeros_like(is_self), mask=exists)
     tl.store(count, selected)
+
+
+@triton.jit
+def multiply_tile(
+    hidden, hidden_stride, weight, weight_stride, bias, hidden_size, logit_scale, softcap,
+    row, is_row, column, is_column, BLOCK_K: tl.constexpr,
+):  # fmt: skip
+    """fp32 [M, N]: the head's logits of `row` [M] at `column` [N], rounded to its dtype as those of a linear layer."""
+    k = tl.arange(0, BLOCK_K)
+    hidden_tile = hidden + row[:, None] * hidden_stride + k[None, :]  # [M, BLOCK_K]
+    weight_tile = weight + column[None, :] * weight_stride + k[:, None]  # [BLOCK_K, N]
+    logits = tl.zeros([row.shape[0], column.shape[0]], tl.float32)
+    for first_k in range(0, hidden_size, BLOCK_K):
+        is_k = first_k + k < hidden_size
+        left = tl.load(hidden_tile + first_k, mask=is_row[:, None] & is_k[None, :], other=0.0)
+        right = tl.load(weight_tile + first_k, mask=is_column[None, :] & is_k[:, None], other=0.0)
+        logits = tl.dot(factor_of_dot(left), factor_of_dot(right), logits, input_precision="ieee")
+    if bias is not None:
+        logits += tl.load(bias + column, mask=is_column, other=0.0).to(tl.float32)[None, :]
+    logits = rounded(logits, weight.dtype.element_ty).to(tl.float32) * logit_scale
+    if softcap is not None:
+        logits = softcap * tanh(logits / softcap)
+    return logits
 
 
 @triton.jit(do_not_specialize=["seed"])
@@ -81,21 +107,10 @@ def score_tile_kernel(
     offset = start + tl.arange(0, BLOCK_N)  # [BLOCK_N] ids
     is_id = (offset >= begin) & (offset < end)
 
-    k = tl.arange(0, BLOCK_K)
-    hidden_tile = hidden + row[:, None] * hidden_stride + k[None, :]  # [BLOCK_M, BLOCK_K]
-    weight_tile = weight + (offset - first_id)[None, :] * weight_stride + k[:, None]  # [BLOCK_K, BLOCK_N]
-    logits = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
-    for first_k in range(0, hidden_size, BLOCK_K):
-        is_k = first_k + k < hidden_size
-        left = tl.load(hidden_tile + first_k, mask=is_row[:, None] & is_k[None, :], other=0.0)
-        right = tl.load(weight_tile + first_k, mask=is_id[None, :] & is_k[:, None], other=0.0)
-        logits = tl.dot(factor_of_dot(left), factor_of_dot(right), logits, input_precision="ieee")
-
-    if bias is not None:
-        logits += tl.load(bias + offset - first_id, mask=is_id, other=0.0).to(tl.float32)[None, :]
-    logits *= logit_scale
-    if softcap is not None:
-        logits = softcap * tanh(logits / softcap)
+    logits = multiply_tile(
+        hidden, hidden_stride, weight, weight_stride, bias, hidden_size, logit_scale, softcap, row, is_row,
+        offset - first_id, is_id, BLOCK_K,
+    )  # fmt: skip
     inv_temperature = tl.load(inv_temperatures + row, mask=is_row, other=1.0)  # [BLOCK_M]
     greedy = inv_temperature == float("inf")
     z = logits * tl.where(greedy, 1.0, inv_temperature)[:, None]
@@ -115,7 +130,9 @@ def score_tile_kernel(
 
     z = tl.max(tl.where(is_best[:, :, None], z, float("-inf")), 1)  # [BLOCK_M, 64]
     in_group = tl.arange(0, GROUP_SIZE)
-    noise = tl.load(token_noise + row[:, None] * GROUP_SIZE + in_group[None, :], mask=is_row[:, None], other=0.0)
+    noise = tl.load(
+        token_noise + slot.to(tl.int64)[:, None] * GROUP_SIZE + in_group[None, :], mask=is_row[:, None], other=0.0
+    )
     inner, token = tl.max(z + tl.where(greedy[:, None], 0.0, noise), 1, return_indices=True)
     token = tl.where(best_mass > float("-inf"), start + best * GROUP_SIZE + token, -1)
 
@@ -125,6 +142,34 @@ def score_tile_kernel(
     tl.store(value + capacity, best_noise, mask=is_row)
     tl.store(value + 2 * capacity, inner, mask=is_row)
     tl.store(ids + piece * capacity + slot, token, mask=is_row)
+
+
+@triton.jit(do_not_specialize=["first_slot", "slots"])
+def logits_kernel(
+    hidden, hidden_stride, weight, weight_stride, bias, hidden_size, logit_scale, softcap, vocab_size,
+    rows, count, first_slot, slots, out,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
+):  # fmt: skip
+    """Program (ids, rows) writes a tile of out [slots, vocab_size]: the logits of `rows` from `first_slot` on.
+
+    Those from `count` on are left as they are.
+    """
+    selected = tl.minimum(tl.load(count) - first_slot, slots)
+    row_tiles = tl.maximum(tl.cdiv(selected, BLOCK_M), 1)
+    start = (tl.program_id(0) // row_tiles).to(tl.int64) * BLOCK_N
+    if (start >= vocab_size) | (selected <= 0):
+        return
+    slot = tl.program_id(0) % row_tiles * BLOCK_M + tl.arange(0, BLOCK_M)  # [BLOCK_M], neighbours share weights
+    is_row = slot < selected
+    row = tl.load(rows + first_slot + slot, mask=is_row, other=0).to(tl.int64)  # [BLOCK_M]
+    token = start + tl.arange(0, BLOCK_N)  # [BLOCK_N]
+    is_token = token < vocab_size
+    logits = multiply_tile(
+        hidden, hidden_stride, weight, weight_stride, bias, hidden_size, logit_scale, softcap, row, is_row,
+        token, is_token, BLOCK_K,
+    )  # fmt: skip
+    place = out + slot.to(tl.int64)[:, None] * vocab_size + token[None, :]
+    tl.store(place, logits.to(out.dtype.element_ty), mask=is_row[:, None] & is_token[None, :])
 
 
 @triton.jit
@@ -210,7 +255,7 @@ def pick_candidates_kernel(
 
 
 def tile_constants(target: str, dtype: str, rows: int, aligned: bool) -> tuple[dict, dict]:
-    """Tile and launch options of `score_tile_kernel` for `dtype` and at most `rows` of the model's own rows.
+    """Tile and launch options of the products, for `dtype` and at most `rows` of the model's own rows.
 
     `aligned`: its sizes and strides are divisible by 16. If not, loads are narrow and take more registers.
     """
@@ -231,7 +276,7 @@ _NAMES = {torch.float32: "fp32", torch.bfloat16: "bf16", torch.float16: "fp16"}
 
 
 def select_rows(how: Sampling, reference, tokens, is_self, invalid) -> tuple[Tensor, Tensor]:
-    """The model's own rows, int32 [N] of which the first count [1] hold; sets the other results if they are given."""
+    """All rows int32 [N], first the model's own, their count [1]; sets the results of the others if they are given."""
     size = len(how.threshold)
     rows = torch.empty_like(how.threshold, dtype=torch.int32, memory_format=torch.contiguous_format)
     count = rows.new_empty(1)
@@ -242,25 +287,36 @@ def select_rows(how: Sampling, reference, tokens, is_self, invalid) -> tuple[Ten
     return rows, count
 
 
+def factors(hidden: Tensor, weight: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor, Tensor | None]:
+    """The three as kernels take them."""
+    if hidden.dtype == torch.float64:
+        hidden, weight, bias = hidden.float(), weight.float(), None if bias is None else bias.float()
+    hidden, weight = (x if x.stride(1) == 1 else x.contiguous() for x in (hidden, weight))
+    return hidden, weight, None if bias is None else bias.contiguous()
+
+
+def tile_of(hidden: Tensor, weight: Tensor, rows: int) -> tuple[dict, dict]:
+    """`tile_constants` for at most `rows` of the model's own rows."""
+    sizes = hidden.shape[1], hidden.stride(0), weight.stride(0)
+    aligned = all(size % 16 == 0 for size in sizes)  # as Triton tells them apart
+    return tile_constants(current_target(), _NAMES[hidden.dtype], rows, aligned)
+
+
 def score_tiles(
     hidden, weight, bias, softcap, logit_scale, first_id, whole_begin, whole_end, cut_groups, how: Sampling, rows, count
 ) -> tuple[Tensor, Tensor, int, int]:
     """Launch `score_tile_kernel`: values, ids, their number of slots, and of pieces that are tiles."""
-    if hidden.dtype == torch.float64:
-        hidden, weight, bias = hidden.float(), weight.float(), None if bias is None else bias.float()
-    hidden, weight = (x if x.stride(1) == 1 else x.contiguous() for x in (hidden, weight))
+    hidden, weight, bias = factors(hidden, weight, bias)
     capacity, end_id = len(hidden), first_id + len(weight)
-    sizes = hidden.shape[1], hidden.stride(0), weight.stride(0)
-    aligned = all(size % 16 == 0 for size in sizes)  # as Triton tells them apart
-    constants, options = tile_constants(current_target(), _NAMES[hidden.dtype], capacity, aligned)
+    constants, options = tile_of(hidden, weight, capacity)
     tiles = triton.cdiv(end_id, constants["BLOCK_N"]) - first_id // constants["BLOCK_N"]
     pieces = tiles + cut_groups
     values = hidden.new_empty(pieces, 3, capacity, dtype=torch.float32)
     ids = hidden.new_empty(pieces, capacity, dtype=torch.int64)
     keys = how.seed, how.sample_ids.contiguous(), how.positions.contiguous()
-    token_noise = gumbel_noise(*keys, GROUP_SIZE.value, TOKEN.value)  # [N, 64]
+    token_noise = gumbel_noise(*keys, GROUP_SIZE.value, TOKEN.value, rows, count)  # [capacity, 64]
     score_tile_kernel[(pieces * triton.cdiv(capacity, constants["BLOCK_M"]),)](
-        hidden, hidden.stride(0), weight, weight.stride(0), bias if bias is None else bias.contiguous(),
+        hidden, hidden.stride(0), weight, weight.stride(0), bias,
         hidden.shape[1], logit_scale, softcap, first_id, end_id, whole_begin, whole_end, tiles, pieces,
         rows, count, capacity, how.inv_temperature.contiguous(), *keys, token_noise, values, ids,
         **constants, **options,
@@ -282,19 +338,43 @@ def linear_sample_mix(
     tokens = torch.empty_like(reference, memory_format=torch.contiguous_format)  # [N]
     is_self, invalid = (torch.empty_like(tokens, dtype=torch.bool) for _ in range(2))  # [N]
     results = tokens, is_self, invalid
-    if not how.filtered and len(tokens):
-        selected = select_rows(how, reference.contiguous(), *results)
-        pieces = score_tiles(hidden, weight, bias, softcap, logit_scale, 0, 0, len(weight), 0, how, *selected)
-        pick_token_kernel[(triton.cdiv(len(tokens), SLOTS),)](*pieces, *selected, tokens, invalid, **_PICK, **OPTIONS)
-    # A filter looks at whole rows, so these are multiplied a block at a time, whosever they are.
-    block = max(1, len(tokens) // 8)
-    for start in range(0, len(tokens) if how.filtered else 0, block):
-        part = slice(start, start + block)
-        logits = head_logits(hidden[part], weight, bias, softcap, logit_scale)  # [B, V]
-        block_results = logits_sampling.sample_mix(logits, reference[part], *how.select(part))
-        for whole, drawn in zip(results, block_results, strict=True):
-            whole[part] = drawn
+    if len(tokens) == 0:
+        return results
+    if how.filtered:
+        order, drawn = draw_filtered(hidden, weight, bias, softcap, logit_scale, reference, how)
+        for whole, part in zip(results, drawn, strict=True):
+            whole[order] = part
+        return results
+    selected = select_rows(how, reference.contiguous(), *results)
+    pieces = score_tiles(hidden, weight, bias, softcap, logit_scale, 0, 0, len(weight), 0, how, *selected)
+    pick_token_kernel[(triton.cdiv(len(tokens), SLOTS),)](*pieces, *selected, tokens, invalid, **_PICK, **OPTIONS)
     return results
+
+
+def draw_filtered(
+    hidden, weight, bias, softcap, logit_scale, reference, how: Sampling
+) -> tuple[Tensor, tuple[Tensor, ...]]:
+    """All rows int64 [N], first the model's own, and the results in that order; logits of N / 8 rows at a time."""
+    rows, count = select_rows(how, None, None, None, None)
+    order = rows.long()
+    reference, how = reference[order], how.select(order)
+    hidden, weight, bias = factors(hidden, weight, bias)
+    vocab_size, block = len(weight), max(1, len(order) // 8)
+    # What is rounded to 16 bits and left at that needs no more: a filter finds its cutoff in half the sweeps.
+    dtype = hidden.dtype if softcap is None and logit_scale == 1.0 else torch.float32
+    logits = hidden.new_empty(block, vocab_size, dtype=dtype)
+    constants, options = tile_of(hidden, weight, block)
+    drawn = []
+    for start in range(0, len(order), block):
+        part = slice(start, min(start + block, len(order)))
+        slots = part.stop - start
+        grid = triton.cdiv(slots, constants["BLOCK_M"]) * triton.cdiv(vocab_size, constants["BLOCK_N"])
+        logits_kernel[(grid,)](
+            hidden, hidden.stride(0), weight, weight.stride(0), bias, hidden.shape[1], logit_scale, softcap, vocab_size,
+            rows, count, start, slots, logits, **constants, **options,
+        )  # fmt: skip
+        drawn.append(logits_sampling.sample_mix(logits[:slots], reference[part], *how.select(part)))
+    return order, tuple(torch.cat(parts) for parts in zip(*drawn, strict=True))
 
 
 def linear_sample_shard(
@@ -334,23 +414,32 @@ def configurations(target: str) -> list[Configuration]:
         Configuration("pick_tokens", pick_token_kernel, reduced | rows | results, _PICK, OPTIONS),
         Configuration("pick_candidates", pick_candidates_kernel, reduced | rows | candidates, _PICK, OPTIONS),
     ]
-    numbers = ("hidden_size", "first_id", "end_id", "whole_begin", "whole_end", "tiles", "pieces", "capacity")
+    numbers = ("first_id", "end_id", "whole_begin", "whole_end", "tiles", "pieces", "capacity")
     for dtype in _NAMES.values():
-        types = {
+        product = {
             "hidden": f"*{dtype}", "hidden_stride": "i64", "weight": f"*{dtype}", "weight_stride": "i64",
-            "logit_scale": "fp32", "inv_temperatures": "*fp32", "token_noise": "*fp32", "values": "*fp32",
-            "ids": "*i64", **keys, **rows, **dict.fromkeys(numbers, "i32"),
+            "hidden_size": "i32", "logit_scale": "fp32", **rows,
         }  # fmt: skip
+        tiles = {
+            "inv_temperatures": "*fp32", "token_noise": "*fp32", "values": "*fp32", "ids": "*i64", **keys,
+            **dict.fromkeys(numbers, "i32"),
+        }  # fmt: skip
+        block = dict.fromkeys(("vocab_size", "first_slot", "slots"), "i32")
         optional = {"bias": f"*{dtype}", "softcap": "fp32"}
         few = [("few rows", FEW_ROWS, True)] if dtype != "fp32" else []
         for label, rows_at_most, aligned in (*few, ("many rows", FEW_ROWS + 1, True), ("odd sizes", 1, False)):
             for extra, present, absent in (("", {}, dict.fromkeys(optional)), (", bias, softcap", optional, {})):
                 constants, options = tile_constants(target, dtype, rows_at_most, aligned)
-                ships.append(
-                    Configuration(
-                        f"score_tile[{dtype}, {label}{extra}]", score_tile_kernel, types | present, absent | constants,
-                        options, ("hidden_stride", "weight_stride", "hidden_size") if aligned else (), streams=aligned,
-                        tensor_cores=dtype != "fp32",
-                    )
-                )  # fmt: skip
+                divisible = ("hidden_stride", "weight_stride", "hidden_size") if aligned else ()
+                for name, kernel, others, sizes in (
+                    ("score_tile", score_tile_kernel, tiles, ()),
+                    ("head_logits", logits_kernel, block | {"out": "*fp32" if extra else f"*{dtype}"}, ("vocab_size",)),
+                ):
+                    ships.append(
+                        Configuration(
+                            f"{name}[{dtype}, {label}{extra}]", kernel, product | others | present, absent | constants,
+                            options, divisible + sizes if aligned else (), streams=aligned,
+                            tensor_cores=dtype != "fp32",
+                        )
+                    )  # fmt: skip
     return ships

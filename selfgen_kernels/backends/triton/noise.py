@@ -48,13 +48,23 @@ def in_mask(seed, sample_id, position, threshold):
 
 
 @triton.jit(do_not_specialize=["seed"])
-def gumbel_noise_kernel(out, seed, sample_ids, positions, size, blocks, STREAM: tl.constexpr, BLOCK: tl.constexpr):
-    """Program (row, block) writes out[row, block * BLOCK :][:BLOCK]; out is contiguous [N, size]."""
-    row = tl.program_id(0).to(tl.int64) // blocks
+def gumbel_noise_kernel(
+    out, seed, sample_ids, positions, size, blocks, rows, count, STREAM: tl.constexpr, BLOCK: tl.constexpr
+):  # fmt: skip
+    """Program (slot, block) writes out[slot, block * BLOCK :][:BLOCK]; out is contiguous [N, size].
+
+    A slot is a row; or, given those, the row `rows[slot]`, and slots from `count` on are left as they are.
+    """
+    slot = tl.program_id(0).to(tl.int64) // blocks
+    row = slot
+    if rows is not None:
+        if slot >= tl.load(count):
+            return
+        row = tl.load(rows + slot).to(tl.int64)
     first = (tl.program_id(0) % blocks) * BLOCK
     words = random_words(seed, tl.load(sample_ids + row), tl.load(positions + row), first, BLOCK, STREAM)  # [BLOCK]
     index = first + tl.arange(0, BLOCK)
-    tl.store(out + row * size + index, gumbel(words), mask=index < size)
+    tl.store(out + slot * size + index, gumbel(words), mask=index < size)
 
 
 @triton.jit(do_not_specialize=["seed"])
@@ -65,15 +75,18 @@ def self_mask_kernel(out, seed, sample_ids, positions, threshold):
     tl.store(out + row, is_self)
 
 
-def gumbel_noise(seed: int, sample_ids: Tensor, positions: Tensor, size: int, stream: int) -> Tensor:
-    """Standard Gumbel noise, fp32 [N, size]."""
+def gumbel_noise(
+    seed: int, sample_ids: Tensor, positions: Tensor, size: int, stream: int, rows: Tensor | None = None,
+    count: Tensor | None = None,
+) -> Tensor:  # fmt: skip
+    """Standard Gumbel noise, fp32 [N, size]; given `rows` int32 [N] and `count` [1], of the first count of them."""
     out = torch.empty(len(sample_ids), size, device=sample_ids.device)
     block = min(BLOCK, max(4, triton.next_power_of_2(size)))
     blocks = triton.cdiv(size, block)
     if out.numel():
         keys = sample_ids.contiguous(), positions.contiguous()
         grid = (len(sample_ids) * blocks,)
-        gumbel_noise_kernel[grid](out, seed, *keys, size, blocks, STREAM=stream, BLOCK=block, **OPTIONS)
+        gumbel_noise_kernel[grid](out, seed, *keys, size, blocks, rows, count, STREAM=stream, BLOCK=block, **OPTIONS)
     return out
 
 
@@ -91,9 +104,11 @@ def configurations(target: str) -> list[Configuration]:
     keys = {"seed": "i64", "sample_ids": "*i64", "positions": "*i64"}
     noise = {"out": "*fp32", **keys, "size": "i32", "blocks": "i32"}
     mask = {"out": "*i1", **keys, "threshold": "*i64"}
-    groups, tokens = {"STREAM": philox.GROUP, "BLOCK": BLOCK}, {"STREAM": philox.TOKEN, "BLOCK": 64}
+    selected = {"rows": "*i32", "count": "*i32"}
+    groups = dict.fromkeys(selected) | {"STREAM": philox.GROUP, "BLOCK": BLOCK}
+    tokens = {"STREAM": philox.TOKEN, "BLOCK": 64}
     return [
         Configuration("gumbel_noise[groups]", gumbel_noise_kernel, noise, groups, OPTIONS),
-        Configuration("gumbel_noise[tokens]", gumbel_noise_kernel, noise, tokens, OPTIONS),
+        Configuration("gumbel_noise[tokens]", gumbel_noise_kernel, noise | selected, tokens, OPTIONS),
         Configuration("self_mask", self_mask_kernel, mask, {}, OPTIONS),
     ]

@@ -1,8 +1,9 @@
 """`plan_pass` and `commit_pass` without a look at the device's values from the host.
 
-Planning is one program with a row in each lane. It goes down through the sums of log chances that occur: all segments
-of the best one are taken at once, by all rows that have one, until the budget ends within such a level. In a generation
-few sums differ, so that a plan takes few steps, each a reduction over the rows and a gather.
+Planning is one program with a row in each lane; more rows than registers hold are taken in blocks, their state kept in
+memory. It goes down through the sums of log chances that occur: all segments of the best one are taken at once, by all
+rows that have one, until the budget ends within such a level. In a generation few sums differ, so that a plan takes few
+steps, each a reduction over the rows and a gather.
 """
 
 import torch
@@ -15,7 +16,8 @@ from selfgen_kernels.backends.triton.configuration import Configuration
 
 LOWEST = tl.constexpr(reference_passes.LOWEST)
 LANES = (64, 512, 2048)
-"""Rows that shipped plans hold in registers; with more rows, registers spill."""
+"""Rows that shipped plans hold in registers; with more, registers spill."""
+ROWS = 1024  # at a time, in plans of more
 BLOCK = 128  # places that a program of the other kernels handles at a time
 
 
@@ -25,6 +27,43 @@ def following(next_self, slot, num_slots, mask):
     is_slot = mask & (slot >= 0) & (slot < num_slots)
     after = tl.load(next_self + slot, mask=is_slot, other=0)
     return tl.where(is_slot & (after > slot) & (after < num_slots), after, slot)
+
+
+@triton.jit
+def first_log_sum(reach, after):
+    """Sum of log chances of the segments from `reach` to `after`: 1, before all others. -inf if there is none."""
+    return tl.where(after > reach, 1.0, float("-inf"))
+
+
+@triton.jit
+def take_level(next_self, log_chance, num_slots, reach, after, log_sum, level):
+    """(reach, after, log_sum) once the rows with a segment of `level` have taken it."""
+    taken = log_sum == level
+    reach = tl.where(taken, after, reach)
+    after = tl.where(taken, following(next_self, reach, num_slots, taken), after)
+    is_open = taken & (after > reach)
+    longer = tl.minimum(log_sum, 0.0) + tl.load(log_chance + reach, mask=is_open, other=0.0)
+    log_sum = tl.where(taken, tl.where(is_open, tl.maximum(longer, LOWEST), float("-inf")), log_sum)
+    return reach, after, log_sum
+
+
+@triton.jit
+def spend(end, reach, left):
+    """(ends, what is left of the budget) when windows grow from `end` to `reach`, those of the first rows first."""
+    size = tl.minimum(reach - end, left)
+    before = tl.cumsum(size, 0) - size  # taken by the rows that come first
+    size = tl.minimum(size, tl.maximum(left - before, 0))
+    return end + size, left - tl.sum(size, 0)
+
+
+@triton.jit
+def store_windows(row_starts, cu_seqlens_q, kv_ranges, row, exists, begin, end, planned):
+    """Writes the windows from `begin` to `end` after `planned` tokens of other rows; the tokens planned then."""
+    tl.store(cu_seqlens_q + row + 1, (planned + tl.cumsum(end - begin, 0)).to(tl.int32), mask=exists)
+    start = tl.load(row_starts + row, mask=exists, other=0)
+    tl.store(kv_ranges + 2 * row, start, mask=exists)
+    tl.store(kv_ranges + 2 * row + 1, end - start, mask=exists)
+    return planned + tl.sum(end - begin, 0)
 
 
 @triton.jit(do_not_specialize=["num_slots", "rows", "token_budget"])
@@ -39,30 +78,71 @@ def window_kernel(
     end = begin  # of the window
     reach = begin  # the end if the budget allows
     after = following(next_self, reach, num_slots, exists)
-    log_sum = tl.where(after > reach, 1.0, float("-inf"))  # of the segment from `reach`; 1: computed before all others
+    log_sum = first_log_sum(reach, after)
     best = tl.max(log_sum, 0)
     left = token_budget.to(tl.int64)
     while (left > 0) & (best > float("-inf")):
         level = best
         while best == level:  # more than once if a guess is certain: a row may then have several segments of a level
-            taken = log_sum == level
-            reach = tl.where(taken, after, reach)
-            after = tl.where(taken, following(next_self, reach, num_slots, taken), after)
-            is_open = taken & (after > reach)
-            longer = tl.minimum(log_sum, 0.0) + tl.load(log_chance + reach, mask=is_open, other=0.0)
-            log_sum = tl.where(taken, tl.where(is_open, tl.maximum(longer, LOWEST), float("-inf")), log_sum)
+            reach, after, log_sum = take_level(next_self, log_chance, num_slots, reach, after, log_sum, level)
             best = tl.max(log_sum, 0)
-        size = tl.minimum(reach - end, left)
-        before = tl.cumsum(size, 0) - size  # taken by the rows that come first
-        size = tl.minimum(size, tl.maximum(left - before, 0))
-        end += size
-        left -= tl.sum(size, 0)
-
-    tl.store(cu_seqlens_q + row + 1, tl.cumsum(end - begin, 0).to(tl.int32), mask=exists)
+        end, left = spend(end, reach, left)
+    store_windows(row_starts, cu_seqlens_q, kv_ranges, row, exists, begin, end, 0)
     tl.store(cu_seqlens_q, 0)
-    start = tl.load(row_starts + row, mask=exists, other=0)
-    tl.store(kv_ranges + 2 * row, start, mask=exists)
-    tl.store(kv_ranges + 2 * row + 1, end - start, mask=exists)
+
+
+@triton.jit(do_not_specialize=["num_slots", "rows", "token_budget"])
+def many_windows_kernel(
+    final, row_starts, next_self, log_chance, cu_seqlens_q, kv_ranges, ends, reaches, afters, log_sums, num_slots, rows,
+    token_budget, LANES: tl.constexpr,
+):  # fmt: skip
+    """`window_kernel` for any number of rows, LANES at a time; `ends` .. `log_sums` [rows] hold their state."""
+    best = float("-inf")
+    for start in range(0, rows, LANES):
+        row = start + tl.arange(0, LANES)
+        exists = row < rows
+        reach = tl.load(final + row, mask=exists, other=0)
+        after = following(next_self, reach, num_slots, exists)
+        log_sum = first_log_sum(reach, after)
+        tl.store(ends + row, reach, mask=exists)
+        tl.store(reaches + row, reach, mask=exists)
+        tl.store(afters + row, after, mask=exists)
+        tl.store(log_sums + row, log_sum, mask=exists)
+        best = tl.maximum(best, tl.max(log_sum, 0))
+    left = token_budget.to(tl.int64)
+    while (left > 0) & (best > float("-inf")):
+        level = best
+        while best == level:
+            tl.debug_barrier()  # on CUDA, one thread stores the state of a row and another loads it
+            best = float("-inf")
+            for start in range(0, rows, LANES):
+                row = start + tl.arange(0, LANES)
+                exists = row < rows
+                reach = tl.load(reaches + row, mask=exists, other=0)
+                after = tl.load(afters + row, mask=exists, other=0)
+                log_sum = tl.load(log_sums + row, mask=exists, other=float("-inf"))
+                reach, after, log_sum = take_level(next_self, log_chance, num_slots, reach, after, log_sum, level)
+                tl.store(reaches + row, reach, mask=exists)
+                tl.store(afters + row, after, mask=exists)
+                tl.store(log_sums + row, log_sum, mask=exists)
+                best = tl.maximum(best, tl.max(log_sum, 0))
+        tl.debug_barrier()
+        for start in range(0, rows, LANES):
+            row = start + tl.arange(0, LANES)
+            exists = row < rows
+            end = tl.load(ends + row, mask=exists, other=0)
+            end, left = spend(end, tl.load(reaches + row, mask=exists, other=0), left)
+            tl.store(ends + row, end, mask=exists)
+
+    tl.debug_barrier()
+    planned = left * 0
+    for start in range(0, rows, LANES):
+        row = start + tl.arange(0, LANES)
+        exists = row < rows
+        begin = tl.load(final + row, mask=exists, other=0)
+        end = tl.load(ends + row, mask=exists, other=0)
+        planned = store_windows(row_starts, cu_seqlens_q, kv_ranges, row, exists, begin, end, planned)
+    tl.store(cu_seqlens_q, 0)
 
 
 @triton.jit(do_not_specialize=["rows", "token_budget"])
@@ -113,9 +193,13 @@ def plan_pass(
     kv_ranges = final.new_empty(rows, 2)
     final = final.contiguous()
     state = final, row_starts.contiguous(), next_self.contiguous(), log_chance.contiguous()
-    lanes = next((lanes for lanes in LANES if rows <= lanes), triton.next_power_of_2(rows))
-    options = window_options(lanes)
-    window_kernel[(1,)](*state, cu_seqlens_q, kv_ranges, num_slots, rows, token_budget, LANES=lanes, **options)
+    results, sizes = (cu_seqlens_q, kv_ranges), (num_slots, rows, token_budget)
+    if rows <= LANES[-1]:
+        lanes = next(lanes for lanes in LANES if rows <= lanes)
+        window_kernel[(1,)](*state, *results, *sizes, LANES=lanes, **window_options(lanes))
+    else:
+        memory = *(torch.empty_like(final) for _ in range(3)), torch.empty_like(final, dtype=torch.float32)
+        many_windows_kernel[(1,)](*state, *results, *memory, *sizes, LANES=ROWS, **ROWS_OPTIONS)
     slots_kernel[(rows + 1,)](final, cu_seqlens_q, slots, rows, token_budget, BLOCK=BLOCK, **OPTIONS)
     return slots, cu_seqlens_q, kv_ranges
 
@@ -133,6 +217,7 @@ def commit_pass(
 
 
 OPTIONS = {"num_warps": 1, "enable_fp_fusion": False}
+ROWS_OPTIONS = OPTIONS | {"num_warps": 8}
 
 
 def window_options(lanes: int) -> dict[str, int | bool]:
@@ -152,8 +237,12 @@ def configurations(target: str) -> list[Configuration]:
         Configuration(f"plan_pass, {lanes} rows", window_kernel, state | plan, {"LANES": lanes}, window_options(lanes))
         for lanes in LANES
     ]
+    memory = {"ends": "*i64", "reaches": "*i64", "afters": "*i64", "log_sums": "*fp32"}
     return [
         *windows,
+        Configuration(
+            "plan_pass, more rows", many_windows_kernel, state | memory | plan, {"LANES": ROWS}, ROWS_OPTIONS
+        ),
         Configuration("plan_pass, slots", slots_kernel, places, {"BLOCK": BLOCK}, OPTIONS),
         Configuration("commit_pass", commit_pass_kernel, commit, {"BLOCK": BLOCK}, OPTIONS),
     ]

@@ -1,0 +1,15 @@
+// selfgen::_cpu_level: which level of x86 the kernels of this process use, for tests and reports.
+
+#include "level.h"
+
+#include <torch/library.h>
+
+#include <string>
+
+namespace {
+
+std::string cpu_level() { return kIsa == Isa::kAvx512 ? "avx512" : kIsa == Isa::kAvx2 ? "avx2" : "default"; }
+
+}  // namespace
+
+TORCH_LIBRARY_FRAGMENT(selfgen, m) { m.def("_cpu_level() -> str", cpu_level); }

@@ -1,0 +1,77 @@
+"""The C++ kernels at each level of x86 that this machine has, each in a process of its own: SELFGEN_CPU_LEVEL."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import require_cpp
+
+from selfgen_kernels.backends.cpu import LEVELS
+
+SCRIPT = """
+import sys
+import torch
+from selfgen_kernels import gumbel_noise, linear_sample_mix, linear_sample_shard, ragged_attention, sample_mix
+
+def normal(*shape):
+    return torch.randn(shape, generator=generator).to(dtype)
+
+generator, ids = torch.Generator().manual_seed(0), torch.arange(21)
+keys = {"seed": 3, "sample_ids": ids, "positions": ids, "temperature": torch.linspace(0, 2, 21)}
+tokens = {"noise": gumbel_noise(3, ids, ids, 130, stream=1)}
+close, cuts = {}, {}
+for name in ("float32", "bfloat16", "float16", "float64"):
+    dtype = getattr(torch, name)
+    hidden, weight = normal(21, 40), normal(3001, 40)
+    for filters in ({}, {"top_k": 20}, {"top_p": 0.8}, {"top_k": 500, "top_p": 0.9, "min_p": 0.01}):
+        of = f"{name} {'+'.join(filters)}"
+        tokens[f"sample_mix {of}"] = sample_mix(hidden @ weight.T, ids, 0.9, **keys, **filters)[0]
+        tokens[f"head {of}"] = linear_sample_mix(hidden, weight, ids, 0.9, softcap=30.0, **keys, **filters)[0]
+    close[f"shard {name}"] = linear_sample_shard(hidden, weight, 0.9, first_id=77, **keys)[0]
+    query, key, value = normal(19, 6, 32), normal(50, 2, 32), normal(50, 2, 32)
+    whole = [0, 19], [[3, 40]]
+    cut = [0, 1, 2, 12, 19], [[3, 22], [3, 23], [3, 33], [3, 40]]
+    close[f"attention {name}"], cuts[name] = (
+        ragged_attention(query, key, value, torch.tensor(bounds, dtype=torch.int32), torch.tensor(ranges), softcap=9.0)
+        for bounds, ranges in (whole, cut)
+    )
+    cuts[name] = torch.equal(close[f"attention {name}"], cuts[name])
+torch.save((torch.ops.selfgen._cpu_level(), tokens, close, cuts), sys.argv[1])
+"""
+TOLERANCE = {torch.float32: 1e-5, torch.bfloat16: 2e-2, torch.float16: 2e-3, torch.float64: 1e-12}
+
+
+def run(level: str, folder: Path):
+    """The level that ran, tokens, floats, and whether attention had the same bits however its chunk was cut."""
+    environment = os.environ | {"SELFGEN_CPU_LEVEL": level}
+    file = folder / f"level_{level}.pt"
+    subprocess.run([sys.executable, "-c", SCRIPT, str(file)], env=environment, check=True, timeout=300)
+    return torch.load(file)
+
+
+@pytest.fixture(scope="module")
+def best(tmp_path_factory):
+    require_cpp()
+    return run("", tmp_path_factory.mktemp("best"))
+
+
+@pytest.mark.parametrize("level", LEVELS)
+def test_levels_agree(level, best, tmp_path):
+    ran, tokens, close, cuts = run(level, tmp_path)
+    assert LEVELS.index(ran) == max(LEVELS.index(level), LEVELS.index(best[0]))  # never more than the machine has
+    for name, got in tokens.items():
+        assert torch.equal(got, best[1][name]), name
+    for name, got in close.items():
+        tolerance = TOLERANCE[got.dtype] * (10 if name.startswith("shard") else 1)
+        torch.testing.assert_close(got, best[2][name], rtol=tolerance, atol=tolerance, equal_nan=True, msg=name)
+    assert all(cuts.values()), cuts
+
+
+def test_an_unknown_level_is_named():
+    command = [sys.executable, "-c", "import selfgen_kernels"]
+    done = subprocess.run(command, env=os.environ | {"SELFGEN_CPU_LEVEL": "sse9"}, capture_output=True, text=True)
+    assert done.returncode != 0
+    assert "SELFGEN_CPU_LEVEL=sse9 is not accepted; set one of avx512, avx2, default" in done.stderr

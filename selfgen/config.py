@@ -41,6 +41,20 @@ class BSSConfig(TrainingArguments):
     token_budget: int | None = field(
         default=None, metadata={"help": "Most tokens computed in one context pass; measured on the device by default."}
     )
+    context_micro_batches: int | None = field(
+        default=None,
+        metadata={
+            "help": "Micro-batches whose contexts are made at once, all of an optimizer step by default. Fewer take "
+            "less memory and more time; the contexts are the same."
+        },
+    )
+    replay: bool = field(
+        default=True,
+        metadata={
+            "help": "Train on what the context passes computed in place of another forward, as gradient checkpointing "
+            "would. Where a model does not allow it the log says why, and the ordinary training pass runs."
+        },
+    )
     max_length: int = field(
         default=1024, metadata={"help": "Longest row in tokens, prompt included; longer answers are cut and counted."}
     )
@@ -71,8 +85,9 @@ class BSSConfig(TrainingArguments):
             raise ValueError(f"self_prob_schedule is {self.self_prob_schedule!r}; accepted: {', '.join(SCHEDULES)}")
         if self.context_method not in METHODS:
             raise ValueError(f"context_method is {self.context_method!r}; accepted: {', '.join(METHODS)}")
-        if self.token_budget is not None and self.token_budget < 1:
-            raise ValueError(f"token_budget is {self.token_budget}; it must be at least 1")
+        for name in ("token_budget", "context_micro_batches"):
+            if getattr(self, name) is not None and getattr(self, name) < 1:
+                raise ValueError(f"{name} is {getattr(self, name)}; it must be at least 1")
         if self.max_length < 2:
             raise ValueError(f"max_length is {self.max_length}; a prompt and an answer need at least 2 tokens")
         if self.remove_unused_columns:

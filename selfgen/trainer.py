@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import logging
 import time
+from contextlib import nullcontext
 from dataclasses import dataclass
+from functools import partial
+from itertools import accumulate
 
 import torch
 from datasets import DatasetDict
@@ -12,9 +15,10 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, Trainer, TrainerCallback
 
 from .config import BSSConfig
-from .context import ContextGenerator, ContextStats
+from .context import ContextGenerator, ContextStats, MixedContext
 from .context.ragged import max_positions
 from .data import Collator, check_sample_ids, load_rows, tokenize_rows
+from .replay import HiddenStates, ReplayError, decoder_layers
 
 logger = logging.getLogger(__name__)
 
@@ -25,7 +29,8 @@ class BSSTrainer(Trainer):
     """Fine-tune a causal language model on contexts that are partly its own (arXiv 2410.14655, section on BSS).
 
     Before each optimizer step the contexts of the whole accumulated batch are made at once, with the current weights;
-    then the Trainer runs its ordinary step: inputs are the mixed contexts, labels the reference answers.
+    then the Trainer runs its ordinary step: inputs are the mixed contexts, labels the reference answers. Where the
+    model allows it, the forward of that step is what making the contexts has computed (``selfgen.replay``).
 
     Args:
         model: a transformers causal language model, a PEFT model around one, or a name for ``from_pretrained``.
@@ -83,15 +88,38 @@ class BSSTrainer(Trainer):
             raise ValueError(
                 "weights sharded by FSDP or DeepSpeed can't make contexts yet; train with DDP or one device"
             )
+        self._waiting: list[dict[str, Tensor]] = []  # micro-batches of this optimizer step, without contexts yet
+        self._mixed = 0  # micro-batches with contexts that are not trained on yet
+        self._replay: _Replay | None = None
+        self._replay_verified = False
+        self._replays = self._may_replay()
         self.meter = _Meter()
         self.add_callback(_StepTimer(self.meter))
 
     def get_batch_samples(self, epoch_iterator, num_batches, device):
-        """All micro-batches of one optimizer step, with mixed contexts in place of the reference ones."""
+        """All micro-batches of one optimizer step; those that are trained on first have their mixed contexts."""
         batches, num_items = super().get_batch_samples(epoch_iterator, num_batches, device)
+        self._waiting, self._mixed = list(batches), 0
+        self.meter.step_begin()
+        self._mix_next()
+        return batches, num_items
+
+    def training_step(self, model, inputs, num_items_in_batch=None):
+        if self._mixed == 0:
+            self._mix_next()
+        try:
+            return super().training_step(model, inputs, num_items_in_batch)
+        finally:
+            self._mixed = max(0, self._mixed - 1)
+            if self._mixed == 0:
+                self._replay = None
+
+    def _mix_next(self) -> None:
+        count = self.args.context_micro_batches or len(self._waiting)
+        batches, self._waiting = self._waiting[:count], self._waiting[count:]
+        self._mixed = len(batches)
         if batches:
             self.mix(batches)
-        return batches, num_items
 
     def mix(self, batches: list[dict[str, Tensor]]) -> None:
         """Replace the answers in ``input_ids`` by mixed contexts, for all micro-batches at once; labels stay."""
@@ -100,22 +128,59 @@ class BSSTrainer(Trainer):
         rows = [row for batch in batches for row in _rows(batch)]
         if self_prob > 0.0:
             unique = _unique(rows)
-            with self.accelerator.autocast():
-                mixed = self.generator.generate(
-                    [row.prompt for row in unique],
-                    [row.reference for row in unique],
-                    self_prob,
-                    seed=_step_seed(self.args.seed, self.state.global_step),
-                    sample_ids=[row.sample_id for row in unique],
-                    method=self.args.context_method,
-                )
+            mixed = self._generate(unique, self_prob)
             tokens = dict(zip((row.sample_id for row in unique), mixed.tokens, strict=True))
             for row in rows:
                 row.answer.copy_(tokens[row.sample_id])
             stats = mixed.stats
+            if mixed.hidden_states is not None:
+                self._replay = _Replay(mixed.hidden_states, unique)
         else:
             stats = ContextStats.untouched([len(row.prompt) for row in rows], [len(row.reference) for row in rows])
         self.meter.contexts_end(stats)
+
+    def _generate(self, rows: list[_Row], self_prob: float) -> MixedContext:
+        def generate() -> MixedContext:
+            return self.generator.generate(
+                [row.prompt for row in rows],
+                [row.reference for row in rows],
+                self_prob,
+                seed=_step_seed(self.args.seed, self.state.global_step),
+                sample_ids=[row.sample_id for row in rows],
+                method=self.args.context_method,
+                keep_hidden_states=self._replays,
+            )
+
+        with self.accelerator.autocast():
+            try:
+                return generate()
+            except ReplayError as reason:
+                self._replay_off(reason)
+                return generate()
+
+    def _may_replay(self) -> bool:
+        """Whether to try: what only a pass can show is found out later."""
+        if not self.args.replay:
+            return False
+        reasons = {
+            f"context_method is {self.args.context_method}": self.args.context_method != "fixed_point",
+            "neftune_noise_alpha adds noise to embeddings": bool(self.args.neftune_noise_alpha),
+            "torch_compile compiles the training pass": self.args.torch_compile,
+            "several GPUs in one process split batches": self.args.n_gpu > 1,
+        }
+        try:
+            decoder_layers(self.generator.model)
+        except ReplayError as error:
+            reasons[str(error)] = True
+        for reason, holds in reasons.items():
+            if holds:
+                return self._replay_off(reason)
+        return True
+
+    def _replay_off(self, reason: object) -> bool:
+        logger.warning("no replay, the training pass computes its own forward: %s", reason)
+        self._replays, self._replay = False, None
+        return False
 
     def evaluate(self, eval_dataset=None, *args, **kwargs):
         return super().evaluate(self._prepare("eval", eval_dataset), *args, **kwargs)
@@ -132,13 +197,54 @@ class BSSTrainer(Trainer):
         return _tokenized(name, rows, self.processing_class, self.args)
 
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
+        replay = self._replay if model.training else None
+        replayed = nullcontext if replay is None else partial(replay.hidden_states.replay, replay.slots(inputs))
         inputs = {key: value for key, value in inputs.items() if key not in _BOOKKEEPING}
-        return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
+        loss = partial(
+            super().compute_loss, inputs=inputs, return_outputs=return_outputs, num_items_in_batch=num_items_in_batch
+        )
+        if replay is not None and not self._replay_verified:
+            replayed = replayed if self._verify_replay(model, loss, replayed) else nullcontext
+        with replayed():
+            return loss(model)
+
+    def _verify_replay(self, model, loss, replayed) -> bool:
+        """Once: the replayed loss is the ordinary one, for what no look at a model can tell."""
+        self._replay_verified = True
+        unwrapped = self.accelerator.unwrap_model(model)  # ranks may come to different ends, so no collectives
+        with torch.no_grad():
+            ordinary = loss(unwrapped)
+            with replayed():
+                found = loss(unwrapped)
+        if isinstance(ordinary, tuple):  # with outputs
+            ordinary, found = ordinary[0], found[0]
+        difference = float((found - ordinary).abs() / ordinary.abs())
+        full_precision = self.generator.model.dtype == torch.float32 and self.accelerator.mixed_precision == "no"
+        if not difference <= (1e-4 if full_precision else 2e-2):  # NaN is a difference, too
+            return self._replay_off(f"the loss would be off by {difference:.1e} of itself")
+        return True
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         if "loss" in logs:
             logs.update(self.meter.flush())
         super().log(logs, start_time)
+
+
+class _Replay:
+    """The hidden states of a generation, and where in them its rows are."""
+
+    def __init__(self, hidden_states: HiddenStates, rows: list[_Row]):
+        self.hidden_states = hidden_states
+        starts = accumulate((len(row.prompt) + len(row.reference) for row in rows), initial=0)
+        self.first_slot = {row.sample_id: start for row, start in zip(rows, starts, strict=False)}
+
+    def slots(self, batch: dict[str, Tensor]) -> Tensor:
+        """int64 [B, L], with the slot behind the last one as padding."""
+        ids = batch["input_ids"]
+        first = torch.tensor([self.first_slot[row] for row in batch["sample_id"].tolist()], device=ids.device)
+        places = torch.arange(ids.shape[1], device=ids.device)
+        lengths = batch["prompt_length"] + batch["answer_length"]
+        return torch.where(places < lengths[:, None], first[:, None] + places, self.hidden_states.num_slots)
 
 
 @dataclass
@@ -214,24 +320,31 @@ class _Meter:
         self._reset()
 
     def _reset(self) -> None:
+        self.steps = 0
         self.stats: list[ContextStats] = []
         self.context_seconds = self.training_seconds = 0.0
 
+    def _since_mark(self) -> float:
+        before, self._mark = self._mark, time.perf_counter()
+        return self._mark - before
+
+    def step_begin(self) -> None:
+        self._since_mark()
+
     def contexts_begin(self) -> None:
-        self._mark = time.perf_counter()
+        self.training_seconds += self._since_mark()
 
     def contexts_end(self, stats: ContextStats) -> None:
-        now = time.perf_counter()
-        self.context_seconds += now - self._mark
+        self.context_seconds += self._since_mark()
         self.stats.append(stats)
-        self._mark = now
 
     def step_end(self) -> None:
-        self.training_seconds += time.perf_counter() - self._mark
+        self.training_seconds += self._since_mark()
+        self.steps += 1
 
     def flush(self) -> dict[str, float]:
         """Means over the steps since the last flush."""
-        steps = max(1, len(self.stats))
+        steps = max(1, self.steps)
 
         def total(name: str) -> float:
             return sum(getattr(stats, name) for stats in self.stats)

@@ -8,6 +8,8 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
+from ..replay import HiddenStates
+
 TokenRow = Tensor | Sequence[int]
 
 
@@ -56,12 +58,14 @@ class MixedContext:
     """Mixed contexts of a batch (arXiv 2410.14655, batch-scheduled sampling).
 
     ``tokens[i]`` int64 [T_i] holds the context of row i's answer: the reference where ``is_self[i]`` (bool [T_i]) is
-    false, the model's own token where it is true. Both lie on the model's device.
+    false, the model's own token where it is true. Both lie on the model's device. ``hidden_states``, where they were to
+    be kept, replay the forward over the contexts; their slots are the rows' tokens, prompts first, one after the other.
     """
 
     tokens: list[Tensor]
     is_self: list[Tensor]
     stats: ContextStats = field(repr=False)
+    hidden_states: HiddenStates | None = field(default=None, repr=False)
 
 
 @dataclass(frozen=True)

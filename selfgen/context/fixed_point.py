@@ -11,6 +11,7 @@ arXiv 2002.03629; Santilli et al. 2023, arXiv 2305.10427), exact as each pass ma
 
 from __future__ import annotations
 
+from contextlib import nullcontext
 from dataclasses import dataclass
 
 import torch
@@ -19,6 +20,7 @@ from transformers import PreTrainedModel
 
 import selfgen_kernels as kernels
 
+from ..replay import HiddenStates
 from .batch import Batch
 from .packed import packed_linears
 from .plan import Speculation, next_self_slots
@@ -38,17 +40,26 @@ class FixedPoint:
     answer_positions: Tensor  # [S] int64: counted from the first answer token
     sample_ids: Tensor  # [S] int64
     reference: Tensor  # [S] int64: prompts and reference answers
-    next_self: Tensor  # [S] int64: slot of the first self position behind each slot
+    next_self: Tensor  # [S] int64: slot of the first self position behind each slot; see `to_the_end`
+    is_self: Tensor  # [S] bool
     tokens: Tensor  # [S] int64
     final: Tensor  # [R] int64: slots
     cache: RaggedCache
     status: Tensor  # [1] int64: self tokens whose logits were not finite
     speculation: Speculation
+    hidden_states: HiddenStates | None  # kept for replay
     passes: int = 0
     tokens_computed: int = 0
 
     @classmethod
-    def start(cls, model: PreTrainedModel, batch: Batch, is_self: list[Tensor]) -> FixedPoint:
+    def start(
+        cls, model: PreTrainedModel, batch: Batch, is_self: list[Tensor], *, keep_hidden_states: bool = False
+    ) -> FixedPoint:
+        """Everything that can be known before the first pass.
+
+        Passes end at the last self position of a row, as nothing behind it has a say. Hidden states are wanted up to
+        the row's last position, so where they are kept that one is planned for as if it were the model's own, too.
+        """
         device = batch.device
         prompt_lengths, lengths = (torch.tensor(x, device=device) for x in (batch.prompt_lengths, batch.lengths))  # [R]
         row_ends = lengths.cumsum(0)
@@ -59,6 +70,8 @@ class FixedPoint:
         no_prompt = [torch.zeros_like(prompt, dtype=torch.bool) for prompt in batch.prompts]
         positions = slots - row_starts[row]
         reference = torch.cat(_interleave(batch.prompts, batch.references))
+        own = torch.cat(_interleave(no_prompt, is_self))
+        planned = own.index_fill(0, row_ends - 1, True) if keep_hidden_states else own
         return cls(
             batch=batch,
             row_starts=row_starts,
@@ -66,17 +79,20 @@ class FixedPoint:
             answer_positions=positions - prompt_lengths[row],
             sample_ids=batch.sample_ids[row],
             reference=reference,
-            next_self=next_self_slots(torch.cat(_interleave(no_prompt, is_self)), row_ends[row]),
+            is_self=own,
+            next_self=next_self_slots(planned, row_ends[row]),
             tokens=reference.clone(),
             final=row_starts.clone(),
             cache=RaggedCache(model, num_slots),
             status=torch.zeros(1, dtype=torch.int64, device=device),
             speculation=Speculation(num_slots, device),
+            hidden_states=HiddenStates(model, num_slots) if keep_hidden_states else None,
         )
 
     def is_sampled(self, ragged_pass: RaggedPass) -> Tensor:
         """[N] bool: the places of a pass that come right before a self position."""
-        return self.next_self[ragged_pass.slots] == ragged_pass.slots + 1
+        behind = ragged_pass.slots + 1
+        return (self.next_self[ragged_pass.slots] == behind) & self.is_self[behind.clamp(max=len(self.tokens) - 1)]
 
     @property
     def contexts(self) -> list[Tensor]:
@@ -89,10 +105,19 @@ def _interleave(prompts: list[Tensor], answers: list[Tensor]) -> list[Tensor]:
     return [part for pair in zip(prompts, answers, strict=True) for part in pair]
 
 
-def fixed_point(model: PreTrainedModel, batch: Batch, is_self: list[Tensor], token_budget: int) -> FixedPoint:
+def fixed_point(
+    model: PreTrainedModel,
+    batch: Batch,
+    is_self: list[Tensor],
+    token_budget: int,
+    *,
+    keep_hidden_states: bool = False,
+) -> FixedPoint:
     """Iterate passes of at most ``token_budget`` tokens until every self token is final."""
-    state = FixedPoint.start(model, batch, is_self)
-    with ragged_model(model), packed_linears(model):
+    state = FixedPoint.start(model, batch, is_self, keep_hidden_states=keep_hidden_states)
+    kept = state.hidden_states
+    capture = nullcontext() if kept is None else kept.capture(lambda: state.cache.current.slots)
+    with ragged_model(model), packed_linears(model), capture:
         while (ragged_pass := plan_pass(state, token_budget)).num_tokens:
             sampled = run_pass(model, state, ragged_pass)
             commit_pass(state, ragged_pass, sampled)
@@ -126,7 +151,7 @@ def run_pass(model: PreTrainedModel, state: FixedPoint, ragged_pass: RaggedPass)
     places = state.is_sampled(ragged_pass).nonzero()[:, 0]  # [M]: a token is predicted one position before it
     at = ragged_pass.slots[places] + 1  # [M]
     logits = ragged_logits(model, state.cache, ragged_pass, state.tokens, places)  # [M, V]
-    sampled = torch.zeros_like(ragged_pass.slots)
+    sampled = state.tokens[(ragged_pass.slots + 1).clamp(max=len(state.tokens) - 1)]  # as is
     sampled[places], _ = kernels.sample_mix(
         logits,
         state.reference[at],
@@ -146,4 +171,5 @@ def commit_pass(state: FixedPoint, ragged_pass: RaggedPass, sampled: Tensor) -> 
     changed, observed = kernels.commit_pass(
         state.tokens, state.final, slots, ragged_pass.cu_seqlens_q, state.next_self, sampled
     )
-    state.speculation.observe(slots, changed, observed, state.is_sampled(ragged_pass))
+    sampled_at = state.is_sampled(ragged_pass)
+    state.speculation.observe(slots, changed, observed & sampled_at, sampled_at)

@@ -15,6 +15,7 @@ from transformers import PreTrainedModel
 
 from selfgen_kernels import self_mask
 
+from ..replay import ReplayError
 from .batch import Batch, ContextStats, MixedContext, TokenRow, check_sample_ids, check_token_rows
 from .budget import calibrate_token_budget
 from .fixed_point import fixed_point
@@ -82,6 +83,7 @@ class ContextGenerator:
         seed: int,
         sample_ids: Tensor | Sequence[int],
         method: Method = "fixed_point",
+        keep_hidden_states: bool = False,
     ) -> MixedContext:
         """Make the mixed context of every row.
 
@@ -94,6 +96,8 @@ class ContextGenerator:
             seed: any 64-bit integer. With the sample id and the position it fixes all randomness.
             sample_ids: [R] int64/int32, unique: the identity of each row.
             method: "fixed_point" (few parallel passes) or "sequential" (token by token, works with every model).
+            keep_hidden_states: of "fixed_point", keep what the passes computed for `MixedContext.hidden_states`, so
+                that a training pass can replay it.
 
         Returns:
             MixedContext, on the model's device.
@@ -102,9 +106,12 @@ class ContextGenerator:
             ValueError: values out of range, empty rows, lengths that don't match or exceed the model's positions.
             TypeError: wrong types or dtypes.
             UnsupportedModelError: (a ValueError) the model has a feature that "fixed_point" can't honour; it is named.
+            ReplayError: (a ValueError) hidden states are to be kept, and the model can't be replayed.
         """
         if method not in METHODS:
             raise ValueError(f'method is {method!r}; it must be "fixed_point" or "sequential"')
+        if keep_hidden_states and method != "fixed_point":
+            raise ReplayError(f'keep_hidden_states goes with method="fixed_point", not {method!r}')
         started = time.perf_counter()
         batch = self._check(prompts, references, self_prob, seed, sample_ids)
         if not batch.prompts:
@@ -121,14 +128,14 @@ class ContextGenerator:
             budget = self.token_budget
             with inference(self.model):
                 self._verify()
-                state = fixed_point(self.model, batch, is_self, budget)
-            tokens, invalid = state.contexts, int(state.status)
+                state = fixed_point(self.model, batch, is_self, budget, keep_hidden_states=keep_hidden_states)
+            tokens, invalid, hidden_states = state.contexts, int(state.status), state.hidden_states
             passes, tokens_computed = state.passes, state.tokens_computed
         else:
             with inference(self.model):
                 result = sequential(self.model, batch, isolate_rows=support.isolate_rows)
             tokens, is_self, invalid = result.tokens, result.is_self, result.invalid
-            passes, tokens_computed = result.passes, result.tokens_computed
+            passes, tokens_computed, hidden_states = result.passes, result.tokens_computed, None
 
         if invalid:
             logger.warning("%d self tokens kept the reference: their logits were not finite", invalid)
@@ -146,7 +153,7 @@ class ContextGenerator:
             invalid=invalid,
             seconds=time.perf_counter() - started,
         )
-        return MixedContext(tokens, is_self, stats)
+        return MixedContext(tokens, is_self, stats, hidden_states)
 
     def _verify(self) -> None:
         """Once for each generator: the model computes over the ragged cache what it computes by itself."""

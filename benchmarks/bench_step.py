@@ -1,0 +1,111 @@
+"""A whole optimizer step: online BSS with replay against SFT with and without checkpointing, alternating in one run.
+
+    make bench            (or: pytest benchmarks/bench_step.py)
+
+SmolLM2-135M-Instruct in fp32, GSM8K train rows from 1000 on, effective batch 4 x 8, AdamW at a learning rate of 0, so
+that all steps see the same weights. Every side is ``BSSTrainer``'s own step; SFT is p = 0, where it is the Trainer's.
+"""
+
+from __future__ import annotations
+
+import statistics
+import time
+
+import pytest
+import torch
+
+from selfgen import BSSConfig, BSSTrainer
+from selfgen.context import ContextStats
+from selfgen.data import tokenize_rows
+
+from .fixtures import DEVICE, gsm8k, load_smollm2
+
+ROUNDS, MICRO_BATCHES, ROWS = 3, 4, 8
+CHECKPOINTED, PLAIN = "SFT, checkpointing", "SFT"
+TARGETS = {0.1: 1.05, 0.25: 1.10, 0.5: 1.35, 1.0: None}  # of BSS / SFT with checkpointing
+PLAIN_TARGETS = {0.25: 1.20}  # of BSS / SFT without
+
+
+class Step:
+    """Optimizer steps over the same rows with the same weights."""
+
+    def __init__(self, folder: str) -> None:
+        model, tokenizer = load_smollm2()
+        rows, _ = tokenize_rows(gsm8k("train", 1000, 1000 + MICRO_BATCHES * ROWS), tokenizer, max_length=1024)
+        arguments = BSSConfig(
+            folder,
+            per_device_train_batch_size=ROWS,
+            gradient_accumulation_steps=MICRO_BATCHES,
+            learning_rate=0.0,
+            use_cpu=DEVICE == "cpu",
+            report_to=[],
+        )
+        self.trainer = BSSTrainer(model, arguments, train_dataset=rows, processing_class=tokenizer)
+        self.trainer.create_optimizer()
+        self.batches = [
+            self.trainer.data_collator([rows[i] for i in range(begin, begin + ROWS)])
+            for begin in range(0, len(rows), ROWS)
+        ]
+        _ = self.trainer.generator.token_budget  # measured before the clock starts
+
+    def __call__(self, self_prob: float, *, checkpointing: bool = False) -> tuple[float, float, ContextStats]:
+        """Seconds of the step, seconds of them spent on contexts, and what these were like."""
+        trainer, model = self.trainer, self.trainer.model
+        trainer.args.self_prob = self_prob
+        switch = model.activation_checkpointing_enable if checkpointing else model.activation_checkpointing_disable
+        switch()
+        batches = [{name: column.clone().to(DEVICE) for name, column in batch.items()} for batch in self.batches]
+        started = time.perf_counter()
+        batches, num_items = trainer.get_batch_samples(iter(batches), MICRO_BATCHES, trainer.args.device)
+        for batch in batches:
+            trainer.training_step(model, batch, num_items)
+        torch.nn.utils.clip_grad_norm_(model.parameters(), trainer.args.max_grad_norm)
+        trainer.optimizer.step()
+        trainer.optimizer.zero_grad()
+        if DEVICE != "cpu":
+            torch.accelerator.synchronize()
+        seconds = time.perf_counter() - started
+        (stats,) = trainer.meter.stats
+        contexts = trainer.meter.context_seconds
+        trainer.meter.flush()
+        return seconds, contexts, stats
+
+
+@pytest.fixture(scope="module")
+def step(tmp_path_factory) -> Step:
+    return Step(str(tmp_path_factory.mktemp("step")))
+
+
+@pytest.mark.parametrize("self_prob", TARGETS)
+def test_step(benchmark, step, report, self_prob):
+    sides = {
+        "BSS": lambda: step(self_prob),
+        CHECKPOINTED: lambda: step(0.0, checkpointing=True),
+        PLAIN: lambda: step(0.0),
+    }
+    runs: dict[str, list[tuple[float, float, ContextStats]]] = {name: [] for name in sides}
+    step(self_prob)  # the optimizer's state, the check of replay
+
+    def other_sides():
+        for name in (CHECKPOINTED, PLAIN):
+            runs[name].append(sides[name]())
+
+    benchmark.pedantic(lambda: runs["BSS"].append(sides["BSS"]()), setup=other_sides, rounds=ROUNDS)
+    seconds = {name: statistics.median(run[0] for run in side) for name, side in runs.items()}
+    contexts = statistics.median(run[1] for run in runs["BSS"])
+    stats = runs["BSS"][0][2]
+    row = {
+        "p": self_prob,
+        **{f"{name}, s": round(value, 2) for name, value in seconds.items()},
+        "of it contexts, s": round(contexts, 2),
+        f"BSS / {CHECKPOINTED}": round(seconds["BSS"] / seconds[CHECKPOINTED], 3),
+        f"BSS / {PLAIN}": round(seconds["BSS"] / seconds[PLAIN], 3),
+        "passes": stats.passes,
+        "computed per token": round(stats.computed_per_context_token, 2),
+        "agreement": round(stats.agreement, 2),
+    }
+    benchmark.extra_info.update(row)
+    report(f"optimizer step, {MICRO_BATCHES} x {ROWS} rows, medians of {ROUNDS}", [row])
+    for name, targets in ((CHECKPOINTED, TARGETS), (PLAIN, PLAIN_TARGETS)):
+        if targets.get(self_prob) is not None:
+            assert seconds["BSS"] / seconds[name] <= targets[self_prob]

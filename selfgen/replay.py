@@ -1,0 +1,160 @@
+"""The passes are the forward: training on a mixed context without computing its forward again.
+
+When a generation has reached its fixed point, every position has been computed under its final context. What entered
+each decoder layer then is what an ordinary forward over the mixed context would hand to that layer, and just what
+gradient checkpointing (Chen et al. 2016, arXiv 1604.06174) would save. So it is kept, and the training pass *replays*
+it: a layer's forward returns what is kept, and its backward computes the layer again from what entered it, as any
+checkpointed layer's does. transformers' models offer the place for it, the checkpointing function of
+``GradientCheckpointingLayer``, so a model needs no change.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, nullcontext
+from functools import partial
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+from transformers.modeling_layers import GradientCheckpointingLayer
+
+
+class ReplayError(ValueError):
+    """The model can't be replayed; the ordinary training pass works for it."""
+
+
+def decoder_layers(model: PreTrainedModel) -> list[GradientCheckpointingLayer]:
+    """The decoder layers of ``model`` in order.
+
+    Raises:
+        ReplayError: they can't be told, or a training pass computes something else in them than inference does.
+    """
+    config = model.config.get_text_config(decoder=True)
+    layers = [module for module in model.modules() if isinstance(module, GradientCheckpointingLayer)]
+    if len(layers) != config.num_hidden_layers:
+        raise ReplayError(
+            f"{type(model).__name__} has {len(layers)} layers that gradient checkpointing knows of, and "
+            f"{config.num_hidden_layers} decoder layers"
+        )
+    for name in ("output_router_logits", "output_attentions", "output_hidden_states"):
+        if getattr(config, name, False):
+            raise ReplayError(f"{name} is on, which needs more of a layer than its output")
+    noise = _noise(layers)
+    if noise is not None:
+        raise ReplayError(f"{noise}: training and inference compute different things; set it to 0")
+    return layers
+
+
+def _noise(layers: list[GradientCheckpointingLayer]) -> str | None:
+    """What makes a layer random in training; None if nothing does."""
+    for layer in layers:
+        for name, module in layer.named_modules():
+            if isinstance(module, nn.modules.dropout._DropoutNd) and module.p > 0:
+                return f"{name} is a dropout of {module.p}"
+            for attribute, value in vars(module).items():
+                if isinstance(value, float) and value > 0 and ("dropout" in attribute or "jitter" in attribute):
+                    return f"{attribute} of {name or type(module).__name__} is {value}"
+    return None
+
+
+class HiddenStates:
+    """What entered each decoder layer, and what left the last one, at every slot of a generation.
+
+    ``states`` is a list of layers + 1 tensors [S + 1, hidden_size]; the last row of each is zeros, for padding.
+    """
+
+    def __init__(self, model: PreTrainedModel, num_slots: int):
+        self.layers = decoder_layers(model)
+        self.num_slots = num_slots
+        self.states: list[Tensor] = []
+        self._left: Tensor | None = None  # the last layer
+
+    @contextmanager
+    def capture(self, slots: Callable[[], Tensor]) -> Iterator[None]:
+        """Keep what the model computes inside, for the ``slots()`` [N] of each of its forwards over [1, N] tokens."""
+        handles = []
+        for index, layer in enumerate(self.layers):
+            handles.append(layer.register_forward_pre_hook(partial(self._enters, index, slots)))
+            handles.append(layer.register_forward_hook(partial(self._leaves, index, slots)))
+        try:
+            yield
+        finally:
+            for handle in handles:
+                handle.remove()
+
+    def _enters(self, index: int, slots: Callable[[], Tensor], _layer: nn.Module, args: tuple) -> None:
+        if not args or not isinstance(args[0], Tensor) or (index > 0 and args[0] is not self._left):
+            raise ReplayError("a decoder layer's first argument is not the hidden states that left the one before it")
+        self._keep(index, slots(), args[0])
+
+    def _leaves(self, index: int, slots: Callable[[], Tensor], _layer: nn.Module, _args: tuple, output) -> None:
+        if not isinstance(output, Tensor):
+            raise ReplayError(f"a decoder layer returns a {type(output).__name__}, not hidden states alone")
+        self._left = output
+        if index + 1 == len(self.layers):
+            self._left = None
+            self._keep(index + 1, slots(), output)
+
+    def _keep(self, index: int, slots: Tensor, hidden: Tensor) -> None:
+        if len(self.states) == index:
+            self.states.append(hidden.new_zeros(self.num_slots + 1, hidden.shape[-1]))
+        self.states[index].index_copy_(0, slots, hidden[0])
+
+    def at(self, index: int, slots: Tensor) -> Tensor:
+        """[B, L, hidden_size] of ``slots`` [B, L], where slot S is padding."""
+        return self.states[index][slots]
+
+    @contextmanager
+    def replay(self, slots: Tensor) -> Iterator[None]:
+        """Inside, training forwards over [B, L] tokens whose slots are ``slots`` [B, L] replay what is kept.
+
+        Their backward may come later, outside.
+        """
+        before = [{name: value for name, value in vars(layer).items() if name in _SWITCHES} for layer in self.layers]
+        try:
+            for index, layer in enumerate(self.layers):
+                trainable = [parameter for parameter in layer.parameters() if parameter.requires_grad]
+                layer.gradient_checkpointing = True
+                layer._gradient_checkpointing_func = partial(self._replay_layer, index, slots, trainable)
+            yield
+        finally:
+            for layer, switches in zip(self.layers, before, strict=True):
+                for name in _SWITCHES:
+                    vars(layer).pop(name, None)
+                vars(layer).update(switches)
+
+    def _replay_layer(
+        self, index: int, slots: Tensor, trainable: list[Tensor], forward: Callable, hidden: Tensor, *args
+    ) -> Tensor:
+        if any(isinstance(arg, Tensor) and arg.requires_grad for arg in args):
+            raise ReplayError("a decoder layer has more than one input with a gradient")
+        entering, leaving = partial(self.at, index, slots), partial(self.at, index + 1, slots)
+        return _Replay.apply(lambda states: forward(states, *args), entering, leaving, hidden, *trainable)
+
+
+_SWITCHES = ("gradient_checkpointing", "_gradient_checkpointing_func")
+
+
+class _Replay(torch.autograd.Function):
+    """A layer whose output is known; its backward computes it again, with gradients.
+
+    Its parameters are inputs, so gradients reach them in the outer graph: hooks on them (DDP's) see nothing unusual.
+    """
+
+    @staticmethod
+    def forward(ctx, layer, entering, leaving, hidden, *trainable):
+        device = hidden.device.type
+        ctx.layer, ctx.entering, ctx.trainable = layer, entering, trainable
+        ctx.autocast = nullcontext
+        if torch.is_autocast_enabled(device):
+            ctx.autocast = partial(torch.autocast, device, dtype=torch.get_autocast_dtype(device))
+        return leaving()
+
+    @staticmethod
+    def backward(ctx, gradient):
+        with torch.enable_grad(), ctx.autocast():
+            hidden = ctx.entering().requires_grad_()
+            output = ctx.layer(hidden)
+        inputs = hidden, *ctx.trainable
+        return None, None, None, *torch.autograd.grad(output, inputs, gradient.to(output.dtype), allow_unused=True)

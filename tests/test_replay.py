@@ -1,0 +1,224 @@
+"""Replay: the kept passes give the loss and the gradients of an ordinary forward and backward over the same context."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from models import CONFIGS, tiny_model
+from test_trainer import make_trainer, rows, weights
+
+from selfgen import ContextGenerator
+from selfgen.data import Collator
+from selfgen.replay import ReplayError
+
+
+def generate(model, data, **kwargs):
+    generator = ContextGenerator(model, token_budget=16)
+    columns = data["prompt_ids"], data["answer_ids"]
+    kwargs = {"self_prob": 0.5, "seed": 3, "sample_ids": data["sample_id"]} | kwargs
+    return generator.generate(*(list(column) for column in columns), **kwargs)
+
+
+def padded(model, data, mixed):
+    """Inputs of a training forward over the contexts, the labels, and the slot of each token."""
+    batch = Collator(0)([*data])
+    lengths = [len(p) + len(a) for p, a in zip(data["prompt_ids"], data["answer_ids"], strict=True)]
+    slots = torch.full(batch["input_ids"].shape, sum(lengths))
+    for row, tokens in enumerate(mixed.tokens):
+        prompt, first = len(data[row]["prompt_ids"]), sum(lengths[:row])
+        batch["input_ids"][row, prompt : prompt + len(tokens)] = tokens
+        slots[row, : lengths[row]] = torch.arange(first, first + lengths[row])
+    return {name: batch[name] for name in ("input_ids", "attention_mask", "labels")}, slots
+
+
+def gradients(model):
+    grads = {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
+    model.zero_grad()
+    return grads
+
+
+@pytest.mark.parametrize("family", sorted(CONFIGS))
+def test_loss_and_gradients_are_those_of_the_ordinary_step(family):
+    model, data = tiny_model(family), rows(5)
+    for module in model.modules():
+        if isinstance(module, torch.nn.Dropout):  # GPT-2's default
+            module.p = 0.0
+    mixed = generate(model, data, keep_hidden_states=True)
+    without = generate(model, data)
+    assert all(map(torch.equal, mixed.tokens, without.tokens))  # keeping changes no token
+    inputs, slots = padded(model, data, mixed)
+
+    model.train()
+    ordinary = model(**inputs).loss
+    ordinary.backward()
+    want = gradients(model)
+    with mixed.hidden_states.replay(slots):
+        replayed = model(**inputs).loss
+    replayed.backward()
+    got = gradients(model)
+
+    torch.testing.assert_close(replayed, ordinary, rtol=1e-5, atol=0)
+    assert got.keys() == want.keys()
+    scale = torch.stack([g.norm() for g in want.values()]).norm()
+    difference = torch.stack([(got[name] - want[name]).norm() for name in want]).norm()
+    assert difference <= 1e-5 * scale
+
+
+def test_the_layers_forward_is_not_computed_again():
+    """What the forward returns is what was kept, whatever the weights are by now."""
+    model, data = tiny_model("llama"), rows(3)
+    mixed = generate(model, data, keep_hidden_states=True)
+    inputs, slots = padded(model, data, mixed)
+    model.train()
+    before = model(**inputs).loss
+    with torch.no_grad():
+        model.model.layers[0].mlp.down_proj.weight.zero_()
+        assert not torch.equal(model(**inputs).loss, before)
+        with mixed.hidden_states.replay(slots):
+            torch.testing.assert_close(model(**inputs).loss, before, rtol=1e-5, atol=0)
+
+
+def test_every_position_but_a_rows_last_is_kept_from_its_final_context():
+    model, data = tiny_model("llama"), rows(6)
+    mixed = generate(model, data, keep_hidden_states=True)
+    inputs, slots = padded(model, data, mixed)
+    with torch.no_grad():
+        want = model(**inputs, output_hidden_states=True).hidden_states
+    learned = inputs["attention_mask"].bool().clone()
+    for row in learned:
+        row[row.sum() - 1] = False
+    for index in range(len(model.model.layers)):
+        got = mixed.hidden_states.at(index, slots)
+        torch.testing.assert_close(got[learned], want[index][learned], rtol=1e-4, atol=1e-5)
+
+
+def test_the_model_is_as_it_was():
+    model, data = tiny_model("llama"), rows(2)
+    mixed = generate(model, data, keep_hidden_states=True)
+    _, slots = padded(model, data, mixed)
+    model.gradient_checkpointing_enable()
+    layer = model.model.layers[0]
+    before = layer.gradient_checkpointing, layer._gradient_checkpointing_func
+    with mixed.hidden_states.replay(slots):
+        assert layer._gradient_checkpointing_func is not before[1]
+    assert (layer.gradient_checkpointing, layer._gradient_checkpointing_func) == before
+    assert not any(layer._forward_pre_hooks or layer._forward_hooks for layer in model.model.layers)
+
+
+def trained(tmp_path, name, model=None, **changes):
+    trainer = make_trainer(tmp_path / name, model=model, optim="sgd", **changes)
+    start = weights(trainer.model)
+    trainer.train()
+    return trainer, weights(trainer.model) - start
+
+
+@pytest.mark.parametrize("changes", [{}, {"context_micro_batches": 1}, {"gradient_checkpointing": True}], ids=str)
+@pytest.mark.filterwarnings("ignore:`gradient_checkpointing` is deprecated")
+def test_training_with_and_without_replay_is_the_same(tmp_path, changes):
+    trainer, step = trained(tmp_path, "replay", **changes)
+    assert trainer._replays
+    assert trainer._replay is None  # freed
+    _, want = trained(tmp_path, "ordinary", replay=False)
+    assert (step - want).norm() <= 1e-4 * want.norm()
+    assert want.norm() > 0
+
+
+def test_lora(tmp_path):
+    peft = pytest.importorskip("peft")
+
+    def model():
+        torch.manual_seed(0)
+        return peft.get_peft_model(tiny_model("llama"), peft.LoraConfig(target_modules=["q_proj", "up_proj"]))
+
+    trainer, step = trained(tmp_path, "replay", model=model())
+    assert trainer._replays
+    _, want = trained(tmp_path, "ordinary", model=model(), replay=False)
+    assert want.norm() > 0
+    assert (step - want).norm() <= 1e-4 * want.norm()
+
+
+def dropout_in_lora(tmp_path):
+    peft = pytest.importorskip("peft")
+    lora = peft.LoraConfig(target_modules=["q_proj"], lora_dropout=0.1)
+    return make_trainer(tmp_path, model=peft.get_peft_model(tiny_model("llama"), lora))
+
+
+def attention_dropout(tmp_path):
+    model = tiny_model("llama")
+    for layer in model.model.layers:
+        layer.self_attn.attention_dropout = 0.1
+    return make_trainer(tmp_path, model=model)
+
+
+def router_logits(tmp_path):
+    model = tiny_model("gpt_oss")
+    model.config.output_router_logits = True
+    return make_trainer(tmp_path, model=model)
+
+
+@pytest.mark.parametrize(
+    ("make", "reason"),
+    [
+        (dropout_in_lora, "is a dropout of 0.1"),
+        (attention_dropout, "attention_dropout of self_attn is 0.1"),
+        (router_logits, "output_router_logits is on"),
+        (lambda path: make_trainer(path, context_method="sequential"), "context_method is sequential"),
+        (lambda path: make_trainer(path, neftune_noise_alpha=5.0), "neftune_noise_alpha"),
+    ],
+    ids=["LoRA dropout", "attention dropout", "router logits", "sequential", "NEFTune"],
+)
+def test_refused_with_a_reason_in_the_log(tmp_path, caplog, make, reason):
+    trainer = make(tmp_path)
+    assert "no replay, the training pass computes its own forward: " in caplog.text
+    assert reason in caplog.text
+    assert not trainer._replays
+    trainer.train()
+    assert trainer.state.global_step == 4
+
+
+def test_a_layer_that_changes_in_training_is_found_out(tmp_path, caplog):
+    """Nothing tells of it beforehand: the first step compares the losses, and goes on without replay."""
+    model = tiny_model("llama")
+    forward = model.model.layers[1].mlp.forward
+    model.model.layers[1].mlp.forward = lambda x: forward(x) * (0.5 if model.training else 1.0)
+    trainer, step = trained(tmp_path, "replay", model=model)
+    assert "the loss would be off by" in caplog.text
+    assert not trainer._replays
+    other = tiny_model("llama")
+    usual = other.model.layers[1].mlp.forward
+    other.model.layers[1].mlp.forward = lambda x: usual(x) * (0.5 if other.training else 1.0)
+    _, want = trained(tmp_path, "ordinary", model=other, replay=False)
+    assert torch.equal(step, want)
+
+
+def test_a_layer_with_more_than_hidden_states_is_found_out(tmp_path, caplog):
+    model = tiny_model("llama")
+    model.model.layers[1].register_forward_pre_hook(lambda _, args: (args[0] * 1.0, *args[1:]))
+    trainer, _ = trained(tmp_path, "replay", model=model)
+    assert "first argument is not the hidden states that left the one before it" in caplog.text
+    assert not trainer._replays
+
+
+def test_repeated_rows_share_their_slots(tmp_path):
+    data = rows(2)
+    trainer = make_trainer(tmp_path, data=data)
+    batches = [Collator(0)([data[0], data[1]]), Collator(0)([data[1], data[1]])]
+    trainer.mix(batches)
+    first = trainer._replay.slots(batches[0])
+    again = trainer._replay.slots(batches[1])
+    length = len(data[1]["prompt_ids"]) + len(data[1]["answer_ids"])
+    assert torch.equal(again[0, :length], first[1, :length])
+    assert torch.equal(again[0], again[1])
+
+
+def test_evaluation_does_not_replay(tmp_path):
+    trainer = make_trainer(tmp_path)
+    trainer.mix([Collator(0)([rows(2)[0]])])
+    loss = trainer.evaluate(rows(4))["eval_loss"]
+    trainer._replay = None
+    assert trainer.evaluate(rows(4))["eval_loss"] == loss
+
+
+def test_only_the_fixed_point_can_keep(tmp_path):
+    with pytest.raises(ReplayError, match='goes with method="fixed_point"'):
+        generate(tiny_model("llama"), rows(1), keep_hidden_states=True, method="sequential")

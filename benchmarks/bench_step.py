@@ -107,5 +107,6 @@ def test_step(benchmark, step, report, self_prob):
     benchmark.extra_info.update(row)
     report(f"optimizer step, {MICRO_BATCHES} x {ROWS} rows, medians of {ROUNDS}", [row])
     for name, targets in ((CHECKPOINTED, TARGETS), (PLAIN, PLAIN_TARGETS)):
-        if targets.get(self_prob) is not None:
-            assert seconds["BSS"] / seconds[name] <= targets[self_prob]
+        target = targets.get(self_prob)
+        if target is not None:
+            assert seconds["BSS"] / seconds[name] <= target

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import assume, given
 from hypothesis import strategies as st
 from oracles import assert_same_tokens
 
@@ -191,6 +191,9 @@ def heads(draw, n, vocab_size, dtype):
     hidden_size = draw(st.sampled_from([0, 1, 5, 8, 33]))
     hidden = draw(layouts(draw(floats(n, hidden_size, dtype=dtype, bound=2))))
     weight = draw(layouts(draw(floats(vocab_size, hidden_size, dtype=dtype, bound=2))))
+    # Sums that leave fp32 on their way are inf, NaN or finite by the order of their terms, which is no op's promise.
+    sizes = (x.double().nan_to_num(0, 0, 0).abs() for x in (hidden, weight))
+    assume((torch.nn.functional.linear(*sizes) < 3e38).all())
     bias = draw(st.none() | floats(vocab_size, dtype=dtype).flatmap(layouts))
     head = {"bias": bias, "softcap": draw(st.sampled_from([None, 8.0])), "logit_scale": draw(st.sampled_from([1, 0.5]))}
     logits = torch.nn.functional.linear(hidden, weight, bias).float() * head["logit_scale"]

@@ -18,7 +18,7 @@ from torch import Tensor
 
 from selfgen_kernels.backends.reference import attention as reference
 from selfgen_kernels.backends.triton.configuration import Configuration, current_target
-from selfgen_kernels.backends.triton.dot import factor_of_dot
+from selfgen_kernels.backends.triton.dot import factor_of_dot, rounded
 
 LOG2_E = tl.constexpr(1.4426950408889634)
 SEARCH = tl.constexpr(128)  # chunks looked at together
@@ -123,8 +123,8 @@ def attend_blocks(
             total += tl.sum(tl.where(visible, zero[None, :], 0.0), 1)
             exists = exists & (zero == 0)[:, None]
         v = tl.load(from_value, mask=exists, other=0.0)
-        rounded = factor_of_dot(weights.to(v.dtype))
-        out = tl.dot(rounded, factor_of_dot(v), out * factor[:, None], input_precision="ieee", out_dtype=NUMBER)
+        weights = factor_of_dot(rounded(weights, v.dtype))
+        out = tl.dot(weights, factor_of_dot(v), out * factor[:, None], input_precision="ieee", out_dtype=NUMBER)
     return total, out
 
 

@@ -10,15 +10,21 @@ from transformers import PreTrainedModel
 from .ragged import max_positions
 
 LARGEST = 8192
+_BALANCES = 8
 
 
-def calibrate_token_budget(model: PreTrainedModel, *, factor: float = 2.0, repeats: int = 3) -> int:
-    """Measure the model's cost curve and return ``factor`` times its balance point.
+def balance_of(token_budget: int) -> float:
+    """The balance point that goes with a token budget: how many tokens cost as much as the weights of a pass."""
+    return token_budget / _BALANCES
+
+
+def calibrate_token_budget(model: PreTrainedModel, *, repeats: int = 3) -> int:
+    """Measure the model's cost curve and return 8 times its balance point.
 
     A forward over n tokens costs about ``fixed + n * per_token`` seconds: the weights are streamed once, whatever n is.
-    The balance point is the n at which both parts are equal; n is doubled until the forward takes twice as long as
-    that of a single token, and interpolated. Smaller passes waste the streamed weights, larger ones speculate in vain;
-    between, around twice the balance point, the cost is flat.
+    The balance point is the n at which both parts are equal. It decides how much speculation is worth its price
+    (``plan.least_log_chance``); beyond a few times of it a larger pass gains no more. n is doubled until the forward
+    takes four times as long as that of a single token, and the last doubling shows what a token costs.
     """
 
     def seconds(tokens: int) -> float:
@@ -33,15 +39,17 @@ def calibrate_token_budget(model: PreTrainedModel, *, factor: float = 2.0, repea
             times.append(time.perf_counter() - started)
         return min(times)  # whatever else the machine does only adds to a time
 
-    longest = max_positions(model) or LARGEST
+    longest = min(max_positions(model) or LARGEST, LARGEST)
     seconds(1)  # warm-up
-    single, tokens = seconds(1), 16
-    while tokens * 2 <= min(longest, LARGEST) and seconds(tokens) < 2 * single:
-        tokens *= 2
-    tokens = min(tokens, longest)
-    per_token = (seconds(tokens) - single) / max(1, tokens - 1)
+    single = before = seconds(1)
+    tokens, per_token = 1, 0.0
+    while tokens < longest and before < 4 * single:
+        more = min(2 * tokens, longest)
+        now = seconds(more)
+        per_token = (now - before) / (more - tokens)
+        tokens, before = more, now
     balance = single / per_token if per_token > 0 else LARGEST
-    return int(min(max(16, factor * balance), LARGEST))
+    return int(min(max(16, _BALANCES * balance), LARGEST))
 
 
 def _synchronize(device: torch.device) -> None:

@@ -22,8 +22,9 @@ import selfgen_kernels as kernels
 
 from ..replay import HiddenStates
 from .batch import Batch
+from .budget import balance_of
 from .packed import packed_linears
-from .plan import Speculation, next_self_slots
+from .plan import Speculation, least_log_chance, next_self_slots
 from .ragged import RaggedCache, RaggedPass, ragged_logits, ragged_model
 
 
@@ -35,15 +36,15 @@ class FixedPoint:
     """
 
     batch: Batch
-    row_starts: Tensor  # [R] int64: slots
+    row_starts: Tensor  # [R] int64: slots, in the order in which rows are planned for
     positions: Tensor  # [S] int64: counted from the first prompt token of the slot's row
     answer_positions: Tensor  # [S] int64: counted from the first answer token
     sample_ids: Tensor  # [S] int64
     reference: Tensor  # [S] int64: prompts and reference answers
-    next_self: Tensor  # [S] int64: slot of the first self position behind each slot; see `to_the_end`
+    next_self: Tensor  # [S] int64: slot of the first self position planned for behind each slot; see `start`
     is_self: Tensor  # [S] bool
     tokens: Tensor  # [S] int64
-    final: Tensor  # [R] int64: slots
+    final: Tensor  # [R] int64: slots, in the same order
     cache: RaggedCache
     status: Tensor  # [1] int64: self tokens whose logits were not finite
     speculation: Speculation
@@ -59,6 +60,9 @@ class FixedPoint:
 
         Passes end at the last self position of a row, as nothing behind it has a say. Hidden states are wanted up to
         the row's last position, so where they are kept that one is planned for as if it were the model's own, too.
+
+        Rows are planned for in the order of their self positions, most first: those take the most passes, and if they
+        were left to the end, the last passes would have nothing else to do than to speculate in them.
         """
         device = batch.device
         prompt_lengths, lengths = (torch.tensor(x, device=device) for x in (batch.prompt_lengths, batch.lengths))  # [R]
@@ -72,6 +76,10 @@ class FixedPoint:
         reference = torch.cat(_interleave(batch.prompts, batch.references))
         own = torch.cat(_interleave(no_prompt, is_self))
         planned = own.index_fill(0, row_ends - 1, True) if keep_hidden_states else own
+        most_first = (
+            torch.zeros_like(lengths).index_add_(0, row, own.long()).argsort(descending=True, stable=True)
+        )  # [R]
+        row_starts = row_starts[most_first]
         return cls(
             batch=batch,
             row_starts=row_starts,
@@ -85,7 +93,7 @@ class FixedPoint:
             final=row_starts.clone(),
             cache=RaggedCache(model, num_slots),
             status=torch.zeros(1, dtype=torch.int64, device=device),
-            speculation=Speculation(num_slots, device),
+            speculation=Speculation(own),
             hidden_states=HiddenStates(model, num_slots) if keep_hidden_states else None,
         )
 
@@ -126,12 +134,14 @@ def fixed_point(
 
 def plan_pass(state: FixedPoint, token_budget: int) -> RaggedPass:
     """Choose what to compute next: nothing once every row is done."""
+    required = (state.next_self[state.final] - state.final).sum()
     slots, cu_seqlens_q, kv_ranges = kernels.plan_pass(
         state.final,
         state.row_starts,
         state.next_self,
         state.speculation.log_chance,
         min(token_budget, len(state.tokens)),
+        least_log_chance=least_log_chance(required, balance_of(token_budget)),
     )
     # The one look at the device before the model runs. A captured graph of plan, run and commit would keep the padding
     # in place of this, and be replayed until a look at it now and then finds no planned token.

@@ -2,8 +2,9 @@
 
 A pass is a flat batch of tokens, as serving engines batch them: each unfinished row brings one *window* of consecutive
 positions, and all windows together fill a *token budget*. What must be computed comes first, and what is left goes to
-speculation, in the order of the chance that it turns out final. ``selfgen_kernels.plan_pass`` does the filling; here is
-what it goes by. Everything is a tensor over slots on the model's device, and nothing waits for it.
+speculation, in the order of the chance that it turns out final, as far as that chance is worth its price.
+``selfgen_kernels.plan_pass`` does the filling; here is what it goes by. Everything is a tensor on the model's device,
+and nothing waits for it.
 """
 
 from __future__ import annotations
@@ -23,20 +24,36 @@ def next_self_slots(is_self: Tensor, row_ends: Tensor) -> Tensor:
     return torch.where(behind < row_ends, behind, slots)
 
 
-class Speculation:
-    """Chance that a guess is right: at the first visit the guess is the reference, later the model's own last token."""
+def least_log_chance(required: Tensor, balance: float) -> Tensor:
+    """[] fp32: the log of the least chance that is worth speculation beside ``required`` [] tokens of a pass.
 
-    def __init__(self, num_slots: int, device: torch.device):
-        # [2, 2]: (first visit, later) x (right, seen). The priors count as ten observations, so both rates follow the
-        # data after a few passes.
-        self.counts = torch.tensor([[6.0, 10.0], [7.0, 10.0]], dtype=torch.float64, device=device)
-        self.visited = torch.zeros(num_slots, dtype=torch.bool, device=device)  # sampled at least once
+    A pass over n tokens costs as much as ``balance + n`` tokens alone, and what is required turns out final. A token
+    more makes the pass give more for its price if its chance is more than what the pass gives so far, a share of
+    n / (balance + n).
+    """
+    return (required / (required + balance)).log().float()
+
+
+class Speculation:
+    """Chance that a guess is right, by what is known of it; the rates follow what the passes show.
+
+    The first guess is the reference, later ones are the model's own last token. One that did not change when it was
+    computed again will hardly change any more, one that just has may well do so again.
+    """
+
+    FIRST, CHANGED, KEPT, KEPT_AGAIN, GIVEN = range(5)
+    PRIOR = (0.5, 0.6, 0.8, 0.95, 1.0)  # counts as ten observations of each
+
+    def __init__(self, is_self: Tensor):
+        """``is_self`` is bool [S]; any other token is given, hence right."""
+        rates = torch.tensor(self.PRIOR, dtype=torch.float64, device=is_self.device)
+        self.counts = 10 * torch.stack([rates, torch.ones_like(rates)], 1)  # [5, 2]: right, seen
+        self.kind = torch.where(is_self, self.FIRST, self.GIVEN)  # [S] int64
 
     @property
     def log_chance(self) -> Tensor:
         """[S] fp32."""
-        first, later = (self.counts[:, 0] / self.counts[:, 1]).log().float()
-        return torch.where(self.visited, later, first)
+        return (self.counts[:, 0] / self.counts[:, 1]).log().float()[self.kind]
 
     def observe(self, slots: Tensor, changed: Tensor, observed: Tensor, is_sampled: Tensor) -> None:
         """Take in a committed pass: what it showed at the place [N] of each computed slot about the slot behind it.
@@ -44,7 +61,7 @@ class Speculation:
         Only what was ``observed`` under a final context counts: this is what the chance of a segment is made of.
         """
         behind = slots + 1  # [N]
-        visited = self.visited[behind]
-        seen = torch.stack([observed & ~visited, observed & visited])  # [2, N]
-        self.counts += torch.stack([(seen & ~changed).sum(1), seen.sum(1)], 1)
-        self.visited[behind] = visited | is_sampled
+        kind = self.kind[behind]
+        self.counts.index_add_(0, kind, torch.stack([observed & ~changed, observed], 1).double())
+        kept = (kind.clamp(min=self.CHANGED) + 1).clamp(max=self.KEPT_AGAIN)
+        self.kind[behind] = torch.where(is_sampled, torch.where(changed, self.CHANGED, kept), kind)

@@ -12,7 +12,7 @@ def _rule(op: Any, written: list[str]) -> Callable[..., Any]:
     names = [argument.name for argument in op._schema.arguments]
 
     def rule(info: Any, in_dims: tuple[int | None, ...], *args: Any) -> tuple[Any, Any]:
-        for name, dim in zip(names, in_dims, strict=True):
+        for name, dim in zip(names, in_dims, strict=False):  # defaults at the end are not handed over
             if name in written and dim is None:
                 raise ValueError(
                     f"{name} is written in place and is one tensor for all the calls that torch.func.vmap makes; give "

@@ -16,8 +16,8 @@ from selfgen_kernels.ops.arguments import check_number, check_tensor, values_vis
 
 torch.library.define(
     "selfgen::plan_pass",
-    "(Tensor final, Tensor row_starts, Tensor next_self, Tensor log_chance, SymInt token_budget) "
-    "-> (Tensor, Tensor, Tensor)",
+    "(Tensor final, Tensor row_starts, Tensor next_self, Tensor log_chance, SymInt token_budget, "
+    "Tensor? least_log_chance=None) -> (Tensor, Tensor, Tensor)",
 )
 torch.library.define(
     "selfgen::commit_pass",
@@ -27,7 +27,7 @@ torch.library.define(
 
 
 @torch.library.register_fake("selfgen::plan_pass")
-def _(final, row_starts, next_self, log_chance, token_budget):
+def _(final, row_starts, next_self, log_chance, token_budget, least_log_chance=None):
     rows = final.shape[0]
     cu_seqlens_q = final.new_empty((rows + 1,), dtype=torch.int32)
     return final.new_empty((token_budget,)), cu_seqlens_q, final.new_empty((rows, 2))
@@ -42,7 +42,13 @@ batching.register("plan_pass", "commit_pass")
 
 
 def plan_pass(
-    final: Tensor, row_starts: Tensor, next_self: Tensor, log_chance: Tensor, token_budget: int
+    final: Tensor,
+    row_starts: Tensor,
+    next_self: Tensor,
+    log_chance: Tensor,
+    token_budget: int,
+    *,
+    least_log_chance: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Choose a window of slots for each row, of at most `token_budget` tokens together.
 
@@ -50,8 +56,9 @@ def plan_pass(
     final up to its next self position. What is left of the budget goes to speculation. The *segment* from one self
     position up to the next is worth computing if the guesses up to and at its first slot turn out right, so segments
     are taken in the order of the sum of `log_chance` along the row, from the row's first open self position to the
-    segment's first slot (of equal sums the lower row, then the earlier slot). The last one is cut where the budget
-    ends. At least one token is planned while any row is unfinished.
+    segment's first slot (of equal sums the lower row, then the earlier slot), and none whose sum is less than
+    `least_log_chance`. The last one is cut where the budget ends. At least one token is planned while any row is
+    unfinished.
 
     A pass is a step of Jacobi decoding (Santilli et al., arXiv 2305.10427), here of the mixed contexts of
     batch-scheduled sampling (Cen et al., arXiv 2410.14655), under a token budget as in Sarathi-Serve (Agrawal et al.,
@@ -68,6 +75,8 @@ def plan_pass(
         log_chance: fp32 [S], <= 0: log of the chance that the guess at a self position is right. Other slots are not
             looked at.
         token_budget: 1 <= token_budget < 2^31.
+        least_log_chance: fp32 [], not NaN: log of the least chance that is worth speculation; 0 or less, as what must
+            be computed is computed whatever it is. None: any chance is.
 
     Returns:
         slots int64 [token_budget], the planned slots row after row, then -1 as padding.
@@ -106,6 +115,11 @@ def plan_pass(
         whole=True,
         or_else="a SymInt",
     )
+    if least_log_chance is not None:
+        check_tensor("least_log_chance", least_log_chance, (), (torch.float32,), device)
+        if values_visible(least_log_chance) and not least_log_chance <= 0:
+            raise ValueError(f"least_log_chance is {least_log_chance.item()}, accepted is <= 0; pass a log of a chance")
+        least_log_chance = least_log_chance.detach()
     if values_visible(final, row_starts, next_self, log_chance):
         _check_next_self(next_self)
         _check_slots("final", final, len(next_self))
@@ -117,7 +131,9 @@ def plan_pass(
             raise ValueError(
                 "log_chance holds a number that is not <= 0 at a self position; pass logs of probabilities"
             )
-    return torch.ops.selfgen.plan_pass(final, row_starts, next_self, log_chance.detach(), token_budget)
+    return torch.ops.selfgen.plan_pass(
+        final, row_starts, next_self, log_chance.detach(), token_budget, least_log_chance
+    )
 
 
 def commit_pass(

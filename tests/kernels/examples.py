@@ -71,7 +71,9 @@ EXAMPLES = {
             "next_self": _NEXT_SELF,
             "log_chance": torch.full((9,), -0.5),
             "token_budget": 6,
+            **extra,
         }
+        for extra in ({}, {"least_log_chance": torch.tensor(-0.3)})
     ],
     "commit_pass": [
         {

@@ -1,6 +1,7 @@
 """Planning and committing a pass: every backend against the reference, and a loop of the ops against its oracle."""
 
 import heapq
+import math
 
 import pytest
 import torch
@@ -32,8 +33,10 @@ class Backend:
         self.ops = {"reference": lambda: reference, "cpp": lambda: torch.ops.selfgen, "triton": triton_passes}[name]()
         self.device = "cuda" if name == "triton" and ON_GPU else "cpu"
 
-    def plan_pass(self, *tensors, token_budget):
-        return tuple(x.cpu() for x in self.ops.plan_pass(*(x.to(self.device) for x in tensors), token_budget))
+    def plan_pass(self, *tensors, token_budget, least_log_chance=None):
+        tensors = [x.to(self.device) for x in tensors]
+        least = None if least_log_chance is None else torch.tensor(least_log_chance, device=self.device)
+        return tuple(x.cpu() for x in self.ops.plan_pass(*tensors, token_budget, least))
 
     def commit_pass(self, tokens, final, *rest):
         state = [x.to(self.device, copy=True) for x in (tokens, final)]
@@ -46,11 +49,11 @@ class Backend:
 class BlockedBackend(Backend):
     """Plans two rows at a time, as Triton does with a thousand where there are thousands."""
 
-    def plan_pass(self, *tensors, token_budget):
+    def plan_pass(self, *tensors, token_budget, least_log_chance=None):
         with pytest.MonkeyPatch.context() as patch:
             patch.setattr(self.ops, "LANES", (1,))
             patch.setattr(self.ops, "ROWS", 2)
-            return super().plan_pass(*tensors, token_budget=token_budget)
+            return super().plan_pass(*tensors, token_budget=token_budget, least_log_chance=least_log_chance)
 
 
 @pytest.fixture(params=["cpp", _TRITON], scope="module")
@@ -91,9 +94,12 @@ def states(draw, max_rows=7):
 
 
 BUDGETS = st.one_of(st.integers(1, 6), st.integers(7, 200))
+LEAST = st.one_of(
+    st.none(), st.sampled_from([0.0, -0.0, -0.4, -3.0, reference.LOWEST, -math.inf]), st.floats(-9, 0, width=32)
+)
 
 
-def heap_plan(final, row_starts, next_self, log_chance, token_budget):
+def heap_plan(final, row_starts, next_self, log_chance, token_budget, least):
     """Windows [(begin, end)]: the policy once more, one segment at a time."""
     ends, segments, left = list(final), [], token_budget
 
@@ -109,15 +115,17 @@ def heap_plan(final, row_starts, next_self, log_chance, token_budget):
         take(row, begin, 0.0)
     while left and segments:
         negative, row, begin = heapq.heappop(segments)
+        if least is not None and -negative < least:
+            break
         take(row, begin, -negative)
     return list(zip(final, ends, strict=True))
 
 
-@given(state=states(), token_budget=BUDGETS)
-def test_plan_is_that_of_a_heap(backend, state, token_budget):
+@given(state=states(), token_budget=BUDGETS, least=LEAST)
+def test_plan_is_that_of_a_heap(backend, state, token_budget, least):
     final, row_starts, *_ = state
-    slots, cu_seqlens_q, kv_ranges = backend.plan_pass(*state, token_budget=token_budget)
-    windows = heap_plan(*(x.tolist() for x in state), token_budget)
+    slots, cu_seqlens_q, kv_ranges = backend.plan_pass(*state, token_budget=token_budget, least_log_chance=least)
+    windows = heap_plan(*(x.tolist() for x in state), token_budget, least)
     planned = [slot for begin, end in windows for slot in range(begin, end)]
     assert slots.tolist() == planned + [-1] * (token_budget - len(planned))
     assert cu_seqlens_q.dtype == torch.int32
@@ -255,6 +263,10 @@ def test_nonsense_that_python_cannot_see_is_no_address(fast):
         slots, cu_seqlens_q, _ = fast.plan_pass(*args, token_budget=20)
         planned = slots[: cu_seqlens_q[-1]]
         assert ((planned >= 0) & (planned < 8)).all()
+    for least in (torch.nan, torch.inf, 2.0):  # what must be computed is planned all the same
+        rows = torch.tensor([0, 4]), torch.tensor([0, 4]), NEXT_SELF, torch.full((8,), -0.5)
+        _, cu_seqlens_q, _ = fast.plan_pass(*rows, token_budget=20, least_log_chance=least)
+        assert cu_seqlens_q.tolist() == [0, 2, 4]
 
     guarded = torch.full((24,), -5)
     tokens = guarded[8:16]
@@ -354,6 +366,10 @@ BAD = [
     (plan_pass, {"log_chance": torch.full((8,), torch.nan)}, ValueError, "log_chance holds a number that is not <= 0"),
     (plan_pass, {"log_chance": torch.zeros(8).double()}, TypeError, "log_chance has dtype torch.float64"),
     (plan_pass, {"log_chance": torch.zeros(7)}, ValueError, r"log_chance has shape \[7\], expected \[8\]"),
+    (plan_pass, {"least_log_chance": torch.zeros(1)}, ValueError, r"least_log_chance has shape \[1\], expected \[\]"),
+    (plan_pass, {"least_log_chance": -1.0}, TypeError, "least_log_chance must be a tensor, got float"),
+    (plan_pass, {"least_log_chance": torch.tensor(0.1)}, ValueError, "least_log_chance is 0.1"),
+    (plan_pass, {"least_log_chance": torch.tensor(torch.nan)}, ValueError, "least_log_chance is nan, accepted is <= 0"),
     (plan_pass, {"token_budget": 0}, ValueError, r"token_budget=0 is not accepted; pass 1 <= token_budget < 2\*\*31"),
     (plan_pass, {"token_budget": 2**31}, ValueError, "token_budget=2147483648"),
     (plan_pass, {"token_budget": 6.0}, TypeError, "token_budget must be an int"),

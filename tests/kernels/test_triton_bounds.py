@@ -187,16 +187,17 @@ def a_state(draw):
 
 
 BUDGETS = st.integers(1, 9) | st.sampled_from([127, 128, 129, 300])
+LEAST = st.none() | st.sampled_from([torch.tensor(-0.3), torch.tensor(torch.nan)])
 
 
 def plan_pass(draw):
-    return passes.plan_pass(*a_state(draw), draw(BUDGETS))
+    return passes.plan_pass(*a_state(draw), draw(BUDGETS), draw(LEAST))
 
 
 def plan_pass_of_many_rows(draw):
     """The kernel for more rows than registers hold, as if they held 1, and few rows at a time."""
     with mock.patch.multiple(passes, LANES=(1,), ROWS=draw(st.sampled_from([2, 8]))):
-        return passes.plan_pass(*a_state(draw), draw(BUDGETS))
+        return passes.plan_pass(*a_state(draw), draw(BUDGETS), draw(LEAST))
 
 
 def commit_pass(draw):

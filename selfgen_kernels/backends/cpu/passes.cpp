@@ -31,7 +31,7 @@ struct Segment {
 
 std::tuple<at::Tensor, at::Tensor, at::Tensor> plan_pass(
     const at::Tensor& final, const at::Tensor& row_starts, const at::Tensor& next_self, const at::Tensor& log_chance,
-    int64_t token_budget) {
+    int64_t token_budget, const OptionalTensor& least_log_chance) {
   check(final, "final", at::kLong, {kAny});
   check(row_starts, "row_starts", at::kLong, final.sizes());
   check(next_self, "next_self", at::kLong, {kAny});
@@ -39,6 +39,9 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor> plan_pass(
   TORCH_CHECK_VALUE(
       1 <= token_budget && token_budget < 1LL << 31, "token_budget=", token_budget,
       " is not accepted; pass 1 <= token_budget < 2**31");
+  check(least_log_chance, "least_log_chance", at::kFloat, {});
+  const float given = least_log_chance ? *least_log_chance->const_data_ptr<float>() : kLowest;
+  const float least = given <= 0 ? given : 0;  // what must be computed is, whatever is given
   const auto finals = final.accessor<int64_t, 1>(), starts = row_starts.accessor<int64_t, 1>();
   const auto nexts = next_self.accessor<int64_t, 1>();
   const auto chances = log_chance.accessor<float, 1>();
@@ -57,7 +60,9 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor> plan_pass(
     const int64_t size = std::min(next(begin) - begin, left), end = begin + size;
     left -= size;
     ends[row] = end;
-    if (left > 0 && next(end) != end) segments.push({std::max(kLowest, log_sum + chances[end]), row, end});
+    if (left == 0 || next(end) == end) return;
+    const float longer = std::max(kLowest, log_sum + chances[end]);
+    if (longer >= least) segments.push({longer, row, end});
   };
   for (int64_t row = 0; row < rows; ++row) take(row, finals[row], 0);
   while (left > 0 && !segments.empty()) {

@@ -10,7 +10,12 @@ LOWEST = torch.finfo(torch.float32).min
 
 
 def plan_pass(
-    final: Tensor, row_starts: Tensor, next_self: Tensor, log_chance: Tensor, token_budget: int
+    final: Tensor,
+    row_starts: Tensor,
+    next_self: Tensor,
+    log_chance: Tensor,
+    token_budget: int,
+    least_log_chance: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Slots [token_budget], cu_seqlens_q [R + 1], kv_ranges [R, 2]: all segments of all rows, sorted and cut.
 
@@ -25,6 +30,9 @@ def plan_pass(
         columns.append((end - begin, log_sum))
     sizes, log_sums = (torch.stack(column, 1).flatten() for column in zip(*columns, strict=True))  # [R * K], row by row
 
+    if least_log_chance is not None:
+        least = torch.where(least_log_chance <= 0, least_log_chance, 0.0)
+        sizes = torch.where(log_sums >= least, sizes, 0)
     order = log_sums.argsort(descending=True, stable=True)
     in_order = sizes[order]
     left = token_budget - (in_order.cumsum(0) - in_order)  # of the budget, before each segment

@@ -36,6 +36,16 @@ def first_log_sum(reach, after):
 
 
 @triton.jit
+def least_level(least_log_chance):
+    """The least sum of log chances of a segment that is taken: finite, as -inf stands for none, and at most 0."""
+    least = LOWEST
+    if least_log_chance is not None:
+        given = tl.load(least_log_chance)
+        least = tl.where(given <= 0, tl.maximum(given, LOWEST), 0.0)
+    return least
+
+
+@triton.jit
 def take_level(next_self, log_chance, num_slots, reach, after, log_sum, level):
     """(reach, after, log_sum) once the rows with a segment of `level` have taken it."""
     taken = log_sum == level
@@ -68,7 +78,7 @@ def store_windows(row_starts, cu_seqlens_q, kv_ranges, row, exists, begin, end, 
 
 @triton.jit(do_not_specialize=["num_slots", "rows", "token_budget"])
 def window_kernel(
-    final, row_starts, next_self, log_chance, cu_seqlens_q, kv_ranges, num_slots, rows, token_budget,
+    final, row_starts, next_self, log_chance, least_log_chance, cu_seqlens_q, kv_ranges, num_slots, rows, token_budget,
     LANES: tl.constexpr,
 ):  # fmt: skip
     """One program: how far each row's window goes, as cu_seqlens_q [rows + 1], with kv_ranges [rows, 2]."""
@@ -81,7 +91,8 @@ def window_kernel(
     log_sum = first_log_sum(reach, after)
     best = tl.max(log_sum, 0)
     left = token_budget.to(tl.int64)
-    while (left > 0) & (best > float("-inf")):
+    least = least_level(least_log_chance)
+    while (left > 0) & (best >= least):
         level = best
         while best == level:  # more than once if a guess is certain: a row may then have several segments of a level
             reach, after, log_sum = take_level(next_self, log_chance, num_slots, reach, after, log_sum, level)
@@ -93,8 +104,8 @@ def window_kernel(
 
 @triton.jit(do_not_specialize=["num_slots", "rows", "token_budget"])
 def many_windows_kernel(
-    final, row_starts, next_self, log_chance, cu_seqlens_q, kv_ranges, ends, reaches, afters, log_sums, num_slots, rows,
-    token_budget, LANES: tl.constexpr,
+    final, row_starts, next_self, log_chance, least_log_chance, cu_seqlens_q, kv_ranges, ends, reaches, afters,
+    log_sums, num_slots, rows, token_budget, LANES: tl.constexpr,
 ):  # fmt: skip
     """`window_kernel` for any number of rows, LANES at a time; `ends` .. `log_sums` [rows] hold their state."""
     best = float("-inf")
@@ -110,7 +121,8 @@ def many_windows_kernel(
         tl.store(log_sums + row, log_sum, mask=exists)
         best = tl.maximum(best, tl.max(log_sum, 0))
     left = token_budget.to(tl.int64)
-    while (left > 0) & (best > float("-inf")):
+    least = least_level(least_log_chance)
+    while (left > 0) & (best >= least):
         level = best
         while best == level:
             tl.debug_barrier()  # on CUDA, one thread stores the state of a row and another loads it
@@ -184,7 +196,12 @@ def commit_pass_kernel(
 
 
 def plan_pass(
-    final: Tensor, row_starts: Tensor, next_self: Tensor, log_chance: Tensor, token_budget: int
+    final: Tensor,
+    row_starts: Tensor,
+    next_self: Tensor,
+    log_chance: Tensor,
+    token_budget: int,
+    least_log_chance: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Slots int64 [token_budget], cu_seqlens_q int32 [R + 1], kv_ranges int64 [R, 2]."""
     rows, num_slots = len(final), len(next_self)
@@ -192,7 +209,7 @@ def plan_pass(
     cu_seqlens_q = final.new_empty(rows + 1, dtype=torch.int32)
     kv_ranges = final.new_empty(rows, 2)
     final = final.contiguous()
-    state = final, row_starts.contiguous(), next_self.contiguous(), log_chance.contiguous()
+    state = final, row_starts.contiguous(), next_self.contiguous(), log_chance.contiguous(), least_log_chance
     results, sizes = (cu_seqlens_q, kv_ranges), (num_slots, rows, token_budget)
     if rows <= LANES[-1]:
         lanes = next(lanes for lanes in LANES if rows <= lanes)
@@ -226,7 +243,8 @@ def window_options(lanes: int) -> dict[str, int | bool]:
 
 def configurations(target: str) -> list[Configuration]:
     """What ships for one of `configuration.TARGETS`."""
-    state = {"final": "*i64", "row_starts": "*i64", "next_self": "*i64", "log_chance": "*fp32"}
+    state = {"final": "*i64", "row_starts": "*i64", "next_self": "*i64"}
+    state |= {"log_chance": "*fp32", "least_log_chance": "*fp32"}
     plan = {"cu_seqlens_q": "*i32", "kv_ranges": "*i64", "num_slots": "i64", "rows": "i32", "token_budget": "i32"}
     places = {"final": "*i64", "cu_seqlens_q": "*i32", "slots": "*i64", "rows": "i32", "token_budget": "i32"}
     commit = {

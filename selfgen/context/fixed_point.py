@@ -42,6 +42,7 @@ class FixedPoint:
     sample_ids: Tensor  # [S] int64
     reference: Tensor  # [S] int64: prompts and reference answers
     next_self: Tensor  # [S] int64: slot of the first self position planned for behind each slot; see `start`
+    self_left: Tensor  # [S] int64: self positions planned for behind each slot in its row
     is_self: Tensor  # [S] bool
     tokens: Tensor  # [S] int64
     final: Tensor  # [R] int64: slots, in the same order
@@ -61,8 +62,8 @@ class FixedPoint:
         Passes end at the last self position of a row, as nothing behind it has a say. Hidden states are wanted up to
         the row's last position, so where they are kept that one is planned for as if it were the model's own, too.
 
-        Rows are planned for in the order of their self positions, most first: those take the most passes, and if they
-        were left to the end, the last passes would have nothing else to do than to speculate in them.
+        Rows are planned for in the order of their self positions, most first: these take the most passes, and must not
+        be left to the end.
         """
         device = batch.device
         prompt_lengths, lengths = (torch.tensor(x, device=device) for x in (batch.prompt_lengths, batch.lengths))  # [R]
@@ -76,10 +77,9 @@ class FixedPoint:
         reference = torch.cat(_interleave(batch.prompts, batch.references))
         own = torch.cat(_interleave(no_prompt, is_self))
         planned = own.index_fill(0, row_ends - 1, True) if keep_hidden_states else own
-        most_first = (
-            torch.zeros_like(lengths).index_add_(0, row, own.long()).argsort(descending=True, stable=True)
-        )  # [R]
-        row_starts = row_starts[most_first]
+        so_far = planned.cumsum(0)  # [S]
+        self_left = so_far[row_ends - 1][row] - so_far
+        row_starts = row_starts[self_left[row_starts].argsort(descending=True, stable=True)]
         return cls(
             batch=batch,
             row_starts=row_starts,
@@ -88,6 +88,7 @@ class FixedPoint:
             sample_ids=batch.sample_ids[row],
             reference=reference,
             is_self=own,
+            self_left=self_left,
             next_self=next_self_slots(planned, row_ends[row]),
             tokens=reference.clone(),
             final=row_starts.clone(),
@@ -134,14 +135,15 @@ def fixed_point(
 
 def plan_pass(state: FixedPoint, token_budget: int) -> RaggedPass:
     """Choose what to compute next: nothing once every row is done."""
-    required = (state.next_self[state.final] - state.final).sum()
+    required = state.next_self[state.final] - state.final  # [R]
+    least = least_log_chance(required, state.self_left[state.final], balance_of(token_budget))
     slots, cu_seqlens_q, kv_ranges = kernels.plan_pass(
         state.final,
         state.row_starts,
         state.next_self,
         state.speculation.log_chance,
         min(token_budget, len(state.tokens)),
-        least_log_chance=least_log_chance(required, balance_of(token_budget)),
+        least_log_chance=least,
     )
     # The one look at the device before the model runs. A captured graph of plan, run and commit would keep the padding
     # in place of this, and be replayed until a look at it now and then finds no planned token.

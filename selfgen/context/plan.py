@@ -24,14 +24,18 @@ def next_self_slots(is_self: Tensor, row_ends: Tensor) -> Tensor:
     return torch.where(behind < row_ends, behind, slots)
 
 
-def least_log_chance(required: Tensor, balance: float) -> Tensor:
-    """[] fp32: the log of the least chance that is worth speculation beside ``required`` [] tokens of a pass.
+def least_log_chance(required: Tensor, self_left: Tensor, balance: float) -> Tensor:
+    """[R] fp32: the log of the least chance that is worth speculation in each row.
 
-    A pass over n tokens costs as much as ``balance + n`` tokens alone, and what is required turns out final. A token
-    more makes the pass give more for its price if its chance is more than what the pass gives so far, a share of
-    n / (balance + n).
+    ``required`` is int64 [R], the tokens that a pass computes of each row anyway, ``self_left`` int64 [R] how many self
+    positions are left. A pass over n tokens costs as much as ``balance + n`` tokens alone, so n that turn out final
+    are n / (balance + n) for the price of one, and one more pays if its chance is larger. But it makes an end sooner
+    only if all rows that have as much left get on, too. These rows' n counts: the longest row speculates most, and one
+    that will be done before the others hardly at all.
     """
-    return (required / (required + balance)).log().float()
+    as_long = self_left >= 0.9 * self_left[:, None]  # [R, R]
+    n = (as_long * required).sum(1)
+    return (n / (n + balance)).log().float()
 
 
 class Speculation:

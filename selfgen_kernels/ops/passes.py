@@ -56,7 +56,7 @@ def plan_pass(
     final up to its next self position. What is left of the budget goes to speculation. The *segment* from one self
     position up to the next is worth computing if the guesses up to and at its first slot turn out right, so segments
     are taken in the order of the sum of `log_chance` along the row, from the row's first open self position to the
-    segment's first slot (of equal sums the lower row, then the earlier slot), and none whose sum is less than
+    segment's first slot (of equal sums the lower row, then the earlier slot), and none whose sum is less than its row's
     `least_log_chance`. The last one is cut where the budget ends. At least one token is planned while any row is
     unfinished.
 
@@ -75,8 +75,7 @@ def plan_pass(
         log_chance: fp32 [S], <= 0: log of the chance that the guess at a self position is right. Other slots are not
             looked at.
         token_budget: 1 <= token_budget < 2^31.
-        least_log_chance: fp32 [], not NaN: log of the least chance that is worth speculation; 0 or less, as what must
-            be computed is computed whatever it is. None: any chance is.
+        least_log_chance: fp32 [R], <= 0: log of the least chance that is worth speculation in each row. None: any is.
 
     Returns:
         slots int64 [token_budget], the planned slots row after row, then -1 as padding.
@@ -116,9 +115,9 @@ def plan_pass(
         or_else="a SymInt",
     )
     if least_log_chance is not None:
-        check_tensor("least_log_chance", least_log_chance, (), (torch.float32,), device)
-        if values_visible(least_log_chance) and not least_log_chance <= 0:
-            raise ValueError(f"least_log_chance is {least_log_chance.item()}, accepted is <= 0; pass a log of a chance")
+        check_tensor("least_log_chance", least_log_chance, (rows,), (torch.float32,), device)
+        if values_visible(least_log_chance) and not (least_log_chance <= 0).all():
+            raise ValueError("least_log_chance holds a number that is not <= 0; pass logs of probabilities")
         least_log_chance = least_log_chance.detach()
     if values_visible(final, row_starts, next_self, log_chance):
         _check_next_self(next_self)

@@ -73,7 +73,7 @@ EXAMPLES = {
             "token_budget": 6,
             **extra,
         }
-        for extra in ({}, {"least_log_chance": torch.tensor(-0.3)})
+        for extra in ({}, {"least_log_chance": torch.tensor([-0.3, -1.0])})
     ],
     "commit_pass": [
         {

@@ -166,7 +166,7 @@ DYNAMIC = {  # sizes that a caller's batch changes, of the tensors that have the
     "rows": ((*ROWS, "status"), (0,)),
     "combine_shards": (("values", "ids"), (1,)),
     "kv_append": (("key", "value", "slots"), (0,)),
-    "plan_pass": (("final", "row_starts", "next_self", "log_chance"), (0,)),
+    "plan_pass": (("final", "row_starts", "next_self", "log_chance", "least_log_chance"), (0,)),
     "commit_pass": (("tokens", "final", "slots", "cu_seqlens_q", "next_self", "sampled"), (0,)),
     "ragged_attention": (("query", "key", "value", "cu_seqlens_q", "kv_ranges"), (0,)),
 }
@@ -190,7 +190,11 @@ def resized(name, arguments):
         return arguments | cut | shards
     other = {
         "kv_append": {n: arguments[n][:2] for n in ("key", "value", "slots") if n in arguments},
-        "plan_pass": {"final": torch.tensor([0, 5, 8]), "row_starts": torch.tensor([0, 5, 8])},
+        "plan_pass": {
+            "final": torch.tensor([0, 5, 8]),
+            "row_starts": torch.tensor([0, 5, 8]),
+            **{n: torch.full((3,), -0.7) for n in arguments if n == "least_log_chance"},
+        },
         "commit_pass": {
             "final": torch.tensor([0, 5, 8]),
             "slots": torch.tensor([0, 1, 5]),

@@ -35,7 +35,7 @@ class Backend:
 
     def plan_pass(self, *tensors, token_budget, least_log_chance=None):
         tensors = [x.to(self.device) for x in tensors]
-        least = None if least_log_chance is None else torch.tensor(least_log_chance, device=self.device)
+        least = least_log_chance if least_log_chance is None else least_log_chance.to(self.device)
         return tuple(x.cpu() for x in self.ops.plan_pass(*tensors, token_budget, least))
 
     def commit_pass(self, tokens, final, *rest):
@@ -94,9 +94,10 @@ def states(draw, max_rows=7):
 
 
 BUDGETS = st.one_of(st.integers(1, 6), st.integers(7, 200))
-LEAST = st.one_of(
-    st.none(), st.sampled_from([0.0, -0.0, -0.4, -3.0, reference.LOWEST, -math.inf]), st.floats(-9, 0, width=32)
+LEAST = st.none() | st.lists(
+    st.sampled_from([0.0, -0.0, -0.4, -3.0, reference.LOWEST, -math.inf]) | st.floats(-9, 0, width=32), min_size=1
 )
+"""Of the rows, over and over."""
 
 
 def heap_plan(final, row_starts, next_self, log_chance, token_budget, least):
@@ -115,8 +116,8 @@ def heap_plan(final, row_starts, next_self, log_chance, token_budget, least):
         take(row, begin, 0.0)
     while left and segments:
         negative, row, begin = heapq.heappop(segments)
-        if least is not None and -negative < least:
-            break
+        if least is not None and -negative < least[row % len(least)]:
+            continue
         take(row, begin, -negative)
     return list(zip(final, ends, strict=True))
 
@@ -124,7 +125,8 @@ def heap_plan(final, row_starts, next_self, log_chance, token_budget, least):
 @given(state=states(), token_budget=BUDGETS, least=LEAST)
 def test_plan_is_that_of_a_heap(backend, state, token_budget, least):
     final, row_starts, *_ = state
-    slots, cu_seqlens_q, kv_ranges = backend.plan_pass(*state, token_budget=token_budget, least_log_chance=least)
+    limits = None if least is None else torch.tensor([least[i % len(least)] for i in range(len(final))])
+    slots, cu_seqlens_q, kv_ranges = backend.plan_pass(*state, token_budget=token_budget, least_log_chance=limits)
     windows = heap_plan(*(x.tolist() for x in state), token_budget, least)
     planned = [slot for begin, end in windows for slot in range(begin, end)]
     assert slots.tolist() == planned + [-1] * (token_budget - len(planned))
@@ -265,7 +267,7 @@ def test_nonsense_that_python_cannot_see_is_no_address(fast):
         assert ((planned >= 0) & (planned < 8)).all()
     for least in (torch.nan, torch.inf, 2.0):  # what must be computed is planned all the same
         rows = torch.tensor([0, 4]), torch.tensor([0, 4]), NEXT_SELF, torch.full((8,), -0.5)
-        _, cu_seqlens_q, _ = fast.plan_pass(*rows, token_budget=20, least_log_chance=least)
+        _, cu_seqlens_q, _ = fast.plan_pass(*rows, token_budget=20, least_log_chance=torch.full((2,), least))
         assert cu_seqlens_q.tolist() == [0, 2, 4]
 
     guarded = torch.full((24,), -5)
@@ -366,10 +368,20 @@ BAD = [
     (plan_pass, {"log_chance": torch.full((8,), torch.nan)}, ValueError, "log_chance holds a number that is not <= 0"),
     (plan_pass, {"log_chance": torch.zeros(8).double()}, TypeError, "log_chance has dtype torch.float64"),
     (plan_pass, {"log_chance": torch.zeros(7)}, ValueError, r"log_chance has shape \[7\], expected \[8\]"),
-    (plan_pass, {"least_log_chance": torch.zeros(1)}, ValueError, r"least_log_chance has shape \[1\], expected \[\]"),
+    (plan_pass, {"least_log_chance": torch.zeros(1)}, ValueError, r"least_log_chance has shape \[1\], expected \[2\]"),
     (plan_pass, {"least_log_chance": -1.0}, TypeError, "least_log_chance must be a tensor, got float"),
-    (plan_pass, {"least_log_chance": torch.tensor(0.1)}, ValueError, "least_log_chance is 0.1"),
-    (plan_pass, {"least_log_chance": torch.tensor(torch.nan)}, ValueError, "least_log_chance is nan, accepted is <= 0"),
+    (
+        plan_pass,
+        {"least_log_chance": torch.tensor([-1, 0.1])},
+        ValueError,
+        "least_log_chance holds a number that is not",
+    ),
+    (
+        plan_pass,
+        {"least_log_chance": torch.full((2,), torch.nan)},
+        ValueError,
+        "least_log_chance holds a number that is not",
+    ),
     (plan_pass, {"token_budget": 0}, ValueError, r"token_budget=0 is not accepted; pass 1 <= token_budget < 2\*\*31"),
     (plan_pass, {"token_budget": 2**31}, ValueError, "token_budget=2147483648"),
     (plan_pass, {"token_budget": 6.0}, TypeError, "token_budget must be an int"),

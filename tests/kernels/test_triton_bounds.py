@@ -187,17 +187,19 @@ def a_state(draw):
 
 
 BUDGETS = st.integers(1, 9) | st.sampled_from([127, 128, 129, 300])
-LEAST = st.none() | st.sampled_from([torch.tensor(-0.3), torch.tensor(torch.nan)])
 
 
 def plan_pass(draw):
-    return passes.plan_pass(*a_state(draw), draw(BUDGETS), draw(LEAST))
+    state = a_state(draw)
+    least = draw(st.sampled_from([None, -0.3, torch.nan]))
+    least = None if least is None else torch.full(state[0].shape, least)
+    return passes.plan_pass(*state, draw(BUDGETS), least)
 
 
 def plan_pass_of_many_rows(draw):
     """The kernel for more rows than registers hold, as if they held 1, and few rows at a time."""
     with mock.patch.multiple(passes, LANES=(1,), ROWS=draw(st.sampled_from([2, 8]))):
-        return passes.plan_pass(*a_state(draw), draw(BUDGETS), draw(LEAST))
+        return plan_pass(draw)
 
 
 def commit_pass(draw):

@@ -39,9 +39,7 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor> plan_pass(
   TORCH_CHECK_VALUE(
       1 <= token_budget && token_budget < 1LL << 31, "token_budget=", token_budget,
       " is not accepted; pass 1 <= token_budget < 2**31");
-  check(least_log_chance, "least_log_chance", at::kFloat, {});
-  const float given = least_log_chance ? *least_log_chance->const_data_ptr<float>() : kLowest;
-  const float least = given <= 0 ? given : 0;  // what must be computed is, whatever is given
+  check(least_log_chance, "least_log_chance", at::kFloat, final.sizes());
   const auto finals = final.accessor<int64_t, 1>(), starts = row_starts.accessor<int64_t, 1>();
   const auto nexts = next_self.accessor<int64_t, 1>();
   const auto chances = log_chance.accessor<float, 1>();
@@ -51,6 +49,11 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor> plan_pass(
     const int64_t after = slot >= 0 && slot < num_slots ? nexts[slot] : slot;
     return after > slot && after < num_slots ? after : slot;
   };
+
+  // Log of the least chance of a segment that is taken. What is no such log stands for a chance of 1.
+  const at::Tensor any = at::full({least_log_chance ? 0 : rows}, kLowest);
+  const auto given = (least_log_chance ? *least_log_chance : any).accessor<float, 1>();
+  const auto least = [&](int64_t row) { return given[row] <= 0 ? given[row] : 0; };
 
   std::vector<int64_t> ends(rows);
   std::priority_queue<Segment> segments;
@@ -62,7 +65,7 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor> plan_pass(
     ends[row] = end;
     if (left == 0 || next(end) == end) return;
     const float longer = std::max(kLowest, log_sum + chances[end]);
-    if (longer >= least) segments.push({longer, row, end});
+    if (longer >= least(row)) segments.push({longer, row, end});
   };
   for (int64_t row = 0; row < rows; ++row) take(row, finals[row], 0);
   while (left > 0 && !segments.empty()) {

@@ -31,8 +31,8 @@ def plan_pass(
     sizes, log_sums = (torch.stack(column, 1).flatten() for column in zip(*columns, strict=True))  # [R * K], row by row
 
     if least_log_chance is not None:
-        least = torch.where(least_log_chance <= 0, least_log_chance, 0.0)
-        sizes = torch.where(log_sums >= least, sizes, 0)
+        least = torch.where(least_log_chance <= 0, least_log_chance, 0.0)  # what must be computed is, whatever is given
+        sizes = torch.where(log_sums >= least.repeat_interleave(len(columns)), sizes, 0)
     order = log_sums.argsort(descending=True, stable=True)
     in_order = sizes[order]
     left = token_budget - (in_order.cumsum(0) - in_order)  # of the budget, before each segment

@@ -36,24 +36,25 @@ def first_log_sum(reach, after):
 
 
 @triton.jit
-def least_level(least_log_chance):
-    """The least sum of log chances of a segment that is taken: finite, as -inf stands for none, and at most 0."""
-    least = LOWEST
+def least_log_sum(least_log_chance, row, exists):
+    """The least sum of log chances of a segment that each row takes; what is no such log stands for a chance of 1."""
+    least = tl.full(row.shape, LOWEST, tl.float32)
     if least_log_chance is not None:
-        given = tl.load(least_log_chance)
-        least = tl.where(given <= 0, tl.maximum(given, LOWEST), 0.0)
+        given = tl.load(least_log_chance + row, mask=exists, other=0.0)
+        least = tl.where(given <= 0, given, 0.0)
     return least
 
 
 @triton.jit
-def take_level(next_self, log_chance, num_slots, reach, after, log_sum, level):
+def take_level(next_self, log_chance, num_slots, least, reach, after, log_sum, level):
     """(reach, after, log_sum) once the rows with a segment of `level` have taken it."""
     taken = log_sum == level
     reach = tl.where(taken, after, reach)
     after = tl.where(taken, following(next_self, reach, num_slots, taken), after)
     is_open = taken & (after > reach)
     longer = tl.minimum(log_sum, 0.0) + tl.load(log_chance + reach, mask=is_open, other=0.0)
-    log_sum = tl.where(taken, tl.where(is_open, tl.maximum(longer, LOWEST), float("-inf")), log_sum)
+    longer = tl.where(is_open, tl.maximum(longer, LOWEST), float("-inf"))
+    log_sum = tl.where(taken, tl.where(longer >= least, longer, float("-inf")), log_sum)
     return reach, after, log_sum
 
 
@@ -89,13 +90,13 @@ def window_kernel(
     reach = begin  # the end if the budget allows
     after = following(next_self, reach, num_slots, exists)
     log_sum = first_log_sum(reach, after)
+    least = least_log_sum(least_log_chance, row, exists)
     best = tl.max(log_sum, 0)
     left = token_budget.to(tl.int64)
-    least = least_level(least_log_chance)
-    while (left > 0) & (best >= least):
+    while (left > 0) & (best > float("-inf")):
         level = best
         while best == level:  # more than once if a guess is certain: a row may then have several segments of a level
-            reach, after, log_sum = take_level(next_self, log_chance, num_slots, reach, after, log_sum, level)
+            reach, after, log_sum = take_level(next_self, log_chance, num_slots, least, reach, after, log_sum, level)
             best = tl.max(log_sum, 0)
         end, left = spend(end, reach, left)
     store_windows(row_starts, cu_seqlens_q, kv_ranges, row, exists, begin, end, 0)
@@ -121,8 +122,7 @@ def many_windows_kernel(
         tl.store(log_sums + row, log_sum, mask=exists)
         best = tl.maximum(best, tl.max(log_sum, 0))
     left = token_budget.to(tl.int64)
-    least = least_level(least_log_chance)
-    while (left > 0) & (best >= least):
+    while (left > 0) & (best > float("-inf")):
         level = best
         while best == level:
             tl.debug_barrier()  # on CUDA, one thread stores the state of a row and another loads it
@@ -133,7 +133,10 @@ def many_windows_kernel(
                 reach = tl.load(reaches + row, mask=exists, other=0)
                 after = tl.load(afters + row, mask=exists, other=0)
                 log_sum = tl.load(log_sums + row, mask=exists, other=float("-inf"))
-                reach, after, log_sum = take_level(next_self, log_chance, num_slots, reach, after, log_sum, level)
+                least = least_log_sum(least_log_chance, row, exists)
+                reach, after, log_sum = take_level(
+                    next_self, log_chance, num_slots, least, reach, after, log_sum, level
+                )
                 tl.store(reaches + row, reach, mask=exists)
                 tl.store(afters + row, after, mask=exists)
                 tl.store(log_sums + row, log_sum, mask=exists)
@@ -209,14 +212,15 @@ def plan_pass(
     cu_seqlens_q = final.new_empty(rows + 1, dtype=torch.int32)
     kv_ranges = final.new_empty(rows, 2)
     final = final.contiguous()
-    state = final, row_starts.contiguous(), next_self.contiguous(), log_chance.contiguous(), least_log_chance
+    state = final, row_starts.contiguous(), next_self.contiguous(), log_chance.contiguous()
+    least = None if least_log_chance is None else least_log_chance.contiguous()
     results, sizes = (cu_seqlens_q, kv_ranges), (num_slots, rows, token_budget)
     if rows <= LANES[-1]:
         lanes = next(lanes for lanes in LANES if rows <= lanes)
-        window_kernel[(1,)](*state, *results, *sizes, LANES=lanes, **window_options(lanes))
+        window_kernel[(1,)](*state, least, *results, *sizes, LANES=lanes, **window_options(lanes))
     else:
         memory = *(torch.empty_like(final) for _ in range(3)), torch.empty_like(final, dtype=torch.float32)
-        many_windows_kernel[(1,)](*state, *results, *memory, *sizes, LANES=ROWS, **ROWS_OPTIONS)
+        many_windows_kernel[(1,)](*state, least, *results, *memory, *sizes, LANES=ROWS, **ROWS_OPTIONS)
     slots_kernel[(rows + 1,)](final, cu_seqlens_q, slots, rows, token_budget, BLOCK=BLOCK, **OPTIONS)
     return slots, cu_seqlens_q, kv_ranges
 

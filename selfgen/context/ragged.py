@@ -18,9 +18,12 @@ from torch import Tensor
 from transformers import AttentionInterface, PreTrainedModel
 from transformers.cache_utils import Cache, CacheLayerMixin
 
-from selfgen_kernels import kv_append, ragged_attention
+import selfgen_kernels  # noqa: F401  (registers the operators)
 
 ATTENTION = "selfgen"
+# The operators themselves: they run once a layer and pass, where the checks of the public functions cost a few per cent
+# and hold by how a pass is made.
+kv_append, ragged_attention = torch.ops.selfgen.kv_append, torch.ops.selfgen.ragged_attention
 
 
 class UnsupportedModelError(ValueError):
@@ -145,10 +148,10 @@ def _attention(
         value,
         ragged_pass.cu_seqlens_q,
         ragged_pass.kv_ranges,
-        scale=scaling,
-        sliding_window=sliding_window,
-        softcap=softcap,
-        sinks=s_aux,
+        query.shape[-1] ** -0.5 if scaling is None else scaling,
+        sliding_window,
+        softcap,
+        s_aux,
     )
     return output[None], None  # [1, N, heads, head_dim]
 

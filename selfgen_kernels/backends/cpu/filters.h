@@ -37,7 +37,7 @@ SELFGEN_CLONES(
     void, exp64, (const float values[kGroup], float peak, float weights[kGroup]), (values, peak, weights))
 
 // The finite values of a row, each with a weight: its probability relative to the peak's, or 1.
-template <typename T>
+template <typename AnyRow>
 struct Weighted {
   // Calls f(value, weight) for all values with keys first, .., last.
   template <typename F>
@@ -70,15 +70,15 @@ struct Weighted {
     return sum;
   }
 
-  const LogitsRow<T>& row;
+  const AnyRow& row;
   const float* maxima;
   float peak;
   bool by_mass;
 };
 
 // The smallest value that is at least `low` and has less than `target` of weight above it; the peak if there is none.
-template <typename T>
-float smallest_kept(const Weighted<T>& weighted, float low, double target) {
+template <typename AnyRow>
+float smallest_kept(const Weighted<AnyRow>& weighted, float low, double target) {
   uint32_t first = key_of(low), last = key_of(weighted.peak);  // what is sought is between them
   double above = 0;                                            // weight of the values beyond the last
   for (;;) {
@@ -118,11 +118,11 @@ float smallest_kept(const Weighted<T>& weighted, float low, double target) {
 }
 
 // The cutoff of one row, whose largest maximum `peak` is finite. `scratch`: room for the maxima.
-template <typename T>
+template <typename AnyRow>
 float filter_cutoff(
-    const LogitsRow<T>& row, const Filters& filters, const float* maxima, float peak, float* scratch) {
+    const AnyRow& row, const Filters& filters, const float* maxima, float peak, float* scratch) {
   const int64_t groups = row.groups(), k = std::max<int64_t>(1, filters.top_k);
-  Weighted<T> weighted{row, maxima, peak, false};
+  Weighted<AnyRow> weighted{row, maxima, peak, false};
   float cutoff = std::numeric_limits<float>::lowest();
   if (k < row.vocab_size) {
     float bound = cutoff;

@@ -1,8 +1,9 @@
 // linear_sample_mix and linear_sample_shard on CPU; their contract is in ops/sampling.py.
 //
 // The vocabulary passes by in groups: the product of one group's head with all rows, which lie in vector lanes, then
-// the draw of each row takes the group in. Without a filter nothing else is kept of the logits. With one, the logits of
-// a few rows at a time are, and are drawn from as sample_mix does.
+// the draw of each row takes the group in. Without a filter nothing else is kept of the logits. With one, the values that
+// reach a bound of the row's cutoff are (kept.h), or, where these do not fit, all logits of a few rows at a time. From
+// what is kept, rows are drawn as sample_mix does.
 //
 // A logit depends on its own row of `hidden` and `weight` only: neither the batch nor the number of threads changes a
 // bit of it. Sums are fp32 (fp64 for fp64 heads) and round to the dtype of the head, as a linear layer's do.
@@ -13,12 +14,14 @@
 
 #include "checks.h"
 #include "draw.h"
+#include "kept.h"
 #include "product.h"
 #include "rows.h"
 #include "sampling.h"
 
 #include <algorithm>
 #include <atomic>
+#include <deque>
 #include <optional>
 #include <vector>
 
@@ -225,8 +228,8 @@ class HeadRows {
   int64_t lanes() const { return head_.vectors * level_.lanes; }
   int64_t threads() const { return threads_; }
 
-  // Calls f(thread, group, first, count, logits) for all groups, from several threads, in rising order on each. The
-  // shard's ids first, .., first + count - 1 are in the group; logits are [count, lanes()].
+  // Calls f(thread, group, first, count, logits) for all groups, from several threads, in rising order on each, until
+  // it returns false. The shard's ids first, .., first + count - 1 are in the group; logits are [count, lanes()].
   template <typename F>
   void for_each_group(F f) const {
     const int64_t begin = first_id_ / kGroup, end = groups_of(first_id_ + size_);
@@ -242,7 +245,7 @@ class HeadRows {
             const int64_t first = std::max<int64_t>(0, group * kGroup - first_id_);
             const int64_t count = std::min(size_, (group + 1) * kGroup - first_id_) - first;
             level_.group_logits(head_, first, count, buffers);
-            f(thread, group, first, count, (const float*)logits);
+            if (!f(thread, group, first, count, (const float*)logits)) next = end;
           }
         }
       }
@@ -256,25 +259,33 @@ class HeadRows {
   Head<T> head_;
 };
 
+// z of one group of one row in lane `lane`, and its maximum: the ids from the group's `offset` on are the shard's.
+SELFGEN_INLINE float load_lane(
+    const float* logits, int64_t lanes, int64_t lane, int64_t offset, int64_t size, float scale, float z[kGroup]) {
+  float own[kGroup];
+  std::fill_n(own, kGroup, -kInf);
+  for (int64_t j = 0; j < size; ++j) own[offset + j] = logits[j * lanes + lane];
+  return load_group(own, kGroup, scale, -kInf, z);
+}
+
 // How each row is drawn from its part of the vocabulary, from logits that nobody keeps.
 template <typename T>
-std::vector<Draw> draw_rows(const HeadArguments& arguments, const std::vector<Row>& rows, int64_t end_id) {
-  const int64_t count = rows.size();
-  const HeadRows<T> head(arguments, rows.data(), count);
+std::vector<Draw> draw_rows(const HeadArguments& arguments, const Row* rows, int64_t count, int64_t end_id) {
+  const HeadRows<T> head(arguments, rows, count);
   std::vector<Draw> draws;
   draws.reserve(head.threads() * count);
   for (int64_t thread = 0; thread < head.threads(); ++thread) {
-    for (const Row& row : rows) draws.emplace_back(row, arguments.first_id, end_id);
+    for (int64_t i = 0; i < count; ++i) draws.emplace_back(rows[i], arguments.first_id, end_id);
   }
   head.for_each_group([&](int64_t thread, int64_t group, int64_t first, int64_t size, const float* logits) {
     const int64_t lanes = head.lanes(), offset = arguments.first_id + first - group * kGroup;
     for (int64_t i = 0; i < count; ++i) {
       Draw& draw = draws[thread * count + i];
-      float own[kGroup], z[kGroup];
-      std::fill_n(own, kGroup, -kInf);
-      for (int64_t j = 0; j < size; ++j) own[offset + j] = logits[j * lanes + i];
-      draw.feed(group, z, load_group(own, kGroup, draw.row().scale, -kInf, z), draw.noise(group));
+      float z[kGroup];
+      const float largest = load_lane(logits, lanes, i, offset, size, draw.row().scale, z);
+      draw.feed(group, z, largest, draw.noise(group));
     }
+    return true;
   });
   for (int64_t thread = 1; thread < head.threads(); ++thread) {
     for (int64_t i = 0; i < count; ++i) draws[i].merge(draws[thread * count + i]);
@@ -283,40 +294,86 @@ std::vector<Draw> draw_rows(const HeadArguments& arguments, const std::vector<Ro
   return draws;
 }
 
-// The tokens of rows with a filter: logits of as many rows at a time as `bytes` hold, or of one, kept as Stored.
+// The tokens of rows with a filter, from what of their logits can matter, in `bytes` of memory: of the rows for which
+// that holds it, which are put first. Returns how many they are.
+template <typename T>
+int64_t draw_kept(const HeadArguments& arguments, Row* rows, int64_t count, int64_t bytes, int64_t* drawn) {
+  const int64_t vocab_size = arguments.weight.size(0);
+  const HeadRows<T> head(arguments, rows, count);
+  std::atomic<int64_t> bytes_left = bytes, whole = count;
+  std::deque<Keeper> keepers;
+  for (int64_t i = 0; i < count; ++i) keepers.emplace_back(rows[i], vocab_size, bytes_left);
+  head.for_each_group([&](int64_t, int64_t group, int64_t, int64_t size, const float* logits) {
+    for (int64_t i = 0; i < count; ++i) {
+      float z[kGroup];
+      const float largest = load_lane(logits, head.lanes(), i, 0, size, rows[i].scale, z);
+      if (!keepers[i].feed(group, z, largest)) --whole;
+    }
+    return 4 * whole > count;  // where most rows have given up, the others will, and each group costs as much as before
+  });
+  if (4 * whole <= count) return 0;
+  std::vector<Keeper*> kept;
+  std::vector<Row> kept_rows, others;
+  for (int64_t i = 0; i < count; ++i) {
+    (keepers[i].is_whole() ? kept_rows : others).push_back(rows[i]);
+    if (keepers[i].is_whole()) kept.push_back(&keepers[i]);
+  }
+  std::copy(others.begin(), others.end(), std::copy(kept_rows.begin(), kept_rows.end(), rows));
+  sample_rows([&](int64_t i) { return kept[i]->row(); }, vocab_size, rows, kept.size(), drawn);
+  return kept.size();
+}
+
+// The same from all logits of `count` rows, as Stored.
 template <typename T, typename Stored>
-void draw_filtered(
-    const HeadArguments& arguments, const std::vector<Row>& rows, int64_t bytes, std::vector<int64_t>& drawn) {
-  const int64_t vocab_size = arguments.weight.size(0), count = rows.size();
-  const int64_t most = std::clamp<int64_t>(bytes / (vocab_size * int64_t(sizeof(Stored))), 1, count);
+void draw_stored(const HeadArguments& arguments, const Row* rows, int64_t count, Stored* logits, int64_t* drawn) {
+  const int64_t vocab_size = arguments.weight.size(0);
+  const HeadRows<T> head(arguments, rows, count);
+  head.for_each_group([&](int64_t, int64_t, int64_t first, int64_t ids, const float* from) {
+    for (int64_t i = 0; i < count; ++i) {
+      Stored* to = logits + i * vocab_size + first;
+      for (int64_t j = 0; j < ids; ++j) to[j] = Stored(from[j * head.lanes() + i]);
+    }
+    return true;
+  });
+  const auto row = [&](int64_t i) {
+    return LogitsRow<Stored>{logits + i * vocab_size, vocab_size, rows[i].scale};
+  };
+  sample_rows(row, vocab_size, rows, count, drawn);
+}
+
+// The tokens of rows with a filter, in `bytes` of memory, or what one row of Stored takes: first of those whose few
+// values that matter fit, as many rows at a time as turn out to. Rows are put into the order in which they are drawn.
+template <typename T, typename Stored>
+void draw_filtered(const HeadArguments& arguments, Row* rows, int64_t count, int64_t bytes, int64_t* drawn) {
+  const int64_t vocab_size = arguments.weight.size(0), row_bytes = vocab_size * int64_t(sizeof(Stored));
+  const int64_t most = std::clamp<int64_t>(bytes / row_bytes, 1, count);  // that are stored at a time
+  const auto can_keep = [&](const Row& row) { return Keeper::can_keep(row.filters, vocab_size); };
+  int64_t begin = 0, keepable = std::partition(rows, rows + count, can_keep) - rows;
+  for (int64_t at_a_time = keepable; begin < keepable && at_a_time > 0;) {
+    at_a_time = std::min(at_a_time, keepable - begin);
+    at_a_time = draw_kept<T>(arguments, rows + begin, at_a_time, std::max(bytes, row_bytes), drawn + begin);
+    begin += at_a_time;
+    if (at_a_time <= most) break;
+  }
+  if (begin == count) return;
   at::Tensor logits = at::empty({most, vocab_size}, c10::CppTypeToScalarType<Stored>::value);
-  Stored* const data = logits.data_ptr<Stored>();
-  for (int64_t begin = 0; begin < count; begin += most) {
+  for (; begin < count; begin += most) {
     const int64_t size = std::min(most, count - begin);
-    const HeadRows<T> head(arguments, rows.data() + begin, size);
-    head.for_each_group([&](int64_t, int64_t, int64_t first, int64_t ids, const float* from) {
-      for (int64_t i = 0; i < size; ++i) {
-        Stored* to = data + i * vocab_size + first;
-        for (int64_t j = 0; j < ids; ++j) to[j] = Stored(from[j * head.lanes() + i]);
-      }
-    });
-    sample_rows(
-        [&](int64_t i) { return (const Stored*)data + i * vocab_size; }, vocab_size, rows.data() + begin, size,
-        drawn.data() + begin);
+    draw_stored<T>(arguments, rows + begin, size, logits.data_ptr<Stored>(), drawn + begin);
   }
 }
 
 // The same in an eighth of what all logits take in the dtype of the head. A product has been rounded to it: it need not
-// be kept in more, unless a scale or a softcap has been applied to it since.
+// be stored in more, unless a scale or a softcap has been applied to it since.
 template <typename T>
-void draw_filtered(const HeadArguments& arguments, const std::vector<Row>& rows, std::vector<int64_t>& drawn) {
+void draw_filtered(const HeadArguments& arguments, Row* rows, int64_t count, int64_t* drawn) {
   const int64_t bytes = arguments.hidden.size(0) * arguments.weight.size(0) * int64_t(sizeof(T)) / 8;
   if constexpr (sizeof(T) < sizeof(float)) {
     if (float(arguments.logit_scale) == 1 && !arguments.softcap) {
-      return draw_filtered<T, T>(arguments, rows, bytes, drawn);
+      return draw_filtered<T, T>(arguments, rows, count, bytes, drawn);
     }
   }
-  draw_filtered<T, float>(arguments, rows, bytes, drawn);
+  draw_filtered<T, float>(arguments, rows, count, bytes, drawn);
 }
 
 template <typename F>
@@ -339,19 +396,20 @@ Mixed linear_sample_mix(
   const HeadArguments arguments{hidden, weight, bias, softcap, logit_scale, 0};
   check_head(arguments);
   check(reference, "reference", at::kLong, {hidden.size(0)});
-  const Rows rows(hidden.size(0), threshold, seed, sample_ids, positions, inv_temperature, top_k, top_p, min_p);
-  std::vector<int64_t> drawn(rows.selected.size());
-  if (!drawn.empty()) {
-    with_dtype(hidden, [&](auto type) {
-      using T = decltype(type);
-      if (rows.filtered) {
-        draw_filtered<T>(arguments, rows.selected, drawn);
-        return;
-      }
-      const std::vector<Draw> draws = draw_rows<T>(arguments, rows.selected, groups_of(weight.size(0)) * kGroup);
-      for (size_t i = 0; i < draws.size(); ++i) drawn[i] = draws[i].is_valid() ? draws[i].candidate(1).token : -1;
-    });
-  }
+  Rows rows(hidden.size(0), threshold, seed, sample_ids, positions, inv_temperature, top_k, top_p, min_p);
+  const int64_t vocab_size = weight.size(0), count = rows.selected.size();
+  Row* const row = rows.selected.data();
+  std::vector<int64_t> drawn(count);
+  with_dtype(hidden, [&](auto type) {
+    using T = decltype(type);
+    const auto is_plain = [&](const Row& row) { return !row.filters.drop_any(vocab_size); };
+    const int64_t plain = std::partition(row, row + count, is_plain) - row;
+    if (plain > 0) {
+      const std::vector<Draw> draws = draw_rows<T>(arguments, row, plain, groups_of(vocab_size) * kGroup);
+      for (int64_t i = 0; i < plain; ++i) drawn[i] = draws[i].is_valid() ? draws[i].candidate(1).token : -1;
+    }
+    if (plain < count) draw_filtered<T>(arguments, row + plain, count - plain, drawn.data() + plain);
+  });
   return mix(reference, rows, drawn);
 }
 
@@ -366,7 +424,8 @@ std::tuple<at::Tensor, at::Tensor> linear_sample_shard(
   at::Tensor ids = at::full({hidden.size(0), 3}, -1, hidden.options().dtype(at::kLong));
   with_dtype(hidden, [&](auto type) {
     if (rows.selected.empty()) return;
-    const auto draws = draw_rows<decltype(type)>(arguments, rows.selected, first_id + weight.size(0));
+    const auto draws = draw_rows<decltype(type)>(
+        arguments, rows.selected.data(), rows.selected.size(), first_id + weight.size(0));
     for (const Draw& draw : draws) {
       float* value = values.data_ptr<float>() + draw.row().index * 9;
       int64_t* id = ids.data_ptr<int64_t>() + draw.row().index * 3;

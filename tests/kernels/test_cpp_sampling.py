@@ -163,6 +163,35 @@ def test_any_strides():
     for dtype in DTYPES:
         same = wide.to(dtype)[:, :10:2], weight.to(dtype).T.contiguous().T, bias.to(dtype).repeat_interleave(2)[::2]
         assert_same_tokens((*same, *rest), some_rows(7))
+    hidden, _, *rest = a_head(7, 6, 300)  # even, so that bf16 is multiplied in pairs, whose rows begin at any address
+    for offset, stride in ((0, 8), (1, 8), (0, 9), (1, 9)):
+        for dtype in DTYPES:
+            weight = whole_numbers(300 * stride + offset, seed=2, dtype=dtype)[offset:].view(300, stride)[:, :6]
+            assert_same_tokens((hidden.to(dtype), weight, rest[0].to(dtype), *rest[1:]), some_rows(7))
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("width", [1, 2, 31, 600, 1100])
+def test_products_are_those_of_fp64(dtype, width):
+    """Greedy shards of one id show the logit."""
+    generator = torch.Generator().manual_seed(0)
+    hidden, weight = (torch.randn(n, width, generator=generator).to(dtype) for n in (70, 1))
+    rows = rows_of(70, inv_temperature=INF)[:5]
+    logits = ops.linear_sample_shard(hidden, weight, None, None, 1.0, 0, *rows)[0][:, 2, 0]
+    want = hidden.double() @ weight.double()[0]
+    resolution = max(torch.finfo(dtype).eps, torch.finfo(torch.float32).eps)
+    torch.testing.assert_close(logits.double(), want, rtol=resolution, atol=3e-6 * width**0.5)
+
+
+@pytest.mark.parametrize("bad", [torch.nan, INF, -INF])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_bad_factors(dtype, bad):
+    for place in (0, 1):  # hidden, weight
+        for column in (2, 3):  # of a pair
+            head = a_head(9, 4, 300, dtype)
+            head[place][5, column] = bad
+            for filters in ({}, {"top_k": 9, "top_p": 0.91234}):
+                assert_same_tokens(head, some_rows(9, **filters))
 
 
 @pytest.mark.parametrize("bad", [torch.nan, INF, -INF])
@@ -263,10 +292,12 @@ def test_a_row_has_the_same_bits_in_any_batch(random_head, dtype):
         assert torch.equal(alone[1], ids[part])
 
 
-def test_threads_do_not_change_a_bit(random_head):
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_threads_do_not_change_a_bit(random_head, dtype):
+    random_head = [tensor.to(dtype) for tensor in random_head]
     rows, filtered, kept = rows_of(100), rows_of(100, top_p=0.9), rows_of(100, top_k=3, top_p=0.9)
     threads, results = torch.get_num_threads(), []
-    wide = random_head[0], random_head[1].repeat(6, 1) + torch.arange(4200)[:, None] / 4200
+    wide = random_head[0], random_head[1].repeat(6, 1) + (torch.arange(4200)[:, None] / 4200).to(dtype)
     try:
         for count in (1, 2, 5):
             torch.set_num_threads(count)

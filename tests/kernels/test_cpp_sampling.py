@@ -260,6 +260,16 @@ def test_filtered_rows_are_drawn_as_from_their_logits(n, order):
             assert_same_as_its_logits(hidden.to(dtype), weight.to(dtype), rows)
 
 
+def test_a_cutoff_that_rounding_decides():
+    """The best tokens have just the share that top-p asks for, so the order of a sum decides on the next."""
+    weight = torch.full((9001,), -60.0)
+    weight[[77, 4000, 8999]] = torch.tensor([1.0, 0.501, 0.499]).log()
+    for top_p in (0.5, 0.7505):
+        top_p = torch.tensor([top_p, 0.6]).double().repeat(40)
+        assert_same_as_its_logits(torch.ones(80), weight, rows_of(80, top_p=top_p))
+        assert_same_as_its_logits(torch.ones(80).double(), weight.double(), rows_of(80, top_p=top_p[::2].repeat(2)))
+
+
 @pytest.mark.parametrize("bad", [torch.nan, INF, -INF])
 def test_bad_rows_among_filtered_ones(bad):
     """One bad row of many, and one bad logit in each."""

@@ -22,6 +22,9 @@ namespace {
 constexpr int kLogBins = 10;
 constexpr int64_t kFewValues = 64;  // are sorted
 
+// More than all rounding of masses: in the logarithm of a bound, and between two orders of their sums, relatively.
+constexpr double kMassMargin = 0.01, kMassRounding = 1e-5;
+
 // Unsigned integers in the order of the floats, -0 being 0, and back.
 SELFGEN_INLINE uint32_t key_of(float x) {
   const uint32_t bits = bit_cast<uint32_t>(x + 0.f);
@@ -117,7 +120,13 @@ float smallest_kept(const Weighted<AnyRow>& weighted, float low, double target) 
   }
 }
 
-// The cutoff of one row, whose largest maximum `peak` is finite. `scratch`: room for the maxima.
+// The logarithm of what each of all tokens may have, below the cutoff of top-p, of the `mass` that they have together.
+inline double log_dropped(const Filters& filters, double mass, int64_t vocab_size) {
+  return std::log((1 - std::max(0., filters.top_p)) * mass / double(vocab_size)) - kMassMargin;
+}
+
+// The cutoff of one row, whose largest maximum `peak` is finite. `scratch`: room for the maxima. NaN if the row's mass
+// is known up to rounding only, and that leaves it open.
 template <typename AnyRow>
 float filter_cutoff(
     const AnyRow& row, const Filters& filters, const float* maxima, float peak, float* scratch) {
@@ -135,11 +144,17 @@ float filter_cutoff(
   }
   if (filters.top_p < 1) {
     weighted.by_mass = true;
-    const double p = std::max(0., filters.top_p), margin = 0.01;  // more than all rounding of the masses
-    const double mass = weighted.mass(cutoff);
-    const double below = std::log((1 - p) * mass / double(row.vocab_size)) - margin;
-    const float bound = std::nextafter(float(peak + below), -kInf);
-    cutoff = smallest_kept(weighted, std::max(cutoff, bound), p * mass);
+    const auto cutoff_of = [&](double mass) {
+      const float bound = std::nextafter(float(peak + log_dropped(filters, mass, row.vocab_size)), -kInf);
+      return smallest_kept(weighted, std::max(cutoff, bound), std::max(0., filters.top_p) * mass);
+    };
+    if (row.mass > 0) {
+      const float highest = cutoff_of(row.mass * (1 - kMassRounding));
+      if (cutoff_of(row.mass * (1 + kMassRounding)) != highest) return std::nanf("");
+      cutoff = highest;
+    } else {
+      cutoff = cutoff_of(weighted.mass(cutoff));
+    }
   }
   const float by_min_p = peak + filters.log_min_p;  // NaN for a min_p that no one could accept: nothing is dropped
   return by_min_p == by_min_p ? std::max(cutoff, by_min_p) : -kInf;

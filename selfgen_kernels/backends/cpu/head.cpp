@@ -1,9 +1,9 @@
 // linear_sample_mix and linear_sample_shard on CPU; their contract is in ops/sampling.py.
 //
 // The vocabulary passes by in groups: the product of one group's head with all rows, which lie in vector lanes, then
-// the draw of each row takes the group in. Without a filter nothing else is kept of the logits. With one, the values that
-// reach a bound of the row's cutoff are (kept.h), or, where these do not fit, all logits of a few rows at a time. From
-// what is kept, rows are drawn as sample_mix does.
+// the draw of each row takes the group in. Without a filter nothing else is kept of the logits. With one, the values
+// that reach a bound of the row's cutoff are (kept.h), or, where these do not fit, all logits of a few rows at a time.
+// From what is kept, rows are drawn as sample_mix does.
 //
 // A logit depends on its own row of `hidden` and `weight` only: neither the batch nor the number of threads changes a
 // bit of it. Sums are fp32 (fp64 for fp64 heads) and round to the dtype of the head, as a linear layer's do.
@@ -27,9 +27,9 @@
 
 namespace {
 
-constexpr int64_t kDepth = 256;   // Numbers of a product at a time: what multiplies 8 ids then stays in the nearest cache
-constexpr int64_t kIds = 8;       // that are multiplied at a time
-constexpr int64_t kTask = 16;      // groups that a thread takes at a time, at most
+constexpr int64_t kDepth = 256;  // Numbers at a time: what multiplies 8 ids then stays in the nearest cache
+constexpr int64_t kIds = 8;      // that are multiplied at a time
+constexpr int64_t kTask = 16;    // groups that a thread takes at a time, at most
 
 // What is multiplied at a time: a Number is an Accumulator<T>, or a Pair.
 template <typename Number>
@@ -334,10 +334,14 @@ std::vector<Draw> draw_rows(const HeadArguments& arguments, const Row* rows, int
   return draws;
 }
 
-// The tokens of rows with a filter, from what of their logits can matter, in `bytes` of memory: of the rows for which
-// that holds it, which are put first. Returns how many they are.
+// What became of some rows, which are put into this order.
+struct Outcome {
+  int64_t drawn, gave_up;  // the others are open: see kOpen
+};
+
+// The tokens of rows with a filter, from what of their logits can matter, in `bytes` of memory.
 template <typename T>
-int64_t draw_kept(const HeadArguments& arguments, Row* rows, int64_t count, int64_t bytes, int64_t* drawn) {
+Outcome draw_kept(const HeadArguments& arguments, Row* rows, int64_t count, int64_t bytes, int64_t* drawn) {
   const int64_t vocab_size = arguments.weight.size(0);
   const HeadRows<T> head(arguments, rows, count);
   std::atomic<int64_t> bytes_left = bytes, whole = count;
@@ -351,16 +355,26 @@ int64_t draw_kept(const HeadArguments& arguments, Row* rows, int64_t count, int6
     }
     return 4 * whole > count;  // where most rows have given up, the others will, and each group costs as much as before
   });
-  if (4 * whole <= count) return 0;
+  if (4 * whole <= count) return {0, count};
   std::vector<Keeper*> kept;
-  std::vector<Row> kept_rows, others;
+  std::vector<Row> kept_rows, gave_up, open;
   for (int64_t i = 0; i < count; ++i) {
-    (keepers[i].is_whole() ? kept_rows : others).push_back(rows[i]);
+    (keepers[i].is_whole() ? kept_rows : gave_up).push_back(rows[i]);
     if (keepers[i].is_whole()) kept.push_back(&keepers[i]);
   }
-  std::copy(others.begin(), others.end(), std::copy(kept_rows.begin(), kept_rows.end(), rows));
-  sample_rows([&](int64_t i) { return kept[i]->row(); }, vocab_size, rows, kept.size(), drawn);
-  return kept.size();
+  std::vector<int64_t> tokens(kept.size());
+  sample_rows([&](int64_t i) { return kept[i]->row(); }, vocab_size, kept_rows.data(), kept.size(), tokens.data());
+  Row* next = rows;
+  for (size_t i = 0; i < kept.size(); ++i) {
+    if (tokens[i] == kOpen) {
+      open.push_back(kept_rows[i]);
+    } else {
+      *drawn++ = tokens[i];
+      *next++ = kept_rows[i];
+    }
+  }
+  std::copy(open.begin(), open.end(), std::copy(gave_up.begin(), gave_up.end(), next));
+  return {next - rows, int64_t(gave_up.size())};
 }
 
 // The same from all logits of `count` rows, as Stored.
@@ -382,18 +396,21 @@ void draw_stored(const HeadArguments& arguments, const Row* rows, int64_t count,
 }
 
 // The tokens of rows with a filter, in `bytes` of memory, or what one row of Stored takes: first of those whose few
-// values that matter fit, as many rows at a time as turn out to. Rows are put into the order in which they are drawn.
+// values that matter fit, as many rows at a time as turn out to, then of the others. Rows are put into the order in
+// which they are drawn.
 template <typename T, typename Stored>
 void draw_filtered(const HeadArguments& arguments, Row* rows, int64_t count, int64_t bytes, int64_t* drawn) {
   const int64_t vocab_size = arguments.weight.size(0), row_bytes = vocab_size * int64_t(sizeof(Stored));
   const int64_t most = std::clamp<int64_t>(bytes / row_bytes, 1, count);  // that are stored at a time
   const auto can_keep = [&](const Row& row) { return Keeper::can_keep(row.filters, vocab_size); };
   int64_t begin = 0, keepable = std::partition(rows, rows + count, can_keep) - rows;
-  for (int64_t at_a_time = keepable; begin < keepable && at_a_time > 0;) {
-    at_a_time = std::min(at_a_time, keepable - begin);
-    at_a_time = draw_kept<T>(arguments, rows + begin, at_a_time, std::max(bytes, row_bytes), drawn + begin);
-    begin += at_a_time;
-    if (at_a_time <= most) break;
+  for (int64_t at_a_time = keepable; begin < keepable;) {
+    const int64_t size = std::min(at_a_time, keepable - begin);
+    const bool only_open_left = size == keepable - begin;  // if none gives up
+    const Outcome outcome = draw_kept<T>(arguments, rows + begin, size, std::max(bytes, row_bytes), drawn + begin);
+    begin += outcome.drawn;
+    at_a_time = size - outcome.gave_up;
+    if (outcome.drawn <= most || (only_open_left && outcome.gave_up == 0)) break;
   }
   if (begin == count) return;
   at::Tensor logits = at::empty({most, vocab_size}, c10::CppTypeToScalarType<Stored>::value);

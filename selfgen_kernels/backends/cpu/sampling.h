@@ -15,15 +15,19 @@
 
 namespace {
 
-// The token of a row, or -1 if it is invalid. Scratch: the maxima of its groups, then room for as many and 64 more.
+constexpr int64_t kInvalid = -1, kOpen = -2;  // in place of a token
+
+// The token of a row, kInvalid, or kOpen if what is kept of it does not tell its cutoff. Scratch: the maxima of its
+// groups, then room for as many and 64 more.
 template <typename AnyRow>
 int64_t sample_row(const AnyRow& logits, const Row& row, float* scratch) {
   const int64_t groups = logits.groups();
   const float* maxima = scratch;
   float* const noise = scratch + groups;
   const float peak = *std::max_element(maxima, maxima + groups);
-  if (!(-kInf < peak && peak < kInf)) return -1;
+  if (!(-kInf < peak && peak < kInf)) return kInvalid;
   const float cutoff = filter_cutoff(logits, row.filters, maxima, peak, noise);
+  if (cutoff != cutoff) return kOpen;
 
   // Every group's score is at least its maximum plus noise. Few have a chance against the best of these.
   float best = -kInf;

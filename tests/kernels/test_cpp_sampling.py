@@ -163,6 +163,35 @@ def test_any_strides():
     for dtype in DTYPES:
         same = wide.to(dtype)[:, :10:2], weight.to(dtype).T.contiguous().T, bias.to(dtype).repeat_interleave(2)[::2]
         assert_same_tokens((*same, *rest), some_rows(7))
+    hidden, _, *rest = a_head(7, 6, 300)  # even, so that bf16 is multiplied in pairs, whose rows begin at any address
+    for offset, stride in ((0, 8), (1, 8), (0, 9), (1, 9)):
+        for dtype in DTYPES:
+            weight = whole_numbers(300 * stride + offset, seed=2, dtype=dtype)[offset:].view(300, stride)[:, :6]
+            assert_same_tokens((hidden.to(dtype), weight, rest[0].to(dtype), *rest[1:]), some_rows(7))
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("width", [1, 2, 31, 600, 1100])
+def test_products_are_those_of_fp64(dtype, width):
+    """Greedy shards of one id show the logit."""
+    generator = torch.Generator().manual_seed(0)
+    hidden, weight = (torch.randn(n, width, generator=generator).to(dtype) for n in (70, 1))
+    rows = rows_of(70, inv_temperature=INF)[:5]
+    logits = ops.linear_sample_shard(hidden, weight, None, None, 1.0, 0, *rows)[0][:, 2, 0]
+    want = hidden.double() @ weight.double()[0]
+    resolution = max(torch.finfo(dtype).eps, torch.finfo(torch.float32).eps)
+    torch.testing.assert_close(logits.double(), want, rtol=resolution, atol=3e-6 * width**0.5)
+
+
+@pytest.mark.parametrize("bad", [torch.nan, INF, -INF])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_bad_factors(dtype, bad):
+    for place in (0, 1):  # hidden, weight
+        for column in (2, 3):  # of a pair
+            head = a_head(9, 4, 300, dtype)
+            head[place][5, column] = bad
+            for filters in ({}, {"top_k": 9, "top_p": 0.91234}):
+                assert_same_tokens(head, some_rows(9, **filters))
 
 
 @pytest.mark.parametrize("bad", [torch.nan, INF, -INF])
@@ -188,6 +217,70 @@ def test_softcap_over_the_whole_range():
     torch.testing.assert_close(capped, want, rtol=5e-7, atol=0)
 
 
+# ---- Filters of the head: products of one term are those of torch, so its tokens are those of the logits -------------
+
+ORDERS = {
+    "random": lambda x: x,
+    "rising": lambda x: x.sort().values,  # no bound of a cutoff holds for long
+    "falling": lambda x: x.sort(descending=True).values,
+    "flat": torch.zeros_like,  # nothing can be dropped
+    "flat at the end": lambda x: torch.where(torch.arange(len(x)) < len(x) // 2, x, 1.5),
+    "hardly finite": lambda x: torch.where(torch.arange(len(x)) % 700 == 0, x, -INF),
+}
+
+
+def assert_same_as_its_logits(hidden, weight, rows):
+    """`ops.linear_sample_mix` against `ops.sample_mix` for hidden [N] and weight [V]."""
+    references = torch.arange(len(hidden)) + 10**6
+    got = ops.linear_sample_mix(hidden[:, None], weight[:, None], None, None, 1.0, references, *rows)
+    logits = hidden[:, None] * weight
+    assert_same(got, ops.sample_mix(logits if logits.dtype != torch.float64 else logits.float(), references, *rows))
+
+
+@pytest.mark.parametrize("order", ORDERS)
+@pytest.mark.parametrize("n", [1, 5, 48, 150])
+def test_filtered_rows_are_drawn_as_from_their_logits(n, order):
+    """Any filters in any row, from one token kept to all but one or all."""
+    vocab_size, generator = 9001, torch.Generator().manual_seed(n)
+    weight = ORDERS[order](torch.randn(vocab_size, generator=generator) * 3)
+    hidden = torch.rand(n, generator=generator) + 0.5
+
+    def any_of(*values):
+        return torch.tensor(values)[torch.randint(len(values), (n,), generator=generator)]
+
+    few, any_k = any_of(1, 2, 50, 141, 300), any_of(1, 2, 50, 141, 1000, 4500, 9000, 9001, 10**6)
+    any_p, any_min_p = any_of(0.1234567, 0.5123, 0.91234, 1.0).double(), any_of(0.0, 1e-6, 0.123, 1.0).double()
+    inv_temperature = any_of(0.7, 1.0, 1.3, INF)
+    for dtype in DTYPES:
+        for filters in (
+            {"top_k": few}, {"top_k": any_k}, {"top_p": any_p}, {"min_p": any_min_p}, {"top_k": few, "top_p": any_p},
+            {"top_k": any_k, "top_p": any_p, "min_p": any_min_p}, {"top_k": 50, "top_p": 0.95},
+        ):  # fmt: skip
+            rows = rows_of(n, prob=0.8, inv_temperature=inv_temperature, **filters)
+            assert_same_as_its_logits(hidden.to(dtype), weight.to(dtype), rows)
+
+
+def test_a_cutoff_that_rounding_decides():
+    """The best tokens have just the share that top-p asks for, so the order of a sum decides on the next."""
+    weight = torch.full((9001,), -60.0)
+    weight[[77, 4000, 8999]] = torch.tensor([1.0, 0.501, 0.499]).log()
+    for top_p in (0.5, 0.7505):
+        top_p = torch.tensor([top_p, 0.6]).double().repeat(40)
+        assert_same_as_its_logits(torch.ones(80), weight, rows_of(80, top_p=top_p))
+        assert_same_as_its_logits(torch.ones(80).double(), weight.double(), rows_of(80, top_p=top_p[::2].repeat(2)))
+
+
+@pytest.mark.parametrize("bad", [torch.nan, INF, -INF])
+def test_bad_rows_among_filtered_ones(bad):
+    """One bad row of many, and one bad logit in each."""
+    hidden, weight = torch.linspace(0.5, 2, 40), torch.randn(9001, generator=torch.Generator().manual_seed(0))
+    for filters in ({"top_k": 50}, {"top_k": 50, "top_p": 0.9}, {"top_p": 0.9}, {"min_p": 0.1}, {"top_k": 8000}):
+        some_hidden, some_weight = hidden.clone(), weight.clone()
+        some_hidden[7], some_weight[5000] = bad, bad
+        assert_same_as_its_logits(some_hidden, weight, rows_of(40, **filters))
+        assert_same_as_its_logits(hidden, some_weight, rows_of(40, **filters))
+
+
 # ---- Invariance and memory -------------------------------------------------------------------------------------------
 
 
@@ -209,14 +302,18 @@ def test_a_row_has_the_same_bits_in_any_batch(random_head, dtype):
         assert torch.equal(alone[1], ids[part])
 
 
-def test_threads_do_not_change_a_bit(random_head):
-    rows, filtered = rows_of(100), rows_of(100, top_p=0.9)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_threads_do_not_change_a_bit(random_head, dtype):
+    random_head = [tensor.to(dtype) for tensor in random_head]
+    rows, filtered, kept = rows_of(100), rows_of(100, top_p=0.9), rows_of(100, top_k=3, top_p=0.9)
     threads, results = torch.get_num_threads(), []
+    wide = random_head[0], random_head[1].repeat(6, 1) + (torch.arange(4200)[:, None] / 4200).to(dtype)
     try:
         for count in (1, 2, 5):
             torch.set_num_threads(count)
             shard = ops.linear_sample_shard(*random_head, None, None, 1.0, 37, *rows[:5])
             tokens = ops.linear_sample_mix(*random_head, None, None, 1.0, rows[2], *filtered)
+            tokens += ops.linear_sample_mix(*wide, None, None, 1.0, rows[2], *kept)
             logits = random_head[0][:2].repeat(1, 200)  # [2, 60000]: fewer rows than threads
             few = (row[:2] if isinstance(row, torch.Tensor) else row for row in filtered)
             results.append((*shard, *tokens, *ops.sample_mix(logits, rows[2][:2], *few)))

@@ -41,6 +41,9 @@ for name in ("float32", "bfloat16", "float16", "float64"):
     cuts[name] = torch.equal(close[f"attention {name}"], cuts[name])
 torch.save((torch.ops.selfgen._cpu_level(), tokens, close, cuts), sys.argv[1])
 """
+# avx512_bf16 adds the products of a bf16 head in pairs, so some of its logits round to a neighbour: near ties may turn.
+TIES = {"head bfloat16": 1}
+ROUNDS_APART = "shard bfloat16"
 TOLERANCE = {torch.float32: 1e-5, torch.bfloat16: 2e-2, torch.float16: 2e-3, torch.float64: 1e-12}
 
 
@@ -63,9 +66,10 @@ def test_levels_agree(level, best, tmp_path):
     ran, tokens, close, cuts = run(level, tmp_path)
     assert LEVELS.index(ran) == max(LEVELS.index(level), LEVELS.index(best[0]))  # never more than the machine has
     for name, got in tokens.items():
-        assert torch.equal(got, best[1][name]), name
+        assert (got != best[1][name]).sum() <= TIES.get(name.rpartition(" ")[0], 0), name
     for name, got in close.items():
         tolerance = TOLERANCE[got.dtype] * (10 if name.startswith("shard") else 1)
+        tolerance = TOLERANCE[torch.bfloat16] if name == ROUNDS_APART else tolerance
         torch.testing.assert_close(got, best[2][name], rtol=tolerance, atol=tolerance, equal_nan=True, msg=name)
     assert all(cuts.values()), cuts
 
@@ -74,4 +78,4 @@ def test_an_unknown_level_is_named():
     command = [sys.executable, "-c", "import selfgen_kernels"]
     done = subprocess.run(command, env=os.environ | {"SELFGEN_CPU_LEVEL": "sse9"}, capture_output=True, text=True)
     assert done.returncode != 0
-    assert "SELFGEN_CPU_LEVEL=sse9 is not accepted; set one of avx512, avx2, default" in done.stderr
+    assert "SELFGEN_CPU_LEVEL=sse9 is not accepted; set one of avx512_bf16, avx512, avx2, default" in done.stderr

@@ -1,8 +1,10 @@
 """C++ kernels for CPU, built by setup.py. Where they were not built, the reference runs and a warning says so once.
 
 On x86 they are compiled for several instruction sets, of which the best one of the machine is used. The environment
-variable SELFGEN_CPU_LEVEL, read when this package is imported, asks for a lesser one: avx512, avx2 or default. Tokens
-do not depend on it but at near ties of a head's products; a level that the machine does not have is never used.
+variable SELFGEN_CPU_LEVEL, read when this package is imported, asks for a lesser one: avx512_bf16, avx512, avx2 or
+default; the first is avx512 but for the products of bf16 heads. Tokens do not depend on it but at near ties of a head's
+products: most often between avx512_bf16 and the others, as only there pairs of products are added and subnormal numbers
+of bf16 heads count as 0. A level that the machine does not have is never used.
 """
 
 import os
@@ -15,7 +17,7 @@ import torch
 
 from selfgen_kernels.backends import reference
 
-LEVELS = ("avx512", "avx2", "default")
+LEVELS = ("avx512_bf16", "avx512", "avx2", "default")
 
 
 def _load() -> str | None:

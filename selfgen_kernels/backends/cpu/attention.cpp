@@ -364,8 +364,8 @@ template <typename T>
 Level<T> best_level() {
   constexpr int64_t size = sizeof(Accumulator<T>);
 #if SELFGEN_X86_LEVELS
-  if (kIsa == Isa::kAvx512) return {64 / size, attend_avx512<T>};
-  if (kIsa == Isa::kAvx2) return {32 / size, attend_avx2<T>};
+  if (kIsa >= Isa::kAvx512) return {64 / size, attend_avx512<T>};
+  if (kIsa >= Isa::kAvx2) return {32 / size, attend_avx2<T>};
 #endif
   return {16 / size, attend_default<T>};
 }

@@ -22,6 +22,9 @@ namespace {
 constexpr int kLogBins = 10;
 constexpr int64_t kFewValues = 64;  // are sorted
 
+// More than all rounding of masses: in the logarithm of a bound, and between two orders of their sums, relatively.
+constexpr double kMassMargin = 0.01, kMassRounding = 1e-5;
+
 // Unsigned integers in the order of the floats, -0 being 0, and back.
 SELFGEN_INLINE uint32_t key_of(float x) {
   const uint32_t bits = bit_cast<uint32_t>(x + 0.f);
@@ -37,7 +40,7 @@ SELFGEN_CLONES(
     void, exp64, (const float values[kGroup], float peak, float weights[kGroup]), (values, peak, weights))
 
 // The finite values of a row, each with a weight: its probability relative to the peak's, or 1.
-template <typename T>
+template <typename AnyRow>
 struct Weighted {
   // Calls f(value, weight) for all values with keys first, .., last.
   template <typename F>
@@ -70,15 +73,15 @@ struct Weighted {
     return sum;
   }
 
-  const LogitsRow<T>& row;
+  const AnyRow& row;
   const float* maxima;
   float peak;
   bool by_mass;
 };
 
 // The smallest value that is at least `low` and has less than `target` of weight above it; the peak if there is none.
-template <typename T>
-float smallest_kept(const Weighted<T>& weighted, float low, double target) {
+template <typename AnyRow>
+float smallest_kept(const Weighted<AnyRow>& weighted, float low, double target) {
   uint32_t first = key_of(low), last = key_of(weighted.peak);  // what is sought is between them
   double above = 0;                                            // weight of the values beyond the last
   for (;;) {
@@ -117,12 +120,18 @@ float smallest_kept(const Weighted<T>& weighted, float low, double target) {
   }
 }
 
-// The cutoff of one row, whose largest maximum `peak` is finite. `scratch`: room for the maxima.
-template <typename T>
+// The logarithm of what each of all tokens may have, below the cutoff of top-p, of the `mass` that they have together.
+inline double log_dropped(const Filters& filters, double mass, int64_t vocab_size) {
+  return std::log((1 - std::max(0., filters.top_p)) * mass / double(vocab_size)) - kMassMargin;
+}
+
+// The cutoff of one row, whose largest maximum `peak` is finite. `scratch`: room for the maxima. NaN if the row's mass
+// is known up to rounding only, and that leaves it open.
+template <typename AnyRow>
 float filter_cutoff(
-    const LogitsRow<T>& row, const Filters& filters, const float* maxima, float peak, float* scratch) {
+    const AnyRow& row, const Filters& filters, const float* maxima, float peak, float* scratch) {
   const int64_t groups = row.groups(), k = std::max<int64_t>(1, filters.top_k);
-  Weighted<T> weighted{row, maxima, peak, false};
+  Weighted<AnyRow> weighted{row, maxima, peak, false};
   float cutoff = std::numeric_limits<float>::lowest();
   if (k < row.vocab_size) {
     float bound = cutoff;
@@ -135,11 +144,17 @@ float filter_cutoff(
   }
   if (filters.top_p < 1) {
     weighted.by_mass = true;
-    const double p = std::max(0., filters.top_p), margin = 0.01;  // more than all rounding of the masses
-    const double mass = weighted.mass(cutoff);
-    const double below = std::log((1 - p) * mass / double(row.vocab_size)) - margin;
-    const float bound = std::nextafter(float(peak + below), -kInf);
-    cutoff = smallest_kept(weighted, std::max(cutoff, bound), p * mass);
+    const auto cutoff_of = [&](double mass) {
+      const float bound = std::nextafter(float(peak + log_dropped(filters, mass, row.vocab_size)), -kInf);
+      return smallest_kept(weighted, std::max(cutoff, bound), std::max(0., filters.top_p) * mass);
+    };
+    if (row.mass > 0) {
+      const float highest = cutoff_of(row.mass * (1 - kMassRounding));
+      if (cutoff_of(row.mass * (1 + kMassRounding)) != highest) return std::nanf("");
+      cutoff = highest;
+    } else {
+      cutoff = cutoff_of(weighted.mass(cutoff));
+    }
   }
   const float by_min_p = peak + filters.log_min_p;  // NaN for a min_p that no one could accept: nothing is dropped
   return by_min_p == by_min_p ? std::max(cutoff, by_min_p) : -kInf;

@@ -95,6 +95,7 @@ struct LogitsRow {
   const T* logits;  // dense
   int64_t vocab_size;
   float scale;
+  static constexpr double mass = 0;  // not known before all values are summed
 };
 
 }  // namespace

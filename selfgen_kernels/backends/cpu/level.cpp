@@ -8,7 +8,7 @@
 
 namespace {
 
-std::string cpu_level() { return kIsa == Isa::kAvx512 ? "avx512" : kIsa == Isa::kAvx2 ? "avx2" : "default"; }
+std::string cpu_level() { return kIsaNames[int(kIsa)]; }
 
 }  // namespace
 

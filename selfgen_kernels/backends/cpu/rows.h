@@ -18,6 +18,10 @@ namespace {
 using Mixed = std::tuple<at::Tensor, at::Tensor, at::Tensor>;  // tokens, is_self, invalid: [N] each
 
 struct Filters {
+  // Whether a token could be dropped. A min_p that is NaN, which no one could accept, drops nothing at all.
+  bool drop_any(int64_t vocab_size) const {
+    return log_min_p == log_min_p && (top_k < vocab_size || top_p < 1 || log_min_p > -kInf);
+  }
   int64_t top_k = std::numeric_limits<int64_t>::max();
   double top_p = 1;
   float log_min_p = -kInf;
@@ -37,7 +41,7 @@ struct Rows {
       int64_t count, const at::Tensor& threshold, int64_t seed, const at::Tensor& sample_ids,
       const at::Tensor& positions, const at::Tensor& inv_temperature, const OptionalTensor& top_k,
       const OptionalTensor& top_p, const OptionalTensor& min_p)
-      : is_self(at::empty({count}, threshold.options().dtype(at::kBool))), filtered(top_k || top_p || min_p) {
+      : is_self(at::empty({count}, threshold.options().dtype(at::kBool))) {
     check(threshold, "threshold", at::kLong, {count});
     check_keys(sample_ids, positions, count);
     check(inv_temperature, "inv_temperature", at::kFloat, {count});
@@ -65,7 +69,6 @@ struct Rows {
     }
   }
   at::Tensor is_self;  // bool [N]
-  bool filtered;
   std::vector<Row> selected;
 };
 

@@ -13,10 +13,11 @@ namespace {
 
 template <typename T>
 void sample(const at::Tensor& logits, const Rows& rows, std::vector<int64_t>& drawn) {
-  const int64_t stride = logits.stride(0);
-  sample_rows(
-      [&, data = logits.const_data_ptr<T>()](int64_t i) { return data + rows.selected[i].index * stride; },
-      logits.size(1), rows.selected.data(), drawn.size(), drawn.data());
+  const auto row = [&, data = logits.const_data_ptr<T>()](int64_t i) {
+    const Row& row = rows.selected[i];
+    return LogitsRow<T>{data + row.index * logits.stride(0), logits.size(1), row.scale};
+  };
+  sample_rows(row, logits.size(1), rows.selected.data(), drawn.size(), drawn.data());
 }
 
 Mixed sample_mix(

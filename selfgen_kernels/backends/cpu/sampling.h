@@ -1,4 +1,4 @@
-// A row of logits that is in memory: its filters, and its token.
+// A row of logits that is in memory, or what of it can matter: its filters, and its token.
 
 #pragma once
 
@@ -15,15 +15,19 @@
 
 namespace {
 
-// The token of a row, or -1 if it is invalid. Scratch: the maxima of its groups, then room for as many and 64 more.
-template <typename T>
-int64_t sample_row(const LogitsRow<T>& logits, const Row& row, float* scratch) {
+constexpr int64_t kInvalid = -1, kOpen = -2;  // in place of a token
+
+// The token of a row, kInvalid, or kOpen if what is kept of it does not tell its cutoff. Scratch: the maxima of its
+// groups, then room for as many and 64 more.
+template <typename AnyRow>
+int64_t sample_row(const AnyRow& logits, const Row& row, float* scratch) {
   const int64_t groups = logits.groups();
   const float* maxima = scratch;
   float* const noise = scratch + groups;
   const float peak = *std::max_element(maxima, maxima + groups);
-  if (!(-kInf < peak && peak < kInf)) return -1;
+  if (!(-kInf < peak && peak < kInf)) return kInvalid;
   const float cutoff = filter_cutoff(logits, row.filters, maxima, peak, noise);
+  if (cutoff != cutoff) return kOpen;
 
   // Every group's score is at least its maximum plus noise. Few have a chance against the best of these.
   float best = -kInf;
@@ -48,7 +52,7 @@ int64_t sample_row(const LogitsRow<T>& logits, const Row& row, float* scratch) {
   return draw.candidate(1).token;
 }
 
-// The tokens `drawn` from the logits of `count` rows; logits_of(i) points to those of rows[i].
+// The tokens `drawn` from the logits of `count` rows; logits_of(i) is the LogitsRow or the KeptRow of rows[i].
 template <typename F>
 void sample_rows(F logits_of, int64_t vocab_size, const Row* rows, int64_t count, int64_t* drawn) {
   const int64_t groups = groups_of(vocab_size), threads = at::get_num_threads();
@@ -56,7 +60,7 @@ void sample_rows(F logits_of, int64_t vocab_size, const Row* rows, int64_t count
   const bool few = count < threads;  // then threads share the rows
   at::Tensor scratch = at::empty({few ? 1 : threads, per_thread}, at::kFloat);
   const auto sample = [&](int64_t i, float* own, auto sweep) {
-    const LogitsRow row{logits_of(i), vocab_size, rows[i].scale};
+    const auto row = logits_of(i);
     sweep([&](int64_t begin, int64_t end) { row.maxima(begin, end, own); });
     drawn[i] = sample_row(row, rows[i], own);
   };

@@ -8,6 +8,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import torch
+from datasets import Dataset
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 from transformers import PreTrainedModel
@@ -27,6 +28,11 @@ class Rows:
         """The first ``rows`` rows with at most ``answer`` answer tokens each."""
         answers = [reference[:answer] for reference in self.references[:rows]]
         return Rows(self.prompts[:rows], answers, self.sample_ids[:rows])
+
+    def dataset(self) -> Dataset:
+        """As `tokenize_rows` gives them."""
+        columns = {"prompt_ids": self.prompts, "answer_ids": self.references, "sample_id": self.sample_ids}
+        return Dataset.from_dict(columns)
 
 
 class Grid:

@@ -46,11 +46,15 @@ def report(request):
 def compare(benchmark, request):
     """Time several ways to the same thing, alternating; the first one is ours.
 
-    Call with a title, the sides (functions) and the columns that tell this comparison from the title's others. Returns
-    each side's median seconds, and adds a row to the title's table: milliseconds, and how many times ours that is.
+    Call with a title, the sides (functions) and the columns that tell this comparison from the title's others; ``own``
+    is how many of the first sides are variants of ours. Returns each side's median seconds, and adds a row to the
+    title's table: milliseconds, and how many times ours that is. ``extra_info["ratios"]`` has each peer's time over
+    ours, and the first peer's over each further variant.
     """
 
-    def run(title: str, sides: dict[str, Callable[[], object]], columns: dict[str, object]) -> dict[str, float]:
+    def run(
+        title: str, sides: dict[str, Callable[[], object]], columns: dict[str, object], *, own: int = 1
+    ) -> dict[str, float]:
         names = list(sides)
         inner = {name: _inner_calls(side) for name, side in sides.items()}
         seconds: dict[str, list[float]] = {name: [] for name in names}
@@ -81,7 +85,9 @@ def compare(benchmark, request):
         row = dict(columns)
         for name, median in medians.items():
             row[f"{name}, ms"] = f"{median * 1e3:.3g}" + ("" if name == names[0] else f" ({median / mine:.2g}x)")
-        benchmark.extra_info.update(columns, rounds=rounds, median_seconds=medians)
+        ratios = {name: medians[name] / mine for name in names[own:]}
+        ratios |= {f"{names[own]} / {name}": medians[names[own]] / medians[name] for name in names[1:own]}
+        benchmark.extra_info.update(columns, rounds=rounds, median_seconds=medians, ratios=ratios)
         request.config.stash[_TABLES].setdefault(title, []).append(row)
         return medians
 

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import os
 import platform
+import shlex
 import statistics
 import time
 from collections.abc import Callable
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from xml.etree import ElementTree
 
@@ -15,6 +17,9 @@ import torch
 import transformers
 
 os.environ.setdefault("HF_DATASETS_OFFLINE", "1")
+
+PACKAGES = ("torch", "transformers", "triton", "numpy", "selfgen", "trl")
+"""Whose versions stand in the JSON; null where one is not installed."""
 
 _TABLES = pytest.StashKey[dict[str, list[dict]]]()
 
@@ -33,6 +38,24 @@ def pytest_addoption(parser):
 
 def pytest_configure(config):
     config.stash[_TABLES] = {}
+
+
+def pytest_benchmark_update_machine_info(machine_info):
+    """What pytest-benchmark's JSON lacks beside the processor, the system and Python."""
+    machine_info["threads"] = torch.get_num_threads()
+    machine_info["gpu"] = torch.cuda.get_device_name() if torch.cuda.is_available() else None
+    machine_info["versions"] = {name: _version(name) for name in PACKAGES}
+
+
+def pytest_benchmark_update_json(config, output_json):
+    output_json["command"] = shlex.join(["python", "-m", "pytest", *config.invocation_params.args])
+
+
+def _version(package: str) -> str | None:
+    try:
+        return version(package)
+    except PackageNotFoundError:
+        return None
 
 
 @pytest.fixture

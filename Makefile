@@ -44,9 +44,15 @@ slow: setup
 	$(BIN)/python -m pytest -m slow $(ARGS)
 
 bench: setup
-	@echo "==> benchmarks; report in outputs/bench.md and outputs/bench.json"
+	@echo "==> benchmarks; report in outputs/bench.md and outputs/bench.json, then, even if some fail, plots in outputs"
 	@mkdir -p outputs
-	$(BIN)/python -m pytest benchmarks --benchmark-json=outputs/bench.json --report outputs/bench.md $(ARGS)
+	@rm -f outputs/bench.json
+	benchmarks=0; regressions=0; \
+	$(BIN)/python -m pytest benchmarks --benchmark-json=outputs/bench.json --report outputs/bench.md $(ARGS) \
+	  || benchmarks=$$?; \
+	test ! -s outputs/bench.json || { $(BIN)/python -m benchmarks.plots outputs/bench.json && \
+	  $(BIN)/python -m benchmarks.regression outputs/bench.json; } || regressions=$$?; \
+	exit $$((benchmarks | regressions))
 
 lint: setup
 	$(BIN)/ruff check .

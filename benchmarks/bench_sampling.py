@@ -140,7 +140,7 @@ def test_sample_mix(compare, recorded, rows, vocabulary, dtype):
         "two-level, torch.compile": lambda: compiled_two_level(logits),
         **gpu_peers(logits, filtered=False),
     }
-    seconds = compare("sample_mix", sides, {"rows": rows, "vocabulary": vocabulary, "dtype": dtype})
+    seconds = compare("sample_mix", sides, {"rows": rows, "vocabulary": vocabulary, "dtype": dtype}, own=2)
     if (rows, vocabulary, dtype, logits.device.type) == (64, "49k", "fp32", "cpu"):
         assert seconds["multinomial(softmax)"] >= 35 * seconds["sample_mix"]
         assert seconds["sample_mix"] <= 1.3 * seconds["argmax"]
@@ -167,6 +167,7 @@ def test_top_k_and_top_p(compare, recorded, rows, vocabulary, dtype):
         f"sample_mix, temperature {TEMPERATURE}, top-k {TOP_K}, top-p {TOP_P}, min-p 0.05",
         sides,
         {"rows": rows, "vocabulary": vocabulary, "dtype": dtype},
+        own=4,
     )
     if (rows, vocabulary, dtype, logits.device.type) == (64, "49k", "fp32", "cpu"):
         assert seconds["top-k + top-p"] <= 3 * seconds["argmax"]

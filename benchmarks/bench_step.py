@@ -104,7 +104,8 @@ def test_step(benchmark, step, report, self_prob):
         "computed per token": round(stats.computed_per_context_token, 2),
         "agreement": round(stats.agreement, 2),
     }
-    benchmark.extra_info.update(row)
+    ratios = {name: seconds[name] / seconds["BSS"] for name in (CHECKPOINTED, PLAIN)}
+    benchmark.extra_info.update(row, ratios=ratios)
     report(f"optimizer step, {MICRO_BATCHES} x {ROWS} rows, medians of {ROUNDS}", [row])
     for name, targets in ((CHECKPOINTED, TARGETS), (PLAIN, PLAIN_TARGETS)):
         target = targets.get(self_prob)

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import os
 import platform
+import shlex
 import statistics
 import time
 from collections.abc import Callable
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from xml.etree import ElementTree
 
@@ -15,6 +17,9 @@ import torch
 import transformers
 
 os.environ.setdefault("HF_DATASETS_OFFLINE", "1")
+
+PACKAGES = ("torch", "transformers", "triton", "numpy", "selfgen", "trl")
+"""Whose versions stand in the JSON; null where one is not installed."""
 
 _TABLES = pytest.StashKey[dict[str, list[dict]]]()
 
@@ -35,6 +40,24 @@ def pytest_configure(config):
     config.stash[_TABLES] = {}
 
 
+def pytest_benchmark_update_machine_info(machine_info):
+    """What pytest-benchmark's JSON lacks beside the processor, the system and Python."""
+    machine_info["threads"] = torch.get_num_threads()
+    machine_info["gpu"] = torch.cuda.get_device_name() if torch.cuda.is_available() else None
+    machine_info["versions"] = {name: _version(name) for name in PACKAGES}
+
+
+def pytest_benchmark_update_json(config, output_json):
+    output_json["command"] = shlex.join(["python", "-m", "pytest", *config.invocation_params.args])
+
+
+def _version(package: str) -> str | None:
+    try:
+        return version(package)
+    except PackageNotFoundError:
+        return None
+
+
 @pytest.fixture
 def report(request):
     """Call with a title and rows (dicts of one shape) to have a table in the report."""
@@ -46,11 +69,15 @@ def report(request):
 def compare(benchmark, request):
     """Time several ways to the same thing, alternating; the first one is ours.
 
-    Call with a title, the sides (functions) and the columns that tell this comparison from the title's others. Returns
-    each side's median seconds, and adds a row to the title's table: milliseconds, and how many times ours that is.
+    Call with a title, the sides (functions) and the columns that tell this comparison from the title's others; ``own``
+    is how many of the first sides are variants of ours. Returns each side's median seconds, and adds a row to the
+    title's table: milliseconds, and how many times ours that is. ``extra_info["ratios"]`` has each peer's time over
+    ours, and the first peer's over each further variant.
     """
 
-    def run(title: str, sides: dict[str, Callable[[], object]], columns: dict[str, object]) -> dict[str, float]:
+    def run(
+        title: str, sides: dict[str, Callable[[], object]], columns: dict[str, object], *, own: int = 1
+    ) -> dict[str, float]:
         names = list(sides)
         inner = {name: _inner_calls(side) for name, side in sides.items()}
         seconds: dict[str, list[float]] = {name: [] for name in names}
@@ -81,7 +108,9 @@ def compare(benchmark, request):
         row = dict(columns)
         for name, median in medians.items():
             row[f"{name}, ms"] = f"{median * 1e3:.3g}" + ("" if name == names[0] else f" ({median / mine:.2g}x)")
-        benchmark.extra_info.update(columns, rounds=rounds, median_seconds=medians)
+        ratios = {name: medians[name] / mine for name in names[own:]}
+        ratios |= {f"{names[own]} / {name}": medians[names[own]] / medians[name] for name in names[1:own]}
+        benchmark.extra_info.update(columns, rounds=rounds, median_seconds=medians, ratios=ratios)
         request.config.stash[_TABLES].setdefault(title, []).append(row)
         return medians
 

@@ -1,0 +1,242 @@
+"""What contexts cost against p, batch, answer length and model size, in units of one teacher-forced forward.
+
+    make bench            (or: pytest benchmarks/bench_sweeps.py)
+
+The forward is over the same rows, with logits at the answers, and alternates with the generation. fp32. Beside them,
+where rows are few, one whole step of ``BSSTrainer`` over these rows; `bench_step` has steps over p.
+"""
+
+from __future__ import annotations
+
+import time
+from functools import cache
+
+import pytest
+import torch
+from datasets import Dataset
+from torch import Tensor
+from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedModel, PreTrainedTokenizerBase
+
+from selfgen import BSSConfig, BSSTrainer, ContextGenerator, MixedContext
+from selfgen.data import tokenize_rows
+
+from .bench_step import Step
+from .fixtures import DEVICE, gsm8k, load_smollm2
+from .peers import Grid, Rows
+
+ROUNDS = 2  # the faster one counts: whatever else the machine does only adds to a time
+SELF_PROBS = (0.1, 0.25, 0.5, 1.0)
+BATCHES = (1, 8, 32)
+LENGTHS, LENGTH_ROWS, DEPTH_ROWS = (64, 128, 256, 512, 1024), 4, 2
+LARGEST_SLOWDOWN = 1.3  # of a token from the shortest to the longest answer
+STEP_TOKENS = 1700  # of rows that are few enough for a whole step, which takes ten seconds for so many
+SIZES = {  # hidden size, layers, intermediate size, heads, K/V heads; SmolLM2's vocabulary, tied to the head
+    "10M": (128, 16, 384, 2, 1),
+    "50M": (384, 20, 1024, 6, 2),
+    "135M": (576, 30, 1536, 9, 3),
+    "350M": (960, 32, 2560, 15, 5),
+    "1B": (1792, 28, 4864, 28, 7),
+}
+SIZE_ROWS, SIZE_PROMPT, SIZE_ANSWER = 4, 32, 96
+REAL = "135M, real"
+AGREEMENT = 0.61  # of SmolLM2's own tokens with GSM8K's answers: what random weights are brought to
+
+
+@cache
+def smollm2() -> tuple[ContextGenerator, PreTrainedTokenizerBase]:
+    model, tokenizer = load_smollm2()
+    return ready(ContextGenerator(model)), tokenizer
+
+
+def ready(generator: ContextGenerator) -> ContextGenerator:
+    """Its budget is measured and its model probed, which happens once, before the clock starts."""
+    generator.generate([[1, 2]], [[3, 4]], 1.0, seed=0, sample_ids=[0])
+    return generator
+
+
+def tokenized(data: Dataset) -> Rows:
+    data, _ = tokenize_rows(data, smollm2()[1], max_length=2048)
+    return Rows(list(data["prompt_ids"]), list(data["answer_ids"]), list(data["sample_id"]))
+
+
+@cache
+def long_rows() -> Rows:
+    """Rows whose answers go on with the next problems and their solutions: text at any length."""
+    examples = []
+    for row in range(LENGTH_ROWS):
+        first, *others = gsm8k("train", 1000 + 12 * row, 1012 + 12 * row)
+        more = [f"{other['prompt']}\n{other['completion']}" for other in others]
+        examples.append(first | {"completion": "\n\n".join([first["completion"], *more])})
+    return tokenized(Dataset.from_list(examples))
+
+
+class Training(Step):
+    """Whole optimizer steps over any rows; at a learning rate of 0, so that the weights stay."""
+
+    def __init__(self, folder: str) -> None:
+        generator, tokenizer = smollm2()
+        budget = generator.token_budget
+        how = BSSConfig(folder, learning_rate=0.0, use_cpu=DEVICE == "cpu", report_to=[], token_budget=budget)
+        self.trainer = BSSTrainer(generator.model, how, train_dataset=long_rows().dataset(), processing_class=tokenizer)
+        self.trainer.create_optimizer()
+        self.over(long_rows().shortened(1, 8))  # the optimizer's state, the check of replay
+
+    def over(self, rows: Rows) -> dict[str, float | None]:
+        """Columns with the seconds of a step, where rows are few."""
+        seconds = contexts = None
+        if sum(map(len, rows.prompts + rows.references)) <= STEP_TOKENS:
+            self.batches = [self.trainer.data_collator([*rows.dataset()])]
+            seconds, contexts = (round(value, 2) for value in self(0.25)[:2])
+        return {"whole step, s": seconds, "of it contexts, s": contexts}
+
+
+@pytest.fixture(scope="module")
+def training(tmp_path_factory) -> Training:
+    return Training(str(tmp_path_factory.mktemp("training")))
+
+
+@pytest.fixture
+def cost(benchmark, report):
+    """Time contexts and the forward, alternating, and add a row to the sweep's table; returns the row."""
+
+    def run(sweep: str, value: float | str, generator: ContextGenerator, rows: Rows, p: float, **extra) -> dict:
+        model = generator.model
+        grid = Grid(rows, model.device)
+        forwards: list[float] = []
+        mixed: list[MixedContext] = []
+
+        def generate() -> None:
+            mixed.append(generator.generate(rows.prompts, rows.references, p, seed=0, sample_ids=rows.sample_ids))
+
+        def time_forward() -> None:  # before each round and outside its clock
+            started = time.perf_counter()
+            forward(model, grid)
+            forwards.append(time.perf_counter() - started)
+
+        benchmark.pedantic(generate, setup=time_forward, rounds=ROUNDS)
+        stats = mixed[0].stats
+        contexts = min(one.stats.seconds for one in mixed)
+        once = min(forwards)
+        row = {
+            sweep: value,
+            "contexts, s": round(contexts, 2),
+            "one forward, s": round(once, 2),
+            "contexts / forward": round(contexts / once, 2),
+            "ms a context token": round(contexts / stats.context_tokens * 1e3, 2),
+            "context tokens": stats.context_tokens,
+            "passes": stats.passes,
+            "budget": generator.token_budget,
+            "computed per token": round(stats.computed_per_context_token, 2),
+            "agreement": round(stats.agreement, 2),
+            **extra,
+        }
+        benchmark.extra_info.update(row, sweep=sweep, value=value, ratios={"one forward": once / contexts})
+        report(f"contexts against {sweep}, best of {ROUNDS}", [row])
+        return row
+
+    return run
+
+
+@torch.no_grad()
+def forward(model: PreTrainedModel, grid: Grid) -> Tensor:
+    """Logits [R, T, V]."""
+    return model(
+        input_ids=grid.tokens,
+        attention_mask=grid.mask,
+        position_ids=grid.positions,
+        use_cache=False,
+        logits_to_keep=grid.width,
+    ).logits
+
+
+@pytest.mark.parametrize("self_prob", SELF_PROBS)
+def test_self_prob(cost, self_prob):
+    cost("p", self_prob, smollm2()[0], tokenized(gsm8k("train", 1000, 1008)), self_prob)
+
+
+@pytest.mark.parametrize("batch", BATCHES)
+def test_batch(cost, training, batch):
+    rows = tokenized(gsm8k("train", 1000, 1000 + batch))
+    cost("rows", batch, smollm2()[0], rows, 0.25, **training.over(rows))
+
+
+_by_length: dict[int, dict] = {}
+
+
+@pytest.mark.parametrize("length", LENGTHS)
+def test_answer_length(cost, training, length):
+    """The depth is the passes where each may compute all: the chain of corrections, not the tokens over the budget."""
+    generator, _ = smollm2()
+    rows = long_rows().shortened(LENGTH_ROWS, length)
+    everything = ContextGenerator(generator.model, token_budget=1_000_000)
+    deep = rows.shortened(DEPTH_ROWS, length)
+    depth = everything.generate(deep.prompts, deep.references, 0.25, seed=0, sample_ids=deep.sample_ids).stats.passes
+    _by_length[length] = cost("answer tokens", length, generator, rows, 0.25, depth=depth, **training.over(rows))
+
+
+def test_long_answers_cost_no_more_a_token(report):
+    """Targets: the depth grows slower than the root of the length, and a token takes about as long at each length."""
+    if _by_length.keys() != set(LENGTHS):
+        pytest.skip("not all lengths were measured")
+    shortest, rows = _by_length[LENGTHS[0]], []
+    for length, row in _by_length.items():
+        growth = {
+            "answer tokens": length,
+            "depth": row["depth"] / shortest["depth"],
+            "depth, target below": (length / LENGTHS[0]) ** 0.5,
+            "time a token": row["ms a context token"] / shortest["ms a context token"],
+            "time a token, target": LARGEST_SLOWDOWN,
+        }
+        rows.append({name: round(value, 2) for name, value in growth.items()})
+    report(f"growth from {LENGTHS[0]} answer tokens on", rows)
+    assert rows[-1]["depth"] < rows[-1]["depth, target below"]
+    assert rows[-1]["time a token"] <= LARGEST_SLOWDOWN
+
+
+@pytest.mark.parametrize("size", [*SIZES, REAL])
+def test_model_size(cost, size):
+    if size == REAL:
+        generator = smollm2()[0]
+        rows = tokenized(gsm8k("train", 1000, 1000 + SIZE_ROWS)).shortened(SIZE_ROWS, SIZE_ANSWER)
+    else:
+        generator, rows = random_weights(size)
+    parameters = sum(parameter.numel() for parameter in generator.model.parameters())
+    cost("model size", size, generator, rows, 0.25, parameters=f"{parameters / 1e6:.0f}M")
+
+
+def random_weights(size: str) -> tuple[ContextGenerator, Rows]:
+    """A random-weight Llama and rows that it agrees with about as often as SmolLM2 does with GSM8K.
+
+    The references are its own free-running text, and the temperature is the one at which two draws from the same logits
+    agree with the chance `AGREEMENT`.
+    """
+    hidden_size, layers, intermediate_size, heads, kv_heads = SIZES[size]
+    config = LlamaConfig(
+        vocab_size=49_152,
+        hidden_size=hidden_size,
+        intermediate_size=intermediate_size,
+        num_hidden_layers=layers,
+        num_attention_heads=heads,
+        num_key_value_heads=kv_heads,
+        max_position_embeddings=8192,
+        tie_word_embeddings=True,
+    )
+    torch.manual_seed(0)
+    model = LlamaForCausalLM(config).eval()
+    prompts = torch.randint(3, config.vocab_size, (SIZE_ROWS, SIZE_PROMPT)).tolist()
+    ids = list(range(SIZE_ROWS))
+    grid = Grid(Rows(prompts, torch.randint(3, config.vocab_size, (SIZE_ROWS, 16)).tolist(), ids), model.device)
+    generator = ready(ContextGenerator(model, temperature=peaked_temperature(forward(model, grid).flatten(0, 1))))
+    nothing = [[0] * SIZE_ANSWER] * SIZE_ROWS
+    text = generator.generate(prompts, nothing, 1.0, seed=1, sample_ids=ids).tokens
+    return generator, Rows(prompts, [row.tolist() for row in text], ids)
+
+
+def peaked_temperature(logits: Tensor) -> float:
+    """The temperature at which two draws from softmax(logits [N, V] / temperature) are the same with `AGREEMENT`."""
+    low, high = 1e-4, 10.0
+    for _ in range(20):
+        middle = (low * high) ** 0.5
+        same = (logits / middle).softmax(-1).square().sum(-1).mean()
+        low, high = (middle, high) if same > AGREEMENT else (low, middle)
+    return low

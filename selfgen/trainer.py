@@ -200,9 +200,11 @@ class BSSTrainer(Trainer):
         replay = self._replay if model.training else None
         replayed = nullcontext if replay is None else partial(replay.hidden_states.replay, replay.slots(inputs))
         inputs = {key: value for key, value in inputs.items() if key not in _BOOKKEEPING}
-        loss = partial(
-            super().compute_loss, inputs=inputs, return_outputs=return_outputs, num_items_in_batch=num_items_in_batch
-        )
+        compute_loss = super().compute_loss
+
+        def loss(model):
+            return compute_loss(model, dict(inputs), return_outputs, num_items_in_batch)  # which may take labels out
+
         if replay is not None and not self._replay_verified:
             replayed = replayed if self._verify_replay(model, loss, replayed) else nullcontext
         with replayed():

@@ -127,6 +127,20 @@ def test_padding_to_a_multiple(tmp_path):
     check(tmp_path, prepare=prepare)
 
 
+def test_label_smoothing(tmp_path):
+    check(tmp_path, label_smoothing_factor=0.1)
+
+
+def test_a_loss_of_the_users(tmp_path):
+    def loss(outputs, labels, num_items_in_batch):
+        return outputs.logits[:, :-1][labels[:, 1:] != -100].logsumexp(-1).sum() / num_items_in_batch
+
+    def prepare(trainer):
+        trainer.compute_loss_func = loss
+
+    check(tmp_path, prepare=prepare)
+
+
 class Evaluating(TrainerCallback):
     """Evaluates between the micro-batches of a step, and between steps."""
 

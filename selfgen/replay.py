@@ -157,4 +157,19 @@ class _Replay(torch.autograd.Function):
             hidden = ctx.entering().requires_grad_()
             output = ctx.layer(hidden)
         inputs = hidden, *ctx.trainable
-        return None, None, None, *torch.autograd.grad(output, inputs, gradient.to(output.dtype), allow_unused=True)
+        with _without_hooks(ctx.trainable):
+            gradients = torch.autograd.grad(output, inputs, gradient.to(output.dtype), allow_unused=True)
+        return None, None, None, *gradients
+
+
+@contextmanager
+def _without_hooks(parameters: list[Tensor]) -> Iterator[None]:
+    """Inside, hooks on ``parameters`` do not run: they do in the outer graph, once."""
+    hooked = [(parameter, parameter._backward_hooks) for parameter in parameters if parameter._backward_hooks]
+    try:
+        for parameter, _ in hooked:
+            parameter._backward_hooks = None
+        yield
+    finally:
+        for parameter, hooks in hooked:
+            parameter._backward_hooks = hooks

@@ -234,6 +234,15 @@ def test_lora_anywhere(tmp_path, settings, changes):
     check(tmp_path, partial(lora, **settings), **changes)
 
 
+def test_hooks_on_parameters_see_each_gradient_once(tmp_path):
+    def hooked():
+        model = tiny_model("llama")
+        model.model.layers[0].mlp.up_proj.weight.register_hook(lambda gradient: 3 * gradient)
+        return model
+
+    check(tmp_path, hooked)
+
+
 def eager(**settings):
     model = tiny_model("llama", **settings)
     model.set_attn_implementation("eager")

@@ -104,6 +104,12 @@ class BSSTrainer(Trainer):
         self._mix_next()
         return batches, num_items
 
+    def train(self, *args, **kwargs):
+        try:
+            return super().train(*args, **kwargs)
+        finally:
+            self._replay = None  # where the last step failed or was broken off
+
     def training_step(self, model, inputs, num_items_in_batch=None):
         if self._mixed == 0:
             self._mix_next()
@@ -123,6 +129,7 @@ class BSSTrainer(Trainer):
 
     def mix(self, batches: list[dict[str, Tensor]]) -> None:
         """Replace the answers in ``input_ids`` by mixed contexts, for all micro-batches at once; labels stay."""
+        self._replay = None  # of a step that failed or was broken off
         self.meter.contexts_begin()
         self_prob = self.args.self_prob_at(self.state.global_step, self.state.max_steps)
         rows = [row for batch in batches for row in _rows(batch)]

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import gc
 import os
+import weakref
 from functools import partial
 
 import pytest
@@ -16,6 +18,7 @@ from transformers import AutoModelForCausalLM, TrainerCallback
 
 from selfgen import BSSTrainer
 from selfgen.data import Collator
+from selfgen.replay import HiddenStates
 
 WORLD = 2
 llama = partial(tiny_model, "llama")
@@ -262,9 +265,67 @@ def test_bf16_is_off_by_its_noise(tmp_path, precision):
     assert 0 < distance(gradients, want) <= 1.5 * distance(other, want)
 
 
+@pytest.fixture
+def kept(monkeypatch):
+    """Weak references to all hidden states that are kept; the collector of cycles is off."""
+    references = []
+    init = HiddenStates.__init__
+
+    def recorded(self, *args):
+        references.append(weakref.ref(self))
+        init(self, *args)
+
+    monkeypatch.setattr(HiddenStates, "__init__", recorded)
+    gc.disable()
+    yield references
+    gc.enable()
+
+
 class At(TrainerCallback):
     def __init__(self, event, action):
         setattr(self, event, lambda args, state, control, **kwargs: action(control))
+
+
+def test_states_are_freed_before_the_optimizer_steps(tmp_path, kept):
+    trainer = make_trainer(tmp_path, max_steps=2)
+    alive = []
+    trainer.add_callback(At("on_substep_end", lambda _: alive.append(kept[-1]() is not None)))
+    trainer.add_callback(At("on_pre_optimizer_step", lambda _: alive.append(kept[-1]() is not None)))
+    trainer.train()
+    assert alive == [True, False] * 2
+
+
+def test_states_are_freed_where_a_step_is_broken_off(tmp_path, kept):
+    def stop(control):
+        control.should_training_stop = True
+
+    trainer = make_trainer(tmp_path)
+    trainer.add_callback(At("on_substep_end", stop))
+    trainer.train()
+    assert len(kept) == 1
+    assert kept[0]() is None
+
+
+def test_states_are_freed_where_a_step_fails(tmp_path, kept):
+    def fail(_):
+        raise KeyboardInterrupt
+
+    trainer = make_trainer(tmp_path)
+    trainer.add_callback(At("on_substep_end", fail))
+    with pytest.raises(KeyboardInterrupt):
+        trainer.train()
+    assert len(kept) == 1
+    assert trainer._replay is None
+
+
+def test_a_step_that_was_broken_off_is_not_replayed_by_the_next(tmp_path):
+    trainer = make_trainer(tmp_path)
+    batch = Collator(0)([rows(2)[0]])
+    trainer.mix([batch])
+    assert trainer._replay is not None
+    trainer.args.self_prob = 0.0
+    trainer.mix([batch])
+    assert trainer._replay is None
 
 
 def ddp_worker(rank, folder):

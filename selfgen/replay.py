@@ -16,6 +16,7 @@ from functools import partial
 
 import torch
 from torch import Tensor, nn
+from torch.utils._pytree import tree_leaves
 from transformers import PreTrainedModel
 from transformers.modeling_layers import GradientCheckpointingLayer
 
@@ -127,7 +128,8 @@ class HiddenStates:
     def _replay_layer(
         self, index: int, slots: Tensor, trainable: list[Tensor], forward: Callable, hidden: Tensor, *args
     ) -> Tensor:
-        if any(isinstance(arg, Tensor) and arg.requires_grad for arg in args):
+        given = args, getattr(forward, "keywords", {})
+        if any(isinstance(leaf, Tensor) and leaf.requires_grad for leaf in tree_leaves(given)):
             raise ReplayError("a decoder layer has more than one input with a gradient")
         entering, leaving = partial(self.at, index, slots), partial(self.at, index + 1, slots)
         return _Replay.apply(lambda states: forward(states, *args), entering, leaving, hidden, *trainable)

@@ -223,11 +223,14 @@ class BSSTrainer(Trainer):
         unwrapped = self.accelerator.unwrap_model(model)  # ranks may come to different ends, so no collectives
         with torch.no_grad():
             ordinary = loss(unwrapped)
+        try:
             with replayed():
-                found = loss(unwrapped)
+                found = loss(unwrapped)  # with gradients, as only these show what the layers must have one of
+        except ReplayError as reason:
+            return self._replay_off(reason)
         if isinstance(ordinary, tuple):  # with outputs
             ordinary, found = ordinary[0], found[0]
-        difference = float((found - ordinary).abs() / ordinary.abs())
+        difference = float((found.detach() - ordinary).abs() / ordinary.abs())
         full_precision = self.generator.model.dtype == torch.float32 and self.accelerator.mixed_precision == "no"
         if not difference <= (1e-4 if full_precision else 2e-2):  # NaN is a difference, too
             return self._replay_off(f"the loss would be off by {difference:.1e} of itself")

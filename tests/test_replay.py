@@ -7,8 +7,9 @@ from functools import partial
 
 import pytest
 import torch
-from models import CONFIGS, tiny_model
+from models import ALTERNATING, BASE, CONFIGS, VOCAB, tiny_model
 from test_trainer import make_trainer, rows, weights
+from transformers import AutoModelForCausalLM, Gemma4TextConfig
 
 from selfgen import ContextGenerator
 from selfgen.data import Collator
@@ -227,6 +228,18 @@ def test_a_layer_with_more_than_hidden_states_is_found_out(tmp_path, caplog):
     trainer, _ = trained(tmp_path, "replay", model=model)
     assert "first argument is not the hidden states that left the one before it" in caplog.text
     assert not trainer._replays
+
+
+def test_a_second_input_with_a_gradient_is_found_out(tmp_path, caplog):
+    """Gemma 4's embeddings for each layer: only a forward with gradients shows that they have one."""
+    settings = {**BASE, "layer_types": ALTERNATING, "sliding_window": 7, "global_head_dim": BASE["head_dim"]}
+    embeddings = {"hidden_size_per_layer_input": 4, "vocab_size_per_layer_input": VOCAB, "num_kv_shared_layers": 0}
+    torch.manual_seed(0)
+    model = AutoModelForCausalLM.from_config(Gemma4TextConfig(**settings, **embeddings))
+    trainer, step = trained(tmp_path, "replay", model=model)
+    assert "a decoder layer has more than one input with a gradient" in caplog.text
+    assert not trainer._replays
+    assert step.norm() > 0
 
 
 def test_repeated_rows_share_their_slots(tmp_path):

@@ -41,21 +41,20 @@ def decoder_layers(model: PreTrainedModel) -> list[GradientCheckpointingLayer]:
     for name in ("output_router_logits", "output_attentions", "output_hidden_states"):
         if getattr(config, name, False):
             raise ReplayError(f"{name} is on, which needs more of a layer than its output")
-    noise = _noise(layers)
+    noise = _noise(model)
     if noise is not None:
         raise ReplayError(f"{noise}: training and inference compute different things; set it to 0")
     return layers
 
 
-def _noise(layers: list[GradientCheckpointingLayer]) -> str | None:
-    """What makes a layer random in training; None if nothing does."""
-    for layer in layers:
-        for name, module in layer.named_modules():
-            if isinstance(module, nn.modules.dropout._DropoutNd) and module.p > 0:
-                return f"{name} is a dropout of {module.p}"
-            for attribute, value in vars(module).items():
-                if isinstance(value, float) and value > 0 and ("dropout" in attribute or "jitter" in attribute):
-                    return f"{attribute} of {name or type(module).__name__} is {value}"
+def _noise(model: nn.Module) -> str | None:
+    """What makes a model random in training, in its layers or before them; None if nothing does."""
+    for name, module in model.named_modules():
+        if isinstance(module, nn.modules.dropout._DropoutNd) and module.p > 0:
+            return f"{name} is a dropout of {module.p}"
+        for attribute, value in vars(module).items():
+            if isinstance(value, float) and value > 0 and ("dropout" in attribute or "jitter" in attribute):
+                return f"{attribute} of {name or type(module).__name__} is {value}"
     return None
 
 

@@ -181,6 +181,14 @@ def attention_dropout(tmp_path):
     return make_trainer(tmp_path, model=model)
 
 
+def embedding_dropout(tmp_path):
+    model = tiny_model("gpt2")
+    for name, module in model.named_modules():
+        if isinstance(module, torch.nn.Dropout) and name != "transformer.drop":
+            module.p = 0.0
+    return make_trainer(tmp_path, model=model)
+
+
 def router_logits(tmp_path):
     model = tiny_model("gpt_oss")
     model.config.output_router_logits = True
@@ -191,12 +199,13 @@ def router_logits(tmp_path):
     ("make", "reason"),
     [
         (dropout_in_lora, "is a dropout of 0.1"),
-        (attention_dropout, "attention_dropout of self_attn is 0.1"),
+        (attention_dropout, "attention_dropout of model.layers.0.self_attn is 0.1"),
+        (embedding_dropout, "transformer.drop is a dropout of 0.1"),
         (router_logits, "output_router_logits is on"),
         (lambda path: make_trainer(path, context_method="sequential"), "context_method is sequential"),
         (lambda path: make_trainer(path, neftune_noise_alpha=5.0), "neftune_noise_alpha"),
     ],
-    ids=["LoRA dropout", "attention dropout", "router logits", "sequential", "NEFTune"],
+    ids=["LoRA dropout", "attention dropout", "embedding dropout", "router logits", "sequential", "NEFTune"],
 )
 def test_refused_with_a_reason_in_the_log(tmp_path, caplog, make, reason):
     trainer = make(tmp_path)

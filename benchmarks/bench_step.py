@@ -29,7 +29,7 @@ PLAIN_TARGETS = {0.25: 1.20}  # of BSS / SFT without
 class Step:
     """Optimizer steps over the same rows with the same weights."""
 
-    def __init__(self, folder: str) -> None:
+    def __init__(self, folder: str, *, makes_contexts: bool = True) -> None:
         model, tokenizer = load_smollm2()
         rows, _ = tokenize_rows(gsm8k("train", 1000, 1000 + MICRO_BATCHES * ROWS), tokenizer, max_length=1024)
         arguments = BSSConfig(
@@ -46,17 +46,28 @@ class Step:
             self.trainer.data_collator([rows[i] for i in range(begin, begin + ROWS)])
             for begin in range(0, len(rows), ROWS)
         ]
-        _ = self.trainer.generator.token_budget  # measured before the clock starts
+        if makes_contexts:
+            _ = self.trainer.generator.token_budget  # measured before the clock starts
 
     def __call__(self, self_prob: float, *, checkpointing: bool = False) -> tuple[float, float, ContextStats]:
         """Seconds of the step, seconds of them spent on contexts, and what these were like."""
+        trainer = self.trainer
+        batches = [{name: column.clone().to(DEVICE) for name, column in batch.items()} for batch in self.batches]
+        started = time.perf_counter()
+        self.train(batches, self_prob, checkpointing=checkpointing)
+        seconds = time.perf_counter() - started
+        (stats,) = trainer.meter.stats
+        contexts = trainer.meter.context_seconds
+        trainer.meter.flush()
+        return seconds, contexts, stats
+
+    def train(self, batches: list[dict[str, torch.Tensor]], self_prob: float, *, checkpointing: bool = False) -> None:
+        """One optimizer step over ``batches``, done on the device when this returns."""
         trainer, model = self.trainer, self.trainer.model
         trainer.args.self_prob = self_prob
         switch = model.activation_checkpointing_enable if checkpointing else model.activation_checkpointing_disable
         switch()
-        batches = [{name: column.clone().to(DEVICE) for name, column in batch.items()} for batch in self.batches]
-        started = time.perf_counter()
-        batches, num_items = trainer.get_batch_samples(iter(batches), MICRO_BATCHES, trainer.args.device)
+        batches, num_items = trainer.get_batch_samples(iter(batches), len(batches), trainer.args.device)
         for batch in batches:
             trainer.training_step(model, batch, num_items)
         torch.nn.utils.clip_grad_norm_(model.parameters(), trainer.args.max_grad_norm)
@@ -64,11 +75,6 @@ class Step:
         trainer.optimizer.zero_grad()
         if DEVICE != "cpu":
             torch.accelerator.synchronize()
-        seconds = time.perf_counter() - started
-        (stats,) = trainer.meter.stats
-        contexts = trainer.meter.context_seconds
-        trainer.meter.flush()
-        return seconds, contexts, stats
 
 
 @pytest.fixture(scope="module")

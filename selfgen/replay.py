@@ -16,6 +16,7 @@ from functools import partial
 
 import torch
 from torch import Tensor, nn
+from torch.utils._pytree import tree_leaves
 from transformers import PreTrainedModel
 from transformers.modeling_layers import GradientCheckpointingLayer
 
@@ -40,21 +41,20 @@ def decoder_layers(model: PreTrainedModel) -> list[GradientCheckpointingLayer]:
     for name in ("output_router_logits", "output_attentions", "output_hidden_states"):
         if getattr(config, name, False):
             raise ReplayError(f"{name} is on, which needs more of a layer than its output")
-    noise = _noise(layers)
+    noise = _noise(model)
     if noise is not None:
         raise ReplayError(f"{noise}: training and inference compute different things; set it to 0")
     return layers
 
 
-def _noise(layers: list[GradientCheckpointingLayer]) -> str | None:
-    """What makes a layer random in training; None if nothing does."""
-    for layer in layers:
-        for name, module in layer.named_modules():
-            if isinstance(module, nn.modules.dropout._DropoutNd) and module.p > 0:
-                return f"{name} is a dropout of {module.p}"
-            for attribute, value in vars(module).items():
-                if isinstance(value, float) and value > 0 and ("dropout" in attribute or "jitter" in attribute):
-                    return f"{attribute} of {name or type(module).__name__} is {value}"
+def _noise(model: nn.Module) -> str | None:
+    """What makes a model random in training, in its layers or before them; None if nothing does."""
+    for name, module in model.named_modules():
+        if isinstance(module, nn.modules.dropout._DropoutNd) and module.p > 0:
+            return f"{name} is a dropout of {module.p}"
+        for attribute, value in vars(module).items():
+            if isinstance(value, float) and value > 0 and ("dropout" in attribute or "jitter" in attribute):
+                return f"{attribute} of {name or type(module).__name__} is {value}"
     return None
 
 
@@ -127,7 +127,8 @@ class HiddenStates:
     def _replay_layer(
         self, index: int, slots: Tensor, trainable: list[Tensor], forward: Callable, hidden: Tensor, *args
     ) -> Tensor:
-        if any(isinstance(arg, Tensor) and arg.requires_grad for arg in args):
+        given = args, getattr(forward, "keywords", {})
+        if any(isinstance(leaf, Tensor) and leaf.requires_grad for leaf in tree_leaves(given)):
             raise ReplayError("a decoder layer has more than one input with a gradient")
         entering, leaving = partial(self.at, index, slots), partial(self.at, index + 1, slots)
         return _Replay.apply(lambda states: forward(states, *args), entering, leaving, hidden, *trainable)
@@ -157,4 +158,19 @@ class _Replay(torch.autograd.Function):
             hidden = ctx.entering().requires_grad_()
             output = ctx.layer(hidden)
         inputs = hidden, *ctx.trainable
-        return None, None, None, *torch.autograd.grad(output, inputs, gradient.to(output.dtype), allow_unused=True)
+        with _without_hooks(ctx.trainable):
+            gradients = torch.autograd.grad(output, inputs, gradient.to(output.dtype), allow_unused=True)
+        return None, None, None, *gradients
+
+
+@contextmanager
+def _without_hooks(parameters: list[Tensor]) -> Iterator[None]:
+    """Inside, hooks on ``parameters`` do not run: they do in the outer graph, once."""
+    hooked = [(parameter, parameter._backward_hooks) for parameter in parameters if parameter._backward_hooks]
+    try:
+        for parameter, _ in hooked:
+            parameter._backward_hooks = None
+        yield
+    finally:
+        for parameter, hooks in hooked:
+            parameter._backward_hooks = hooks

@@ -104,6 +104,12 @@ class BSSTrainer(Trainer):
         self._mix_next()
         return batches, num_items
 
+    def train(self, *args, **kwargs):
+        try:
+            return super().train(*args, **kwargs)
+        finally:
+            self._replay = None  # where the last step failed or was broken off
+
     def training_step(self, model, inputs, num_items_in_batch=None):
         if self._mixed == 0:
             self._mix_next()
@@ -123,6 +129,7 @@ class BSSTrainer(Trainer):
 
     def mix(self, batches: list[dict[str, Tensor]]) -> None:
         """Replace the answers in ``input_ids`` by mixed contexts, for all micro-batches at once; labels stay."""
+        self._replay = None  # of a step that failed or was broken off
         self.meter.contexts_begin()
         self_prob = self.args.self_prob_at(self.state.global_step, self.state.max_steps)
         rows = [row for batch in batches for row in _rows(batch)]
@@ -200,9 +207,11 @@ class BSSTrainer(Trainer):
         replay = self._replay if model.training else None
         replayed = nullcontext if replay is None else partial(replay.hidden_states.replay, replay.slots(inputs))
         inputs = {key: value for key, value in inputs.items() if key not in _BOOKKEEPING}
-        loss = partial(
-            super().compute_loss, inputs=inputs, return_outputs=return_outputs, num_items_in_batch=num_items_in_batch
-        )
+        compute_loss = super().compute_loss
+
+        def loss(model):
+            return compute_loss(model, dict(inputs), return_outputs, num_items_in_batch)  # which may take labels out
+
         if replay is not None and not self._replay_verified:
             replayed = replayed if self._verify_replay(model, loss, replayed) else nullcontext
         with replayed():
@@ -214,11 +223,14 @@ class BSSTrainer(Trainer):
         unwrapped = self.accelerator.unwrap_model(model)  # ranks may come to different ends, so no collectives
         with torch.no_grad():
             ordinary = loss(unwrapped)
+        try:
             with replayed():
-                found = loss(unwrapped)
+                found = loss(unwrapped)  # with gradients, as only these show what the layers must have one of
+        except ReplayError as reason:
+            return self._replay_off(reason)
         if isinstance(ordinary, tuple):  # with outputs
             ordinary, found = ordinary[0], found[0]
-        difference = float((found - ordinary).abs() / ordinary.abs())
+        difference = float((found.detach() - ordinary).abs() / ordinary.abs())
         full_precision = self.generator.model.dtype == torch.float32 and self.accelerator.mixed_precision == "no"
         if not difference <= (1e-4 if full_precision else 2e-2):  # NaN is a difference, too
             return self._replay_off(f"the loss would be off by {difference:.1e} of itself")

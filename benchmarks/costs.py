@@ -21,7 +21,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import NamedTuple
 
-from selfgen.context.budget import LARGEST
+from selfgen.context.budget import token_budget_of
 
 MICRO_BATCH = 8  # rows, as in bench_step
 
@@ -158,17 +158,9 @@ class Costs(NamedTuple):
         recomputed = sum(max(self.layers(b), self.host) for b in batches)
         return contexts + replayed + recomputed + backward + self.optimizer()
 
-    def token_budget(self, factor: float = 2.0) -> int:
+    def token_budget(self) -> int:
         """What ``calibrate_token_budget`` finds if a forward takes what it does here."""
-
-        def seconds(n: int) -> float:
-            return self.a_pass(Pass(n, 1, n, n * (n + 1) // 2), replay=False)
-
-        single, tokens = seconds(1), 16
-        while tokens * 2 <= LARGEST and seconds(tokens) < 2 * single:
-            tokens *= 2
-        per_token = (seconds(tokens) - single) / (tokens - 1)
-        return int(min(max(16, factor * single / per_token if per_token > 0 else LARGEST), LARGEST))
+        return token_budget_of(lambda n: self.a_pass(Pass(n, 1, n, n * (n + 1) // 2), replay=False))
 
 
 def micro_batches(lengths: Sequence[int], *, padded: bool = False) -> list[Pass]:

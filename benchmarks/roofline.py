@@ -46,7 +46,7 @@ from .fixtures import gsm8k, load_smollm2
 
 PASSES = Path(__file__).parent / "results" / "passes.json"
 SELF_PROBS = 0.1, 0.25, 0.5, 1.0
-BUDGETS = 64, 512, 768, 1024, 1536, 2048, 3072, 4096, 8192  # of 6,000 tokens; about a CPU's, and those of GPUs
+BUDGETS = 256, 512, 1024, 2048, 4096, 8192  # about a CPU's, and those of GPUs
 ROWS = 32  # of an optimizer step, as in bench_step
 CHECK, OFF_BY = "The model against this machine", "predicted / measured"
 STEP_RATIOS = {"BSS / SFT, checkpointing": True, "BSS / SFT": False}  # columns of bench_step

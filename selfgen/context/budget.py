@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Callable
 
 import torch
 from transformers import PreTrainedModel
@@ -39,8 +40,12 @@ def calibrate_token_budget(model: PreTrainedModel, *, repeats: int = 3) -> int:
             times.append(time.perf_counter() - started)
         return min(times)  # whatever else the machine does only adds to a time
 
-    longest = min(max_positions(model) or LARGEST, LARGEST)
     seconds(1)  # warm-up
+    return token_budget_of(seconds, min(max_positions(model) or LARGEST, LARGEST))
+
+
+def token_budget_of(seconds: Callable[[int], float], longest: int = LARGEST) -> int:
+    """The token budget for a cost curve: ``seconds`` of a forward over n tokens, up to ``longest``."""
     single = before = seconds(1)
     tokens, per_token = 1, 0.0
     while tokens < longest and before < 4 * single:

@@ -36,9 +36,10 @@ class ContextGenerator:
         model: a causal language model of transformers, or a PEFT model around one. It is left as it was; while
             contexts are made it is in eval mode (no dropout) and without gradients.
         temperature: of the model's own tokens; 0 is greedy. At least 0.
-        token_budget: most tokens computed in one pass of ``method="fixed_point"``, at least 1. By default it is
-            measured once on the model's device (``calibrate_token_budget``). It changes the cost; the tokens only where
-            rounding turns a near tie, which takes a low precision (README, "Exactness").
+        token_budget: most tokens computed in one pass of ``method="fixed_point"``, at least 1; an eighth of it counts
+            as the number of tokens that cost as much as a pass itself, by which speculation is weighed. By default it
+            is measured once on the model's device (``calibrate_token_budget``). It changes the cost; the tokens only
+            where rounding turns a near tie, which takes a low precision (README, "Exactness").
 
     Raises:
         TypeError: ``model`` is not a transformers model, or its weights have more than one dtype.

@@ -6,6 +6,7 @@ import pytest
 import torch
 from models import VOCAB, tiny_model
 
+from benchmarks.bench_sweeps import among_zeros
 from benchmarks.peers import Rows, differing, full_recompute, parallel_scheduled_sampling
 from selfgen import ContextGenerator
 
@@ -61,3 +62,11 @@ def test_shortened(rows):
     assert [len(reference) for reference in short.references] == [10, 7]
     assert short.prompts == rows.prompts[:2]
     assert short.sample_ids == [17, 3]
+
+
+def test_a_model_among_zeros_computes_the_same(model, rows):
+    larger = among_zeros(model, (48, 3, 64, 6, 3))
+    assert larger.num_parameters() > 1.5 * model.num_parameters()
+    tokens = torch.tensor([rows.references[2]])
+    with torch.no_grad():
+        torch.testing.assert_close(larger(tokens).logits, model(tokens).logits, rtol=1e-4, atol=1e-4)

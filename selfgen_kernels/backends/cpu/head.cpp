@@ -30,6 +30,7 @@ namespace {
 constexpr int64_t kDepth = 256;  // Numbers at a time: what multiplies 8 ids then stays in the nearest cache
 constexpr int64_t kIds = 8;      // that are multiplied at a time
 constexpr int64_t kTask = 16;    // groups that a thread takes at a time, at most
+constexpr int64_t kEnough = 64;  // rows for a product that takes as long a row as one of more rows
 
 // What is multiplied at a time: a Number is an Accumulator<T>, or a Pair.
 template <typename Number>
@@ -402,7 +403,7 @@ template <typename T, typename Stored>
 void draw_filtered(const HeadArguments& arguments, Row* rows, int64_t count, int64_t bytes, int64_t* drawn) {
   const int64_t vocab_size = arguments.weight.size(0), row_bytes = vocab_size * int64_t(sizeof(Stored));
   const int64_t most = std::clamp<int64_t>(bytes / row_bytes, 1, count);  // that are stored at a time
-  const auto can_keep = [&](const Row& row) { return Keeper::can_keep(row.filters, vocab_size); };
+  const auto can_keep = [&](const Row& row) { return Keeper::can_keep(row.filters, vocab_size, most >= kEnough); };
   int64_t begin = 0, keepable = std::partition(rows, rows + count, can_keep) - rows;
   for (int64_t at_a_time = keepable; begin < keepable;) {
     const int64_t size = std::min(at_a_time, keepable - begin);

@@ -73,12 +73,13 @@ class Keeper {
   Keeper(const Keeper&) = delete;
   ~Keeper() { give_up(); }
 
-  // Whether the values that can matter in such a row may be few: twice k of them should fit into an eighth of an fp32
-  // row. What other filters drop has a part in the sum that top-p takes after top-k: then only top-k has a bound.
-  static bool can_keep(const Filters& filters, int64_t vocab_size) {
-    const int64_t most = vocab_size * int64_t(sizeof(float)) / 8 / int64_t(sizeof(Kept));
+  // Whether the values that can matter in such a row may be few, or `surely` are but in flat logits: twice k of them
+  // should fit into an eighth of an fp32 row, or of that. What min-p and top-p drop has a part in the sum that top-p
+  // takes: beside top-k, neither has a bound then.
+  static bool can_keep(const Filters& filters, int64_t vocab_size, bool surely) {
+    const int64_t most = vocab_size * int64_t(sizeof(float)) / (surely ? 64 : 8) / int64_t(sizeof(Kept));
     const bool few = 2 * std::min(filters.top_k, vocab_size) <= most;
-    return few || (filters.top_p < 1 ? filters.top_k >= vocab_size : filters.log_min_p > -kInf);
+    return few || (filters.top_p < 1 ? !surely && filters.top_k >= vocab_size : filters.log_min_p > -kInf);
   }
 
   bool is_whole() const { return !gave_up_; }

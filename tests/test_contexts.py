@@ -189,14 +189,13 @@ def test_rows_with_invalid_logits_keep_the_reference():
         assert mixed.stats.invalid == len(rows[0])
 
 
-def test_peft_model():
+@pytest.mark.parametrize("modules", [["q_proj", "v_proj"], ["embed_tokens", "q_proj"]])
+def test_peft_model(modules):
     peft = pytest.importorskip("peft")
-    model = peft.get_peft_model(
-        tiny_model("llama"), peft.LoraConfig(target_modules=["q_proj", "v_proj"], lora_dropout=0.5)
-    )
+    model = peft.get_peft_model(tiny_model("llama"), peft.LoraConfig(target_modules=modules, lora_dropout=0.5))
     with torch.no_grad():
         for name, parameter in model.named_parameters():
-            if "lora_B" in name:
+            if "lora_B" in name or "lora_embedding" in name:
                 parameter.normal_(std=0.5)
     generator = ContextGenerator(model.train(), token_budget=16)
     rows = [list(range(3, 30))]

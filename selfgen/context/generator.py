@@ -20,7 +20,7 @@ from .batch import Batch, ContextStats, MixedContext, TokenRow, check_sample_ids
 from .budget import calibrate_token_budget
 from .fixed_point import fixed_point
 from .packed import packed_linears
-from .ragged import UnsupportedModelError, inspect_model, max_positions, verify_model
+from .ragged import UnsupportedModelError, inspect_model, max_positions, verify_model, vocab_size_of
 from .sequential import sequential
 
 logger = logging.getLogger(__name__)
@@ -164,7 +164,7 @@ class ContextGenerator:
 
     def _check(self, prompts, references, self_prob, seed, sample_ids) -> Batch:
         device = self.model.device
-        vocab_size = self.model.get_input_embeddings().num_embeddings
+        vocab_size = vocab_size_of(self.model)
         prompts = check_token_rows("prompts", prompts, vocab_size, device)
         references = check_token_rows("references", references, vocab_size, device)
         if len(prompts) != len(references):

@@ -9,6 +9,7 @@ padded, and a roll-back is a window that begins earlier in the next pass, never 
 from __future__ import annotations
 
 import inspect
+import weakref
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -55,7 +56,7 @@ class RaggedLayer(CacheLayerMixin):
 
     def __init__(self, cache: RaggedCache):
         super().__init__()
-        self.cache = cache
+        self.cache = weakref.proxy(cache)  # a cycle would keep the K/V until the garbage collector comes by
 
     def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
         def allocate(states: Tensor) -> Tensor:
@@ -199,6 +200,11 @@ class Support:
     isolate_rows: bool = False
 
 
+def vocab_size_of(model: PreTrainedModel) -> int:
+    """How many ids the embedding has, an adapter around it or not."""
+    return model.get_input_embeddings().weight.shape[0]
+
+
 def max_positions(model: PreTrainedModel) -> int | None:
     """Most tokens in a row of ``model``; None if its configuration sets no limit."""
     return getattr(model.config.get_text_config(decoder=True), "max_position_embeddings", None)
@@ -250,7 +256,7 @@ def verify_model(model: PreTrainedModel) -> None:
     Two rows, one of them in two passes. A model that computes something else over the ragged cache is off by as much as
     its logits vary, rounding by far less than the tolerance.
     """
-    vocab_size, device = model.get_input_embeddings().num_embeddings, model.device
+    vocab_size, device = vocab_size_of(model), model.device
     rows = [torch.arange(length, device=device) % vocab_size for length in (21, 6)]
     tokens = torch.cat(rows)
     cache = RaggedCache(model, len(tokens))

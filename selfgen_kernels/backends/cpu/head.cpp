@@ -405,18 +405,20 @@ void draw_filtered(const HeadArguments& arguments, Row* rows, int64_t count, int
   const int64_t most = std::clamp<int64_t>(bytes / row_bytes, 1, count);  // that are stored at a time
   const auto can_keep = [&](const Row& row) { return Keeper::can_keep(row.filters, vocab_size, most >= kEnough); };
   int64_t begin = 0, keepable = std::partition(rows, rows + count, can_keep) - rows;
+  const int64_t for_values = std::max(bytes, row_bytes) / 2;  // the allocator may not give it back for the rows below
   for (int64_t at_a_time = keepable; begin < keepable;) {
     const int64_t size = std::min(at_a_time, keepable - begin);
     const bool only_open_left = size == keepable - begin;  // if none gives up
-    const Outcome outcome = draw_kept<T>(arguments, rows + begin, size, std::max(bytes, row_bytes), drawn + begin);
+    const Outcome outcome = draw_kept<T>(arguments, rows + begin, size, for_values, drawn + begin);
     begin += outcome.drawn;
     at_a_time = size - outcome.gave_up;
     if (outcome.drawn <= most || (only_open_left && outcome.gave_up == 0)) break;
   }
   if (begin == count) return;
-  at::Tensor logits = at::empty({most, vocab_size}, c10::CppTypeToScalarType<Stored>::value);
-  for (; begin < count; begin += most) {
-    const int64_t size = std::min(most, count - begin);
+  const int64_t stored = keepable == 0 ? most : std::max<int64_t>(1, most - for_values / row_bytes);
+  at::Tensor logits = at::empty({stored, vocab_size}, c10::CppTypeToScalarType<Stored>::value);
+  for (; begin < count; begin += stored) {
+    const int64_t size = std::min(stored, count - begin);
     draw_stored<T>(arguments, rows + begin, size, logits.data_ptr<Stored>(), drawn + begin);
   }
 }

@@ -29,8 +29,9 @@ def key_of(logit):
     """uint32 in the order of the logits; NaN counts as +inf, -0 as 0."""
     BITS: tl.constexpr = logit.dtype.primitive_bitwidth
     SIGN: tl.constexpr = 1 << (BITS - 1)
-    logit = tl.where(logit == logit, logit, float("inf")).to(logit.dtype)
+    INF: tl.constexpr = 0x7F800000 if BITS == 32 else (0x7F80 if logit.dtype == tl.bfloat16 else 0x7C00)
     bits = logit.to(tl.uint32 if BITS == 32 else tl.uint16, bitcast=True).to(tl.uint32)
+    bits = tl.where(logit == logit, bits, INF)
     return tl.where(bits > SIGN, 2 * SIGN - 1 - bits, (bits & (SIGN - 1)) + SIGN)
 
 
@@ -79,6 +80,12 @@ def largest_key(logits, vocab_size, inv_temperature, largest, floor, needed, BLO
     return found
 
 
+@triton.jit
+def raised(cutoff, bound):
+    """The larger of both. NaN is no bound; Tritons differ in what a maximum makes of it."""
+    return tl.where(bound > cutoff, bound, cutoff)
+
+
 @triton.jit(do_not_specialize=["seed"])
 def filter_cutoff_kernel(
     logits, row_stride, inv_temperatures, top_ks, top_ps, min_ps, thresholds, seed, sample_ids, positions,
@@ -117,9 +124,9 @@ def filter_cutoff_kernel(
                         weights += weight
                     needed = top_p * tl.sum(weights).to(tl.float64)
                     key = largest_key(logits, vocab_size, inv_temperature, largest, floor, needed, BLOCK, True)
-                    cutoff = tl.maximum(cutoff, logit_of(tl.minimum(key, best), DTYPE) * inv_temperature)
+                    cutoff = raised(cutoff, logit_of(tl.minimum(key, best), DTYPE) * inv_temperature)
             if min_ps is not None:
-                cutoff = tl.maximum(cutoff, largest + tl.log(tl.load(min_ps + row)).to(tl.float32))
+                cutoff = raised(cutoff, largest + tl.log(tl.load(min_ps + row)).to(tl.float32))
     tl.store(cutoffs + row, cutoff)
 
 

@@ -78,7 +78,7 @@ class Keeper {
   // takes: beside top-k, neither has a bound then.
   static bool can_keep(const Filters& filters, int64_t vocab_size, bool surely) {
     const int64_t most = vocab_size * int64_t(sizeof(float)) / (surely ? 64 : 8) / int64_t(sizeof(Kept));
-    const bool few = 2 * std::min(filters.top_k, vocab_size) <= most;
+    const bool few = 2 * std::clamp<int64_t>(filters.top_k, 0, vocab_size) <= most;
     return few || (filters.top_p < 1 ? !surely && filters.top_k >= vocab_size : filters.log_min_p > -kInf);
   }
 

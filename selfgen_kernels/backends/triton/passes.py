@@ -17,7 +17,7 @@ from selfgen_kernels.backends.triton.configuration import Configuration
 LOWEST = tl.constexpr(reference_passes.LOWEST)
 LANES = (64, 512, 2048)
 """Rows that shipped plans hold in registers; with more, registers spill."""
-ROWS = 1024  # at a time, in plans of more
+ROWS = 128  # at a time, in plans of more: one a thread, which spills under no Triton
 BLOCK = 128  # places that a program of the other kernels handles at a time
 
 
@@ -238,7 +238,7 @@ def commit_pass(
 
 
 OPTIONS = {"num_warps": 1, "enable_fp_fusion": False}
-ROWS_OPTIONS = OPTIONS | {"num_warps": 8}
+ROWS_OPTIONS = OPTIONS | {"num_warps": 4}
 
 
 def window_options(lanes: int) -> dict[str, int | bool]:

@@ -192,7 +192,7 @@ def check_row(name: str, predicted: float, found: float | None) -> dict[str, Any
 
 def steps_of(report: dict[str, Any]) -> dict[float, dict[str, float]]:
     """What `bench_step` found at each probability, from pytest-benchmark's report."""
-    rows = [entry["extra_info"] for entry in report["benchmarks"]]
+    rows = [row for entry in report["benchmarks"] for row in entry["extra_info"].get("rows", [])]
     return {row["p"]: row for row in rows if STEP_RATIOS.keys() <= row.keys()}
 
 

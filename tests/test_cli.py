@@ -283,5 +283,5 @@ def test_a_half_written_checkpoint_is_passed_over(arguments, capsys):
 
 
 def test_refusal_happens_before_the_data_is_touched(arguments, monkeypatch, capsys):
-    monkeypatch.setattr("selfgen.cli.load_rows", lambda *a, **k: pytest.fail("must not read the data"))
+    monkeypatch.setattr("selfgen.cli.train.load_rows", lambda *a, **k: pytest.fail("must not read the data"))
     assert run(["train", *flags({**arguments, "self_prob": "3"})], capsys)[0] == 2

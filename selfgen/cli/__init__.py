@@ -1,0 +1,51 @@
+"""The command line: one module a command, with ``run(arguments) -> exit code``."""
+
+from __future__ import annotations
+
+import sys
+from importlib import import_module
+
+from .options import fail
+
+COMMANDS = ("train",)
+
+OVERVIEW = """\
+selfgen - train language models on their own tokens, online and exact
+
+usage: selfgen train [CONFIG.yaml] --model NAME --dataset NAME --output_dir DIR [options]
+
+Each training example's context is mixed, token by token, from the reference answer and from what the model itself says
+there (batch-scheduled sampling, arXiv 2410.14655); the model learns to go on with the reference.
+
+  # a local file with prompt/completion columns, one quarter of the context the model's own
+  selfgen train --model ./SmolLM2-135M-Instruct --dataset train.jsonl --output_dir out --self_prob 0.25
+
+  # GSM8K from the hub, from plain fine-tuning to one half over the training
+  selfgen train --model HuggingFaceTB/SmolLM2-135M-Instruct --dataset openai/gsm8k --dataset_config main \\
+      --prompt_column question --completion_column answer \\
+      --self_prob 0.5 --self_prob_schedule linear --learning_rate 2e-5 --output_dir out
+
+  # the same options from a file; flags win over it
+  selfgen train bss.yaml --max_steps 20
+
+  # go on after a kill
+  selfgen train bss.yaml --resume_from_checkpoint last
+
+Data: columns prompt and completion (text or messages), or messages; .jsonl, .json, .parquet, .arrow, a folder, or the
+hub. The chat template is applied when the tokenizer has one.
+
+selfgen train --help       the options that most runs need
+selfgen train --help_all   every option of transformers.TrainingArguments too
+"""
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Run the command line; returns the exit code."""
+    arguments = sys.argv[1:] if arguments is None else arguments
+    if not arguments or arguments[0] in ("-h", "--help", "help"):
+        print(OVERVIEW, end="")
+        return 0
+    command, *rest = arguments
+    if command not in COMMANDS:
+        fail(f"unknown command {command!r}; there is: {', '.join(COMMANDS)}", command="selfgen")
+    return import_module(f".{command}", __name__).run(rest)  # imported only where it runs, as torch takes seconds

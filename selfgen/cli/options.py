@@ -1,0 +1,171 @@
+"""What the commands share: dataclasses as flags, a YAML file in their place, errors of one line."""
+
+from __future__ import annotations
+
+import argparse
+import difflib
+import json
+import shutil
+import sys
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, NoReturn
+
+import yaml
+from datasets import Dataset
+from safetensors import SafetensorError
+from transformers import (
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    HfArgumentParser,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
+from transformers.hf_argparser import string_to_bool
+
+from ..data import DataReport, load_rows, tokenize_rows
+
+DTYPES = ("auto", "float32", "bfloat16", "float16")
+
+
+@dataclass
+class ModelArguments:
+    """A model and its tokenizer."""
+
+    _argument_group_name = "model"
+
+    model: str = field(metadata={"help": "Model: a folder, or a name on the hub."})
+    dtype: str = field(
+        default="auto", metadata={"help": "Dtype of the weights: auto (the checkpoint's), float32, bfloat16, float16."}
+    )
+    attn_implementation: str | None = field(
+        default=None, metadata={"help": "Attention of the model's own forward, for example sdpa or flash_attention_2."}
+    )
+
+    def load(self) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+        if self.dtype not in DTYPES:
+            raise ValueError(f"dtype is {self.dtype!r}; accepted: {', '.join(DTYPES)}")
+        try:
+            tokenizer = AutoTokenizer.from_pretrained(self.model)
+            model = AutoModelForCausalLM.from_pretrained(
+                self.model, dtype=self.dtype, attn_implementation=self.attn_implementation
+            )
+        except (OSError, SafetensorError) as error:
+            raise FileNotFoundError(
+                f"model {self.model!r} is neither a folder with a checkpoint nor could it be loaded from the hub: "
+                f"{error}"
+            ) from error
+        return model, tokenizer
+
+
+@dataclass
+class DataArguments:
+    """Rows with prompts and reference answers."""
+
+    _argument_group_name = "data"
+
+    dataset: str = field(metadata={"help": "Data: a .jsonl/.json/.parquet/.arrow file, a folder, or the hub."})
+    dataset_config: str | None = field(default=None, metadata={"help": "Configuration of a data set on the hub."})
+    dataset_split: str = field(default="train", metadata={"help": "Split, for example train[:1000]."})
+    prompt_column: str = field(default="prompt", metadata={"help": "Column with the prompt (text or messages)."})
+    completion_column: str = field(
+        default="completion", metadata={"help": "Column with the reference answer (text or messages)."}
+    )
+    messages_column: str = field(
+        default="messages",
+        metadata={"help": "Column with a conversation whose last assistant turn is the reference answer."},
+    )
+    apply_chat_template: bool | None = field(
+        default=None, metadata={"help": "Use the tokenizer's chat template; by default if it has one."}
+    )
+    max_length: int = field(
+        default=1024, metadata={"help": "Longest row in tokens, prompt included; longer answers are cut and counted."}
+    )
+
+    def load(self) -> Dataset:
+        """The rows as they are."""
+        return load_rows(self.dataset, split=self.dataset_split, config_name=self.dataset_config)
+
+    def tokenize(self, rows: Dataset, tokenizer: PreTrainedTokenizerBase) -> tuple[Dataset, DataReport]:
+        return tokenize_rows(
+            rows,
+            tokenizer,
+            max_length=self.max_length,
+            prompt_column=self.prompt_column,
+            completion_column=self.completion_column,
+            messages_column=self.messages_column,
+            apply_chat_template=self.apply_chat_template,
+        )
+
+
+class Parser(HfArgumentParser):
+    """One line and exit code 2 for an error, whatever the number of options."""
+
+    def error(self, message: str) -> NoReturn:
+        fail(message, self.prog)
+
+
+class HelpFormatter(argparse.ArgumentDefaultsHelpFormatter):
+    """One spelling an option, and no metavar as long as its name."""
+
+    def __init__(self, prog: str):
+        super().__init__(prog, max_help_position=34, width=min(120, shutil.get_terminal_size().columns))
+
+    def _format_action_invocation(self, action: argparse.Action) -> str:
+        flag = max(action.option_strings, key=len)
+        return flag if action.nargs == 0 else f"{flag} {'|'.join(action.choices) if action.choices else '…'}"
+
+
+def fail(message: object, command: str) -> NoReturn:
+    print(f"{command}: error: {' '.join(str(message).split())}", file=sys.stderr)
+    raise SystemExit(2)
+
+
+def from_yaml(parser: Parser, file: str) -> list[str]:
+    """The flags that a YAML file stands for."""
+    if not Path(file).is_file():
+        raise FileNotFoundError(f"there is no configuration file {file!r} (options begin with --)")
+    try:
+        values = yaml.safe_load(Path(file).read_text())
+    except yaml.YAMLError as error:
+        raise ValueError(f"{file} is not valid YAML: {error}") from error
+    if not isinstance(values, dict):
+        raise ValueError(f"{file} must map options to values (one `option: value` a line)")
+    known = {action.dest: action for action in parser._actions}
+    flags = []
+    for key, value in values.items():
+        if key not in known:
+            close = difflib.get_close_matches(str(key), known, n=1)
+            raise ValueError(f"{file}: unknown option {key!r}" + (f"; did you mean {close[0]!r}?" if close else ""))
+        if value is None:
+            if known[key].default is not None:
+                raise ValueError(f"{file}: {key} has no value; remove the line for its default, {known[key].default!r}")
+            continue
+        if isinstance(value, bool) and known[key].type is not string_to_bool:
+            value = "yes" if value else "no"  # YAML reads the words yes and no as booleans
+        values_of_key = value if isinstance(value, list) else [json.dumps(value) if isinstance(value, dict) else value]
+        flags += [f"--{key}", *map(str, values_of_key)]
+    return flags
+
+
+def parse(parser: Parser, arguments: list[str]) -> tuple[Any, ...]:
+    """Flags, or a YAML file and flags, to the parser's dataclasses. ``--help_all`` shows every option."""
+    if "--help_all" in arguments:
+        parser.print_help()
+        raise SystemExit(0)
+    if arguments and not arguments[0].startswith("-"):
+        file, *arguments = arguments
+        arguments = from_yaml(parser, file) + arguments  # the last one of two flags wins
+    return parser.parse_args_into_dataclasses(arguments)
+
+
+def make_parser(groups: Iterable[type], prog: str, usage: str, description: str, epilog: str | None = None) -> Parser:
+    """A parser of dataclasses, which shows each flag in one spelling."""
+    parser = Parser(
+        tuple(groups), prog=prog, usage=usage, description=description, epilog=epilog, formatter_class=HelpFormatter
+    )
+    for action in parser._actions:
+        if any(flag.startswith("--no_") for flag in action.option_strings):
+            action.help = argparse.SUPPRESS
+    return parser

@@ -7,7 +7,8 @@ from dataclasses import dataclass, field
 from transformers import TrainingArguments
 
 from .context.generator import METHODS, Method
-from .schedules import SCHEDULES
+from .context.masks import CURVES, Masks
+from .schedules import SCHEDULES, Schedule
 
 
 @dataclass
@@ -26,10 +27,34 @@ class BSSConfig(TrainingArguments):
     )
     self_prob_schedule: str = field(
         default="constant",
-        metadata={"help": "constant, or linear from self_prob_start to self_prob over the training steps."},
+        metadata={
+            "help": "From self_prob_start to self_prob over the training steps: constant (self_prob throughout), linear, "
+            "cosine, exponential or inverse_sigmoid."
+        },
     )
     self_prob_start: float = field(
         default=0.0, metadata={"help": "Self-probability at the first step of a schedule that is not constant."}
+    )
+    self_prob_warmup: float = field(
+        default=0.0,
+        metadata={"help": "Steps of plain fine-tuning before the schedule begins; below 1, a share of all steps."},
+    )
+    granularity: str = field(
+        default="token",
+        metadata={
+            "help": "What self_prob is a probability of: a token, a token in a span (runs of geometric length), or a "
+            "sequence (whole answers)."
+        },
+    )
+    span_length: float = field(default=8.0, metadata={"help": "Mean tokens of a span, at least 1."})
+    self_prob_curve: str = field(
+        default="flat", metadata={"help": "Over an answer: flat, or rising (more self tokens later, the same in all)."}
+    )
+    min_reference_prob: float = field(
+        default=0.0,
+        metadata={
+            "help": "A token is the model's own only where the model gives the reference at least this probability."
+        },
     )
     sampling_temperature: float = field(
         default=1.0, metadata={"help": "Temperature of the model's own tokens; 0 is greedy."}
@@ -76,13 +101,18 @@ class BSSConfig(TrainingArguments):
 
     def __post_init__(self):
         super().__post_init__()
-        for name in ("self_prob", "self_prob_start"):
+        for name in ("self_prob", "self_prob_start", "min_reference_prob"):
             if not 0.0 <= getattr(self, name) <= 1.0:
                 raise ValueError(f"{name} is {getattr(self, name)}; a probability must be in [0, 1]")
         if not 0.0 <= self.sampling_temperature < float("inf"):
             raise ValueError(f"sampling_temperature is {self.sampling_temperature}; it must be a finite number >= 0")
         if self.self_prob_schedule not in SCHEDULES:
             raise ValueError(f"self_prob_schedule is {self.self_prob_schedule!r}; accepted: {', '.join(SCHEDULES)}")
+        if not 0.0 <= self.self_prob_warmup < float("inf"):
+            raise ValueError(f"self_prob_warmup is {self.self_prob_warmup}; give steps, or a share of them below 1")
+        if self.self_prob_curve not in CURVES:
+            raise ValueError(f"self_prob_curve is {self.self_prob_curve!r}; accepted: {', '.join(CURVES)}")
+        _ = self.masks  # which checks the rest of them
         if self.context_method not in METHODS:
             raise ValueError(f"context_method is {self.context_method!r}; accepted: {', '.join(METHODS)}")
         for name in ("token_budget", "context_micro_batches"):
@@ -95,7 +125,18 @@ class BSSConfig(TrainingArguments):
                 "remove_unused_columns must stay False: the collator needs the columns sample_id, prompt_ids"
             )
 
-    def self_prob_at(self, step: int, max_steps: int) -> float:
-        """Self-probability of optimizer step ``step`` (0-based) of ``max_steps``."""
-        progress = step / (max_steps - 1) if max_steps > 1 else 1.0
-        return SCHEDULES[self.self_prob_schedule](self.self_prob_start, self.self_prob, min(1.0, progress))
+    @property
+    def masks(self) -> Masks:
+        """How positions are drawn."""
+        return Masks(self.granularity, self.span_length, self.self_prob_curve, self.min_reference_prob)  # type: ignore[arg-type]
+
+    def self_prob_at(self, step: int, max_steps: int, schedule: Schedule | None = None) -> float:
+        """Self-probability of optimizer step ``step`` (0-based) of ``max_steps``; ``schedule`` in place of the named."""
+        warmup = self.self_prob_warmup
+        first = round(warmup * max_steps) if warmup < 1 else int(warmup)
+        if step < first:
+            return 0.0
+        last = max_steps - 1
+        progress = min(1.0, (step - first) / (last - first)) if last > first else 1.0
+        schedule = schedule or SCHEDULES[self.self_prob_schedule]
+        return schedule(self.self_prob_start, self.self_prob, progress)

@@ -2,6 +2,7 @@
 
 from .batch import ContextStats, MixedContext
 from .generator import ContextGenerator
+from .masks import Masks
 from .ragged import UnsupportedModelError
 
-__all__ = ["ContextGenerator", "ContextStats", "MixedContext", "UnsupportedModelError"]
+__all__ = ["ContextGenerator", "ContextStats", "Masks", "MixedContext", "UnsupportedModelError"]

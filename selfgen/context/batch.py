@@ -78,6 +78,7 @@ class Batch:
     sample_ids: Tensor  # [R] int64
     seed: int
     temperature: float
+    min_reference_prob: float | None = None  # below it, a token is the reference after all
 
     @property
     def prompt_lengths(self) -> list[int]:
@@ -105,6 +106,7 @@ class Batch:
             self.sample_ids[one],
             self.seed,
             self.temperature,
+            self.min_reference_prob,
         )
 
 

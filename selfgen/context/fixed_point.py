@@ -43,7 +43,8 @@ class FixedPoint:
     reference: Tensor  # [S] int64: prompts and reference answers
     next_self: Tensor  # [S] int64: slot of the first self position planned for behind each slot; see `start`
     self_left: Tensor  # [S] int64: self positions planned for behind each slot in its row
-    is_self: Tensor  # [S] bool
+    is_self: Tensor  # [S] bool: where the token may be the model's own, so that it has to be sampled
+    mixed: Tensor  # [S] bool: where it was, when it was last sampled; less than `is_self` where confidence is asked for
     tokens: Tensor  # [S] int64
     final: Tensor  # [R] int64: slots, in the same order
     cache: RaggedCache
@@ -88,6 +89,7 @@ class FixedPoint:
             sample_ids=batch.sample_ids[row],
             reference=reference,
             is_self=own,
+            mixed=own.clone(),
             self_left=self_left,
             next_self=next_self_slots(planned, row_ends[row]),
             tokens=reference.clone(),
@@ -106,7 +108,15 @@ class FixedPoint:
     @property
     def contexts(self) -> list[Tensor]:
         """The answers' tokens, [T_i] int64 each."""
-        rows = torch.split(self.tokens, self.batch.lengths)
+        return self._answers(self.tokens)
+
+    @property
+    def masks(self) -> list[Tensor]:
+        """Which of them are the model's own, [T_i] bool each."""
+        return self._answers(self.mixed)
+
+    def _answers(self, of_slots: Tensor) -> list[Tensor]:
+        rows = torch.split(of_slots, self.batch.lengths)
         return [row[prompt:] for row, prompt in zip(rows, self.batch.prompt_lengths, strict=True)]
 
 
@@ -154,7 +164,7 @@ def plan_pass(state: FixedPoint, token_budget: int) -> RaggedPass:
 def run_pass(model: PreTrainedModel, state: FixedPoint, ragged_pass: RaggedPass) -> Tensor:
     """Compute the pass under the current guess, which stays as it is.
 
-    Returns [N] int64: at places right before a self position the model's token there, anything elsewhere.
+    Returns [N] int64: at places right before a self position the token that belongs there, anything elsewhere.
     """
     batch = state.batch
     state.passes += 1
@@ -164,7 +174,7 @@ def run_pass(model: PreTrainedModel, state: FixedPoint, ragged_pass: RaggedPass)
     at = ragged_pass.slots[places] + 1  # [M]
     logits = ragged_logits(model, state.cache, ragged_pass, state.tokens, places)  # [M, V]
     sampled = state.tokens[(ragged_pass.slots + 1).clamp(max=len(state.tokens) - 1)]  # as is
-    sampled[places], _ = kernels.sample_mix(
+    sampled[places], state.mixed[at] = kernels.sample_mix(
         logits,
         state.reference[at],
         1.0,
@@ -172,6 +182,7 @@ def run_pass(model: PreTrainedModel, state: FixedPoint, ragged_pass: RaggedPass)
         sample_ids=state.sample_ids[at],
         positions=state.answer_positions[at],
         temperature=batch.temperature,
+        min_reference_prob=batch.min_reference_prob,
         status=state.status,
     )
     return sampled

@@ -13,12 +13,11 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from selfgen_kernels import self_mask
-
 from ..replay import ReplayError
 from .batch import Batch, ContextStats, MixedContext, TokenRow, check_sample_ids, check_token_rows
 from .budget import calibrate_token_budget
 from .fixed_point import fixed_point
+from .masks import Masks
 from .packed import packed_linears
 from .ragged import UnsupportedModelError, inspect_model, max_positions, verify_model, vocab_size_of
 from .sequential import sequential
@@ -40,6 +39,7 @@ class ContextGenerator:
             as the number of tokens that cost as much as a pass itself, by which speculation is weighed. By default it
             is measured once on the model's device (``calibrate_token_budget``). It changes the cost; the tokens only
             where rounding turns a near tie, which takes a low precision (README, "Exactness").
+        masks: how the positions that are the model's own are drawn; single tokens by default.
 
     Raises:
         TypeError: ``model`` is not a transformers model, or its weights have more than one dtype.
@@ -51,7 +51,14 @@ class ContextGenerator:
         >>> mixed.tokens[0], mixed.is_self[0], mixed.stats.passes
     """
 
-    def __init__(self, model: PreTrainedModel, *, temperature: float = 1.0, token_budget: int | None = None):
+    def __init__(
+        self,
+        model: PreTrainedModel,
+        *,
+        temperature: float = 1.0,
+        token_budget: int | None = None,
+        masks: Masks | None = None,
+    ):
         self.model = _transformers_model(model)
         if (
             isinstance(temperature, bool)
@@ -62,6 +69,7 @@ class ContextGenerator:
         if token_budget is not None and (type(token_budget) is not int or token_budget < 1):
             raise ValueError(f"token_budget is {token_budget!r}; it must be an integer >= 1, or None to measure it")
         self.temperature = float(temperature)
+        self.masks = masks or Masks()
         self._token_budget = token_budget
         self._verified = False
         _check_dtypes(self.model)
@@ -93,7 +101,8 @@ class ContextGenerator:
         Args:
             prompts: R rows of token ids, [P_i] int64/int32 tensors or lists, each at least one token.
             references: R rows of reference answers, [T_i], likewise.
-            self_prob: probability that a token is the model's own, in [0, 1]; one number, or one a row.
+            self_prob: probability that a token is the model's own, in [0, 1]; one number, or one a row. What it is a
+                probability of, tokens, spans or answers, is up to ``masks``.
             seed: any 64-bit integer. With the sample id and the position it fixes all randomness.
             sample_ids: [R] int64/int32, unique: the identity of each row.
             method: "fixed_point" (few parallel passes) or "sequential" (token by token, works with every model).
@@ -118,6 +127,7 @@ class ContextGenerator:
         if not batch.prompts:
             return MixedContext([], [], ContextStats.untouched([], []))
         support = inspect_model(self.model, max(batch.lengths))
+        candidates = self.masks.draw(batch.seed, batch.sample_ids, batch.answer_lengths, batch.self_prob)
 
         if method == "fixed_point":
             if support.missing:
@@ -125,16 +135,16 @@ class ContextGenerator:
                     f"{type(self.model).__name__} uses {'; '.join(support.missing)}: the ragged path can't honour it. "
                     'Use method="sequential".'
                 )
-            is_self = _draw_masks(batch)
             budget = self.token_budget
             with inference(self.model):
                 self._verify()
-                state = fixed_point(self.model, batch, is_self, budget, keep_hidden_states=keep_hidden_states)
-            tokens, invalid, hidden_states = state.contexts, int(state.status), state.hidden_states
+                state = fixed_point(self.model, batch, candidates, budget, keep_hidden_states=keep_hidden_states)
+            tokens, is_self, invalid = state.contexts, state.masks, int(state.status)
+            hidden_states = state.hidden_states
             passes, tokens_computed = state.passes, state.tokens_computed
         else:
             with inference(self.model):
-                result = sequential(self.model, batch, isolate_rows=support.isolate_rows)
+                result = sequential(self.model, batch, candidates, isolate_rows=support.isolate_rows)
             tokens, is_self, invalid = result.tokens, result.is_self, result.invalid
             passes, tokens_computed, hidden_states = result.passes, result.tokens_computed, None
 
@@ -185,21 +195,8 @@ class ContextGenerator:
             sample_ids=check_sample_ids(sample_ids, len(prompts), device),
             seed=seed,
             temperature=self.temperature,
+            min_reference_prob=self.masks.min_reference_prob or None,
         )
-
-
-def _draw_masks(batch: Batch) -> list[Tensor]:
-    """[T_i] bool a row: the coins of ``sample_mix``, tossed before any forward."""
-    lengths = batch.answer_lengths
-    repeats = torch.tensor(lengths, device=batch.device)
-    positions = torch.cat([torch.arange(length, device=batch.device) for length in lengths])
-    mask = self_mask(
-        batch.seed,
-        batch.sample_ids.repeat_interleave(repeats),
-        positions,
-        batch.self_prob.repeat_interleave(repeats),
-    )
-    return list(torch.split(mask, lengths))
 
 
 def _check_self_prob(self_prob: float | Sequence[float] | Tensor, rows: int, device: torch.device) -> Tensor:

@@ -1,8 +1,9 @@
 """The oracle: one token at a time, as a language model is run.
 
 This is the definition of a mixed context (scheduled sampling, Bengio et al. 2015; arXiv 2410.14655) written down as it
-stands: sample the next token given the context so far, then toss the coin that decides whether it enters the context.
-It works with every causal language model of transformers and is what the fast path is tested against.
+stands: sample the next token given the context so far, and let it enter the context where it may. Which tokens may be
+the model's own is drawn beforehand. It works with every causal language model of transformers and is what the fast path
+is tested against.
 """
 
 from __future__ import annotations
@@ -28,8 +29,10 @@ class SequentialResult:
     invalid: int
 
 
-def sequential(model: PreTrainedModel, batch: Batch, *, isolate_rows: bool = False) -> SequentialResult:
-    """Generate mixed contexts token by token.
+def sequential(
+    model: PreTrainedModel, batch: Batch, candidates: list[Tensor], *, isolate_rows: bool = False
+) -> SequentialResult:
+    """Generate mixed contexts token by token; ``candidates``, bool [T_i] each, may be the model's own.
 
     Rows are decoded together, left-padded, over transformers' own KV cache. ``isolate_rows`` decodes each row alone and
     recomputes its whole context at every token: for models whose layers are not a function of one row's prefix alone
@@ -37,7 +40,10 @@ def sequential(model: PreTrainedModel, batch: Batch, *, isolate_rows: bool = Fal
     """
     status = torch.zeros(1, dtype=torch.int64, device=batch.device)
     if isolate_rows:
-        parts = [_decode(model, batch.row(i), status, use_cache=False) for i in range(len(batch.prompts))]
+        parts = [
+            _decode(model, batch.row(i), candidates[i : i + 1], status, use_cache=False)
+            for i in range(len(batch.prompts))
+        ]
         return SequentialResult(
             tokens=[part.tokens[0] for part in parts],
             is_self=[part.is_self[0] for part in parts],
@@ -45,17 +51,19 @@ def sequential(model: PreTrainedModel, batch: Batch, *, isolate_rows: bool = Fal
             tokens_computed=sum(part.tokens_computed for part in parts),
             invalid=int(status),
         )
-    result = _decode(model, batch, status, use_cache=True)
+    result = _decode(model, batch, candidates, status, use_cache=True)
     result.invalid = int(status)
     return result
 
 
-def _decode(model: PreTrainedModel, batch: Batch, status: Tensor, *, use_cache: bool) -> SequentialResult:
+def _decode(
+    model: PreTrainedModel, batch: Batch, candidates: list[Tensor], status: Tensor, *, use_cache: bool
+) -> SequentialResult:
     rows, steps = len(batch.prompts), max(batch.answer_lengths)
     context = _left_pad(batch.prompts)  # [R, L] grows by one column a step
     mask = _left_pad([torch.ones_like(prompt) for prompt in batch.prompts])  # [R, L]
     reference = torch.nn.utils.rnn.pad_sequence(batch.references, batch_first=True)  # [R, T]
-    answer_lengths = torch.tensor(batch.answer_lengths, device=batch.device)  # [R]
+    may_be_self = torch.nn.utils.rnn.pad_sequence(candidates, batch_first=True)  # [R, T]; padding samples nothing
     last_position = torch.tensor(batch.lengths, device=batch.device) - 1  # [R]
     coins = []  # step x [R] bool
 
@@ -78,11 +86,12 @@ def _decode(model: PreTrainedModel, batch: Batch, status: Tensor, *, use_cache: 
         column, coin = sample_mix(
             logits,
             reference[:, step],
-            batch.self_prob.where(step < answer_lengths, 0.0),  # a row that has ended samples nothing
+            may_be_self[:, step].double(),
             seed=batch.seed,
             sample_ids=batch.sample_ids,
             positions=torch.full((rows,), step, device=batch.device),
             temperature=batch.temperature,
+            min_reference_prob=batch.min_reference_prob,
             status=status,
         )
         coins.append(coin)

@@ -1,0 +1,105 @@
+"""Which positions of an answer are the model's own: single tokens, spans or whole answers, more of them later or not.
+
+A mask is drawn before any forward, from the coins of ``selfgen_kernels.self_mask``: a pure function of (seed, sample
+id, position). Only confidence has to wait for the model (``min_reference_prob``); it takes positions away, never adds.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from selfgen_kernels import self_mask
+
+Granularity = Literal["token", "span", "sequence"]
+GRANULARITIES = ("token", "span", "sequence")
+Curve = Callable[[Tensor, Tensor], Tensor]
+"""(self-probabilities [S], places in their answers [S], from 0 to 1) -> self-probabilities [S]"""
+
+
+def flat(self_prob: Tensor, place: Tensor) -> Tensor:
+    """The same at every position."""
+    return self_prob
+
+
+def rising(self_prob: Tensor, place: Tensor) -> Tensor:
+    """A straight line over the answer, as steep as probabilities allow; its mean is ``self_prob``."""
+    return self_prob + torch.minimum(self_prob, 1 - self_prob) * (2 * place - 1)
+
+
+CURVES: dict[str, Curve] = {"flat": flat, "rising": rising}
+
+
+@dataclass(frozen=True)
+class Masks:
+    """How the positions that are the model's own are drawn.
+
+    Args:
+        granularity: "token", a coin a token (scheduled sampling, Bengio et al. 2015, arXiv 1506.03099); "span", runs of
+            self tokens of geometric length; "sequence", a coin an answer (GKD's lambda, Agarwal et al. 2023, arXiv
+            2306.13649, for each row).
+        span_length: mean tokens of a span, at least 1. Where single tokens at that probability already make longer
+            runs, 1 / (1 - p), these are what comes. The share of self tokens is p in any case.
+        curve: of the probability over an answer, "flat", "rising", or a function (see `Curve`). Not with "sequence".
+        min_reference_prob: a token is the model's own only where the model gives the reference at least this
+            probability, in [0, 1], at temperature 1 and under the context so far (confidence-aware scheduled sampling,
+            Liu et al. 2021, arXiv 2107.10427). 0 is no such condition.
+
+    Raises:
+        ValueError: an argument out of range.
+    """
+
+    granularity: Granularity = "token"
+    span_length: float = 8.0
+    curve: str | Curve = "flat"
+    min_reference_prob: float = 0.0
+
+    def __post_init__(self) -> None:
+        if self.granularity not in GRANULARITIES:
+            raise ValueError(f"granularity is {self.granularity!r}; accepted: {', '.join(GRANULARITIES)}")
+        if not 1.0 <= self.span_length < float("inf"):
+            raise ValueError(f"span_length is {self.span_length}; it must be a finite number >= 1")
+        if not callable(self.curve) and self.curve not in CURVES:
+            raise ValueError(f"curve is {self.curve!r}; accepted: {', '.join(CURVES)}, or a function")
+        if self.granularity == "sequence" and self.curve != "flat":
+            raise ValueError('a curve goes over the tokens of an answer; granularity="sequence" has one coin for all')
+        if not 0.0 <= self.min_reference_prob <= 1.0:
+            raise ValueError(f"min_reference_prob is {self.min_reference_prob}; a probability must be in [0, 1]")
+
+    def draw(self, seed: int, sample_ids: Tensor, lengths: list[int], self_prob: Tensor) -> list[Tensor]:
+        """Bool [T_i] for each of R answers of ``lengths`` T_i, whose ids and probabilities are [R]."""
+        device = sample_ids.device
+        repeats = torch.tensor(lengths, device=device)  # [R]
+        positions = torch.cat([torch.arange(length, device=device) for length in lengths])  # [S]
+        ids, prob = sample_ids.repeat_interleave(repeats), self_prob.repeat_interleave(repeats)  # [S]
+        place = (positions + 0.5) / repeats.repeat_interleave(repeats)  # [S]
+        curve = self.curve if callable(self.curve) else CURVES[self.curve]
+        prob = curve(prob, place).clamp(0.0, 1.0)
+        if self.granularity == "sequence":
+            mask = self_mask(seed, ids, torch.zeros_like(positions), prob)
+        elif self.granularity == "span":
+            mask = self._spans(seed, ids, positions, prob)
+        else:
+            mask = self_mask(seed, ids, positions, prob)
+        return list(torch.split(mask, lengths))
+
+    def _spans(self, seed: int, ids: Tensor, positions: Tensor, prob: Tensor) -> Tensor:
+        """A Markov chain with two states: a self token is followed by another with the chance ``stay``, a reference
+        token with the chance ``enter``, by which the share of self tokens is ``prob``.
+
+        One uniform number a position decides, and ``enter`` <= ``stay``: below ``enter`` the position is self, from
+        ``stay`` on it is not, and between them it is what the one before it is. So a position is what the last decided
+        one is.
+        """
+        stay = prob.clamp(min=1 - 1 / self.span_length)
+        enter = torch.where(prob < 1, prob * (1 - stay) / (1 - prob), 1.0)
+        first = positions == 0
+        enter, stay = (torch.where(first, prob, chance) for chance in (enter, stay))
+        on, holds = (self_mask(seed, ids, positions, chance) for chance in (enter, stay))  # the same uniform numbers
+        decided = on | ~holds | first
+        places = torch.arange(len(positions), device=positions.device)
+        return on[torch.where(decided, places, 0).cummax(0).values]

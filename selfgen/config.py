@@ -28,7 +28,7 @@ class BSSConfig(TrainingArguments):
     self_prob_schedule: str = field(
         default="constant",
         metadata={
-            "help": "From self_prob_start to self_prob over the training steps: constant (self_prob throughout), linear, "
+            "help": "From self_prob_start to self_prob over the training: constant (self_prob throughout), linear, "
             "cosine, exponential or inverse_sigmoid."
         },
     )
@@ -131,7 +131,7 @@ class BSSConfig(TrainingArguments):
         return Masks(self.granularity, self.span_length, self.self_prob_curve, self.min_reference_prob)  # type: ignore[arg-type]
 
     def self_prob_at(self, step: int, max_steps: int, schedule: Schedule | None = None) -> float:
-        """Self-probability of optimizer step ``step`` (0-based) of ``max_steps``; ``schedule`` in place of the named."""
+        """Self-probability of optimizer step ``step`` (0-based) of ``max_steps``, by ``schedule`` or the named one."""
         warmup = self.self_prob_warmup
         first = round(warmup * max_steps) if warmup < 1 else int(warmup)
         if step < first:

@@ -1,8 +1,8 @@
 """Mixed contexts: the sequential definition, and the same contexts from a few parallel passes."""
 
-from .batch import ContextStats, MixedContext
+from .batch import Answers, ContextStats, MixedContext
 from .generator import ContextGenerator
 from .masks import Masks
 from .ragged import UnsupportedModelError
 
-__all__ = ["ContextGenerator", "ContextStats", "Masks", "MixedContext", "UnsupportedModelError"]
+__all__ = ["Answers", "ContextGenerator", "ContextStats", "Masks", "MixedContext", "UnsupportedModelError"]

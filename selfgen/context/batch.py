@@ -69,6 +69,23 @@ class MixedContext:
 
 
 @dataclass(frozen=True)
+class Answers:
+    """Free-running answers of a batch of prompts.
+
+    ``tokens[i]`` int64 [T_i] is row i's answer on the model's device, with the token that ended it. ``finished[i]``
+    tells whether it ended by itself, before ``max_new_tokens``. ``passes`` and ``tokens_computed`` are what they cost,
+    ``invalid`` counts tokens whose logits were not finite, ``seconds`` is wall time.
+    """
+
+    tokens: list[Tensor]
+    finished: list[bool]
+    passes: int
+    tokens_computed: int
+    invalid: int
+    seconds: float
+
+
+@dataclass(frozen=True)
 class Batch:
     """Checked inputs of one generation, on the model's device. Rows are ragged, so their tensors stay in lists."""
 

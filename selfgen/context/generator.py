@@ -11,12 +11,14 @@ from typing import Literal
 
 import torch
 from torch import Tensor
+from tqdm.auto import tqdm
 from transformers import PreTrainedModel
 
 from ..replay import ReplayError
-from .batch import Batch, ContextStats, MixedContext, TokenRow, check_sample_ids, check_token_rows
+from .batch import Answers, Batch, ContextStats, MixedContext, TokenRow, check_sample_ids, check_token_rows
 from .budget import calibrate_token_budget
 from .fixed_point import fixed_point
+from .free_running import Prompts, free_running, run_one_by_one
 from .masks import Masks
 from .packed import packed_linears
 from .ragged import UnsupportedModelError, inspect_model, max_positions, verify_model, vocab_size_of
@@ -165,6 +167,94 @@ class ContextGenerator:
             seconds=time.perf_counter() - started,
         )
         return MixedContext(tokens, is_self, stats, hidden_states)
+
+    def answer(
+        self,
+        prompts: Sequence[TokenRow],
+        *,
+        max_new_tokens: int,
+        seed: int = 0,
+        sample_ids: Tensor | Sequence[int] | None = None,
+        top_k: int | None = None,
+        top_p: float | None = None,
+        min_p: float | None = None,
+        eos_token_ids: Sequence[int] | None = None,
+        batch_size: int = 32,
+        progress: bool = False,
+    ) -> Answers:
+        """Let the model answer by itself: a context with p = 1 that ends where the model ends it.
+
+        Rows are decoded together; when one has ended, the next prompt takes its place. A row's answer depends on its
+        prompt, its sample id and the seed alone.
+
+        Args:
+            prompts: R rows of token ids, [P_i] int64/int32 tensors or lists, each at least one token.
+            max_new_tokens: longest answer, at least 1; less where the model has no more positions.
+            seed: any 64-bit integer.
+            sample_ids: [R] int64/int32, unique; the numbers of the rows by default.
+            top_k, top_p, min_p: filters, as in ``selfgen_kernels.sample_mix``.
+            eos_token_ids: an answer ends with the first of these; by default those of the model's generation
+                configuration.
+            batch_size: most rows at a time, at least 1.
+            progress: show a bar with the time left.
+
+        Raises:
+            ValueError: values out of range, empty rows, prompts that leave no position for an answer.
+            TypeError: wrong types or dtypes.
+        """
+        started = time.perf_counter()
+        for name, value in (("max_new_tokens", max_new_tokens), ("batch_size", batch_size)):
+            if type(value) is not int or value < 1:
+                raise ValueError(f"{name} is {value!r}; it must be an integer >= 1")
+        rows = check_token_rows("prompts", prompts, vocab_size_of(self.model), self.model.device)
+        ids = check_sample_ids(range(len(rows)) if sample_ids is None else sample_ids, len(rows), self.model.device)
+        if not rows:
+            return Answers([], [], 0, 0, 0, 0.0)
+        limits = [min(max_new_tokens, room) for room in self._room_behind(rows)]
+        stop_ids = torch.tensor(self._eos_token_ids(eos_token_ids), dtype=torch.int64, device=self.model.device)
+        status = torch.zeros(1, dtype=torch.int64, device=self.model.device)
+        sampling = {
+            "seed": seed, "temperature": self.temperature, "top_k": top_k, "top_p": top_p, "min_p": min_p,
+            "status": status,
+        }  # fmt: skip
+        answers: list[Tensor] = [ids[:0]] * len(rows)
+        support = inspect_model(self.model, max(len(row) + limit for row, limit in zip(rows, limits, strict=True)))
+        with inference(self.model), tqdm(total=len(rows), desc="Answers", disable=not progress, leave=False) as bar:
+
+            def finish(row: int, answer: Tensor) -> None:
+                answers[row] = answer
+                bar.update()
+
+            what = Prompts(rows, ids, limits, stop_ids)
+            if support.missing:
+                work = run_one_by_one(self.model, what, sampling, finish)
+            else:
+                self._verify()
+                work = free_running(self.model, what, sampling, batch_size, finish)
+        ended = [bool(torch.isin(answer[-1], stop_ids)) for answer in answers]
+        seconds = time.perf_counter() - started
+        return Answers(answers, ended, work.passes, work.tokens_computed, int(status), seconds)
+
+    def _room_behind(self, prompts: list[Tensor]) -> list[int]:
+        """Positions that are left for each answer."""
+        limit = max_positions(self.model)
+        if limit is None:
+            return [2**31] * len(prompts)
+        for index, prompt in enumerate(prompts):
+            if len(prompt) >= limit:
+                raise ValueError(
+                    f"prompts[{index}] has {len(prompt)} tokens; the model has {limit} positions, so none is left for "
+                    "an answer: shorten the prompt"
+                )
+        return [limit - len(prompt) for prompt in prompts]
+
+    def _eos_token_ids(self, given: Sequence[int] | None) -> list[int]:
+        if given is None:
+            configured = getattr(self.model.generation_config, "eos_token_id", None)
+            given = self.model.config.eos_token_id if configured is None else configured
+        if given is None:
+            return []
+        return [given] if isinstance(given, int) else list(given)
 
     def _verify(self) -> None:
         """Once for each generator: the model computes over the ragged cache what it computes by itself."""

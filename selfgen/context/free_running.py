@@ -1,0 +1,198 @@
+"""Free-running answers: the model alone, from the prompt on, a token of every row in each pass.
+
+The batch is continuous, as in serving engines (Yu et al. 2022, Orca): when a row has ended, the next prompt takes its
+*place*, and that prompt is computed in the same pass as the other rows' tokens. A place is a run of K/V slots that is
+long enough for any row.
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel
+
+import selfgen_kernels as kernels
+
+from .packed import packed_linears
+from .ragged import RaggedCache, RaggedPass, ragged_logits, ragged_model
+
+_MOST_TOKENS = 8192  # of the prompts that begin in one pass, or one prompt
+
+
+@dataclass(frozen=True)
+class Prompts:
+    """Checked prompts of R rows, on the model's device."""
+
+    tokens: list[Tensor]  # [P_i] int64
+    sample_ids: Tensor  # [R] int64
+    limits: list[int]  # [R]: most tokens of each answer, at least 1
+    stop_ids: Tensor  # [E] int64: an answer ends with the first of these
+
+
+class Work(NamedTuple):
+    """What answers have cost."""
+
+    passes: int
+    tokens_computed: int
+
+
+@dataclass
+class FreeRun:
+    """The state of one generation, on the model's device; only which row is where is known to the host.
+
+    A place holds ``computed`` tokens in the cache and ``new`` ones behind them that the next pass computes: a prompt,
+    then a token a pass, and none where no row is.
+    """
+
+    prompts: Prompts
+    waiting: deque[int]  # rows without a place yet
+    rows: list[int | None]  # of each place
+    row: Tensor  # [B] int64: the same, anything where there is none
+    starts: Tensor  # [B] int64: the first slot of each place
+    tokens: Tensor  # [S] int64: prompts and answers by slot
+    computed: Tensor  # [B] int64
+    new: Tensor  # [B] int64
+    prompt_lengths: Tensor  # [B] int64
+    limits: Tensor  # [B] int64
+    cache: RaggedCache
+    passes: int = 0
+    tokens_computed: int = 0
+
+    @classmethod
+    def start(cls, model: PreTrainedModel, prompts: Prompts, batch_size: int) -> FreeRun:
+        places = min(batch_size, len(prompts.tokens))
+        capacity = max(len(prompt) + limit for prompt, limit in zip(prompts.tokens, prompts.limits, strict=True))
+        device = prompts.sample_ids.device
+        row, computed, new, prompt_lengths, limits = torch.zeros(5, places, dtype=torch.int64, device=device)
+        return cls(
+            prompts=prompts,
+            waiting=deque(range(len(prompts.tokens))),
+            rows=[None] * places,
+            row=row,
+            starts=torch.arange(places, device=device) * capacity,
+            tokens=torch.zeros(places * capacity, dtype=torch.int64, device=device),
+            computed=computed,
+            new=new,
+            prompt_lengths=prompt_lengths,
+            limits=limits,
+            cache=RaggedCache(model, places * capacity),
+        )
+
+
+def free_running(
+    model: PreTrainedModel,
+    prompts: Prompts,
+    sampling: dict[str, Any],
+    batch_size: int,
+    finish: Callable[[int, Tensor], None],
+) -> Work:
+    """Run every row to its end, and hand its number and its answer, int64 [T], to ``finish`` when it is there.
+
+    ``sampling`` is what ``sample_mix`` takes beside rows and positions: seed, temperature, filters, status.
+    """
+    state = FreeRun.start(model, prompts, batch_size)
+    with ragged_model(model), packed_linears(model):
+        while admit(state):
+            ragged_pass = plan_pass(state)
+            sampled = run_pass(model, state, ragged_pass, sampling)
+            for row, answer in commit_pass(state, sampled):
+                finish(row, answer)
+    return Work(state.passes, state.tokens_computed)
+
+
+def admit(state: FreeRun) -> bool:
+    """Give free places to waiting rows; false if there is nothing left to do."""
+    begun = 0
+    for place, taken in enumerate(state.rows):
+        if taken is not None or not state.waiting:
+            continue
+        row = state.waiting[0]
+        prompt = state.prompts.tokens[row]
+        if begun and begun + len(prompt) > _MOST_TOKENS:
+            break
+        begun += len(prompt)
+        state.waiting.popleft()
+        start = place * (len(state.tokens) // len(state.rows))
+        state.tokens[start : start + len(prompt)] = prompt
+        state.rows[place] = row
+        state.row[place] = row
+        state.computed[place] = 0
+        state.new[place] = state.prompt_lengths[place] = len(prompt)
+        state.limits[place] = state.prompts.limits[row]
+    return any(row is not None for row in state.rows)
+
+
+def plan_pass(state: FreeRun) -> RaggedPass:
+    """All new tokens of all places."""
+    ends = state.new.cumsum(0)
+    place = torch.arange(len(ends), device=ends.device).repeat_interleave(state.new)  # [N]
+    positions = torch.arange(len(place), device=ends.device) + (state.computed - ends + state.new)[place]
+    return RaggedPass(
+        slots=state.starts[place] + positions,
+        position_ids=positions[None],
+        cu_seqlens_q=torch.nn.functional.pad(ends, (1, 0)).int(),
+        kv_ranges=torch.stack([state.starts, state.computed + state.new], 1),
+    )
+
+
+def run_pass(model: PreTrainedModel, state: FreeRun, ragged_pass: RaggedPass, sampling: dict[str, Any]) -> Tensor:
+    """Compute the pass; returns the next token of each taken place, int64 [A]."""
+    state.passes += 1
+    state.tokens_computed += ragged_pass.num_tokens
+    taken = state.new.nonzero()[:, 0]  # [A]
+    last = ragged_pass.cu_seqlens_q[1:][taken].long() - 1  # [A]: where in the pass a token is predicted
+    logits = ragged_logits(model, state.cache, ragged_pass, state.tokens, last)  # [A, V]
+    sampled, _ = kernels.sample_mix(
+        logits,
+        state.tokens[ragged_pass.slots[last]],  # what a row gets whose logits are not finite: its last token again
+        1.0,
+        sample_ids=state.prompts.sample_ids[state.row[taken]],
+        positions=(state.computed + state.new - state.prompt_lengths)[taken],
+        **sampling,
+    )
+    return sampled
+
+
+def commit_pass(state: FreeRun, sampled: Tensor) -> list[tuple[int, Tensor]]:
+    """Append the sampled tokens [A]; frees the places of rows that have ended, and returns these with their answers."""
+    taken = state.new.nonzero()[:, 0]  # [A]
+    state.computed += state.new
+    state.tokens[(state.starts + state.computed)[taken]] = sampled
+    state.new[taken] = 1
+    lengths = state.computed + 1 - state.prompt_lengths  # [B]: of the answers
+    ended = taken[torch.isin(sampled, state.prompts.stop_ids) | (lengths[taken] == state.limits[taken])]
+    first = (state.starts + state.prompt_lengths)[ended]
+    answers = []
+    for place, begin, length in zip(*torch.stack([ended, first, lengths[ended]]).tolist(), strict=True):
+        row = state.rows[place]
+        assert row is not None
+        answers.append((row, state.tokens[begin : begin + length].clone()))
+        state.rows[place] = None
+    state.new[ended] = 0
+    return answers
+
+
+def run_one_by_one(
+    model: PreTrainedModel, prompts: Prompts, sampling: dict[str, Any], finish: Callable[[int, Tensor], None]
+) -> Work:
+    """The same for models that the ragged path refuses: each row alone, its whole context anew at every token."""
+    passes = tokens_computed = 0
+    for row, (context, limit) in enumerate(zip(prompts.tokens, prompts.limits, strict=True)):
+        first = len(context)
+        while len(context) < first + limit:
+            logits = model(input_ids=context[None], attention_mask=torch.ones_like(context)[None]).logits[:, -1]
+            passes, tokens_computed = passes + 1, tokens_computed + len(context)
+            position = torch.tensor([len(context) - first], device=context.device)
+            token, _ = kernels.sample_mix(
+                logits, context[-1:], 1.0, sample_ids=prompts.sample_ids[row : row + 1], positions=position, **sampling
+            )
+            context = torch.cat([context, token])
+            if torch.isin(token, prompts.stop_ids):
+                break
+        finish(row, context[first:])
+    return Work(passes, tokens_computed)

@@ -1,0 +1,92 @@
+"""Free-running generation, and answers that the model corrects itself (RAC)."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from datasets import Dataset
+from torch import Tensor
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from .context import Answers, ContextGenerator
+from .context.batch import TokenRow
+from .correction import DEFAULT_CUE, CorrectionCue
+from .data import tokenize_rows
+
+
+def generate(
+    model: PreTrainedModel | ContextGenerator, prompts: Sequence[TokenRow], *, temperature: float = 0.0, **options: Any
+) -> Answers:
+    """Answers of the model running freely, over the engine that makes contexts; greedy by default.
+
+    Args:
+        model: a causal language model of transformers, or a generator around one, whose temperature then counts.
+        prompts: R rows of token ids, [P_i] int64/int32 tensors or lists, each at least one token.
+        temperature: of the sampling; 0 is greedy.
+        **options: of ``ContextGenerator.answer``, ``max_new_tokens`` among them.
+
+    Example:
+        >>> prompts = tokenizer(["1 + 1 ="]).input_ids
+        >>> answers = generate(model, prompts, max_new_tokens=8)
+        >>> tokenizer.batch_decode(answers.tokens, skip_special_tokens=True)
+    """
+    generator = model if isinstance(model, ContextGenerator) else ContextGenerator(model, temperature=temperature)
+    return generator.answer(prompts, **options)
+
+
+@dataclass(frozen=True)
+class Corrected:
+    """``first`` are the answers to the prompts and ``corrected`` what the last round made of them, int64 [T_i] each."""
+
+    first: list[Tensor]
+    corrected: list[Tensor]
+    finished: list[bool]  # whether the corrected answer ended by itself
+
+
+def generate_corrected(
+    model: PreTrainedModel | ContextGenerator,
+    tokenizer: PreTrainedTokenizerBase,
+    prompts: Sequence[str] | Sequence[TokenRow],
+    *,
+    rounds: int = 1,
+    cue: str | None = None,
+    apply_chat_template: bool | None = None,
+    **options: Any,
+) -> Corrected:
+    """Answer, look at the answer, and answer again: RAC at inference (arXiv 2410.14655), with no oracle.
+
+    Args:
+        model: as in `generate`; of use where it was trained with ``RACTrainer``.
+        tokenizer: the model's.
+        prompts: R texts, or R rows of token ids as ``tokenize_rows`` makes them.
+        rounds: corrections, at least 1; each sees the answer of the one before it.
+        cue: the text that asks for a correction, as in training; ``correction.DEFAULT_CUE`` by default.
+        apply_chat_template: to the texts and the cue; by default if the tokenizer has one.
+        **options: of `generate`; every round draws with noise of its own.
+    """
+    if not isinstance(rounds, int) or rounds < 1:
+        raise ValueError(f"rounds is {rounds!r}; it must be an integer >= 1")
+    rows = _prompt_rows(tokenizer, prompts, apply_chat_template)
+    between = CorrectionCue.of(tokenizer, cue or DEFAULT_CUE, apply_chat_template=apply_chat_template)
+    seed = options.pop("seed", 0)
+    answers = generate(model, rows, seed=seed, **options)
+    first = answers.tokens
+    for turn in range(1, rounds + 1):
+        asked = [between.prompt(row, answer.tolist()) for row, answer in zip(rows, answers.tokens, strict=True)]
+        answers = generate(model, asked, seed=seed + turn, **options)
+    return Corrected(first, answers.tokens, answers.finished)
+
+
+def _prompt_rows(
+    tokenizer: PreTrainedTokenizerBase, prompts: Sequence[str] | Sequence[TokenRow], apply_chat_template: bool | None
+) -> list[list[int]]:
+    """Token ids of the prompts; texts become what training makes of them."""
+    if not any(isinstance(prompt, str) for prompt in prompts):
+        return [list(prompt.tolist() if isinstance(prompt, Tensor) else prompt) for prompt in prompts]  # type: ignore[union-attr]
+    texts = Dataset.from_dict({"prompt": prompts, "completion": ["."] * len(prompts)})
+    rows, _ = tokenize_rows(texts, tokenizer, max_length=2**31, apply_chat_template=apply_chat_template)
+    if len(rows) < len(prompts):
+        raise ValueError(f"{len(prompts) - len(rows)} of {len(prompts)} prompts are empty; leave them out")
+    return list(rows["prompt_ids"])

@@ -10,6 +10,8 @@ from .context.generator import METHODS, Method
 from .context.masks import CURVES, Masks
 from .schedules import SCHEDULES, Schedule
 
+LOSS_ON = ("all", "after_self")
+
 
 @dataclass
 class BSSConfig(TrainingArguments):
@@ -80,6 +82,26 @@ class BSSConfig(TrainingArguments):
             "would. Where a model does not allow it the log says why, and the ordinary training pass runs."
         },
     )
+    loss_on: str = field(
+        default="all",
+        metadata={
+            "help": "Answer tokens that are learned: all, or after_self (those with a self token somewhere before them "
+            "in the answer; all of them where self_prob is 0)."
+        },
+    )
+    kl_weight: float = field(
+        default=0.0, metadata={"help": "Weight of KL(model || frozen model) at every learned position; 0 is none."}
+    )
+    kl_model: str | None = field(
+        default=None, metadata={"help": "The frozen model: a folder or a hub name; by default the model as it begins."}
+    )
+    lean_loss: bool | None = field(
+        default=None,
+        metadata={
+            "help": "Compute the loss chunk by chunk at learned positions, without logits of all of them in memory; by "
+            "default where contexts are mixed and the model allows it. Equal up to rounding."
+        },
+    )
     max_length: int = field(
         default=1024, metadata={"help": "Longest row in tokens, prompt included; longer answers are cut and counted."}
     )
@@ -112,6 +134,14 @@ class BSSConfig(TrainingArguments):
             raise ValueError(f"self_prob_warmup is {self.self_prob_warmup}; give steps, or a share of them below 1")
         if self.self_prob_curve not in CURVES:
             raise ValueError(f"self_prob_curve is {self.self_prob_curve!r}; accepted: {', '.join(CURVES)}")
+        if self.loss_on not in LOSS_ON:
+            raise ValueError(f"loss_on is {self.loss_on!r}; accepted: {', '.join(LOSS_ON)}")
+        if self.loss_on == "after_self" and self.context_micro_batches:
+            raise ValueError("loss_on=after_self counts tokens over the whole step: leave out context_micro_batches")
+        if not 0.0 <= self.kl_weight < float("inf"):
+            raise ValueError(f"kl_weight is {self.kl_weight}; it must be a finite number >= 0")
+        if self.kl_model and not self.kl_weight:
+            raise ValueError(f"kl_model is {self.kl_model!r}, but kl_weight is 0; set kl_weight to use it")
         _ = self.masks  # which checks the rest of them
         if self.context_method not in METHODS:
             raise ValueError(f"context_method is {self.context_method!r}; accepted: {', '.join(METHODS)}")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import logging
 import time
 from contextlib import nullcontext
@@ -17,12 +18,15 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, T
 from .config import BSSConfig
 from .context import ContextGenerator, ContextStats, MixedContext
 from .context.ragged import max_positions
-from .data import Collator, check_sample_ids, load_rows, tokenize_rows
+from .data import IGNORE_INDEX, Collator, check_sample_ids, load_rows, tokenize_rows
+from .losses import AnswerLoss
 from .replay import HiddenStates, ReplayError, decoder_layers
+from .schedules import Schedule
 
 logger = logging.getLogger(__name__)
 
-_BOOKKEEPING = ("sample_id", "prompt_length", "answer_length")  # the collator's columns that are not the model's
+_ROWS = ("sample_id", "prompt_length", "answer_length")
+_BOOKKEEPING = (*_ROWS, "loss_weight")  # columns that are not the model's
 
 
 class BSSTrainer(Trainer):
@@ -38,6 +42,8 @@ class BSSTrainer(Trainer):
         train_dataset, eval_dataset: rows as ``tokenize_rows`` takes them (``prompt``/``completion`` or ``messages``),
             or as it returns them. Evaluation is teacher-forced: under reference contexts.
         processing_class: the tokenizer; loaded beside the model by default.
+        schedule: self-probability over training in place of ``args.self_prob_schedule``: a function of
+            (self_prob_start, self_prob, progress in [0, 1]).
         **kwargs: of ``transformers.Trainer``.
 
     Every training log has, over the steps since the last one, of the process that logs: ``self_share`` (self tokens /
@@ -49,6 +55,8 @@ class BSSTrainer(Trainer):
         >>> BSSTrainer("HuggingFaceTB/SmolLM2-135M-Instruct", config, train_dataset=rows).train()
     """
 
+    _weighs_rows = False  # whether batches have a column loss_weight
+
     def __init__(
         self,
         model: PreTrainedModel | torch.nn.Module | str,
@@ -58,13 +66,17 @@ class BSSTrainer(Trainer):
         eval_dataset=None,
         processing_class=None,
         data_collator=None,
+        schedule: Schedule | None = None,
         **kwargs,
     ):
         if not isinstance(args, BSSConfig):
             raise TypeError(f"args is a {type(args).__name__}; BSSTrainer takes a BSSConfig")
         if isinstance(model, str):
             model = AutoModelForCausalLM.from_pretrained(model)
-        self.generator = ContextGenerator(model, temperature=args.sampling_temperature, token_budget=args.token_budget)
+        self.generator = ContextGenerator(
+            model, temperature=args.sampling_temperature, token_budget=args.token_budget, masks=args.masks
+        )
+        self.schedule = schedule
         if processing_class is None and not self.generator.model.name_or_path:
             raise ValueError("the model was not loaded by name, so its tokenizer can't be found: give processing_class")
         if processing_class is None:
@@ -93,16 +105,24 @@ class BSSTrainer(Trainer):
         self._replay: _Replay | None = None
         self._replay_verified = False
         self._replays = self._may_replay()
+        self._answer_loss = self._make_loss()
         self.meter = _Meter()
         self.add_callback(_StepTimer(self.meter))
 
     def get_batch_samples(self, epoch_iterator, num_batches, device):
         """All micro-batches of one optimizer step; those that are trained on first have their mixed contexts."""
         batches, num_items = super().get_batch_samples(epoch_iterator, num_batches, device)
-        self._waiting, self._mixed = list(batches), 0
         self.meter.step_begin()
+        batches = self.prepare_batches(batches)
+        self._waiting, self._mixed = list(batches), 0
         self._mix_next()
+        if self.args.loss_on != "all":
+            num_items = self._get_num_items_in_batch(batches, device)
         return batches, num_items
+
+    def prepare_batches(self, batches: list[dict[str, Tensor]]) -> list[dict[str, Tensor]]:
+        """What a method does to the micro-batches of a step before their contexts are mixed: nothing, here."""
+        return batches
 
     def train(self, *args, **kwargs):
         try:
@@ -131,7 +151,7 @@ class BSSTrainer(Trainer):
         """Replace the answers in ``input_ids`` by mixed contexts, for all micro-batches at once; labels stay."""
         self._replay = None  # of a step that failed or was broken off
         self.meter.contexts_begin()
-        self_prob = self.args.self_prob_at(self.state.global_step, self.state.max_steps)
+        self_prob = self.args.self_prob_at(self.state.global_step, self.state.max_steps, self.schedule)
         rows = [row for batch in batches for row in _rows(batch)]
         if self_prob > 0.0:
             unique = _unique(rows)
@@ -139,6 +159,11 @@ class BSSTrainer(Trainer):
             tokens = dict(zip((row.sample_id for row in unique), mixed.tokens, strict=True))
             for row in rows:
                 row.answer.copy_(tokens[row.sample_id])
+            if self.args.loss_on == "after_self":
+                masks = dict(zip((row.sample_id for row in unique), mixed.is_self, strict=True))
+                for row in rows:
+                    is_self = masks[row.sample_id].long()
+                    row.reference[is_self.cumsum(0) == is_self] = IGNORE_INDEX  # no self token before it
             stats = mixed.stats
             if mixed.hidden_states is not None:
                 self._replay = _Replay(mixed.hidden_states, unique)
@@ -152,7 +177,7 @@ class BSSTrainer(Trainer):
                 [row.prompt for row in rows],
                 [row.reference for row in rows],
                 self_prob,
-                seed=_step_seed(self.args.seed, self.state.global_step),
+                seed=step_seed(self.args.seed, self.state.global_step),
                 sample_ids=[row.sample_id for row in rows],
                 method=self.args.context_method,
                 keep_hidden_states=self._replays,
@@ -189,6 +214,37 @@ class BSSTrainer(Trainer):
         self._replays, self._replay = False, None
         return False
 
+    def _make_loss(self) -> AnswerLoss | None:
+        """None where the Trainer's own loss does."""
+        args = self.args
+        lean = (args.self_prob > 0 if args.lean_loss is None else args.lean_loss) and not args.use_liger_kernel
+        if not (lean or args.kl_weight or args.loss_on != "all" or self._weighs_rows):
+            return None
+        smoothing, self.label_smoother = args.label_smoothing_factor, None
+        frozen = None
+        if args.kl_model:
+            frozen = AutoModelForCausalLM.from_pretrained(args.kl_model, dtype=self.generator.model.dtype)
+        elif args.kl_weight:
+            frozen = self.generator.model if self._adapters() else copy.deepcopy(self.generator.model)
+        if frozen is not None and frozen is not self.generator.model:
+            frozen = frozen.to(args.device).requires_grad_(False).eval()
+        return AnswerLoss(
+            self.generator.model, label_smoothing=smoothing, kl_weight=args.kl_weight, frozen=frozen, lean=lean
+        )
+
+    def _adapters(self):
+        """The PEFT model whose adapters can be switched off, if it is one."""
+        model = self.accelerator.unwrap_model(self.model)
+        return model if hasattr(model, "disable_adapter") else None
+
+    def _frozen_states(self, inputs: dict[str, Tensor]) -> Tensor | None:
+        loss = self._answer_loss
+        if loss is None or loss.frozen is None:
+            return None
+        adapters = self._adapters() if loss.frozen is self.generator.model else None
+        with nullcontext() if adapters is None else adapters.disable_adapter():
+            return loss.frozen_states(inputs)
+
     def evaluate(self, eval_dataset=None, *args, **kwargs):
         return super().evaluate(self._prepare("eval", eval_dataset), *args, **kwargs)
 
@@ -201,16 +257,25 @@ class BSSTrainer(Trainer):
             return {key: self._prepare(key, part) for key, part in rows.items()}
         if rows is None or (isinstance(rows, str) and isinstance(self.eval_dataset, dict)):  # one of several, by name
             return rows
-        return _tokenized(name, rows, self.processing_class, self.args)
+        return _tokenized(name, rows, self.processing_class, self.args, self._longest_row(name))
+
+    def _longest_row(self, name: str) -> int:
+        """Most tokens of a row of the data set ``name``, before a method adds to it."""
+        return self.args.max_length
 
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
         replay = self._replay if model.training else None
         replayed = nullcontext if replay is None else partial(replay.hidden_states.replay, replay.slots(inputs))
+        row_weights = inputs.get("loss_weight")
         inputs = {key: value for key, value in inputs.items() if key not in _BOOKKEEPING}
         compute_loss = super().compute_loss
+        own = nullcontext
+        if self._answer_loss is not None and model.training:
+            own = partial(self._answer_loss.inside, row_weights, self._frozen_states(inputs))
 
         def loss(model):
-            return compute_loss(model, dict(inputs), return_outputs, num_items_in_batch)  # which may take labels out
+            with own():
+                return compute_loss(model, dict(inputs), return_outputs, num_items_in_batch)  # may take labels out
 
         if replay is not None and not self._replay_verified:
             replayed = replayed if self._verify_replay(model, loss, replayed) else nullcontext
@@ -270,11 +335,11 @@ class _Row:
 
 
 def _rows(batch: dict[str, Tensor]) -> list[_Row]:
-    missing = [name for name in _BOOKKEEPING if name not in batch]
+    missing = [name for name in _ROWS if name not in batch]
     if missing:
         raise ValueError(f"the collated batch lacks {', '.join(missing)}; use selfgen.data.Collator or extend it")
     rows = []
-    bounds = zip(*(batch[name].tolist() for name in _BOOKKEEPING), strict=True)
+    bounds = zip(*(batch[name].tolist() for name in _ROWS), strict=True)
     for index, (sample_id, prompt, answer) in enumerate(bounds):
         ids, labels = batch["input_ids"][index], batch["labels"][index]
         span = slice(prompt, prompt + answer)
@@ -295,19 +360,22 @@ def _unique(rows: list[_Row]) -> list[_Row]:
     return list(unique.values())
 
 
-def _step_seed(seed: int, step: int) -> int:
-    """One 64-bit key for each (seed, optimizer step): contexts change from step to step, a resumed run repeats them."""
-    return (seed & 0xFFFFFFFF) << 32 | (step & 0xFFFFFFFF)
+def step_seed(seed: int, step: int, stream: int = 0) -> int:
+    """One 64-bit key for each (seed, optimizer step): contexts change from step to step, a resumed run repeats them.
+
+    ``stream`` 1 is for what a step draws beside its contexts.
+    """
+    return (seed & 0xFFFFFFFF) << 32 | (stream & 1) << 31 | (step & 0x7FFFFFFF)
 
 
-def _tokenized(name: str, rows, tokenizer, args: BSSConfig):
+def _tokenized(name: str, rows, tokenizer, args: BSSConfig, max_length: int):
     if hasattr(rows, "column_names") and {"sample_id", "prompt_ids", "answer_ids"} <= set(rows.column_names):
         check_sample_ids(rows)
         return rows
     dataset, report = tokenize_rows(
         load_rows(rows),
         tokenizer,
-        max_length=args.max_length,
+        max_length=max_length,
         prompt_column=args.prompt_column,
         completion_column=args.completion_column,
         messages_column=args.messages_column,
@@ -346,9 +414,10 @@ class _Meter:
     def contexts_begin(self) -> None:
         self.training_seconds += self._since_mark()
 
-    def contexts_end(self, stats: ContextStats) -> None:
+    def contexts_end(self, stats: ContextStats | None = None) -> None:
         self.context_seconds += self._since_mark()
-        self.stats.append(stats)
+        if stats is not None:
+            self.stats.append(stats)
 
     def step_end(self) -> None:
         self.training_seconds += self._since_mark()

@@ -7,7 +7,7 @@ from importlib import import_module
 
 from .options import fail
 
-COMMANDS = ("train",)
+COMMANDS = ("train", "generate")
 
 OVERVIEW = """\
 selfgen - train language models on their own tokens, online and exact

@@ -1,0 +1,96 @@
+"""``selfgen generate``: free-running answers, corrected by the model itself if asked."""
+
+from __future__ import annotations
+
+import logging
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+
+from tqdm.auto import tqdm
+
+from ..context import ContextGenerator
+from ..correction import DEFAULT_CUE
+from ..generation import generate_corrected
+from .journal import Journal
+from .options import DataArguments, ModelArguments, fail, make_parser, parse
+
+PROG = "selfgen generate"
+_FREE = ("output_file", "batch_size", "chunk_rows")  # do not change answers
+
+
+@dataclass
+class GenerateArguments:
+    """How to answer."""
+
+    _argument_group_name = "generation"
+
+    output_file: str = field(
+        metadata={"help": "JSON lines, a row each: sample_id, prompt, reference, own_answer, finished, and corrected."}
+    )
+    correct: bool = field(default=False, metadata={"help": "Let the model correct its answers (RAC)."})
+    rounds: int = field(default=1, metadata={"help": "Corrections, each of the answer before it."})
+    correction_cue: str = field(default=DEFAULT_CUE, metadata={"help": "What asks for a correction, as in training."})
+    max_new_tokens: int = field(default=256, metadata={"help": "Longest answer, in tokens."})
+    temperature: float = field(default=0.0, metadata={"help": "Temperature of the sampling; 0 is greedy."})
+    top_k: int | None = field(default=None, metadata={"help": "Sample among the k best tokens."})
+    top_p: float | None = field(default=None, metadata={"help": "Sample among the best tokens of this probability."})
+    batch_size: int = field(default=32, metadata={"help": "Most rows at a time."})
+    chunk_rows: int = field(default=256, metadata={"help": "Rows between two writes; what a kill loses at most."})
+    seed: int = field(default=0, metadata={"help": "Of the sampling."})
+
+
+def run(arguments: list[str]) -> int:
+    logging.basicConfig(format="%(message)s", level=logging.WARNING)
+    parser = make_parser(
+        (ModelArguments, DataArguments, GenerateArguments),
+        prog=PROG,
+        usage="selfgen generate [CONFIG.yaml] --model NAME --dataset NAME --output_file FILE.jsonl [--correct]",
+        description="Answer prompts, and write the answers. A killed run goes on where it was.",
+    )
+    try:
+        model, data, how = parse(parser, arguments)
+        answer(model, data, how)
+    except (ValueError, TypeError, OSError, ImportError) as error:
+        fail(error, PROG)
+    return 0
+
+
+def answer(model_arguments: ModelArguments, data: DataArguments, how: GenerateArguments) -> None:
+    model, tokenizer = model_arguments.load()
+    rows, report = data.tokenize(data.load(), tokenizer)
+    logging.warning("data: %s", report)
+    settings = asdict(model_arguments) | asdict(data) | {k: v for k, v in asdict(how).items() if k not in _FREE}
+    journal = Journal(Path(how.output_file), settings)
+    begin = len(journal.rows())
+    generator = ContextGenerator(model, temperature=how.temperature)
+    with tqdm(total=len(rows), initial=begin, desc="Rows") as bar:
+        for start in range(begin, len(rows), how.chunk_rows):
+            part = rows[start : start + how.chunk_rows]
+            found = answered(generator, tokenizer, part, data, how)
+            journal.append(found)
+            bar.update(len(found))
+    print(f"answers are in {how.output_file}")
+
+
+def answered(
+    generator: ContextGenerator, tokenizer, part: dict, data: DataArguments, how: GenerateArguments
+) -> list[dict]:
+    """The lines of some rows."""
+    options = {name: getattr(how, name) for name in ("max_new_tokens", "seed", "batch_size", "top_k", "top_p")}
+    prompts, ids = part["prompt_ids"], part["sample_id"]
+    columns = {"prompt": prompts, "reference": part["answer_ids"]}
+    if how.correct:
+        template = data.apply_chat_template
+        corrected = generate_corrected(
+            generator, tokenizer, prompts, rounds=how.rounds, cue=how.correction_cue, apply_chat_template=template,
+            sample_ids=ids, **options,
+        )  # fmt: skip
+        columns |= {"own_answer": corrected.first, "corrected": corrected.corrected}
+        finished = corrected.finished
+    else:
+        answers = generator.answer(prompts, sample_ids=ids, **options)
+        columns |= {"own_answer": answers.tokens}
+        finished = answers.finished
+    texts = {name: tokenizer.batch_decode(tokens, skip_special_tokens=True) for name, tokens in columns.items()}
+    table = {"sample_id": ids, **texts, "finished": finished}
+    return [dict(zip(table, row, strict=True)) for row in zip(*table.values(), strict=True)]

@@ -1,0 +1,54 @@
+"""JSON lines that a killed command goes on with."""
+
+from __future__ import annotations
+
+import json
+import os
+from pathlib import Path
+from typing import Any
+
+
+class Journal:
+    """A file of rows, written in order and in whole lines, beside the settings that they were made with.
+
+    Args:
+        file: of JSON lines; what a kill left of a line is cut off.
+        settings: what must be the same for the rows to go on; kept in ``FILE.settings.json``.
+
+    Raises:
+        ValueError: the file was begun with other settings.
+    """
+
+    def __init__(self, file: Path, settings: dict[str, Any]):
+        self.file = file
+        beside = file.with_name(file.name + ".settings.json")
+        settings = json.loads(json.dumps(settings))
+        file.parent.mkdir(parents=True, exist_ok=True)
+        if file.exists():
+            before = json.loads(beside.read_text()) if beside.exists() else {}
+            other = sorted(name for name in before | settings if before.get(name) != settings.get(name))
+            if other:
+                raise ValueError(
+                    f"{file} was begun with other settings ({', '.join(other)}); choose another file, or remove it"
+                )
+        else:
+            beside.write_text(json.dumps(settings, indent=1) + "\n")
+        self._cut_off_half_lines()
+
+    def _cut_off_half_lines(self) -> None:
+        if self.file.exists():
+            content = self.file.read_bytes()
+            whole = content.rfind(b"\n") + 1
+            if whole < len(content):
+                with self.file.open("rb+") as lines:
+                    lines.truncate(whole)
+
+    def rows(self) -> list[dict[str, Any]]:
+        """What is there."""
+        return [json.loads(line) for line in self.file.read_text().splitlines()] if self.file.exists() else []
+
+    def append(self, rows: list[dict[str, Any]]) -> None:
+        with self.file.open("a") as lines:
+            lines.write("".join(json.dumps(row) + "\n" for row in rows))
+            lines.flush()
+            os.fsync(lines.fileno())

@@ -1,0 +1,167 @@
+"""The loss of a training step: cross-entropy to the reference answers, smoothed, weighted, with a KL term, and lean.
+
+transformers' models compute logits [B, L, V] of every position, prompts and padding included, and hand them to their
+``loss_function``. Inside ``AnswerLoss.inside`` a model's LM head hands its input on as it is, and the loss function
+multiplies by the head at the answers' positions only, chunk by chunk, so that logits are never in memory as a whole
+(``torch.nn.functional.linear_cross_entropy``). It all happens in the model's own forward, so DDP and replay see nothing
+unusual. A model that does more to its logits than multiply (a soft-cap, a scale) keeps its head and its logits.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+from transformers import PreTrainedModel
+
+from .context.generator import inference
+from .data import IGNORE_INDEX
+
+_KL_CHUNK = 256  # positions whose logits are in memory at a time
+
+
+class AnswerLoss:
+    """Sum over the answers' positions of weighted losses, over ``num_items_in_batch``.
+
+    Args:
+        model: a transformers causal language model.
+        label_smoothing: share of the target that is spread evenly over the vocabulary, in [0, 1].
+        kl_weight: of KL(model || frozen) at each position, under the same context.
+        frozen: the model to stay near to; ``model`` itself is meant where a context switches its adapters off.
+        lean: leave logits out where the model allows it.
+    """
+
+    def __init__(
+        self,
+        model: PreTrainedModel,
+        *,
+        label_smoothing: float = 0.0,
+        kl_weight: float = 0.0,
+        frozen: PreTrainedModel | None = None,
+        lean: bool = True,
+    ):
+        self.model, self.label_smoothing, self.kl_weight, self.frozen = model, label_smoothing, kl_weight, frozen
+        self.lean = lean and can_be_lean(model) and (frozen is None or can_be_lean(frozen))
+
+    @contextmanager
+    def inside(self, row_weights: Tensor | None = None, frozen_states: Tensor | None = None) -> Iterator[None]:
+        """Inside, the model's own loss is this one.
+
+        ``row_weights`` [B] weigh the rows of the batch, ``frozen_states`` are the frozen model's (`states_of`).
+        """
+        called = []
+
+        def loss_function(logits, labels, vocab_size=None, num_items_in_batch=None, **_):
+            called.append(True)
+            return self._loss(logits, labels, num_items_in_batch, row_weights, frozen_states)
+
+        before = vars(self.model).get("_loss_function")
+        self.model.loss_function = loss_function
+        try:
+            with _head_left_out(self.model) if self.lean else nullcontext():
+                yield
+        finally:
+            if before is None:
+                del self.model._loss_function
+            else:
+                self.model.loss_function = before
+        if not called:
+            raise ValueError(
+                f"{type(self.model).__name__} does not compute its loss through transformers' loss_function, which "
+                "lean_loss, kl_weight and row weights need; set lean_loss to False and kl_weight to 0"
+            )
+
+    def frozen_states(self, inputs: dict[str, Tensor]) -> Tensor:
+        """What the frozen model's head gets [B, L, D], or its logits [B, L, V] where the loss is not lean."""
+        assert self.frozen is not None
+        given = {name: inputs[name] for name in ("input_ids", "attention_mask", "position_ids") if name in inputs}
+        with inference(self.frozen), _head_left_out(self.frozen) if self.lean else nullcontext():
+            return self.frozen(**given, use_cache=False).logits
+
+    def _loss(self, states, labels, num_items_in_batch, row_weights, frozen_states) -> Tensor:
+        """``states`` are [B, L, D], or logits [B, L, V]; ``labels`` [B, L] are not shifted yet."""
+        targets = F.pad(labels, (0, 1), value=IGNORE_INDEX)[:, 1:].to(states.device)  # [B, L]
+        learned = targets != IGNORE_INDEX
+        total = torch.zeros((), device=states.device)
+        for weight, rows in _groups(row_weights, learned):
+            here = learned & rows[:, None]
+            loss = self._cross_entropy(states[here], targets[here])
+            if frozen_states is not None:
+                loss = loss + self.kl_weight * self._kl(states[here], frozen_states[here])
+            total = total + weight * loss
+        items = learned.sum() if num_items_in_batch is None else num_items_in_batch
+        return total / torch.as_tensor(items, device=total.device).clamp(min=1)
+
+    def _cross_entropy(self, states: Tensor, targets: Tensor) -> Tensor:
+        """Sum over [N]."""
+        smoothing = self.label_smoothing
+        if not self.lean:
+            return F.cross_entropy(states.float(), targets, reduction="sum", label_smoothing=smoothing)
+        head = self.model.get_output_embeddings()
+        return F.linear_cross_entropy(
+            states,
+            head.weight,
+            targets,
+            linear_bias=head.bias,
+            reduction="sum",
+            label_smoothing=smoothing,
+            options=nn.LinearCrossEntropyOptions() if smoothing == 0 else None,
+        )
+
+    def _kl(self, states: Tensor, frozen_states: Tensor) -> Tensor:
+        """Sum over [N] of KL(model || frozen)."""
+        heads = [model.get_output_embeddings() if self.lean else None for model in (self.model, self.frozen)]
+        total = states.new_zeros((), dtype=torch.float32)
+        for part, frozen_part in zip(states.split(_KL_CHUNK), frozen_states.split(_KL_CHUNK), strict=True):
+            total = total + checkpoint(_kl, part, frozen_part, *heads, use_reentrant=False)
+        return total
+
+
+def _kl(states: Tensor, frozen_states: Tensor, head: nn.Module | None, frozen_head: nn.Module | None) -> Tensor:
+    own = _log_probs(states, head)
+    return (own.exp() * (own - _log_probs(frozen_states, frozen_head))).sum()
+
+
+def _log_probs(states: Tensor, head: nn.Module | None) -> Tensor:
+    logits = states if head is None else F.linear(states, head.weight, head.bias)  # its own forward is left out
+    return logits.float().log_softmax(-1)
+
+
+def _groups(row_weights: Tensor | None, learned: Tensor) -> list[tuple[float, Tensor]]:
+    """(weight, bool [B]) for each weight that occurs."""
+    if row_weights is None:
+        return [(1.0, learned.new_ones(len(learned)))]
+    return [(weight, row_weights == weight) for weight in sorted(set(row_weights.tolist())) if weight]
+
+
+def can_be_lean(model: PreTrainedModel) -> bool:
+    """Whether the model's logits are its head's product and nothing else; asks the model."""
+    head = model.get_output_embeddings()
+    if type(head) is not nn.Linear or "forward" in vars(head):  # an adapter's layer, a hook's, ...
+        return False
+    ids = torch.arange(4, device=model.device)[None] % model.get_input_embeddings().weight.shape[0]
+    with inference(model):
+        logits = model(input_ids=ids, attention_mask=torch.ones_like(ids), use_cache=False).logits
+        with _head_left_out(model):
+            states = model(input_ids=ids, attention_mask=torch.ones_like(ids), use_cache=False).logits
+        if states.shape[-1] != head.in_features:
+            return False
+        expected = head(states)
+    usual = logits.isfinite()
+    difference = (logits - expected)[usual].float().abs().max()
+    return bool(difference <= 1e-2 * expected[usual].float().abs().max())
+
+
+@contextmanager
+def _head_left_out(model: PreTrainedModel) -> Iterator[None]:
+    """Inside, what the model calls logits is what enters its head."""
+    head = model.get_output_embeddings()
+    vars(head)["forward"] = lambda states: states
+    try:
+        yield
+    finally:
+        vars(head).pop("forward", None)

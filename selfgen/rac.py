@@ -1,0 +1,182 @@
+"""``RACTrainer``: reference-answer-based correction (arXiv 2410.14655, section on RAC).
+
+Each row becomes: the prompt, the model's own answer, a cue that asks for a correction, and the reference as what is to
+be learned. At inference the model answers, is asked, and corrects itself, with no oracle (``generate_corrected``).
+"""
+
+from __future__ import annotations
+
+import logging
+from dataclasses import dataclass, field
+
+import datasets
+import torch
+from torch import Tensor
+
+from .config import BSSConfig
+from .correction import DEFAULT_CUE, CorrectionCue
+from .data import Collator
+from .trainer import BSSTrainer, step_seed
+
+logger = logging.getLogger(__name__)
+
+OWN_ANSWERS = ("generated", "mixed", "column")
+
+
+@dataclass
+class RACConfig(BSSConfig):
+    """Arguments of ``RACTrainer``: those of ``BSSConfig``, and the fields below.
+
+    ``self_prob`` is 0 by default: the reference is learned under the reference. Above 0 its contexts are mixed, too,
+    which makes the method RAC and BSS at once.
+    """
+
+    self_prob: float = field(
+        default=0.0,
+        metadata={"help": "Probability that a context token of the correction is the model's own; 0 is plain RAC."},
+    )
+    own_answer: str = field(
+        default="generated",
+        metadata={
+            "help": "Where own answers come from: generated (the current weights, running freely), mixed (a context of "
+            "the reference and own tokens), or column (made before, in the data set)."
+        },
+    )
+    own_answer_self_prob: float = field(
+        default=1.0, metadata={"help": "Probability of an own token in own_answer=mixed, in [0, 1]."}
+    )
+    own_answer_column: str = field(
+        default="own_answer", metadata={"help": "Column with own answers (text) for own_answer=column."}
+    )
+    max_new_tokens: int = field(default=256, metadata={"help": "Longest generated answer, in tokens."})
+    correction_cue: str = field(default=DEFAULT_CUE, metadata={"help": "What asks for a correction."})
+    direct_weight: float = field(
+        default=0.0,
+        metadata={"help": "Weight of the loss on the reference right after the prompt, beside that on the correction."},
+    )
+
+    def __post_init__(self):
+        super().__post_init__()
+        if self.own_answer not in OWN_ANSWERS:
+            raise ValueError(f"own_answer is {self.own_answer!r}; accepted: {', '.join(OWN_ANSWERS)}")
+        if not 0.0 <= self.own_answer_self_prob <= 1.0:
+            raise ValueError(f"own_answer_self_prob is {self.own_answer_self_prob}; a probability must be in [0, 1]")
+        if self.max_new_tokens < 1:
+            raise ValueError(f"max_new_tokens is {self.max_new_tokens}; it must be at least 1")
+        if not 0.0 <= self.direct_weight < float("inf"):
+            raise ValueError(f"direct_weight is {self.direct_weight}; it must be a finite number >= 0")
+
+
+class RACTrainer(BSSTrainer):
+    """Fine-tune a model to correct its own answers; everything else is ``BSSTrainer``'s.
+
+    Before each optimizer step the own answers of the whole accumulated batch are made at once, with the current weights.
+    They depend on the seed, the step and the row's sample id, so a resumed run has the same ones. Prompt, own answer, cue
+    and reference together have at most ``max_length`` tokens: an own answer is cut at its end to what is left.
+
+    Args:
+        model, args, train_dataset, eval_dataset, processing_class, **kwargs: as in ``BSSTrainer``; ``args`` is an
+            ``RACConfig``. With ``own_answer="column"`` the training rows have their own answers in a column. Evaluation
+            is that of the answer right after the prompt.
+    """
+
+    def __init__(self, model, args: RACConfig, *, train_dataset=None, data_collator=None, **kwargs):
+        if not isinstance(args, RACConfig):
+            raise TypeError(f"args is a {type(args).__name__}; RACTrainer takes an RACConfig")
+        self._own_answers: dict[int, list[int]] = {}
+        self._known_cue: CorrectionCue | None = None
+        self._weighs_rows = args.direct_weight > 0
+        super().__init__(model, args, train_dataset=train_dataset, data_collator=data_collator, **kwargs)
+        if args.own_answer == "column":
+            self._own_answers = self._read_own_answers(train_dataset)
+
+    @property
+    def _cue(self) -> CorrectionCue:
+        if self._known_cue is None:
+            self._known_cue = CorrectionCue.of(
+                self.processing_class, self.args.correction_cue, apply_chat_template=self.args.apply_chat_template
+            )
+        return self._known_cue
+
+    def _longest_row(self, name: str) -> int:
+        """Training rows leave room for the cue."""
+        return super()._longest_row(name) - (len(self._cue.ids) if name == "train" else 0)
+
+    def prepare_batches(self, batches: list[dict[str, Tensor]]) -> list[dict[str, Tensor]]:
+        """Micro-batches of correction rows; behind them, where they have a weight, the rows as they were."""
+        if not batches:
+            return batches
+        rows = [row for batch in batches for row in _features(batch)]
+        self.meter.contexts_begin()
+        own = self._own(rows)
+        self.meter.contexts_end()
+        collate = Collator(_padding_of(batches))
+        return [self._correction_batch(_features(batch), own, collate, batch["input_ids"].device) for batch in batches]
+
+    def _correction_batch(self, rows: list[dict], own: dict[int, list[int]], collate: Collator, device) -> dict:
+        weights = [1.0] * len(rows)
+        corrections = [row | {"prompt_ids": self._correction_prompt(row, own[row["sample_id"]])} for row in rows]
+        if self.args.direct_weight > 0:
+            weights += [self.args.direct_weight] * len(rows)
+            rows = [row | {"sample_id": -1 - row["sample_id"]} for row in rows]  # a row of its own, with its own noise
+            corrections += rows
+        batch = collate(corrections)
+        if self.args.direct_weight > 0:
+            batch["loss_weight"] = torch.tensor(weights)
+        return {name: column.to(device) for name, column in batch.items()}
+
+    def _correction_prompt(self, row: dict, own: list[int]) -> list[int]:
+        """Prompt, own answer and cue; of the answer what there is room for."""
+        room = self.args.max_length - len(row["prompt_ids"]) - len(self._cue.ids) - len(row["answer_ids"])
+        return self._cue.prompt(row["prompt_ids"], own[: max(0, room)])
+
+    def _own(self, rows: list[dict]) -> dict[int, list[int]]:
+        """Own answers by sample id."""
+        if self.args.own_answer == "column":
+            return self._own_answers
+        unique = list({row["sample_id"]: row for row in rows}.values())
+        ids, prompts = ([row[name] for row in unique] for name in ("sample_id", "prompt_ids"))
+        seed = step_seed(self.args.seed, self.state.global_step, stream=1)
+        with self.accelerator.autocast():
+            if self.args.own_answer == "mixed":
+                references = [row["answer_ids"] for row in unique]
+                p = self.args.own_answer_self_prob
+                method = self.args.context_method
+                tokens = self.generator.generate(
+                    prompts, references, p, seed=seed, sample_ids=ids, method=method
+                ).tokens
+            else:
+                longest = self.args.max_new_tokens
+                tokens = self.generator.answer(
+                    prompts, max_new_tokens=longest, seed=seed, sample_ids=ids, eos_token_ids=[*self._cue.stop_ids]
+                ).tokens
+        return {row: answer.tolist() for row, answer in zip(ids, tokens, strict=True)}
+
+    def _read_own_answers(self, rows) -> dict[int, list[int]]:
+        column = self.args.own_answer_column
+        if not isinstance(rows, datasets.Dataset) or column not in rows.column_names:
+            raise ValueError(
+                f"own_answer=column, but the training data has no column {column!r} with own answers; name it with "
+                "own_answer_column, or write one with `selfgen generate`"
+            )
+        texts = list(rows[column])
+        wrong = next((index for index, text in enumerate(texts) if not isinstance(text, str)), None)
+        if wrong is not None:
+            raise TypeError(f"row {wrong}: {column} is {texts[wrong]!r}; an own answer must be text")
+        ids = rows["sample_id"] if "sample_id" in rows.column_names else range(len(rows))
+        tokens = self.processing_class(texts, add_special_tokens=False).input_ids
+        return dict(zip(ids, tokens, strict=True))
+
+
+def _features(batch: dict[str, Tensor]) -> list[dict]:
+    """The rows of a collated batch again, as ``tokenize_rows`` gave them."""
+    bounds = zip(*(batch[name].tolist() for name in ("sample_id", "prompt_length", "answer_length")), strict=True)
+    return [
+        {"sample_id": row, "prompt_ids": ids[:prompt], "answer_ids": ids[prompt : prompt + answer]}
+        for ids, (row, prompt, answer) in zip(batch["input_ids"].tolist(), bounds, strict=True)
+    ]
+
+
+def _padding_of(batches: list[dict[str, Tensor]]) -> int:
+    """Any id; padding is masked."""
+    return int(batches[0]["input_ids"][0, 0])

@@ -70,9 +70,9 @@ class RACConfig(BSSConfig):
 class RACTrainer(BSSTrainer):
     """Fine-tune a model to correct its own answers; everything else is ``BSSTrainer``'s.
 
-    Before each optimizer step the own answers of the whole accumulated batch are made at once, with the current weights.
-    They depend on the seed, the step and the row's sample id, so a resumed run has the same ones. Prompt, own answer, cue
-    and reference together have at most ``max_length`` tokens: an own answer is cut at its end to what is left.
+    Before each optimizer step the own answers of the whole accumulated batch are made at once, with the current
+    weights. They depend on the seed, the step and the row's sample id, so a resumed run has the same ones. Prompt, own
+    answer, cue and reference together have at most ``max_length`` tokens: an own answer is cut to what is left.
 
     Args:
         model, args, train_dataset, eval_dataset, processing_class, **kwargs: as in ``BSSTrainer``; ``args`` is an

@@ -1,0 +1,180 @@
+"""Free-running generation: the sequential loop's tokens and transformers' greedy ones, in any batch; corrections."""
+
+from __future__ import annotations
+
+from functools import cache
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from models import CONFIGS, VOCAB, tiny_model
+from test_contexts import batches
+from test_data import make_tokenizer
+
+from selfgen import ContextGenerator, generate, generate_corrected
+from selfgen.context import generator as engine
+from selfgen.correction import CorrectionCue
+
+model_of = cache(tiny_model)
+EOS = 2
+
+
+def until_eos(tokens: torch.Tensor, stop: list[int]) -> torch.Tensor:
+    ends = torch.isin(tokens, torch.tensor(stop, dtype=torch.int64)).nonzero()[:, 0].tolist()
+    return tokens[: ends[0] + 1] if ends else tokens
+
+
+@pytest.mark.parametrize("family", sorted(CONFIGS))
+@given(
+    batch=batches(max_rows=8),
+    temperature=st.sampled_from([0.0, 1.0]),
+    batch_size=st.integers(1, 9),
+    longest=st.integers(1, 20),
+    stop=st.lists(st.integers(0, VOCAB - 1), max_size=12),
+)
+def test_answers_are_the_sequential_loops(family, batch, temperature, batch_size, longest, stop):
+    """With p = 1, up to where they end, however few places there are."""
+    prompts, _, ids = batch
+    generator = ContextGenerator(model_of(family), temperature=temperature)
+    nothing = [torch.zeros(longest, dtype=torch.int64)] * len(prompts)
+    expected = generator.generate(prompts, nothing, 1.0, seed=7, sample_ids=ids, method="sequential")
+    answers = generator.answer(
+        prompts, max_new_tokens=longest, seed=7, sample_ids=ids, batch_size=batch_size, eos_token_ids=stop
+    )
+    for found, want, finished in zip(answers.tokens, expected.tokens, answers.finished, strict=True):
+        assert torch.equal(found, until_eos(want, stop))
+        assert finished == (int(found[-1]) in stop)
+
+
+@pytest.mark.parametrize("family", ["llama", "gemma2", "gpt2"])
+def test_greedy_answers_are_transformers(family):
+    model = model_of(family)
+    prompts = [torch.arange(3, 3 + length) for length in (1, 4, 9, 2, 6)]
+    answers = generate(model, prompts, max_new_tokens=15, batch_size=2)
+    for prompt, found in zip(prompts, answers.tokens, strict=True):
+        want = model.generate(prompt[None], max_new_tokens=15, do_sample=False)[0, len(prompt) :]
+        assert torch.equal(found, want)
+
+
+def test_places_are_taken_again():
+    """A short row's place goes to the next prompt at once: fewer passes than batches one after the other would take."""
+    model = model_of("llama")
+    prompts = [[token] for token in range(3, 23)]
+    lengths = [len(row) for row in generate(model, prompts, max_new_tokens=40, eos_token_ids=range(0, VOCAB, 9)).tokens]
+    assert len(set(lengths)) > 4
+    answers = generate(model, prompts, max_new_tokens=40, eos_token_ids=range(0, VOCAB, 9), batch_size=4)
+    assert [len(row) for row in answers.tokens] == lengths
+    assert answers.passes < sum(max(lengths[first : first + 4]) for first in range(0, 20, 4))
+    assert answers.passes >= sum(lengths) / 4
+    assert answers.tokens_computed == sum(lengths)  # prompts of one token; the last one is not computed
+
+
+def test_filters():
+    model = model_of("llama")
+    generator = ContextGenerator(model)
+    best = generate(model, [[5]], max_new_tokens=10).tokens[0]
+    assert torch.equal(generator.answer([[5]], max_new_tokens=10, top_k=1).tokens[0], best)
+    assert torch.equal(generator.answer([[5]], max_new_tokens=10, min_p=1.0).tokens[0], best)
+    assert not torch.equal(generator.answer([[5]], max_new_tokens=10).tokens[0], best)
+
+
+def test_no_more_tokens_than_the_model_has_positions():
+    model = model_of("llama")  # 256
+    answers = generate(model, [[3] * 250, [4] * 10], max_new_tokens=300, eos_token_ids=[])
+    assert [len(row) for row in answers.tokens] == [6, 246]
+    assert answers.finished == [False, False]
+
+
+def test_models_that_the_ragged_path_refuses(monkeypatch):
+    model = model_of("llama")
+    want = generate(model, [[5, 6], [7]], max_new_tokens=9)
+    support = engine.inspect_model(model, 11)
+    monkeypatch.setattr(engine, "inspect_model", lambda *args: type(support)(["something"], True))
+    found = generate(model, [[5, 6], [7]], max_new_tokens=9)
+    assert all(map(torch.equal, found.tokens, want.tokens))
+
+
+def test_the_model_is_left_as_it_was():
+    model = tiny_model("llama").train()
+    before = model.config._attn_implementation
+    generate(model, [[5]], max_new_tokens=3)
+    assert model.training
+    assert model.config._attn_implementation == before
+
+
+@pytest.mark.parametrize(
+    ("prompts", "options", "message"),
+    [
+        ([[]], {}, "empty"),
+        ([[VOCAB]], {}, "vocabulary"),
+        ([[3] * 256], {}, "none is left"),
+        ([[3]], {"max_new_tokens": 0}, ">= 1"),
+        ([[3]], {"batch_size": 0}, ">= 1"),
+        ([[3], [4]], {"sample_ids": [1, 1]}, "unique"),
+    ],
+)
+def test_bad_arguments(prompts, options, message):
+    with pytest.raises(ValueError, match=message):
+        generate(model_of("llama"), prompts, **{"max_new_tokens": 4} | options)
+
+
+def test_nothing_to_do():
+    assert generate(model_of("llama"), [], max_new_tokens=4).tokens == []
+
+
+@pytest.fixture(scope="module")
+def tokenizer():
+    return make_tokenizer(chat=True)
+
+
+def test_corrections_answer_the_conversation(tokenizer):
+    """Each round is the answer to the prompt, the answer before it and the cue, token for token as the template's."""
+    model = model_of("llama")
+    prompt = [5, 6, 7]
+    found = generate_corrected(model, tokenizer, [prompt], rounds=2, cue="Again", max_new_tokens=8, temperature=0.0)
+    between = CorrectionCue.of(tokenizer, "Again")
+    want = first = generate(model, [prompt], max_new_tokens=8).tokens[0]
+    for _ in range(2):
+        want = generate(model, [between.prompt(prompt, want.tolist())], max_new_tokens=8).tokens[0]
+    assert torch.equal(found.first[0], first)
+    assert torch.equal(found.corrected[0], want)
+
+
+def test_the_cue_is_the_templates():
+    """Prompt, answer and cue are the ids of the rendered conversation."""
+    from benchmarks.fixtures import smollm2_path
+    from transformers import AutoTokenizer
+
+    tokenizer = AutoTokenizer.from_pretrained(smollm2_path())
+    turns = [
+        {"role": "user", "content": "What is 1 + 1?"},
+        {"role": "assistant", "content": "It is 3."},
+        {"role": "user", "content": "Look again."},
+    ]
+    prompt, answer = (
+        tokenizer(text, add_special_tokens=False).input_ids
+        for text in (tokenizer.apply_chat_template(turns[:1], add_generation_prompt=True, tokenize=False), "It is 3.")
+    )
+    whole = tokenizer.apply_chat_template(turns, add_generation_prompt=True, tokenize=False)
+    between = CorrectionCue.of(tokenizer, "Look again.")
+    want = tokenizer(whole, add_special_tokens=False).input_ids
+    assert between.prompt(prompt, answer) == want
+    assert between.prompt(prompt, [*answer, tokenizer.eos_token_id]) == want  # as the model ends it
+
+
+@pytest.mark.parametrize(("rounds", "cue", "message"), [(0, None, ">= 1"), (1, "  ", "empty")])
+def test_bad_corrections(tokenizer, rounds, cue, message):
+    with pytest.raises(ValueError, match=message):
+        generate_corrected(model_of("llama"), tokenizer, [[3]], rounds=rounds, cue=cue, max_new_tokens=4)
+
+
+@pytest.mark.slow
+def test_smollm2_answers_as_transformers_does(smollm2, math_rows):
+    model, tokenizer = smollm2
+    prompts = math_rows[0][:6]
+    answers = generate(model, prompts, max_new_tokens=60, batch_size=4)
+    for prompt, found in zip(prompts, answers.tokens, strict=True):
+        row = torch.tensor(prompt)[None]
+        want = model.generate(row, attention_mask=torch.ones_like(row), max_new_tokens=60, do_sample=False)
+        assert torch.equal(found, want[0, len(prompt) :])

@@ -80,6 +80,7 @@ def sample_mix(
     top_k: int | Tensor | None = None,
     top_p: float | Tensor | None = None,
     min_p: float | Tensor | None = None,
+    min_reference_prob: float | Tensor | None = None,
     status: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """One step of a mixed context: the model's own token with probability `self_prob`, else the reference token.
@@ -101,6 +102,11 @@ def sample_mix(
         top_p: 0 < top_p <= 1, or floating [N]: keep the smallest set of best tokens with at least that probability.
         min_p: 0 <= min_p <= 1, or floating [N]: keep tokens at least min_p times as likely as the best one.
             The filters apply in the order temperature, top_k, top_p, min_p; None leaves one out.
+        min_reference_prob: 0 <= value <= 1, or floating [N]: a row that the mask selects is sampled only where
+            softmax(logits)[reference], at temperature 1 and without filters, is at least that; elsewhere it keeps its
+            reference, and is_self is false (confidence-aware scheduled sampling, Liu et al., arXiv 2107.10427).
+            Where the logits hold NaN, +inf or nothing but -inf no confidence can be told, and the row is sampled as
+            without this, so that it is counted as invalid. None is no such condition.
         status: int64 with one element on the same device; the number of invalid rows is added to it. A row is invalid
             if it is to be sampled and its scaled logits hold NaN, +inf, or nothing but -inf; it gets its reference.
 
@@ -127,6 +133,9 @@ def sample_mix(
     filters = _filters(logits, top_k, top_p, min_p)
     if logits.dtype == torch.float64:
         logits = logits.float()
+    if min_reference_prob is not None:
+        threshold, *others = rows
+        rows = _where_confident(threshold, logits.detach(), reference, min_reference_prob), *others
     tokens, is_self, invalid = torch.ops.selfgen.sample_mix(logits.detach(), reference, *rows, *filters)
     _report(invalid, status)
     return tokens, is_self
@@ -355,6 +364,19 @@ def _filters(like: Tensor, top_k: Any, top_p: Any, min_p: Any) -> list[Tensor | 
             ("min_p", min_p, torch.float64, "0 <= min_p <= 1", lambda p: (p >= 0) & (p <= 1)),
         )
     ]
+
+
+def _where_confident(threshold: Tensor, logits: Tensor, reference: Tensor, min_reference_prob: Any) -> Tensor:
+    """The mask's `threshold` [N], 0 where the model does not give `reference` [N] enough of its probability."""
+    least = per_row(
+        "min_reference_prob", min_reference_prob, logits, torch.float64, "0 <= p <= 1", lambda p: (p >= 0) & (p <= 1)
+    )
+    known = (reference >= 0) & (reference < logits.shape[1])
+    place = torch.where(known, reference, 0)[:, None]
+    logits = logits.float()
+    log_prob = (logits.gather(1, place)[:, 0] - logits.logsumexp(1)).masked_fill(~known, -torch.inf)
+    unknowable = logits.amax(1).isfinite().logical_not() | logits.isnan().any(1)
+    return threshold.where((log_prob >= least.log()) | unknowable, 0)
 
 
 def _check_reference(reference: Tensor, status: Tensor | None, rows: int, device: torch.device) -> Tensor:

@@ -10,8 +10,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 from models import CONFIGS, VOCAB, tiny_model
 from test_contexts import batches
-from test_data import make_tokenizer
+from test_data import TEMPLATE, make_tokenizer
+from transformers import AutoTokenizer
 
+from benchmarks.fixtures import smollm2_path
 from selfgen import ContextGenerator, generate, generate_corrected
 from selfgen.context import generator as engine
 from selfgen.correction import CorrectionCue
@@ -125,7 +127,7 @@ def test_nothing_to_do():
 
 @pytest.fixture(scope="module")
 def tokenizer():
-    return make_tokenizer(chat=True)
+    return make_tokenizer(TEMPLATE)
 
 
 def test_corrections_answer_the_conversation(tokenizer):
@@ -143,9 +145,6 @@ def test_corrections_answer_the_conversation(tokenizer):
 
 def test_the_cue_is_the_templates():
     """Prompt, answer and cue are the ids of the rendered conversation."""
-    from benchmarks.fixtures import smollm2_path
-    from transformers import AutoTokenizer
-
     tokenizer = AutoTokenizer.from_pretrained(smollm2_path())
     turns = [
         {"role": "user", "content": "What is 1 + 1?"},
@@ -171,7 +170,7 @@ def test_bad_corrections(tokenizer, rounds, cue, message):
 
 @pytest.mark.slow
 def test_smollm2_answers_as_transformers_does(smollm2, math_rows):
-    model, tokenizer = smollm2
+    model, _ = smollm2
     prompts = math_rows[0][:6]
     answers = generate(model, prompts, max_new_tokens=60, batch_size=4)
     for prompt, found in zip(prompts, answers.tokens, strict=True):

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import math
+from itertools import pairwise
 
 import pytest
-from test_trainer import config, make_trainer, rows  # noqa: F401
+from test_trainer import config, make_trainer
 
 from selfgen.schedules import SCHEDULES
 
@@ -17,7 +18,7 @@ def test_from_start_to_end_and_never_back(name):
     values = [SCHEDULES[name](0.1, 0.9, step / 100) for step in range(101)]
     assert values[0] == pytest.approx(0.1)
     assert values[-1] == pytest.approx(0.9)
-    assert all(a < b for a, b in zip(values, values[1:], strict=False))
+    assert all(a < b for a, b in pairwise(values))
     falling = [SCHEDULES[name](0.9, 0.1, step / 100) for step in range(101)]
     assert [a + b for a, b in zip(values, falling, strict=True)] == pytest.approx([1.0] * 101)
 

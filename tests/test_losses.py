@@ -1,0 +1,191 @@
+"""The loss of a training step: each option against its formula, written out; lean and plain alike."""
+
+from __future__ import annotations
+
+from functools import partial
+
+import pytest
+import torch
+import torch.nn.functional as F
+from models import VOCAB, tiny_model
+from test_trainer import make_trainer, rows
+
+from selfgen.data import Collator
+from selfgen.losses import AnswerLoss, can_be_lean
+
+llama = partial(tiny_model, "llama")
+
+
+def batch():
+    columns = Collator(0)([*rows(4)])
+    return {name: columns[name] for name in ("input_ids", "attention_mask", "labels")}
+
+
+def log_probs(model, inputs):
+    """[N, V] at the learned positions, with their targets [N] and rows [N]."""
+    labels = inputs["labels"][:, 1:]
+    learned = labels != -100
+    logits = model(input_ids=inputs["input_ids"], attention_mask=inputs["attention_mask"]).logits[:, :-1]
+    return logits[learned].log_softmax(-1), labels[learned], learned.nonzero()[:, 0]
+
+
+def gradients(model, loss):
+    model.zero_grad()
+    loss.backward()
+    return torch.cat([p.grad.flatten() for p in model.parameters() if p.grad is not None])
+
+
+@pytest.mark.parametrize("lean", [True, False])
+@pytest.mark.parametrize("weights", [None, [1.0, 0.5, 0.0, 0.5]])
+@pytest.mark.parametrize("smoothing", [0.0, 0.1])
+@pytest.mark.parametrize("kl_weight", [0.0, 0.7])
+@pytest.mark.parametrize("items", [None, 31])
+def test_is_its_formula(lean, weights, smoothing, kl_weight, items):
+    model, frozen, inputs = llama(), llama(seed=1), batch()
+    loss = AnswerLoss(model, label_smoothing=smoothing, kl_weight=kl_weight, frozen=frozen, lean=lean)
+    assert loss.lean == lean
+    states = loss.frozen_states(inputs) if kl_weight else None
+    row_weights = None if weights is None else torch.tensor(weights)
+    more = {} if items is None else {"num_items_in_batch": torch.tensor(items)}
+    with loss.inside(row_weights, states):
+        found = model(**inputs, **more).loss
+    found_gradient = gradients(model, found)
+
+    own, targets, row = log_probs(model, inputs)
+    with torch.no_grad():
+        other, _, _ = log_probs(frozen, inputs)
+    per_token = -(1 - smoothing) * own.gather(1, targets[:, None])[:, 0] - smoothing * own.mean(1)
+    per_token = per_token + kl_weight * (own.exp() * (own - other)).sum(1)
+    weight = torch.ones(len(row)) if weights is None else torch.tensor(weights)[row]
+    want = (weight * per_token).sum() / (len(row) if items is None else items)
+    torch.testing.assert_close(found, want, rtol=1e-5, atol=1e-6)
+    torch.testing.assert_close(found_gradient, gradients(model, want), rtol=1e-4, atol=1e-5)
+
+
+def test_the_model_is_left_as_it_was():
+    model, inputs = llama(), batch()
+    want = model(**inputs)
+    with AnswerLoss(model).inside():
+        assert model(**inputs).logits.shape[-1] == model.config.hidden_size  # no logits
+    again = model(**inputs)
+    assert torch.equal(again.loss, want.loss)
+    assert torch.equal(again.logits, want.logits)
+    assert "_loss_function" not in vars(model)
+
+
+@pytest.mark.parametrize(("family", "lean"), [("llama", True), ("gpt2", True), ("gemma2", False), ("phi3", True)])
+def test_lean_where_logits_are_the_heads_product(family, lean):
+    """Gemma 2 caps its logits."""
+    assert can_be_lean(tiny_model(family)) == lean
+
+
+def test_a_model_with_a_loss_of_its_own():
+    model = llama()
+    with pytest.raises(ValueError, match="lean_loss"), AnswerLoss(model).inside():
+        model(input_ids=batch()["input_ids"])
+
+
+def test_logits_never_lie_in_memory_as_a_whole(monkeypatch):
+    """The largest tensor that the loss makes is smaller than the logits of all learned positions would be."""
+    model = tiny_model("llama")
+    hidden = torch.randn(3000, 32, requires_grad=True)
+    sizes = []
+    loss = AnswerLoss(model)
+    from torch.utils._python_dispatch import TorchDispatchMode
+
+    class Sizes(TorchDispatchMode):
+        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+            result = func(*args, **(kwargs or {}))
+            sizes.extend(x.numel() for x in torch.utils._pytree.tree_leaves(result) if isinstance(x, torch.Tensor))
+            return result
+
+    with Sizes():
+        loss._cross_entropy(hidden, torch.randint(0, VOCAB, (3000,))).backward()
+    assert max(sizes) < 3000 * VOCAB
+
+
+def losses_of(trainer):
+    found = []
+    compute_loss = trainer.compute_loss
+
+    def recorded(model, inputs, *args, **kwargs):
+        loss = compute_loss(model, inputs, *args, **kwargs)
+        found.append((loss.detach().clone(), {name: column.clone() for name, column in inputs.items()}))
+        return loss
+
+    trainer.compute_loss = recorded
+    trainer.train()
+    return found
+
+
+@pytest.mark.parametrize("replay", [True, False])
+@pytest.mark.parametrize("change", [{}, {"label_smoothing_factor": 0.1}, {"kl_weight": 0.5}])
+def test_lean_training_is_plain_training(tmp_path, replay, change):
+    runs = [
+        losses_of(make_trainer(tmp_path, learning_rate=1e-3, replay=replay, lean_loss=lean, **change))
+        for lean in (True, False)
+    ]
+    for (lean, _), (plain, _) in zip(*runs, strict=True):
+        torch.testing.assert_close(lean, plain, rtol=1e-4, atol=1e-6)
+
+
+def test_kl_is_to_the_model_as_it_begins(tmp_path):
+    """At a learning rate of 0 it is nothing; later it is what the formula says."""
+    still = [
+        [loss for loss, _ in losses_of(make_trainer(tmp_path, learning_rate=0.0, kl_weight=weight))]
+        for weight in (0.0, 5.0)
+    ]
+    torch.testing.assert_close(*map(torch.stack, still), rtol=1e-5, atol=1e-6)
+    trainer = make_trainer(tmp_path, kl_weight=5.0, gradient_accumulation_steps=1, max_steps=3)
+    frozen = llama()
+    (*_, (loss, inputs)) = losses_of(trainer)
+    assert loss > 0
+    frozen_weights, kept = frozen.state_dict(), trainer._answer_loss.frozen.state_dict()
+    assert all(torch.equal(kept[name], weight) for name, weight in frozen_weights.items())
+    assert inputs["input_ids"].shape[0] == 2
+
+
+def test_only_after_self_tokens(tmp_path):
+    """Labels stay where a self token stands before them, and the loss is the mean over these."""
+    trainer = make_trainer(tmp_path, loss_on="after_self", self_prob=0.2, learning_rate=0.0, max_steps=1)
+    masks = {}
+    generate = trainer.generator.generate
+
+    def recorded(*args, **kwargs):
+        mixed = generate(*args, **kwargs)
+        masks.update(zip(kwargs["sample_ids"], mixed.is_self, strict=True))
+        return mixed
+
+    trainer.generator.generate = recorded
+    found = losses_of(trainer)
+    total, count = torch.zeros(()), 0
+    for _, inputs in found:
+        for row in range(2):
+            begin, length = (int(inputs[name][row]) for name in ("prompt_length", "answer_length"))
+            labels = inputs["labels"][row, begin : begin + length]
+            is_self = masks[int(inputs["sample_id"][row])]
+            after = [bool(is_self[:place].any()) for place in range(length)]
+            assert (labels != -100).tolist() == after
+        own, targets, _ = log_probs(llama(), inputs)
+        total, count = total + F.nll_loss(own, targets, reduction="sum"), count + len(targets)
+    assert count
+    torch.testing.assert_close(sum(loss for loss, _ in found), total / count, rtol=1e-5, atol=1e-6)
+
+
+def test_after_self_at_p_zero_learns_everything(tmp_path):
+    found = losses_of(make_trainer(tmp_path, loss_on="after_self", self_prob=0.0, max_steps=1))
+    assert all((inputs["labels"] != -100).sum() == inputs["answer_length"].sum() for _, inputs in found)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"loss_on": "some"}, "accepted: all, after_self"),
+        ({"loss_on": "after_self", "context_micro_batches": 1}, "context_micro_batches"),
+        ({"kl_weight": -1.0}, ">= 0"),
+        ({"kl_model": "x"}, "kl_weight is 0"),
+    ],
+)
+def test_bad_arguments(tmp_path, change, message):
+    with pytest.raises(ValueError, match=message):
+        make_trainer(tmp_path, **change)

@@ -1,0 +1,202 @@
+"""Reference-answer-based correction: what rows become, where own answers come from, what is learned."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+import torch.nn.functional as F
+from datasets import Dataset
+from models import tiny_model
+from test_data import EOS, TEMPLATE, make_tokenizer
+from test_losses import losses_of
+
+from selfgen import ContextGenerator, RACConfig, RACTrainer
+from selfgen.correction import CorrectionCue
+from selfgen.data import tokenize_rows
+from selfgen.trainer import step_seed
+
+TEXTS = [
+    {"prompt": p, "completion": c, "own_answer": o}
+    for p, c, o in [("a b", "c d", "e"), ("e", "f g h", "a a"), ("b c d", "a", "b"), ("h", "g f", "c c c")]
+]
+
+
+def make_trainer(folder, data=TEXTS, model=None, **changes) -> RACTrainer:
+    defaults = {
+        "max_steps": 1,
+        "per_device_train_batch_size": 2,
+        "gradient_accumulation_steps": 2,
+        "learning_rate": 0.0,
+        "logging_steps": 1,
+        "save_strategy": "no",
+        "use_cpu": True,
+        "disable_tqdm": True,
+        "max_length": 64,
+        "token_budget": 32,
+        "max_new_tokens": 6,
+        "correction_cue": "h g",
+        "report_to": [],
+    }
+    args = RACConfig(str(folder), **{**defaults, **changes})
+    return RACTrainer(
+        model or tiny_model("llama"),
+        args,
+        train_dataset=Dataset.from_list(data),
+        processing_class=make_tokenizer(TEMPLATE),
+    )
+
+
+def tokenized(data=TEXTS):
+    rows, _ = tokenize_rows(Dataset.from_list(data), make_tokenizer(TEMPLATE), max_length=64)
+    return {row["sample_id"]: row for row in rows}
+
+
+def row_of(inputs, index):
+    """(sample id, prompt ids, context ids, labels of the answer) of a row of a batch."""
+    begin, length = (int(inputs[name][index]) for name in ("prompt_length", "answer_length"))
+    ids, labels = inputs["input_ids"][index].tolist(), inputs["labels"][index]
+    assert (labels[:begin] == -100).all()
+    assert (labels[begin + length :] == -100).all()
+    return (
+        int(inputs["sample_id"][index]),
+        ids[:begin],
+        ids[begin : begin + length],
+        labels[begin : begin + length].tolist(),
+    )
+
+
+def all_rows(found):
+    return [row_of(inputs, index) for _, inputs in found for index in range(len(inputs["input_ids"]))]
+
+
+@pytest.mark.parametrize("own_answer", ["generated", "mixed", "column"])
+def test_a_row_is_prompt_own_answer_cue_and_reference(tmp_path, own_answer):
+    """The own answers are the current weights', keyed by seed, step and row; labels are the reference alone."""
+    found = all_rows(losses_of(make_trainer(tmp_path, own_answer=own_answer, own_answer_self_prob=0.5)))
+    rows, tokenizer, oracle = tokenized(), make_tokenizer(TEMPLATE), ContextGenerator(tiny_model("llama"))
+    between = CorrectionCue.of(tokenizer, "h g")
+    assert sorted(row[0] for row in found) == [0, 1, 2, 3]
+    for sample_id, prompt, context, labels in found:
+        row = rows[sample_id]
+        keys = {"seed": step_seed(42, 0, stream=1), "sample_ids": [sample_id]}
+        if own_answer == "generated":
+            own = oracle.answer([row["prompt_ids"]], max_new_tokens=6, eos_token_ids=[EOS], **keys).tokens[0].tolist()
+        elif own_answer == "mixed":
+            own = oracle.generate([row["prompt_ids"]], [row["answer_ids"]], 0.5, method="sequential", **keys)
+            own = own.tokens[0].tolist()
+        else:
+            own = tokenizer(TEXTS[sample_id]["own_answer"], add_special_tokens=False).input_ids
+        assert prompt == between.prompt(row["prompt_ids"], own)
+        assert context == labels == row["answer_ids"]
+
+
+def test_own_answers_change_from_step_to_step(tmp_path):
+    found = all_rows(losses_of(make_trainer(tmp_path, max_steps=3, learning_rate=0.0)))
+    assert len({tuple(prompt) for sample_id, prompt, _, _ in found if sample_id == 0}) > 1
+
+
+def test_loss_is_that_of_the_correction(tmp_path):
+    found = losses_of(make_trainer(tmp_path))
+    check_loss(found, lambda row: 1.0)
+
+
+def test_direct_rows_have_their_weight(tmp_path):
+    """Each row comes twice, once as it was; the sum of the weighted losses is over the number of corrected tokens."""
+    found = losses_of(make_trainer(tmp_path, direct_weight=0.25))
+    rows = tokenized()
+    direct = [row for row in all_rows(found) if row[0] < 0]
+    assert sorted(-1 - row[0] for row in direct) == [0, 1, 2, 3]
+    for sample_id, prompt, context, labels in direct:
+        assert prompt == rows[-1 - sample_id]["prompt_ids"]
+        assert context == labels == rows[-1 - sample_id]["answer_ids"]
+    check_loss(found, lambda row: 1.0 if row >= 0 else 0.25)
+
+
+def check_loss(found, weight_of):
+    model, total, count = tiny_model("llama"), torch.zeros(()), 0
+    for _, inputs in found:
+        for index in range(len(inputs["input_ids"])):
+            sample_id, prompt, context, labels = row_of(inputs, index)
+            with torch.no_grad():
+                logits = model(input_ids=torch.tensor([prompt + context])).logits[0, len(prompt) - 1 : -1]
+            loss = F.cross_entropy(logits, torch.tensor(labels), reduction="sum")
+            total, count = total + weight_of(sample_id) * loss, count + len(labels) * (sample_id >= 0)
+    torch.testing.assert_close(sum(loss for loss, _ in found), total / count, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("direct_weight", [0.0, 0.5])
+def test_with_self_tokens_it_is_bss_on_corrections(tmp_path, direct_weight):
+    """RAC and BSS at once: contexts of the reference are mixed behind the correction prompt, and replayed."""
+    trainer = make_trainer(tmp_path, self_prob=0.6, direct_weight=direct_weight)
+    found = losses_of(trainer)
+    assert trainer._replay_verified
+    assert trainer._replays
+    oracle = ContextGenerator(tiny_model("llama"))
+    rows = tokenized()
+    different = 0
+    for sample_id, prompt, context, labels in all_rows(found):
+        assert labels == rows[max(sample_id, -1 - sample_id)]["answer_ids"]
+        want = oracle.generate(
+            [prompt], [labels], 0.6, seed=step_seed(42, 0), sample_ids=[sample_id], method="sequential"
+        )
+        assert context == want.tokens[0].tolist()
+        different += context != labels
+    assert different
+    check_loss(found, lambda row: 1.0 if row >= 0 else direct_weight)
+
+
+def test_rows_keep_to_max_length(tmp_path):
+    """The own answer gives way, and the reference leaves room for the cue."""
+    between = CorrectionCue.of(make_tokenizer(TEMPLATE), "h g")
+    longest = len(between.ids) + 9
+    found = all_rows(losses_of(make_trainer(tmp_path, max_length=longest, max_new_tokens=30)))
+    lengths = [len(prompt) + len(context) for _, prompt, context, _ in found]
+    assert max(lengths) <= longest
+
+
+def test_a_resumed_run_is_the_unbroken_one(tmp_path):
+    def run(folder, **changes):
+        trainer = make_trainer(folder, learning_rate=1e-2, save_strategy="steps", save_steps=2, max_steps=4, **changes)
+        return trainer
+
+    whole = run(tmp_path / "whole")
+    whole.train()
+    part = run(tmp_path / "part")
+    part.train(resume_from_checkpoint=str(tmp_path / "whole" / "checkpoint-2"))
+    for a, b in zip(whole.model.parameters(), part.model.parameters(), strict=True):
+        assert torch.equal(a, b)
+
+
+def test_evaluation_is_of_the_answer_right_after_the_prompt(tmp_path):
+    trainer = make_trainer(tmp_path)
+    rows = tokenized()
+    model, total, count = tiny_model("llama"), 0.0, 0
+    for row in rows.values():
+        ids = torch.tensor([row["prompt_ids"] + row["answer_ids"]])
+        with torch.no_grad():
+            logits = model(input_ids=ids).logits[0, len(row["prompt_ids"]) - 1 : -1]
+        total += float(F.cross_entropy(logits, torch.tensor(row["answer_ids"]), reduction="sum"))
+        count += len(row["answer_ids"])
+    assert trainer.evaluate(Dataset.from_list(TEXTS))["eval_loss"] == pytest.approx(total / count, rel=0.05)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"own_answer": "none"}, "accepted: generated, mixed, column"),
+        ({"own_answer_self_prob": 1.5}, r"in \[0, 1\]"),
+        ({"max_new_tokens": 0}, "at least 1"),
+        ({"direct_weight": -1.0}, ">= 0"),
+        ({"correction_cue": " "}, "empty"),
+        ({"own_answer": "column", "own_answer_column": "there"}, "selfgen generate"),
+    ],
+)
+def test_bad_arguments(tmp_path, change, message):
+    with pytest.raises(ValueError, match=message):
+        make_trainer(tmp_path, **change)
+
+
+def test_own_answers_must_be_text(tmp_path):
+    data = [row | {"own_answer": None} for row in TEXTS]
+    with pytest.raises(TypeError, match="own_answer is None"):
+        make_trainer(tmp_path, data=data, own_answer="column")

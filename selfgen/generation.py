@@ -83,10 +83,13 @@ def _prompt_rows(
     tokenizer: PreTrainedTokenizerBase, prompts: Sequence[str] | Sequence[TokenRow], apply_chat_template: bool | None
 ) -> list[list[int]]:
     """Token ids of the prompts; texts become what training makes of them."""
-    if not any(isinstance(prompt, str) for prompt in prompts):
-        return [list(prompt.tolist() if isinstance(prompt, Tensor) else prompt) for prompt in prompts]  # type: ignore[union-attr]
-    texts = Dataset.from_dict({"prompt": prompts, "completion": ["."] * len(prompts)})
-    rows, _ = tokenize_rows(texts, tokenizer, max_length=2**31, apply_chat_template=apply_chat_template)
-    if len(rows) < len(prompts):
-        raise ValueError(f"{len(prompts) - len(rows)} of {len(prompts)} prompts are empty; leave them out")
-    return list(rows["prompt_ids"])
+    rows = [prompt for prompt in prompts if not isinstance(prompt, str)]
+    if len(rows) not in (0, len(prompts)):
+        raise TypeError("some prompts are text and some are token ids; give one or the other")
+    if rows or not prompts:
+        return [prompt.tolist() if isinstance(prompt, Tensor) else list(prompt) for prompt in rows]
+    texts = Dataset.from_dict({"prompt": list(prompts), "completion": ["."] * len(prompts)})
+    data, _ = tokenize_rows(texts, tokenizer, max_length=2**31, apply_chat_template=apply_chat_template)
+    if len(data) < len(prompts):
+        raise ValueError(f"{len(prompts) - len(data)} of {len(prompts)} prompts are empty; leave them out")
+    return list(data["prompt_ids"])

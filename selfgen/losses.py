@@ -114,6 +114,7 @@ class AnswerLoss:
 
     def _kl(self, states: Tensor, frozen_states: Tensor) -> Tensor:
         """Sum over [N] of KL(model || frozen)."""
+        assert self.frozen is not None
         heads = [model.get_output_embeddings() if self.lean else None for model in (self.model, self.frozen)]
         total = states.new_zeros((), dtype=torch.float32)
         for part, frozen_part in zip(states.split(_KL_CHUNK), frozen_states.split(_KL_CHUNK), strict=True):
@@ -121,12 +122,12 @@ class AnswerLoss:
         return total
 
 
-def _kl(states: Tensor, frozen_states: Tensor, head: nn.Module | None, frozen_head: nn.Module | None) -> Tensor:
+def _kl(states: Tensor, frozen_states: Tensor, head: nn.Linear | None, frozen_head: nn.Linear | None) -> Tensor:
     own = _log_probs(states, head)
     return (own.exp() * (own - _log_probs(frozen_states, frozen_head))).sum()
 
 
-def _log_probs(states: Tensor, head: nn.Module | None) -> Tensor:
+def _log_probs(states: Tensor, head: nn.Linear | None) -> Tensor:
     logits = states if head is None else F.linear(states, head.weight, head.bias)  # its own forward is left out
     return logits.float().log_softmax(-1)
 

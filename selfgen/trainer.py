@@ -5,7 +5,8 @@ from __future__ import annotations
 import copy
 import logging
 import time
-from contextlib import nullcontext
+from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from functools import partial
 from itertools import accumulate
@@ -269,7 +270,7 @@ class BSSTrainer(Trainer):
         row_weights = inputs.get("loss_weight")
         inputs = {key: value for key, value in inputs.items() if key not in _BOOKKEEPING}
         compute_loss = super().compute_loss
-        own = nullcontext
+        own: Callable[[], AbstractContextManager] = nullcontext
         if self._answer_loss is not None and model.training:
             own = partial(self._answer_loss.inside, row_weights, self._frozen_states(inputs))
 

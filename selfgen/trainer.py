@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+import json
 import logging
 import time
 from contextlib import nullcontext
 from dataclasses import dataclass
 from functools import partial
 from itertools import accumulate
+from pathlib import Path
 
 import torch
-from datasets import DatasetDict
+from datasets import Dataset, DatasetDict
 from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, Trainer, TrainerCallback
 
@@ -49,6 +51,8 @@ class BSSTrainer(Trainer):
         >>> BSSTrainer("HuggingFaceTB/SmolLM2-135M-Instruct", config, train_dataset=rows).train()
     """
 
+    collator_class = Collator
+
     def __init__(
         self,
         model: PreTrainedModel | torch.nn.Module | str,
@@ -81,7 +85,7 @@ class BSSTrainer(Trainer):
             train_dataset=self._prepare("train", train_dataset),
             eval_dataset=self._prepare("eval", eval_dataset),
             processing_class=processing_class,
-            data_collator=data_collator or Collator(_pad_token_id(processing_class)),
+            data_collator=data_collator or self.collator_class(_pad_token_id(processing_class)),
             **kwargs,
         )
         if self.is_fsdp_enabled or self.is_deepspeed_enabled:
@@ -201,7 +205,7 @@ class BSSTrainer(Trainer):
             return {key: self._prepare(key, part) for key, part in rows.items()}
         if rows is None or (isinstance(rows, str) and isinstance(self.eval_dataset, dict)):  # one of several, by name
             return rows
-        return _tokenized(name, rows, self.processing_class, self.args)
+        return tokenized(name, rows, self.processing_class, self.args)
 
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
         replay = self._replay if model.training else None
@@ -300,7 +304,8 @@ def _step_seed(seed: int, step: int) -> int:
     return (seed & 0xFFFFFFFF) << 32 | (step & 0xFFFFFFFF)
 
 
-def _tokenized(name: str, rows, tokenizer, args: BSSConfig):
+def tokenized(name: str, rows, tokenizer, args: BSSConfig) -> Dataset:
+    """``rows`` as ``tokenize_rows`` returns them, and a line about what became of them."""
     if hasattr(rows, "column_names") and {"sample_id", "prompt_ids", "answer_ids"} <= set(rows.column_names):
         check_sample_ids(rows)
         return rows
@@ -322,6 +327,17 @@ def _pad_token_id(tokenizer) -> int:
         if token is not None:
             return token
     raise ValueError("the tokenizer has neither a pad nor an eos token; set tokenizer.eos_token")
+
+
+def last_checkpoint(folder: str | Path) -> str | None:
+    """The newest checkpoint in ``folder`` that was written to its end."""
+    steps = {}
+    for state in Path(folder).glob("checkpoint-*/trainer_state.json"):
+        try:
+            steps[json.loads(state.read_text())["global_step"]] = state.parent  # the Trainer writes this file last
+        except (ValueError, KeyError):
+            continue
+    return str(steps[max(steps)]) if steps else None
 
 
 class _Meter:

@@ -1,17 +1,21 @@
 """selfgen: train language models on their own tokens, online and exact.
 
-``ContextGenerator`` makes mixed contexts and free-running answers, ``BSSTrainer`` and ``RACTrainer`` train on them;
-``selfgen_kernels`` holds the fused ops.
+``ContextGenerator`` makes mixed contexts and free-running answers. ``BSSTrainer`` trains on contexts, ``RACTrainer`` on
+corrections of own answers; ``write_contexts`` and ``BASHTrainer`` do the former offline. ``selfgen_kernels`` holds the
+fused ops.
 """
 
 from .config import BSSConfig
 from .context import Answers, ContextGenerator, ContextStats, Masks, MixedContext, UnsupportedModelError
 from .generation import Corrected, generate, generate_corrected
+from .offline import BASHTrainer, load_contexts, write_contexts
 from .rac import RACConfig, RACTrainer
+from .rounds import train_rounds
 from .trainer import BSSTrainer
 
 __all__ = [
     "Answers",
+    "BASHTrainer",
     "BSSConfig",
     "BSSTrainer",
     "ContextGenerator",
@@ -24,4 +28,7 @@ __all__ = [
     "UnsupportedModelError",
     "generate",
     "generate_corrected",
+    "load_contexts",
+    "train_rounds",
+    "write_contexts",
 ]

@@ -7,14 +7,44 @@ from dataclasses import dataclass, field
 from transformers import TrainingArguments
 
 from .context.generator import METHODS, Method
-from .context.masks import CURVES, Masks
+from .context.masks import Masks
 from .schedules import SCHEDULES, Schedule
 
 LOSS_ON = ("all", "after_self")
 
 
 @dataclass
-class BSSConfig(TrainingArguments):
+class MaskOptions:
+    """Which positions are the model's own; see ``context.Masks``."""
+
+    _argument_group_name = "positions of self tokens"
+
+    granularity: str = field(
+        default="token",
+        metadata={
+            "help": "What self_prob is a probability of: a token, a token in a span (runs of geometric length), or a "
+            "sequence (whole answers)."
+        },
+    )
+    span_length: float = field(default=8.0, metadata={"help": "Mean tokens of a span, at least 1."})
+    self_prob_curve: str = field(
+        default="flat", metadata={"help": "Over an answer: flat, or rising (more self tokens later, the same in all)."}
+    )
+    min_reference_prob: float = field(
+        default=0.0,
+        metadata={
+            "help": "A token is the model's own only where the model gives the reference at least this probability."
+        },
+    )
+
+    @property
+    def masks(self) -> Masks:
+        """How positions are drawn; a ValueError if an option is out of its range."""
+        return Masks(self.granularity, self.span_length, self.self_prob_curve, self.min_reference_prob)  # type: ignore[arg-type]
+
+
+@dataclass
+class BSSConfig(MaskOptions, TrainingArguments):
     """Arguments of ``BSSTrainer``: everything of ``transformers.TrainingArguments``, and the fields below.
 
     Raises:
@@ -40,23 +70,6 @@ class BSSConfig(TrainingArguments):
     self_prob_warmup: float = field(
         default=0.0,
         metadata={"help": "Steps of plain fine-tuning before the schedule begins; below 1, a share of all steps."},
-    )
-    granularity: str = field(
-        default="token",
-        metadata={
-            "help": "What self_prob is a probability of: a token, a token in a span (runs of geometric length), or a "
-            "sequence (whole answers)."
-        },
-    )
-    span_length: float = field(default=8.0, metadata={"help": "Mean tokens of a span, at least 1."})
-    self_prob_curve: str = field(
-        default="flat", metadata={"help": "Over an answer: flat, or rising (more self tokens later, the same in all)."}
-    )
-    min_reference_prob: float = field(
-        default=0.0,
-        metadata={
-            "help": "A token is the model's own only where the model gives the reference at least this probability."
-        },
     )
     sampling_temperature: float = field(
         default=1.0, metadata={"help": "Temperature of the model's own tokens; 0 is greedy."}
@@ -123,7 +136,7 @@ class BSSConfig(TrainingArguments):
 
     def __post_init__(self):
         super().__post_init__()
-        for name in ("self_prob", "self_prob_start", "min_reference_prob"):
+        for name in ("self_prob", "self_prob_start"):
             if not 0.0 <= getattr(self, name) <= 1.0:
                 raise ValueError(f"{name} is {getattr(self, name)}; a probability must be in [0, 1]")
         if not 0.0 <= self.sampling_temperature < float("inf"):
@@ -132,8 +145,6 @@ class BSSConfig(TrainingArguments):
             raise ValueError(f"self_prob_schedule is {self.self_prob_schedule!r}; accepted: {', '.join(SCHEDULES)}")
         if not 0.0 <= self.self_prob_warmup < float("inf"):
             raise ValueError(f"self_prob_warmup is {self.self_prob_warmup}; give steps, or a share of them below 1")
-        if self.self_prob_curve not in CURVES:
-            raise ValueError(f"self_prob_curve is {self.self_prob_curve!r}; accepted: {', '.join(CURVES)}")
         if self.loss_on not in LOSS_ON:
             raise ValueError(f"loss_on is {self.loss_on!r}; accepted: {', '.join(LOSS_ON)}")
         if self.loss_on == "after_self" and self.context_micro_batches:
@@ -154,11 +165,6 @@ class BSSConfig(TrainingArguments):
             raise ValueError(
                 "remove_unused_columns must stay False: the collator needs the columns sample_id, prompt_ids"
             )
-
-    @property
-    def masks(self) -> Masks:
-        """How positions are drawn."""
-        return Masks(self.granularity, self.span_length, self.self_prob_curve, self.min_reference_prob)  # type: ignore[arg-type]
 
     def self_prob_at(self, step: int, max_steps: int, schedule: Schedule | None = None) -> float:
         """Self-probability of optimizer step ``step`` (0-based) of ``max_steps``, by ``schedule`` or the named one."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import json
 import logging
 import time
 from collections.abc import Callable
@@ -10,9 +11,10 @@ from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from functools import partial
 from itertools import accumulate
+from pathlib import Path
 
 import torch
-from datasets import DatasetDict
+from datasets import Dataset, DatasetDict
 from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, Trainer, TrainerCallback
 
@@ -57,6 +59,7 @@ class BSSTrainer(Trainer):
     """
 
     _weighs_rows = False  # whether batches have a column loss_weight
+    collator_class = Collator
 
     def __init__(
         self,
@@ -94,7 +97,7 @@ class BSSTrainer(Trainer):
             train_dataset=self._prepare("train", train_dataset),
             eval_dataset=self._prepare("eval", eval_dataset),
             processing_class=processing_class,
-            data_collator=data_collator or Collator(_pad_token_id(processing_class)),
+            data_collator=data_collator or self.collator_class(_pad_token_id(processing_class)),
             **kwargs,
         )
         if self.is_fsdp_enabled or self.is_deepspeed_enabled:
@@ -153,7 +156,7 @@ class BSSTrainer(Trainer):
         self._replay = None  # of a step that failed or was broken off
         self.meter.contexts_begin()
         self_prob = self.args.self_prob_at(self.state.global_step, self.state.max_steps, self.schedule)
-        rows = [row for batch in batches for row in _rows(batch)]
+        rows = [row for batch in batches for row in rows_of(batch)]
         if self_prob > 0.0:
             unique = _unique(rows)
             mixed = self._generate(unique, self_prob)
@@ -163,8 +166,7 @@ class BSSTrainer(Trainer):
             if self.args.loss_on == "after_self":
                 masks = dict(zip((row.sample_id for row in unique), mixed.is_self, strict=True))
                 for row in rows:
-                    is_self = masks[row.sample_id].long()
-                    row.reference[is_self.cumsum(0) == is_self] = IGNORE_INDEX  # no self token before it
+                    learn_after_self(row.reference, masks[row.sample_id])
             stats = mixed.stats
             if mixed.hidden_states is not None:
                 self._replay = _Replay(mixed.hidden_states, unique)
@@ -258,7 +260,7 @@ class BSSTrainer(Trainer):
             return {key: self._prepare(key, part) for key, part in rows.items()}
         if rows is None or (isinstance(rows, str) and isinstance(self.eval_dataset, dict)):  # one of several, by name
             return rows
-        return _tokenized(name, rows, self.processing_class, self.args, self._longest_row(name))
+        return tokenized(name, rows, self.processing_class, self.args, self._longest_row(name))
 
     def _longest_row(self, name: str) -> int:
         """Most tokens of a row of the data set ``name``, before a method adds to it."""
@@ -335,7 +337,8 @@ class _Row:
     reference: Tensor  # [T]
 
 
-def _rows(batch: dict[str, Tensor]) -> list[_Row]:
+def rows_of(batch: dict[str, Tensor]) -> list[_Row]:
+    """Views of the rows of a collated batch."""
     missing = [name for name in _ROWS if name not in batch]
     if missing:
         raise ValueError(f"the collated batch lacks {', '.join(missing)}; use selfgen.data.Collator or extend it")
@@ -361,6 +364,12 @@ def _unique(rows: list[_Row]) -> list[_Row]:
     return list(unique.values())
 
 
+def learn_after_self(labels: Tensor, is_self: Tensor) -> None:
+    """Take out of an answer's ``labels`` [T] those that have no self token before them."""
+    own = is_self.long()
+    labels[own.cumsum(0) == own] = IGNORE_INDEX
+
+
 def step_seed(seed: int, step: int, stream: int = 0) -> int:
     """One 64-bit key for each (seed, optimizer step): contexts change from step to step, a resumed run repeats them.
 
@@ -369,7 +378,8 @@ def step_seed(seed: int, step: int, stream: int = 0) -> int:
     return (seed & 0xFFFFFFFF) << 32 | (stream & 1) << 31 | (step & 0x7FFFFFFF)
 
 
-def _tokenized(name: str, rows, tokenizer, args: BSSConfig, max_length: int):
+def tokenized(name: str, rows, tokenizer, args: BSSConfig, max_length: int) -> Dataset:
+    """``rows`` as ``tokenize_rows`` returns them, and a line about what became of them."""
     if hasattr(rows, "column_names") and {"sample_id", "prompt_ids", "answer_ids"} <= set(rows.column_names):
         check_sample_ids(rows)
         return rows
@@ -391,6 +401,17 @@ def _pad_token_id(tokenizer) -> int:
         if token is not None:
             return token
     raise ValueError("the tokenizer has neither a pad nor an eos token; set tokenizer.eos_token")
+
+
+def last_checkpoint(folder: str | Path) -> str | None:
+    """The newest checkpoint in ``folder`` that was written to its end."""
+    steps = {}
+    for state in Path(folder).glob("checkpoint-*/trainer_state.json"):
+        try:
+            steps[json.loads(state.read_text())["global_step"]] = state.parent  # the Trainer writes this file last
+        except (ValueError, KeyError):
+            continue
+    return str(steps[max(steps)]) if steps else None
 
 
 class _Meter:

@@ -212,7 +212,7 @@ def test_missing_arguments_and_commands(capsys):
     assert "--model" in err
     code, _, err = run(["brew"], capsys)
     assert code == 2
-    assert err == "selfgen: error: unknown command 'brew'; there is: train\n"
+    assert err == "selfgen: error: unknown command 'brew'; there is: train, contexts\n"
 
 
 def test_tokenizer_without_eos_and_pad(arguments, model_dir, tmp_path, capsys):

@@ -7,12 +7,13 @@ from importlib import import_module
 
 from .options import fail
 
-COMMANDS = ("train", "generate")
+COMMANDS = ("train", "contexts", "generate")
 
 OVERVIEW = """\
 selfgen - train language models on their own tokens, online and exact
 
-usage: selfgen train [CONFIG.yaml] --model NAME --dataset NAME --output_dir DIR [options]
+usage: selfgen train    [CONFIG.yaml] --model NAME --dataset NAME --output_dir DIR [options]
+       selfgen contexts [CONFIG.yaml] --model NAME --dataset NAME --output_dir DIR [options]
 
 Each training example's context is mixed, token by token, from the reference answer and from what the model itself says
 there (batch-scheduled sampling, arXiv 2410.14655); the model learns to go on with the reference.
@@ -31,10 +32,15 @@ there (batch-scheduled sampling, arXiv 2410.14655); the model learns to go on wi
   # go on after a kill
   selfgen train bss.yaml --resume_from_checkpoint last
 
+  # offline: write the contexts once, then train on them; or both in turn, in rounds over parts of the data
+  selfgen contexts --model ./SmolLM2-135M-Instruct --dataset train.jsonl --self_prob 0.25 --output_dir contexts
+  selfgen train --method bash --contexts contexts --model ./SmolLM2-135M-Instruct --output_dir out
+  selfgen train --method bash --rounds 4 --dataset train.jsonl --model ./SmolLM2-135M-Instruct --output_dir out
+
 Data: columns prompt and completion (text or messages), or messages; .jsonl, .json, .parquet, .arrow, a folder, or the
 hub. The chat template is applied when the tokenizer has one.
 
-selfgen train --help       the options that most runs need
+selfgen COMMAND --help     the options that most runs need
 selfgen train --help_all   every option of transformers.TrainingArguments too
 """
 

@@ -12,10 +12,10 @@ from ..context import ContextGenerator
 from ..correction import DEFAULT_CUE
 from ..generation import generate_corrected
 from .journal import Journal
-from .options import DataArguments, ModelArguments, fail, make_parser, parse
+from .options import DataArguments, ModelArguments, device, fail, make_parser, parse
 
 PROG = "selfgen generate"
-_FREE = ("output_file", "batch_size", "chunk_rows")  # do not change answers
+_FREE = ("output_file", "batch_size", "chunk_rows", "use_cpu")  # do not change answers
 
 
 @dataclass
@@ -37,6 +37,7 @@ class GenerateArguments:
     batch_size: int = field(default=32, metadata={"help": "Most rows at a time."})
     chunk_rows: int = field(default=256, metadata={"help": "Rows between two writes; what a kill loses at most."})
     seed: int = field(default=0, metadata={"help": "Of the sampling."})
+    use_cpu: bool = field(default=False, metadata={"help": "Stay on the CPU where there is an accelerator, too."})
 
 
 def run(arguments: list[str]) -> int:
@@ -62,7 +63,7 @@ def answer(model_arguments: ModelArguments, data: DataArguments, how: GenerateAr
     settings = asdict(model_arguments) | asdict(data) | {k: v for k, v in asdict(how).items() if k not in _FREE}
     journal = Journal(Path(how.output_file), settings)
     begin = len(journal.rows())
-    generator = ContextGenerator(model, temperature=how.temperature)
+    generator = ContextGenerator(model.to(device(how.use_cpu)), temperature=how.temperature)
     with tqdm(total=len(rows), initial=begin, desc="Rows") as bar:
         for start in range(begin, len(rows), how.chunk_rows):
             part = rows[start : start + how.chunk_rows]

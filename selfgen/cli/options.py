@@ -12,6 +12,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NoReturn
 
+import torch
 import yaml
 from datasets import Dataset
 from safetensors import SafetensorError
@@ -23,6 +24,7 @@ from transformers import (
     PreTrainedTokenizerBase,
 )
 from transformers.hf_argparser import string_to_bool
+from transformers.utils.hub import cached_file, extract_commit_hash
 
 from ..data import DataReport, load_rows, tokenize_rows
 
@@ -42,21 +44,36 @@ class ModelArguments:
     attn_implementation: str | None = field(
         default=None, metadata={"help": "Attention of the model's own forward, for example sdpa or flash_attention_2."}
     )
+    revision: str = field(default="main", metadata={"help": "Branch, tag or commit of a model on the hub."})
 
-    def load(self) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+    def __post_init__(self):
         if self.dtype not in DTYPES:
             raise ValueError(f"dtype is {self.dtype!r}; accepted: {', '.join(DTYPES)}")
+
+    def load(self) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+        tokenizer = self.load_tokenizer()
+        options = {"dtype": self.dtype, "attn_implementation": self.attn_implementation}
+        return self._from_pretrained(AutoModelForCausalLM, **options), tokenizer
+
+    def load_tokenizer(self) -> PreTrainedTokenizerBase:
+        return self._from_pretrained(AutoTokenizer)
+
+    def _from_pretrained(self, auto_class, **options):
         try:
-            tokenizer = AutoTokenizer.from_pretrained(self.model)
-            model = AutoModelForCausalLM.from_pretrained(
-                self.model, dtype=self.dtype, attn_implementation=self.attn_implementation
-            )
+            return auto_class.from_pretrained(self.model, revision=self.revision, **options)
         except (OSError, SafetensorError) as error:
             raise FileNotFoundError(
                 f"model {self.model!r} is neither a folder with a checkpoint nor could it be loaded from the hub: "
                 f"{error}"
             ) from error
-        return model, tokenizer
+
+    def commit(self) -> str | None:
+        """The commit of a model from the hub, by where its files lie in the cache; None for a folder."""
+        try:
+            file = cached_file(self.model, "config.json", revision=self.revision)
+        except OSError:
+            return None
+        return extract_commit_hash(file, None)
 
 
 @dataclass
@@ -97,6 +114,11 @@ class DataArguments:
             messages_column=self.messages_column,
             apply_chat_template=self.apply_chat_template,
         )
+
+
+def source_of(data: Any) -> dict[str, str | None]:
+    """Which rows were asked for: for the provenance of what is made of them."""
+    return {name: getattr(data, name) for name in ("dataset", "dataset_config", "dataset_split")}
 
 
 class Parser(HfArgumentParser):
@@ -169,3 +191,9 @@ def make_parser(groups: Iterable[type], prog: str, usage: str, description: str,
         if any(flag.startswith("--no_") for flag in action.option_strings):
             action.help = argparse.SUPPRESS
     return parser
+
+
+def device(use_cpu: bool) -> torch.device:
+    """Where to run: the accelerator, if there is one."""
+    accelerator = None if use_cpu else torch.accelerator.current_accelerator(check_available=True)
+    return accelerator or torch.device("cpu")

@@ -3,21 +3,28 @@
 from __future__ import annotations
 
 import argparse
-import json
 import logging
-from dataclasses import dataclass, field, fields
+from collections.abc import Callable
+from dataclasses import dataclass, field, fields, replace
+from functools import partial
 from pathlib import Path
+from typing import Literal
 
+import yaml
 from datasets import Dataset
-from transformers import TrainingArguments
+from transformers import PreTrainedModel, TrainingArguments
 
 from ..config import BSSConfig
 from ..context import UnsupportedModelError
 from ..data import load_rows
-from ..trainer import BSSTrainer
-from .options import ModelArguments, Parser, fail, make_parser, parse
+from ..offline import BASHTrainer, OfflineError
+from ..rac import RACConfig, RACTrainer
+from ..rounds import train_rounds
+from ..trainer import BSSTrainer, last_checkpoint
+from .options import ModelArguments, Parser, fail, make_parser, parse, source_of
 
 PROG = "selfgen train"
+TRAINERS: dict[str, type[BSSTrainer]] = {"bss": BSSTrainer, "bash": BASHTrainer, "rac": RACTrainer}
 
 # The Trainer's options that `selfgen train --help` shows.
 COMMON = (
@@ -47,42 +54,134 @@ class TrainingData:
 
     _argument_group_name = "data"
 
-    dataset: str = field(metadata={"help": "Training data: a .jsonl/.json/.parquet/.arrow file, a folder, or the hub."})
+    dataset: str | None = field(
+        default=None, metadata={"help": "Training data: a .jsonl/.json/.parquet/.arrow file, a folder, or the hub."}
+    )
     dataset_config: str | None = field(default=None, metadata={"help": "Configuration of a data set on the hub."})
     dataset_split: str = field(default="train", metadata={"help": "Split to train on, for example train[:1000]."})
     eval_dataset: str | None = field(default=None, metadata={"help": "Evaluation data; by default dataset's."})
     eval_split: str | None = field(default=None, metadata={"help": "Split to evaluate on; none by default."})
 
-    def load(self) -> tuple[Dataset, Dataset | None]:
+    def load(self) -> tuple[Dataset | None, Dataset | None]:
         """Rows to train and to evaluate on."""
-        train_rows = load_rows(self.dataset, split=self.dataset_split, config_name=self.dataset_config)
+        train_rows = None
+        if self.dataset:
+            train_rows = load_rows(self.dataset, split=self.dataset_split, config_name=self.dataset_config)
         if not self.eval_dataset and not self.eval_split:
             return train_rows, None
         name = self.eval_dataset or self.dataset
+        if not name:
+            raise ValueError(f"eval_split is {self.eval_split!r}, but there is no data set: give eval_dataset")
         config = self.dataset_config if name == self.dataset else None
         return train_rows, load_rows(name, split=self.eval_split or "train", config_name=config)
+
+
+@dataclass
+class MethodArguments:
+    """Where the contexts come from."""
+
+    _argument_group_name = "method"
+
+    method: Literal["bss", "bash", "rac"] = field(
+        default="bss",
+        metadata={
+            "help": "bss makes contexts in the training step. bash trains on contexts that were written before: in "
+            "rounds over parts of the data set, or by selfgen contexts. rac trains on corrections of own answers "
+            "(selfgen train --method rac --help has its options)."
+        },
+    )
+    contexts: str | None = field(
+        default=None, metadata={"help": "Of bash: a folder that selfgen contexts wrote, in place of a data set."}
+    )
+    rounds: int = field(
+        default=1,
+        metadata={
+            "help": "Of bash: parts of the data set; contexts of each are written with the model that was trained on "
+            "the parts before. Epochs, steps and learning rate are those of a round."
+        },
+    )
+    shard_rows: int = field(default=512, metadata={"help": "Of bash: rows in a file of contexts."})
+    context_batch_size: int = field(default=32, metadata={"help": "Of bash: rows whose contexts are made at once."})
+
+    def check(self, data: TrainingData) -> None:
+        if self.method != "bash" and (self.contexts or self.rounds != 1):
+            raise ValueError(f"contexts and rounds go with --method bash, but method is {self.method!r}")
+        if self.contexts and (data.dataset or self.rounds != 1):
+            raise ValueError("contexts are data to train on in one round: give no dataset and no rounds with them")
+        if not self.contexts and not data.dataset:
+            raise ValueError("there is no data: give --dataset (or --method bash and --contexts)")
 
 
 def run(arguments: list[str]) -> int:
     logging.basicConfig(format="%(message)s", level=logging.WARNING)
     try:
-        model_arguments, data, config = parse(_parser(everything="--help_all" in arguments), arguments)
-        train_rows, eval_rows = data.load()
-        model, tokenizer = model_arguments.load()
-        trainer = BSSTrainer(
-            model, config, train_dataset=train_rows, eval_dataset=eval_rows, processing_class=tokenizer
-        )
-        checkpoint = _checkpoint(config)
+        config_class = RACConfig if method_of(arguments) == "rac" else BSSConfig
+        options = parse(_parser(config_class, everything="--help_all" in arguments), arguments)
+        method, config = options[2:]
+        method.check(options[1])
+        train = _prepare_rounds(*options) if method.method == "bash" and not method.contexts else _prepare(*options)
     except (ValueError, TypeError, OSError, ImportError) as error:
         fail(error, PROG)
     try:
-        trainer.train(resume_from_checkpoint=checkpoint)
-    except UnsupportedModelError as error:
+        train()
+    except (UnsupportedModelError, OfflineError) as error:
         fail(error, PROG)
-    trainer.save_model()
-    trainer.save_state()
     print(f"model and tokenizer are in {config.output_dir}")
     return 0
+
+
+def _prepare(
+    model_arguments: ModelArguments, data: TrainingData, method: MethodArguments, config: BSSConfig
+) -> Callable[[], None]:
+    """Everything that can be wrong before the first step; returns the training."""
+    train_rows, eval_rows = data.load()
+    model, tokenizer = model_arguments.load()
+    trainer = TRAINERS[method.method](
+        model,
+        config,
+        train_dataset=method.contexts or train_rows,
+        eval_dataset=eval_rows,
+        processing_class=tokenizer,
+    )
+    checkpoint = _checkpoint(config)
+
+    def train() -> None:
+        trainer.train(resume_from_checkpoint=checkpoint)
+        trainer.save_model()
+        trainer.save_state()
+
+    return train
+
+
+def _prepare_rounds(
+    model_arguments: ModelArguments, data: TrainingData, method: MethodArguments, config: BSSConfig
+) -> Callable[[], None]:
+    train_rows, eval_rows = data.load()
+    tokenizer = model_arguments.load_tokenizer()
+
+    def load(name: str) -> PreTrainedModel:
+        try:
+            return replace(model_arguments, model=name).load()[0]
+        except OSError as error:
+            fail(error, PROG)
+
+    return partial(
+        train_rounds,
+        load,
+        model_arguments.model,
+        train_rows,
+        config,
+        rounds=method.rounds,
+        processing_class=tokenizer,
+        eval_dataset=eval_rows,
+        shard_rows=method.shard_rows,
+        batch_size=method.context_batch_size,
+        provenance={
+            "pretrained": model_arguments.model,
+            "pretrained_revision": model_arguments.commit(),
+            **source_of(data),
+        },
+    )
 
 
 def _checkpoint(config: BSSConfig) -> str | None:
@@ -92,18 +191,28 @@ def _checkpoint(config: BSSConfig) -> str | None:
         if asked and not (Path(asked) / "trainer_state.json").is_file():
             raise FileNotFoundError(f"resume_from_checkpoint is {asked!r}: no checkpoint there (last finds the newest)")
         return asked
-    steps = {}
-    for state in Path(config.output_dir).glob("checkpoint-*/trainer_state.json"):
-        try:
-            steps[json.loads(state.read_text())["global_step"]] = state.parent  # the Trainer writes this file last
-        except (ValueError, KeyError):
-            continue
-    return str(steps[max(steps)]) if steps else None
+    return last_checkpoint(config.output_dir)
 
 
-def _parser(everything: bool) -> Parser:
+def method_of(arguments: list[str]) -> str | None:
+    """The method that is asked for, by a flag or in the file; which options there are hangs on it."""
+    for place in range(len(arguments) - 1, -1, -1):
+        flag, _, value = arguments[place].partition("=")
+        if flag == "--method":
+            return value or next(iter(arguments[place + 1 :]), None)
+    file = Path(arguments[0]) if arguments else None
+    if file is None or arguments[0].startswith("-") or not file.is_file():
+        return None
+    try:
+        values = yaml.safe_load(file.read_text())
+    except yaml.YAMLError:  # which is reported where the file is read as a whole
+        return None
+    return values.get("method") if isinstance(values, dict) else None
+
+
+def _parser(config_class: type[BSSConfig], everything: bool) -> Parser:
     parser = make_parser(
-        (ModelArguments, TrainingData, BSSConfig),
+        (ModelArguments, TrainingData, MethodArguments, config_class),
         prog=PROG,
         usage="selfgen train [CONFIG.yaml] --model NAME --dataset NAME --output_dir DIR [options]",
         description="Fine-tune on mixed contexts; see selfgen --help for examples.",
@@ -111,11 +220,12 @@ def _parser(everything: bool) -> Parser:
     )
     inherited = {item.name for item in fields(TrainingArguments)}
     hidden = set() if everything else inherited - set(COMMON) - {"logging_steps"}
-    ours = parser.add_argument_group("batch-scheduled sampling")
+    title = "correction and batch-scheduled sampling" if config_class is RACConfig else "batch-scheduled sampling"
+    ours = parser.add_argument_group(title)
     for action in parser._actions:
         if action.dest in hidden:
             action.help = argparse.SUPPRESS
-        if action.dest in {item.name for item in fields(BSSConfig)} - inherited:
+        if action.dest in {item.name for item in fields(config_class)} - inherited:
             ours._group_actions.append(action)
     for group in parser._action_groups:
         if group.title == BSSConfig._argument_group_name:

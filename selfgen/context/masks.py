@@ -7,8 +7,8 @@ id, position). Only confidence has to wait for the model (``min_reference_prob``
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
-from typing import Literal
+from dataclasses import asdict, dataclass
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
@@ -69,6 +69,11 @@ class Masks:
             raise ValueError('a curve goes over the tokens of an answer; granularity="sequence" has one coin for all')
         if not 0.0 <= self.min_reference_prob <= 1.0:
             raise ValueError(f"min_reference_prob is {self.min_reference_prob}; a probability must be in [0, 1]")
+
+    def describe(self) -> dict[str, Any]:
+        """For the record: what masks are drawn by, in words and numbers."""
+        curve = self.curve if isinstance(self.curve, str) else getattr(self.curve, "__qualname__", repr(self.curve))
+        return asdict(self) | {"curve": curve}
 
     def draw(self, seed: int, sample_ids: Tensor, lengths: list[int], self_prob: Tensor) -> list[Tensor]:
         """Bool [T_i] for each of R answers of ``lengths`` T_i, whose ids and probabilities are [R]."""

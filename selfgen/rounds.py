@@ -1,0 +1,143 @@
+"""The offline variant in rounds: write contexts with the model as it is, train on them, go on with the new model.
+
+arXiv 2410.14655 (Algorithm 1: a pre-trained model and a training data set go in) is followed with these choices: the
+rows are shuffled once and cut into one part a round, so that each row is trained on in one round, under contexts of
+the model that this round begins with; the self-probability of a schedule that is not constant goes from round to round.
+
+Each round is a training of its own: optimizer, warm-up and learning-rate schedule begin anew, and ``num_train_epochs``
+and ``max_steps`` count for one round. So the model that writes the next contexts is one that is trained to its end,
+not one in the middle of a high learning rate, and a round is resumed as any training is.
+"""
+
+from __future__ import annotations
+
+import gc
+import logging
+import shutil
+from collections.abc import Callable, Mapping
+from copy import copy
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from datasets import Dataset
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from .config import BSSConfig
+from .context import ContextGenerator
+from .offline import BASHTrainer, OfflineError, check_settings, rows_hash, write_contexts
+from .trainer import last_checkpoint, tokenized
+
+logger = logging.getLogger(__name__)
+
+
+def split_rows(rows: Dataset, rounds: int, seed: int) -> list[Dataset]:
+    """Shuffle ``rows`` and cut them into ``rounds`` parts, whose lengths differ by one at most."""
+    if not 1 <= rounds <= len(rows):
+        raise OfflineError(f"rounds is {rounds}; {len(rows)} rows can be split for 1 to {len(rows)} rounds")
+    order = np.random.default_rng(seed).permutation(len(rows))
+    return [rows.select(part) for part in np.array_split(order, rounds)]
+
+
+def train_rounds(
+    load: Callable[[str], PreTrainedModel],
+    model: str,
+    rows: Dataset,
+    config: BSSConfig,
+    *,
+    rounds: int,
+    processing_class: PreTrainedTokenizerBase,
+    eval_dataset=None,
+    shard_rows: int = 512,
+    batch_size: int = 32,
+    provenance: Mapping[str, Any] | None = None,
+) -> None:
+    """Train ``model`` offline in ``rounds`` rounds.
+
+    Round k leaves ``round-k/contexts``, ``round-k/checkpoint-*``, ``round-k/trainer_state.json`` and ``round-k/model``
+    in ``config.output_dir``; the last model is there, too, as after any training. With
+    ``config.resume_from_checkpoint="last"`` a run that was killed goes on where it was: with the next shard of
+    contexts, from the newest checkpoint of a round, or with the next round.
+
+    Args:
+        load: from a name or folder to a model, such as ``AutoModelForCausalLM.from_pretrained``; every round loads its
+            model anew.
+        model: the pre-trained model, for ``load``.
+        rows: as ``BSSTrainer`` takes them.
+        config: of every round. ``self_prob`` and its schedule, ``seed``, ``sampling_temperature``, ``context_method``
+            and ``token_budget`` are those of the contexts.
+        processing_class: the tokenizer, which is saved with every model.
+        eval_dataset: as of ``BSSTrainer``.
+        shard_rows, batch_size, provenance: as of ``write_contexts``.
+
+    Raises:
+        OfflineError: (a ValueError) the output folder has rounds, and this is not to go on with them; or they are of
+            other settings or rows; or the rounds can't be had as asked for.
+    """
+    output, resume = Path(config.output_dir), config.resume_from_checkpoint
+    if config.world_size > 1:
+        raise OfflineError(
+            "rounds run in one process. On several, take turns: `selfgen contexts` in one process, then "
+            "`selfgen train --method bash --contexts DIR` on all of them"
+        )
+    if resume not in (None, "last"):
+        raise OfflineError(f'resume_from_checkpoint is {resume!r}; rounds go on from "last" only')
+    if resume is None and any(output.glob("round-*")):
+        raise OfflineError(
+            f"{output} has rounds already; go on with them (--resume_from_checkpoint last), or give another output_dir"
+        )
+    parts = split_rows(tokenized("train", rows, processing_class, config, config.max_length), rounds, config.seed)
+    models = [model, *(str(output / f"round-{number}" / "model") for number in range(rounds))]
+    for number, part in enumerate(parts):
+        folder = output / f"round-{number}"
+        self_prob = config.self_prob_at(number, rounds)
+        if Path(models[number + 1]).is_dir():
+            given = {"self_prob": self_prob, "seed": config.seed, "temperature": config.sampling_temperature}
+            check_settings(folder / "contexts", {**given, "rows": rows_hash(part)})
+            continue
+        logger.warning("round %d of %d: %d rows", number + 1, rounds, len(part))
+        current = load(models[number]).to(config.device)
+        temperature, token_budget = config.sampling_temperature, config.token_budget
+        with _autocast(config):
+            write_contexts(
+                ContextGenerator(current, temperature=temperature, token_budget=token_budget, masks=config.masks),
+                part,
+                folder / "contexts",
+                self_prob=self_prob,
+                seed=config.seed,
+                batch_size=batch_size,
+                shard_rows=shard_rows,
+                method=config.context_method,
+                provenance={**(provenance or {}), "round": number, "rounds": rounds},
+                progress=not config.disable_tqdm,
+            )
+        own = copy(config)
+        own.output_dir = str(folder)
+        trainer = BASHTrainer(
+            current,
+            own,
+            train_dataset=folder / "contexts",
+            eval_dataset=eval_dataset,
+            processing_class=processing_class,
+        )
+        _train(trainer, folder)
+        del current, trainer
+        gc.collect()  # before the next model is loaded
+    shutil.copytree(models[-1], output, dirs_exist_ok=True)
+
+
+def _train(trainer: BASHTrainer, folder: Path) -> None:
+    """From the newest checkpoint to ``folder/model``, which is there as a whole or not at all."""
+    trainer.train(resume_from_checkpoint=last_checkpoint(folder))
+    trainer.save_state()
+    beside = folder / "model.partial"
+    shutil.rmtree(beside, ignore_errors=True)
+    trainer.save_model(str(beside))
+    beside.rename(folder / "model")
+
+
+def _autocast(config: BSSConfig) -> torch.autocast:
+    """Mixed precision for the contexts where training has it."""
+    dtype = torch.float16 if config.fp16 else torch.bfloat16
+    return torch.autocast(config.device.type, dtype, enabled=config.fp16 or config.bf16)

@@ -1,0 +1,577 @@
+"""Offline: contexts as a data set, whole or resumed, trained on as they are, and in rounds."""
+
+from __future__ import annotations
+
+import json
+import os
+import pkgutil
+import signal
+import subprocess
+import sys
+import time
+from itertools import chain, count
+from pathlib import Path
+
+import datasets
+import pytest
+import test_cli
+import torch
+import torch.nn.functional as F
+from filelock import FileLock
+from models import tiny_model
+from test_cli import ROOT, flags, history, run
+from test_data import ROWS, write_jsonl
+from test_trainer import Tokenizer, config, rows, weights
+from transformers import AutoModelForCausalLM
+
+from selfgen import BASHTrainer, BSSTrainer, ContextGenerator, load_contexts, train_rounds, write_contexts
+from selfgen.data import load_rows
+from selfgen.offline import OfflineError, read_provenance, weights_hash
+from selfgen.rounds import split_rows
+
+SETTINGS = {"self_prob": 0.5, "seed": 3, "batch_size": 3, "shard_rows": 4, "progress": False}
+model_dir, arguments = test_cli.model_dir, test_cli.arguments  # fixtures
+
+
+@pytest.fixture(autouse=True)
+def own_cache(tmp_path_factory, monkeypatch):
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path_factory.mktemp("cache"))
+
+
+class Killed(BaseException):
+    """Nothing catches it."""
+
+
+def kill_at(monkeypatch, target: str, call: int) -> None:
+    """The process "dies" when ``target`` is called for this (0-based) time."""
+    original, calls = pkgutil.resolve_name(target), count()
+
+    def function(*args, **kwargs):
+        if next(calls) == call:
+            raise Killed
+        return original(*args, **kwargs)
+
+    monkeypatch.setattr(target, function)
+
+
+def record_calls(monkeypatch, target: str) -> list[tuple]:
+    """Positional arguments of every call of ``target`` from here on."""
+    original, calls = pkgutil.resolve_name(target), []
+    monkeypatch.setattr(target, lambda *args, **kwargs: calls.append(args) or original(*args, **kwargs))
+    return calls
+
+
+def make_generator(seed: int = 0, **options) -> ContextGenerator:
+    return ContextGenerator(tiny_model("llama", seed=seed), token_budget=32, **options)
+
+
+def write(folder: Path, data=None, generator=None, **changes) -> dict:
+    data = rows(10) if data is None else data
+    return write_contexts(generator or make_generator(), data, folder, **{**SETTINGS, **changes})
+
+
+def contents(folder: Path) -> dict[str, bytes]:
+    return {
+        str(file.relative_to(folder)): file.read_bytes()
+        for file in sorted(folder.rglob("*"))
+        if file.is_file() and file.name != ".lock"
+    }
+
+
+# Writing
+
+
+def decode(data, generator: ContextGenerator, seed: int):
+    """The sequential contexts of tokenized rows: the oracle."""
+    return generator.generate(
+        list(data["prompt_ids"]),
+        list(data["answer_ids"]),
+        0.5,
+        seed=seed,
+        sample_ids=list(data["sample_id"]),
+        method="sequential",
+    )
+
+
+@pytest.mark.parametrize(("batch_size", "shard_rows"), [(1, 4), (3, 5), (32, 512)])
+def test_contexts_are_the_generators_own(tmp_path, batch_size, shard_rows):
+    data = rows(10)
+    write(tmp_path, data, batch_size=batch_size, shard_rows=shard_rows)
+    written = load_contexts(tmp_path)
+    assert written.select_columns(data.column_names).to_list() == data.to_list()
+    expected = decode(data, make_generator(), seed=3)
+    assert list(written["context_ids"]) == [tokens.tolist() for tokens in expected.tokens]
+    assert list(written["is_self"]) == [is_self.tolist() for is_self in expected.is_self]
+    assert len(list((tmp_path / "data").iterdir())) == -(-10 // shard_rows)
+    assert load_rows(tmp_path).to_list() == written.to_list()
+    assert datasets.load_dataset(str(tmp_path))["train"].to_list() == written.to_list()
+
+
+def test_provenance(tmp_path):
+    generator = make_generator(temperature=0.5)
+    record = write(tmp_path, rows(10), generator, provenance={"revision": "abc", "dataset": "d"})
+    assert record == read_provenance(tmp_path)
+    settings = record["settings"]
+    assert (settings["self_prob"], settings["seed"], settings["temperature"]) == (0.5, 3, 0.5)
+    assert (settings["num_rows"], settings["shard_rows"], settings["precision"]) == (10, 4, "float32")
+    assert settings["weights"] == weights_hash(tiny_model("llama")) != weights_hash(tiny_model("llama", seed=1))
+    assert record["source"] == {"model": "", "revision": "abc", "dataset": "d"}
+    assert [set(versions) for versions in record["versions"]] == [{"selfgen", "torch", "transformers", "datasets"}]
+    stats = decode(rows(10), generator, seed=3).stats
+    assert record["statistics"] == {
+        "answer_tokens": stats.answer_tokens,
+        "self_tokens": stats.self_tokens,
+        "self_share": stats.self_tokens / stats.answer_tokens,
+        "agreement": pytest.approx(stats.agreement),
+    }
+
+
+def test_without_self_tokens_the_context_is_the_reference(tmp_path):
+    record = write(tmp_path, self_prob=0.0)
+    assert record["statistics"]["self_share"] == 0.0
+    assert list(load_contexts(tmp_path)["context_ids"]) == list(rows(10)["answer_ids"])
+
+
+# 10 rows: shards of 4, 4 and 2; batches of 3 and 1, 3 and 1, 2. The first call of generate checks its arguments.
+@pytest.mark.parametrize(
+    ("target", "call", "shards"),
+    [
+        ("selfgen.context.ContextGenerator.generate", 1, 0),
+        ("selfgen.context.ContextGenerator.generate", 2, 0),
+        ("selfgen.context.ContextGenerator.generate", 3, 1),
+        ("selfgen.context.ContextGenerator.generate", 5, 2),
+        ("selfgen.offline.pq.write_table", 1, 1),
+        ("selfgen.offline.os.fsync", 3, 1),  # the second shard is written, but not in its place; provenance: 0 and 1
+        ("selfgen.offline._statistics", 0, 3),
+    ],
+)
+def test_a_killed_run_goes_on(tmp_path, monkeypatch, target, call, shards):
+    write(tmp_path / "whole")
+    with monkeypatch.context() as patch:
+        kill_at(patch, target, call)
+        with pytest.raises(Killed):
+            write(tmp_path / "killed")
+    done = {file: file.stat().st_mtime_ns for file in (tmp_path / "killed" / "data").glob("*.parquet")}
+    assert len(done) == shards
+    with pytest.raises(OfflineError, match=rf"not complete \({shards} of 3 shards\); run the command .* again"):
+        load_contexts(tmp_path / "killed")
+    with pytest.raises(OfflineError, match="not complete"):
+        make_trainer(tmp_path, tmp_path / "killed")
+    write(tmp_path / "killed", batch_size=2)
+    assert contents(tmp_path / "killed") == contents(tmp_path / "whole")
+    assert {file: file.stat().st_mtime_ns for file in done} == done
+
+
+def test_a_complete_folder_is_left_alone(tmp_path, monkeypatch):
+    record = write(tmp_path)
+    before = contents(tmp_path)
+    kill_at(monkeypatch, "selfgen.offline._write", 0)
+    assert write(tmp_path) == record
+    assert contents(tmp_path) == before
+
+
+def test_a_lost_shard_is_written_again(tmp_path):
+    write(tmp_path)
+    before = contents(tmp_path)
+    (tmp_path / "data" / "train-00001-of-00003.parquet").unlink()
+    with pytest.raises(OfflineError, match=r"2 of 3 shards"):
+        load_contexts(tmp_path)
+    write(tmp_path)
+    assert contents(tmp_path) == before
+
+
+def test_other_versions_are_noted_down(tmp_path, monkeypatch):
+    kill_at(monkeypatch, "selfgen.context.ContextGenerator.generate", 3)
+    with pytest.raises(Killed):
+        write(tmp_path)
+    monkeypatch.undo()
+    monkeypatch.setattr("selfgen.offline.version", lambda package: "99")
+    versions = write(tmp_path)["versions"]
+    assert len(versions) == 2
+    assert versions[1]["torch"] == "99"
+
+
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        ({"self_prob": 0.25}, r"self_prob was 0\.5, now 0\.25\. Go on with the former ones, or give another folder"),
+        ({"seed": 4}, "seed was 3, now 4"),
+        ({"shard_rows": 5}, "shard_rows was 4, now 5"),
+        ({"generator": {"seed": 1}}, "weights was [0-9a-f]{64}, now "),
+        ({"generator": {"temperature": 0.5}}, r"temperature was 1\.0, now 0\.5"),
+        ({"data": rows(10, seed=1)}, "rows was [0-9a-f]{64}, now "),
+        ({"data": rows(10).select([*range(1, 10), 0])}, "rows was"),
+        ({"data": rows(9)}, "num_rows was 10, now 9"),
+    ],
+)
+def test_other_settings_are_refused(tmp_path, changes, words):
+    write(tmp_path)
+    before = contents(tmp_path)
+    generator = make_generator(**changes.get("generator", {}))
+    with pytest.raises(OfflineError, match=words):
+        write(tmp_path, **{**changes, "generator": generator})
+    assert contents(tmp_path) == before
+
+
+def test_one_process_at_a_time(tmp_path):
+    with FileLock(tmp_path / ".lock"), pytest.raises(OfflineError, match="another process is writing contexts to"):
+        write(tmp_path)
+    write(tmp_path)
+    load_contexts(tmp_path)
+
+
+def test_bad_arguments(tmp_path):
+    (tmp_path / "other" / "data").mkdir(parents=True)
+    (tmp_path / "other" / "data" / "train.jsonl").touch()
+    for words, changes in {
+        "the rows lack answer_ids": {"data": rows(2).remove_columns("answer_ids")},
+        "no rows": {"data": rows(2).select([])},
+        "batch_size is 0": {"batch_size": 0},
+        "shard_rows is 0": {"shard_rows": 0},
+        "self_prob is 2.0": {"self_prob": 2.0},
+        "method is 'magic'": {"method": "magic"},
+        "longest row has 302 tokens, but the model has 256": {
+            "data": datasets.Dataset.from_list([{"sample_id": 0, "prompt_ids": [3] * 300, "answer_ids": [4, 5]}])
+        },
+    }.items():
+        with pytest.raises(ValueError, match=words):
+            write(tmp_path / "new", **changes)
+    assert not (tmp_path / "new").exists()
+    with pytest.raises(OfflineError, match="holds other files, and no contexts"):
+        write(tmp_path / "other")
+    with pytest.raises(OfflineError, match=r"holds no contexts .* write them with `selfgen contexts`"):
+        load_contexts(tmp_path / "nowhere")
+
+
+# Training
+
+
+def make_trainer(tmp_path: Path, contexts, **changes) -> BASHTrainer:
+    return BASHTrainer(
+        tiny_model("llama"),
+        config(tmp_path / "out", **changes),
+        train_dataset=contexts,
+        processing_class=Tokenizer(),
+    )
+
+
+def plain_loss(model, row: dict) -> torch.Tensor:
+    """Summed loss of one row: its context goes in, its reference is learned."""
+    prompt, answer = row["prompt_ids"], torch.tensor(row["answer_ids"])
+    logits = model(torch.tensor([prompt + row["context_ids"]])).logits[0, len(prompt) - 1 : -1]
+    return F.cross_entropy(logits, answer, reduction="sum")
+
+
+def test_training_takes_the_contexts_as_they_are(tmp_path, monkeypatch):
+    """Inputs are exactly ``context_ids``, labels ``answer_ids``; the loss is torch's own over them."""
+    record = write(tmp_path / "contexts", rows(8))
+    written = {row["sample_id"]: row for row in load_contexts(tmp_path / "contexts")}
+    monkeypatch.setattr(ContextGenerator, "generate", None)  # is not called
+    trainer = make_trainer(tmp_path, tmp_path / "contexts", max_steps=2, logging_steps=2, learning_rate=0.0)
+    seen, compute_loss = [], trainer.compute_loss
+    trainer.compute_loss = lambda model, inputs, *args, **options: (
+        seen.append(inputs) or compute_loss(model, inputs, *args, **options)
+    )
+    trainer.train()
+    assert sorted(int(i) for inputs in seen for i in inputs["sample_id"]) == list(range(8))
+    for inputs in seen:
+        for index, sample_id in enumerate(inputs["sample_id"].tolist()):
+            row = written[sample_id]
+            p, length = len(row["prompt_ids"]), len(row["prompt_ids"]) + len(row["answer_ids"])
+            ids, labels = inputs["input_ids"][index].tolist(), inputs["labels"][index].tolist()
+            assert ids[:length] == row["prompt_ids"] + row["context_ids"]
+            assert labels == [-100] * p + row["answer_ids"] + [-100] * (len(labels) - length)
+            assert inputs["attention_mask"][index].sum() == length
+
+    with torch.no_grad():
+        steps = []  # 2 of 2 micro-batches
+        for micro_batches in (seen[:2], seen[2:]):
+            of_step = [written[int(i)] for inputs in micro_batches for i in inputs["sample_id"]]
+            losses = [plain_loss(tiny_model("llama"), row) for row in of_step]
+            steps.append(float(sum(losses)) / sum(len(row["answer_ids"]) for row in of_step))
+    log = next(entry for entry in trainer.state.log_history if "loss" in entry)
+    assert log["loss"] == pytest.approx(sum(steps) / 2, rel=1e-5)
+    assert log["self_share"] == pytest.approx(record["statistics"]["self_share"])
+    assert log["agreement"] == pytest.approx(record["statistics"]["agreement"])
+    assert log["passes"] == log["computed_per_token"] == 0
+
+
+def test_contexts_without_self_tokens_are_fine_tuning(tmp_path):
+    write(tmp_path / "contexts", rows(16), self_prob=0.0)
+    offline = make_trainer(tmp_path, tmp_path / "contexts")
+    sft = BSSTrainer(
+        tiny_model("llama"),
+        config(tmp_path / "sft", self_prob=0.0),
+        train_dataset=rows(16),
+        processing_class=Tokenizer(),
+    )
+    for trainer in (offline, sft):
+        trainer.train()
+    assert torch.equal(weights(offline.model), weights(sft.model))
+
+
+def test_evaluation_is_under_the_contexts_that_the_rows_have(tmp_path):
+    write(tmp_path, rows(6))
+    written = load_contexts(tmp_path)
+    trainer = make_trainer(tmp_path, written, per_device_eval_batch_size=6)
+    tokens = sum(len(row["answer_ids"]) for row in written)
+    references = [{**row, "context_ids": row["answer_ids"]} for row in written]
+    for given, plain in ((written, list(written)), (rows(6), references)):
+        with torch.no_grad():
+            expected = float(sum(plain_loss(trainer.model, row) for row in plain)) / tokens
+        assert trainer.evaluate(given)["eval_loss"] == pytest.approx(expected, rel=1e-5)
+
+
+def test_rows_without_contexts_are_refused(tmp_path):
+    with pytest.raises(ValueError, match="the rows lack context_ids, is_self; give the folder that write_contexts"):
+        make_trainer(tmp_path, rows(4))
+
+
+# Rounds
+
+
+def load(name: str):
+    return tiny_model("llama") if name == "pre-trained" else AutoModelForCausalLM.from_pretrained(name)
+
+
+def run_rounds(folder: Path, rounds: int = 2, **changes) -> None:
+    """Two rounds of 6 rows: 3 shards of contexts, 3 steps, a checkpoint each."""
+    options = {"max_steps": -1, "num_train_epochs": 1, "gradient_accumulation_steps": 1}
+    saving = {"save_strategy": "steps", "save_steps": 1, "save_total_limit": 1}
+    train_rounds(
+        load,
+        "pre-trained",
+        rows(12),
+        config(folder, **{**options, **saving, **changes}),
+        rounds=rounds,
+        processing_class=Tokenizer(),
+        shard_rows=2,
+        batch_size=2,
+    )
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory):
+    """The folder of a run that nothing stopped."""
+    folder = tmp_path_factory.mktemp("rounds") / "whole"
+    run_rounds(folder)
+    return folder
+
+
+def final(folder: Path) -> torch.Tensor:
+    return weights(AutoModelForCausalLM.from_pretrained(folder))
+
+
+def test_parts():
+    parts = split_rows(rows(11), 3, seed=0)
+    ids = [list(part["sample_id"]) for part in parts]
+    assert sorted(len(part) for part in ids) == [3, 4, 4]
+    together = list(chain(*ids))
+    assert together != sorted(together) == list(range(11))
+    assert ids == [list(part["sample_id"]) for part in split_rows(rows(11), 3, seed=0)]
+    assert ids != [list(part["sample_id"]) for part in split_rows(rows(11), 3, seed=1)]
+    for rounds in (0, 12):
+        with pytest.raises(OfflineError, match=f"rounds is {rounds}; 11 rows can be split for 1 to 11 rounds"):
+            split_rows(rows(11), rounds, seed=0)
+
+
+def test_each_round_writes_with_the_model_of_the_round_before(whole):
+    models = [load("pre-trained"), load(str(whole / "round-0" / "model"))]
+    written = [load_contexts(whole / f"round-{number}" / "contexts") for number in range(2)]
+    assert sorted(i for contexts in written for i in contexts["sample_id"]) == list(range(12))
+    hashes = [read_provenance(whole / f"round-{number}" / "contexts")["settings"]["weights"] for number in range(2)]
+    assert hashes == [weights_hash(model) for model in models]
+    assert hashes[0] != hashes[1]
+    for model, contexts in zip(models, written, strict=True):
+        expected = decode(contexts, ContextGenerator(model), seed=42)
+        assert list(contexts["context_ids"]) == [tokens.tolist() for tokens in expected.tokens]
+    assert torch.equal(final(whole), final(whole / "round-1" / "model"))
+    assert not torch.equal(final(whole), final(whole / "round-0" / "model"))
+    assert len(history(whole / "round-1")) == 3
+
+
+@pytest.mark.parametrize(
+    ("target", "call", "batches", "steps"),  # and what is left to do
+    [
+        ("transformers.Trainer.training_step", 1, 3, 5),  # training of round 0, behind a checkpoint
+        ("selfgen.rounds.write_contexts", 1, 3, 3),  # between the rounds
+        ("selfgen.context.ContextGenerator.generate", 6, 2, 3),  # contexts of round 1
+        ("transformers.Trainer.training_step", 5, 0, 1),  # training of round 1, likewise
+        ("selfgen.BASHTrainer.save_state", 1, 0, 0),  # round 1 is trained, but not saved
+        ("selfgen.rounds.Path.rename", 1, 0, 0),  # saved, but not in its place
+        ("selfgen.rounds.shutil.copytree", 0, 0, 0),  # all but the copy of the last model
+    ],
+)
+def test_killed_rounds_go_on(tmp_path, whole, monkeypatch, target, call, batches, steps):
+    with monkeypatch.context() as patch:
+        kill_at(patch, target, call)
+        with pytest.raises(Killed):
+            run_rounds(tmp_path)
+    assert not (tmp_path / "config.json").exists()
+    generated = record_calls(monkeypatch, "selfgen.context.ContextGenerator.generate")
+    trained = record_calls(monkeypatch, "transformers.Trainer.training_step")
+    run_rounds(tmp_path, resume_from_checkpoint="last")
+    assert len([prompts for _, prompts, *_ in generated if prompts]) == batches
+    assert len(trained) == steps
+    assert torch.equal(final(tmp_path), final(whole))
+    for number in range(2):
+        folders = [folder / f"round-{number}" for folder in (tmp_path, whole)]
+        contexts, expected = (load_contexts(folder / "contexts").to_list() for folder in folders)
+        assert contexts == expected
+        losses, expected = ([entry["loss"] for entry in history(folder)] for folder in folders)
+        assert losses == expected
+
+
+def test_rounds_that_are_there_are_not_overwritten(whole):
+    before = contents(whole)
+    with pytest.raises(OfflineError, match=r"has rounds already; go on with them \(--resume_from_checkpoint last\)"):
+        run_rounds(whole)
+    with pytest.raises(OfflineError, match='rounds go on from "last" only'):
+        run_rounds(whole, resume_from_checkpoint=str(whole / "round-0" / "checkpoint-3"))
+    for changes, words in (
+        ({"self_prob": 0.25}, "self_prob was 0.5, now 0.25"),
+        ({"seed": 1}, "seed was 42, now 1"),
+        ({"rounds": 3}, "rows was"),
+    ):
+        with pytest.raises(OfflineError, match=words):
+            run_rounds(whole, **changes, resume_from_checkpoint="last")
+    run_rounds(whole, resume_from_checkpoint="last")  # there is nothing left to do
+    assert contents(whole) == before
+
+
+def test_rounds_run_in_one_process(tmp_path, monkeypatch):
+    monkeypatch.setattr("transformers.TrainingArguments.world_size", 2)
+    with pytest.raises(OfflineError, match="rounds run in one process"):
+        run_rounds(tmp_path)
+
+
+def test_a_schedule_goes_from_round_to_round(tmp_path):
+    run_rounds(tmp_path, self_prob=0.8, self_prob_start=0.2, self_prob_schedule="linear", max_steps=1)
+    settings = [read_provenance(tmp_path / f"round-{number}" / "contexts")["settings"] for number in range(2)]
+    assert [entry["self_prob"] for entry in settings] == [0.2, 0.8]
+
+
+def test_contexts_under_mixed_precision(tmp_path):
+    run_rounds(tmp_path, rounds=1, bf16=True, max_steps=1)
+    assert read_provenance(tmp_path / "round-0" / "contexts")["settings"]["precision"] == "bfloat16"
+
+
+# The command line
+
+
+@pytest.fixture
+def writing(arguments, tmp_path):
+    """Arguments of ``selfgen contexts``."""
+    names = ("model", "dataset", "max_length", "token_budget", "use_cpu")
+    options = {name: arguments[name] for name in names}
+    return {**options, "output_dir": str(tmp_path / "contexts"), "self_prob": 0.5, "shard_rows": 5}
+
+
+def test_contexts_then_training(arguments, writing, caplog, capsys):
+    code, out, err = run(["contexts", *flags(writing)], capsys)
+    assert code == 0
+    assert f"contexts of 16 rows are in {writing['output_dir']}: " in out
+    assert "data: 16 rows: 16 kept" in caplog.text
+    assert "%" in err  # the progress bar, with the time left
+    record = read_provenance(writing["output_dir"])
+    assert record["source"] == {
+        "model": writing["model"],
+        "revision": None,
+        "dataset": writing["dataset"],
+        "dataset_config": None,
+        "dataset_split": "train",
+    }
+    del arguments["dataset"]
+    options = {**arguments, "method": "bash", "contexts": writing["output_dir"], "per_device_train_batch_size": 16}
+    assert run(["train", *flags({**options, "max_steps": 1})], capsys)[0] == 0
+    (log,) = history(arguments["output_dir"])
+    assert log["self_share"] == pytest.approx(record["statistics"]["self_share"])
+    assert AutoModelForCausalLM.from_pretrained(arguments["output_dir"])
+
+
+def test_the_example_runs_in_rounds(arguments, capsys):
+    """``examples/bash.yaml`` as it is, but for the model and the data."""
+    data = {"prompt_column": "prompt", "completion_column": "completion"}
+    small = {**arguments, **data, "max_steps": -1}
+    command = ["train", str(ROOT / "examples" / "bash.yaml"), *flags(small)]
+    assert run(command, capsys)[0] == 0
+    out = Path(arguments["output_dir"])
+    assert sorted(file.name for file in out.glob("round-*")) == [f"round-{number}" for number in range(4)]
+    ids = [i for number in range(4) for i in load_contexts(out / f"round-{number}" / "contexts")["sample_id"]]
+    assert sorted(ids) == list(range(16))
+    source = read_provenance(out / "round-1" / "contexts")["source"]
+    assert source["model"] == str(out / "round-0" / "model")
+    assert (source["pretrained"], source["round"], source["rounds"]) == (arguments["model"], 1, 4)
+    assert torch.equal(final(out), final(out / "round-3" / "model"))
+    code, _, err = run(command, capsys)
+    assert code == 2
+    assert "has rounds already" in err
+    assert run([*command, "--resume_from_checkpoint", "last"], capsys)[0] == 0
+
+
+def test_killed_contexts_go_on(writing, tmp_path, capsys):
+    """SIGKILL in the middle, then the same command: byte for byte the folder of a run that was not killed."""
+    write_jsonl(Path(writing["dataset"]), ROWS * 100)
+    command = ["contexts", *flags({**writing, "shard_rows": 3})]
+    environment = {**os.environ, "HF_DATASETS_CACHE": str(tmp_path / "cache"), "OMP_NUM_THREADS": "1"}
+    process = subprocess.Popen(
+        [sys.executable, "-m", "selfgen", *command],
+        cwd=ROOT,
+        env=environment,
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.DEVNULL,
+    )
+    killed, deadline = Path(writing["output_dir"]), time.monotonic() + 120
+    while len(list(killed.glob("data/*.parquet"))) < 2:
+        assert process.poll() is None, "the run ended before it could be killed"
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
+    os.kill(process.pid, signal.SIGKILL)
+    process.wait()
+    assert "statistics" not in json.loads((killed / "provenance.json").read_text())
+    assert run(command, capsys)[0] == 0
+    whole = {**writing, "shard_rows": 3, "output_dir": str(tmp_path / "whole")}
+    assert run(["contexts", *flags(whole)], capsys)[0] == 0
+    assert contents(killed) == contents(tmp_path / "whole")
+
+
+@pytest.mark.parametrize(
+    ("command", "changes", "words"),
+    [
+        ("contexts", {"self_prob": "2"}, "self_prob is 2.0; a probability must be in [0, 1]"),
+        ("contexts", {"seed": "x"}, "--seed"),
+        ("contexts", {"shard_rows": "0"}, "shard_rows is 0; it must be at least 1"),
+        ("contexts", {"model": "nowhere/model"}, "nowhere/model"),
+        ("contexts", {"dataset": "nowhere.jsonl"}, "nowhere.jsonl"),
+        ("contexts", {"max_length": "2"}, "no row is left"),
+        ("train", {"method": "cash"}, "'cash'"),
+        ("train", {"rounds": "2"}, "contexts and rounds go with --method bash, but method is 'bss'"),
+        ("train", {"contexts": "DIR"}, "contexts and rounds go with --method bash, but method is 'bss'"),
+        ("train", {"method": "bash", "contexts": "DIR"}, "give no dataset and no rounds with them"),
+        ("train", {"method": "bash", "rounds": "17"}, "16 rows can be split for 1 to 16 rounds"),
+        ("train", {"method": "bash", "model": "nowhere/model"}, "nowhere/model"),
+        ("train", {"method": "bash", "dataset": None}, "there is no data: give --dataset"),
+        ("train", {"method": "bash", "dataset": None, "contexts": "nowhere"}, "nowhere holds no contexts"),
+        ("train", {"method": "bash", "dataset": None, "contexts": "x", "eval_split": "test"}, "give eval_dataset"),
+    ],
+)
+def test_errors_are_one_line_and_exit_code_2(arguments, writing, command, changes, words, capsys):
+    options = {**(writing if command == "contexts" else arguments), **changes}
+    code, out, err = run([command, *flags({k: v for k, v in options.items() if v is not None})], capsys)
+    assert code == 2
+    last = err.strip().splitlines()[-1]
+    assert last.startswith(f"selfgen {command}: error: ")
+    assert words in last
+    assert "Traceback" not in err
+    assert out == ""
+
+
+def test_help(capsys):
+    code, out, _ = run(["contexts", "--help"], capsys)
+    assert code == 0
+    for option in ("--model", "--dataset", "--self_prob", "--shard_rows", "--sampling_temperature", "--revision"):
+        assert option in out
+    code, out, _ = run(["train", "--help"], capsys)
+    assert code == 0
+    for option in ("--method bss|bash", "--contexts", "--rounds"):
+        assert option in out

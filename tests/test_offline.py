@@ -298,7 +298,7 @@ def test_training_takes_the_contexts_as_they_are(tmp_path, monkeypatch):
 
 def test_contexts_without_self_tokens_are_fine_tuning(tmp_path):
     write(tmp_path / "contexts", rows(16), self_prob=0.0)
-    offline = make_trainer(tmp_path, tmp_path / "contexts")
+    offline = make_trainer(tmp_path, tmp_path / "contexts", lean_loss=False)
     sft = BSSTrainer(
         tiny_model("llama"),
         config(tmp_path / "sft", self_prob=0.0),

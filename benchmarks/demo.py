@@ -21,7 +21,7 @@ from transformers.utils import logging as transformers_logging
 
 from selfgen import BSSConfig, BSSTrainer, ContextGenerator, MixedContext
 from selfgen.data import tokenize_rows
-from selfgen.evaluation import ContextLoss, context_loss
+from selfgen.evaluation import held_out_losses
 
 from .fixtures import gsm_symbolic, load_smollm2, smollm2_path
 
@@ -82,7 +82,7 @@ class HeldOutLoss(TrainerCallback):
 
     def __init__(self, generator: ContextGenerator, rows: Dataset, arguments: argparse.Namespace):
         self.generator, self.rows, self.arguments = generator, rows, arguments
-        self.losses: dict[int, ContextLoss] = {}
+        self.losses: dict[int, dict[str, float]] = {}
 
     def on_train_begin(self, args, state, control, **kwargs):
         self._score(0)
@@ -92,7 +92,9 @@ class HeldOutLoss(TrainerCallback):
             self._score(state.global_step)
 
     def _score(self, step: int) -> None:
-        self.losses[step] = context_loss(self.generator, self.rows, self.arguments.self_prob, seed=1)
+        self_probs = {"reference": 0.0, "mixed": self.arguments.self_prob}
+        losses = held_out_losses(self.generator, self.rows, self_probs, seed=1)
+        self.losses[step] = {name: loss.mean for name, loss in losses.items()}
 
 
 def train_run(
@@ -122,7 +124,7 @@ def train_run(
     trainer.save_model(str(folder))
     return {
         "log": [entry for entry in trainer.state.log_history if "loss" in entry],
-        "held_out": {step: vars(loss) for step, loss in scores.losses.items()},
+        "held_out": scores.losses,
     }
 
 

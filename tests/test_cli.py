@@ -16,7 +16,7 @@ import torch
 import transformers as t
 from test_data import ROWS, WORDS, make_tokenizer, write_jsonl
 
-from selfgen.cli import main
+from selfgen.cli import COMMANDS, main
 
 ROOT = Path(__file__).parents[1]
 
@@ -212,7 +212,7 @@ def test_missing_arguments_and_commands(capsys):
     assert "--model" in err
     code, _, err = run(["brew"], capsys)
     assert code == 2
-    assert err == "selfgen: error: unknown command 'brew'; there is: train, contexts\n"
+    assert err == f"selfgen: error: unknown command 'brew'; there is: {', '.join(COMMANDS)}\n"
 
 
 def test_tokenizer_without_eos_and_pad(arguments, model_dir, tmp_path, capsys):

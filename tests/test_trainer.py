@@ -13,7 +13,7 @@ from transformers import AutoModelForCausalLM, Trainer, TrainingArguments
 
 from selfgen import BSSConfig, BSSTrainer, ContextGenerator
 from selfgen.data import Collator
-from selfgen.evaluation import context_loss
+from selfgen.evaluation import held_out_losses
 
 LOGGED = {"self_share", "agreement", "passes", "computed_per_token", "context_seconds", "training_seconds"}
 
@@ -241,8 +241,9 @@ def test_evaluation_is_teacher_forced(tmp_path):
         model, config(tmp_path), train_dataset=rows(), eval_dataset=rows(6, seed=1), processing_class=Tokenizer()
     )
     metrics = trainer.evaluate()
-    expected = context_loss(ContextGenerator(model), rows(6, seed=1), 0.5, batch_size=6, progress=False)
-    assert metrics["eval_loss"] == pytest.approx(expected.reference, rel=0.05)  # the Trainer averages over batches
+    expected = held_out_losses(ContextGenerator(model), rows(6, seed=1), {"reference": 0.0}, progress=False)
+    loss = expected["reference"].mean
+    assert metrics["eval_loss"] == pytest.approx(loss, rel=0.05)  # the Trainer averages over batches
 
 
 def test_several_evaluation_sets_and_text_ones(tmp_path):
@@ -260,18 +261,6 @@ def test_several_evaluation_sets_and_text_ones(tmp_path):
     assert {"eval_a_loss", "eval_b_loss"} <= set(metrics)
     assert trainer.evaluate(text)["eval_loss"] == pytest.approx(metrics["eval_a_loss"])
     assert trainer.predict(text).metrics["test_loss"] == pytest.approx(metrics["eval_a_loss"])
-
-
-def test_held_out_loss_under_both_contexts():
-    generator = ContextGenerator(tiny_model("llama"), token_budget=32)
-    data = rows(5)
-    same = context_loss(generator, data, 0.0, progress=False)
-    assert same.reference == pytest.approx(same.mixed)
-    own = context_loss(generator, data, 1.0, batch_size=2, progress=False)
-    assert own.reference == pytest.approx(same.reference, rel=1e-5)
-    assert own.mixed != own.reference
-    with pytest.raises(ValueError, match="no rows"):
-        context_loss(generator, data.select([]), 0.5)
 
 
 def test_checkpoint_is_an_ordinary_one(tmp_path):

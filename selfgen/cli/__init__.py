@@ -7,13 +7,14 @@ from importlib import import_module
 
 from .options import fail
 
-COMMANDS = ("train", "contexts", "generate")
+COMMANDS = ("train", "contexts", "generate", "eval")
 
 OVERVIEW = """\
 selfgen - train language models on their own tokens, online and exact
 
 usage: selfgen train    [CONFIG.yaml] --model NAME --dataset NAME --output_dir DIR [options]
        selfgen contexts [CONFIG.yaml] --model NAME --dataset NAME --output_dir DIR [options]
+       selfgen eval     [CONFIG.yaml] --model NAME --dataset NAME --output_dir DIR [options]
 
 Each training example's context is mixed, token by token, from the reference answer and from what the model itself says
 there (batch-scheduled sampling, arXiv 2410.14655); the model learns to go on with the reference.
@@ -36,6 +37,10 @@ there (batch-scheduled sampling, arXiv 2410.14655); the model learns to go on wi
   selfgen contexts --model ./SmolLM2-135M-Instruct --dataset train.jsonl --self_prob 0.25 --output_dir contexts
   selfgen train --method bash --contexts contexts --model ./SmolLM2-135M-Instruct --output_dir out
   selfgen train --method bash --rounds 4 --dataset train.jsonl --model ./SmolLM2-135M-Instruct --output_dir out
+
+  # free-running answers, and losses under reference and own contexts; a killed evaluation goes on, too
+  selfgen eval --model out --dataset openai/gsm8k --dataset_config main --dataset_split test \\
+      --prompt_column question --completion_column answer --output_dir out/eval
 
 Data: columns prompt and completion (text or messages), or messages; .jsonl, .json, .parquet, .arrow, a folder, or the
 hub. The chat template is applied when the tokenizer has one.

@@ -29,7 +29,8 @@ class Journal:
             other = sorted(name for name in before | settings if before.get(name) != settings.get(name))
             if other:
                 raise ValueError(
-                    f"{file} was begun with other settings ({', '.join(other)}); choose another file, or remove it"
+                    f"{file} was begun with other settings ({', '.join(other)}); choose another file or folder, or "
+                    "remove it"
                 )
         else:
             beside.write_text(json.dumps(settings, indent=1) + "\n")

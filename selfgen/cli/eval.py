@@ -1,0 +1,314 @@
+"""``selfgen eval``: answers, losses by context and self-corrections of a checkpoint, on rows it was not trained on."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import logging
+import shlex
+from collections.abc import Callable
+from dataclasses import asdict, dataclass, field
+from functools import partial
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import torch
+from datasets import Dataset
+from tqdm.auto import tqdm
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from ..context import ContextGenerator
+from ..context.generator import METHODS, Method
+from ..context.ragged import max_positions
+from ..correction import DEFAULT_CUE
+from ..evaluation import (
+    Corrections,
+    PositionLoss,
+    Share,
+    exact_match,
+    exposure_bias,
+    extract_answer,
+    rouge,
+    row_losses,
+)
+from ..evaluation.report import table, write_plots
+from ..generation import generate, generate_corrected
+from .journal import Journal
+from .options import DataArguments, ModelArguments, device, fail, make_parser, parse
+
+PROG = "selfgen eval"
+METRICS = ("exact_match", "rouge", "loss", "curve", "correction")
+
+# What must be the same for rows to go on, beside the model and the data.
+_SAMPLING = ("seed", "max_new_tokens", "temperature")
+_SETTINGS = {
+    "answers": _SAMPLING,
+    "corrections": (*_SAMPLING, "rounds", "correction_cue"),
+    "losses": ("seed", "self_prob", "sampling_temperature", "context_method"),
+}
+_CHUNK_BATCHES = 4  # of answers between two writes, as rows that end make room for others
+
+
+@dataclass
+class EvalArguments:
+    """What to measure, and how."""
+
+    _argument_group_name = "evaluation"
+
+    output_dir: str = field(metadata={"help": "Folder for results.json, plots and a file with a line for each row."})
+    metrics: list[str] = field(
+        default_factory=lambda: ["exact_match", "loss", "curve"],
+        metadata={
+            "help": "Any of exact_match and rouge (of free-running answers), loss (under reference, mixed and own "
+            "contexts), curve (loss by position), correction (of models trained with RAC)."
+        },
+    )
+    self_prob: float = field(default=0.25, metadata={"help": "Share of the model's own tokens in mixed contexts."})
+    max_new_tokens: int = field(default=256, metadata={"help": "Longest free-running answer, in tokens."})
+    temperature: float = field(default=0.0, metadata={"help": "Temperature of the answers; 0 is greedy."})
+    sampling_temperature: float = field(
+        default=1.0, metadata={"help": "Temperature of the model's own tokens in contexts, as in training."}
+    )
+    context_method: Method = field(
+        default="fixed_point", metadata={"help": "Of contexts: fixed_point, or sequential for models that it refuses."}
+    )
+    rounds: int = field(default=1, metadata={"help": "Corrections, each of the answer before it."})
+    correction_cue: str = field(default=DEFAULT_CUE, metadata={"help": "What asks for a correction, as in training."})
+    batch_size: int | None = field(
+        default=None, metadata={"help": "Rows at a time; by default 32 for answers, 8 for losses."}
+    )
+    seed: int = field(default=0, metadata={"help": "Of everything sampled; the same for models that are compared."})
+    limit: int | None = field(default=None, metadata={"help": "Evaluate on the first so many rows only."})
+    use_cpu: bool = field(default=False, metadata={"help": "Stay on the CPU where there is an accelerator, too."})
+
+    def __post_init__(self) -> None:
+        unknown = [name for name in self.metrics if name not in METRICS]
+        if unknown or not self.metrics:
+            raise ValueError(f"metrics are {', '.join(unknown) or 'none'}; accepted: {', '.join(METRICS)}")
+        if not 0.0 <= self.self_prob <= 1.0:
+            raise ValueError(f"self_prob is {self.self_prob}; a probability must be in [0, 1]")
+        for name in ("temperature", "sampling_temperature"):
+            if not 0.0 <= getattr(self, name) < float("inf"):
+                raise ValueError(f"{name} is {getattr(self, name)}; it must be a finite number >= 0")
+        if self.context_method not in METHODS:
+            raise ValueError(f"context_method is {self.context_method!r}; accepted: {', '.join(METHODS)}")
+        for name in ("max_new_tokens", "rounds", "batch_size", "limit"):
+            if getattr(self, name) is not None and getattr(self, name) < 1:
+                raise ValueError(f"{name} is {getattr(self, name)}; it must be at least 1")
+
+    @property
+    def files(self) -> list[str]:
+        """The kinds of lines that the metrics are made from."""
+        wanted = {
+            "answers": {"exact_match", "rouge"},
+            "corrections": {"correction"},
+            "losses": {"loss", "curve"},
+        }
+        return [name for name, metrics in wanted.items() if metrics & set(self.metrics)]
+
+
+def run(arguments: list[str]) -> int:
+    logging.basicConfig(format="%(message)s", level=logging.WARNING)
+    parser = make_parser(
+        (ModelArguments, DataArguments, EvalArguments),
+        prog=PROG,
+        usage="selfgen eval [CONFIG.yaml] --model NAME --dataset NAME --output_dir DIR [--metrics NAME ...]",
+        description="Evaluate a model. A killed evaluation goes on where it was.",
+    )
+    try:
+        model_arguments, data, how = parse(parser, arguments)
+        results = {"command": shlex.join([*PROG.split(), *arguments])} | evaluate(model_arguments, data, how)
+    except (ValueError, TypeError, OSError, ImportError) as error:
+        fail(error, PROG)
+    folder = Path(how.output_dir)
+    (folder / "results.json").write_text(json.dumps(results, indent=1) + "\n")
+    print(table(results))
+    try:
+        plots = write_plots(results, folder)
+    except ImportError as error:
+        logging.warning("no plots: %s", error)
+        plots = []
+    print(f"\nresults are in {', '.join(map(str, [folder / 'results.json', *plots]))}; row by row in {folder}/*.jsonl")
+    return 0
+
+
+def evaluate(model_arguments: ModelArguments, data: DataArguments, how: EvalArguments) -> dict[str, Any]:
+    """All numbers, and what they were made with."""
+    if "rouge" in how.metrics:
+        rouge("", "")  # a missing package shows here, not after hours
+    dataset = data.load()
+    model, tokenizer = model_arguments.load()
+    model.to(device(how.use_cpu))
+    rows, report = data.tokenize(dataset.select(range(min(how.limit or len(dataset), len(dataset)))), tokenizer)
+    logging.warning("data: %s", report)
+    limit = max_positions(model)
+    if limit is not None and data.max_length > limit:
+        raise ValueError(f"max_length is {data.max_length}, but the model has {limit} positions")
+    if report.truncated and how.files != ["losses"]:
+        raise ValueError(
+            f"{report.truncated} reference answers do not fit into max_length={data.max_length}, so that no answer can "
+            "be held against their ends; give a larger --max_length, or measure only loss and curve"
+        )
+
+    settings = asdict(model_arguments) | asdict(data) | asdict(how)
+    checked = asdict(model_arguments) | asdict(data) | {"limit": how.limit}
+    checked |= {"weights": _digest_weights(model), "rows": _digest_rows(rows)}
+    journals = {}
+    for name in how.files:  # all of them before the first takes its time
+        own = {key: settings[key] for key in _SETTINGS[name]}
+        journals[name] = Journal(Path(how.output_dir) / f"{name}.jsonl", checked | own)
+
+    free = ContextGenerator(model, temperature=how.temperature)
+    mixing = ContextGenerator(model, temperature=how.sampling_temperature)
+    chunk = (how.batch_size or 32) * _CHUNK_BATCHES
+    make: dict[str, tuple[int, Callable[[list[dict]], list[dict]]]] = {
+        "answers": (chunk, partial(answers, free, tokenizer, how)),
+        "corrections": (chunk, partial(corrections, free, tokenizer, data, how)),
+        "losses": (how.batch_size or 8, partial(losses, mixing, how)),
+    }
+    lines = {name: _lines(name, journal, rows, *make[name]) for name, journal in journals.items()}
+    made_with = {
+        "settings": settings,
+        "versions": {name: version(name) for name in ("selfgen", "torch", "transformers")},
+        "device": str(model.device),
+        "data": asdict(report),
+    }
+    return made_with | measure(lines, how)
+
+
+def _lines(
+    name: str, journal: Journal, rows: Dataset, chunk: int, make: Callable[[list[dict]], list[dict]]
+) -> list[dict[str, Any]]:
+    """A line a row: what an earlier run has left, and the rest, written chunk by chunk."""
+    begin = len(journal.rows())
+    with tqdm(total=len(rows), initial=begin, desc=name.capitalize()) as bar:
+        for start in range(begin, len(rows), chunk):
+            part = [rows[i] for i in range(start, min(start + chunk, len(rows)))]
+            journal.append(make(part))
+            bar.update(len(part))
+    return journal.rows()
+
+
+def answers(
+    generator: ContextGenerator, tokenizer: PreTrainedTokenizerBase, how: EvalArguments, rows: list[dict]
+) -> list[dict[str, Any]]:
+    """Free-running answers of some rows."""
+    found = generate(generator, [row["prompt_ids"] for row in rows], **_sampling(how, rows))
+    lines = []
+    for row, tokens, finished in zip(rows, found.tokens, found.finished, strict=True):
+        line = _asked(tokenizer, row)
+        line |= _judged("generated", _text(tokenizer, tokens), line["reference"])
+        lines.append(line | {"finished": finished})
+    return lines
+
+
+def corrections(
+    generator: ContextGenerator,
+    tokenizer: PreTrainedTokenizerBase,
+    data: DataArguments,
+    how: EvalArguments,
+    rows: list[dict],
+) -> list[dict[str, Any]]:
+    """Answers of some rows, before and after the model has looked at them again."""
+    found = generate_corrected(
+        generator,
+        tokenizer,
+        [row["prompt_ids"] for row in rows],
+        rounds=how.rounds,
+        cue=how.correction_cue,
+        apply_chat_template=data.apply_chat_template,
+        **_sampling(how, rows),
+    )
+    lines = []
+    for row, first, corrected in zip(rows, found.first, found.corrected, strict=True):
+        line = _asked(tokenizer, row)
+        line |= _judged("first", _text(tokenizer, first), line["reference"])
+        lines.append(line | _judged("corrected", _text(tokenizer, corrected), line["reference"]))
+    return lines
+
+
+def losses(generator: ContextGenerator, how: EvalArguments, rows: list[dict]) -> list[dict[str, Any]]:
+    """Losses of each reference token of some rows, by kind of context."""
+    found = row_losses(generator, rows, _self_probs(how), seed=how.seed, method=how.context_method)
+    by_row = zip(*found.values(), strict=True)
+    return [
+        {"sample_id": row["sample_id"]}
+        | {name: [round(loss, 6) for loss in row_of.tolist()] for name, row_of in zip(found, values, strict=True)}
+        for row, values in zip(rows, by_row, strict=True)
+    ]
+
+
+def measure(lines: dict[str, list[dict[str, Any]]], how: EvalArguments) -> dict[str, Any]:
+    """The numbers of the metrics, from the lines of all rows."""
+    results: dict[str, Any] = {}
+    if made := lines.get("answers"):
+        if "exact_match" in how.metrics:
+            results["exact_match"] = Share(sum(line["generated_right"] for line in made), len(made)).to_dict()
+        results["finished"] = Share(sum(line["finished"] for line in made), len(made)).to_dict()
+        if "rouge" in how.metrics:
+            scores = [rouge(line["generated"], line["reference"]) for line in tqdm(made, desc="ROUGE")]
+            results["rouge"] = {name: sum(score[name] for score in scores) / len(scores) for name in scores[0]}
+    if made := lines.get("corrections"):
+        results["correction"] = Corrections.of(
+            (line["first_right"], line["corrected_right"]) for line in made
+        ).to_dict()
+    if made := lines.get("losses"):
+        found = {name: PositionLoss.of(line[name] for line in made) for name in _self_probs(how)}
+        if "loss" in how.metrics:
+            results["loss"] = {
+                name: {"self_prob": self_prob, "loss": found[name].mean, "tokens": found[name].tokens}
+                for name, self_prob in _self_probs(how).items()
+            }
+        if "curve" in how.metrics:
+            results["curve"] = exposure_bias(found["reference"], found["own"])
+    return results
+
+
+def _self_probs(how: EvalArguments) -> dict[str, float]:
+    return {"reference": 0.0, "mixed": how.self_prob, "own": 1.0}
+
+
+def _sampling(how: EvalArguments, rows: list[dict]) -> dict[str, Any]:
+    return {
+        "max_new_tokens": how.max_new_tokens,
+        "seed": how.seed,
+        "sample_ids": [row["sample_id"] for row in rows],
+        "batch_size": how.batch_size or 32,
+        "progress": True,
+    }
+
+
+def _asked(tokenizer: PreTrainedTokenizerBase, row: dict) -> dict[str, Any]:
+    """What a row asks, as the model reads it, and what it should say."""
+    reference = _text(tokenizer, row["answer_ids"])
+    return {
+        "sample_id": row["sample_id"],
+        "prompt": tokenizer.decode(row["prompt_ids"]),
+        "reference": reference,
+        "reference_answer": extract_answer(reference),
+    }
+
+
+def _judged(name: str, text: str, reference: str) -> dict[str, Any]:
+    """What the model said, the answer in it, and whether that is right."""
+    return {name: text, f"{name}_answer": extract_answer(text), f"{name}_right": exact_match(text, reference)}
+
+
+def _text(tokenizer: PreTrainedTokenizerBase, ids: list[int] | torch.Tensor) -> str:
+    return tokenizer.decode(ids, skip_special_tokens=True)
+
+
+def _digest_weights(model: PreTrainedModel) -> str:
+    """Tells weights apart: up to some thousand numbers of each parameter, evenly spaced."""
+    digest = hashlib.sha256()
+    for name, parameter in model.named_parameters():
+        values = parameter.detach().flatten()
+        some = values[:: 1 + len(values) // 1024].contiguous().cpu()
+        digest.update(name.encode() + some.view(torch.uint8).numpy().tobytes())
+    return digest.hexdigest()[:16]
+
+
+def _digest_rows(rows: Dataset) -> str:
+    columns = [rows[name][:] for name in ("sample_id", "prompt_ids", "answer_ids")]
+    return hashlib.sha256(json.dumps(columns).encode()).hexdigest()[:16]

@@ -1,0 +1,47 @@
+"""Self-correction (RAC, arXiv 2410.14655): what looking again makes of right and of wrong answers."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import Any
+
+from .answers import Share
+
+
+@dataclass(frozen=True)
+class Corrections:
+    """Rows by whether the first and the corrected answer are right."""
+
+    wrong_to_right: int
+    right_to_wrong: int
+    stayed_right: int
+    stayed_wrong: int
+
+    @classmethod
+    def of(cls, pairs: Iterable[tuple[bool, bool]]) -> Corrections:
+        """From (first answer is right, corrected answer is right) of each row."""
+        counts = Counter(pairs)
+        return cls(
+            wrong_to_right=counts[False, True],
+            right_to_wrong=counts[True, False],
+            stayed_right=counts[True, True],
+            stayed_wrong=counts[False, False],
+        )
+
+    @property
+    def shares(self) -> dict[str, Share]:
+        """Accuracies ``before`` and ``after``, of all rows; the rest of those whose first answer was of that kind."""
+        right, wrong = self.stayed_right + self.right_to_wrong, self.stayed_wrong + self.wrong_to_right
+        return {
+            "before": Share(right, right + wrong),
+            "after": Share(self.stayed_right + self.wrong_to_right, right + wrong),
+            "wrong_to_right": Share(self.wrong_to_right, wrong),
+            "right_to_wrong": Share(self.right_to_wrong, right),
+            "stayed_right": Share(self.stayed_right, right),
+            "stayed_wrong": Share(self.stayed_wrong, wrong),
+        }
+
+    def to_dict(self) -> dict[str, Any]:
+        return {name: share.to_dict() for name, share in self.shares.items()}

@@ -1,0 +1,97 @@
+"""The results of an evaluation as a table and as plots."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+NAMES = {
+    "exact_match": "exact match",
+    "finished": "ended by themselves",
+    "rouge1": "ROUGE-1 F1",
+    "rouge2": "ROUGE-2 F1",
+    "rougeL": "ROUGE-L F1",
+    "before": "right before correction",
+    "after": "right after correction",
+    "wrong_to_right": "wrong -> right",
+    "right_to_wrong": "right -> wrong",
+    "stayed_right": "right -> right",
+    "stayed_wrong": "wrong -> wrong",
+}
+
+
+def table(results: Mapping[str, Any]) -> str:
+    """What was measured, as text."""
+    lines = []
+    for name in ("exact_match", "finished"):
+        if name in results:
+            lines.append(_share(NAMES[name], results[name]))
+    for name, score in results.get("rouge", {}).items():
+        lines.append(f"{NAMES[name]:28}{score:9.4f}")
+    for name, share in results.get("correction", {}).items():
+        lines.append(_share(NAMES[name], share))
+    for name, loss in results.get("loss", {}).items():
+        label, made_of = f"loss, {name} contexts", f"p = {loss['self_prob']:g}, {loss['tokens']} tokens"
+        lines.append(f"{label:28}{loss['loss']:9.4f}  nats a token, {made_of}")
+    if "curve" in results:
+        lines += ["", f"{'loss at position':19}{'tokens':>9}{'reference':>11}{'own':>11}{'gap':>11}"]
+        for bucket in results["curve"]:
+            losses = "".join(f"{bucket[name]:11.4f}" for name in ("reference", "own", "gap"))
+            lines.append(f"{bucket['first']:>7} to {bucket['last']:<8}{bucket['tokens']:9}{losses}")
+    return "\n".join(lines)
+
+
+def _share(label: str, share: dict[str, Any]) -> str:
+    if share["value"] is None:
+        return f"{label:28}{'-':>9}  of none"
+    low, high = share["interval"]
+    return f"{label:28}{share['value']:9.2%}  [{low:.2%}, {high:.2%}]  {share['count']} of {share['total']}"
+
+
+def write_plots(results: Mapping[str, Any], folder: Path) -> list[Path]:
+    """``loss.png`` and ``curve.png``, where these were measured.
+
+    Raises:
+        ImportError: matplotlib is not installed.
+    """
+    written = []
+    for name, plot in (("loss", _loss_bars), ("curve", _curve_lines)):
+        if name in results:
+            file = folder / f"{name}.png"
+            plot(results[name]).savefig(file, dpi=120)
+            written.append(file)
+    return written
+
+
+def _figure(**options: Any) -> Any:
+    try:
+        from matplotlib.figure import Figure
+    except ImportError as error:
+        raise ImportError(f"plots need matplotlib ({error}): pip install 'selfgen[eval]'") from error
+    return Figure(layout="constrained", **options)
+
+
+def _loss_bars(losses: Mapping[str, Mapping[str, Any]]) -> Any:
+    figure = _figure(figsize=(1.5 + 1.5 * len(losses), 4))
+    axes = figure.subplots()
+    labels = [f"{name}\np = {loss['self_prob']:g}" for name, loss in losses.items()]
+    bars = axes.bar(labels, [loss["loss"] for loss in losses.values()], color="tab:blue", width=0.6)
+    axes.bar_label(bars, fmt="%.3f")
+    axes.set(ylabel="nats a token", title="Held-out loss by kind of context")
+    return figure
+
+
+def _curve_lines(curve: list[dict[str, Any]]) -> Any:
+    """Losses along the answer, and below them how many tokens each point stands for."""
+    figure = _figure(figsize=(7, 5))
+    upper, lower = figure.subplots(2, 1, sharex=True, height_ratios=[4, 1])
+    middles = [(bucket["first"] + bucket["last"]) / 2 for bucket in curve]
+    for name, colour in (("reference", "tab:blue"), ("own", "tab:orange")):
+        upper.plot(middles, [bucket[name] for bucket in curve], marker="o", color=colour, label=f"{name} context")
+    upper.set(ylabel="nats a token", title="Held-out loss along the answer", ylim=(0, None))
+    upper.legend()
+    widths = [0.9 * (bucket["last"] - bucket["first"] + 1) for bucket in curve]
+    lower.bar(middles, [bucket["tokens"] for bucket in curve], width=widths, color="tab:gray")
+    lower.set(xlabel="position in the answer", ylabel="tokens")
+    return figure

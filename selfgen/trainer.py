@@ -221,7 +221,14 @@ class BSSTrainer(Trainer):
         """None where the Trainer's own loss does."""
         args = self.args
         lean = (args.self_prob > 0 if args.lean_loss is None else args.lean_loss) and not args.use_liger_kernel
-        if not (lean or args.kl_weight or args.loss_on != "all" or self._weighs_rows):
+        asked = [name for name in ("kl_weight", "lean_loss") if getattr(args, name)]
+        if self._weighs_rows:
+            asked.append("direct_weight")
+        if self.compute_loss_func is not None:
+            if asked:
+                raise ValueError(f"compute_loss_func takes the place of the loss that {', '.join(asked)} would change")
+            return None
+        if not (lean or asked or args.loss_on != "all"):
             return None
         smoothing, self.label_smoother = args.label_smoothing_factor, None
         frozen = None

@@ -128,6 +128,6 @@ def test_step(benchmark, step, report):
             "agreement": round(stats.agreement, 2),
         }
         rows.append(row)
-    benchmark.extra_info.update(rows=rows, ratios=ratios)
+    benchmark.extra_info.update(steps=rows, ratios=ratios)
     report(f"optimizer step, {MICRO_BATCHES} x {ROWS} rows, medians of {ROUNDS}", rows)
     assert not missed

@@ -39,6 +39,10 @@ torch.library.define(
     "Tensor inv_temperature) -> (Tensor tokens, Tensor is_self, Tensor invalid)",
 )
 
+_KEYS = "Tensor reference, Tensor threshold, SymInt seed, Tensor sample_ids, Tensor positions) -> Tensor"
+torch.library.define("selfgen::reference_log_prob", f"(Tensor logits, {_KEYS}")
+torch.library.define("selfgen::linear_reference_log_prob", f"({_HEAD}, {_KEYS}")
+
 
 @torch.library.register_fake("selfgen::sample_mix")
 def _(logits, reference, *sampling):
@@ -61,7 +65,18 @@ def _(values, ids, reference, *sampling):
     return torch.empty_like(reference), _empty_bool(reference), _empty_bool(reference)
 
 
+@torch.library.register_fake("selfgen::reference_log_prob")
+def _(logits, reference, *keys):
+    return logits.new_empty((logits.shape[0],), dtype=torch.float32)
+
+
+@torch.library.register_fake("selfgen::linear_reference_log_prob")
+def _(hidden, *rest):
+    return hidden.new_empty((hidden.shape[0],), dtype=torch.float32)
+
+
 batching.register("sample_mix", "linear_sample_mix", "linear_sample_shard", "combine_shards")
+batching.register("reference_log_prob", "linear_reference_log_prob")
 
 
 def _empty_bool(like: Tensor) -> Tensor:
@@ -106,12 +121,14 @@ def sample_mix(
             softmax(logits)[reference], at temperature 1 and without filters, is at least that; elsewhere it keeps its
             reference, and is_self is false (confidence-aware scheduled sampling, Liu et al., arXiv 2107.10427).
             Where the logits hold NaN, +inf or nothing but -inf no confidence can be told, and the row is sampled as
-            without this, so that it is counted as invalid. None is no such condition.
+            without this, so that it is counted as invalid. Backends agree on the probability to a few ulp of its
+            logarithm, so a row right at the threshold may fall either way between them. None is no such condition.
         status: int64 with one element on the same device; the number of invalid rows is added to it. A row is invalid
             if it is to be sampled and its scaled logits hold NaN, +inf, or nothing but -inf; it gets its reference.
 
     Returns:
-        tokens int64 [N], is_self bool [N]. is_self is the Bernoulli mask, for invalid rows too.
+        tokens int64 [N], is_self bool [N]. is_self is the Bernoulli mask, for invalid rows too, less the rows that
+            `min_reference_prob` takes away.
 
     Raises:
         TypeError: an argument of another type or dtype.
@@ -133,10 +150,9 @@ def sample_mix(
     filters = _filters(logits, top_k, top_p, min_p)
     if logits.dtype == torch.float64:
         logits = logits.float()
-    if min_reference_prob is not None:
-        threshold, *others = rows
-        rows = _where_confident(threshold, logits.detach(), reference, min_reference_prob), *others
-    tokens, is_self, invalid = torch.ops.selfgen.sample_mix(logits.detach(), reference, *rows, *filters)
+    given = logits.detach(), reference
+    rows = _where_confident(rows, min_reference_prob, torch.ops.selfgen.reference_log_prob, *given)
+    tokens, is_self, invalid = torch.ops.selfgen.sample_mix(*given, *rows, *filters)
     _report(invalid, status)
     return tokens, is_self
 
@@ -157,6 +173,7 @@ def linear_sample_mix(
     top_k: int | Tensor | None = None,
     top_p: float | Tensor | None = None,
     min_p: float | Tensor | None = None,
+    min_reference_prob: float | Tensor | None = None,
     status: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """`sample_mix` of `hidden @ weight.T + bias`, without the logits [N, V] ever in memory as a whole.
@@ -180,6 +197,8 @@ def linear_sample_mix(
         logit_scale: factor on the logits, finite in fp32, before the softcap, as in Cohere's models (`logit_scale`)
             and, as its inverse, in Granite (`logits_scaling`).
         reference, self_prob, seed, sample_ids, positions, temperature, top_k, top_p, min_p, status: as in `sample_mix`.
+        min_reference_prob: as in `sample_mix`; a pass of the head of its own, which is torch code on every device, and
+            on a GPU waits for the mask.
 
     Returns:
         tokens int64 [N], is_self bool [N].
@@ -201,7 +220,9 @@ def linear_sample_mix(
     reference = _check_reference(reference, status, hidden.shape[0], hidden.device)
     rows = _row_arguments(hidden, self_prob, seed, sample_ids, positions, temperature)
     filters = _filters(hidden, top_k, top_p, min_p)
-    tokens, is_self, invalid = torch.ops.selfgen.linear_sample_mix(*head, reference, *rows, *filters)
+    given = *head, reference
+    rows = _where_confident(rows, min_reference_prob, torch.ops.selfgen.linear_reference_log_prob, *given)
+    tokens, is_self, invalid = torch.ops.selfgen.linear_sample_mix(*given, *rows, *filters)
     _report(invalid, status)
     return tokens, is_self
 
@@ -366,17 +387,16 @@ def _filters(like: Tensor, top_k: Any, top_p: Any, min_p: Any) -> list[Tensor | 
     ]
 
 
-def _where_confident(threshold: Tensor, logits: Tensor, reference: Tensor, min_reference_prob: Any) -> Tensor:
-    """The mask's `threshold` [N], 0 where the model does not give `reference` [N] enough of its probability."""
+def _where_confident(rows: tuple[Any, ...], min_reference_prob: Any, log_prob_of: Any, *given: Any) -> tuple[Any, ...]:
+    """`rows` with a threshold of 0 where `log_prob_of` the `given` finds the reference less likely than that."""
+    if min_reference_prob is None:
+        return rows
     least = per_row(
-        "min_reference_prob", min_reference_prob, logits, torch.float64, "0 <= p <= 1", lambda p: (p >= 0) & (p <= 1)
+        "min_reference_prob", min_reference_prob, given[0], torch.float64, "0 <= p <= 1", lambda p: (p >= 0) & (p <= 1)
     )
-    known = (reference >= 0) & (reference < logits.shape[1])
-    place = torch.where(known, reference, 0)[:, None]
-    logits = logits.float()
-    log_prob = (logits.gather(1, place)[:, 0] - logits.logsumexp(1)).masked_fill(~known, -torch.inf)
-    unknowable = logits.amax(1).isfinite().logical_not() | logits.isnan().any(1)
-    return threshold.where((log_prob >= least.log()) | unknowable, 0)
+    threshold, *others, inv_temperature = rows
+    log_prob = log_prob_of(*given, threshold, *others)  # [N]
+    return threshold.where(log_prob >= least.log(), 0), *others, inv_temperature
 
 
 def _check_reference(reference: Tensor, status: Tensor | None, rows: int, device: torch.device) -> Tensor:

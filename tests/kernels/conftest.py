@@ -76,6 +76,12 @@ class Backend:
         )
         return tuple(result.cpu() for result in self.sampling.sample_mix(*moved(args, self.device)))
 
+    def reference_log_prob(self, logits, reference=None, threshold=2**32):
+        """The same for the reference's log probability; rows expect the tokens 0, 1, .. if no others."""
+        ids = torch.arange(len(logits))
+        args = logits, ids if reference is None else reference, torch.full_like(ids, threshold), 0, ids, ids * 0
+        return self.sampling.reference_log_prob(*moved(args, self.device)).cpu()
+
 
 def triton_backend() -> Backend:
     pytest.importorskip("triton")

@@ -23,6 +23,7 @@ _FILTER_ROWS = {"top_k": _IDS + 1, "top_p": torch.linspace(0.5, 1, N), "min_p": 
 _PROBS = torch.linspace(0, 1, N)
 _HEAD = {"hidden": _normal(N, D), "weight": _normal(V, D)}
 _CAPPED = {"bias": _normal(V), "softcap": 30.0, "logit_scale": 0.5}
+_CONFIDENT = {"reference": _IDS, "self_prob": 0.9, **_KEYS, "min_reference_prob": _PROBS / 50}
 _STATUS = torch.zeros((), dtype=torch.int64)
 _PARTS = {"values": _normal(2, N, 3, 3), "ids": torch.arange(2 * N * 3).view(2, N, 3), "reference": _REFERENCE}
 _CACHE = {
@@ -49,11 +50,13 @@ EXAMPLES = {
         {"logits": _normal(N, V), "reference": _REFERENCE, "self_prob": 0.5, **_KEYS},
         {"logits": _normal(N, V), "reference": _REFERENCE, "self_prob": 0.9, **_KEYS, **_FILTERS, "status": _STATUS},
         {"logits": _normal(N, V), "reference": _REFERENCE, "self_prob": _PROBS, **_KEYS, **_ROWS, **_FILTER_ROWS},
+        {"logits": _normal(N, V), **_CONFIDENT},
     ],
     "linear_sample_mix": [
         {**_HEAD, "reference": _REFERENCE, "self_prob": 0.5, **_KEYS},
         {**_HEAD, **_CAPPED, "reference": _REFERENCE, "self_prob": 0.9, **_KEYS, **_FILTERS, "status": _STATUS},
         {**_HEAD, "reference": _REFERENCE, "self_prob": _PROBS, **_KEYS, **_ROWS, **_FILTER_ROWS},
+        {**_HEAD, **_CAPPED, **_CONFIDENT},
     ],
     "linear_sample_shard": [
         {**_HEAD, "first_id": 77, "self_prob": 0.5, **_KEYS},

@@ -66,6 +66,7 @@ def launch_sampling(n, vocab_size):
     filters = torch.full((n,), 3), torch.full((n,), 0.5).double(), torch.full((n,), 0.1).double()
     for some in (filters, (None, None, None)):
         sampling.sample_mix(torch.zeros(n, vocab_size), torch.arange(n), *rows_of(n), *some)
+    sampling.reference_log_prob(torch.zeros(n, vocab_size), torch.arange(n), *rows_of(n)[:4])
 
 
 def launch_head(n, vocab_size, first_id):

@@ -60,6 +60,8 @@ BAD = [
     (mix, {"top_p": 1.5}, ValueError, "top_p=1.5"),
     (mix, {"min_p": -0.1}, ValueError, "min_p=-0.1"),
     (mix, {"min_p": torch.tensor([0.1, 1.1, 0.0])}, ValueError, "min_p holds 1.1"),
+    (mix, {"min_reference_prob": 1.5}, ValueError, "min_reference_prob=1.5 is not accepted; pass 0 <= p <= 1"),
+    (linear, {"min_reference_prob": torch.tensor([0.1, -1.0, 0.0])}, ValueError, "min_reference_prob holds -1.0"),
     (mix, {"status": torch.zeros(2, dtype=torch.int64)}, ValueError, "status has shape"),
     (mix, {"status": torch.zeros(())}, TypeError, "status has dtype torch.float32"),
     (mix, {"status": 0}, TypeError, "status must be a tensor, got int"),

@@ -77,6 +77,7 @@ ROWS = (
     "top_k",
     "top_p",
     "min_p",
+    "min_reference_prob",
 )
 
 

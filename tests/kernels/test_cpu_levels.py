@@ -30,6 +30,9 @@ for name in ("float32", "bfloat16", "float16", "float64"):
         of = f"{name} {'+'.join(filters)}"
         tokens[f"sample_mix {of}"] = sample_mix(hidden @ weight.T, ids, 0.9, **keys, **filters)[0]
         tokens[f"head {of}"] = linear_sample_mix(hidden, weight, ids, 0.9, softcap=30.0, **keys, **filters)[0]
+    logits = (hidden @ weight.T).to(torch.float32 if name == "float64" else dtype)
+    keyed = torch.full((21,), 2**32), 3, ids, ids
+    tokens[f"log_prob {name}"] = torch.ops.selfgen.reference_log_prob(logits, ids, *keyed)
     close[f"shard {name}"] = linear_sample_shard(hidden, weight, 0.9, first_id=77, **keys)[0]
     query, key, value = normal(19, 6, 32), normal(50, 2, 32), normal(50, 2, 32)
     whole = [0, 19], [[3, 40]]

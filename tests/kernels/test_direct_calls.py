@@ -24,6 +24,8 @@ FITS = {
     ("linear_sample_shard", "weight", "shorter"),
 }
 """What has a meaning: (operator, argument, change)."""
+TORCH_ONLY = "selfgen::combine_shards", "selfgen::linear_reference_log_prob"
+"""Torch code on every device, to which a dtype is no matter of memory."""
 
 
 def changes(tensor):
@@ -55,8 +57,8 @@ def test_a_tensor_that_does_not_fit_is_refused(example):
             for change, changed in changes(tensor):
                 if changed.shape == tensor.shape and changed.dtype == tensor.dtype:
                     continue
-                if name == "combine_shards" and changed.dtype != tensor.dtype:
-                    continue  # torch code on every device, to which a dtype is no matter of memory
+                if op.name() in TORCH_ONLY and changed.dtype != tensor.dtype:
+                    continue
                 given = [changed if at == place else arg for at, arg in enumerate(args)]
                 given = [arg.clone() if isinstance(arg, torch.Tensor) else arg for arg in given]
                 case = (name, names[place], change)
@@ -101,6 +103,8 @@ def plan(token_budget):
         (lambda: OPS.gumbel_noise(3, *KEYS, 4, 16), "stream=16"),
         (lambda: OPS.sample_mix(ones(4, 0), *SAMPLING), "the vocabulary is empty"),
         (lambda: OPS.linear_sample_mix(ones(4, 8), ones(0, 8), *HEAD[2:], *SAMPLING), "the vocabulary is empty"),
+        (lambda: OPS.reference_log_prob(ones(4, 0), *SAMPLING[:5]), "the vocabulary is empty"),
+        (lambda: OPS.linear_reference_log_prob(ones(4, 8), ones(0, 8), *HEAD[2:], *SAMPLING[:5]), "V >= 1"),
         *(
             (lambda first=first: OPS.linear_sample_shard(*HEAD, first, *ROWS), f"first_id={first}")
             for first in (-1, -(2**63), 2**31, 2**63 - 1)

@@ -34,6 +34,8 @@ SAMPLING = IDS, FULL, 3, IDS, IDS, torch.ones(N)
         ("linear_sample_mix", (torch.randn(N, D), torch.randn(V, D), torch.randn(V), 30.0, 0.5, *SAMPLING, *FILTERS)),
         ("linear_sample_shard", (torch.randn(N, D), torch.randn(V, D), None, 30.0, 0.5, 77, *SAMPLING[1:])),
         ("combine_shards", (torch.randn(2, N, 3, 3), torch.arange(2 * N * 3).view(2, N, 3), *SAMPLING)),
+        ("reference_log_prob", (torch.randn(N, V), *SAMPLING[:5])),
+        ("linear_reference_log_prob", (torch.randn(N, D), torch.randn(V, D), None, 30.0, 0.5, *SAMPLING[:5])),
         ("plan_pass", (IDS[:1], IDS[:1], NEXT_SELF, torch.zeros(N), 3)),
         ("commit_pass", (IDS.clone(), IDS[:1].clone(), IDS[:3], torch.tensor([0, 3]).int(), NEXT_SELF, IDS[2:])),
     ],
@@ -88,6 +90,7 @@ def test_linear_compiles_as_one_graph():
         "gumbel_noise",
         "self_mask",
         "sample_mix",
+        "reference_log_prob",
         "linear_sample_mix",
         "linear_sample_shard",
         "plan_pass",
@@ -116,7 +119,9 @@ def test_gpu_gives_the_tokens_of_the_cpu_without_a_synchronisation():
     gpu_logits, gpu_ids, status = logits.cuda(), ids.cuda(), torch.zeros((), dtype=torch.int64, device="cuda")
     torch.cuda.set_sync_debug_mode("error")
     try:
-        got = sample_mix(gpu_logits, gpu_ids, 0.5, seed=1, sample_ids=gpu_ids, positions=gpu_ids, status=status)
+        keys = {"seed": 1, "sample_ids": gpu_ids, "positions": gpu_ids}
+        got = sample_mix(gpu_logits, gpu_ids, 0.5, status=status, **keys)
+        sample_mix(gpu_logits, gpu_ids, 0.5, min_reference_prob=1e-5, **keys)
     finally:
         torch.cuda.set_sync_debug_mode("default")
     assert torch.equal(got[1].cpu(), is_self)

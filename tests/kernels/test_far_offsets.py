@@ -74,6 +74,12 @@ def test_sample_mix(backend, logits):
         assert not got[2].any()
 
 
+def test_reference_log_prob(backend, logits):
+    near, got = (backend.reference_log_prob(x) for x in (logits, far_apart(logits, backend.device)))
+    assert torch.equal(near, got)
+    assert near.isfinite().all()
+
+
 @INTERPRETER_ONLY
 def test_a_wrapped_offset_is_noticed():
     pytest.importorskip("triton")

@@ -185,6 +185,44 @@ def test_sample_mix(data, n, vocab_size, dtype):
     check_mixed(result, status, logits, reference, self_prob, how)
 
 
+LEAST = st.sampled_from([0.0, 1e-30, 1e-3, 0.1, 1.0])
+
+
+def check_confident(op, given_, logits, self_prob, least, how):
+    """Without filters and invalid rows: is_self is the mask where the reference is likely enough, tokens the same."""
+    reference = given_[-1]
+    tokens, is_self = op(*given_, self_prob, min_reference_prob=least, **how)
+    drawn, mask = op(*given_, self_prob, **how)
+    assert torch.equal(tokens, torch.where(is_self, drawn, reference.long()))
+    assert not (is_self & ~mask).any()
+    log_probs = torch.nn.functional.pad(logits.double().log_softmax(1), (0, 1), value=-INF)  # [N, V + 1]
+    known = (reference >= 0) & (reference < logits.shape[1])
+    log_prob = log_probs.gather(1, torch.where(known, reference.long(), -1 % log_probs.shape[1])[:, None])[:, 0]
+    log_least = scalar_or_rows(least, len(logits), torch.float64).log()
+    sure = mask & ~((log_prob - log_least).abs() < 1e-5 * (1 + log_least.abs()))  # NaN is a row that no one can tell
+    assert torch.equal(is_self[sure], ~(log_prob < log_least)[sure])
+
+
+@given(st.data(), st.integers(0, 9), VOCABULARIES, FLOATS)
+def test_min_reference_prob(data, n, vocab_size, dtype):
+    logits = data.draw(layouts(data.draw(floats(n, vocab_size, dtype=dtype, bound=9))))
+    reference = data.draw(integers(n, 0, vocab_size - 1) | integers(n, -(2**63), 2**63 - 1))
+    self_prob = data.draw(per_row(n, PROBS, [torch.float32, torch.float64]))
+    least = data.draw(per_row(n, LEAST, [torch.float32, torch.float64]))
+    how = data.draw(keys(n))
+    check_confident(sample_mix, (logits, reference), logits.float().resolve_neg(), self_prob, least, how)
+
+
+@given(st.data(), st.integers(0, 9), VOCABULARIES, FLOATS)
+def test_min_reference_prob_of_a_head(data, n, vocab_size, dtype):
+    hidden, weight, head, logits = data.draw(heads(n, vocab_size, dtype))
+    reference = data.draw(integers(n, 0, vocab_size - 1) | integers(n, -(2**63), 2**63 - 1))
+    self_prob = data.draw(per_row(n, PROBS, [torch.float32, torch.float64]))
+    least = data.draw(per_row(n, LEAST, [torch.float32, torch.float64]))
+    how = data.draw(keys(n)) | head
+    check_confident(linear_sample_mix, (hidden, weight, reference), logits, self_prob, least, how)
+
+
 @st.composite
 def heads(draw, n, vocab_size, dtype):
     """hidden, weight, the other arguments of a head, and the logits that it gives."""

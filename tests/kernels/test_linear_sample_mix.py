@@ -93,6 +93,46 @@ def test_invalid_rows_keep_their_reference_and_are_counted(head):
     assert status.item() == 1
 
 
+@pytest.mark.parametrize("workspace", [1, 100, 10**6])
+@pytest.mark.parametrize("softcap", [None, 5.0])
+def test_min_reference_prob_is_that_of_the_logits(head, softcap, workspace, monkeypatch):
+    """In chunks of any size; a reference in any of them, or in none."""
+    monkeypatch.setattr(reference_sampling, "WORKSPACE", workspace)
+    logits = torch.nn.functional.linear(*head.values()).double()
+    if softcap is not None:
+        logits = softcap * torch.tanh(logits / softcap)
+    reference = torch.linspace(0, V - 1, N).long()
+    reference[3], reference[4] = -1, V
+    rows = torch.full((N,), 2**31), *keys().values()
+    is_self = reference_sampling.unscaled(*rows).is_self
+    got = torch.ops.selfgen.linear_reference_log_prob(*head.values(), softcap, 1.0, reference, *rows)
+    want = logits.log_softmax(1).gather(1, reference.clamp(0, V - 1)[:, None])[:, 0].float()
+    want[3:5] = -torch.inf
+    torch.testing.assert_close(got, want.where(is_self, 0), rtol=2e-6, atol=1e-5)  # the products round, too
+    assert 0 < is_self.sum() < N
+
+    hidden, weight, bias = head.values()
+    least = want[is_self & want.isfinite()].median().exp() * 1.01
+    given_ = hidden, weight, reference, 0.5
+    how = {"bias": bias, "softcap": softcap, **keys()}
+    tokens, kept = linear_sample_mix(*given_, **how, min_reference_prob=float(least))
+    drawn, _ = linear_sample_mix(*given_, **how)
+    assert torch.equal(kept, is_self & (want >= least.log()))
+    assert torch.equal(tokens, drawn.where(kept, reference))
+    assert 0 < kept.sum() < is_self.sum()
+
+
+def test_a_row_without_probabilities_is_invalid_whatever_its_reference(head):
+    head["hidden"][3] = torch.nan
+    status = torch.zeros((), dtype=torch.int64)
+    reference = torch.full((N,), V)
+    how = keys() | {"status": status, "min_reference_prob": 0.5}
+    tokens, is_self = linear_sample_mix(head["hidden"], head["weight"], reference, 1.0, **how)
+    assert is_self.nonzero().tolist() == [[3]]
+    assert status.item() == 1
+    assert torch.equal(tokens, reference)
+
+
 class PeakMemory(TorchDispatchMode):
     """Remembers the most bytes that the results of operators held at one time, those of `inputs` aside."""
 
@@ -132,7 +172,10 @@ def test_the_reference_takes_an_eighth_of_the_logits(filters, dtype):
     logits_bytes = n * vocab_size * dtype.itemsize
     with PeakMemory(hidden, weight, *(value for value in sampling if isinstance(value, torch.Tensor))) as peak:
         reference_sampling.linear_sample_mix(hidden, weight, None, 30.0, 1.0, zeros, *sampling)
-    assert 0 < peak.bytes <= logits_bytes // 8
+        assert 0 < peak.bytes <= logits_bytes // 8
+        if not filters:
+            reference_sampling.linear_reference_log_prob(hidden, weight, None, 30.0, 1.0, zeros, *sampling[:4])
+    assert peak.bytes <= logits_bytes // 8
     with PeakMemory(weight) as peak:
         reference_sampling.sample_mix(hidden @ weight.T, zeros, *sampling)
     assert peak.bytes >= 2 * logits_bytes  # the measure itself does see them

@@ -82,6 +82,16 @@ def sample_mix(draw):
         return sampling.sample_mix(logits, torch.arange(n), *how_of(draw, n, *some_filters(draw)))
 
 
+def reference_log_prob(draw):
+    n = draw(st.integers(0, 3))
+    logits = spoilt(draw, padded(draw, (n, draw(SIZES)), draw(DTYPES)))
+    ids = st.integers(0, logits.shape[1] - 1) | st.just(logits.shape[1]) | FAR
+    tokens = torch.tensor(draw(st.lists(ids, min_size=n, max_size=n)), dtype=torch.int64)
+    tile, span = draw(st.sampled_from([(4, 12), (sampling.TILE, sampling.SPAN)]))
+    with mock.patch.multiple(sampling, TILE=tile, SPAN=span):
+        return sampling.reference_log_prob(logits, tokens, *how_of(draw, n)[:4])
+
+
 def filter_cutoff(draw):
     n = draw(st.integers(0, 2))
     logits = spoilt(draw, padded(draw, (n, draw(SIZES)), draw(DTYPES)))
@@ -223,6 +233,7 @@ LAUNCHES = {
     gumbel_noise: [noise.gumbel_noise_kernel],
     self_mask: [noise.self_mask_kernel],
     sample_mix: [filters.filter_cutoff_kernel, sampling.best_group_kernel, sampling.pick_token_kernel],
+    reference_log_prob: [sampling.mass_kernel, sampling.log_prob_kernel],
     filter_cutoff: [filters.filter_cutoff_kernel],
     linear_sample_mix: [*HEAD, head.pick_token_kernel, head.logits_kernel, sampling.best_group_kernel],
     linear_sample_shard: [*HEAD, head.pick_candidates_kernel],

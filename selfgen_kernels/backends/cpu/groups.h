@@ -81,6 +81,38 @@ SELFGEN_INLINE float sum_exp_(const float z[kGroup], float shift) {
 }
 SELFGEN_CLONES(float, sum_exp, (const float z[kGroup], float shift), (z, shift))
 
+// Of a part of a row: its largest logit, +inf if one of them is NaN, and the sum of exp(logit - peak).
+struct Mass {
+  float peak = -kInf;
+  double sum = 0;
+};
+
+// The mass of the groups begin, .., end - 1 of a row.
+template <typename T>
+SELFGEN_INLINE Mass mass_of_(const T* logits, int64_t vocab_size, int64_t begin, int64_t end) {
+  Mass mass;
+  float z[kGroup];
+  for (int64_t group = begin; group < end; ++group) {
+    const int64_t size = vocab_size - group * kGroup;
+    const float largest = load_group_(logits + group * kGroup, size < kGroup ? size : kGroup, 1, -kInf, z);
+    if (largest > mass.peak) {
+      mass.sum *= exp_(mass.peak - largest);
+      mass.peak = largest;
+    }
+    if (mass.peak > -kInf) mass.sum += sum_exp_(z, mass.peak);
+  }
+  return mass;
+}
+
+#define SELFGEN_MASS(T)                                                                    \
+  SELFGEN_CLONES(                                                                          \
+      Mass, mass_of, (const T* logits, int64_t vocab_size, int64_t begin, int64_t end),    \
+      (logits, vocab_size, begin, end))
+SELFGEN_MASS(float)
+SELFGEN_MASS(c10::BFloat16)
+SELFGEN_MASS(c10::Half)
+#undef SELFGEN_MASS
+
 // A row of logits, or of some part of the vocabulary.
 template <typename T>
 struct LogitsRow {

@@ -13,6 +13,8 @@ for op in (
     sampling.linear_sample_mix,
     sampling.linear_sample_shard,
     sampling.combine_shards,
+    sampling.reference_log_prob,
+    sampling.linear_reference_log_prob,
     passes.plan_pass,
     passes.commit_pass,
 ):

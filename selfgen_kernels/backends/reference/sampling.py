@@ -137,6 +137,66 @@ def combine_shards(values: Tensor, ids: Tensor, reference: Tensor, *sampling) ->
     return torch.where(is_self & valid, drawn, reference), is_self, is_self & ~valid
 
 
+def reference_log_prob(logits: Tensor, reference: Tensor, *keys) -> Tensor:
+    """log softmax(logits)[reference] fp32 [N] of the rows that the mask selects, 0 of others; logits are [N, V].
+
+    `keys` are threshold, seed, sample_ids and positions. A reference outside of the vocabulary gives -inf, and a row
+    with NaN, +inf or nothing but -inf gives 0.
+    """
+    rows = unscaled(*keys).is_self.nonzero()[:, 0]  # [S]
+    result = torch.zeros(len(reference), device=reference.device)
+    result[rows] = log_prob([logits[rows].float()], reference[rows])
+    return result
+
+
+def linear_reference_log_prob(
+    hidden: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    softcap: float | None,
+    logit_scale: float,
+    reference: Tensor,
+    *keys,
+) -> Tensor:
+    """The same from hidden [N, D] and weight [V, D], chunk by chunk of the vocabulary; any device."""
+    how = unscaled(*keys)
+    per_row = reference, how.threshold, how.sample_ids, how.positions  # [N] each
+    shapes = [None if x is None else list(x.shape) for x in (hidden, weight, bias, *per_row)]
+    rows, size, vocab_size = len(hidden), hidden.shape[-1], len(weight)
+    of_bias = None if bias is None else [vocab_size]
+    if vocab_size == 0 or shapes != [[rows, size], [vocab_size, size], of_bias, *[[rows]] * 4]:
+        raise ValueError(
+            f"hidden, weight, bias, reference, threshold, sample_ids and positions have shapes {shapes}, expected "
+            "[N, D], [V, D], None or [V], and [N] four times, V >= 1; pass the rows and the head of one call"
+        )
+    selected = how.is_self.nonzero()[:, 0]  # [S]
+    result = torch.zeros(rows, device=hidden.device)
+    chunks = head_chunks(hidden[selected], weight, bias, softcap, logit_scale, 0, how.select(selected))
+    result[selected] = log_prob(chunks, reference[selected])
+    return result
+
+
+def unscaled(threshold: Tensor, seed: int, sample_ids: Tensor, positions: Tensor) -> Sampling:
+    """At temperature 1."""
+    return Sampling(threshold, seed, sample_ids, positions, torch.ones_like(threshold, dtype=torch.float32))
+
+
+def log_prob(chunks: Iterable[Tensor], tokens: Tensor) -> Tensor:
+    """log softmax(z)[tokens] fp32 [N] of z [N, V], which come in `chunks` of consecutive ids and are overwritten."""
+    peak = torch.full(tokens.shape, -torch.inf, device=tokens.device)  # [N], as are the next
+    mass, found = torch.zeros_like(peak), peak.clone()
+    begin = 0  # of the chunk
+    for z in chunks:
+        offset = tokens - begin
+        here = (offset >= 0) & (offset < z.shape[1])
+        found = torch.where(here, z.gather(1, torch.where(here, offset, 0)[:, None])[:, 0], found)
+        before, peak = peak, torch.maximum(peak, z.amax(1))
+        shift = torch.where(peak.isfinite(), peak, 0)
+        mass = mass * (before - shift).exp() + z.sub_(shift[:, None]).exp_().sum(1)
+        begin += z.shape[1]
+    return torch.where(peak.isfinite(), found - peak - mass.log(), 0)
+
+
 def at_a_time(size: int, weight: Tensor, workspace: int) -> int:
     """Of `size` rows or ids, how many may be drawn from together."""
     return size * weight.element_size() // (8 * workspace)

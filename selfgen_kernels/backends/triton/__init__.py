@@ -13,6 +13,7 @@ _MODULE_OF_OP = {
     "gumbel_noise": "noise",
     "self_mask": "noise",
     "sample_mix": "sampling",
+    "reference_log_prob": "sampling",
     "plan_pass": "passes",
     "commit_pass": "passes",
     "linear_sample_mix": "head",

@@ -1,4 +1,5 @@
 """`sample_mix` in two launches: the best group of each span of the vocabulary, then the best span and its token.
+`reference_log_prob` likewise: the sum of exponentials over each span, then over all, and the reference's share of it.
 
 A row's vocabulary is cut into spans so that a few rows still fill a GPU. The noise knows neither spans nor tiles, and
 the maximum of maxima is the maximum: the constants below may change, the tokens do not. Rows that keep their reference
@@ -139,6 +140,76 @@ def sample_mix(logits: Tensor, reference: Tensor, *sampling) -> Mixed:
     return tokens, is_self, invalid
 
 
+@triton.jit(do_not_specialize=["seed"])
+def mass_kernel(
+    logits, row_stride, thresholds, seed, sample_ids, positions, peaks, masses, vocab_size,
+    TILE: tl.constexpr, SPAN: tl.constexpr,
+):  # fmt: skip
+    """Program (row, span) writes its largest logit and the sum of exp(logit - largest), each into [N, spans]."""
+    row, span = tl.program_id(0).to(tl.int64), tl.program_id(1)
+    if not in_mask(seed, tl.load(sample_ids + row), tl.load(positions + row), tl.load(thresholds + row)):
+        return
+    peak = tl.full([TILE], float("-inf"), tl.float32)  # of each lane, as is the next
+    mass = tl.zeros([TILE], tl.float32)
+    end = tl.minimum((span + 1) * SPAN, tl.cdiv(vocab_size, GROUP_SIZE))
+    for start in range(span * SPAN, end, TILE):
+        ids = (start + tl.arange(0, TILE))[:, None] * GROUP_SIZE + tl.arange(0, GROUP_SIZE)[None, :]  # [TILE, 64]
+        z = load_z(logits + row * row_stride, ids, vocab_size, 1.0, None, row)
+        largest = tl.maximum(peak, tl.max(z, 1))
+        shift = tl.where(tl.abs(largest) == float("inf"), 0.0, largest)
+        mass = mass * tl.exp(peak - shift) + tl.sum(tl.exp(z - shift[:, None]), 1)
+        peak = largest
+
+    largest = tl.max(peak)
+    shift = tl.where(tl.abs(largest) == float("inf"), 0.0, largest)
+    out = row * tl.num_programs(1) + span
+    tl.store(peaks + out, largest)
+    tl.store(masses + out, tl.sum(mass * tl.exp(peak - shift)))
+
+
+@triton.jit(do_not_specialize=["seed"])
+def log_prob_kernel(
+    logits, row_stride, thresholds, seed, sample_ids, positions, peaks, masses, vocab_size, spans, reference, log_probs,
+    SPANS: tl.constexpr,
+):  # fmt: skip
+    """One program a row: the reference's log probability from the masses of all spans."""
+    row = tl.program_id(0).to(tl.int64)
+    log_prob = 0.0
+    if in_mask(seed, tl.load(sample_ids + row), tl.load(positions + row), tl.load(thresholds + row)):
+        span = tl.arange(0, SPANS)
+        exists = span < spans
+        peak = tl.load(peaks + row * spans + span, mask=exists, other=float("-inf"))  # [SPANS]
+        mass = tl.load(masses + row * spans + span, mask=exists, other=0.0)
+        largest = tl.max(peak)
+        if tl.abs(largest) != float("inf"):  # of NaN or +inf, or of nothing but -inf
+            token = tl.load(reference + row)
+            known = (token >= 0) & (token < vocab_size)
+            place = logits + row * row_stride + tl.where(known, token, 0)
+            z = tl.load(place, mask=known, other=float("-inf")).to(tl.float32)
+            log_prob = z - largest - tl.log(tl.sum(mass * tl.exp(peak - largest)))
+    tl.store(log_probs + row, log_prob)
+
+
+def reference_log_prob(
+    logits: Tensor, reference: Tensor, threshold: Tensor, seed: int, sample_ids: Tensor, positions: Tensor
+) -> Tensor:
+    """log softmax(logits)[reference] fp32 [N] of the rows that the mask selects, 0 of others; logits are [N, V]."""
+    rows, vocab_size = logits.shape
+    log_probs = torch.empty(rows, device=logits.device)
+    if rows == 0:
+        return log_probs
+    if logits.stride(1) != 1:
+        logits = logits.contiguous()
+    spans = triton.cdiv(vocab_size, SPAN * GROUP_SIZE.value)
+    peaks, masses = (log_probs.new_empty(rows, spans) for _ in range(2))
+    keys = threshold.contiguous(), seed, sample_ids.contiguous(), positions.contiguous()
+    inputs = logits, logits.stride(0), *keys, peaks, masses, vocab_size
+    mass_kernel[(rows, spans)](*inputs, TILE=TILE, SPAN=SPAN, **OPTIONS)
+    outputs = reference.contiguous(), log_probs
+    log_prob_kernel[(rows,)](*inputs, spans, *outputs, SPANS=triton.next_power_of_2(spans), **OPTIONS)
+    return log_probs
+
+
 def configurations(target: str) -> list[Configuration]:
     """What ships for `target`."""
     types = {
@@ -146,9 +217,20 @@ def configurations(target: str) -> list[Configuration]:
         "positions": "*i64", "best_scores": "*fp32", "best_groups": "*i32", "vocab_size": "i32",
     }  # fmt: skip
     results = {"spans": "i32", "reference": "*i64", "tokens": "*i64", "is_selfs": "*i1", "invalids": "*i1"}
+    masses = {name: kind for name, kind in types.items() if name in mass_kernel.arg_names} | {
+        "peaks": "*fp32", "masses": "*fp32",
+    }  # fmt: skip
+    log_probs = {"spans": "i32", "reference": "*i64", "log_probs": "*fp32"}
     aligned = "row_stride", "vocab_size"
     ships = []
     for dtype in ("fp32", "bf16", "fp16"):
+        inputs = masses | {"logits": f"*{dtype}"}
+        ships += [
+            Configuration(
+                f"mass[{dtype}]", mass_kernel, inputs, {"TILE": TILE, "SPAN": SPAN}, OPTIONS, aligned, streams=True
+            ),
+            Configuration(f"log_prob[{dtype}]", log_prob_kernel, inputs | log_probs, {"SPANS": 16}, OPTIONS, aligned),
+        ]
         for label, cutoffs, absent in (
             (dtype, {}, {"cutoffs": None}),
             (f"{dtype}, filtered", {"cutoffs": "*fp32"}, {}),

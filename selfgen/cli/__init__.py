@@ -14,6 +14,7 @@ selfgen - train language models on their own tokens, online and exact
 
 usage: selfgen train    [CONFIG.yaml] --model NAME --dataset NAME --output_dir DIR [options]
        selfgen contexts [CONFIG.yaml] --model NAME --dataset NAME --output_dir DIR [options]
+       selfgen generate [CONFIG.yaml] --model NAME --dataset NAME --output_file FILE.jsonl [options]
        selfgen eval     [CONFIG.yaml] --model NAME --dataset NAME --output_dir DIR [options]
 
 Each training example's context is mixed, token by token, from the reference answer and from what the model itself says
@@ -37,6 +38,10 @@ there (batch-scheduled sampling, arXiv 2410.14655); the model learns to go on wi
   selfgen contexts --model ./SmolLM2-135M-Instruct --dataset train.jsonl --self_prob 0.25 --output_dir contexts
   selfgen train --method bash --contexts contexts --model ./SmolLM2-135M-Instruct --output_dir out
   selfgen train --method bash --rounds 4 --dataset train.jsonl --model ./SmolLM2-135M-Instruct --output_dir out
+
+  # let the model learn to correct its own answers, and then do so
+  selfgen train --method rac --model ./SmolLM2-135M-Instruct --dataset train.jsonl --output_dir out
+  selfgen generate --correct --model out --dataset test.jsonl --output_file answers.jsonl
 
   # free-running answers, and losses under reference and own contexts; a killed evaluation goes on, too
   selfgen eval --model out --dataset openai/gsm8k --dataset_config main --dataset_split test \\

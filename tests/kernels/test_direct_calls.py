@@ -9,6 +9,7 @@ import re
 import pytest
 import torch
 from conftest import require_cpp
+
 from examples import CALLS, EXAMPLES, Recorder, call, copied
 
 require_cpp()

@@ -1,0 +1,120 @@
+"""The command line of RAC: training on corrections, answering and correcting, going on after a kill."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+from models import tiny_model  # noqa: F401
+from test_cli import arguments, flags, history, model_dir, run  # noqa: F401
+from test_data import ROWS, TEMPLATE, make_tokenizer, write_jsonl
+
+from selfgen.cli.journal import Journal
+
+
+@pytest.fixture
+def chat(model_dir):  # noqa: F811
+    make_tokenizer(TEMPLATE).save_pretrained(model_dir)
+    yield model_dir
+    make_tokenizer().save_pretrained(model_dir)
+
+
+RAC = {"method": "rac", "max_new_tokens": 5, "correction_cue": "a b"}
+
+
+def test_train_rac(arguments, chat, capsys):  # noqa: F811
+    code, out, err = run(["train", *flags(arguments | RAC)], capsys)
+    assert code == 0, err
+    assert arguments["output_dir"] in out
+    logs = history(arguments["output_dir"])
+    assert len(logs) == 3
+    assert logs[0]["self_share"] == 0  # the correction's context is the reference
+    assert logs[0]["context_seconds"] > 0  # own answers were made
+
+
+def test_train_rac_from_a_file(arguments, chat, tmp_path, capsys):  # noqa: F811
+    file = tmp_path / "rac.yaml"
+    file.write_text("".join(f"{name}: {json.dumps(value)}\n" for name, value in (arguments | RAC).items()))
+    code, _, err = run(["train", str(file), "--self_prob", "0.5"], capsys)
+    assert code == 0, err
+    assert history(arguments["output_dir"])[0]["self_share"] > 0
+
+
+def test_options_of_rac_are_those_of_rac(arguments, capsys):  # noqa: F811
+    code, out, _ = run(["train", "--method", "rac", "--help"], capsys)
+    assert code == 0
+    assert "--correction_cue" in out
+    code, _, err = run(["train", *flags(arguments), "--correction_cue", "a"], capsys)
+    assert code == 2
+    assert "correction_cue" in err
+
+
+@pytest.fixture
+def generation(chat, tmp_path):
+    file = tmp_path / "test.jsonl"
+    write_jsonl(file, ROWS * 6)
+    return {
+        "model": str(chat),
+        "dataset": str(file),
+        "output_file": str(tmp_path / "answers.jsonl"),
+        "max_new_tokens": 6,
+        "chunk_rows": 5,
+        "use_cpu": True,
+    }
+
+
+def lines(arguments) -> list[dict]:  # noqa: F811
+    with open(arguments["output_file"]) as file:
+        return [json.loads(line) for line in file]
+
+
+def test_generate(generation, capsys):
+    code, out, err = run(["generate", *flags(generation)], capsys)
+    assert code == 0, err
+    assert generation["output_file"] in out
+    found = lines(generation)
+    assert [row["sample_id"] for row in found] == list(range(12))
+    assert found[0].keys() == {"sample_id", "prompt", "reference", "own_answer", "finished"}
+    assert found[0]["reference"] == "c d"
+    assert found[0]["own_answer"] == found[2]["own_answer"]  # greedy, the same prompt
+
+
+def test_generate_corrected(generation, capsys):
+    code, _, err = run(["generate", "--correct", *flags(generation)], capsys)
+    assert code == 0, err
+    assert all(isinstance(row["corrected"], str) for row in lines(generation))
+
+
+@pytest.mark.parametrize("kept", [0, 5, 7])
+def test_a_killed_generation_goes_on(generation, kept, capsys):
+    """With half a line at its end, too; no row twice, none missing."""
+    run(["generate", *flags(generation)], capsys)
+    whole = lines(generation)
+    content = "".join(json.dumps(row) + "\n" for row in whole[:kept]) + json.dumps(whole[kept])[:20]
+    with open(generation["output_file"], "w") as file:
+        file.write(content)
+    code, _, err = run(["generate", *flags(generation)], capsys)
+    assert code == 0, err
+    assert lines(generation) == whole
+
+
+def test_other_settings_need_another_file(generation, capsys):
+    run(["generate", *flags(generation)], capsys)
+    before = lines(generation)
+    code, _, err = run(["generate", *flags(generation | {"temperature": 0.5})], capsys)
+    assert code == 2
+    assert "temperature" in err
+    assert lines(generation) == before
+    assert run(["generate", *flags(generation | {"batch_size": 2})], capsys)[0] == 0  # changes no answer
+
+
+def test_a_journal_keeps_whole_lines(tmp_path):
+    journal = Journal(tmp_path / "rows.jsonl", {"a": 1})
+    journal.append([{"x": 1}, {"x": 2}])
+    with (tmp_path / "rows.jsonl").open("a") as file:
+        file.write('{"x": ')
+    again = Journal(tmp_path / "rows.jsonl", {"a": 1})
+    again.append([{"x": 3}])
+    assert again.rows() == [{"x": 1}, {"x": 2}, {"x": 3}]
+    with pytest.raises(ValueError, match="other settings"):
+        Journal(tmp_path / "rows.jsonl", {"a": 2})

@@ -3,6 +3,7 @@
 #   make test   the test suite          make slow   its long part
 #   make bench  the benchmarks          make lint   ruff and mypy
 #   make gpu    what needs a CUDA device
+#   make quality          does it help? every method, task and seed: hours, resumable
 #   make sanitize         fuzz the C++ kernels under ASan and UBSan (gcc)
 #   make triton-versions  the Triton tests under older Tritons
 
@@ -14,7 +15,7 @@ KERNEL_BENCHMARKS := benchmarks/bench_sampling.py benchmarks/bench_head.py bench
 PIP    := $(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test slow bench lint gpu sanitize triton-versions clean
+.PHONY: help setup demo test slow bench quality lint gpu sanitize triton-versions clean
 
 help:
 	@sed -n 's/^#//p' Makefile
@@ -53,6 +54,11 @@ bench: setup
 	test ! -s outputs/bench.json || { $(BIN)/python -m benchmarks.plots outputs/bench.json && \
 	  $(BIN)/python -m benchmarks.regression outputs/bench.json; } || regressions=$$?; \
 	exit $$((benchmarks | regressions))
+
+quality: setup
+	@echo "==> training with every method, task and seed; finished runs in benchmarks/results/quality.jsonl stay"
+	$(BIN)/python -m benchmarks.quality.run $(ARGS)
+	$(BIN)/python -m benchmarks.quality.report
 
 lint: setup
 	$(BIN)/ruff check .

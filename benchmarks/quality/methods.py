@@ -1,0 +1,211 @@
+"""The methods that are held against each other: the same rows, optimizer steps and learned answers for all."""
+
+from __future__ import annotations
+
+import copy
+import tempfile
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+import torch
+from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedModel
+
+from selfgen import BSSConfig, BSSTrainer, ContextGenerator, MixedContext, RACConfig, RACTrainer
+from selfgen.context import ContextStats
+from selfgen.data import IGNORE_INDEX, Collator
+from selfgen.generation import generate, generate_corrected
+
+from ..peers import Rows, parallel_scheduled_sampling
+from .tasks import EOS, PAD, SEP, VOCAB, Task
+
+ROUNDS = 4  # of the offline variant
+LONGEST = 256
+TEST_ROWS = 400
+
+
+@dataclass(frozen=True)
+class Setting:
+    """What the methods of one comparison share. Training sees no row twice."""
+
+    steps: int = 1000
+    rows: int = 32  # of a step
+    learning_rate: float = 2e-3
+    width: int = 64
+    layers: int = 3
+
+
+@dataclass(frozen=True)
+class Method:
+    """``kind`` is online (which SFT is at p = 0), offline, approximate (K passes) or correction."""
+
+    name: str
+    options: dict[str, Any] = field(default_factory=dict)
+    kind: str = "online"
+    passes: int = 0
+
+
+HALF = {"self_prob": 0.5, "self_prob_schedule": "linear"}
+METHODS = {
+    method.name: method
+    for method in (
+        Method("SFT", {"self_prob": 0.0}),
+        Method("BSS", HALF),
+        Method("BASH", HALF, "offline"),
+        Method("RAC", {"direct_weight": 1.0}, "correction"),
+        Method("BSS + RAC", {**HALF, "direct_weight": 1.0}, "correction"),
+    )
+}
+ABLATIONS = {
+    method.name: method
+    for method in (
+        Method("BSS, p = 0.25", {**HALF, "self_prob": 0.25}),
+        Method("BSS, p = 0.9", {**HALF, "self_prob": 0.9}),
+        Method("BSS, constant p", {"self_prob": 0.5}),
+        Method("BSS, spans", {**HALF, "granularity": "span"}),
+        Method("BSS, answers", {**HALF, "granularity": "sequence"}),
+        Method("BSS, 1 pass", HALF, "approximate", 1),
+        Method("BSS, 2 passes", HALF, "approximate", 2),
+    )
+}
+
+
+class Tokenizer:
+    """What trainers ask of a tokenizer where rows are token ids: a cue of two separators, whatever its text."""
+
+    pad_token_id, eos_token_id, chat_template = PAD, EOS, None
+
+    def __call__(self, text, **_):
+        return type("Encoding", (), {"input_ids": [SEP, SEP]})()
+
+    def save_pretrained(self, *_, **__):
+        return ()
+
+
+class OfflineTrainer(BSSTrainer):
+    """Contexts of each quarter of the training are made by the model that it began with (BASH in rounds).
+
+    As ``train_rounds`` does, but for one optimizer and one learning-rate schedule over all rounds, so that nothing but
+    the age of the contexts tells it from the others.
+    """
+
+    _round = -1
+
+    def _generate(self, rows, self_prob: float) -> MixedContext:
+        now = self.state.global_step * ROUNDS // self.state.max_steps
+        if now > self._round:
+            self._round = now
+            snapshot = copy.deepcopy(self.accelerator.unwrap_model(self.model))
+            self.generator = ContextGenerator(snapshot, token_budget=self.args.token_budget, masks=self.args.masks)
+        return super()._generate(rows, self_prob)
+
+
+class ApproximateTrainer(BSSTrainer):
+    """Contexts from a fixed number of teacher-forced passes (Parallel Scheduled Sampling, arXiv 1906.04331)."""
+
+    passes = 1
+
+    def _generate(self, rows, self_prob: float) -> MixedContext:
+        prompts, references = ([getattr(row, name).tolist() for row in rows] for name in ("prompt", "reference"))
+        batch = Rows(prompts, references, [row.sample_id for row in rows])
+        model = self.generator.model.eval()
+        tokens = parallel_scheduled_sampling(model, batch, self_prob, self.passes, seed=self.state.global_step)
+        model.train()
+        lengths = [[len(row) for row in part] for part in (batch.prompts, batch.references)]
+        return MixedContext(
+            tokens, [torch.ones_like(row, dtype=torch.bool) for row in tokens], ContextStats.untouched(*lengths)
+        )
+
+
+def train(task: Task, method: Method, seed: int, setting: Setting) -> PreTrainedModel:
+    torch.manual_seed(seed)
+    heads = setting.width // 16
+    model = LlamaForCausalLM(
+        LlamaConfig(
+            vocab_size=VOCAB,
+            hidden_size=setting.width,
+            intermediate_size=3 * setting.width,
+            num_hidden_layers=setting.layers,
+            num_attention_heads=heads,
+            num_key_value_heads=heads,
+            max_position_embeddings=LONGEST,
+            pad_token_id=PAD,
+            bos_token_id=SEP,
+            eos_token_id=EOS,
+        )
+    )
+    correction = method.kind == "correction"
+    rows = task.rows(setting.steps * setting.rows, seed=1000 + seed)
+    longest = max(map(len, rows["answer_ids"]))
+    with tempfile.TemporaryDirectory() as folder:
+        args = (RACConfig if correction else BSSConfig)(
+            folder,
+            max_steps=setting.steps,
+            per_device_train_batch_size=setting.rows,
+            learning_rate=setting.learning_rate,
+            lr_scheduler_type="cosine",
+            warmup_steps=50,
+            max_length=LONGEST,
+            token_budget=2048,
+            seed=seed,
+            save_strategy="no",
+            report_to=[],
+            disable_tqdm=True,
+            logging_steps=setting.steps,
+            use_cpu=True,
+            **({"max_new_tokens": longest} if correction else {}),
+            **method.options,
+        )
+        kinds = {
+            "online": BSSTrainer,
+            "offline": OfflineTrainer,
+            "approximate": ApproximateTrainer,
+            "correction": RACTrainer,
+        }
+        trainer = kinds[method.kind](model, args, train_dataset=rows, processing_class=Tokenizer())
+        if isinstance(trainer, ApproximateTrainer):
+            trainer.passes = method.passes
+        if method.kind in ("offline", "approximate"):
+            trainer._replays = False  # what made the contexts is not this step's forward
+        trainer.train()
+    return model.eval()
+
+
+def measure(task: Task, method: Method, seed: int, setting: Setting) -> dict[str, float]:
+    """Train and evaluate: shares of tokens and of answers that are right, on rows that no training has."""
+    model = train(task, method, seed, setting)
+    rows = task.rows(TEST_ROWS, seed=1)
+    references = list(rows["answer_ids"])
+    longest = max(map(len, references))
+    found: dict[str, float] = {"reference_token": _under_references(model, rows)}
+    options = {"max_new_tokens": longest, "batch_size": TEST_ROWS}
+    if method.kind == "correction":
+        both = generate_corrected(model, Tokenizer(), list(rows["prompt_ids"]), temperature=0.0, **options)
+        answers, first = both.corrected, both.first
+        found |= {f"first_{name}": value for name, value in _shares(first, references).items()}
+    else:
+        answers = generate(model, list(rows["prompt_ids"]), **options).tokens
+    return found | _shares(answers, references)
+
+
+def _shares(answers: Sequence[torch.Tensor], references: list[list[int]]) -> dict[str, float]:
+    pairs = list(zip([answer.tolist() for answer in answers], references, strict=True))
+    right = [sum(a == b for a, b in zip(answer, reference, strict=False)) for answer, reference in pairs]
+    return {
+        "token": sum(right) / sum(map(len, references)),
+        "exact": sum(answer == reference for answer, reference in pairs) / len(pairs),
+    }
+
+
+@torch.no_grad()
+def _under_references(model: PreTrainedModel, rows) -> float:
+    batch = Collator(PAD)([*rows])
+    logits = model(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"]).logits[:, :-1]
+    labels = batch["labels"][:, 1:]
+    learned = labels != IGNORE_INDEX
+    return float((logits.argmax(-1) == labels)[learned].double().mean())
+
+
+def describe(method: Method, setting: Setting) -> dict[str, Any]:
+    """What a run depends on, for the record."""
+    return {"method": asdict(method), "setting": asdict(setting), "test_rows": TEST_ROWS}

@@ -1,0 +1,78 @@
+"""Train every method on every task with several seeds, and write down how they run freely. Hours; killed, it goes on.
+
+    make quality          (or: python -m benchmarks.quality.run [--seeds 5] [--tasks wave ...] [--methods SFT BSS ...])
+
+Each finished run is a line of ``benchmarks/results/quality.jsonl``; what is there already is not run again.
+``python -m benchmarks.quality.report`` makes tables, JSON and plots of it.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import time
+from pathlib import Path
+
+import torch
+from tqdm.auto import tqdm
+
+from .methods import ABLATIONS, METHODS, Setting, describe, measure
+from .tasks import TASKS
+
+RESULTS = Path(__file__).parent.parent / "results" / "quality.jsonl"
+SETTINGS = {"wave": Setting(steps=1000), "merged": Setting(steps=600), "working": Setting(steps=1500, width=96)}
+"""Of the tasks that are compared; steps are such that SFT is good under references and worse by itself."""
+
+
+def main(arguments: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n\n")[0])
+    parser.add_argument("--tasks", nargs="+", default=list(SETTINGS), choices=list(SETTINGS))
+    parser.add_argument("--methods", nargs="+", default=list(METHODS), choices=[*METHODS, *ABLATIONS])
+    parser.add_argument("--seeds", type=int, default=5)
+    parser.add_argument("--first-seed", type=int, default=0)
+    parser.add_argument("--output", type=Path, default=RESULTS)
+    options = parser.parse_args(arguments)
+    torch.set_num_threads(1)  # such small models are slower on more; run several processes with other seeds instead
+    runs = [
+        (task, (METHODS | ABLATIONS)[method], seed)
+        for seed in range(options.first_seed, options.first_seed + options.seeds)
+        for task in options.tasks
+        for method in options.methods
+    ]
+    done = {key_of(line) for line in read(options.output)}
+    options.output.parent.mkdir(exist_ok=True)
+    for task, method, seed in tqdm(runs, desc="Runs"):
+        record = {"task": task, "seed": seed, **describe(method, SETTINGS[task])}
+        if key_of(record) in done:
+            continue
+        started = time.perf_counter()
+        found = measure(TASKS[task], method, seed, SETTINGS[task])
+        line = record | {"found": found, "seconds": round(time.perf_counter() - started, 1)}
+        with options.output.open("a") as file:  # a line at once: processes may share the file
+            file.write(json.dumps(line) + "\n")
+            file.flush()
+            os.fsync(file.fileno())
+        tqdm.write(f"{task}, {method.name}, seed {seed}: {found}")
+    return 0
+
+
+def key_of(record: dict) -> str:
+    return json.dumps(
+        {name: record[name] for name in ("task", "seed", "method", "setting", "test_rows")}, sort_keys=True
+    )
+
+
+def read(file: Path) -> list[dict]:
+    """Finished runs; half a line of a kill is none."""
+    lines = []
+    for line in file.read_text().splitlines() if file.is_file() else []:
+        try:
+            lines.append(json.loads(line))
+        except ValueError:
+            continue
+    return lines
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())

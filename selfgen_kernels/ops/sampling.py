@@ -396,7 +396,7 @@ def _where_confident(rows: tuple[Any, ...], min_reference_prob: Any, log_prob_of
     )
     threshold, *others, inv_temperature = rows
     log_prob = log_prob_of(*given, threshold, *others)  # [N]
-    return threshold.where(log_prob >= least.log(), 0), *others, inv_temperature
+    return threshold.masked_fill(~(log_prob >= least.log()), 0), *others, inv_temperature
 
 
 def _check_reference(reference: Tensor, status: Tensor | None, rows: int, device: torch.device) -> Tensor:

@@ -133,6 +133,7 @@ def ops_in_a_step(dtype):
         for filtered, some in FILTERS.items()
     }  # fmt: skip
     steps["linear_sample_shard"] = lambda: linear_sample_shard(hidden, weight, prob, first_id=70, **how)
+    steps["sample_mix, confident"] = lambda: sample_mix(logits, ids, prob, min_reference_prob=1e-5, **how)
     steps["gumbel_noise"] = lambda: (gumbel_noise(**how, size=100, stream=1),)
     steps["self_mask"] = lambda: (self_mask(**how, self_prob=prob),)
     return steps, (hidden, logits)
@@ -142,7 +143,7 @@ NAMES = [f"{name}, {filtered}" for name in ("sample_mix", "linear_sample_mix") f
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=str)
-@pytest.mark.parametrize("name", [*NAMES, "linear_sample_shard", "gumbel_noise", "self_mask"])
+@pytest.mark.parametrize("name", [*NAMES, "sample_mix, confident", "linear_sample_shard", "gumbel_noise", "self_mask"])
 def test_sampling_is_captured_in_a_cuda_graph(name, dtype):
     """Captured without a wait, and replayed on other numbers than it was captured with."""
     steps, (hidden, logits) = ops_in_a_step(dtype)

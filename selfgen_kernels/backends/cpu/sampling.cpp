@@ -28,7 +28,7 @@ void with_rows(const at::Tensor& logits, F f) {
   }
 }
 
-// log softmax(row)[token]: 0 if the row has none, -inf if it has no such token.
+// log softmax(row)[token] from the masses of its `count` parts; 0 for a bad row, -inf for a token that it lacks.
 template <typename T>
 float log_prob(const T* row, int64_t vocab_size, int64_t token, const Mass* parts, int64_t count) {
   float peak = -kInf;

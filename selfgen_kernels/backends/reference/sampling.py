@@ -144,7 +144,7 @@ def reference_log_prob(logits: Tensor, reference: Tensor, *keys) -> Tensor:
     with NaN, +inf or nothing but -inf gives 0.
     """
     rows = unscaled(*keys).is_self.nonzero()[:, 0]  # [S]
-    result = torch.zeros(len(reference), device=reference.device)
+    result = torch.zeros_like(reference, dtype=torch.float32)
     result[rows] = log_prob([logits[rows].float()], reference[rows])
     return result
 
@@ -170,20 +170,20 @@ def linear_reference_log_prob(
             "[N, D], [V, D], None or [V], and [N] four times, V >= 1; pass the rows and the head of one call"
         )
     selected = how.is_self.nonzero()[:, 0]  # [S]
-    result = torch.zeros(rows, device=hidden.device)
+    result = torch.zeros_like(reference, dtype=torch.float32)
     chunks = head_chunks(hidden[selected], weight, bias, softcap, logit_scale, 0, how.select(selected))
     result[selected] = log_prob(chunks, reference[selected])
     return result
 
 
 def unscaled(threshold: Tensor, seed: int, sample_ids: Tensor, positions: Tensor) -> Sampling:
-    """At temperature 1."""
+    """A `Sampling` at temperature 1."""
     return Sampling(threshold, seed, sample_ids, positions, torch.ones_like(threshold, dtype=torch.float32))
 
 
 def log_prob(chunks: Iterable[Tensor], tokens: Tensor) -> Tensor:
     """log softmax(z)[tokens] fp32 [N] of z [N, V], which come in `chunks` of consecutive ids and are overwritten."""
-    peak = torch.full(tokens.shape, -torch.inf, device=tokens.device)  # [N], as are the next
+    peak = torch.full_like(tokens, -torch.inf, dtype=torch.float32)  # [N], as are the next
     mass, found = torch.zeros_like(peak), peak.clone()
     begin = 0  # of the chunk
     for z in chunks:

@@ -195,7 +195,7 @@ def reference_log_prob(
 ) -> Tensor:
     """log softmax(logits)[reference] fp32 [N] of the rows that the mask selects, 0 of others; logits are [N, V]."""
     rows, vocab_size = logits.shape
-    log_probs = torch.empty(rows, device=logits.device)
+    log_probs = logits.new_empty(rows, dtype=torch.float32)
     if rows == 0:
         return log_probs
     if logits.stride(1) != 1:

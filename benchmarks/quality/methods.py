@@ -136,7 +136,9 @@ def train(task: Task, method: Method, seed: int, setting: Setting) -> PreTrained
     )
     correction = method.kind == "correction"
     rows = task.rows(setting.steps * setting.rows, seed=1000 + seed)
-    longest = max(map(len, rows["answer_ids"]))
+    options = dict(method.options)
+    if correction:
+        options["max_new_tokens"] = max(map(len, rows["answer_ids"]))
     with tempfile.TemporaryDirectory() as folder:
         args = (RACConfig if correction else BSSConfig)(
             folder,
@@ -153,8 +155,7 @@ def train(task: Task, method: Method, seed: int, setting: Setting) -> PreTrained
             disable_tqdm=True,
             logging_steps=setting.steps,
             use_cpu=True,
-            **({"max_new_tokens": longest} if correction else {}),
-            **method.options,
+            **options,
         )
         kinds = {
             "online": BSSTrainer,
@@ -178,7 +179,7 @@ def measure(task: Task, method: Method, seed: int, setting: Setting) -> dict[str
     references = list(rows["answer_ids"])
     longest = max(map(len, references))
     found: dict[str, float] = {"reference_token": _under_references(model, rows)}
-    options = {"max_new_tokens": longest, "batch_size": TEST_ROWS}
+    options: dict[str, Any] = {"max_new_tokens": longest, "batch_size": TEST_ROWS}
     if method.kind == "correction":
         both = generate_corrected(model, Tokenizer(), list(rows["prompt_ids"]), temperature=0.0, **options)
         answers, first = both.corrected, both.first

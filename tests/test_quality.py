@@ -1,0 +1,100 @@
+"""The comparison of methods: tasks, the record of runs, the statistics."""
+
+from __future__ import annotations
+
+import json
+import random
+from itertools import pairwise
+
+import pytest
+from scipy.stats import t as student
+from scipy.stats import ttest_rel
+
+from benchmarks.quality import run as quality
+from benchmarks.quality.methods import ABLATIONS, METHODS, Setting, measure
+from benchmarks.quality.report import main as report
+from benchmarks.quality.report import summary
+from benchmarks.quality.tasks import EOS, FIRST, SEP, TASKS, VOCAB
+
+
+@pytest.mark.parametrize("name", TASKS)
+def test_rows(name):
+    """Of their seed; ids are a task's own; other seeds have other rows."""
+    rows = TASKS[name].rows(50, seed=3)
+    assert [*rows] == [*TASKS[name].rows(50, seed=3)]
+    assert not {tuple(row) for row in rows["prompt_ids"]} >= {
+        tuple(row) for row in TASKS[name].rows(50, 4)["prompt_ids"]
+    }
+    for row in rows:
+        *prompt, end = row["prompt_ids"]
+        *answer, last = row["answer_ids"]
+        assert (end, last) == (SEP, EOS)
+        assert all(FIRST <= token < VOCAB for token in prompt + answer)
+
+
+def test_answers_by_hand():
+    def number(tokens):
+        return int("".join(str(token - FIRST) for token in tokens))
+
+    for seed in range(20):
+        prompt, answer = TASKS["progression"].row(random.Random(seed))
+        start, step = number(prompt[:3]), number(prompt[4:])
+        assert [number(answer[i : i + 3]) for i in range(0, 48, 3)] == [(start + k * step) % 1000 for k in range(1, 17)]
+        prompt, answer = TASKS["working"].row(random.Random(seed))
+        value = number(prompt[:2])
+        for place, (operation, operand) in enumerate(zip(prompt[2::2], prompt[3::2], strict=True)):
+            value = eval(f"({value} {'+-*'[operation - FIRST - 10]} {operand - FIRST}) % 100")
+            assert number(answer[2 * place : 2 * place + 2]) == value
+        prompt, answer = TASKS["merged"].row(random.Random(seed))
+        assert answer == sorted(prompt)
+        prompt, answer = TASKS["extract"].row(random.Random(seed))
+        assert answer[::-1] == [word for mark, word in pairwise(prompt) if mark == FIRST]
+
+
+@pytest.mark.parametrize("method", [*METHODS.values(), *ABLATIONS.values()], ids=lambda method: method.name)
+def test_every_method_trains(method):
+    """The same seed gives the same model; shares are shares."""
+    setting = Setting(steps=4, rows=2, width=16, layers=1)
+    found = measure(TASKS["merged"], method, 0, setting)
+    assert all(0 <= value <= 1 for value in found.values())
+    assert found == measure(TASKS["merged"], method, 0, setting)
+    assert ("first_token" in found) == (method.kind == "correction")
+
+
+def test_a_killed_comparison_goes_on(tmp_path, monkeypatch):
+    """What is written down is not run again, half a line is, and other seeds are added."""
+    ran = []
+
+    def fake(task, method, seed, setting):
+        ran.append((task.name, method.name, seed))
+        return {"reference_token": 0.9, "token": 0.5 + seed / 100, "exact": 0.1}
+
+    monkeypatch.setattr(quality, "measure", fake)
+    file = tmp_path / "runs.jsonl"
+    arguments = ["--tasks", "wave", "--methods", "SFT", "BSS", "--output", str(file)]
+    quality.main([*arguments, "--seeds", "2"])
+    assert len(ran) == 4
+    content = file.read_text().splitlines(keepends=True)
+    file.write_text("".join(content[:3]) + content[3][:30] + "\n")
+    ran.clear()
+    quality.main([*arguments, "--seeds", "3"])
+    assert ran == [("wave", "BSS", 1), ("wave", "SFT", 2), ("wave", "BSS", 2)]
+    assert report(["--runs", str(file)]) == 0
+    assert {path.suffix for path in tmp_path.iterdir()} == {".jsonl", ".json", ".md", ".png"}
+
+
+def test_statistics():
+    """Means, t-intervals and the paired test are scipy's."""
+    sft, bss = [0.4, 0.5, 0.45, 0.52], [0.47, 0.55, 0.55, 0.54]
+    others = {"exact": 0.0, "reference_token": 0.9}
+    lines = [
+        {"task": "wave", "seed": seed, "setting": {}, "method": {"name": name}, "found": {"token": value} | others}
+        for name, values in (("SFT", sft), ("BSS", bss))
+        for seed, value in enumerate(values)
+    ]
+    first, second = summary(json.loads(json.dumps(lines)))
+    assert (first["method"], second["method"]) == ("SFT", "BSS")
+    assert second["over_sft"] == pytest.approx(100 * (sum(bss) - sum(sft)) / 4)
+    assert second["p_value"] == pytest.approx(ttest_rel(bss, sft).pvalue)
+    low, high = student.interval(0.95, 3, loc=0, scale=(sum((x - sum(sft) / 4) ** 2 for x in sft) / 3 / 4) ** 0.5)
+    assert first["token_interval"] == pytest.approx(100 * (high - low) / 2)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from pathlib import Path
 
 import pytest
 from models import tiny_model  # noqa: F401
@@ -74,8 +75,8 @@ def test_generate(generation, capsys):
     assert generation["output_file"] in out
     found = lines(generation)
     assert [row["sample_id"] for row in found] == list(range(12))
-    assert found[0].keys() == {"sample_id", "prompt", "reference", "own_answer", "finished"}
-    assert found[0]["reference"] == "c d"
+    assert found[0].keys() == {"sample_id", "prompt", "completion", "own_answer", "finished"}
+    assert found[0]["completion"] == "c d"
     assert found[0]["own_answer"] == found[2]["own_answer"]  # greedy, the same prompt
 
 
@@ -83,6 +84,24 @@ def test_generate_corrected(generation, capsys):
     code, _, err = run(["generate", "--correct", *flags(generation)], capsys)
     assert code == 0, err
     assert all(isinstance(row["corrected"], str) for row in lines(generation))
+
+
+def test_prompts_need_no_references(generation, capsys):
+    run(["generate", *flags(generation)], capsys)
+    write_jsonl(Path(generation["dataset"]), [{"prompt": row["prompt"]} for row in ROWS * 6])
+    other = generation | {"output_file": generation["output_file"] + "l"}
+    code, _, err = run(["generate", *flags(other)], capsys)
+    assert code == 0, err
+    assert [row["own_answer"] for row in lines(other)] == [row["own_answer"] for row in lines(generation)]
+    assert "completion" not in lines(other)[0]
+
+
+def test_written_answers_are_data_for_rac(generation, arguments, capsys):  # noqa: F811
+    run(["generate", *flags(generation)], capsys)
+    asked = arguments | RAC | {"dataset": generation["output_file"], "own_answer": "column"}
+    code, _, err = run(["train", *flags(asked)], capsys)
+    assert code == 0, err
+    assert len(history(arguments["output_dir"])) == 3
 
 
 @pytest.mark.parametrize("kept", [0, 5, 7])

@@ -6,6 +6,7 @@ import logging
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
+from datasets import Dataset
 from tqdm.auto import tqdm
 
 from ..context import ContextGenerator
@@ -25,7 +26,10 @@ class GenerateArguments:
     _argument_group_name = "generation"
 
     output_file: str = field(
-        metadata={"help": "JSON lines, a row each: sample_id, prompt, reference, own_answer, finished, and corrected."}
+        metadata={
+            "help": "JSON lines: each row's columns, own_answer, corrected, and whether the answer was finished. It is "
+            "training data, too: --method rac --own_answer column."
+        }
     )
     correct: bool = field(default=False, metadata={"help": "Let the model correct its answers (RAC)."})
     rounds: int = field(default=1, metadata={"help": "Corrections, each of the answer before it."})
@@ -58,7 +62,10 @@ def run(arguments: list[str]) -> int:
 
 def answer(model_arguments: ModelArguments, data: DataArguments, how: GenerateArguments) -> None:
     model, tokenizer = model_arguments.load()
-    rows, report = data.tokenize(data.load(), tokenizer)
+    given = data.load()
+    rows, report = data.tokenize(_with_answers(given, data), tokenizer)
+    ids = given["sample_id"] if "sample_id" in given.column_names else range(len(given))
+    place_of = {sample_id: place for place, sample_id in enumerate(ids)}
     logging.warning("data: %s", report)
     settings = asdict(model_arguments) | asdict(data) | {k: v for k, v in asdict(how).items() if k not in _FREE}
     journal = Journal(Path(how.output_file), settings)
@@ -68,29 +75,35 @@ def answer(model_arguments: ModelArguments, data: DataArguments, how: GenerateAr
         for start in range(begin, len(rows), how.chunk_rows):
             part = rows[start : start + how.chunk_rows]
             found = answered(generator, tokenizer, part, data, how)
-            journal.append(found)
+            journal.append([given[place_of[line["sample_id"]]] | line for line in found])
             bar.update(len(found))
     print(f"answers are in {how.output_file}")
+
+
+def _with_answers(rows: Dataset, data: DataArguments) -> Dataset:
+    """Prompts need no references here."""
+    if data.completion_column in rows.column_names or data.prompt_column not in rows.column_names:
+        return rows
+    return rows.add_column(data.completion_column, ["."] * len(rows))
 
 
 def answered(
     generator: ContextGenerator, tokenizer, part: dict, data: DataArguments, how: GenerateArguments
 ) -> list[dict]:
-    """The lines of some rows."""
+    """What is found for some rows."""
     options = {name: getattr(how, name) for name in ("max_new_tokens", "seed", "batch_size", "top_k", "top_p")}
     prompts, ids = part["prompt_ids"], part["sample_id"]
-    columns = {"prompt": prompts, "reference": part["answer_ids"]}
     if how.correct:
         template = data.apply_chat_template
         corrected = generate_corrected(
             generator, tokenizer, prompts, rounds=how.rounds, cue=how.correction_cue, apply_chat_template=template,
             sample_ids=ids, **options,
         )  # fmt: skip
-        columns |= {"own_answer": corrected.first, "corrected": corrected.corrected}
+        columns = {"own_answer": corrected.first, "corrected": corrected.corrected}
         finished = corrected.finished
     else:
         answers = generator.answer(prompts, sample_ids=ids, **options)
-        columns |= {"own_answer": answers.tokens}
+        columns = {"own_answer": answers.tokens}
         finished = answers.finished
     texts = {name: tokenizer.batch_decode(tokens, skip_special_tokens=True) for name, tokens in columns.items()}
     table = {"sample_id": ids, **texts, "finished": finished}

@@ -43,6 +43,7 @@ class Step:
         )
         self.trainer = BSSTrainer(model, arguments, train_dataset=rows, processing_class=tokenizer)
         self.trainer.create_optimizer()
+        self.loss = self.trainer._answer_loss
         self.batches = [
             self.trainer.data_collator([rows[i] for i in range(begin, begin + ROWS)])
             for begin in range(0, len(rows), ROWS)
@@ -66,6 +67,7 @@ class Step:
         """One optimizer step over ``batches``, done on the device when this returns."""
         trainer, model = self.trainer, self.trainer.model
         trainer.args.self_prob = self_prob
+        trainer._answer_loss = self.loss if self_prob > 0 else None  # SFT has the Trainer's
         switch = model.activation_checkpointing_enable if checkpointing else model.activation_checkpointing_disable
         switch()
         batches, num_items = trainer.get_batch_samples(iter(batches), len(batches), trainer.args.device)

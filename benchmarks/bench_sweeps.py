@@ -78,6 +78,7 @@ class Training(Step):
         how = BSSConfig(folder, learning_rate=0.0, use_cpu=DEVICE == "cpu", report_to=[], token_budget=budget)
         self.trainer = BSSTrainer(generator.model, how, train_dataset=long_rows().dataset(), processing_class=tokenizer)
         self.trainer.create_optimizer()
+        self.loss = self.trainer._answer_loss
         self.over(long_rows().shortened(1, 8))  # the optimizer's state, the check of replay
 
     def over(self, rows: Rows) -> dict[str, float | None]:

@@ -8,6 +8,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from models import VOCAB, tiny_model
+from peft import LoraConfig, get_peft_model
 from test_trainer import make_trainer, rows
 
 from selfgen.data import Collator
@@ -143,6 +144,27 @@ def test_kl_is_to_the_model_as_it_begins(tmp_path):
     frozen_weights, kept = frozen.state_dict(), trainer._answer_loss.frozen.state_dict()
     assert all(torch.equal(kept[name], weight) for name, weight in frozen_weights.items())
     assert inputs["input_ids"].shape[0] == 2
+
+
+def test_kl_of_adapters_is_to_the_model_without_them(tmp_path):
+    """No second model in memory; the adapters are on again for the step, and its forward may be replayed."""
+    adapters = LoraConfig(r=4, target_modules=["q_proj", "v_proj"], init_lora_weights=False)
+    torch.manual_seed(1)
+    model = get_peft_model(llama(), adapters)
+    trainer = make_trainer(tmp_path, model=model, kl_weight=2.0, learning_rate=0.0, max_steps=1)
+    assert trainer._answer_loss.frozen is trainer.generator.model
+    found = losses_of(trainer)
+    assert trainer._replays
+    total, divergence, count = torch.zeros(()), torch.zeros(()), 0
+    for _, inputs in found:
+        with torch.no_grad():
+            own, targets, _ = log_probs(model.eval(), inputs)
+            other, _, _ = log_probs(llama(), inputs)
+        divergence = divergence + (own.exp() * (own - other)).sum()
+        total, count = total + F.nll_loss(own, targets, reduction="sum"), count + len(targets)
+    assert divergence / count > 0.01
+    want = (total + 2.0 * divergence) / count
+    torch.testing.assert_close(sum(loss for loss, _ in found), want, rtol=1e-5, atol=1e-6)
 
 
 def test_only_after_self_tokens(tmp_path):

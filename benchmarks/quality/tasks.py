@@ -42,13 +42,20 @@ class Task:
 
 
 def wave(draw: random.Random, length: int = 48, levels: int = 24) -> Row:
-    """A sine in ``levels`` steps from its amplitude, period and phase."""
-    amplitude, period, phase = draw.randrange(8), draw.randrange(16), draw.randrange(16)
-    size, turn = (amplitude + 3) / 10, 2 * math.pi / (8 + period)
-    values = [size * math.sin(turn * t + 2 * math.pi * phase / 16) for t in range(length)]
+    """A sine in ``levels`` steps from its amplitude, its period and its phase, the latter two with two digits each."""
+    amplitude, period, phase = draw.randrange(8), draw.randrange(64), draw.randrange(256)
+    size, turn = (amplitude + 3) / 10, 2 * math.pi / (8 + period / 4)
+    values = [size * math.sin(turn * t + 2 * math.pi * phase / 256) for t in range(length)]
     answer = [FIRST + round((value + 1) / 2 * (levels - 1)) for value in values]
     first = FIRST + levels
-    return [first + amplitude, first + 8 + period, first + 24 - 8 + phase], answer
+    digit = first + 8
+    return [
+        first + amplitude,
+        digit + period // 16,
+        digit + period % 16,
+        digit + phase // 16,
+        digit + phase % 16,
+    ], answer
 
 
 def progression(draw: random.Random, terms: int = 16, digits: int = 3) -> Row:

@@ -6,6 +6,7 @@ model's own answer, a *cue*. What follows is the corrected answer, in training t
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass
 
 from transformers import PreTrainedTokenizerBase
@@ -23,9 +24,16 @@ class CorrectionCue:
 
     @classmethod
     def of(
-        cls, tokenizer: PreTrainedTokenizerBase, cue: str = DEFAULT_CUE, *, apply_chat_template: bool | None = None
+        cls,
+        tokenizer: PreTrainedTokenizerBase,
+        cue: str = DEFAULT_CUE,
+        *,
+        stop_ids: Iterable[int] = (),
+        apply_chat_template: bool | None = None,
     ) -> CorrectionCue:
         """The cue as the user's next turn if the tokenizer has a chat template, else as a paragraph of its own.
+
+        ``stop_ids`` end the model's answers, beside the tokenizer's EOS.
 
         Raises:
             ValueError: an empty cue; a chat template that rewrites earlier turns when more follow.
@@ -33,7 +41,7 @@ class CorrectionCue:
         if not cue.strip():
             raise ValueError("the correction cue is empty; give a text that asks for a correction")
         use_template = bool(tokenizer.chat_template) if apply_chat_template is None else apply_chat_template
-        stop_ids = frozenset() if tokenizer.eos_token_id is None else frozenset([tokenizer.eos_token_id])
+        stop_ids = frozenset(stop_ids) | {tokenizer.eos_token_id} - {None}
         if not use_template:
             return cls(tokenizer(f"\n\n{cue}\n\n", add_special_tokens=False).input_ids, stop_ids)
         turns = [{"role": "user", "content": "x"}, {"role": "assistant", "content": _PLACEHOLDER}]
@@ -49,7 +57,6 @@ class CorrectionCue:
         return cls(tokenizer(text[len(answered) :], add_special_tokens=False).input_ids, stop_ids)
 
     def prompt(self, prompt: list[int], answer: list[int]) -> list[int]:
-        """The correction prompt of one row."""
-        while answer and answer[-1] in self.stop_ids:
-            answer = answer[:-1]
-        return [*prompt, *answer, *self.ids]
+        """The correction prompt of one row; the answer counts up to where it ends."""
+        end = next((place for place, token in enumerate(answer) if token in self.stop_ids), len(answer))
+        return [*prompt, *answer[:end], *self.ids]

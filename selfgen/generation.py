@@ -69,13 +69,20 @@ def generate_corrected(
     if not isinstance(rounds, int) or rounds < 1:
         raise ValueError(f"rounds is {rounds!r}; it must be an integer >= 1")
     rows = _prompt_rows(tokenizer, prompts, apply_chat_template)
-    between = CorrectionCue.of(tokenizer, cue or DEFAULT_CUE, apply_chat_template=apply_chat_template)
+    temperature = options.pop("temperature", 0.0)
+    generator = model if isinstance(model, ContextGenerator) else ContextGenerator(model, temperature=temperature)
+    between = CorrectionCue.of(
+        tokenizer,
+        DEFAULT_CUE if cue is None else cue,
+        stop_ids=options.setdefault("eos_token_ids", generator.eos_token_ids),
+        apply_chat_template=apply_chat_template,
+    )
     seed = options.pop("seed", 0)
-    answers = generate(model, rows, seed=seed, **options)
+    answers = generator.answer(rows, seed=seed, **options)
     first = answers.tokens
     for turn in range(1, rounds + 1):
         asked = [between.prompt(row, answer.tolist()) for row, answer in zip(rows, answers.tokens, strict=True)]
-        answers = generate(model, asked, seed=seed + turn, **options)
+        answers = generator.answer(asked, seed=seed + turn, **options)
     return Corrected(first, answers.tokens, answers.finished)
 
 

@@ -2,14 +2,15 @@
 
 transformers' models compute logits [B, L, V] of every position, prompts and padding included, and hand them to their
 ``loss_function``. Inside ``AnswerLoss.inside`` a model's LM head hands its input on as it is, and the loss function
-multiplies by the head at the answers' positions only, chunk by chunk, so that logits are never in memory as a whole
-(``torch.nn.functional.linear_cross_entropy``). It all happens in the model's own forward, so DDP and replay see nothing
-unusual. A model that does more to its logits than multiply (a soft-cap, a scale) keeps its head and its logits.
+multiplies by the head at the answers' positions only, chunk by chunk, so that logits are never in memory as a whole:
+by ``torch.nn.functional.linear_cross_entropy``, or, as that sums in the precision of the weights and does not smooth,
+by checkpointed chunks. It all happens in the model's own forward, so DDP and replay see nothing unusual. A model that
+does more to its logits than multiply (a soft-cap, a scale) keeps its head and its logits.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
 
 import torch
@@ -21,7 +22,7 @@ from transformers import PreTrainedModel
 from .context.generator import inference
 from .data import IGNORE_INDEX
 
-_KL_CHUNK = 256  # positions whose logits are in memory at a time
+_CHUNK = 256  # positions whose logits are in memory at a time
 
 
 class AnswerLoss:
@@ -59,16 +60,8 @@ class AnswerLoss:
             called.append(True)
             return self._loss(logits, labels, num_items_in_batch, row_weights, frozen_states)
 
-        before = vars(self.model).get("_loss_function")
-        self.model.loss_function = loss_function
-        try:
-            with _head_left_out(self.model) if self.lean else nullcontext():
-                yield
-        finally:
-            if before is None:
-                del self.model._loss_function
-            else:
-                self.model.loss_function = before
+        with _loss_of(self.model, loss_function), _head_left_out(self.model) if self.lean else nullcontext():
+            yield
         if not called:
             raise ValueError(
                 f"{type(self.model).__name__} does not compute its loss through transformers' loss_function, which "
@@ -102,24 +95,29 @@ class AnswerLoss:
         if not self.lean:
             return F.cross_entropy(states.float(), targets, reduction="sum", label_smoothing=smoothing)
         head = self.model.get_output_embeddings()
-        return F.linear_cross_entropy(
-            states,
-            head.weight,
-            targets,
-            linear_bias=head.bias,
-            reduction="sum",
-            label_smoothing=smoothing,
-            options=nn.LinearCrossEntropyOptions() if smoothing == 0 else None,
-        )
+        if smoothing == 0 and head.weight.dtype == torch.float32:
+            options = nn.LinearCrossEntropyOptions()
+            return F.linear_cross_entropy(
+                states, head.weight, targets, linear_bias=head.bias, reduction="sum", options=options
+            )
+        total = states.new_zeros((), dtype=torch.float32)
+        for part, part_targets in zip(states.split(_CHUNK), targets.split(_CHUNK), strict=True):
+            total = total + checkpoint(_smoothed, part, part_targets, head, smoothing, use_reentrant=False)
+        return total
 
     def _kl(self, states: Tensor, frozen_states: Tensor) -> Tensor:
         """Sum over [N] of KL(model || frozen)."""
         assert self.frozen is not None
         heads = [model.get_output_embeddings() if self.lean else None for model in (self.model, self.frozen)]
         total = states.new_zeros((), dtype=torch.float32)
-        for part, frozen_part in zip(states.split(_KL_CHUNK), frozen_states.split(_KL_CHUNK), strict=True):
+        for part, frozen_part in zip(states.split(_CHUNK), frozen_states.split(_CHUNK), strict=True):
             total = total + checkpoint(_kl, part, frozen_part, *heads, use_reentrant=False)
         return total
+
+
+def _smoothed(states: Tensor, targets: Tensor, head: nn.Linear, smoothing: float) -> Tensor:
+    logits = F.linear(states, head.weight, head.bias).float()  # its own forward is left out
+    return F.cross_entropy(logits, targets, reduction="sum", label_smoothing=smoothing)
 
 
 def _kl(states: Tensor, frozen_states: Tensor, head: nn.Linear | None, frozen_head: nn.Linear | None) -> Tensor:
@@ -140,21 +138,46 @@ def _groups(row_weights: Tensor | None, learned: Tensor) -> list[tuple[float, Te
 
 
 def can_be_lean(model: PreTrainedModel) -> bool:
-    """Whether the model's logits are its head's product and nothing else; asks the model."""
+    """Whether the model's logits are its head's product and nothing else, and its loss is replaced; asks the model."""
     head = model.get_output_embeddings()
     if type(head) is not nn.Linear or "forward" in vars(head):  # an adapter's layer, a hook's, ...
         return False
+    if getattr(model.config.get_text_config(decoder=True), "final_logit_softcapping", None):
+        return False  # which small logits do not show
     ids = torch.arange(4, device=model.device)[None] % model.get_input_embeddings().weight.shape[0]
-    with inference(model):
-        logits = model(input_ids=ids, attention_mask=torch.ones_like(ids), use_cache=False).logits
-        with _head_left_out(model):
-            states = model(input_ids=ids, attention_mask=torch.ones_like(ids), use_cache=False).logits
-        if states.shape[-1] != head.in_features:
-            return False
-        expected = head(states)
+    entered: list[Tensor] = []
+
+    def loss_function(logits, *_, **__):
+        entered.append(logits)
+        return logits.sum()
+
+    try:
+        with inference(model):
+            logits = model(input_ids=ids, attention_mask=torch.ones_like(ids), use_cache=False).logits
+            with _loss_of(model, loss_function), _head_left_out(model):
+                model(input_ids=ids, attention_mask=torch.ones_like(ids), labels=ids, use_cache=False)
+            if not entered or entered[0].shape[-1] != head.in_features:
+                return False
+            expected = head(entered[0])
+    except Exception:  # whatever a model does to what it takes for logits
+        return False
     usual = logits.isfinite()
     difference = (logits - expected)[usual].float().abs().max()
     return bool(difference <= 1e-2 * expected[usual].float().abs().max())
+
+
+@contextmanager
+def _loss_of(model: PreTrainedModel, loss_function: Callable) -> Iterator[None]:
+    """Inside, the model computes its loss by ``loss_function``."""
+    before = vars(model).get("_loss_function")
+    model.loss_function = loss_function
+    try:
+        yield
+    finally:
+        if before is None:
+            del model._loss_function
+        else:
+            model.loss_function = before
 
 
 @contextmanager

@@ -382,6 +382,7 @@ class BASHTrainer(BSSTrainer):
             missing = [name for name in (*_ROW, *_CONTEXT) if name not in train_dataset.column_names]
             if missing:
                 raise ValueError(f"the rows lack {', '.join(missing)}; give the folder that write_contexts wrote")
+            self._has_self_tokens = any(any(row) for row in train_dataset["is_self"])
         super().__init__(model, args, train_dataset=train_dataset, **kwargs)
 
     def mix(self, batches: list[dict[str, Tensor]]) -> None:
@@ -394,7 +395,7 @@ class BASHTrainer(BSSTrainer):
             self_tokens = int(is_self.sum())
             agreement = int(agreeing.sum()) / self_tokens if self_tokens else 1.0
             self.meter.contexts_end(replace(stats, self_tokens=self_tokens, agreement=agreement))
-        if self.args.loss_on == "after_self" and any(batch["is_self"].any() for batch in batches):
+        if self.args.loss_on == "after_self" and self._has_self_tokens:
             for batch in batches:
                 for row, is_self in zip(rows_of(batch), batch["is_self"], strict=True):
                     learn_after_self(row.reference, is_self[len(row.prompt) :][: len(row.reference)])

@@ -83,10 +83,12 @@ class RACTrainer(BSSTrainer):
     def __init__(self, model, args: RACConfig, *, train_dataset=None, data_collator=None, **kwargs):
         if not isinstance(args, RACConfig):
             raise TypeError(f"args is a {type(args).__name__}; RACTrainer takes an RACConfig")
+        if data_collator is not None:
+            raise ValueError("RACTrainer makes its batches anew with selfgen's collator; leave data_collator out")
         self._own_answers: dict[int, list[int]] = {}
         self._known_cue: CorrectionCue | None = None
         self._weighs_rows = args.direct_weight > 0
-        super().__init__(model, args, train_dataset=train_dataset, data_collator=data_collator, **kwargs)
+        super().__init__(model, args, train_dataset=train_dataset, **kwargs)
         if args.own_answer == "column":
             self._own_answers = self._read_own_answers(train_dataset)
 
@@ -94,7 +96,10 @@ class RACTrainer(BSSTrainer):
     def _cue(self) -> CorrectionCue:
         if self._known_cue is None:
             self._known_cue = CorrectionCue.of(
-                self.processing_class, self.args.correction_cue, apply_chat_template=self.args.apply_chat_template
+                self.processing_class,
+                self.args.correction_cue,
+                stop_ids=self.generator.eos_token_ids,
+                apply_chat_template=self.args.apply_chat_template,
             )
         return self._known_cue
 
@@ -112,6 +117,14 @@ class RACTrainer(BSSTrainer):
         self.meter.contexts_end()
         collate = Collator(_padding_of(batches))
         return [self._correction_batch(_features(batch), own, collate, batch["input_ids"].device) for batch in batches]
+
+    def _get_num_items_in_batch(self, batch_samples, device):
+        """What is learned is counted in corrections, whose rows are the first half where the others stand behind."""
+        first = [
+            {**batch, "labels": batch["labels"][: len(batch["labels"]) // 2]} if "loss_weight" in batch else batch
+            for batch in batch_samples
+        ]
+        return super()._get_num_items_in_batch(first, device)
 
     def _correction_batch(self, rows: list[dict], own: dict[int, list[int]], collate: Collator, device) -> dict:
         weights = [1.0] * len(rows)

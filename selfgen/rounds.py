@@ -81,6 +81,11 @@ def train_rounds(
             "rounds run in one process. On several, take turns: `selfgen contexts` in one process, then "
             "`selfgen train --method bash --contexts DIR` on all of them"
         )
+    if config.self_prob_warmup >= 1:
+        raise OfflineError(
+            f"self_prob_warmup is {config.self_prob_warmup}; a schedule goes from round to round here, so give it as a "
+            "share of the rounds below 1"
+        )
     if resume not in (None, "last"):
         raise OfflineError(f'resume_from_checkpoint is {resume!r}; rounds go on from "last" only')
     if resume is None and any(output.glob("round-*")):
@@ -94,6 +99,7 @@ def train_rounds(
         self_prob = config.self_prob_at(number, rounds)
         if Path(models[number + 1]).is_dir():
             given = {"self_prob": self_prob, "seed": config.seed, "temperature": config.sampling_temperature}
+            given |= {"masks": config.masks.describe()}
             check_settings(folder / "contexts", {**given, "rows": rows_hash(part)})
             continue
         logger.warning("round %d of %d: %d rows", number + 1, rounds, len(part))

@@ -110,6 +110,7 @@ class BSSTrainer(Trainer):
         self._replay_verified = False
         self._replays = self._may_replay()
         self._answer_loss = self._make_loss()
+        self._label_smoother = self.label_smoother  # type: ignore[has-type]
         self.meter = _Meter()
         self.add_callback(_StepTimer(self.meter))
 
@@ -220,17 +221,22 @@ class BSSTrainer(Trainer):
     def _make_loss(self) -> AnswerLoss | None:
         """None where the Trainer's own loss does."""
         args = self.args
-        lean = (args.self_prob > 0 if args.lean_loss is None else args.lean_loss) and not args.use_liger_kernel
+        lean = args.self_prob > 0 if args.lean_loss is None else args.lean_loss
         asked = [name for name in ("kl_weight", "lean_loss") if getattr(args, name)]
         if self._weighs_rows:
             asked.append("direct_weight")
-        if self.compute_loss_func is not None:
-            if asked:
-                raise ValueError(f"compute_loss_func takes the place of the loss that {', '.join(asked)} would change")
-            return None
+        others = {
+            "compute_loss_func": self.compute_loss_func is not None,
+            "use_liger_kernel": args.use_liger_kernel,
+            "training on several GPUs in one process": args.n_gpu > 1,
+        }
+        for other, holds in others.items():
+            if holds and asked:
+                raise ValueError(f"{other} takes the place of the loss that {', '.join(asked)} would change")
+            if holds:
+                return None
         if not (lean or asked or args.loss_on != "all"):
             return None
-        smoothing, self.label_smoother = args.label_smoothing_factor, None
         frozen = None
         if args.kl_model:
             frozen = AutoModelForCausalLM.from_pretrained(args.kl_model, dtype=self.generator.model.dtype)
@@ -239,7 +245,11 @@ class BSSTrainer(Trainer):
         if frozen is not None and frozen is not self.generator.model:
             frozen = frozen.to(args.device).requires_grad_(False).eval()
         return AnswerLoss(
-            self.generator.model, label_smoothing=smoothing, kl_weight=args.kl_weight, frozen=frozen, lean=lean
+            self.generator.model,
+            label_smoothing=args.label_smoothing_factor,
+            kl_weight=args.kl_weight,
+            frozen=frozen,
+            lean=lean,
         )
 
     def _adapters(self):
@@ -252,7 +262,7 @@ class BSSTrainer(Trainer):
         if loss is None or loss.frozen is None:
             return None
         adapters = self._adapters() if loss.frozen is self.generator.model else None
-        with nullcontext() if adapters is None else adapters.disable_adapter():
+        with self.accelerator.autocast(), nullcontext() if adapters is None else adapters.disable_adapter():
             return loss.frozen_states(inputs)
 
     def evaluate(self, eval_dataset=None, *args, **kwargs):
@@ -280,7 +290,9 @@ class BSSTrainer(Trainer):
         inputs = {key: value for key, value in inputs.items() if key not in _BOOKKEEPING}
         compute_loss = super().compute_loss
         own: Callable[[], AbstractContextManager] = nullcontext
-        if self._answer_loss is not None and model.training:
+        self.label_smoother = self._label_smoother
+        if self._answer_loss is not None and self.compute_loss_func is None and model.training:
+            self.label_smoother = None  # the smoothing is the loss's own; in evaluation it is the Trainer's
             own = partial(self._answer_loss.inside, row_weights, self._frozen_states(inputs))
 
         def loss(model):
@@ -294,10 +306,12 @@ class BSSTrainer(Trainer):
 
     def _verify_replay(self, model, loss, replayed) -> bool:
         """Once: the replayed loss is the ordinary one, for what no look at a model can tell."""
-        self._replay_verified = True
         unwrapped = self.accelerator.unwrap_model(model)  # ranks may come to different ends, so no collectives
         with torch.no_grad():
             ordinary = loss(unwrapped)
+        if not (ordinary[0] if isinstance(ordinary, tuple) else ordinary):
+            return True  # a micro-batch with nothing to learn shows nothing; the next one will
+        self._replay_verified = True
         try:
             with replayed():
                 found = loss(unwrapped)  # with gradients, as only these show what the layers must have one of

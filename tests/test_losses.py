@@ -10,6 +10,7 @@ import torch.nn.functional as F
 from models import VOCAB, tiny_model
 from peft import LoraConfig, get_peft_model
 from test_trainer import make_trainer, rows
+from transformers import BartConfig, BartForCausalLM
 
 from selfgen.data import Collator
 from selfgen.losses import AnswerLoss, can_be_lean
@@ -78,6 +79,45 @@ def test_the_model_is_left_as_it_was():
 def test_lean_where_logits_are_the_heads_product(family, lean):
     """Gemma 2 caps its logits."""
     assert can_be_lean(tiny_model(family)) == lean
+
+
+def test_a_cap_that_small_logits_do_not_show():
+    model = tiny_model("gemma2")
+    model.config.final_logit_softcapping = 1e4
+    assert not can_be_lean(model)
+
+
+def test_a_model_that_uses_what_it_takes_for_logits():
+    """Bart's loss is its own: no lean loss, and no crash."""
+    config = BartConfig(
+        vocab_size=VOCAB, d_model=16, decoder_layers=1, decoder_attention_heads=2, decoder_ffn_dim=16,
+        max_position_embeddings=64,
+    )  # fmt: skip
+    assert not can_be_lean(BartForCausalLM(config).eval())
+
+
+@pytest.mark.parametrize("smoothing", [0.0, 0.1])
+def test_half_precision_sums_in_fp32(smoothing):
+    """The loss over many positions is that of the plain path."""
+    torch.manual_seed(0)
+    model = llama().bfloat16()
+    states, targets = torch.randn(4000, 32, dtype=torch.bfloat16), torch.randint(0, VOCAB, (4000,))
+    want = F.cross_entropy(model.lm_head(states).float(), targets, reduction="sum", label_smoothing=smoothing)
+    found = AnswerLoss(model, label_smoothing=smoothing)._cross_entropy(states, targets)
+    torch.testing.assert_close(found, want, rtol=1e-4, atol=0)
+
+
+@pytest.mark.parametrize("lean", [True, False])
+def test_evaluation_is_smoothed_as_the_trainers(tmp_path, lean):
+    """Whatever the loss of the training: evaluations of different methods can be compared."""
+    found = [
+        make_trainer(tmp_path, label_smoothing_factor=0.3, self_prob=p, lean_loss=lean).evaluate(rows(8))["eval_loss"]
+        for p in (0.5, 0.0)
+    ]
+    trainer = make_trainer(tmp_path, label_smoothing_factor=0.3, lean_loss=lean, learning_rate=0.0)
+    trainer.train()
+    assert found[0] == pytest.approx(found[1], rel=1e-6)
+    assert trainer.evaluate(rows(8))["eval_loss"] == pytest.approx(found[1], rel=1e-6)
 
 
 def test_a_model_with_a_loss_of_its_own():

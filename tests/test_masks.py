@@ -51,6 +51,16 @@ def test_spans_have_their_mean_length_and_are_geometric(length):
     assert abs(float(stops) * length - 1) < 0.06
 
 
+@pytest.mark.parametrize("p", [0.3, 0.5, 0.8])
+@pytest.mark.parametrize("length", [8, 64])
+def test_spans_follow_a_curve(p, length):
+    """At each position the share is the curve's."""
+    mask = draw(Masks("span", 8.0, "rising"), p, rows=6000, length=length)
+    place = (torch.arange(length, dtype=torch.float64) + 0.5) / length
+    want = rising(torch.full((length,), p, dtype=torch.float64), place)
+    assert (mask.double().mean(0) - want).abs().max() < 5 * 0.5 / 6000**0.5
+
+
 @pytest.mark.parametrize("p", [0.0, 0.3, 0.9, 1.0])
 def test_spans_of_one_token_are_single_tokens(p):
     assert torch.equal(draw(Masks("span", 1.0), p, 50), draw(Masks(), p, 50))

@@ -112,6 +112,46 @@ def test_direct_rows_have_their_weight(tmp_path):
     check_loss(found, lambda row: 1.0 if row >= 0 else 0.25)
 
 
+def test_only_corrections_are_counted_where_self_tokens_are_asked_for(tmp_path):
+    """The direct rows add to the loss, not to what it is divided by."""
+    found = losses_of(make_trainer(tmp_path, self_prob=1.0, direct_weight=0.5, loss_on="after_self"))
+    model, total, count = tiny_model("llama"), torch.zeros(()), 0
+    for _, inputs in found:
+        for index in range(len(inputs["input_ids"])):
+            sample_id, prompt, context, labels = row_of(inputs, index)
+            with torch.no_grad():
+                logits = model(input_ids=torch.tensor([prompt + context])).logits[0, len(prompt) - 1 : -1]
+            loss = F.cross_entropy(logits, torch.tensor(labels), reduction="sum")
+            learned = sum(label != -100 for label in labels)
+            assert learned == len(labels) - 1  # all but the first
+            total, count = total + (1.0 if sample_id >= 0 else 0.5) * loss, count + learned * (sample_id >= 0)
+    torch.testing.assert_close(sum(loss for loss, _ in found), total / count, rtol=1e-5, atol=1e-6)
+
+
+def test_all_that_ends_an_answer_ends_it(tmp_path):
+    """The model's own stop tokens, too, in training as at inference; what follows one is not shown."""
+    model = tiny_model("llama")
+    model.generation_config.eos_token_id = [EOS, 9, 10, 11, 12, 13]
+    found = all_rows(losses_of(make_trainer(tmp_path, model=model, own_answer="generated", max_new_tokens=40)))
+    between = CorrectionCue.of(make_tokenizer(TEMPLATE), "h g", stop_ids=[9, 10, 11, 12, 13])
+    rows = tokenized()
+    for sample_id, prompt, _, _ in found:
+        own = prompt[len(rows[sample_id]["prompt_ids"]) : len(prompt) - len(between.ids)]
+        assert not set(own) & {EOS, 9, 10, 11, 12, 13}
+    assert between.prompt([1], [5, 10, 6, 7]) == [1, 5, *between.ids]
+
+
+def test_a_collator_of_the_users_is_refused(tmp_path):
+    with pytest.raises(ValueError, match="data_collator"):
+        RACTrainer(
+            tiny_model("llama"),
+            RACConfig(str(tmp_path), max_length=64, use_cpu=True),
+            train_dataset=Dataset.from_list(TEXTS),
+            processing_class=make_tokenizer(TEMPLATE),
+            data_collator=lambda rows: rows,
+        )
+
+
 def check_loss(found, weight_of):
     model, total, count = tiny_model("llama"), torch.zeros(()), 0
     for _, inputs in found:

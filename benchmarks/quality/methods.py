@@ -9,12 +9,14 @@ from dataclasses import asdict, dataclass, field
 from typing import Any
 
 import torch
+from datasets import Dataset
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedModel
 
 from selfgen import BSSConfig, BSSTrainer, ContextGenerator, MixedContext, RACConfig, RACTrainer
 from selfgen.context import ContextStats
 from selfgen.data import IGNORE_INDEX, Collator
 from selfgen.generation import generate, generate_corrected
+from selfgen.trainer import step_seed
 
 from ..peers import Rows, parallel_scheduled_sampling
 from .tasks import EOS, PAD, SEP, VOCAB, Task
@@ -26,7 +28,7 @@ TEST_ROWS = 400
 
 @dataclass(frozen=True)
 class Setting:
-    """What the methods of one comparison share. Training sees no row twice."""
+    """What the methods of one comparison share."""
 
     steps: int = 1000
     rows: int = 32  # of a step
@@ -109,7 +111,8 @@ class ApproximateTrainer(BSSTrainer):
         prompts, references = ([getattr(row, name).tolist() for row in rows] for name in ("prompt", "reference"))
         batch = Rows(prompts, references, [row.sample_id for row in rows])
         model = self.generator.model.eval()
-        tokens = parallel_scheduled_sampling(model, batch, self_prob, self.passes, seed=self.state.global_step)
+        key = step_seed(self.args.seed, self.state.global_step)
+        tokens = parallel_scheduled_sampling(model, batch, self_prob, self.passes, seed=key)
         model.train()
         lengths = [[len(row) for row in part] for part in (batch.prompts, batch.references)]
         return MixedContext(
@@ -135,7 +138,7 @@ def train(task: Task, method: Method, seed: int, setting: Setting) -> PreTrained
         )
     )
     correction = method.kind == "correction"
-    rows = task.rows(setting.steps * setting.rows, seed=1000 + seed)
+    rows = task.rows(setting.steps * setting.rows, seed=1000 + seed, without=test_rows(task))
     options = dict(method.options)
     if correction:
         options["max_new_tokens"] = max(map(len, rows["answer_ids"]))
@@ -175,7 +178,7 @@ def train(task: Task, method: Method, seed: int, setting: Setting) -> PreTrained
 def measure(task: Task, method: Method, seed: int, setting: Setting) -> dict[str, float]:
     """Train and evaluate: shares of tokens and of answers that are right, on rows that no training has."""
     model = train(task, method, seed, setting)
-    rows = task.rows(TEST_ROWS, seed=1)
+    rows = test_rows(task)
     references = list(rows["answer_ids"])
     longest = max(map(len, references))
     found: dict[str, float] = {"reference_token": _under_references(model, rows)}
@@ -187,6 +190,10 @@ def measure(task: Task, method: Method, seed: int, setting: Setting) -> dict[str
     else:
         answers = generate(model, list(rows["prompt_ids"]), **options).tokens
     return found | _shares(answers, references)
+
+
+def test_rows(task: Task) -> Dataset:
+    return task.rows(TEST_ROWS, seed=1)
 
 
 def _shares(answers: Sequence[torch.Tensor], references: list[list[int]]) -> dict[str, float]:

@@ -1,7 +1,7 @@
 """Tasks whose answers cascade: a token is easy to tell from the one before it, and hard from the prompt alone.
 
-A row is token ids; a task is a generator of rows, so that training never sees a row twice and evaluation has rows of
-its own. Each answer can be told from the prompt, so a model that has gone astray can find its way back.
+A row is token ids; a task is a generator of rows, so that training hardly sees a row twice, and none of evaluation.
+Each answer can be told from the prompt, so a model that has gone astray can find its way back.
 """
 
 from __future__ import annotations
@@ -28,10 +28,15 @@ class Task:
     about: str
     row: Callable[[random.Random], Row]
 
-    def rows(self, count: int, seed: int) -> Dataset:
-        """``count`` rows as ``tokenize_rows`` gives them; another seed gives other rows."""
+    def rows(self, count: int, seed: int, without: Dataset | None = None) -> Dataset:
+        """``count`` rows as ``tokenize_rows`` gives them, none of ``without``; another seed gives other rows."""
         draw = random.Random(f"{self.name} {seed}")
-        drawn = [self.row(draw) for _ in range(count)]
+        taken = set() if without is None else {tuple(prompt) for prompt in without["prompt_ids"]}
+        drawn: list[Row] = []
+        while len(drawn) < count:
+            prompt, answer = self.row(draw)
+            if (*prompt, SEP) not in taken:
+                drawn.append((prompt, answer))
         return Dataset.from_dict(
             {
                 "sample_id": list(range(count)),

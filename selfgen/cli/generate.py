@@ -12,6 +12,7 @@ from tqdm.auto import tqdm
 from ..context import ContextGenerator
 from ..correction import DEFAULT_CUE
 from ..generation import generate_corrected
+from ..offline import rows_hash, weights_hash
 from .journal import Journal
 from .options import DataArguments, ModelArguments, device, fail, make_parser, parse
 
@@ -68,6 +69,7 @@ def answer(model_arguments: ModelArguments, data: DataArguments, how: GenerateAr
     place_of = {sample_id: place for place, sample_id in enumerate(ids)}
     logging.warning("data: %s", report)
     settings = asdict(model_arguments) | asdict(data) | {k: v for k, v in asdict(how).items() if k not in _FREE}
+    settings |= {"weights": weights_hash(model), "rows": rows_hash(rows)}
     journal = Journal(Path(how.output_file), settings)
     begin = len(journal.rows())
     generator = ContextGenerator(model.to(device(how.use_cpu)), temperature=how.temperature)

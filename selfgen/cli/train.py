@@ -106,6 +106,8 @@ class MethodArguments:
     def check(self, data: TrainingData) -> None:
         if self.method != "bash" and (self.contexts or self.rounds != 1):
             raise ValueError(f"contexts and rounds go with --method bash, but method is {self.method!r}")
+        if self.method != "bash" and (self.shard_rows, self.context_batch_size) != (512, 32):
+            raise ValueError(f"shard_rows and context_batch_size go with --method bash, but method is {self.method!r}")
         if self.contexts and (data.dataset or self.rounds != 1):
             raise ValueError("contexts are data to train on in one round: give no dataset and no rounds with them")
         if not self.contexts and not data.dataset:

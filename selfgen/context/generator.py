@@ -211,7 +211,11 @@ class ContextGenerator:
         if not rows:
             return Answers([], [], 0, 0, 0, 0.0)
         limits = [min(max_new_tokens, room) for room in self._room_behind(rows)]
-        stop_ids = torch.tensor(self._eos_token_ids(eos_token_ids), dtype=torch.int64, device=self.model.device)
+        stop_ids = torch.tensor(
+            self.eos_token_ids if eos_token_ids is None else list(eos_token_ids),
+            dtype=torch.int64,
+            device=self.model.device,
+        )
         status = torch.zeros(1, dtype=torch.int64, device=self.model.device)
         sampling = {
             "seed": seed, "temperature": self.temperature, "top_k": top_k, "top_p": top_p, "min_p": min_p,
@@ -248,13 +252,14 @@ class ContextGenerator:
                 )
         return [limit - len(prompt) for prompt in prompts]
 
-    def _eos_token_ids(self, given: Sequence[int] | None) -> list[int]:
-        if given is None:
-            configured = getattr(self.model.generation_config, "eos_token_id", None)
-            given = self.model.config.eos_token_id if configured is None else configured
-        if given is None:
+    @property
+    def eos_token_ids(self) -> list[int]:
+        """What ends the model's answers, by its generation configuration, else by its own."""
+        ids = getattr(self.model.generation_config, "eos_token_id", None)
+        ids = self.model.config.eos_token_id if ids is None else ids
+        if ids is None:
             return []
-        return [given] if isinstance(given, int) else list(given)
+        return [ids] if isinstance(ids, int) else list(ids)
 
     def _verify(self) -> None:
         """Once for each generator: the model computes over the ragged cache what it computes by itself."""

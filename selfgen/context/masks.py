@@ -94,15 +94,16 @@ class Masks:
 
     def _spans(self, seed: int, ids: Tensor, positions: Tensor, prob: Tensor) -> Tensor:
         """A Markov chain with two states: a self token is followed by another with the chance ``stay``, a reference
-        token with the chance ``enter``, by which the share of self tokens is ``prob``.
+        token with the chance ``enter``, by which the share of self tokens at each position is ``prob``.
 
         One uniform number a position decides, and ``enter`` <= ``stay``: below ``enter`` the position is self, from
         ``stay`` on it is not, and between them it is what the one before it is. So a position is what the last decided
         one is.
         """
-        stay = prob.clamp(min=1 - 1 / self.span_length)
-        enter = torch.where(prob < 1, prob * (1 - stay) / (1 - prob), 1.0)
         first = positions == 0
+        before = torch.where(first, prob, prob.roll(1))  # of the position before
+        stay = prob.clamp(min=1 - 1 / self.span_length).minimum(torch.where(before > 0, prob / before, 1.0))
+        enter = torch.where(before < 1, (prob - before * stay) / (1 - before), stay).minimum(stay).clamp(min=0.0)
         enter, stay = (torch.where(first, prob, chance) for chance in (enter, stay))
         on, holds = (self_mask(seed, ids, positions, chance) for chance in (enter, stay))  # the same uniform numbers
         decided = on | ~holds | first

@@ -31,6 +31,7 @@ LAUNCHED_BY = {  # op with a Triton kernel: tests of which one at least must be 
     "gumbel_noise": ("test_noise_ops.py::test_noise_agrees_to_a_few_ulp[triton", "test_gpu.py::"),
     "self_mask": ("test_noise_ops.py::test_words_agree_bit_for_bit[triton",),
     "sample_mix": ("test_sample_mix.py::test_backends_agree[triton",),
+    "reference_log_prob": ("test_reference_log_prob.py::test_any_dtype_and_vocabulary_size[triton",),
     "plan_pass": ("test_passes.py::test_plan_is_that_of_a_heap[triton",),
     "commit_pass": ("test_passes.py::test_commit_is_that_of_the_reference[triton",),
     "linear_sample_mix": (

@@ -117,7 +117,7 @@ def test_recorded_passes():
         for run in runs:
             tokens = [Pass(*work).tokens for work in run["passes"]]
             assert max(tokens) <= run["budget"]
-            assert sum(tokens) >= sum(measured["lengths"])
+            assert sum(tokens) >= sum(length - 1 for length in measured["lengths"])  # nothing is predicted at the last
 
 
 def test_table():

@@ -121,8 +121,9 @@ def sample_mix(
             softmax(logits)[reference], at temperature 1 and without filters, is at least that; elsewhere it keeps its
             reference, and is_self is false (confidence-aware scheduled sampling, Liu et al., arXiv 2107.10427).
             Where the logits hold NaN, +inf or nothing but -inf no confidence can be told, and the row is sampled as
-            without this, so that it is counted as invalid. Backends agree on the probability to a few ulp of its
-            logarithm, so a row right at the threshold may fall either way between them. None is no such condition.
+            without this, so that it is counted as invalid. A probability that is the threshold but for rounding, four
+            ulp of its logarithm, is enough; where it is less by just that, backends may differ. None is no such
+            condition.
         status: int64 with one element on the same device; the number of invalid rows is added to it. A row is invalid
             if it is to be sampled and its scaled logits hold NaN, +inf, or nothing but -inf; it gets its reference.
 
@@ -396,7 +397,9 @@ def _where_confident(rows: tuple[Any, ...], min_reference_prob: Any, log_prob_of
     )
     threshold, *others, inv_temperature = rows
     log_prob = log_prob_of(*given, threshold, *others)  # [N]
-    return threshold.masked_fill(~(log_prob >= least.log()), 0), *others, inv_temperature
+    log_least = least.log().float()
+    rounding = 4 * torch.finfo(torch.float32).eps * (1 + log_least.abs())  # what is as likely as asked for is enough
+    return threshold.masked_fill(~(log_prob >= log_least - rounding), 0), *others, inv_temperature
 
 
 def _check_reference(reference: Tensor, status: Tensor | None, rows: int, device: torch.device) -> Tensor:

@@ -5,7 +5,7 @@ import torch
 from conftest import _TRITON, REFERENCE
 from test_sample_mix import random_logits
 
-from selfgen_kernels import sample_mix
+from selfgen_kernels import linear_sample_mix, sample_mix
 from selfgen_kernels.backends.reference.philox import self_mask
 
 INF = torch.inf
@@ -163,3 +163,15 @@ def test_invalid_rows_are_counted_and_no_others():
     assert is_self.tolist() == [True, True, True, False, False]
     assert torch.equal(tokens, reference)
     assert status.item() == 3
+
+
+@pytest.mark.parametrize("vocab_size", [1, 2, 3, 4, 5, 7, 10, 64, 100])
+def test_a_probability_right_at_the_threshold_is_enough(vocab_size):
+    """Of uniform logits, by both ops."""
+    keys = {"seed": 0, "sample_ids": torch.arange(3), "positions": torch.zeros(3, dtype=torch.int64)}
+    reference, least = torch.zeros(3, dtype=torch.int64), 1 / vocab_size
+    _, of_logits = sample_mix(torch.zeros(3, vocab_size), reference, 1.0, min_reference_prob=least, **keys)
+    head = torch.zeros(3, 4), torch.zeros(vocab_size, 4)
+    _, of_head = linear_sample_mix(*head, reference, 1.0, min_reference_prob=least, **keys)
+    assert of_logits.all()
+    assert of_head.all()

@@ -126,7 +126,7 @@ def test_trl(setting, against, report, monkeypatch):
     """
     if find_spec("trl") is None:
         report("left out: TRL is not installed (pip install '.[peers]')", [])
-        pytest.skip("TRL is not installed")
+        pytest.skip("TRL is an extra, and not installed: pip install '.[peers]'")
     from transformers import GenerationConfig
     from trl.experimental.gkd import GKDTrainer
 

@@ -8,13 +8,14 @@ import shlex
 import statistics
 import time
 from collections.abc import Callable
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from xml.etree import ElementTree
 
 import pytest
 import torch
 import transformers
+
+from selfgen.provenance import versions
 
 os.environ.setdefault("HF_DATASETS_OFFLINE", "1")
 
@@ -44,18 +45,11 @@ def pytest_benchmark_update_machine_info(machine_info):
     """What pytest-benchmark's JSON lacks beside the processor, the system and Python."""
     machine_info["threads"] = torch.get_num_threads()
     machine_info["gpu"] = torch.cuda.get_device_name() if torch.cuda.is_available() else None
-    machine_info["versions"] = {name: _version(name) for name in PACKAGES}
+    machine_info["versions"] = versions(*PACKAGES)
 
 
 def pytest_benchmark_update_json(config, output_json):
     output_json["command"] = shlex.join(["python", "-m", "pytest", *config.invocation_params.args])
-
-
-def _version(package: str) -> str | None:
-    try:
-        return version(package)
-    except PackageNotFoundError:
-        return None
 
 
 @pytest.fixture
@@ -159,8 +153,8 @@ def pytest_terminal_summary(terminalreporter, config):
     device = f"{platform.processor() or platform.machine()}, {torch.get_num_threads()} threads"
     if torch.cuda.is_available():
         device += f"; {torch.cuda.get_device_name()}, CUDA {torch.version.cuda or torch.version.hip}"
-    versions = f"torch {torch.__version__}, transformers {transformers.__version__}, Python {platform.python_version()}"
-    lines = [f"{device}; {versions}", *(["", *summary_of_tests(tests)] if tests else [])]
+    software = f"torch {torch.__version__}, transformers {transformers.__version__}, Python {platform.python_version()}"
+    lines = [f"{device}; {software}", *(["", *summary_of_tests(tests)] if tests else [])]
     for title, rows in tables.items():
         lines += ["", title, ""]
         if rows:

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
-from transformers import TrainingArguments
+from datasets import Dataset
+from transformers import PreTrainedTokenizerBase, TrainingArguments
 
 from .context.generator import METHODS, Method
 from .context.masks import Masks
+from .data import DataReport, tokenize_rows
 from .schedules import SCHEDULES, Schedule
 
 LOSS_ON = ("all", "after_self")
@@ -44,7 +46,40 @@ class MaskOptions:
 
 
 @dataclass
-class BSSConfig(MaskOptions, TrainingArguments):
+class RowOptions:
+    """Which columns of a data set are prompts and answers, and what becomes of them; see ``data.tokenize_rows``."""
+
+    max_length: int = field(
+        default=1024, metadata={"help": "Longest row in tokens, prompt included; longer answers are cut and counted."}
+    )
+    prompt_column: str = field(default="prompt", metadata={"help": "Column with the prompt (text or messages)."})
+    completion_column: str = field(
+        default="completion", metadata={"help": "Column with the reference answer (text or messages)."}
+    )
+    messages_column: str = field(
+        default="messages",
+        metadata={"help": "Column with a conversation whose last assistant turn is the reference answer."},
+    )
+    apply_chat_template: bool | None = field(
+        default=None, metadata={"help": "Use the tokenizer's chat template; by default if it has one."}
+    )
+
+    def tokenize(
+        self, rows: Dataset, tokenizer: PreTrainedTokenizerBase, max_length: int | None = None
+    ) -> tuple[Dataset, DataReport]:
+        return tokenize_rows(
+            rows,
+            tokenizer,
+            max_length=self.max_length if max_length is None else max_length,
+            prompt_column=self.prompt_column,
+            completion_column=self.completion_column,
+            messages_column=self.messages_column,
+            apply_chat_template=self.apply_chat_template,
+        )
+
+
+@dataclass
+class BSSConfig(RowOptions, MaskOptions, TrainingArguments):
     """Arguments of ``BSSTrainer``: everything of ``transformers.TrainingArguments``, and the fields below.
 
     Raises:
@@ -114,20 +149,6 @@ class BSSConfig(MaskOptions, TrainingArguments):
             "help": "Compute the loss chunk by chunk at learned positions, without logits of all of them in memory; by "
             "default where contexts are mixed and the model allows it. Equal up to rounding."
         },
-    )
-    max_length: int = field(
-        default=1024, metadata={"help": "Longest row in tokens, prompt included; longer answers are cut and counted."}
-    )
-    prompt_column: str = field(default="prompt", metadata={"help": "Column with the prompt (text or messages)."})
-    completion_column: str = field(
-        default="completion", metadata={"help": "Column with the reference answer (text or messages)."}
-    )
-    messages_column: str = field(
-        default="messages",
-        metadata={"help": "Column with a conversation whose last assistant turn is the reference answer."},
-    )
-    apply_chat_template: bool | None = field(
-        default=None, metadata={"help": "Use the tokenizer's chat template; by default if it has one."}
     )
     logging_steps: float = field(default=10, metadata={"help": "Log every so many steps; below 1, a share of all."})
     remove_unused_columns: bool | None = field(

@@ -9,18 +9,15 @@ before it is the model's own.
 
 from __future__ import annotations
 
-import hashlib
 import json
 import os
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import partial
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any, BinaryIO
 
-import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
@@ -36,6 +33,7 @@ from .context import ContextGenerator, ContextStats
 from .context.generator import Method
 from .context.ragged import max_positions
 from .data import Collator, check_sample_ids, load_rows
+from .provenance import rows_hash, versions, weights_hash
 from .trainer import BSSTrainer, learn_after_self, rows_of
 
 PROVENANCE = "provenance.json"
@@ -240,25 +238,6 @@ def load_contexts(folder: str | Path) -> Dataset:
     return load_rows(folder)
 
 
-def weights_hash(model: PreTrainedModel) -> str:
-    """SHA-256 of the names, dtypes, shapes and values of all weights."""
-    digest = hashlib.sha256()
-    for name, tensor in sorted(model.state_dict().items()):
-        digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}\n".encode())
-        digest.update(tensor.detach().cpu().flatten().view(torch.uint8).numpy())
-    return digest.hexdigest()
-
-
-def rows_hash(rows: Dataset) -> str:
-    """SHA-256 of the ids of tokenized rows, in order."""
-    digest = hashlib.sha256()
-    for row in rows:
-        prompt, answer = row["prompt_ids"], row["answer_ids"]
-        for ids in ([row["sample_id"], len(prompt), len(answer)], prompt, answer):
-            digest.update(np.asarray(ids, dtype="<i8").tobytes())
-    return digest.hexdigest()
-
-
 def _precision(model: PreTrainedModel) -> str:
     """The dtype that products are computed in."""
     device = model.device.type
@@ -300,17 +279,10 @@ def _begin(folder: Path, settings: dict[str, Any], source: dict[str, Any]) -> di
 
 
 def _note_versions(folder: Path, record: dict[str, Any]) -> None:
-    versions = {name: _version(name) for name in ("selfgen", "torch", "transformers", "datasets")}
-    if versions not in record["versions"]:
-        record["versions"].append(versions)
+    installed = versions("selfgen", "torch", "transformers", "datasets")
+    if installed not in record["versions"]:
+        record["versions"].append(installed)
         _write_record(folder, record)
-
-
-def _version(package: str) -> str:
-    try:
-        return version(package)
-    except PackageNotFoundError:  # a source tree on the path
-        return "unknown"
 
 
 def _write_record(folder: Path, record: dict[str, Any]) -> None:

@@ -6,7 +6,6 @@ be learned. At inference the model answers, is asked, and corrects itself, with 
 
 from __future__ import annotations
 
-import logging
 from dataclasses import dataclass, field
 
 import datasets
@@ -16,9 +15,7 @@ from torch import Tensor
 from .config import BSSConfig
 from .correction import DEFAULT_CUE, CorrectionCue
 from .data import Collator
-from .trainer import BSSTrainer, step_seed
-
-logger = logging.getLogger(__name__)
+from .trainer import BSSTrainer, pad_token_id, rows_of, step_seed
 
 OWN_ANSWERS = ("generated", "mixed", "column")
 
@@ -111,12 +108,15 @@ class RACTrainer(BSSTrainer):
         """Micro-batches of correction rows; behind them, where they have a weight, the rows as they were."""
         if not batches:
             return batches
-        rows = [row for batch in batches for row in _features(batch)]
+        rows = [_features(batch) for batch in batches]
         self.meter.contexts_begin()
-        own = self._own(rows)
+        own = self._own([row for part in rows for row in part])
         self.meter.contexts_end()
-        collate = Collator(_padding_of(batches))
-        return [self._correction_batch(_features(batch), own, collate, batch["input_ids"].device) for batch in batches]
+        collate = Collator(pad_token_id(self.processing_class))
+        return [
+            self._correction_batch(part, own, collate, batch["input_ids"].device)
+            for part, batch in zip(rows, batches, strict=True)
+        ]
 
     def _get_num_items_in_batch(self, batch_samples, device):
         """What is learned is counted in corrections, whose rows are the first half where the others stand behind."""
@@ -183,13 +183,7 @@ class RACTrainer(BSSTrainer):
 
 def _features(batch: dict[str, Tensor]) -> list[dict]:
     """The rows of a collated batch again, as ``tokenize_rows`` gave them."""
-    bounds = zip(*(batch[name].tolist() for name in ("sample_id", "prompt_length", "answer_length")), strict=True)
     return [
-        {"sample_id": row, "prompt_ids": ids[:prompt], "answer_ids": ids[prompt : prompt + answer]}
-        for ids, (row, prompt, answer) in zip(batch["input_ids"].tolist(), bounds, strict=True)
+        {"sample_id": row.sample_id, "prompt_ids": row.prompt.tolist(), "answer_ids": row.reference.tolist()}
+        for row in rows_of(batch)
     ]
-
-
-def _padding_of(batches: list[dict[str, Tensor]]) -> int:
-    """Any id; padding is masked."""
-    return int(batches[0]["input_ids"][0, 0])

@@ -26,7 +26,8 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from .config import BSSConfig
 from .context import ContextGenerator
-from .offline import BASHTrainer, OfflineError, check_settings, rows_hash, write_contexts
+from .offline import BASHTrainer, OfflineError, check_settings, write_contexts
+from .provenance import rows_hash
 from .trainer import last_checkpoint, tokenized
 
 logger = logging.getLogger(__name__)

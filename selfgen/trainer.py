@@ -21,7 +21,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, T
 from .config import BSSConfig
 from .context import ContextGenerator, ContextStats, MixedContext
 from .context.ragged import max_positions
-from .data import IGNORE_INDEX, Collator, check_sample_ids, load_rows, tokenize_rows
+from .data import IGNORE_INDEX, Collator, check_sample_ids, load_rows
 from .losses import AnswerLoss
 from .replay import HiddenStates, ReplayError, decoder_layers
 from .schedules import Schedule
@@ -97,7 +97,7 @@ class BSSTrainer(Trainer):
             train_dataset=self._prepare("train", train_dataset),
             eval_dataset=self._prepare("eval", eval_dataset),
             processing_class=processing_class,
-            data_collator=data_collator or self.collator_class(_pad_token_id(processing_class)),
+            data_collator=data_collator or self.collator_class(pad_token_id(processing_class)),
             **kwargs,
         )
         if self.is_fsdp_enabled or self.is_deepspeed_enabled:
@@ -404,20 +404,12 @@ def tokenized(name: str, rows, tokenizer, args: BSSConfig, max_length: int) -> D
     if hasattr(rows, "column_names") and {"sample_id", "prompt_ids", "answer_ids"} <= set(rows.column_names):
         check_sample_ids(rows)
         return rows
-    dataset, report = tokenize_rows(
-        load_rows(rows),
-        tokenizer,
-        max_length=max_length,
-        prompt_column=args.prompt_column,
-        completion_column=args.completion_column,
-        messages_column=args.messages_column,
-        apply_chat_template=args.apply_chat_template,
-    )
+    dataset, report = args.tokenize(load_rows(rows), tokenizer, max_length)
     logger.warning("%s data: %s", name, report)
     return dataset
 
 
-def _pad_token_id(tokenizer) -> int:
+def pad_token_id(tokenizer) -> int:
     for token in (tokenizer.pad_token_id, tokenizer.eos_token_id):
         if token is not None:
             return token

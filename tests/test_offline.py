@@ -26,7 +26,8 @@ from transformers import AutoModelForCausalLM
 
 from selfgen import BASHTrainer, BSSTrainer, ContextGenerator, load_contexts, train_rounds, write_contexts
 from selfgen.data import load_rows
-from selfgen.offline import OfflineError, read_provenance, weights_hash
+from selfgen.offline import OfflineError, read_provenance
+from selfgen.provenance import weights_hash
 from selfgen.rounds import split_rows
 
 SETTINGS = {"self_prob": 0.5, "seed": 3, "batch_size": 3, "shard_rows": 4, "progress": False}
@@ -185,7 +186,7 @@ def test_other_versions_are_noted_down(tmp_path, monkeypatch):
     with pytest.raises(Killed):
         write(tmp_path)
     monkeypatch.undo()
-    monkeypatch.setattr("selfgen.offline.version", lambda package: "99")
+    monkeypatch.setattr("selfgen.provenance.version", lambda package: "99")
     versions = write(tmp_path)["versions"]
     assert len(versions) == 2
     assert versions[1]["torch"] == "99"

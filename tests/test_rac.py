@@ -115,17 +115,9 @@ def test_direct_rows_have_their_weight(tmp_path):
 def test_only_corrections_are_counted_where_self_tokens_are_asked_for(tmp_path):
     """The direct rows add to the loss, not to what it is divided by."""
     found = losses_of(make_trainer(tmp_path, self_prob=1.0, direct_weight=0.5, loss_on="after_self"))
-    model, total, count = tiny_model("llama"), torch.zeros(()), 0
-    for _, inputs in found:
-        for index in range(len(inputs["input_ids"])):
-            sample_id, prompt, context, labels = row_of(inputs, index)
-            with torch.no_grad():
-                logits = model(input_ids=torch.tensor([prompt + context])).logits[0, len(prompt) - 1 : -1]
-            loss = F.cross_entropy(logits, torch.tensor(labels), reduction="sum")
-            learned = sum(label != -100 for label in labels)
-            assert learned == len(labels) - 1  # all but the first
-            total, count = total + (1.0 if sample_id >= 0 else 0.5) * loss, count + learned * (sample_id >= 0)
-    torch.testing.assert_close(sum(loss for loss, _ in found), total / count, rtol=1e-5, atol=1e-6)
+    for _, _, _, labels in all_rows(found):
+        assert [label == -100 for label in labels] == [True] + [False] * (len(labels) - 1)
+    check_loss(found, lambda row: 1.0 if row >= 0 else 0.5)
 
 
 def test_all_that_ends_an_answer_ends_it(tmp_path):
@@ -160,7 +152,8 @@ def check_loss(found, weight_of):
             with torch.no_grad():
                 logits = model(input_ids=torch.tensor([prompt + context])).logits[0, len(prompt) - 1 : -1]
             loss = F.cross_entropy(logits, torch.tensor(labels), reduction="sum")
-            total, count = total + weight_of(sample_id) * loss, count + len(labels) * (sample_id >= 0)
+            learned = sum(label != -100 for label in labels)
+            total, count = total + weight_of(sample_id) * loss, count + learned * (sample_id >= 0)
     torch.testing.assert_close(sum(loss for loss, _ in found), total / count, rtol=1e-5, atol=1e-6)
 
 

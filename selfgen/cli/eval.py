@@ -2,21 +2,18 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 import logging
 import shlex
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
 from functools import partial
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 import torch
-from datasets import Dataset
 from tqdm.auto import tqdm
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from transformers import PreTrainedTokenizerBase
 
 from ..context import ContextGenerator
 from ..context.generator import METHODS, Method
@@ -34,6 +31,7 @@ from ..evaluation import (
 )
 from ..evaluation.report import table, write_plots
 from ..generation import generate, generate_corrected
+from ..provenance import rows_hash, versions, weights_hash
 from .journal import Journal
 from .options import DataArguments, ModelArguments, device, fail, make_parser, parse
 
@@ -153,7 +151,7 @@ def evaluate(model_arguments: ModelArguments, data: DataArguments, how: EvalArgu
 
     settings = asdict(model_arguments) | asdict(data) | asdict(how)
     checked = asdict(model_arguments) | asdict(data) | {"limit": how.limit}
-    checked |= {"weights": _digest_weights(model), "rows": _digest_rows(rows)}
+    checked |= {"weights": weights_hash(model), "rows": rows_hash(rows)}
     journals = {}
     for name in how.files:  # all of them before the first takes its time
         own = {key: settings[key] for key in _SETTINGS[name]}
@@ -167,27 +165,16 @@ def evaluate(model_arguments: ModelArguments, data: DataArguments, how: EvalArgu
         "corrections": (chunk, partial(corrections, free, tokenizer, data, how)),
         "losses": (how.batch_size or 8, partial(losses, mixing, how)),
     }
-    lines = {name: _lines(name, journal, rows, *make[name]) for name, journal in journals.items()}
+    for name, journal in journals.items():
+        journal.complete(rows, *make[name], title=name.capitalize())
+    lines = {name: journal.rows() for name, journal in journals.items()}
     made_with = {
         "settings": settings,
-        "versions": {name: version(name) for name in ("selfgen", "torch", "transformers")},
+        "versions": versions("selfgen", "torch", "transformers"),
         "device": str(model.device),
         "data": asdict(report),
     }
     return made_with | measure(lines, how)
-
-
-def _lines(
-    name: str, journal: Journal, rows: Dataset, chunk: int, make: Callable[[list[dict]], list[dict]]
-) -> list[dict[str, Any]]:
-    """A line a row: what an earlier run has left, and the rest, written chunk by chunk."""
-    begin = len(journal.rows())
-    with tqdm(total=len(rows), initial=begin, desc=name.capitalize()) as bar:
-        for start in range(begin, len(rows), chunk):
-            part = [rows[i] for i in range(start, min(start + chunk, len(rows)))]
-            journal.append(make(part))
-            bar.update(len(part))
-    return journal.rows()
 
 
 def answers(
@@ -297,18 +284,3 @@ def _judged(name: str, text: str, reference: str) -> dict[str, Any]:
 
 def _text(tokenizer: PreTrainedTokenizerBase, ids: list[int] | torch.Tensor) -> str:
     return tokenizer.decode(ids, skip_special_tokens=True)
-
-
-def _digest_weights(model: PreTrainedModel) -> str:
-    """Tells weights apart: up to some thousand numbers of each parameter, evenly spaced."""
-    digest = hashlib.sha256()
-    for name, parameter in model.named_parameters():
-        values = parameter.detach().flatten()
-        some = values[:: 1 + len(values) // 1024].contiguous().cpu()
-        digest.update(name.encode() + some.view(torch.uint8).numpy().tobytes())
-    return digest.hexdigest()[:16]
-
-
-def _digest_rows(rows: Dataset) -> str:
-    columns = [rows[name][:] for name in ("sample_id", "prompt_ids", "answer_ids")]
-    return hashlib.sha256(json.dumps(columns).encode()).hexdigest()[:16]

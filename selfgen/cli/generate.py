@@ -7,12 +7,11 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
 from datasets import Dataset
-from tqdm.auto import tqdm
 
 from ..context import ContextGenerator
 from ..correction import DEFAULT_CUE
 from ..generation import generate_corrected
-from ..offline import rows_hash, weights_hash
+from ..provenance import rows_hash, weights_hash
 from .journal import Journal
 from .options import DataArguments, ModelArguments, device, fail, make_parser, parse
 
@@ -71,14 +70,13 @@ def answer(model_arguments: ModelArguments, data: DataArguments, how: GenerateAr
     settings = asdict(model_arguments) | asdict(data) | {k: v for k, v in asdict(how).items() if k not in _FREE}
     settings |= {"weights": weights_hash(model), "rows": rows_hash(rows)}
     journal = Journal(Path(how.output_file), settings)
-    begin = len(journal.rows())
     generator = ContextGenerator(model.to(device(how.use_cpu)), temperature=how.temperature)
-    with tqdm(total=len(rows), initial=begin, desc="Rows") as bar:
-        for start in range(begin, len(rows), how.chunk_rows):
-            part = rows[start : start + how.chunk_rows]
-            found = answered(generator, tokenizer, part, data, how)
-            journal.append([given[place_of[line["sample_id"]]] | line for line in found])
-            bar.update(len(found))
+
+    def lines_of(part: list[dict]) -> list[dict]:
+        found = answered(generator, tokenizer, part, data, how)
+        return [given[place_of[line["sample_id"]]] | line for line in found]
+
+    journal.complete(rows, how.chunk_rows, lines_of, "Rows")
     print(f"answers are in {how.output_file}")
 
 
@@ -90,11 +88,11 @@ def _with_answers(rows: Dataset, data: DataArguments) -> Dataset:
 
 
 def answered(
-    generator: ContextGenerator, tokenizer, part: dict, data: DataArguments, how: GenerateArguments
+    generator: ContextGenerator, tokenizer, part: list[dict], data: DataArguments, how: GenerateArguments
 ) -> list[dict]:
     """What is found for some rows."""
     options = {name: getattr(how, name) for name in ("max_new_tokens", "seed", "batch_size", "top_k", "top_p")}
-    prompts, ids = part["prompt_ids"], part["sample_id"]
+    prompts, ids = ([row[name] for row in part] for name in ("prompt_ids", "sample_id"))
     if how.correct:
         template = data.apply_chat_template
         corrected = generate_corrected(

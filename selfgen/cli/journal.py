@@ -4,8 +4,12 @@ from __future__ import annotations
 
 import json
 import os
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
+
+from datasets import Dataset
+from tqdm.auto import tqdm
 
 
 class Journal:
@@ -47,6 +51,15 @@ class Journal:
     def rows(self) -> list[dict[str, Any]]:
         """What is there."""
         return [json.loads(line) for line in self.file.read_text().splitlines()] if self.file.exists() else []
+
+    def complete(self, rows: Dataset, chunk_rows: int, make: Callable[[list[dict]], list[dict]], title: str) -> None:
+        """Write the lines that ``make`` makes of the rows that have none yet, ``chunk_rows`` at a time."""
+        begin = len(self.rows())
+        with tqdm(total=len(rows), initial=begin, desc=title) as bar:
+            for start in range(begin, len(rows), chunk_rows):
+                part = [rows[i] for i in range(start, min(start + chunk_rows, len(rows)))]
+                self.append(make(part))
+                bar.update(len(part))
 
     def append(self, rows: list[dict[str, Any]]) -> None:
         with self.file.open("a") as lines:

@@ -26,7 +26,8 @@ from transformers import (
 from transformers.hf_argparser import string_to_bool
 from transformers.utils.hub import cached_file, extract_commit_hash
 
-from ..data import DataReport, load_rows, tokenize_rows
+from ..config import RowOptions
+from ..data import load_rows
 
 DTYPES = ("auto", "float32", "bfloat16", "float16")
 
@@ -77,43 +78,20 @@ class ModelArguments:
 
 
 @dataclass
-class DataArguments:
+class DataArguments(RowOptions):
     """Rows with prompts and reference answers."""
 
     _argument_group_name = "data"
 
-    dataset: str = field(metadata={"help": "Data: a .jsonl/.json/.parquet/.arrow file, a folder, or the hub."})
+    dataset: str = field(
+        kw_only=True, metadata={"help": "Data: a .jsonl/.json/.parquet/.arrow file, a folder, or the hub."}
+    )
     dataset_config: str | None = field(default=None, metadata={"help": "Configuration of a data set on the hub."})
     dataset_split: str = field(default="train", metadata={"help": "Split, for example train[:1000]."})
-    prompt_column: str = field(default="prompt", metadata={"help": "Column with the prompt (text or messages)."})
-    completion_column: str = field(
-        default="completion", metadata={"help": "Column with the reference answer (text or messages)."}
-    )
-    messages_column: str = field(
-        default="messages",
-        metadata={"help": "Column with a conversation whose last assistant turn is the reference answer."},
-    )
-    apply_chat_template: bool | None = field(
-        default=None, metadata={"help": "Use the tokenizer's chat template; by default if it has one."}
-    )
-    max_length: int = field(
-        default=1024, metadata={"help": "Longest row in tokens, prompt included; longer answers are cut and counted."}
-    )
 
     def load(self) -> Dataset:
         """The rows as they are."""
         return load_rows(self.dataset, split=self.dataset_split, config_name=self.dataset_config)
-
-    def tokenize(self, rows: Dataset, tokenizer: PreTrainedTokenizerBase) -> tuple[Dataset, DataReport]:
-        return tokenize_rows(
-            rows,
-            tokenizer,
-            max_length=self.max_length,
-            prompt_column=self.prompt_column,
-            completion_column=self.completion_column,
-            messages_column=self.messages_column,
-            apply_chat_template=self.apply_chat_template,
-        )
 
 
 def source_of(data: Any) -> dict[str, str | None]:

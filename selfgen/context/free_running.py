@@ -53,6 +53,7 @@ class FreeRun:
     waiting: deque[int]  # rows without a place yet
     rows: list[int | None]  # of each place
     row: Tensor  # [B] int64: the same, anything where there is none
+    taken: Tensor  # [A] int64: the places of rows, in order
     starts: Tensor  # [B] int64: the first slot of each place
     tokens: Tensor  # [S] int64: prompts and answers by slot
     computed: Tensor  # [B] int64
@@ -74,6 +75,7 @@ class FreeRun:
             waiting=deque(range(len(prompts.tokens))),
             rows=[None] * places,
             row=row,
+            taken=row[:0],
             starts=torch.arange(places, device=device) * capacity,
             tokens=torch.zeros(places * capacity, dtype=torch.int64, device=device),
             computed=computed,
@@ -97,16 +99,17 @@ def free_running(
     """
     state = FreeRun.start(model, prompts, batch_size)
     with ragged_model(model), packed_linears(model):
-        while admit(state):
-            ragged_pass = plan_pass(state)
+        while num_tokens := admit(state):
+            ragged_pass = plan_pass(state, num_tokens)
             sampled = run_pass(model, state, ragged_pass, sampling)
             for row, answer in commit_pass(state, sampled):
                 finish(row, answer)
     return Work(state.passes, state.tokens_computed)
 
 
-def admit(state: FreeRun) -> bool:
-    """Give free places to waiting rows; false if there is nothing left to do."""
+def admit(state: FreeRun) -> int:
+    """Give free places to waiting rows; returns how many tokens are new, none if there is nothing left to do."""
+    going_on = sum(row is not None for row in state.rows)  # with a token each
     begun = 0
     for place, taken in enumerate(state.rows):
         if taken is not None or not state.waiting:
@@ -124,13 +127,17 @@ def admit(state: FreeRun) -> bool:
         state.computed[place] = 0
         state.new[place] = state.prompt_lengths[place] = len(prompt)
         state.limits[place] = state.prompts.limits[row]
-    return any(row is not None for row in state.rows)
+    if begun or going_on < len(state.taken):
+        places = [place for place, one in enumerate(state.rows) if one is not None]
+        state.taken = torch.tensor(places, device=state.taken.device)
+    return going_on + begun
 
 
-def plan_pass(state: FreeRun) -> RaggedPass:
+def plan_pass(state: FreeRun, num_tokens: int) -> RaggedPass:
     """All new tokens of all places."""
     ends = state.new.cumsum(0)
-    place = torch.arange(len(ends), device=ends.device).repeat_interleave(state.new)  # [N]
+    places = torch.arange(len(ends), device=ends.device)
+    place = places.repeat_interleave(state.new, output_size=num_tokens)  # [N]
     positions = torch.arange(len(place), device=ends.device) + (state.computed - ends + state.new)[place]
     return RaggedPass(
         slots=state.starts[place] + positions,
@@ -144,7 +151,7 @@ def run_pass(model: PreTrainedModel, state: FreeRun, ragged_pass: RaggedPass, sa
     """Compute the pass; returns the next token of each taken place, int64 [A]."""
     state.passes += 1
     state.tokens_computed += ragged_pass.num_tokens
-    taken = state.new.nonzero()[:, 0]  # [A]
+    taken = state.taken
     last = ragged_pass.cu_seqlens_q[1:][taken].long() - 1  # [A]: where in the pass a token is predicted
     logits = ragged_logits(model, state.cache, ragged_pass, state.tokens, last)  # [A, V]
     sampled, _ = kernels.sample_mix(
@@ -160,7 +167,7 @@ def run_pass(model: PreTrainedModel, state: FreeRun, ragged_pass: RaggedPass, sa
 
 def commit_pass(state: FreeRun, sampled: Tensor) -> list[tuple[int, Tensor]]:
     """Append the sampled tokens [A]; frees the places of rows that have ended, and returns these with their answers."""
-    taken = state.new.nonzero()[:, 0]  # [A]
+    taken = state.taken
     state.computed += state.new
     state.tokens[(state.starts + state.computed)[taken]] = sampled
     state.new[taken] = 1
@@ -168,7 +175,7 @@ def commit_pass(state: FreeRun, sampled: Tensor) -> list[tuple[int, Tensor]]:
     ended = taken[torch.isin(sampled, state.prompts.stop_ids) | (lengths[taken] == state.limits[taken])]
     first = (state.starts + state.prompt_lengths)[ended]
     answers = []
-    for place, begin, length in zip(*torch.stack([ended, first, lengths[ended]]).tolist(), strict=True):
+    for place, begin, length in zip(*torch.stack([ended, first, lengths[ended]]).tolist(), strict=True):  # the one wait
         row = state.rows[place]
         assert row is not None
         answers.append((row, state.tokens[begin : begin + length].clone()))

@@ -1,0 +1,41 @@
+"""What tells weights, rows and versions apart: for the record of what was made with them."""
+
+from __future__ import annotations
+
+import hashlib
+from importlib.metadata import PackageNotFoundError, version
+
+import numpy as np
+import torch
+from datasets import Dataset
+from transformers import PreTrainedModel
+
+
+def weights_hash(model: PreTrainedModel) -> str:
+    """SHA-256 of the names, dtypes, shapes and values of all weights."""
+    digest = hashlib.sha256()
+    for name, tensor in sorted(model.state_dict().items()):
+        digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}\n".encode())
+        digest.update(tensor.detach().cpu().flatten().view(torch.uint8).numpy())
+    return digest.hexdigest()
+
+
+def rows_hash(rows: Dataset) -> str:
+    """SHA-256 of the ids of tokenized rows, in order."""
+    digest = hashlib.sha256()
+    for row in rows:
+        prompt, answer = row["prompt_ids"], row["answer_ids"]
+        for ids in ([row["sample_id"], len(prompt), len(answer)], prompt, answer):
+            digest.update(np.asarray(ids, dtype="<i8").tobytes())
+    return digest.hexdigest()
+
+
+def versions(*packages: str) -> dict[str, str | None]:
+    """Of installed packages; None for one that is not, as a source tree on the path."""
+    found: dict[str, str | None] = {}
+    for package in packages:
+        try:
+            found[package] = version(package)
+        except PackageNotFoundError:
+            found[package] = None
+    return found

@@ -22,7 +22,7 @@ from transformers import PreTrainedModel
 from .context.generator import inference
 from .data import IGNORE_INDEX
 
-_CHUNK = 256  # positions whose logits are in memory at a time
+_CHUNK_BYTES = 2**27  # of fp32 logits in memory at a time; much smaller chunks read the head's weights too often
 
 
 class AnswerLoss:
@@ -95,13 +95,14 @@ class AnswerLoss:
         if not self.lean:
             return F.cross_entropy(states.float(), targets, reduction="sum", label_smoothing=smoothing)
         head = self.model.get_output_embeddings()
+        chunk = _chunk(head.out_features)
         if smoothing == 0 and head.weight.dtype == torch.float32:
-            options = nn.LinearCrossEntropyOptions()
+            options = nn.LinearCrossEntropyOptions(batch_chunk_size=chunk)
             return F.linear_cross_entropy(
                 states, head.weight, targets, linear_bias=head.bias, reduction="sum", options=options
             )
         total = states.new_zeros((), dtype=torch.float32)
-        for part, part_targets in zip(states.split(_CHUNK), targets.split(_CHUNK), strict=True):
+        for part, part_targets in zip(states.split(chunk), targets.split(chunk), strict=True):
             total = total + checkpoint(_smoothed, part, part_targets, head, smoothing, use_reentrant=False)
         return total
 
@@ -109,10 +110,16 @@ class AnswerLoss:
         """Sum over [N] of KL(model || frozen)."""
         assert self.frozen is not None
         heads = [model.get_output_embeddings() if self.lean else None for model in (self.model, self.frozen)]
+        chunk = _chunk(heads[0].out_features if heads[0] else states.shape[1])
         total = states.new_zeros((), dtype=torch.float32)
-        for part, frozen_part in zip(states.split(_CHUNK), frozen_states.split(_CHUNK), strict=True):
+        for part, frozen_part in zip(states.split(chunk), frozen_states.split(chunk), strict=True):
             total = total + checkpoint(_kl, part, frozen_part, *heads, use_reentrant=False)
         return total
+
+
+def _chunk(vocab_size: int) -> int:
+    """Positions at a time."""
+    return max(64, _CHUNK_BYTES // (4 * vocab_size))
 
 
 def _smoothed(states: Tensor, targets: Tensor, head: nn.Linear, smoothing: float) -> Tensor:

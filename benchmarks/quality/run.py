@@ -21,8 +21,13 @@ from .methods import ABLATIONS, METHODS, Setting, describe, measure
 from .tasks import TASKS
 
 RESULTS = Path(__file__).parent.parent / "results" / "quality.jsonl"
-SETTINGS = {"wave": Setting(steps=700), "merged": Setting(steps=600), "working": Setting(steps=1500, width=96)}
-"""Of the tasks that are compared; steps are such that SFT is good under references and worse by itself."""
+SETTINGS = {
+    "wave": Setting(steps=700),
+    "cubic": Setting(steps=700),
+    "words": Setting(steps=1000),
+    "working": Setting(steps=1500, width=96),
+}
+"""Steps are such that SFT is good under references and worse by itself."""
 
 
 def main(arguments: list[str] | None = None) -> int:

@@ -1,32 +1,37 @@
 """Tasks whose answers cascade: a token is easy to tell from the one before it, and hard from the prompt alone.
 
 A row is token ids; a task is a generator of rows, so that training hardly sees a row twice, and none of evaluation.
-Each answer can be told from the prompt, so a model that has gone astray can find its way back.
+Each token of an answer can be told from the prompt, so a model that has gone astray can find its way back.
 """
 
 from __future__ import annotations
 
+import functools
 import math
 import random
+import re
+from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass
 
 from datasets import Dataset
 
+from ..fixtures import gsm8k
+
 PAD, EOS, SEP = 0, 1, 2
 FIRST = 3  # the first id of a task's own tokens
-VOCAB = 64
 
 Row = tuple[list[int], list[int]]
 
 
 @dataclass(frozen=True)
 class Task:
-    """``row(random)`` draws a prompt and its answer, without the end."""
+    """``row(random)`` draws a prompt and its answer, without the end; ids are below ``vocab``."""
 
     name: str
     about: str
     row: Callable[[random.Random], Row]
+    vocab: int = 64
 
     def rows(self, count: int, seed: int, without: Dataset | None = None) -> Dataset:
         """``count`` rows as ``tokenize_rows`` gives them, none of ``without``; another seed gives other rows."""
@@ -63,15 +68,17 @@ def wave(draw: random.Random, length: int = 48, levels: int = 24) -> Row:
     ], answer
 
 
-def progression(draw: random.Random, terms: int = 16, digits: int = 3) -> Row:
-    """Terms of an arithmetic progression modulo 1000, digit by digit, from its first term and its difference."""
-    start, step = draw.randrange(10**digits), draw.randrange(1, 10**digits)
-
-    def spell(number: int) -> list[int]:
-        return [FIRST + int(digit) for digit in f"{number % 10**digits:0{digits}d}"]
-
-    answer = [token for term in range(terms) for token in spell(start + (term + 1) * step)]
-    return [*spell(start), FIRST + 10, *spell(step)], answer
+def cubic(draw: random.Random, length: int = 48, levels: int = 24) -> Row:
+    """The values of a cubic polynomial on [-1, 1] in ``levels`` steps, from its four coefficients."""
+    places = [2 * t / (length - 1) - 1 for t in range(length)]
+    while True:
+        coefficients = [draw.randrange(-8, 8) for _ in range(4)]
+        sizes = [coefficient * scale / 20 for coefficient, scale in zip(coefficients, (1, 1, 1.5, 2), strict=True)]
+        values = [sum(size * x**power for power, size in enumerate(sizes)) for x in places]
+        if max(map(abs, values)) < 1:
+            break
+    answer = [FIRST + round((value + 1) / 2 * (levels - 1)) for value in values]
+    return [FIRST + levels + 8 + coefficient for coefficient in coefficients], answer
 
 
 def working(draw: random.Random, steps: int = 12) -> Row:
@@ -86,27 +93,34 @@ def working(draw: random.Random, steps: int = 12) -> Row:
     return prompt, answer
 
 
-def extract(draw: random.Random, words: int = 40, chosen: int = 10) -> Row:
-    """The words of a text that come right behind a mark, in reverse: a summary that is all quotation."""
-    text = [FIRST + 1 + draw.randrange(40) for _ in range(words)]
-    places = sorted(draw.sample(range(words), chosen))
-    prompt = [token for place, word in enumerate(text) for token in ([FIRST] if place in places else []) + [word]]
-    return prompt, [text[place] for place in reversed(places)]
+COMMON_WORDS = 200
 
 
-def merged(draw: random.Random, length: int = 24) -> Row:
-    """The words of a text in alphabetical order, each as often as it occurs."""
-    text = [FIRST + draw.randrange(40) for _ in range(length)]
-    return text, sorted(text)
+@functools.cache
+def _texts(shortest: int) -> list[list[int]]:
+    """Questions of GSM8K as ids of their common words, in alphabetical order; other words are left out."""
+    texts = [re.findall("[a-z]+", row["prompt"].lower()) for row in gsm8k("train", 0, 7473)]
+    counts = Counter(word for text in texts for word in text)
+    common = sorted(word for word, _ in counts.most_common(COMMON_WORDS))
+    ids = {word: FIRST + place for place, word in enumerate(common)}
+    known = [[ids[word] for word in text if word in ids] for text in texts]
+    return [text for text in known if len(text) >= shortest]
+
+
+def words(draw: random.Random, length: int = 24) -> Row:
+    """The words of a passage of GSM8K in alphabetical order, each as often as it occurs."""
+    text = draw.choice(_texts(length))
+    start = draw.randrange(len(text) - length + 1)
+    passage = text[start : start + length]
+    return passage, sorted(passage)
 
 
 TASKS = {
     task.name: task
     for task in (
-        Task("wave", "a discretised sine wave from its parameters", wave),
-        Task("progression", "an arithmetic progression, digit by digit", progression),
+        Task("wave", "a discretised sine wave from its amplitude, period and phase", wave),
+        Task("cubic", "the values of a cubic polynomial from its coefficients", cubic),
         Task("working", "multi-step arithmetic with working", working),
-        Task("extract", "the marked words of a text, the last one first", extract),
-        Task("merged", "the words of a text in alphabetical order", merged),
+        Task("words", "the words of a passage of GSM8K in alphabetical order", words, FIRST + COMMON_WORDS),
     )
 }

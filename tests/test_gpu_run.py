@@ -40,6 +40,7 @@ LAUNCHED_BY = {  # op with a Triton kernel: tests of which one at least must be 
         "test_gpu.py::test_public_head_gives_the_tokens_of_the_cpu",
     ),
     "linear_sample_shard": ("test_triton_head.py::test_candidates_of_a_shard_are_those_of_the_reference",),
+    "linear_reference_log_prob": ("test_triton_head.py::test_log_probs_are_those_of_the_reference",),
     "kv_append": ("test_attention.py::test_append_writes_its_slots_and_nothing_else[triton",),
     "ragged_attention": ("test_attention.py::test_agrees_with_dense_attention[triton",),
 }

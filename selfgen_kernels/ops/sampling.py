@@ -198,8 +198,8 @@ def linear_sample_mix(
         logit_scale: factor on the logits, finite in fp32, before the softcap, as in Cohere's models (`logit_scale`)
             and, as its inverse, in Granite (`logits_scaling`).
         reference, self_prob, seed, sample_ids, positions, temperature, top_k, top_p, min_p, status: as in `sample_mix`.
-        min_reference_prob: as in `sample_mix`; a pass of the head of its own, which is torch code on every device, and
-            on a GPU waits for the mask.
+        min_reference_prob: as in `sample_mix`; a pass of the head of its own, in which the logits are in memory no more
+            than in the draw's: their maximum and sum of exponentials are, one each for at least 64 ids.
 
     Returns:
         tokens int64 [N], is_self bool [N].

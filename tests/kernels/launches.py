@@ -74,6 +74,7 @@ def launch_head(n, vocab_size, first_id):
     rows = rows_of(n)
     head.linear_sample_mix(hidden, weight, None, None, 1.0, torch.arange(n), *rows, None, None, None)
     head.linear_sample_shard(hidden, weight, torch.zeros(vocab_size), 8.0, 1.0, first_id, *rows)
+    head.linear_reference_log_prob(hidden, weight, None, None, 1.0, torch.arange(n), *rows[:4])
     selected = torch.arange(n).int(), torch.tensor([n]).int()  # as no kernel runs that could write them
     with mock.patch.object(head, "select_rows", return_value=selected):
         top_k = torch.full((n,), 3)

@@ -33,6 +33,8 @@ for name in ("float32", "bfloat16", "float16", "float64"):
     logits = (hidden @ weight.T).to(torch.float32 if name == "float64" else dtype)
     keyed = torch.full((21,), 2**32), 3, ids, ids
     tokens[f"log_prob {name}"] = torch.ops.selfgen.reference_log_prob(logits, ids, *keyed)
+    head = hidden, weight, None, 30.0, 1.0
+    close[f"head log_prob {name}"] = torch.ops.selfgen.linear_reference_log_prob(*head, ids, *keyed)
     close[f"shard {name}"] = linear_sample_shard(hidden, weight, 0.9, first_id=77, **keys)[0]
     query, key, value = normal(19, 6, 32), normal(50, 2, 32), normal(50, 2, 32)
     whole = [0, 19], [[3, 40]]

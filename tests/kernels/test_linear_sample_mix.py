@@ -122,6 +122,29 @@ def test_min_reference_prob_is_that_of_the_logits(head, softcap, workspace, monk
     assert 0 < kept.sum() < is_self.sum()
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16, torch.float64])
+@pytest.mark.parametrize(("n", "vocab_size"), [(0, 5), (1, 1), (1, 64), (3, 65), (40, 4000)])
+def test_log_probs_of_any_size_and_dtype(dtype, n, vocab_size):
+    """Of rows in any batch, and with any number of threads, the same bits."""
+    generator = torch.Generator().manual_seed(0)
+    hidden, weight = (torch.randn(size, 24, generator=generator).to(dtype) for size in (n, vocab_size))
+    ids, threads = torch.arange(n), torch.get_num_threads()
+    how = None, None, 0.5, ids % vocab_size, torch.full((n,), 2**32), 0, ids, ids
+    got = torch.ops.selfgen.linear_reference_log_prob(hidden, weight, *how)
+    want = reference_sampling.linear_reference_log_prob(hidden, weight, *how)
+    torch.testing.assert_close(got, want, rtol=1e-2 if dtype.itemsize == 2 else 1e-5, atol=1e-5)
+    for row in range(0, n, 13):
+        some = [value[row : row + 1] if isinstance(value, torch.Tensor) else value for value in how]
+        alone = torch.ops.selfgen.linear_reference_log_prob(hidden[row : row + 1], weight, *some)
+        assert torch.equal(alone, got[row : row + 1])
+    try:
+        for count in (1, 3):
+            torch.set_num_threads(count)
+            assert torch.equal(torch.ops.selfgen.linear_reference_log_prob(hidden, weight, *how), got)
+    finally:
+        torch.set_num_threads(threads)
+
+
 def test_a_row_without_probabilities_is_invalid_whatever_its_reference(head):
     head["hidden"][3] = torch.nan
     status = torch.zeros((), dtype=torch.int64)

@@ -127,6 +127,15 @@ def linear_sample_mix(draw):
         return head.linear_sample_mix(*a_head(draw, n), torch.arange(n), *how_of(draw, n, *names))
 
 
+def linear_reference_log_prob(draw):
+    n = draw(ROWS)
+    given = a_head(draw, n)
+    ids = st.integers(0, len(given[1])) | FAR
+    tokens = torch.tensor(draw(st.lists(ids, min_size=n, max_size=n)), dtype=torch.int64)
+    with small_steps(draw):
+        return head.linear_reference_log_prob(*given, tokens, *how_of(draw, n)[:4])
+
+
 def linear_sample_shard(draw):
     n, first_id = draw(ROWS), draw(st.sampled_from([0, 64, 128, 2**20]) | st.integers(0, 300))
     with small_steps(draw):
@@ -237,6 +246,7 @@ LAUNCHES = {
     filter_cutoff: [filters.filter_cutoff_kernel],
     linear_sample_mix: [*HEAD, head.pick_token_kernel, head.logits_kernel, sampling.best_group_kernel],
     linear_sample_shard: [*HEAD, head.pick_candidates_kernel],
+    linear_reference_log_prob: [head.select_rows_kernel, head.tile_mass_kernel, head.log_prob_kernel],
     ragged_attention: [attention.ragged_attention_kernel],
     ragged_attention_of_nonsense: [attention.ragged_attention_kernel],
     kv_append: [attention.kv_append_kernel],

@@ -52,6 +52,18 @@ def assert_same_tokens(head, rows):
     return got
 
 
+def assert_same_log_probs(head, rows, tokens=None):
+    """Those of tokens in the vocabulary, at its end, and outside of it."""
+    n, vocab_size = len(head[0]), len(head[1])
+    tokens = torch.arange(n) * 37 % (vocab_size + 1) if tokens is None else tokens
+    from selfgen_kernels.backends.triton import head as kernels
+
+    got = kernels.linear_reference_log_prob(*moved((*head, tokens, *rows[:4]), DEVICE)).cpu()
+    want = reference.linear_reference_log_prob(*head, tokens, *rows[:4])
+    torch.testing.assert_close(got, want, rtol=1e-5, atol=1e-5)
+    return got
+
+
 def assert_same_candidates(head, first_id, rows):
     (values, ids), (want_values, want_ids) = both("linear_sample_shard", *head, first_id, *rows[:5])
     named = ~want_values.isnan().any(2)  # a row that is all NaN names no token
@@ -67,6 +79,24 @@ def assert_same_candidates(head, first_id, rows):
 def test_tokens_are_those_of_the_reference(dtype, n, width, vocab_size, plain):
     settings = {"bias": False, "softcap": None, "logit_scale": 1.0} if plain else {}
     assert_same_tokens(a_head(n, width, vocab_size, dtype, **settings), rows_of(n))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16, torch.float64])
+@pytest.mark.parametrize(
+    ("n", "width", "vocab_size"), [(0, 4, 9), (3, 1, 1), (7, 16, 300), (66, 67, 77), (66, 80, 130)]
+)
+@pytest.mark.parametrize("plain", [True, False])
+def test_log_probs_are_those_of_the_reference(dtype, n, width, vocab_size, plain):
+    settings = {"bias": False, "softcap": None, "logit_scale": 1.0} if plain else {}
+    assert_same_log_probs(a_head(n, width, vocab_size, dtype, **settings), rows_of(n))
+
+
+@pytest.mark.parametrize("outside", [-1, 300, 2**32, -(2**63), 2**63 - 1])
+def test_a_reference_outside_of_the_vocabulary_has_no_probability(outside):
+    tokens = torch.tensor([outside, 299])
+    got = assert_same_log_probs(a_head(2, 5, 300), rows_of(2, 1.0), tokens)
+    assert got[0] == -INF
+    assert got[1].isfinite()
 
 
 @pytest.mark.parametrize(("first_id", "size"), SHARDS)
@@ -89,6 +119,7 @@ def test_tiles_do_not_matter(tile, monkeypatch):
     monkeypatch.setattr(head, "ROWS", 16)
     monkeypatch.setattr(head, "_PICK", {"PIECES": 2, "SLOTS": 16})
     assert_same_tokens(a_head(35, 20, 700), rows_of(35))
+    assert_same_log_probs(a_head(35, 20, 700), rows_of(35))
     assert_same_candidates(a_head(9, 3, 400), 70, rows_of(9))
 
 
@@ -98,7 +129,9 @@ def test_any_strides():
     wide[:, :10:2] = hidden
     rows = rows_of(7)
     stretched = tuple(value.repeat_interleave(2)[::2] if isinstance(value, torch.Tensor) else value for value in rows)
-    assert_same_tokens((wide[:, :10:2], weight.T.contiguous().T, bias.repeat_interleave(2)[::2], *rest), stretched)
+    strided = wide[:, :10:2], weight.T.contiguous().T, bias.repeat_interleave(2)[::2], *rest
+    assert_same_tokens(strided, stretched)
+    assert_same_log_probs(strided, stretched)
 
 
 @pytest.mark.parametrize("filters", [{}, {"top_k": 3, "top_p": 0.9, "min_p": 0.1}], ids=["plain", "filtered"])
@@ -111,6 +144,7 @@ def test_rows_that_keep_their_reference_do_no_harm(filters):
         assert least <= is_self.sum() <= most
         head[0][~is_self] = torch.nan
         assert not assert_same_tokens(head, rows)[2].any()
+        assert (assert_same_log_probs(head, rows)[~is_self] == 0).all()
         head[0][~is_self] = 1.0
 
 
@@ -123,6 +157,7 @@ def test_bad_logits(bad, where):
     rows = rows_of(9, 1.0)
     rows[4][1] = torch.nan
     invalid = assert_same_tokens((hidden, weight, bias, None, 1.0), rows)[2]
+    assert_same_log_probs((hidden, weight, bias, None, 1.0), rows)
     assert invalid.all() if bad != -INF or where == "all" else invalid.sum() == 1
     if where == "one":
         assert_same_candidates((hidden, weight, bias, None, 1.0), 70, rows)

@@ -60,7 +60,13 @@ if missing is not None:
         reference.attention: ("kv_append", "ragged_attention"),
         reference.passes: ("plan_pass", "commit_pass"),
         reference.philox: ("gumbel_noise", "self_mask"),
-        reference.sampling: ("sample_mix", "reference_log_prob", "linear_sample_mix", "linear_sample_shard"),
+        reference.sampling: (
+            "sample_mix",
+            "reference_log_prob",
+            "linear_sample_mix",
+            "linear_sample_shard",
+            "linear_reference_log_prob",
+        ),
     }.items():
         for _op in _ops:
             _register(_op, _module)

@@ -11,6 +11,7 @@
 #include "random.h"
 
 #include <algorithm>
+#include <cmath>
 #include <cstdint>
 #include <limits>
 
@@ -112,6 +113,17 @@ SELFGEN_MASS(float)
 SELFGEN_MASS(c10::BFloat16)
 SELFGEN_MASS(c10::Half)
 #undef SELFGEN_MASS
+
+// log softmax(row) of a token whose logit is z, -inf if the row lacks it, from the masses of the row's `count` parts; 0
+// for a row without probabilities.
+inline float log_prob(float z, const Mass* parts, int64_t count) {
+  float peak = -kInf;
+  for (int64_t i = 0; i < count; ++i) peak = std::max(peak, parts[i].peak);
+  if (!(-kInf < peak && peak < kInf)) return 0;
+  double sum = 0;
+  for (int64_t i = 0; i < count; ++i) sum += parts[i].sum * exp_(parts[i].peak - peak);
+  return float(double(z) - peak - std::log(sum));
+}
 
 // A row of logits, or of some part of the vocabulary.
 template <typename T>

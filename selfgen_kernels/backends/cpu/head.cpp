@@ -1,9 +1,9 @@
-// linear_sample_mix and linear_sample_shard on CPU; their contract is in ops/sampling.py.
+// linear_sample_mix, linear_sample_shard and linear_reference_log_prob on CPU; their contract is in ops/sampling.py.
 //
 // The vocabulary passes by in groups: the product of one group's head with all rows, which lie in vector lanes, then
 // the draw of each row takes the group in. Without a filter nothing else is kept of the logits. With one, the values
 // that reach a bound of the row's cutoff are (kept.h), or, where these do not fit, all logits of a few rows at a time.
-// From what is kept, rows are drawn as sample_mix does.
+// From what is kept, rows are drawn as sample_mix does. Of a probability, what is kept is the mass of each group.
 //
 // A logit depends on its own row of `hidden` and `weight` only: neither the batch nor the number of threads changes a
 // bit of it. Sums are fp32 (fp64 for fp64 heads) and round to the dtype of the head, as a linear layer's do.
@@ -335,6 +335,47 @@ std::vector<Draw> draw_rows(const HeadArguments& arguments, const Row* rows, int
   return draws;
 }
 
+// Maxima and sums of exponentials of a group's logits [size, lanes], NaN being +inf: those of the first `count` lanes.
+SELFGEN_INLINE void lane_masses_(
+    const float* logits, int64_t size, int64_t lanes, int64_t count, float* __restrict peak, float* __restrict sum) {
+  std::fill_n(peak, count, -kInf);
+  std::fill_n(sum, count, 0.f);
+  for (int64_t j = 0; j < size; ++j) {
+    for (int64_t i = 0; i < count; ++i) {
+      const float z = logits[j * lanes + i], x = z == z ? z : kInf;
+      peak[i] = x > peak[i] ? x : peak[i];
+    }
+  }
+  for (int64_t j = 0; j < size; ++j) {
+    for (int64_t i = 0; i < count; ++i) sum[i] += exp_(logits[j * lanes + i] - peak[i]);
+  }
+}
+SELFGEN_CLONES(
+    void, lane_masses,
+    (const float* logits, int64_t size, int64_t lanes, int64_t count, float* __restrict peak, float* __restrict sum),
+    (logits, size, lanes, count, peak, sum))
+
+// The log probability of each row's token, at temperature 1: `out` at the row's index. What is kept of the logits is the
+// mass of each group: groups are added up in their order, so that threads don't change a bit.
+template <typename T>
+void log_probs(const HeadArguments& arguments, const std::vector<Row>& rows, const int64_t* tokens, float* out) {
+  const int64_t vocab_size = arguments.weight.size(0), groups = groups_of(vocab_size), count = rows.size();
+  const HeadRows<T> head(arguments, rows.data(), count);
+  std::vector<float> found(count, -kInf), buffers(head.threads() * 2 * count);
+  std::vector<Mass> masses(count * groups);
+  head.for_each_group([&](int64_t thread, int64_t group, int64_t first, int64_t size, const float* logits) {
+    float *const peak = buffers.data() + thread * 2 * count, *const sum = peak + count;
+    lane_masses(logits, size, head.lanes(), count, peak, sum);
+    for (int64_t i = 0; i < count; ++i) {
+      masses[i * groups + group] = {peak[i], peak[i] > -kInf ? sum[i] : 0};
+      const int64_t token = tokens[rows[i].index];
+      if (first <= token && token < first + size) found[i] = logits[(token - first) * head.lanes() + i];
+    }
+    return true;
+  });
+  for (int64_t i = 0; i < count; ++i) out[rows[i].index] = log_prob(found[i], masses.data() + i * groups, groups);
+}
+
 // What became of some rows, which are put into this order.
 struct Outcome {
   int64_t drawn, gave_up;  // the others are open: see kOpen
@@ -473,6 +514,25 @@ Mixed linear_sample_mix(
   return mix(reference, rows, drawn);
 }
 
+at::Tensor linear_reference_log_prob(
+    const at::Tensor& hidden, const at::Tensor& weight, const OptionalTensor& bias, std::optional<double> softcap,
+    double logit_scale, const at::Tensor& reference, const at::Tensor& threshold, int64_t seed,
+    const at::Tensor& sample_ids, const at::Tensor& positions) {
+  const HeadArguments arguments{hidden, weight, bias, softcap, logit_scale, 0};
+  check_head(arguments);
+  const int64_t count = hidden.size(0);
+  check(reference, "reference", at::kLong, {count});
+  const at::Tensor temperature = at::ones({count}, at::kFloat), tokens = reference.contiguous();
+  const Rows rows(count, threshold, seed, sample_ids, positions, temperature, {}, {}, {});
+  at::Tensor result = at::zeros({count}, at::kFloat);
+  with_dtype(hidden, [&](auto type) {
+    if (rows.selected.empty()) return;
+    log_probs<decltype(type)>(
+        arguments, rows.selected, tokens.const_data_ptr<int64_t>(), result.data_ptr<float>());
+  });
+  return result;
+}
+
 std::tuple<at::Tensor, at::Tensor> linear_sample_shard(
     const at::Tensor& hidden, const at::Tensor& weight, const OptionalTensor& bias, std::optional<double> softcap,
     double logit_scale, int64_t first_id, const at::Tensor& threshold, int64_t seed, const at::Tensor& sample_ids,
@@ -505,4 +565,5 @@ std::tuple<at::Tensor, at::Tensor> linear_sample_shard(
 TORCH_LIBRARY_IMPL(selfgen, CPU, m) {
   m.impl("linear_sample_mix", linear_sample_mix);
   m.impl("linear_sample_shard", linear_sample_shard);
+  m.impl("linear_reference_log_prob", linear_reference_log_prob);
 }

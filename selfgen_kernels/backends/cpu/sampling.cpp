@@ -8,7 +8,6 @@
 #include "sampling.h"
 
 #include <algorithm>
-#include <cmath>
 #include <type_traits>
 #include <vector>
 
@@ -26,18 +25,6 @@ void with_rows(const at::Tensor& logits, F f) {
     case at::kHalf: return f(dense.const_data_ptr<at::Half>(), dense.stride(0));
     default: TORCH_CHECK_TYPE(false, "logits must be float32, bfloat16 or float16, got ", dense.scalar_type());
   }
-}
-
-// log softmax(row)[token] from the masses of its `count` parts; 0 for a bad row, -inf for a token that it lacks.
-template <typename T>
-float log_prob(const T* row, int64_t vocab_size, int64_t token, const Mass* parts, int64_t count) {
-  float peak = -kInf;
-  for (int64_t i = 0; i < count; ++i) peak = std::max(peak, parts[i].peak);
-  if (!(-kInf < peak && peak < kInf)) return 0;
-  if (token < 0 || token >= vocab_size) return -kInf;
-  double sum = 0;
-  for (int64_t i = 0; i < count; ++i) sum += parts[i].sum * exp_(parts[i].peak - peak);
-  return float(double(float(row[token])) - peak - std::log(sum));
 }
 
 Mixed sample_mix(
@@ -84,7 +71,9 @@ at::Tensor reference_log_prob(
     });
     for (size_t i = 0; i < selected.size(); ++i) {
       const int64_t at = selected[i].index;
-      out[at] = log_prob(data + at * stride, vocab_size, token[at], masses.data() + i * spans, spans);
+      const bool known = 0 <= token[at] && token[at] < vocab_size;
+      const float z = known ? float(data[at * stride + token[at]]) : -kInf;
+      out[at] = log_prob(z, masses.data() + i * spans, spans);
     }
   });
   return result;

@@ -18,6 +18,7 @@ _MODULE_OF_OP = {
     "commit_pass": "passes",
     "linear_sample_mix": "head",
     "linear_sample_shard": "head",
+    "linear_reference_log_prob": "head",
     "kv_append": "attention",
     "ragged_attention": "attention",
 }

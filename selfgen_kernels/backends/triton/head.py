@@ -5,6 +5,9 @@
    logsumexp, G1, and its best token with z + G2. The token comes from the accumulators that the group was scored by.
 3. A small kernel reduces the tiles' candidates: to tokens, or to the three candidates of a shard.
 
+A reference's probability is found in the same way: `tile_mass_kernel` keeps the maximum and the sum of exponentials of
+each tile, and the reference's logit.
+
 A filter looks at whole rows: `logits_kernel` multiplies the selected rows a block at a time, and `sampling` draws. The
 host knows no number of rows; all is launched for N of them, and what lies behind the selected ones returns at once.
 
@@ -19,7 +22,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from selfgen_kernels.backends.reference.sampling import Candidates, Mixed, Sampling
+from selfgen_kernels.backends.reference.sampling import Candidates, Mixed, Sampling, unscaled
 from selfgen_kernels.backends.triton import sampling as logits_sampling
 from selfgen_kernels.backends.triton.configuration import Configuration, current_target
 from selfgen_kernels.backends.triton.dot import factor_of_dot, rounded
@@ -142,6 +145,78 @@ def score_tile_kernel(
     tl.store(value + capacity, best_noise, mask=is_row)
     tl.store(value + 2 * capacity, inner, mask=is_row)
     tl.store(ids + piece * capacity + slot, token, mask=is_row)
+
+
+@triton.jit(do_not_specialize=["capacity"])
+def tile_mass_kernel(
+    hidden, hidden_stride, weight, weight_stride, bias, hidden_size, logit_scale, softcap, vocab_size, tiles,
+    rows, count, capacity, reference, values, found,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
+):  # fmt: skip
+    """Program (tile, rows) writes a tile's maximum and sum of exponentials into values [tiles, 2, capacity].
+
+    It writes the logits of those references that are in its tile into found [capacity].
+    """
+    selected = tl.load(count)
+    row_tiles = tl.maximum(tl.cdiv(selected, BLOCK_M), 1)
+    tile = tl.program_id(0) // row_tiles
+    slot = tl.program_id(0) % row_tiles * BLOCK_M + tl.arange(0, BLOCK_M)  # [BLOCK_M], neighbours share weights
+    if (tile >= tiles) | (selected == 0):
+        return
+    is_row = slot < selected
+    row = tl.load(rows + slot, mask=is_row, other=0).to(tl.int64)  # [BLOCK_M]
+    start = tile.to(tl.int64) * BLOCK_N
+    in_tile = tl.arange(0, BLOCK_N)
+    size = tl.minimum(BLOCK_N, vocab_size - start).to(tl.int32)
+    z = multiply_tile(
+        hidden, hidden_stride, weight, weight_stride, bias, hidden_size, logit_scale, softcap, row, is_row,
+        start + in_tile, in_tile < size, BLOCK_K,
+    )  # fmt: skip
+    z = tl.where(z == z, z, float("inf"))
+    z = tl.where((in_tile < size)[None, :], z, float("-inf"))
+    peak = tl.max(z, 1)  # [BLOCK_M]
+    shift = tl.where(tl.abs(peak) == float("inf"), 0.0, peak)
+    place = values + tile.to(tl.int64) * 2 * capacity + slot
+    tl.store(place, peak, mask=is_row)
+    tl.store(place + capacity, tl.sum(tl.exp(z - shift[:, None]), 1), mask=is_row)
+    wanted = tl.load(reference + row, mask=is_row, other=-1) - start  # [BLOCK_M]
+    is_here = is_row & (wanted >= 0) & (wanted < size)
+    wanted = tl.where(is_here, wanted, -1).to(tl.int32)
+    logit = tl.max(tl.where(in_tile[None, :] == wanted[:, None], z, float("-inf")), 1)
+    tl.store(found + slot, logit, mask=is_here)
+
+
+@triton.jit(do_not_specialize=["capacity"])
+def log_prob_kernel(
+    values, found, capacity, tiles, rows, count, log_probs,
+    PIECES: tl.constexpr, SLOTS: tl.constexpr,
+):  # fmt: skip
+    """The log probabilities of the references of SLOTS of the model's own rows, from the masses of all tiles."""
+    selected = tl.load(count)
+    slot = tl.program_id(0) * SLOTS + tl.arange(0, SLOTS)
+    is_row = slot < selected
+    row = tl.load(rows + slot, mask=is_row, other=0).to(tl.int64)
+    lane = tl.arange(0, PIECES)[:, None]
+    peak = tl.full([PIECES, SLOTS], float("-inf"), tl.float32)  # of each lane, as is the next
+    mass = tl.zeros([PIECES, SLOTS], tl.float32)
+    tiles = tl.where(tl.program_id(0) * SLOTS < selected, tiles, 0)  # no row, no work
+    for start in range(0, tiles, PIECES):
+        tile = start + lane
+        exists = (tile < tiles) & is_row[None, :]
+        place = values + tile.to(tl.int64) * 2 * capacity + slot[None, :]
+        new_peak = tl.load(place, mask=exists, other=float("-inf"))
+        new_mass = tl.load(place + capacity, mask=exists, other=0.0)
+        largest = tl.maximum(peak, new_peak)
+        shift = tl.where(tl.abs(largest) == float("inf"), 0.0, largest)
+        mass = mass * tl.exp(peak - shift) + new_mass * tl.exp(new_peak - shift)
+        peak = largest
+    largest = tl.max(peak, 0)  # [SLOTS]
+    has_any = tl.abs(largest) != float("inf")  # else NaN or +inf, or nothing but -inf
+    shift = tl.where(has_any, largest, 0.0)
+    mass = tl.sum(mass * tl.exp(peak - shift[None, :]), 0)
+    logit = tl.load(found + slot, mask=is_row, other=0.0)
+    log_prob = logit - shift - tl.log(tl.where(has_any & is_row, mass, 1.0))
+    tl.store(log_probs + row, tl.where(has_any, log_prob, 0.0), mask=is_row)
 
 
 @triton.jit(do_not_specialize=["first_slot", "slots"])
@@ -399,11 +474,40 @@ def linear_sample_shard(
     return values, ids
 
 
+def linear_reference_log_prob(
+    hidden: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    softcap: float | None,
+    logit_scale: float,
+    reference: Tensor,
+    *keys,
+) -> Tensor:
+    """log softmax(logits)[reference] fp32 [N] of the rows that the mask selects, 0 of others."""
+    size = len(hidden)
+    log_probs = hidden.new_zeros(size, dtype=torch.float32)
+    if size == 0:
+        return log_probs
+    rows, count = select_rows(unscaled(*keys), None, None, None, None)
+    hidden, weight, bias = factors(hidden, weight, bias)
+    constants, options = tile_of(hidden, weight, size)
+    tiles = triton.cdiv(len(weight), constants["BLOCK_N"])
+    values = hidden.new_empty(tiles, 2, size, dtype=torch.float32)
+    found = torch.full_like(log_probs, -torch.inf)
+    tile_mass_kernel[(tiles * triton.cdiv(size, constants["BLOCK_M"]),)](
+        hidden, hidden.stride(0), weight, weight.stride(0), bias, hidden.shape[1], logit_scale, softcap, len(weight),
+        tiles, rows, count, size, reference.contiguous(), values, found, **constants, **options,
+    )  # fmt: skip
+    log_prob_kernel[(triton.cdiv(size, SLOTS),)](values, found, size, tiles, rows, count, log_probs, **_PICK, **OPTIONS)
+    return log_probs
+
+
 def configurations(target: str) -> list[Configuration]:
     """What ships for `target`."""
     keys = {"seed": "i64", "sample_ids": "*i64", "positions": "*i64"}
     rows = {"rows": "*i32", "count": "*i32"}
     reduced = {"values": "*fp32", "ids": "*i64", "capacity": "i32", "tiles": "i32"}
+    log_probs = {"values": "*fp32", "found": "*fp32", "capacity": "i32", "tiles": "i32", "log_probs": "*fp32"}
     mask = {"thresholds": "*i64", **keys, "size": "i32", **rows}
     outputs = {"reference": "*i64", "tokens": "*i64", "is_selfs": "*i1", "invalids": "*i1"}
     candidates = {"out_values": "*fp32", "out_ids": "*i64"}
@@ -412,6 +516,7 @@ def configurations(target: str) -> list[Configuration]:
         Configuration("select_rows", select_rows_kernel, mask | outputs, {"ROWS": ROWS}, OPTIONS),
         Configuration("select_rows[shard]", select_rows_kernel, mask, dict.fromkeys(outputs) | {"ROWS": ROWS}, OPTIONS),
         Configuration("pick_tokens", pick_token_kernel, reduced | rows | results, _PICK, OPTIONS),
+        Configuration("head_log_prob", log_prob_kernel, log_probs | rows, _PICK, OPTIONS),
         Configuration("pick_candidates", pick_candidates_kernel, reduced | rows | candidates, _PICK, OPTIONS),
     ]
     numbers = ("first_id", "end_id", "whole_begin", "whole_end", "tiles", "pieces", "capacity")
@@ -425,6 +530,9 @@ def configurations(target: str) -> list[Configuration]:
             **dict.fromkeys(numbers, "i32"),
         }  # fmt: skip
         block = dict.fromkeys(("vocab_size", "first_slot", "slots"), "i32")
+        masses = dict.fromkeys(("vocab_size", "tiles", "capacity"), "i32") | {
+            "reference": "*i64", "values": "*fp32", "found": "*fp32",
+        }  # fmt: skip
         optional = {"bias": f"*{dtype}", "softcap": "fp32"}
         few = [("few rows", FEW_ROWS, True)] if dtype != "fp32" else []
         for label, rows_at_most, aligned in (*few, ("many rows", FEW_ROWS + 1, True), ("odd sizes", 1, False)):
@@ -433,6 +541,7 @@ def configurations(target: str) -> list[Configuration]:
                 divisible = ("hidden_stride", "weight_stride", "hidden_size") if aligned else ()
                 for name, kernel, others, sizes in (
                     ("score_tile", score_tile_kernel, tiles, ()),
+                    ("tile_mass", tile_mass_kernel, masses, ("vocab_size",)),
                     ("head_logits", logits_kernel, block | {"out": "*fp32" if extra else f"*{dtype}"}, ("vocab_size",)),
                 ):
                     ships.append(

@@ -69,7 +69,8 @@ class RACTrainer(BSSTrainer):
 
     Before each optimizer step the own answers of the whole accumulated batch are made at once, with the current
     weights. They depend on the seed, the step and the row's sample id, so a resumed run has the same ones. Prompt, own
-    answer, cue and reference together have at most ``max_length`` tokens: an own answer is cut to what is left.
+    answer, cue and reference together have at most ``max_length`` tokens: an own answer is cut to what is left, and the
+    logs have the share of those as ``own_answers_cut``.
 
     Args:
         model, args, train_dataset, eval_dataset, processing_class, **kwargs: as in ``BSSTrainer``; ``args`` is an
@@ -83,6 +84,7 @@ class RACTrainer(BSSTrainer):
         if data_collator is not None:
             raise ValueError("RACTrainer makes its batches anew with selfgen's collator; leave data_collator out")
         self._own_answers: dict[int, list[int]] = {}
+        self._shown = self._cut = 0  # own answers since the last log
         self._known_cue: CorrectionCue | None = None
         self._weighs_rows = args.direct_weight > 0
         super().__init__(model, args, train_dataset=train_dataset, **kwargs)
@@ -141,7 +143,15 @@ class RACTrainer(BSSTrainer):
     def _correction_prompt(self, row: dict, own: list[int]) -> list[int]:
         """Prompt, own answer and cue; of the answer what there is room for."""
         room = self.args.max_length - len(row["prompt_ids"]) - len(self._cue.ids) - len(row["answer_ids"])
+        self._shown += 1
+        self._cut += len(own) > room
         return self._cue.prompt(row["prompt_ids"], own[: max(0, room)])
+
+    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
+        if "loss" in logs and self._shown:
+            logs["own_answers_cut"] = self._cut / self._shown
+            self._shown = self._cut = 0
+        super().log(logs, start_time)
 
     def _own(self, rows: list[dict]) -> dict[int, list[int]]:
         """Own answers by sample id."""

@@ -484,7 +484,10 @@ def test_contexts_then_training(arguments, writing, caplog, capsys):
     }
     del arguments["dataset"]
     options = {**arguments, "method": "bash", "contexts": writing["output_dir"], "per_device_train_batch_size": 16}
-    assert run(["train", *flags({**options, "max_steps": 1})], capsys)[0] == 0
+    idle = {"span_length": 3.0, "sampling_temperature": 0.5}
+    caplog.clear()
+    assert run(["train", *flags({**options, "max_steps": 1, **idle})], capsys)[0] == 0
+    assert "trained on as they are: span_length, sampling_temperature would make contexts" in caplog.text
     (log,) = history(arguments["output_dir"])
     assert log["self_share"] == pytest.approx(record["statistics"]["self_share"])
     assert AutoModelForCausalLM.from_pretrained(arguments["output_dir"])

@@ -187,6 +187,14 @@ def test_rows_keep_to_max_length(tmp_path):
     assert max(lengths) <= longest
 
 
+@pytest.mark.parametrize(("room", "share"), [(9, 1.0), (50, 0.0)])
+def test_own_answers_that_were_cut_are_logged(tmp_path, room, share):
+    longest = len(CorrectionCue.of(make_tokenizer(TEMPLATE), "h g").ids) + room
+    trainer = make_trainer(tmp_path, max_length=longest, max_new_tokens=30, max_steps=2)
+    trainer.train()
+    assert [log["own_answers_cut"] for log in trainer.state.log_history if "loss" in log] == [share, share]
+
+
 def test_a_resumed_run_is_the_unbroken_one(tmp_path):
     def run(folder, **changes):
         trainer = make_trainer(folder, learning_rate=1e-2, save_strategy="steps", save_steps=2, max_steps=4, **changes)

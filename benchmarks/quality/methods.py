@@ -1,6 +1,6 @@
 """The methods that are held against each other, over equal optimizer steps and, but where said, equal tokens seen.
 
-``self_prob`` is 0.25 throughout, which is the library's default, as is its constant schedule: neither was tuned to a task.
+``self_prob`` is 0.25 and constant, the library's defaults, on every task; the ablations change it.
 """
 
 from __future__ import annotations
@@ -101,7 +101,7 @@ class OfflineTrainer(BSSTrainer):
     """Contexts of each quarter of the training are made by the model that it began with (BASH in rounds).
 
     As ``train_rounds`` does, but for one optimizer and one learning-rate schedule over all rounds, so that nothing but
-    the age of the contexts tells it from the others. The first quarter is under references: there is no model before it.
+    the age of the contexts tells it from the others. The first quarter is under references: no model is before it.
     """
 
     _round = 0

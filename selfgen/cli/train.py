@@ -14,7 +14,7 @@ import yaml
 from datasets import Dataset
 from transformers import PreTrainedModel, TrainingArguments
 
-from ..config import BSSConfig
+from ..config import BSSConfig, MaskOptions
 from ..context import UnsupportedModelError
 from ..data import load_rows
 from ..offline import BASHTrainer, OfflineError
@@ -23,8 +23,17 @@ from ..rounds import train_rounds
 from ..trainer import BSSTrainer, last_checkpoint
 from .options import ModelArguments, Parser, fail, make_parser, parse, source_of
 
+logger = logging.getLogger(__name__)
+
 PROG = "selfgen train"
 TRAINERS: dict[str, type[BSSTrainer]] = {"bss": BSSTrainer, "bash": BASHTrainer, "rac": RACTrainer}
+MAKE_CONTEXTS = {f.name for f in fields(MaskOptions)} | {
+    "self_prob",
+    "self_prob_schedule",
+    "self_prob_start",
+    "self_prob_warmup",
+    "sampling_temperature",
+}
 
 # The Trainer's options that `selfgen train --help` shows.
 COMMON = (
@@ -136,6 +145,8 @@ def _prepare(
     model_arguments: ModelArguments, data: TrainingData, method: MethodArguments, config: BSSConfig
 ) -> Callable[[], None]:
     """Everything that can be wrong before the first step; returns the training."""
+    if method.contexts:
+        _warn_of_what_has_no_effect(config, method.contexts)
     train_rows, eval_rows = data.load()
     model, tokenizer = model_arguments.load()
     trainer = TRAINERS[method.method](
@@ -153,6 +164,17 @@ def _prepare(
         trainer.save_state()
 
     return train
+
+
+def _warn_of_what_has_no_effect(config: BSSConfig, contexts: str) -> None:
+    """Options that make contexts, where these have been made."""
+    idle = [f.name for f in fields(config) if f.name in MAKE_CONTEXTS and getattr(config, f.name) != f.default]
+    if idle:
+        logger.warning(
+            "The contexts in %s are trained on as they are: %s would make contexts, and have no effect here",
+            contexts,
+            ", ".join(idle),
+        )
 
 
 def _prepare_rounds(

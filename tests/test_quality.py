@@ -4,14 +4,13 @@ from __future__ import annotations
 
 import json
 import random
-from itertools import pairwise
 
 import pytest
 from scipy.stats import t as student
 from scipy.stats import ttest_rel
 
 from benchmarks.quality import run as quality
-from benchmarks.quality.methods import ABLATIONS, METHODS, Setting, measure
+from benchmarks.quality.methods import ABLATIONS, METHODS, Setting, _share_of_rows, measure
 from benchmarks.quality.report import main as report
 from benchmarks.quality.report import summary
 from benchmarks.quality.tasks import EOS, FIRST, SEP, TASKS
@@ -37,27 +36,39 @@ def test_answers_by_hand():
         return int("".join(str(token - FIRST) for token in tokens))
 
     for seed in range(20):
-        prompt, answer = TASKS["progression"].row(random.Random(seed))
-        start, step = number(prompt[:3]), number(prompt[4:])
-        assert [number(answer[i : i + 3]) for i in range(0, 48, 3)] == [(start + k * step) % 1000 for k in range(1, 17)]
         prompt, answer = TASKS["working"].row(random.Random(seed))
         value = number(prompt[:2])
         for place, (operation, operand) in enumerate(zip(prompt[2::2], prompt[3::2], strict=True)):
             value = eval(f"({value} {'+-*'[operation - FIRST - 10]} {operand - FIRST}) % 100")
             assert number(answer[2 * place : 2 * place + 2]) == value
-        prompt, answer = TASKS["merged"].row(random.Random(seed))
+        prompt, answer = TASKS["words"].row(random.Random(seed))
         assert answer == sorted(prompt)
-        prompt, answer = TASKS["extract"].row(random.Random(seed))
-        assert answer[::-1] == [word for mark, word in pairwise(prompt) if mark == FIRST]
+        assert len(answer) == 24
+        prompt, answer = TASKS["cubic"].row(random.Random(seed))
+        a, b, c, d = (token - FIRST - 24 - 8 for token in prompt)
+        assert all(-8 <= coefficient < 8 for coefficient in (a, b, c, d))
+        for end, sign in ((answer[0], -1), (answer[-1], 1)):  # at -1 and at 1
+            value = (a + sign * b + 1.5 * c + sign * 2 * d) / 20
+            assert end - FIRST == round((value + 1) / 2 * 23)
+
+
+@pytest.mark.parametrize("task", TASKS)
+def test_corrections_see_as_many_tokens(task):
+    """But for the rounding to whole rows, and for own answers that end early or late."""
+    rows = TASKS[task].rows(300, seed=0)
+    direct, correction = (sum(map(len, rows[name])) for name in ("prompt_ids", "answer_ids"))
+    seen = 2 * (direct + correction) + correction + 2 * len(rows)
+    assert _share_of_rows(rows) == pytest.approx((direct + correction) / seen)
 
 
 @pytest.mark.parametrize("method", [*METHODS.values(), *ABLATIONS.values()], ids=lambda method: method.name)
 def test_every_method_trains(method):
     """The same seed gives the same model; shares are shares."""
     setting = Setting(steps=4, rows=2, width=16, layers=1)
-    found = measure(TASKS["merged"], method, 0, setting)
-    assert all(0 <= value <= 1 for value in found.values())
-    assert found == measure(TASKS["merged"], method, 0, setting)
+    found = measure(TASKS["working"], method, 0, setting)
+    assert all(0 <= value <= 1 for name, value in found.items() if name != "tokens_seen")
+    assert found["tokens_seen"] > 0
+    assert found == measure(TASKS["working"], method, 0, setting)
     assert ("first_token" in found) == (method.kind == "correction")
 
 
@@ -67,7 +78,7 @@ def test_a_killed_comparison_goes_on(tmp_path, monkeypatch):
 
     def fake(task, method, seed, setting):
         ran.append((task.name, method.name, seed))
-        return {"reference_token": 0.9, "token": 0.5 + seed / 100, "exact": 0.1}
+        return {"reference_token": 0.9, "token": 0.5 + seed / 100, "exact": 0.1, "rouge_l": 0.7}
 
     monkeypatch.setattr(quality, "measure", fake)
     file = tmp_path / "runs.jsonl"
@@ -86,7 +97,7 @@ def test_a_killed_comparison_goes_on(tmp_path, monkeypatch):
 def test_statistics():
     """Means, t-intervals and the paired test are scipy's."""
     sft, bss = [0.4, 0.5, 0.45, 0.52], [0.47, 0.55, 0.55, 0.54]
-    others = {"exact": 0.0, "reference_token": 0.9}
+    others = {"exact": 0.0, "reference_token": 0.9, "rouge_l": 0.8}
     lines = [
         {"task": "wave", "seed": seed, "setting": {}, "method": {"name": name}, "found": {"token": value} | others}
         for name, values in (("SFT", sft), ("BSS", bss))
@@ -94,7 +105,7 @@ def test_statistics():
     ]
     first, second = summary(json.loads(json.dumps(lines)))
     assert (first["method"], second["method"]) == ("SFT", "BSS")
-    assert second["over_sft"] == pytest.approx(100 * (sum(bss) - sum(sft)) / 4)
-    assert second["p_value"] == pytest.approx(ttest_rel(bss, sft).pvalue)
+    assert second["token_over_sft"] == pytest.approx(100 * (sum(bss) - sum(sft)) / 4)
+    assert second["token_p_value"] == pytest.approx(ttest_rel(bss, sft).pvalue)
     low, high = student.interval(0.95, 3, loc=0, scale=(sum((x - sum(sft) / 4) ** 2 for x in sft) / 3 / 4) ** 0.5)
     assert first["token_interval"] == pytest.approx(100 * (high - low) / 2)

@@ -4,7 +4,7 @@
 
 The gap that there is to close comes first: the share of tokens that SFT has right under reference contexts and running
 freely. Intervals are Student's t over seeds; the p-value is that of a paired, two-sided t-test on the seeds that both
-methods have, as a seed has the same initial weights and rows for every method.
+methods have, as a seed has the same initial weights and rows for every method. No correction is made for many tests.
 """
 
 from __future__ import annotations
@@ -16,9 +16,12 @@ from collections import defaultdict
 from pathlib import Path
 from typing import Any
 
+from .methods import ABLATIONS, METHODS
 from .run import RESULTS, read
+from .tasks import TASKS
 
 Found = dict[int, dict[str, float]]  # seed -> measures
+COMPARED = ("token", "exact", "rouge_l")  # with SFT, of answers of models that run freely
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -28,7 +31,7 @@ def main(arguments: list[str] | None = None) -> int:
     rows = summary(read(options.runs))
     if not rows:
         parser.error(f"{options.runs} has no finished run; make quality")
-    text = table(rows)
+    text = page(rows)
     options.runs.with_suffix(".md").write_text(text + "\n")
     options.runs.with_suffix(".json").write_text(json.dumps(rows, indent=1) + "\n")
     plot(rows, options.runs.with_suffix(".png"))
@@ -37,23 +40,26 @@ def main(arguments: list[str] | None = None) -> int:
 
 
 def summary(lines: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """A row for each task, setting and method; shares of tokens and answers in per cent."""
+    """A row for each task, setting and method; shares of tokens and answers in per cent, SFT's row first."""
     runs: dict[tuple[str, str, str], Found] = defaultdict(dict)
     for line in lines:
-        runs[line["task"], json.dumps(line["setting"], sort_keys=True), line["method"]["name"]][line["seed"]] = line[
-            "found"
-        ]
+        setting = json.dumps(line["setting"], sort_keys=True)
+        runs[line["task"], setting, line["method"]["name"]][line["seed"]] = line["found"]
+    places = {name: place for place, name in enumerate((*METHODS, *ABLATIONS))}
     rows = []
-    for (task, setting, method), found in sorted(runs.items(), key=lambda item: (item[0][:2], item[0][2] != "SFT")):
+    for (task, setting, method), found in sorted(runs.items(), key=lambda item: (item[0][:2], places[item[0][2]])):
         sft = runs.get((task, setting, "SFT"), {})
         row: dict[str, Any] = {"task": task, "method": method, "setting": json.loads(setting), "seeds": len(found)}
-        for measure in ("reference_token", "token", "exact", "first_token"):
+        for measure in ("reference_token", "token", "exact", "rouge_l", "first_token"):
             values = [100 * one[measure] for one in found.values() if measure in one]
             row[measure], row[f"{measure}_interval"] = mean(values), half_interval(values)
-        common = sorted(found.keys() & sft.keys())
-        differences = [100 * (found[seed]["token"] - sft[seed]["token"]) for seed in common]
-        row |= {"over_sft": mean(differences), "over_sft_interval": half_interval(differences)}
-        row["p_value"] = None if method == "SFT" else p_value(differences)
+        row["tokens_seen"] = mean([one["tokens_seen"] for one in found.values() if "tokens_seen" in one])
+        common = sorted(found.keys() & sft.keys()) if method != "SFT" else []
+        for measure in COMPARED:
+            differences = [100 * (found[seed][measure] - sft[seed][measure]) for seed in common]
+            row[f"{measure}_over_sft"] = mean(differences)
+            row[f"{measure}_over_sft_interval"] = half_interval(differences)
+            row[f"{measure}_p_value"] = p_value(differences)
         rows.append(row)
     return rows
 
@@ -82,30 +88,48 @@ def deviation(values: list[float]) -> float:
     return math.sqrt(sum((value - centre) ** 2 for value in values) / (len(values) - 1))
 
 
-def table(rows: list[dict[str, Any]]) -> str:
-    def share(row, name):
-        if row[name] is None:
-            return ""
-        interval = row[f"{name}_interval"]
-        return f"{row[name]:.1f}" + ("" if interval is None else f" ± {interval:.1f}")
-
-    head = [
-        "task",
-        "method",
-        "seeds",
-        "tokens under reference, %",
-        "tokens running freely, %",
-        "answers, %",
-        "over SFT",
-        "p",
-    ]
-    cells = [head, ["---"] * len(head)]
+def page(rows: list[dict[str, Any]]) -> str:
+    """The gap, the methods, the ablations."""
+    tasks = [name for name in TASKS if any(row["task"] == name for row in rows)]
+    gap = [["task", "", "tokens right under references, %", "running freely, %", "answers right, %"]]
     for row in rows:
-        p = row["p_value"]
-        over = "" if row["method"] == "SFT" else share(row, "over_sft")
-        numbers = [share(row, name) for name in ("reference_token", "token", "exact")]
-        cells.append([row["task"], row["method"], str(row["seeds"]), *numbers, over, "" if p is None else f"{p:.2g}"])
-    return "\n".join("| " + " | ".join(line) + " |" for line in cells)
+        if row["method"] == "SFT":
+            numbers = [share(row, name) for name in ("reference_token", "token", "exact")]
+            gap.append([row["task"], TASKS[row["task"]].about, *numbers])
+    parts = ["# Free-running answers of small models trained from scratch", "## The gap: SFT", table(gap)]
+    for title, names in (("Methods", METHODS), ("Ablations", ABLATIONS)):
+        for task in tasks:
+            some = [row for row in rows if row["task"] == task and (row["method"] in names or row["method"] == "SFT")]
+            if any(row["method"] != "SFT" for row in some):
+                parts += [f"## {title}: {task}", table([HEAD, *map(cells, some)])]
+    return "\n\n".join(parts)
+
+
+HEAD = [
+    "method", "seeds", "M tokens seen", "tokens under references, %", "tokens running freely, %", "over SFT", "p",
+    "answers, %", "over SFT", "p", "ROUGE-L", "over SFT", "p",
+]  # fmt: skip
+
+
+def cells(row: dict[str, Any]) -> list[str]:
+    seen = "" if row["tokens_seen"] is None else f"{row['tokens_seen'] / 1e6:.2f}"
+    result = [row["method"], str(row["seeds"]), seen, share(row, "reference_token")]
+    for measure in COMPARED:
+        p = row[f"{measure}_p_value"]
+        result += [share(row, measure), share(row, f"{measure}_over_sft", "+"), "" if p is None else f"{p:.1g}"]
+    return result
+
+
+def share(row: dict[str, Any], name: str, sign: str = "") -> str:
+    if row[name] is None:
+        return ""
+    interval = row[f"{name}_interval"]
+    return f"{row[name]:{sign}.1f}" + ("" if interval is None else f" ± {interval:.1f}")
+
+
+def table(lines: list[list[str]]) -> str:
+    head, *body = lines
+    return "\n".join("| " + " | ".join(line) + " |" for line in (head, ["---"] * len(head), *body))
 
 
 def plot(rows: list[dict[str, Any]], file: Path) -> None:
@@ -114,8 +138,8 @@ def plot(rows: list[dict[str, Any]], file: Path) -> None:
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
 
-    tasks = sorted({row["task"] for row in rows})
-    figure, axes = plt.subplots(1, len(tasks), figsize=(1 + 3.4 * len(tasks), 3.6), layout="constrained", squeeze=False)
+    tasks = [name for name in TASKS if any(row["task"] == name for row in rows)]
+    figure, axes = plt.subplots(1, len(tasks), figsize=(1 + 3.8 * len(tasks), 4.4), layout="constrained", squeeze=False)
     for axis, task in zip(axes[0], tasks, strict=True):
         part = [row for row in rows if row["task"] == task]
         places = range(len(part))
@@ -123,7 +147,7 @@ def plot(rows: list[dict[str, Any]], file: Path) -> None:
         axis.plot(
             places, [row["reference_token"] for row in part], "k_", markersize=16, label="under reference contexts"
         )
-        axis.set_xticks(places, [row["method"] for row in part], rotation=40, ha="right", fontsize=8)
+        axis.set_xticks(places, [row["method"] for row in part], rotation=50, ha="right", fontsize=8)
         axis.set(title=task, ylabel="tokens right running freely, %", ylim=(0, 100))
     axes[0][0].legend(fontsize=7)
     figure.savefig(file, dpi=120)

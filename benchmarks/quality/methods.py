@@ -14,20 +14,21 @@ from typing import Any
 import torch
 from datasets import Dataset
 from rouge_score.rouge_scorer import RougeScorer
-from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedModel
+from transformers import PreTrainedModel
 
 from selfgen import BSSConfig, BSSTrainer, ContextGenerator, MixedContext, RACConfig, RACTrainer
 from selfgen.context import ContextStats
+from selfgen.correction import CorrectionCue
 from selfgen.data import IGNORE_INDEX, Collator
 from selfgen.generation import generate, generate_corrected
 from selfgen.trainer import step_seed
 
 from ..peers import Rows, parallel_scheduled_sampling
-from .tasks import EOS, PAD, SEP, Task
+from .tasks import Problems, Task
 
+AnyTask = Task | Problems
 ROUNDS = 4  # of the offline variant
-LONGEST = 256
-TEST_ROWS = 400
+WARMUP = 50  # steps, at most a tenth of all
 
 
 @dataclass(frozen=True)
@@ -85,18 +86,6 @@ ABLATIONS = {
 }
 
 
-class Tokenizer:
-    """What trainers ask of a tokenizer where rows are token ids: a cue of two separators, whatever its text."""
-
-    pad_token_id, eos_token_id, chat_template = PAD, EOS, None
-
-    def __call__(self, text, **_):
-        return type("Encoding", (), {"input_ids": [SEP, SEP]})()
-
-    def save_pretrained(self, *_, **__):
-        return ()
-
-
 class OfflineTrainer(BSSTrainer):
     """Contexts of each quarter of the training are made by the model that it began with (BASH in rounds).
 
@@ -135,24 +124,10 @@ class ApproximateTrainer(BSSTrainer):
         )
 
 
-def train(task: Task, method: Method, seed: int, setting: Setting) -> tuple[PreTrainedModel, int]:
+def train(task: AnyTask, method: Method, seed: int, setting: Setting) -> tuple[PreTrainedModel, int]:
     """The trained model, and how many tokens it has seen, padding aside."""
     torch.manual_seed(seed)
-    heads = setting.width // 16
-    model = LlamaForCausalLM(
-        LlamaConfig(
-            vocab_size=task.vocab,
-            hidden_size=setting.width,
-            intermediate_size=3 * setting.width,
-            num_hidden_layers=setting.layers,
-            num_attention_heads=heads,
-            num_key_value_heads=heads,
-            max_position_embeddings=LONGEST,
-            pad_token_id=PAD,
-            bos_token_id=SEP,
-            eos_token_id=EOS,
-        )
-    )
+    model = task.model(setting.width, setting.layers)
     correction = method.kind == "correction"
     rows = task.rows(setting.steps * setting.rows, seed=1000 + seed, without=test_rows(task))
     options = dict(method.options)
@@ -160,7 +135,7 @@ def train(task: Task, method: Method, seed: int, setting: Setting) -> tuple[PreT
     if correction:
         options["max_new_tokens"] = max(map(len, rows["answer_ids"]))
         if not method.equal_rows:
-            step_rows = round(step_rows * _share_of_rows(rows))
+            step_rows = round(step_rows * _share_of_rows(task, rows))
     with tempfile.TemporaryDirectory() as folder:
         args = (RACConfig if correction else BSSConfig)(
             folder,
@@ -168,8 +143,8 @@ def train(task: Task, method: Method, seed: int, setting: Setting) -> tuple[PreT
             per_device_train_batch_size=step_rows,
             learning_rate=setting.learning_rate,
             lr_scheduler_type="cosine",
-            warmup_steps=50,
-            max_length=LONGEST,
+            warmup_steps=min(WARMUP, setting.steps // 10),
+            max_length=task.longest,
             token_budget=2048,
             seed=seed,
             save_strategy="no",
@@ -186,7 +161,7 @@ def train(task: Task, method: Method, seed: int, setting: Setting) -> tuple[PreT
             "approximate": ApproximateTrainer,
             "correction": RACTrainer,
         }
-        trainer = kinds[method.kind](model, args, train_dataset=rows, processing_class=Tokenizer())
+        trainer = kinds[method.kind](model, args, train_dataset=rows, processing_class=task.tokenizer)
         if isinstance(trainer, ApproximateTrainer):
             trainer.passes = method.passes
         if method.kind in ("offline", "approximate"):
@@ -195,14 +170,14 @@ def train(task: Task, method: Method, seed: int, setting: Setting) -> tuple[PreT
     return model.eval(), int(trainer.state.num_input_tokens_seen)
 
 
-def _share_of_rows(rows: Dataset) -> float:
+def _share_of_rows(task: AnyTask, rows: Dataset) -> float:
     """Rows of a correction that have as many tokens as one without: directly, and behind an own answer and the cue."""
     prompt, answer = (sum(map(len, rows[name])) / len(rows) for name in ("prompt_ids", "answer_ids"))
     direct = prompt + answer
-    return direct / (2 * direct + answer + len(Tokenizer()("").input_ids))
+    return direct / (2 * direct + answer + len(CorrectionCue.of(task.tokenizer).ids))
 
 
-def measure(task: Task, method: Method, seed: int, setting: Setting) -> dict[str, float]:
+def measure(task: AnyTask, method: Method, seed: int, setting: Setting) -> dict[str, float]:
     """Train and evaluate: shares of tokens and of answers that are right, on rows that no training has.
 
     ``rouge_l`` (F1) counts what stands in order, wherever it stands: one word too few makes all later *tokens* wrong.
@@ -211,42 +186,45 @@ def measure(task: Task, method: Method, seed: int, setting: Setting) -> dict[str
     rows = test_rows(task)
     references = list(rows["answer_ids"])
     longest = max(map(len, references))
-    found: dict[str, float] = {"reference_token": _under_references(model, rows)}
-    options: dict[str, Any] = {"max_new_tokens": longest, "batch_size": TEST_ROWS}
+    found: dict[str, float] = {"reference_token": _under_references(task, model, rows)}
+    options: dict[str, Any] = {"max_new_tokens": longest, "batch_size": task.batch_size}
     if method.kind == "correction":
-        both = generate_corrected(model, Tokenizer(), list(rows["prompt_ids"]), temperature=0.0, **options)
+        both = generate_corrected(model, task.tokenizer, list(rows["prompt_ids"]), temperature=0.0, **options)
         answers, first = both.corrected, both.first
-        found |= {f"first_{name}": value for name, value in _shares(first, references).items()}
+        found |= {f"first_{name}": value for name, value in _shares(task, first, references).items()}
     else:
         answers = generate(model, list(rows["prompt_ids"]), **options).tokens
-    return found | _shares(answers, references) | {"tokens_seen": seen}
+    return found | _shares(task, answers, references) | {"tokens_seen": seen}
 
 
-def test_rows(task: Task) -> Dataset:
-    return task.rows(TEST_ROWS, seed=1)
+def test_rows(task: AnyTask) -> Dataset:
+    return task.rows(task.test_rows, seed=1)
 
 
-def _shares(answers: Sequence[torch.Tensor], references: list[list[int]]) -> dict[str, float]:
+def _shares(task: AnyTask, answers: Sequence[torch.Tensor], references: list[list[int]]) -> dict[str, float]:
     pairs = list(zip([answer.tolist() for answer in answers], references, strict=True))
     right = [sum(a == b for a, b in zip(answer, reference, strict=False)) for answer, reference in pairs]
     scorer = RougeScorer(["rougeL"])
     overlap = [scorer.score(*(" ".join(map(str, row)) for row in pair))["rougeL"].fmeasure for pair in pairs]
     return {
         "token": sum(right) / sum(map(len, references)),
-        "exact": sum(answer == reference for answer, reference in pairs) / len(pairs),
+        "exact": sum(task.is_right(*pair) for pair in pairs) / len(pairs),
         "rouge_l": sum(overlap) / len(pairs),
     }
 
 
 @torch.no_grad()
-def _under_references(model: PreTrainedModel, rows) -> float:
-    batch = Collator(PAD)([*rows])
-    logits = model(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"]).logits[:, :-1]
-    labels = batch["labels"][:, 1:]
-    learned = labels != IGNORE_INDEX
-    return float((logits.argmax(-1) == labels)[learned].double().mean())
+def _under_references(task: AnyTask, model: PreTrainedModel, rows: Dataset) -> float:
+    collate, right, learned = Collator(task.tokenizer.pad_token_id), 0, 0
+    for first in range(0, len(rows), 8):
+        batch = collate([*rows.select(range(first, min(first + 8, len(rows))))])
+        logits = model(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"]).logits[:, :-1]
+        labels = batch["labels"][:, 1:]
+        right += int((logits.argmax(-1) == labels).sum())
+        learned += int((labels != IGNORE_INDEX).sum())
+    return right / learned
 
 
-def describe(method: Method, setting: Setting) -> dict[str, Any]:
+def describe(task: AnyTask, method: Method, setting: Setting) -> dict[str, Any]:
     """What a run depends on, for the record."""
-    return {"method": asdict(method), "setting": asdict(setting), "test_rows": TEST_ROWS}
+    return {"task": task.name, "method": asdict(method), "setting": asdict(setting), "test_rows": task.test_rows}

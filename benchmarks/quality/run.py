@@ -26,6 +26,7 @@ SETTINGS = {
     "cubic": Setting(steps=700),
     "words": Setting(steps=1000),
     "working": Setting(steps=1500, width=96),
+    "gsm_symbolic": Setting(steps=80, rows=4, learning_rate=5e-5),
 }
 """Steps are such that SFT is good under references and worse by itself."""
 
@@ -48,7 +49,7 @@ def main(arguments: list[str] | None = None) -> int:
     done = {key_of(line) for line in read(options.output)}
     options.output.parent.mkdir(exist_ok=True)
     for task, method, seed in tqdm(runs, desc="Runs"):
-        record = {"task": task, "seed": seed, **describe(method, SETTINGS[task])}
+        record = {"seed": seed, **describe(TASKS[task], method, SETTINGS[task])}
         if key_of(record) in done:
             continue
         started = time.perf_counter()

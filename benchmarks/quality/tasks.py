@@ -15,13 +15,30 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 from datasets import Dataset
+from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM, PreTrainedModel
 
-from ..fixtures import gsm8k
+from selfgen.data import tokenize_rows
+from selfgen.evaluation.answers import exact_match
 
+from ..fixtures import gsm8k, gsm_symbolic, load_smollm2, smollm2_path
+
+LONGEST = 256  # tokens of a row, prompt, own answer and cue included
 PAD, EOS, SEP = 0, 1, 2
 FIRST = 3  # the first id of a task's own tokens
 
 Row = tuple[list[int], list[int]]
+
+
+class Tokenizer:
+    """What trainers ask of a tokenizer where rows are token ids: a cue of two separators, whatever its text."""
+
+    pad_token_id, eos_token_id, chat_template = PAD, EOS, None
+
+    def __call__(self, text, **_):
+        return type("Encoding", (), {"input_ids": [SEP, SEP]})()
+
+    def save_pretrained(self, *_, **__):
+        return ()
 
 
 @dataclass(frozen=True)
@@ -32,6 +49,33 @@ class Task:
     about: str
     row: Callable[[random.Random], Row]
     vocab: int = 64
+    longest = LONGEST
+    test_rows = batch_size = 400
+
+    @property
+    def tokenizer(self) -> Tokenizer:
+        return Tokenizer()
+
+    def model(self, width: int, layers: int) -> PreTrainedModel:
+        """A Llama with random weights."""
+        heads = width // 16
+        return LlamaForCausalLM(
+            LlamaConfig(
+                vocab_size=self.vocab,
+                hidden_size=width,
+                intermediate_size=3 * width,
+                num_hidden_layers=layers,
+                num_attention_heads=heads,
+                num_key_value_heads=heads,
+                max_position_embeddings=LONGEST,
+                pad_token_id=PAD,
+                bos_token_id=SEP,
+                eos_token_id=EOS,
+            )
+        )
+
+    def is_right(self, answer: list[int], reference: list[int]) -> bool:
+        return answer == reference
 
     def rows(self, count: int, seed: int, without: Dataset | None = None) -> Dataset:
         """``count`` rows as ``tokenize_rows`` gives them, none of ``without``; another seed gives other rows."""
@@ -115,12 +159,38 @@ def words(draw: random.Random, length: int = 24) -> Row:
     return passage, sorted(passage)
 
 
-TASKS = {
+class Problems:
+    """Generated word problems with worked solutions, for SmolLM2-135M-Instruct. Right is what has the right number."""
+
+    name = "gsm_symbolic"
+    about = "grade-school word problems with worked solutions, SmolLM2-135M-Instruct"
+    longest = 768
+    test_rows, batch_size = 200, 64
+
+    @functools.cached_property
+    def tokenizer(self):
+        return AutoTokenizer.from_pretrained(smollm2_path())
+
+    def model(self, *_) -> PreTrainedModel:
+        return load_smollm2()[0]
+
+    def rows(self, count: int, seed: int, without: Dataset | None = None) -> Dataset:
+        taken = set() if without is None else {tuple(prompt) for prompt in without["prompt_ids"]}
+        spare = 2 * count if taken else count
+        rows, _ = tokenize_rows(gsm_symbolic(spare, seed), self.tokenizer, max_length=self.longest)
+        return rows.filter(lambda row: tuple(row["prompt_ids"]) not in taken).select(range(count))
+
+    def is_right(self, answer: list[int], reference: list[int]) -> bool:
+        return exact_match(*(self.tokenizer.decode(ids, skip_special_tokens=True) for ids in (answer, reference)))
+
+
+TASKS: dict[str, Task | Problems] = {
     task.name: task
     for task in (
         Task("wave", "a discretised sine wave from its amplitude, period and phase", wave),
         Task("cubic", "the values of a cubic polynomial from its coefficients", cubic),
         Task("working", "multi-step arithmetic with working", working),
         Task("words", "the words of a passage of GSM8K in alphabetical order", words, FIRST + COMMON_WORDS),
+        Problems(),
     )
 }

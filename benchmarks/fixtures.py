@@ -78,9 +78,8 @@ def recorded_head(rows: int) -> tuple[torch.Tensor, torch.Tensor]:
     model.to(DEVICE)
     hidden: list[torch.Tensor] = []
     row = 0
-    local = gsm8k_path("train").endswith(".jsonl")
     while sum(map(len, hidden)) < rows:
-        example = gsm8k("train", row, row + 1)[0] if local else gsm_symbolic(row + 1, seed=0)[row]
+        example = gsm8k("train", row, row + 1)[0] if has_gsm8k() else gsm_symbolic(row + 1, seed=0)[row]
         prompt, text = (
             tokenizer(part, return_tensors="pt").input_ids
             for part in (example["prompt"], example["prompt"] + " " + example["completion"])
@@ -96,6 +95,11 @@ def gsm8k_path(split: str) -> str:
     folder = Path(os.environ.get("SELFGEN_GSM8K", ROOT.parent / "shared" / "data" / "gsm8k"))
     file = folder / f"{split}.jsonl"
     return str(file) if file.is_file() else "openai/gsm8k"
+
+
+def has_gsm8k() -> bool:
+    """Whether GSM8K is there without a hub."""
+    return gsm8k_path("train").endswith(".jsonl")
 
 
 def gsm8k(split: str, start: int, stop: int) -> Dataset:

@@ -58,5 +58,9 @@ class CorrectionCue:
 
     def prompt(self, prompt: list[int], answer: list[int]) -> list[int]:
         """The correction prompt of one row; the answer counts up to where it ends."""
+        return [*prompt, *self.ended(answer), *self.ids]
+
+    def ended(self, answer: list[int]) -> list[int]:
+        """The answer up to where it ends."""
         end = next((place for place, token in enumerate(answer) if token in self.stop_ids), len(answer))
-        return [*prompt, *answer[:end], *self.ids]
+        return answer[:end]

@@ -143,6 +143,7 @@ class RACTrainer(BSSTrainer):
     def _correction_prompt(self, row: dict, own: list[int]) -> list[int]:
         """Prompt, own answer and cue; of the answer what there is room for."""
         room = self.args.max_length - len(row["prompt_ids"]) - len(self._cue.ids) - len(row["answer_ids"])
+        own = self._cue.ended(own)
         self._shown += 1
         self._cut += len(own) > room
         return self._cue.prompt(row["prompt_ids"], own[: max(0, room)])

@@ -32,10 +32,12 @@ def smollm2():
 @pytest.fixture(scope="session")
 def math_rows(smollm2):
     """Sixteen tokenized rows of GSM8K, or of gsm_symbolic where GSM8K is not at hand: (prompts, references, ids)."""
-    from benchmarks.fixtures import gsm8k, gsm8k_path, gsm_symbolic
+    from benchmarks.fixtures import gsm8k, gsm_symbolic, has_gsm8k
     from selfgen.data import tokenize_rows
 
-    local = gsm8k_path("train").endswith(".jsonl")  # the tests ask no hub
-    rows = gsm8k("train", 1000, 1016) if local else gsm_symbolic(16, seed=0).add_column("sample_id", list(range(16)))
+    if has_gsm8k():  # the tests ask no hub
+        rows = gsm8k("train", 1000, 1016)
+    else:
+        rows = gsm_symbolic(16, seed=0).add_column("sample_id", list(range(16)))
     rows, _ = tokenize_rows(rows, smollm2[1], max_length=1024)
     return list(rows["prompt_ids"]), list(rows["answer_ids"]), list(rows["sample_id"])

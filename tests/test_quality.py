@@ -9,7 +9,7 @@ import pytest
 from scipy.stats import t as student
 from scipy.stats import ttest_rel
 
-from benchmarks.fixtures import gsm8k_path, gsm_symbolic
+from benchmarks.fixtures import gsm_symbolic, has_gsm8k
 from benchmarks.quality import run as quality
 from benchmarks.quality import tasks
 from benchmarks.quality.methods import ABLATIONS, METHODS, Setting, _share_of_rows, measure
@@ -22,7 +22,7 @@ from benchmarks.quality.tasks import EOS, FIRST, SEP, TASKS, Problems, Task
 def texts():
     """`words` are of GSM8K, or of gsm_symbolic where it is not at hand: the tests ask no hub."""
     with pytest.MonkeyPatch.context() as patch:
-        if not gsm8k_path("train").endswith(".jsonl"):
+        if not has_gsm8k():
             patch.setattr(tasks, "gsm8k", lambda *_: gsm_symbolic(1000, seed=0))
         yield
 

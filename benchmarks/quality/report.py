@@ -14,6 +14,7 @@ import json
 import math
 from collections import defaultdict
 from pathlib import Path
+from statistics import fmean, stdev
 from typing import Any
 
 from .methods import ABLATIONS, METHODS
@@ -65,7 +66,7 @@ def summary(lines: list[dict[str, Any]]) -> list[dict[str, Any]]:
 
 
 def mean(values: list[float]) -> float | None:
-    return sum(values) / len(values) if values else None
+    return fmean(values) if values else None
 
 
 def half_interval(values: list[float]) -> float | None:
@@ -74,18 +75,13 @@ def half_interval(values: list[float]) -> float | None:
 
     if len(values) < 2:
         return None
-    return float(t.ppf(0.975, len(values) - 1)) * deviation(values) / math.sqrt(len(values))
+    return float(t.ppf(0.975, len(values) - 1)) * stdev(values) / math.sqrt(len(values))
 
 
 def p_value(differences: list[float]) -> float | None:
     from scipy.stats import ttest_1samp
 
-    return float(ttest_1samp(differences, 0.0).pvalue) if len(differences) > 1 and deviation(differences) else None
-
-
-def deviation(values: list[float]) -> float:
-    centre = sum(values) / len(values)
-    return math.sqrt(sum((value - centre) ** 2 for value in values) / (len(values) - 1))
+    return float(ttest_1samp(differences, 0.0).pvalue) if len(differences) > 1 and stdev(differences) else None
 
 
 def page(rows: list[dict[str, Any]]) -> str:
@@ -96,7 +92,7 @@ def page(rows: list[dict[str, Any]]) -> str:
         if row["method"] == "SFT":
             numbers = [share(row, name) for name in ("reference_token", "token", "exact")]
             gap.append([row["task"], TASKS[row["task"]].about, *numbers])
-    parts = ["# Free-running answers of small models trained from scratch", "## The gap: SFT", table(gap)]
+    parts = ["# Free-running answers", "## The gap: SFT", table(gap)]
     for title, names in (("Methods", METHODS), ("Ablations", ABLATIONS)):
         for task in tasks:
             some = [row for row in rows if row["task"] == task and (row["method"] in names or row["method"] == "SFT")]

@@ -1,5 +1,7 @@
 """Triton's LM head and filters against the reference, on products that every order of summation gets right."""
 
+from itertools import product
+
 import pytest
 import torch
 from conftest import DEVICE, TRITON_MARKS, moved
@@ -71,24 +73,22 @@ def assert_same_candidates(head, first_id, rows):
     torch.testing.assert_close(values, want_values, rtol=1e-5, atol=1e-5, equal_nan=True)
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16, torch.float64])
-@pytest.mark.parametrize(
-    ("n", "width", "vocab_size"), [(0, 4, 9), (3, 1, 1), (7, 16, 300), (66, 67, 77), (66, 80, 130)]
-)
-@pytest.mark.parametrize("plain", [True, False])
-def test_tokens_are_those_of_the_reference(dtype, n, width, vocab_size, plain):
-    settings = {"bias": False, "softcap": None, "logit_scale": 1.0} if plain else {}
-    assert_same_tokens(a_head(n, width, vocab_size, dtype, **settings), rows_of(n))
+PLAIN = {"bias": False, "softcap": None, "logit_scale": 1.0}
+SIZES = (0, 4, 9), (3, 1, 1), (7, 16, 300), (66, 67, 77), (66, 80, 130)  # rows, width, ids
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16, torch.float64])
-@pytest.mark.parametrize(
-    ("n", "width", "vocab_size"), [(0, 4, 9), (3, 1, 1), (7, 16, 300), (66, 67, 77), (66, 80, 130)]
-)
-@pytest.mark.parametrize("plain", [True, False])
-def test_log_probs_are_those_of_the_reference(dtype, n, width, vocab_size, plain):
-    settings = {"bias": False, "softcap": None, "logit_scale": 1.0} if plain else {}
-    assert_same_log_probs(a_head(n, width, vocab_size, dtype, **settings), rows_of(n))
+@pytest.fixture(params=product((torch.float32, torch.bfloat16, torch.float16, torch.float64), SIZES, (PLAIN, {})))
+def any_head(request):
+    dtype, sizes, settings = request.param
+    return a_head(*sizes, dtype, **settings)
+
+
+def test_tokens_are_those_of_the_reference(any_head):
+    assert_same_tokens(any_head, rows_of(len(any_head[0])))
+
+
+def test_log_probs_are_those_of_the_reference(any_head):
+    assert_same_log_probs(any_head, rows_of(len(any_head[0])))
 
 
 @pytest.mark.parametrize("outside", [-1, 300, 2**32, -(2**63), 2**63 - 1])

@@ -183,9 +183,10 @@ def test_sequential_contexts_are_what_a_whole_forward_would_choose(make):
         assert is_self.any()
 
 
-def test_a_model_that_computes_something_else_over_the_ragged_cache_is_refused(monkeypatch):
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_model_that_computes_something_else_over_the_ragged_cache_is_refused(dtype, monkeypatch):
     """The probe catches what no flag in a configuration tells."""
-    model = tiny_model("llama")
+    model = tiny_model("llama").to(dtype)
     original = model.model.layers[1].self_attn.forward
 
     def depends_on_the_batch(hidden_states, **kwargs):
@@ -198,6 +199,25 @@ def test_a_model_that_computes_something_else_over_the_ragged_cache_is_refused(m
         monkeypatch.setattr(model.model.layers[1].self_attn, "forward", forward)
         with pytest.raises(UnsupportedModelError, match=r"computes something else over the ragged cache.*sequential"):
             ContextGenerator(model, token_budget=8).generate(**GOOD)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_few_positions_may_be_off_in_half_precision(dtype, monkeypatch):
+    """Rounding does that to a token that a model has hardly seen; in fp32 it would be a fault."""
+    model = tiny_model("llama").to(dtype)
+    original = model.model.layers[1].self_attn.forward
+
+    def off_at_one_position(hidden_states, **kwargs):
+        output, weights = original(hidden_states, **kwargs)
+        output[:, 5:6] += 100.0 * ("ragged_pass" in kwargs)
+        return output, weights
+
+    monkeypatch.setattr(model.model.layers[1].self_attn, "forward", off_at_one_position)
+    if dtype == torch.float32:
+        with pytest.raises(UnsupportedModelError, match="computes something else"):
+            ContextGenerator(model, token_budget=8).generate(**GOOD)
+    else:
+        ContextGenerator(model, token_budget=64).generate(**GOOD)
 
 
 def test_an_error_inside_a_pass_leaves_the_model_as_it_was(monkeypatch):

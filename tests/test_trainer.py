@@ -14,6 +14,7 @@ from transformers import AutoModelForCausalLM, Trainer, TrainingArguments
 from selfgen import BSSConfig, BSSTrainer, ContextGenerator
 from selfgen.data import Collator
 from selfgen.evaluation import held_out_losses
+from selfgen.generation import generate
 
 LOGGED = {"self_share", "agreement", "passes", "computed_per_token", "context_seconds", "training_seconds"}
 
@@ -233,6 +234,21 @@ def test_contexts_under_bf16_autocast_are_made_in_it(tmp_path):
         trainer.train()
         mixed.append(torch.cat([call[1]["input_ids"].flatten() for call in seen[:2]]))  # the first step's
     assert torch.equal(*mixed)
+
+
+def test_a_model_trained_in_bf16_autocast_makes_contexts_in_it(tmp_path):
+    """Accelerate leaves autocast inside the forward of the model that it prepared: it stays after training."""
+    trainer = make_trainer(tmp_path, bf16=True, max_steps=1)
+    trainer.train()
+    assert not torch.is_autocast_enabled("cpu")
+    prompts, references = ([torch.tensor(row) for row in rows()[name]] for name in ("prompt_ids", "answer_ids"))
+    generator = ContextGenerator(trainer.model.eval())
+    fast, slow = (
+        generator.generate(prompts, references, self_prob=0.5, seed=3, sample_ids=range(16), method=method)
+        for method in ("fixed_point", "sequential")
+    )
+    assert all(map(torch.equal, fast.tokens, slow.tokens))
+    assert sum(map(len, generate(trainer.model, prompts, max_new_tokens=4).tokens)) > 0
 
 
 def test_evaluation_is_teacher_forced(tmp_path):

@@ -15,17 +15,18 @@ from functools import partial
 import torch
 from torch import Tensor, nn
 
+from .ragged import runs_under_autocast
+
 _BATCH_HINT = 64  # rows of a typical pass; oneDNN chooses the layout by it
 
 
 def can_pack() -> bool:
-    """Whether this torch has oneDNN's packed products and they mean the same here (autocast would be passed by)."""
+    """Whether this torch has oneDNN's packed products."""
     return (
         torch.backends.mkldnn.is_available()
         and bool(torch.backends.mkldnn.enabled)
         and hasattr(torch.ops.mkldnn, "_reorder_linear_weight")
         and hasattr(torch.ops.mkldnn, "_linear_pointwise")
-        and not torch.is_autocast_enabled("cpu")
     )
 
 
@@ -34,7 +35,7 @@ def packed_linears(model: nn.Module) -> Iterator[None]:
     """Inside, the fp32 ``nn.Linear`` modules of ``model`` on the CPU multiply packed copies of their weights.
 
     The copies take as much memory as the weights and are gone afterwards. Modules whose ``forward`` somebody else has
-    replaced are left alone.
+    replaced are left alone, and so are all under autocast, which the packed products would pass by.
     """
     linears = [
         module
@@ -44,7 +45,7 @@ def packed_linears(model: nn.Module) -> Iterator[None]:
         and module.weight.dtype == torch.float32
         and "forward" not in vars(module)
     ]
-    if not linears or not can_pack():
+    if not linears or not can_pack() or runs_under_autocast(model, "cpu"):
         yield
         return
     try:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import random
 
@@ -90,7 +91,7 @@ def test_every_method_trains(method):
 @pytest.mark.parametrize("method", ["BASH", "BSS + RAC"])
 def test_a_pretrained_model_trains(method, monkeypatch):
     monkeypatch.setattr(Problems, "test_rows", 2)
-    task = Problems()
+    task = Problems("gsm_symbolic-short", "", longest_answer=56, spare=30)
     rows = task.rows(2, seed=1)
     reference = rows["answer_ids"][0]
     number = task.tokenizer.decode(reference, skip_special_tokens=True).rsplit("####")[-1]
@@ -98,6 +99,28 @@ def test_a_pretrained_model_trains(method, monkeypatch):
     assert not task.is_right(task.tokenizer(f"So it is {number}1").input_ids, reference)
     found = measure(task, METHODS[method], 0, Setting(steps=2, rows=3, learning_rate=1e-6))
     assert 0.5 < found["reference_token"] < 1
+
+
+def test_variants_have_their_length_and_their_data():
+    """The setting is that of the task; a training with few rows sees each of them again and again."""
+    assert all(quality.setting_of(name) for name in TASKS)
+    assert quality.setting_of("wave-24") == quality.setting_of("wave") == quality.SETTINGS["wave"]
+    for name, length in (("wave-24", 24), ("wave", 48), ("wave-96", 96), ("words-12", 12), ("words", 24)):
+        assert {len(row) for row in TASKS[name].rows(20, seed=0)["answer_ids"]} == {length + 1}
+
+
+def test_few_rows_are_seen_again_and_again(monkeypatch):
+    counts, rows = [], Task.rows
+
+    def noted(task, count, *rest, **named):
+        counts.append(count)
+        return rows(task, count, *rest, **named)
+
+    monkeypatch.setattr(Task, "rows", noted)
+    task = dataclasses.replace(TASKS["wave-few"], train_rows=3)
+    found = measure(task, METHODS["BSS"], 0, Setting(steps=4, rows=2, width=16, layers=1))
+    assert counts == [task.test_rows, 3]
+    assert found["tokens_seen"] > 3 * 50
 
 
 def test_a_killed_comparison_goes_on(tmp_path, monkeypatch):

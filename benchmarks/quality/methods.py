@@ -13,20 +13,19 @@ from typing import Any
 
 import torch
 from datasets import Dataset
-from rouge_score.rouge_scorer import RougeScorer
 from transformers import PreTrainedModel
 
 from selfgen import BSSConfig, BSSTrainer, ContextGenerator, MixedContext, RACConfig, RACTrainer
 from selfgen.context import ContextStats
 from selfgen.correction import CorrectionCue
 from selfgen.data import IGNORE_INDEX, Collator
+from selfgen.evaluation.answers import rouge
 from selfgen.generation import generate, generate_corrected
 from selfgen.trainer import step_seed
 
 from ..peers import Rows, parallel_scheduled_sampling
-from .tasks import Problems, Task
+from .tasks import AnyTask
 
-AnyTask = Task | Problems
 ROUNDS = 4  # of the offline variant
 WARMUP = 50  # steps, at most a tenth of all
 
@@ -124,12 +123,12 @@ class ApproximateTrainer(BSSTrainer):
         )
 
 
-def train(task: AnyTask, method: Method, seed: int, setting: Setting) -> tuple[PreTrainedModel, int]:
-    """The trained model, and how many tokens it has seen, padding aside."""
+def train(task: AnyTask, method: Method, seed: int, setting: Setting, without: Dataset) -> tuple[PreTrainedModel, int]:
+    """The model trained on rows that are not ``without``, and how many tokens it has seen, padding aside."""
     torch.manual_seed(seed)
     model = task.model(setting.width, setting.layers)
     correction = method.kind == "correction"
-    rows = task.rows(setting.steps * setting.rows, seed=1000 + seed, without=test_rows(task))
+    rows = task.rows(task.train_rows or setting.steps * setting.rows, seed=1000 + seed, without=without)
     options = dict(method.options)
     step_rows = setting.rows
     if correction:
@@ -152,6 +151,7 @@ def train(task: AnyTask, method: Method, seed: int, setting: Setting) -> tuple[P
             disable_tqdm=True,
             logging_steps=setting.steps,
             use_cpu=True,
+            bf16=task.bf16,
             include_num_input_tokens_seen="non_padding",
             **options,
         )
@@ -182,8 +182,8 @@ def measure(task: AnyTask, method: Method, seed: int, setting: Setting) -> dict[
 
     ``rouge_l`` (F1) counts what stands in order, wherever it stands: one word too few makes all later *tokens* wrong.
     """
-    model, seen = train(task, method, seed, setting)
-    rows = test_rows(task)
+    rows = task.rows(task.test_rows, seed=1)
+    model, seen = train(task, method, seed, setting, without=rows)
     references = list(rows["answer_ids"])
     longest = max(map(len, references))
     found: dict[str, float] = {"reference_token": _under_references(task, model, rows)}
@@ -197,15 +197,10 @@ def measure(task: AnyTask, method: Method, seed: int, setting: Setting) -> dict[
     return found | _shares(task, answers, references) | {"tokens_seen": seen}
 
 
-def test_rows(task: AnyTask) -> Dataset:
-    return task.rows(task.test_rows, seed=1)
-
-
 def _shares(task: AnyTask, answers: Sequence[torch.Tensor], references: list[list[int]]) -> dict[str, float]:
     pairs = list(zip([answer.tolist() for answer in answers], references, strict=True))
     right = [sum(a == b for a, b in zip(answer, reference, strict=False)) for answer, reference in pairs]
-    scorer = RougeScorer(["rougeL"])
-    overlap = [scorer.score(*(" ".join(map(str, row)) for row in pair))["rougeL"].fmeasure for pair in pairs]
+    overlap = [rouge(*(" ".join(map(str, row)) for row in pair))["rougeL"] for pair in pairs]
     return {
         "token": sum(right) / sum(map(len, references)),
         "exact": sum(task.is_right(*pair) for pair in pairs) / len(pairs),

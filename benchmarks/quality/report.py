@@ -19,7 +19,7 @@ from typing import Any
 
 from .methods import ABLATIONS, METHODS
 from .run import RESULTS, read
-from .tasks import TASKS
+from .tasks import MAIN, TASKS
 
 Found = dict[int, dict[str, float]]  # seed -> measures
 COMPARED = ("token", "exact", "rouge_l")  # with SFT, of answers of models that run freely
@@ -134,7 +134,7 @@ def plot(rows: list[dict[str, Any]], file: Path) -> None:
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
 
-    tasks = [name for name in TASKS if any(row["task"] == name for row in rows)]
+    tasks = [task.name for task in MAIN if any(row["task"] == task.name for row in rows)]
     figure, axes = plt.subplots(1, len(tasks), figsize=(1 + 3.8 * len(tasks), 4.4), layout="constrained", squeeze=False)
     for axis, task in zip(axes[0], tasks, strict=True):
         part = [row for row in rows if row["task"] == task]

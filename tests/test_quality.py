@@ -77,8 +77,9 @@ def test_corrections_see_as_many_tokens(task):
 
 
 @pytest.mark.parametrize("method", [*METHODS.values(), *ABLATIONS.values()], ids=lambda method: method.name)
-def test_every_method_trains(method):
+def test_every_method_trains(method, monkeypatch):
     """The same seed gives the same model; shares are shares."""
+    monkeypatch.setattr(Task, "test_rows", 50)
     setting = Setting(steps=4, rows=2, width=16, layers=1)
     found = measure(TASKS["working"], method, 0, setting)
     assert all(0 <= value <= 1 for name, value in found.items() if name != "tokens_seen")

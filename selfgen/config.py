@@ -147,7 +147,7 @@ class BSSConfig(RowOptions, MaskOptions, TrainingArguments):
         default=None,
         metadata={
             "help": "Compute the loss chunk by chunk at learned positions, without logits of all of them in memory; by "
-            "default where contexts are mixed and the model allows it. Equal up to rounding."
+            "default where contexts are mixed or answers corrected, and the model allows it. Equal up to rounding."
         },
     )
     logging_steps: float = field(default=10, metadata={"help": "Log every so many steps; below 1, a share of all."})
@@ -196,4 +196,7 @@ class BSSConfig(RowOptions, MaskOptions, TrainingArguments):
         last = max_steps - 1
         progress = min(1.0, (step - first) / (last - first)) if last > first else 1.0
         schedule = schedule or SCHEDULES[self.self_prob_schedule]
-        return schedule(self.self_prob_start, self.self_prob, progress)
+        self_prob = schedule(self.self_prob_start, self.self_prob, progress)
+        if not 0.0 <= self_prob <= 1.0:
+            raise ValueError(f"the schedule gives {self_prob} at step {step}; a probability must be in [0, 1]")
+        return self_prob

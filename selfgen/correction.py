@@ -15,6 +15,11 @@ DEFAULT_CUE = "Check your answer. If something in it is wrong, correct it; other
 _PLACEHOLDER = "The answer."
 
 
+def stop_ids_of(tokenizer: PreTrainedTokenizerBase, model_ids: Iterable[int]) -> frozenset[int]:
+    """What ends an answer: the model's ids, and the tokenizer's EOS."""
+    return frozenset(model_ids) | {tokenizer.eos_token_id} - {None}
+
+
 @dataclass(frozen=True)
 class CorrectionCue:
     """Token ids between an own answer and its correction."""
@@ -41,7 +46,7 @@ class CorrectionCue:
         if not cue.strip():
             raise ValueError("the correction cue is empty; give a text that asks for a correction")
         use_template = bool(tokenizer.chat_template) if apply_chat_template is None else apply_chat_template
-        stop_ids = frozenset(stop_ids) | {tokenizer.eos_token_id} - {None}
+        stop_ids = stop_ids_of(tokenizer, stop_ids)
         if not use_template:
             return cls(tokenizer(f"\n\n{cue}\n\n", add_special_tokens=False).input_ids, stop_ids)
         turns = [{"role": "user", "content": "x"}, {"role": "assistant", "content": _PLACEHOLDER}]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -12,8 +13,11 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from .context import Answers, ContextGenerator
 from .context.batch import TokenRow
+from .context.ragged import max_positions
 from .correction import DEFAULT_CUE, CorrectionCue
 from .data import tokenize_rows
+
+logger = logging.getLogger(__name__)
 
 
 def generate(
@@ -25,7 +29,7 @@ def generate(
         model: a causal language model of transformers, or a generator around one, whose temperature then counts.
         prompts: R rows of token ids, [P_i] int64/int32 tensors or lists, each at least one token.
         temperature: of the sampling; 0 is greedy.
-        **options: of ``ContextGenerator.answer``, ``max_new_tokens`` among them.
+        **options: of ``ContextGenerator.answer``, such as ``max_new_tokens``, 256 by default.
 
     Example:
         >>> prompts = tokenizer(["1 + 1 ="]).input_ids
@@ -43,6 +47,7 @@ class Corrected:
     first: list[Tensor]
     corrected: list[Tensor]
     finished: list[bool]  # whether the corrected answer ended by itself
+    cut: list[bool]  # whether an answer was shown cut, as the model has no more positions
 
 
 def generate_corrected(
@@ -64,26 +69,57 @@ def generate_corrected(
         rounds: corrections, at least 1; each sees the answer of the one before it.
         cue: the text that asks for a correction, as in training; ``correction.DEFAULT_CUE`` by default.
         apply_chat_template: to the texts and the cue; by default if the tokenizer has one.
-        **options: of `generate`; every round draws with noise of its own.
+        **options: of `generate`; every round draws with noise of its own. Answers end with the tokenizer's EOS, too.
+
+    An answer is shown as far as there are positions: ``max_new_tokens`` of them, or half of what the prompt and the cue
+    leave, are kept for the correction.
+
+    Raises:
+        ValueError: values out of range, empty prompts, or prompts that leave no position behind the cue.
     """
     if not isinstance(rounds, int) or rounds < 1:
         raise ValueError(f"rounds is {rounds!r}; it must be an integer >= 1")
     rows = _prompt_rows(tokenizer, prompts, apply_chat_template)
     temperature = options.pop("temperature", 0.0)
     generator = model if isinstance(model, ContextGenerator) else ContextGenerator(model, temperature=temperature)
+    stop_ids = options.pop("eos_token_ids", None)
     between = CorrectionCue.of(
         tokenizer,
         DEFAULT_CUE if cue is None else cue,
-        stop_ids=options.setdefault("eos_token_ids", generator.eos_token_ids),
+        stop_ids=generator.eos_token_ids if stop_ids is None else stop_ids,
         apply_chat_template=apply_chat_template,
     )
+    options["eos_token_ids"] = sorted(between.stop_ids)
+    longest = options.setdefault("max_new_tokens", 256)
+    rooms = _room_for_answers(generator, rows, between, longest)
     seed = options.pop("seed", 0)
     answers = generator.answer(rows, seed=seed, **options)
-    first = answers.tokens
+    first, cut = answers.tokens, [False] * len(rows)
     for turn in range(1, rounds + 1):
-        asked = [between.prompt(row, answer.tolist()) for row, answer in zip(rows, answers.tokens, strict=True)]
+        shown = [between.ended(answer.tolist()) for answer in answers.tokens]
+        cut = [before or len(own) > room for before, own, room in zip(cut, shown, rooms, strict=True)]
+        asked = [between.prompt(row, own[:room]) for row, own, room in zip(rows, shown, rooms, strict=True)]
         answers = generator.answer(asked, seed=seed + turn, **options)
-    return Corrected(first, answers.tokens, answers.finished)
+    if any(cut):
+        logger.warning("%d of %d answers were shown cut: the model has no more positions", sum(cut), len(cut))
+    return Corrected(first, answers.tokens, answers.finished, cut)
+
+
+def _room_for_answers(
+    generator: ContextGenerator, prompts: list[list[int]], cue: CorrectionCue, longest: int
+) -> list[int]:
+    """Most tokens of an own answer that is shown, a row."""
+    limit = max_positions(generator.model)
+    if limit is None:
+        return [2**31] * len(prompts)
+    left = [limit - len(prompt) - len(cue.ids) for prompt in prompts]
+    short = next((index for index, room in enumerate(left) if room < 1), None)
+    if short is not None:
+        raise ValueError(
+            f"prompts[{short}] has {len(prompts[short])} tokens and the cue {len(cue.ids)}; the model has {limit} "
+            "positions, so none is left for a correction: shorten the prompt or the cue"
+        )
+    return [room - min(longest, (room + 1) // 2) for room in left]
 
 
 def _prompt_rows(

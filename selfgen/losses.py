@@ -96,7 +96,8 @@ class AnswerLoss:
             return F.cross_entropy(states.float(), targets, reduction="sum", label_smoothing=smoothing)
         head = self.model.get_output_embeddings()
         chunk = _chunk(head.out_features)
-        if smoothing == 0 and head.weight.dtype == torch.float32:
+        full_precision = head.weight.dtype == torch.float32 and not torch.is_autocast_enabled(states.device.type)
+        if smoothing == 0 and full_precision:  # autocast would be passed by
             options = nn.LinearCrossEntropyOptions(batch_chunk_size=chunk)
             return F.linear_cross_entropy(
                 states, head.weight, targets, linear_bias=head.bias, reduction="sum", options=options

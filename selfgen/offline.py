@@ -31,7 +31,7 @@ from transformers import PreTrainedModel
 from .config import BSSConfig
 from .context import ContextGenerator, ContextStats
 from .context.generator import Method
-from .context.ragged import max_positions
+from .context.ragged import max_positions, vocab_size_of
 from .data import Collator, check_sample_ids, load_rows
 from .provenance import rows_hash, versions, weights_hash
 from .trainer import BSSTrainer, learn_after_self, rows_of
@@ -105,7 +105,7 @@ def write_contexts(
         "seed": int(seed),
         "temperature": generator.temperature,
         "masks": generator.masks.describe(),
-        "precision": _precision(generator.model),
+        "precision": str(generator.precision).removeprefix("torch."),
         "weights": weights_hash(generator.model),
         "rows": rows_hash(rows),
         "num_rows": len(rows),
@@ -238,13 +238,6 @@ def load_contexts(folder: str | Path) -> Dataset:
     return load_rows(folder)
 
 
-def _precision(model: PreTrainedModel) -> str:
-    """The dtype that products are computed in."""
-    device = model.device.type
-    dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else model.dtype
-    return str(dtype).removeprefix("torch.")
-
-
 def _shards(folder: Path, settings: Mapping[str, Any]) -> list[tuple[Path, range]]:
     """The file and the places of the rows of every shard; ``datasets`` knows these names."""
     count, size = settings["num_rows"], settings["shard_rows"]
@@ -336,7 +329,7 @@ class BASHTrainer(BSSTrainer):
 
     Raises:
         OfflineError: (a ValueError) a folder without contexts, or whose contexts are not complete.
-        ValueError: rows without contexts.
+        ValueError: rows without contexts, longer than ``max_length``, or with ids that the model does not have.
 
     Example:
         >>> config = BSSConfig("outputs/bash", num_train_epochs=1)
@@ -356,6 +349,8 @@ class BASHTrainer(BSSTrainer):
                 raise ValueError(f"the rows lack {', '.join(missing)}; give the folder that write_contexts wrote")
             self._has_self_tokens = any(any(row) for row in train_dataset["is_self"])
         super().__init__(model, args, train_dataset=train_dataset, **kwargs)
+        if train_dataset is not None:
+            _check_fit(train_dataset, self.generator.model, args.max_length)
 
     def mix(self, batches: list[dict[str, Tensor]]) -> None:
         """The contexts are in ``input_ids`` already; note down what they are like."""
@@ -378,3 +373,19 @@ class BASHTrainer(BSSTrainer):
 
     def _may_replay(self) -> bool:
         return False  # there are no passes whose work could be used
+
+
+def _check_fit(rows: Dataset, model: PreTrainedModel, max_length: int) -> None:
+    """Contexts may be of another model, and of another tokenizer."""
+    longest = highest = 0
+    for part in rows.with_format("arrow").iter(10_000):
+        ids = [part[name] for name in ("prompt_ids", "answer_ids", "context_ids")]
+        longest = max(longest, pc.max(pc.add(*map(pc.list_value_length, ids[:2]))).as_py())
+        highest = max(highest, *(pc.max(pc.list_flatten(column)).as_py() for column in ids))
+    if highest >= vocab_size_of(model):
+        raise ValueError(
+            f"the contexts have the token id {highest}, but the model has {vocab_size_of(model)} ids; write them "
+            "with a model of the same tokenizer"
+        )
+    if longest > max_length:
+        raise ValueError(f"the longest row of the contexts has {longest} tokens; raise max_length ({max_length})")

@@ -60,6 +60,8 @@ class RACConfig(BSSConfig):
             raise ValueError(f"own_answer_self_prob is {self.own_answer_self_prob}; a probability must be in [0, 1]")
         if self.max_new_tokens < 1:
             raise ValueError(f"max_new_tokens is {self.max_new_tokens}; it must be at least 1")
+        if self.own_answer != "mixed" and self.own_answer_self_prob != 1.0:
+            raise ValueError(f"own_answer_self_prob goes with own_answer=mixed, but own_answer is {self.own_answer!r}")
         if not 0.0 <= self.direct_weight < float("inf"):
             raise ValueError(f"direct_weight is {self.direct_weight}; it must be a finite number >= 0")
 
@@ -77,6 +79,8 @@ class RACTrainer(BSSTrainer):
             ``RACConfig``. With ``own_answer="column"`` the training rows have their own answers in a column. Evaluation
             is that of the answer right after the prompt.
     """
+
+    _lean_by_default = True  # its rows are the longest
 
     def __init__(self, model, args: RACConfig, *, train_dataset=None, data_collator=None, **kwargs):
         if not isinstance(args, RACConfig):
@@ -120,12 +124,20 @@ class RACTrainer(BSSTrainer):
             for part, batch in zip(rows, batches, strict=True)
         ]
 
+    def get_batch_samples(self, epoch_iterator, num_batches, device):
+        batches, num_items = super().get_batch_samples(epoch_iterator, num_batches, device)
+        if (
+            batches and self._weighs_rows and self.args.loss_on != "all"
+        ):  # direct rows have other self tokens: a mean of their own
+            direct = super()._get_num_items_in_batch([_half(batch, 1) for batch in batches], device)
+            for batch in batches:
+                weights = batch["loss_weight"]
+                weights[len(weights) // 2 :] = self.args.direct_weight * max(1, int(num_items)) / max(1, int(direct))
+        return batches, num_items
+
     def _get_num_items_in_batch(self, batch_samples, device):
         """What is learned is counted in corrections, whose rows are the first half where the others stand behind."""
-        first = [
-            {**batch, "labels": batch["labels"][: len(batch["labels"]) // 2]} if "loss_weight" in batch else batch
-            for batch in batch_samples
-        ]
+        first = [_half(batch, 0) if "loss_weight" in batch else batch for batch in batch_samples]
         return super()._get_num_items_in_batch(first, device)
 
     def _correction_batch(self, rows: list[dict], own: dict[int, list[int]], collate: Collator, device) -> dict:
@@ -143,10 +155,16 @@ class RACTrainer(BSSTrainer):
     def _correction_prompt(self, row: dict, own: list[int]) -> list[int]:
         """Prompt, own answer and cue; of the answer what there is room for."""
         room = self.args.max_length - len(row["prompt_ids"]) - len(self._cue.ids) - len(row["answer_ids"])
+        if room < 0:
+            raise ValueError(
+                f"row {row['sample_id']} has no room for the cue of {len(self._cue.ids)} tokens within max_length="
+                f"{self.args.max_length}: its prompt has {len(row['prompt_ids'])} tokens and its answer "
+                f"{len(row['answer_ids'])}; raise max_length, or leave the row out"
+            )
         own = self._cue.ended(own)
         self._shown += 1
         self._cut += len(own) > room
-        return self._cue.prompt(row["prompt_ids"], own[: max(0, room)])
+        return self._cue.prompt(row["prompt_ids"], own[:room])
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         if "loss" in logs and self._shown:
@@ -190,6 +208,11 @@ class RACTrainer(BSSTrainer):
         ids = rows["sample_id"] if "sample_id" in rows.column_names else range(len(rows))
         tokens = self.processing_class(texts, add_special_tokens=False).input_ids
         return dict(zip(ids, tokens, strict=True))
+
+
+def _half(batch: dict[str, Tensor], which: int) -> dict[str, Tensor]:
+    """Labels of the corrections (0) or of the rows as they were (1)."""
+    return {**batch, "labels": batch["labels"].chunk(2)[which]}
 
 
 def _features(batch: dict[str, Tensor]) -> list[dict]:

@@ -28,6 +28,7 @@ from .config import BSSConfig
 from .context import ContextGenerator
 from .offline import BASHTrainer, OfflineError, check_settings, write_contexts
 from .provenance import rows_hash
+from .schedules import Schedule
 from .trainer import last_checkpoint, tokenized
 
 logger = logging.getLogger(__name__)
@@ -50,6 +51,7 @@ def train_rounds(
     rounds: int,
     processing_class: PreTrainedTokenizerBase,
     eval_dataset=None,
+    schedule: Schedule | None = None,
     shard_rows: int = 512,
     batch_size: int = 32,
     provenance: Mapping[str, Any] | None = None,
@@ -69,7 +71,7 @@ def train_rounds(
         config: of every round. ``self_prob`` and its schedule, ``seed``, ``sampling_temperature``, ``context_method``
             and ``token_budget`` are those of the contexts.
         processing_class: the tokenizer, which is saved with every model.
-        eval_dataset: as of ``BSSTrainer``.
+        eval_dataset, schedule: as of ``BSSTrainer``; here the schedule goes from round to round.
         shard_rows, batch_size, provenance: as of ``write_contexts``.
 
     Raises:
@@ -97,7 +99,7 @@ def train_rounds(
     models = [model, *(str(output / f"round-{number}" / "model") for number in range(rounds))]
     for number, part in enumerate(parts):
         folder = output / f"round-{number}"
-        self_prob = config.self_prob_at(number, rounds)
+        self_prob = config.self_prob_at(number, rounds, schedule)
         if Path(models[number + 1]).is_dir():
             given = {"self_prob": self_prob, "seed": config.seed, "temperature": config.sampling_temperature}
             given |= {"masks": config.masks.describe()}

@@ -59,6 +59,7 @@ class BSSTrainer(Trainer):
     """
 
     _weighs_rows = False  # whether batches have a column loss_weight
+    _lean_by_default = False  # also where self_prob is 0
     collator_class = Collator
 
     def __init__(
@@ -221,7 +222,7 @@ class BSSTrainer(Trainer):
     def _make_loss(self) -> AnswerLoss | None:
         """None where the Trainer's own loss does."""
         args = self.args
-        lean = args.self_prob > 0 if args.lean_loss is None else args.lean_loss
+        lean = (args.self_prob > 0 or self._lean_by_default) if args.lean_loss is None else args.lean_loss
         asked = [name for name in ("kl_weight", "lean_loss") if getattr(args, name)]
         if self._weighs_rows:
             asked.append("direct_weight")
@@ -240,6 +241,11 @@ class BSSTrainer(Trainer):
         frozen = None
         if args.kl_model:
             frozen = AutoModelForCausalLM.from_pretrained(args.kl_model, dtype=self.generator.model.dtype)
+            sizes = [model.get_output_embeddings().weight.shape[0] for model in (frozen, self.generator.model)]
+            if sizes[0] != sizes[1]:
+                raise ValueError(
+                    f"kl_model has {sizes[0]} ids, but the model has {sizes[1]}: give one of its tokenizer"
+                )
         elif args.kl_weight:
             frozen = self.generator.model if self._adapters() else copy.deepcopy(self.generator.model)
         if frozen is not None and frozen is not self.generator.model:

@@ -86,6 +86,13 @@ def test_generate_corrected(generation, capsys):
     assert all(isinstance(row["corrected"], str) for row in lines(generation))
 
 
+def test_options_of_corrections_go_with_them(generation, capsys):
+    for option in ({"rounds": 2}, {"correction_cue": "Again"}):
+        code, _, err = run(["generate", *flags(generation | option)], capsys)
+        assert code == 2
+        assert "go with --correct" in err
+
+
 def test_prompts_need_no_references(generation, capsys):
     run(["generate", *flags(generation)], capsys)
     write_jsonl(Path(generation["dataset"]), [{"prompt": row["prompt"]} for row in ROWS * 6])

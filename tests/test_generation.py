@@ -162,6 +162,44 @@ def test_the_cue_is_the_templates():
     assert between.prompt(prompt, [*answer, tokenizer.eos_token_id]) == want  # as the model ends it
 
 
+def test_the_plain_call(tokenizer):
+    """With no options at all; what ends a tokenizer's text ends an answer, too, whatever the model's own stop ids."""
+    model = tiny_model("llama")
+    found = generate_corrected(model, tokenizer, ["a b", "c"])
+    assert all(map(len, found.corrected))
+    model.generation_config.eos_token_id = [127]
+    found = generate_corrected(model, tokenizer, [[5, place] for place in range(3, 30)], max_new_tokens=48)
+    for answer in found.first + found.corrected:
+        assert not torch.isin(answer[:-1], torch.tensor([tokenizer.eos_token_id, 127])).any()
+
+
+def test_a_long_answer_is_shown_cut(tokenizer, caplog):
+    """A row with few positions left does not stop the others; one with none behind the cue is named."""
+    model = model_of("llama")
+    limit, between = model.config.max_position_embeddings, CorrectionCue.of(tokenizer, "Again")
+    prompts = [[5] * (limit - 60), [6] * 5]
+    options = {"cue": "Again", "max_new_tokens": 56, "eos_token_ids": [], "temperature": 0.0}
+    found = generate_corrected(model, tokenizer, prompts, **options)
+    left = 60 - len(between.ids)
+    first = found.first[0].tolist()
+    whole = len(between.ended(first))
+    assert found.cut == [whole > left // 2, False]
+    asked = between.prompt(prompts[0], between.ended(first)[: left // 2])
+    want = generate(model, [asked], max_new_tokens=56, eos_token_ids=sorted(between.stop_ids)).tokens[0]
+    assert torch.equal(found.corrected[0], want)
+    assert ("1 of 2 answers were shown cut" in caplog.text) == found.cut[0]
+    with pytest.raises(ValueError, match=r"prompts\[1\] has .* tokens and the cue"):
+        generate_corrected(model, tokenizer, [[5], [5] * (limit - len(between.ids))], **options)
+
+
+def test_answers_of_logits_that_are_not_finite_are_told_of(caplog):
+    model = tiny_model("llama")
+    with torch.no_grad():
+        model.lm_head.weight.fill_(float("nan"))
+    generate(model, [[5, 6]], max_new_tokens=4)
+    assert "logits were not finite" in caplog.text
+
+
 @pytest.mark.parametrize(("rounds", "cue", "message"), [(0, None, ">= 1"), (1, "  ", "empty")])
 def test_bad_corrections(tokenizer, rounds, cue, message):
     with pytest.raises(ValueError, match=message):

@@ -108,6 +108,20 @@ def test_half_precision_sums_in_fp32(smoothing):
     torch.testing.assert_close(found, want, rtol=1e-4, atol=0)
 
 
+@pytest.mark.parametrize("smoothing", [0.0, 0.1])
+def test_under_autocast_the_head_is_autocasts(smoothing):
+    """As in the plain path; the head in fp32 would give another loss."""
+    torch.manual_seed(0)
+    model = llama()
+    states, targets = torch.randn(4000, 32), torch.randint(0, VOCAB, (4000,))
+    loss = AnswerLoss(model, label_smoothing=smoothing)
+    with torch.autocast("cpu", torch.bfloat16):
+        found = loss._cross_entropy(states, targets)
+        want = F.cross_entropy(model.lm_head(states).float(), targets, reduction="sum", label_smoothing=smoothing)
+    torch.testing.assert_close(found, want, rtol=1e-7, atol=0)
+    assert abs(found - loss._cross_entropy(states, targets)) > 1e-6 * want
+
+
 @pytest.mark.parametrize("lean", [True, False])
 def test_evaluation_is_smoothed_as_the_trainers(tmp_path, lean):
     """Whatever the loss of the training: evaluations of different methods can be compared."""
@@ -239,6 +253,27 @@ def test_only_after_self_tokens(tmp_path):
 def test_after_self_at_p_zero_learns_everything(tmp_path):
     found = losses_of(make_trainer(tmp_path, loss_on="after_self", self_prob=0.0, max_steps=1))
     assert all((inputs["labels"] != -100).sum() == inputs["answer_length"].sum() for _, inputs in found)
+
+
+def test_kl_to_another_model(tmp_path):
+    """The named model is loaded, frozen, and what the loss is held to; one with other ids is refused."""
+    other = llama(seed=5)
+    other.save_pretrained(tmp_path / "other")
+    options = {"learning_rate": 0.0, "max_steps": 1}
+    plain = sum(loss for loss, _ in losses_of(make_trainer(tmp_path, **options)))
+    named = {"kl_weight": 0.5, "kl_model": str(tmp_path / "other")}
+    found = losses_of(make_trainer(tmp_path, **options, **named))
+    divergence, count = torch.zeros(()), 0
+    for _, inputs in found:
+        with torch.no_grad():
+            own, targets, _ = log_probs(llama(), inputs)
+            of_other, _, _ = log_probs(other, inputs)
+        divergence, count = divergence + (own.exp() * (own - of_other)).sum(), count + len(targets)
+    torch.testing.assert_close(sum(loss for loss, _ in found), plain + 0.5 * divergence / count, rtol=1e-5, atol=1e-6)
+    other.resize_token_embeddings(VOCAB + 9)
+    other.save_pretrained(tmp_path / "other")
+    with pytest.raises(ValueError, match=f"kl_model has {VOCAB + 9} ids, but the model has {VOCAB}"):
+        make_trainer(tmp_path, **named)
 
 
 @pytest.mark.parametrize(

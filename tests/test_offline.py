@@ -18,7 +18,7 @@ import test_cli
 import torch
 import torch.nn.functional as F
 from filelock import FileLock
-from models import tiny_model
+from models import VOCAB, tiny_model
 from test_cli import ROOT, flags, history, run
 from test_data import ROWS, write_jsonl
 from test_trainer import Tokenizer, config, rows, weights
@@ -323,6 +323,19 @@ def test_evaluation_is_under_the_contexts_that_the_rows_have(tmp_path):
         assert trainer.evaluate(given)["eval_loss"] == pytest.approx(expected, rel=1e-5)
 
 
+def test_contexts_that_do_not_fit_the_model_are_refused(tmp_path):
+    write(tmp_path / "contexts", rows(4))
+    written = load_contexts(tmp_path / "contexts")
+    longest = max(len(row["prompt_ids"]) + len(row["answer_ids"]) for row in written)
+    make_trainer(tmp_path, written, max_length=longest)
+    with pytest.raises(ValueError, match=f"has {longest} tokens; raise max_length"):
+        make_trainer(tmp_path, written, max_length=longest - 1)
+    for column in ("prompt_ids", "answer_ids", "context_ids"):
+        strange = written.map(lambda row, name=column: {name: [VOCAB, *row[name][1:]]})
+        with pytest.raises(ValueError, match=f"token id {VOCAB}, but the model has {VOCAB} ids"):
+            make_trainer(tmp_path, strange)
+
+
 def test_rows_without_contexts_are_refused(tmp_path):
     with pytest.raises(ValueError, match="the rows lack context_ids, is_self; give the folder that write_contexts"):
         make_trainer(tmp_path, rows(4))
@@ -335,7 +348,7 @@ def load(name: str):
     return tiny_model("llama") if name == "pre-trained" else AutoModelForCausalLM.from_pretrained(name)
 
 
-def run_rounds(folder: Path, rounds: int = 2, **changes) -> None:
+def run_rounds(folder: Path, rounds: int = 2, schedule=None, **changes) -> None:
     """Two rounds of 6 rows: 3 shards of contexts, 3 steps, a checkpoint each."""
     options = {"max_steps": -1, "num_train_epochs": 1, "gradient_accumulation_steps": 1}
     saving = {"save_strategy": "steps", "save_steps": 1, "save_total_limit": 1}
@@ -346,6 +359,7 @@ def run_rounds(folder: Path, rounds: int = 2, **changes) -> None:
         config(folder, **{**options, **saving, **changes}),
         rounds=rounds,
         processing_class=Tokenizer(),
+        schedule=schedule,
         shard_rows=2,
         batch_size=2,
     )
@@ -452,6 +466,25 @@ def test_a_schedule_goes_from_round_to_round(tmp_path):
     assert [entry["self_prob"] for entry in settings] == [0.2, 0.8]
 
 
+def test_a_function_goes_from_round_to_round(tmp_path):
+    run_rounds(tmp_path, max_steps=1, schedule=lambda start, end, progress: 0.3 + 0.4 * progress)
+    settings = [read_provenance(tmp_path / f"round-{number}" / "contexts")["settings"] for number in range(2)]
+    assert [entry["self_prob"] for entry in settings] == pytest.approx([0.3, 0.7])
+
+
+def test_contexts_of_a_model_prepared_for_mixed_precision(tmp_path):
+    """They are made, and written down, in what its forward computes in."""
+    trainer = BSSTrainer(
+        tiny_model("llama"),
+        config(tmp_path, bf16=True, max_steps=1),
+        train_dataset=rows(),
+        processing_class=Tokenizer(),
+    )
+    trainer.train()
+    record = write(tmp_path / "contexts", rows(4), ContextGenerator(trainer.model))
+    assert record["settings"]["precision"] == "bfloat16"
+
+
 def test_contexts_under_mixed_precision(tmp_path):
     run_rounds(tmp_path, rounds=1, bf16=True, max_steps=1)
     assert read_provenance(tmp_path / "round-0" / "contexts")["settings"]["precision"] == "bfloat16"
@@ -484,10 +517,12 @@ def test_contexts_then_training(arguments, writing, caplog, capsys):
     }
     del arguments["dataset"]
     options = {**arguments, "method": "bash", "contexts": writing["output_dir"], "per_device_train_batch_size": 16}
-    idle = {"span_length": 3.0, "sampling_temperature": 0.5}
+    idle = {"span_length": 3.0, "sampling_temperature": 0.5, "context_method": "sequential"}
     caplog.clear()
     assert run(["train", *flags({**options, "max_steps": 1, **idle})], capsys)[0] == 0
-    assert "trained on as they are: span_length, sampling_temperature would make contexts" in caplog.text
+    assert (
+        "trained on as they are: span_length, sampling_temperature, context_method would make contexts" in caplog.text
+    )
     (log,) = history(arguments["output_dir"])
     assert log["self_share"] == pytest.approx(record["statistics"]["self_share"])
     assert AutoModelForCausalLM.from_pretrained(arguments["output_dir"])

@@ -72,7 +72,8 @@ def all_rows(found):
 @pytest.mark.parametrize("own_answer", ["generated", "mixed", "column"])
 def test_a_row_is_prompt_own_answer_cue_and_reference(tmp_path, own_answer):
     """The own answers are the current weights', keyed by seed, step and row; labels are the reference alone."""
-    found = all_rows(losses_of(make_trainer(tmp_path, own_answer=own_answer, own_answer_self_prob=0.5)))
+    mixed = {"own_answer_self_prob": 0.5} if own_answer == "mixed" else {}
+    found = all_rows(losses_of(make_trainer(tmp_path, own_answer=own_answer, **mixed)))
     rows, tokenizer, oracle = tokenized(), make_tokenizer(TEMPLATE), ContextGenerator(tiny_model("llama"))
     between = CorrectionCue.of(tokenizer, "h g")
     assert sorted(row[0] for row in found) == [0, 1, 2, 3]
@@ -118,6 +119,40 @@ def test_only_corrections_are_counted_where_self_tokens_are_asked_for(tmp_path):
     for _, _, _, labels in all_rows(found):
         assert [label == -100 for label in labels] == [True] + [False] * (len(labels) - 1)
     check_loss(found, lambda row: 1.0 if row >= 0 else 0.5)
+
+
+def test_direct_rows_are_a_mean_of_their_own_after_self_tokens(tmp_path):
+    """They have other self tokens than the corrections, so another number of learned ones; none is no division by 1."""
+    seen = set()
+    for seed in range(12):
+        folder = tmp_path / str(seed)
+        found = losses_of(make_trainer(folder, self_prob=0.4, direct_weight=0.5, loss_on="after_self", seed=seed))
+        sums, counts = [0.0, 0.0], [0, 0]
+        for sample_id, prompt, context, labels in all_rows(found):
+            with torch.no_grad():
+                logits = tiny_model("llama")(input_ids=torch.tensor([prompt + context])).logits[0, len(prompt) - 1 : -1]
+            sums[sample_id < 0] += float(F.cross_entropy(logits, torch.tensor(labels), reduction="sum"))
+            counts[sample_id < 0] += sum(label != -100 for label in labels)
+        want = sum(
+            weight * total / max(1, count) for weight, total, count in zip((1.0, 0.5), sums, counts, strict=True)
+        )
+        assert float(sum(loss for loss, _ in found)) == pytest.approx(want, rel=1e-5, abs=1e-6)
+        seen.add(counts[0] == counts[1])
+    assert False in seen
+
+
+def test_its_loss_is_lean_by_default(tmp_path):
+    """Its rows are the longest; fine-tuning at p = 0 keeps the Trainer's own loss."""
+    assert make_trainer(tmp_path)._answer_loss.lean
+    assert make_trainer(tmp_path, direct_weight=0.5)._answer_loss.lean
+    assert make_trainer(tmp_path, lean_loss=False)._answer_loss is None
+
+
+def test_tokenized_rows_without_room_for_the_cue_are_refused(tmp_path):
+    """Text is cut beforehand; what is tokenized already is left as it is."""
+    data = [{"sample_id": i, "prompt_ids": [3] * 8, "answer_ids": [4] * 4} for i in range(4)]
+    with pytest.raises(ValueError, match="no room for the cue"):
+        make_trainer(tmp_path, data=data, max_length=14).train()
 
 
 def test_all_that_ends_an_answer_ends_it(tmp_path):
@@ -226,6 +261,7 @@ def test_evaluation_is_of_the_answer_right_after_the_prompt(tmp_path):
     [
         ({"own_answer": "none"}, "accepted: generated, mixed, column"),
         ({"own_answer_self_prob": 1.5}, r"in \[0, 1\]"),
+        ({"own_answer_self_prob": 0.5}, "goes with own_answer=mixed"),
         ({"max_new_tokens": 0}, "at least 1"),
         ({"direct_weight": -1.0}, ">= 0"),
         ({"correction_cue": " "}, "empty"),

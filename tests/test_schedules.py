@@ -58,6 +58,14 @@ def test_a_function(tmp_path):
     assert asked == pytest.approx([0.8 * (step / 3) ** 2 for step in range(1, 4)])
 
 
+@pytest.mark.parametrize("value", [-0.5, 1.5, math.nan])
+def test_a_function_that_gives_no_probability(tmp_path, value):
+    trainer = make_trainer(tmp_path)
+    trainer.schedule = lambda start, end, progress: value
+    with pytest.raises(ValueError, match=f"the schedule gives {value} at step 0"):
+        trainer.train()
+
+
 @pytest.mark.parametrize(
     ("change", "message"),
     [

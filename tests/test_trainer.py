@@ -9,12 +9,14 @@ import torch
 from datasets import Dataset, concatenate_datasets
 from models import VOCAB, tiny_model
 from test_data import ROWS, make_tokenizer
+from torch.nn.functional import cross_entropy
 from transformers import AutoModelForCausalLM, Trainer, TrainingArguments
 
 from selfgen import BSSConfig, BSSTrainer, ContextGenerator
 from selfgen.data import Collator
-from selfgen.evaluation import held_out_losses
+from selfgen.evaluation import held_out_losses, row_losses
 from selfgen.generation import generate
+from selfgen.trainer import rows_of, step_seed
 
 LOGGED = {"self_share", "agreement", "passes", "computed_per_token", "context_seconds", "training_seconds"}
 
@@ -236,9 +238,45 @@ def test_contexts_under_bf16_autocast_are_made_in_it(tmp_path):
     assert torch.equal(*mixed)
 
 
-def test_a_model_trained_in_bf16_autocast_makes_contexts_in_it(tmp_path):
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"granularity": "span", "span_length": 3.0},
+        {"granularity": "sequence"},
+        {"self_prob_curve": "rising"},
+        {"min_reference_prob": 0.008},
+        {"granularity": "span", "self_prob_curve": "rising", "min_reference_prob": 0.008},
+    ],
+    ids=str,
+)
+def test_masks_of_the_arguments_are_those_of_the_contexts(tmp_path, options):
+    """Every kind, replayed: what a step trains on is what the sequential loop makes, not that of tokens."""
+    trainer = make_trainer(tmp_path, max_steps=1, self_prob=0.6, per_device_train_batch_size=8, **options)
+    seen = []
+    trainer.compute_loss = _record(trainer.compute_loss, seen)
+    trainer.train()
+    assert trainer._replay_verified
+    oracle = ContextGenerator(tiny_model("llama"), masks=config(tmp_path, **options).masks)
+    plain = ContextGenerator(tiny_model("llama"))
+    differs = False
+    for _, inputs, *_ in seen:
+        for row in rows_of(inputs):
+            given = ([row.prompt], [row.reference], 0.6)
+            keys = {"seed": step_seed(42, 0), "sample_ids": [row.sample_id], "method": "sequential"}
+            assert torch.equal(row.answer, oracle.generate(*given, **keys).tokens[0])
+            differs |= not torch.equal(row.answer, plain.generate(*given, **keys).tokens[0])
+    assert differs
+
+
+@pytest.mark.parametrize("adapter", [False, True])
+def test_a_model_trained_in_bf16_autocast_makes_contexts_in_it(tmp_path, adapter):
     """Accelerate leaves autocast inside the forward of the model that it prepared: it stays after training."""
-    trainer = make_trainer(tmp_path, bf16=True, max_steps=1)
+    model = tiny_model("llama")
+    if adapter:
+        peft = pytest.importorskip("peft")
+        lora = peft.LoraConfig(r=4, target_modules=["q_proj", "v_proj"], init_lora_weights=False)
+        model = peft.get_peft_model(model, lora)
+    trainer = make_trainer(tmp_path, model=model, bf16=True, max_steps=1)
     trainer.train()
     assert not torch.is_autocast_enabled("cpu")
     prompts, references = ([torch.tensor(row) for row in rows()[name]] for name in ("prompt_ids", "answer_ids"))
@@ -248,7 +286,19 @@ def test_a_model_trained_in_bf16_autocast_makes_contexts_in_it(tmp_path):
         for method in ("fixed_point", "sequential")
     )
     assert all(map(torch.equal, fast.tokens, slow.tokens))
-    assert sum(map(len, generate(trainer.model, prompts, max_new_tokens=4).tokens)) > 0
+    assert generator.precision == torch.bfloat16
+    for prompt, answer in zip(prompts, generate(trainer.model, prompts, max_new_tokens=8).tokens, strict=True):
+        ids = torch.cat([prompt, answer])[None]
+        with torch.no_grad():
+            own = trainer.model(input_ids=ids, attention_mask=torch.ones_like(ids)).logits[0, len(prompt) - 1 : -1]
+        assert torch.equal(own.argmax(-1), answer)
+    with torch.no_grad():
+        own_losses = [
+            cross_entropy(trainer.model(input_ids=torch.cat(row)[None]).logits[0, len(row[0]) - 1 : -1].float(), row[1])
+            for row in zip(prompts, references, strict=True)
+        ]
+    found = row_losses(generator, [*rows()], {"reference": 0.0})["reference"]
+    assert torch.allclose(torch.stack([row.mean() for row in found]), torch.stack(own_losses), rtol=2e-4)
 
 
 def test_evaluation_is_teacher_forced(tmp_path):

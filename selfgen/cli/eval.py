@@ -18,7 +18,7 @@ from transformers import PreTrainedTokenizerBase
 from ..context import ContextGenerator
 from ..context.generator import METHODS, Method
 from ..context.ragged import max_positions
-from ..correction import DEFAULT_CUE
+from ..correction import DEFAULT_CUE, stop_ids_of
 from ..evaluation import (
     Corrections,
     PositionLoss,
@@ -94,6 +94,8 @@ class EvalArguments:
         for name in ("max_new_tokens", "rounds", "batch_size", "limit"):
             if getattr(self, name) is not None and getattr(self, name) < 1:
                 raise ValueError(f"{name} is {getattr(self, name)}; it must be at least 1")
+        if "correction" not in self.metrics and (self.rounds, self.correction_cue) != (1, DEFAULT_CUE):
+            raise ValueError("rounds and correction_cue go with the metric correction")
 
     @property
     def files(self) -> list[str]:
@@ -181,7 +183,8 @@ def answers(
     generator: ContextGenerator, tokenizer: PreTrainedTokenizerBase, how: EvalArguments, rows: list[dict]
 ) -> list[dict[str, Any]]:
     """Free-running answers of some rows."""
-    found = generate(generator, [row["prompt_ids"] for row in rows], **_sampling(how, rows))
+    stop_ids = sorted(stop_ids_of(tokenizer, generator.eos_token_ids))
+    found = generate(generator, [row["prompt_ids"] for row in rows], eos_token_ids=stop_ids, **_sampling(how, rows))
     lines = []
     for row, tokens, finished in zip(rows, found.tokens, found.finished, strict=True):
         line = _asked(tokenizer, row)

@@ -5,11 +5,12 @@ from __future__ import annotations
 import logging
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
+from typing import Any
 
 from datasets import Dataset
 
 from ..context import ContextGenerator
-from ..correction import DEFAULT_CUE
+from ..correction import DEFAULT_CUE, stop_ids_of
 from ..generation import generate_corrected
 from ..provenance import rows_hash, weights_hash
 from .journal import Journal
@@ -42,6 +43,10 @@ class GenerateArguments:
     chunk_rows: int = field(default=256, metadata={"help": "Rows between two writes; what a kill loses at most."})
     seed: int = field(default=0, metadata={"help": "Of the sampling."})
     use_cpu: bool = field(default=False, metadata={"help": "Stay on the CPU where there is an accelerator, too."})
+
+    def __post_init__(self) -> None:
+        if not self.correct and (self.rounds, self.correction_cue) != (1, DEFAULT_CUE):
+            raise ValueError("rounds and correction_cue go with --correct")
 
 
 def run(arguments: list[str]) -> int:
@@ -91,7 +96,9 @@ def answered(
     generator: ContextGenerator, tokenizer, part: list[dict], data: DataArguments, how: GenerateArguments
 ) -> list[dict]:
     """What is found for some rows."""
-    options = {name: getattr(how, name) for name in ("max_new_tokens", "seed", "batch_size", "top_k", "top_p")}
+    options: dict[str, Any] = {
+        name: getattr(how, name) for name in ("max_new_tokens", "seed", "batch_size", "top_k", "top_p")
+    }
     prompts, ids = ([row[name] for row in part] for name in ("prompt_ids", "sample_id"))
     if how.correct:
         template = data.apply_chat_template
@@ -102,7 +109,8 @@ def answered(
         columns = {"own_answer": corrected.first, "corrected": corrected.corrected}
         finished = corrected.finished
     else:
-        answers = generator.answer(prompts, sample_ids=ids, **options)
+        stop_ids = sorted(stop_ids_of(tokenizer, generator.eos_token_ids))
+        answers = generator.answer(prompts, sample_ids=ids, eos_token_ids=stop_ids, **options)
         columns = {"own_answer": answers.tokens}
         finished = answers.finished
     texts = {name: tokenizer.batch_decode(tokens, skip_special_tokens=True) for name, tokens in columns.items()}

@@ -33,6 +33,9 @@ MAKE_CONTEXTS = {f.name for f in fields(MaskOptions)} | {
     "self_prob_start",
     "self_prob_warmup",
     "sampling_temperature",
+    "context_method",
+    "context_micro_batches",
+    "replay",
 }
 
 # The Trainer's options that `selfgen train --help` shows.

@@ -62,6 +62,8 @@ class ContextGenerator:
         masks: Masks | None = None,
     ):
         self.model = _transformers_model(model)
+        self._given: torch.nn.Module = model
+        self._prepared_dtype: torch.dtype | None = None
         if (
             isinstance(temperature, bool)
             or not isinstance(temperature, int | float)
@@ -80,10 +82,34 @@ class ContextGenerator:
     def token_budget(self) -> int:
         """Most tokens in one pass; measured at the first use if it was not given."""
         if self._token_budget is None:
-            with inference(self.model), packed_linears(self.model):
+            with self.computing(), packed_linears(self.model):
                 self._token_budget = calibrate_token_budget(self.model)
             logger.info("token budget: %d tokens a pass", self._token_budget)
         return self._token_budget
+
+    @contextmanager
+    def computing(self) -> Iterator[None]:
+        """Eval mode, no gradients, and the precision of the model's own forward.
+
+        Accelerate leaves autocast inside the forward of a model that it prepared for mixed precision; of an adapter's
+        model that is the outer one, which generation passes by.
+        """
+        device = self.model.device.type
+        with inference(self.model):
+            if torch.is_autocast_enabled(device) or not hasattr(self._given, "_original_forward"):
+                yield
+                return
+            if self._prepared_dtype is None:
+                self._prepared_dtype = _dtype_inside(self._given, self.model)
+            with torch.autocast(device, self._prepared_dtype):
+                yield
+
+    @property
+    def precision(self) -> torch.dtype:
+        """What products are computed in."""
+        device = self.model.device.type
+        with self.computing():
+            return torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else self.model.dtype
 
     def generate(
         self,
@@ -138,14 +164,14 @@ class ContextGenerator:
                     'Use method="sequential".'
                 )
             budget = self.token_budget
-            with inference(self.model):
+            with self.computing():
                 self._verify()
                 state = fixed_point(self.model, batch, candidates, budget, keep_hidden_states=keep_hidden_states)
             tokens, is_self, invalid = state.contexts, state.masks, int(state.status)
             hidden_states = state.hidden_states
             passes, tokens_computed = state.passes, state.tokens_computed
         else:
-            with inference(self.model):
+            with self.computing():
                 result = sequential(self.model, batch, candidates, isolate_rows=support.isolate_rows)
             tokens, is_self, invalid = result.tokens, result.is_self, result.invalid
             passes, tokens_computed, hidden_states = result.passes, result.tokens_computed, None
@@ -172,7 +198,7 @@ class ContextGenerator:
         self,
         prompts: Sequence[TokenRow],
         *,
-        max_new_tokens: int,
+        max_new_tokens: int = 256,
         seed: int = 0,
         sample_ids: Tensor | Sequence[int] | None = None,
         top_k: int | None = None,
@@ -223,7 +249,7 @@ class ContextGenerator:
         }  # fmt: skip
         answers: list[Tensor] = [ids[:0]] * len(rows)
         support = inspect_model(self.model, max(len(row) + limit for row, limit in zip(rows, limits, strict=True)))
-        with inference(self.model), tqdm(total=len(rows), desc="Answers", disable=not progress, leave=False) as bar:
+        with self.computing(), tqdm(total=len(rows), desc="Answers", disable=not progress, leave=False) as bar:
 
             def finish(row: int, answer: Tensor) -> None:
                 answers[row] = answer
@@ -236,6 +262,8 @@ class ContextGenerator:
                 self._verify()
                 work = free_running(self.model, what, sampling, batch_size, finish)
         ended = [bool(torch.isin(answer[-1], stop_ids)) for answer in answers]
+        if status:
+            logger.warning("%d tokens of answers are arbitrary: their logits were not finite", int(status))
         seconds = time.perf_counter() - started
         return Answers(answers, ended, work.passes, work.tokens_computed, int(status), seconds)
 
@@ -319,6 +347,23 @@ def _transformers_model(model: torch.nn.Module) -> PreTrainedModel:
             f"model is a {type(model).__name__}; give a transformers model (AutoModelForCausalLM) or PEFT's"
         )
     return model
+
+
+def _dtype_inside(prepared: torch.nn.Module, model: PreTrainedModel) -> torch.dtype:
+    """What autocast computes in inside the forward of ``prepared``, which ends in that of ``model``."""
+    device, seen = model.device, []
+
+    def look(*_):
+        on = torch.is_autocast_enabled(device.type)
+        seen.append(torch.get_autocast_dtype(device.type) if on else model.dtype)
+
+    hook = model.get_input_embeddings().register_forward_pre_hook(look)
+    try:
+        ids = torch.zeros(1, 1, dtype=torch.int64, device=device)
+        prepared(input_ids=ids, attention_mask=torch.ones_like(ids))
+    finally:
+        hook.remove()
+    return seen[0]
 
 
 def _check_dtypes(model: PreTrainedModel) -> None:

@@ -15,8 +15,6 @@ from functools import partial
 import torch
 from torch import Tensor, nn
 
-from .ragged import runs_under_autocast
-
 _BATCH_HINT = 64  # rows of a typical pass; oneDNN chooses the layout by it
 
 
@@ -45,7 +43,7 @@ def packed_linears(model: nn.Module) -> Iterator[None]:
         and module.weight.dtype == torch.float32
         and "forward" not in vars(module)
     ]
-    if not linears or not can_pack() or runs_under_autocast(model, "cpu"):
+    if not linears or not can_pack() or torch.is_autocast_enabled("cpu"):
         yield
         return
     try:

@@ -16,10 +16,9 @@ from datasets import Dataset
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 from tqdm.auto import tqdm
-from transformers import PreTrainedModel
 
 from ..context import ContextGenerator
-from ..context.generator import Method, inference
+from ..context.generator import Method
 from ..data import IGNORE_INDEX, Collator
 
 _BUCKETS = 16  # at most, in a curve
@@ -98,18 +97,18 @@ def row_losses(
     losses = {}
     for name, self_prob in self_probs.items():
         mixed = generator.generate(prompts, references, self_prob, seed=seed, sample_ids=ids, method=method)
-        losses[name] = _token_losses(generator.model, rows, mixed.tokens)
+        losses[name] = _token_losses(generator, rows, mixed.tokens)
     return losses
 
 
-def _token_losses(model: PreTrainedModel, rows: Sequence[dict[str, Any]], contexts: list[Tensor]) -> list[Tensor]:
+def _token_losses(generator: ContextGenerator, rows: Sequence[dict[str, Any]], contexts: list[Tensor]) -> list[Tensor]:
     """Cross-entropy of each reference token, [T_i] a row, with ``contexts`` as input."""
-    collate = Collator(pad_token_id=0)  # padding is masked
+    model, collate = generator.model, Collator(pad_token_id=0)  # padding is masked
     batch = {key: value.to(model.device) for key, value in collate(list(rows)).items()}
     input_ids = batch["input_ids"]
     for row, prompt, tokens in zip(input_ids, batch["prompt_length"].tolist(), contexts, strict=True):
         row[prompt : prompt + len(tokens)] = tokens
-    with inference(model):
+    with generator.computing():
         logits = model(input_ids=input_ids, attention_mask=batch["attention_mask"], use_cache=False).logits  # [B, L, V]
     labels = batch["labels"][:, 1:]
     learned = labels != IGNORE_INDEX

@@ -32,7 +32,7 @@ def main(arguments: list[str] | None = None) -> int:
     rows = summary(read(options.runs))
     if not rows:
         parser.error(f"{options.runs} has no finished run; make quality")
-    text = page(rows)
+    text = page(rows, options.runs.name)
     options.runs.with_suffix(".md").write_text(text + "\n")
     options.runs.with_suffix(".json").write_text(json.dumps(rows, indent=1) + "\n")
     plot(rows, options.runs.with_suffix(".png"))
@@ -44,13 +44,14 @@ def summary(lines: list[dict[str, Any]]) -> list[dict[str, Any]]:
     """A row for each task, setting and method; shares of tokens and answers in per cent, SFT's row first."""
     runs: dict[tuple[str, str, str], Found] = defaultdict(dict)
     for line in lines:
-        setting = json.dumps(line["setting"], sort_keys=True)
+        setting = json.dumps(line["setting"] | {"test_rows": line.get("test_rows")}, sort_keys=True)
         runs[line["task"], setting, line["method"]["name"]][line["seed"]] = line["found"]
     places = {name: place for place, name in enumerate((*METHODS, *ABLATIONS))}
     rows = []
     for (task, setting, method), found in sorted(runs.items(), key=lambda item: (item[0][:2], places[item[0][2]])):
         sft = runs.get((task, setting, "SFT"), {})
         row: dict[str, Any] = {"task": task, "method": method, "setting": json.loads(setting), "seeds": len(found)}
+        row["seed_numbers"] = sorted(found)
         for measure in ("reference_token", "token", "exact", "rouge_l", "first_token"):
             values = [100 * one[measure] for one in found.values() if measure in one]
             row[measure], row[f"{measure}_interval"] = mean(values), half_interval(values)
@@ -84,7 +85,7 @@ def p_value(differences: list[float]) -> float | None:
     return float(ttest_1samp(differences, 0.0).pvalue) if len(differences) > 1 and stdev(differences) else None
 
 
-def page(rows: list[dict[str, Any]]) -> str:
+def page(rows: list[dict[str, Any]], runs: str) -> str:
     """The gap, the methods, the ablations."""
     tasks = [name for name in TASKS if any(row["task"] == name for row in rows)]
     gap = [["task", "", "tokens right under references, %", "running freely, %", "answers right, %"]]
@@ -92,7 +93,13 @@ def page(rows: list[dict[str, Any]]) -> str:
         if row["method"] == "SFT":
             numbers = [share(row, name) for name in ("reference_token", "token", "exact")]
             gap.append([row["task"], TASKS[row["task"]].about, *numbers])
-    parts = ["# Free-running answers", "## The gap: SFT", table(gap)]
+    seeds = sorted({seed for row in rows for seed in row["seed_numbers"]})
+    about = (
+        f"Of {runs}, seeds {seeds[0]} to {seeds[-1]}: `python -m benchmarks.quality.run --first-seed {seeds[0]}`, with "
+        f"`--tasks` and `--methods` as below and `--output benchmarks/results/{runs}`; then `python -m "
+        f"benchmarks.quality.report --runs benchmarks/results/{runs}`. Means with 95% intervals."
+    )
+    parts = ["# Free-running answers", about, "## The gap: SFT", table(gap)]
     for title, names in (("Methods", METHODS), ("Ablations", ABLATIONS)):
         for task in tasks:
             some = [row for row in rows if row["task"] == task and (row["method"] in names or row["method"] == "SFT")]

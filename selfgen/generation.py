@@ -58,6 +58,7 @@ def generate_corrected(
     rounds: int = 1,
     cue: str | None = None,
     apply_chat_template: bool | None = None,
+    max_new_tokens: int = 256,
     **options: Any,
 ) -> Corrected:
     """Answer, look at the answer, and answer again: RAC at inference (arXiv 2410.14655), with no oracle.
@@ -69,6 +70,7 @@ def generate_corrected(
         rounds: corrections, at least 1; each sees the answer of the one before it.
         cue: the text that asks for a correction, as in training; ``correction.DEFAULT_CUE`` by default.
         apply_chat_template: to the texts and the cue; by default if the tokenizer has one.
+        max_new_tokens: longest answer of a round, at least 1.
         **options: of `generate`; every round draws with noise of its own. Answers end with the tokenizer's EOS, too.
 
     An answer is shown as far as there are positions: ``max_new_tokens`` of them, or half of what the prompt and the cue
@@ -89,9 +91,8 @@ def generate_corrected(
         stop_ids=generator.eos_token_ids if stop_ids is None else stop_ids,
         apply_chat_template=apply_chat_template,
     )
-    options["eos_token_ids"] = sorted(between.stop_ids)
-    longest = options.setdefault("max_new_tokens", 256)
-    rooms = _room_for_answers(generator, rows, between, longest)
+    options |= {"eos_token_ids": sorted(between.stop_ids), "max_new_tokens": max_new_tokens}
+    rooms = _room_for_answers(generator, rows, between, max_new_tokens)
     seed = options.pop("seed", 0)
     answers = generator.answer(rows, seed=seed, **options)
     first, cut = answers.tokens, [False] * len(rows)

@@ -378,8 +378,9 @@ class BASHTrainer(BSSTrainer):
 def _check_fit(rows: Dataset, model: PreTrainedModel, max_length: int) -> None:
     """Contexts may be of another model, and of another tokenizer."""
     longest = highest = 0
-    for part in rows.with_format("arrow").iter(10_000):
-        ids = [part[name] for name in ("prompt_ids", "answer_ids", "context_ids")]
+    columns = ["prompt_ids", "answer_ids", "context_ids"]
+    for part in rows.select_columns(columns).with_format("arrow").iter(10_000):
+        ids = [part[name] for name in columns]
         longest = max(longest, pc.max(pc.add(*map(pc.list_value_length, ids[:2]))).as_py())
         highest = max(highest, *(pc.max(pc.list_flatten(column)).as_py() for column in ids))
     if highest >= vocab_size_of(model):

@@ -126,9 +126,8 @@ class RACTrainer(BSSTrainer):
 
     def get_batch_samples(self, epoch_iterator, num_batches, device):
         batches, num_items = super().get_batch_samples(epoch_iterator, num_batches, device)
-        if (
-            batches and self._weighs_rows and self.args.loss_on != "all"
-        ):  # direct rows have other self tokens: a mean of their own
+        if batches and self._weighs_rows and self.args.loss_on != "all":
+            # Direct rows have other self tokens, so they get a mean of their own.
             direct = super()._get_num_items_in_batch([_half(batch, 1) for batch in batches], device)
             for batch in batches:
                 weights = batch["loss_weight"]

@@ -50,8 +50,7 @@ def summary(lines: list[dict[str, Any]]) -> list[dict[str, Any]]:
     rows = []
     for (task, setting, method), found in sorted(runs.items(), key=lambda item: (item[0][:2], places[item[0][2]])):
         sft = runs.get((task, setting, "SFT"), {})
-        row: dict[str, Any] = {"task": task, "method": method, "setting": json.loads(setting), "seeds": len(found)}
-        row["seed_numbers"] = sorted(found)
+        row: dict[str, Any] = {"task": task, "method": method, "setting": json.loads(setting), "seeds": sorted(found)}
         for measure in ("reference_token", "token", "exact", "rouge_l", "first_token"):
             values = [100 * one[measure] for one in found.values() if measure in one]
             row[measure], row[f"{measure}_interval"] = mean(values), half_interval(values)
@@ -93,7 +92,7 @@ def page(rows: list[dict[str, Any]], runs: str) -> str:
         if row["method"] == "SFT":
             numbers = [share(row, name) for name in ("reference_token", "token", "exact")]
             gap.append([row["task"], TASKS[row["task"]].about, *numbers])
-    seeds = sorted({seed for row in rows for seed in row["seed_numbers"]})
+    seeds = sorted({seed for row in rows for seed in row["seeds"]})
     about = (
         f"Of {runs}, seeds {seeds[0]} to {seeds[-1]}: `python -m benchmarks.quality.run --first-seed {seeds[0]}`, with "
         f"`--tasks` and `--methods` as below and `--output benchmarks/results/{runs}`; then `python -m "
@@ -116,7 +115,7 @@ HEAD = [
 
 def cells(row: dict[str, Any]) -> list[str]:
     seen = "" if row["tokens_seen"] is None else f"{row['tokens_seen'] / 1e6:.2f}"
-    result = [row["method"], str(row["seeds"]), seen, share(row, "reference_token")]
+    result = [row["method"], str(len(row["seeds"])), seen, share(row, "reference_token")]
     for measure in COMPARED:
         p = row[f"{measure}_p_value"]
         result += [share(row, measure), share(row, f"{measure}_over_sft", "+"), "" if p is None else f"{p:.1g}"]

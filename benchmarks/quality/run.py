@@ -55,11 +55,12 @@ def main(arguments: list[str] | None = None) -> int:
     done = {key_of(line) for line in read(options.output)}
     options.output.parent.mkdir(exist_ok=True)
     for task, method, seed in tqdm(runs, desc="Runs"):
-        record = {"seed": seed, **describe(TASKS[task], method, setting_of(task))}
+        setting = setting_of(task)
+        record = {"seed": seed, **describe(TASKS[task], method, setting)}
         if key_of(record) in done:
             continue
         started = time.perf_counter()
-        found = measure(TASKS[task], method, seed, setting_of(task))
+        found = measure(TASKS[task], method, seed, setting)
         line = record | {"found": found, "seconds": round(time.perf_counter() - started, 1)}
         with options.output.open("a") as file:  # a line at once: processes may share the file
             file.write(json.dumps(line) + "\n")

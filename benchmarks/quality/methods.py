@@ -76,6 +76,8 @@ ABLATIONS = {
         Method("BSS, p = 0.9", {"self_prob": 0.9}),
         Method("BSS, p rising to 0.25", P | {"self_prob_schedule": "linear"}),
         Method("BSS, p rising to 0.5", {"self_prob": 0.5, "self_prob_schedule": "linear"}),
+        Method("BSS, greedy", P | {"sampling_temperature": 0.0}),
+        Method("BSS, confident", P | {"min_reference_prob": 0.5}),
         Method("BSS, spans", P | {"granularity": "span"}),
         Method("BSS, answers", P | {"granularity": "sequence"}),
         Method("BSS, 1 pass", P, "approximate", passes=1),

@@ -18,6 +18,7 @@ from .data import Collator
 from .trainer import BSSTrainer, pad_token_id, rows_of, step_seed
 
 OWN_ANSWERS = ("generated", "mixed", "column")
+_DIRECT = 1 << 62  # the bit of a sample id that tells the row without a correction; negative ids may be the user's
 
 
 @dataclass
@@ -144,7 +145,7 @@ class RACTrainer(BSSTrainer):
         corrections = [row | {"prompt_ids": self._correction_prompt(row, own[row["sample_id"]])} for row in rows]
         if self.args.direct_weight > 0:
             weights += [self.args.direct_weight] * len(rows)
-            rows = [row | {"sample_id": -1 - row["sample_id"]} for row in rows]  # a row of its own, with its own noise
+            rows = [row | {"sample_id": row["sample_id"] ^ _DIRECT} for row in rows]  # a row of its own, with own noise
             corrections += rows
         batch = collate(corrections)
         if self.args.direct_weight > 0:

@@ -13,6 +13,7 @@ from test_losses import losses_of
 from selfgen import ContextGenerator, RACConfig, RACTrainer
 from selfgen.correction import CorrectionCue
 from selfgen.data import tokenize_rows
+from selfgen.rac import _DIRECT
 from selfgen.trainer import step_seed
 
 TEXTS = [
@@ -65,6 +66,10 @@ def row_of(inputs, index):
     )
 
 
+def is_direct(sample_id):
+    return bool(sample_id & _DIRECT)
+
+
 def all_rows(found):
     return [row_of(inputs, index) for _, inputs in found for index in range(len(inputs["input_ids"]))]
 
@@ -105,12 +110,19 @@ def test_direct_rows_have_their_weight(tmp_path):
     """Each row comes twice, once as it was; the sum of the weighted losses is over the number of corrected tokens."""
     found = losses_of(make_trainer(tmp_path, direct_weight=0.25))
     rows = tokenized()
-    direct = [row for row in all_rows(found) if row[0] < 0]
-    assert sorted(-1 - row[0] for row in direct) == [0, 1, 2, 3]
+    direct = [row for row in all_rows(found) if is_direct(row[0])]
+    assert sorted(row[0] ^ _DIRECT for row in direct) == [0, 1, 2, 3]
     for sample_id, prompt, context, labels in direct:
-        assert prompt == rows[-1 - sample_id]["prompt_ids"]
-        assert context == labels == rows[-1 - sample_id]["answer_ids"]
-    check_loss(found, lambda row: 1.0 if row >= 0 else 0.25)
+        assert prompt == rows[sample_id ^ _DIRECT]["prompt_ids"]
+        assert context == labels == rows[sample_id ^ _DIRECT]["answer_ids"]
+    check_loss(found, lambda row: 1.0 if not is_direct(row) else 0.25)
+
+
+def test_sample_ids_may_be_negative(tmp_path):
+    """A row and what is shown of another without a correction are two rows."""
+    data = [text | {"sample_id": sample_id} for text, sample_id in zip(TEXTS, (-2, -1, 0, 1), strict=True)]
+    found = all_rows(losses_of(make_trainer(tmp_path, data=data, self_prob=0.5, direct_weight=0.25)))
+    assert len({row[0] for row in found}) == 8
 
 
 def test_only_corrections_are_counted_where_self_tokens_are_asked_for(tmp_path):
@@ -118,7 +130,7 @@ def test_only_corrections_are_counted_where_self_tokens_are_asked_for(tmp_path):
     found = losses_of(make_trainer(tmp_path, self_prob=1.0, direct_weight=0.5, loss_on="after_self"))
     for _, _, _, labels in all_rows(found):
         assert [label == -100 for label in labels] == [True] + [False] * (len(labels) - 1)
-    check_loss(found, lambda row: 1.0 if row >= 0 else 0.5)
+    check_loss(found, lambda row: 1.0 if not is_direct(row) else 0.5)
 
 
 def test_direct_rows_are_a_mean_of_their_own_after_self_tokens(tmp_path):
@@ -131,8 +143,8 @@ def test_direct_rows_are_a_mean_of_their_own_after_self_tokens(tmp_path):
         for sample_id, prompt, context, labels in all_rows(found):
             with torch.no_grad():
                 logits = tiny_model("llama")(input_ids=torch.tensor([prompt + context])).logits[0, len(prompt) - 1 : -1]
-            sums[sample_id < 0] += float(F.cross_entropy(logits, torch.tensor(labels), reduction="sum"))
-            counts[sample_id < 0] += sum(label != -100 for label in labels)
+            sums[is_direct(sample_id)] += float(F.cross_entropy(logits, torch.tensor(labels), reduction="sum"))
+            counts[is_direct(sample_id)] += sum(label != -100 for label in labels)
         want = sum(
             weight * total / max(1, count) for weight, total, count in zip((1.0, 0.5), sums, counts, strict=True)
         )
@@ -188,7 +200,7 @@ def check_loss(found, weight_of):
                 logits = model(input_ids=torch.tensor([prompt + context])).logits[0, len(prompt) - 1 : -1]
             loss = F.cross_entropy(logits, torch.tensor(labels), reduction="sum")
             learned = sum(label != -100 for label in labels)
-            total, count = total + weight_of(sample_id) * loss, count + learned * (sample_id >= 0)
+            total, count = total + weight_of(sample_id) * loss, count + learned * (not is_direct(sample_id))
     torch.testing.assert_close(sum(loss for loss, _ in found), total / count, rtol=1e-5, atol=1e-6)
 
 
@@ -203,14 +215,14 @@ def test_with_self_tokens_it_is_bss_on_corrections(tmp_path, direct_weight):
     rows = tokenized()
     different = 0
     for sample_id, prompt, context, labels in all_rows(found):
-        assert labels == rows[max(sample_id, -1 - sample_id)]["answer_ids"]
+        assert labels == rows[sample_id & ~_DIRECT]["answer_ids"]
         want = oracle.generate(
             [prompt], [labels], 0.6, seed=step_seed(42, 0), sample_ids=[sample_id], method="sequential"
         )
         assert context == want.tokens[0].tolist()
         different += context != labels
     assert different
-    check_loss(found, lambda row: 1.0 if row >= 0 else direct_weight)
+    check_loss(found, lambda row: 1.0 if not is_direct(row) else direct_weight)
 
 
 def test_rows_keep_to_max_length(tmp_path):

@@ -11,13 +11,15 @@ from dataclasses import dataclass
 
 from transformers import PreTrainedTokenizerBase
 
+from .data import answer_ends
+
 DEFAULT_CUE = "Check your answer. If something in it is wrong, correct it; otherwise give it again."
 _PLACEHOLDER = "The answer."
 
 
 def stop_ids_of(tokenizer: PreTrainedTokenizerBase, model_ids: Iterable[int]) -> frozenset[int]:
-    """What ends an answer: the model's ids, and the tokenizer's EOS."""
-    return frozenset(model_ids) | {tokenizer.eos_token_id} - {None}
+    """What ends an answer: the model's ids, the tokenizer's EOS, and the end of a turn in its chat template."""
+    return frozenset(model_ids) | answer_ends(tokenizer)
 
 
 @dataclass(frozen=True)
@@ -38,7 +40,7 @@ class CorrectionCue:
     ) -> CorrectionCue:
         """The cue as the user's next turn if the tokenizer has a chat template, else as a paragraph of its own.
 
-        ``stop_ids`` end the model's answers, beside the tokenizer's EOS.
+        ``stop_ids`` end the model's answers, beside what the tokenizer says (`stop_ids_of`).
 
         Raises:
             ValueError: an empty cue; a chat template that rewrites earlier turns when more follow.

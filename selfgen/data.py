@@ -192,10 +192,11 @@ def tokenize_rows(
     a message prompt is an assistant turn), or one list of messages. In messages the last turn must be the assistant's:
     it is the answer, and all before it is the prompt. If a data set has both forms, prompt and completion are used.
 
-    With a chat template, texts become a user and an assistant turn, and the answer ends where the template's last EOS
-    ends it. Without one, the prompt gets the tokenizer's own special tokens (a BOS, never an EOS), and the answer one
-    EOS. An answer that does not fit into `max_length` loses its right end, EOS included. Rows with an empty answer, an
-    empty prompt, a prompt of `max_length` tokens or more, or no assistant turn at the end are dropped and counted.
+    With a chat template, texts become a user and an assistant turn, and the answer ends with the EOS or the special
+    token that the template ends it with (`answer_ends`). Without one, the prompt gets the tokenizer's own special
+    tokens (a BOS, never an EOS). An answer that nothing ends gets an EOS. One that does not fit into `max_length` loses
+    its right end, EOS included. Rows with an empty answer, an empty prompt, a prompt of `max_length` tokens or more, or
+    no assistant turn at the end are dropped and counted.
 
     Args:
         max_length: the most tokens of prompt and answer together, at least 2.
@@ -261,6 +262,25 @@ def tokenize_rows(
     return (tokenized if len(kept) == len(outcomes) else tokenized.select(kept)), report
 
 
+def answer_ends(tokenizer: PreTrainedTokenizerBase) -> frozenset[int]:
+    """Ids that end an answer: the EOS, and the special token that the chat template writes right behind an answer.
+
+    They differ where a base model's tokenizer has a chat template: EOS ends documents, and `<|im_end|>` turns.
+    """
+    ends = {tokenizer.eos_token_id} - {None}
+    if not getattr(tokenizer, "chat_template", None):
+        return frozenset(ends)
+    answer = "The answer."
+    turns = [{"role": "user", "content": "x"}, {"role": "assistant", "content": answer}]
+    try:
+        text = tokenizer.apply_chat_template(turns, tokenize=False)
+    except Exception:  # a template may raise anything; where it is to be applied, that is reported with the row
+        return frozenset(ends)
+    behind = tokenizer(text.rpartition(answer)[2], add_special_tokens=False).input_ids[:1]
+    added = tokenizer.added_tokens_decoder
+    return frozenset(ends | {token for token in behind if token in added and added[token].special})
+
+
 def _find_columns(present: list[str], prompt: str, completion: str, messages: str) -> tuple[str, ...]:
     """(prompt, completion) or (messages,), whichever `present` has."""
     if {prompt, completion} <= set(present):
@@ -306,14 +326,15 @@ def _tokenize_batch(
     all_prompt_ids = tokenizer(prompts, add_special_tokens=not use_template, verbose=False).input_ids
     all_answer_ids = tokenizer(answers, add_special_tokens=False, verbose=False).input_ids
 
-    eos = tokenizer.eos_token_id
+    eos, ends = tokenizer.eos_token_id, answer_ends(tokenizer)
     appends_eos = not use_template and tokenizer("a").input_ids[-1:] == [eos]
     for i, (prompt_ids, answer_ids) in enumerate(zip(all_prompt_ids, all_answer_ids, strict=True)):
         if appends_eos:
             prompt_ids.pop()
-        if use_template and eos in answer_ids:
-            del answer_ids[len(answer_ids) - answer_ids[::-1].index(eos) :]  # templates write "\n" after the EOS
-        elif not use_template and answer_ids[-1:] != [eos]:
+        last = max((place for place, token in enumerate(answer_ids) if token in ends), default=None)
+        if use_template and last is not None:
+            del answer_ids[last + 1 :]  # templates write "\n" after the end of a turn
+        elif answer_ids and answer_ids[-1] != eos:
             answer_ids.append(eos)
         if outcomes[i] == _KEPT:
             outcomes[i] = _judge_lengths(len(prompt_ids), len(answer_ids), max_length)

@@ -21,7 +21,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, T
 from .config import BSSConfig
 from .context import ContextGenerator, ContextStats, MixedContext
 from .context.ragged import max_positions
-from .data import IGNORE_INDEX, Collator, check_sample_ids, load_rows
+from .data import IGNORE_INDEX, Collator, answer_ends, check_sample_ids, load_rows
 from .losses import AnswerLoss
 from .replay import HiddenStates, ReplayError, decoder_layers
 from .schedules import Schedule
@@ -105,6 +105,7 @@ class BSSTrainer(Trainer):
             raise ValueError(
                 "weights sharded by FSDP or DeepSpeed can't make contexts yet; train with DDP or one device"
             )
+        self._end_answers_where_rows_end()
         self._waiting: list[dict[str, Tensor]] = []  # micro-batches of this optimizer step, without contexts yet
         self._mixed = 0  # micro-batches with contexts that are not trained on yet
         self._replay: _Replay | None = None
@@ -114,6 +115,14 @@ class BSSTrainer(Trainer):
         self._label_smoother = self.label_smoother  # type: ignore[has-type]
         self.meter = _Meter()
         self.add_callback(_StepTimer(self.meter))
+
+    def _end_answers_where_rows_end(self) -> None:
+        """What the trained model generates, here and elsewhere, ends with what its training rows end with."""
+        config = getattr(self.generator.model, "generation_config", None)
+        known = self.generator.eos_token_ids
+        more = sorted(answer_ends(self.processing_class) - set(known))
+        if config is not None and more:
+            config.eos_token_id = [*known, *more]
 
     def get_batch_samples(self, epoch_iterator, num_batches, device):
         """All micro-batches of one optimizer step; those that are trained on first have their mixed contexts."""

@@ -11,7 +11,7 @@ from tokenizers.pre_tokenizers import WhitespaceSplit
 from tokenizers.processors import TemplateProcessing
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
-from selfgen.data import Collator, DataReport, load_rows, tokenize_rows
+from selfgen.data import Collator, DataReport, answer_ends, load_rows, tokenize_rows
 
 WORDS = ["<pad>", "<bos>", "<eos>", "<user>", "<assistant>", "<system>", "<nl>", *"abcdefgh"]
 ID = {word: number for number, word in enumerate(WORDS)}
@@ -232,10 +232,21 @@ def test_answer_gets_one_eos(plain):
     assert examples[0]["answer_ids"] == ids("b <eos>")
 
 
-def test_template_that_ends_turns_without_eos_is_left_alone():
+def test_an_answer_that_the_template_does_not_end_gets_an_eos():
     template = "{% for m in messages %}{{ m['content'] }} <nl> {% endfor %}"
     examples, _ = tokenize([{"prompt": "a", "completion": "b"}], make_tokenizer(template))
-    assert examples[0]["answer_ids"] == ids("b <nl>")
+    assert examples[0]["answer_ids"] == ids("b <nl> <eos>")
+
+
+def test_a_turn_may_end_with_another_special_token_than_the_eos(chat):
+    """As of a base model with ChatML: its EOS ends documents. The end of a turn ends training rows and answers."""
+    tokenizer = make_tokenizer(TEMPLATE.replace("<eos> <nl>", "<end> <nl>"))
+    tokenizer.add_special_tokens({"additional_special_tokens": ["<end>"]})
+    end = tokenizer.convert_tokens_to_ids("<end>")
+    examples, _ = tokenize([{"prompt": "a", "completion": "b"}], tokenizer)
+    assert examples[0]["answer_ids"] == [*ids("b"), end]
+    assert answer_ends(tokenizer) == {EOS, end}
+    assert answer_ends(chat) == {EOS}
 
 
 def test_truncation(plain):

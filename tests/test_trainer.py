@@ -8,7 +8,7 @@ import pytest
 import torch
 from datasets import Dataset, concatenate_datasets
 from models import VOCAB, tiny_model
-from test_data import ROWS, make_tokenizer
+from test_data import ROWS, TEMPLATE, make_tokenizer
 from torch.nn.functional import cross_entropy
 from transformers import AutoModelForCausalLM, Trainer, TrainingArguments
 
@@ -101,6 +101,29 @@ def test_a_step_trains_on_mixed_inputs_and_reference_labels(tmp_path):
             assert torch.equal(inputs["input_ids"][row, p : p + t], expected.tokens[0])
             assert (inputs["labels"][row, :p] == -100).all()
             assert (inputs["labels"][row, p + t :] == -100).all()
+
+
+def test_what_ends_training_rows_ends_answers(tmp_path):
+    """A template's end of turn that is not the EOS gets into the checkpoint, so that answers end anywhere."""
+    tokenizer = make_tokenizer(TEMPLATE.replace("<eos> <nl>", "<end> <nl>"))
+    tokenizer.add_special_tokens({"additional_special_tokens": ["<end>"]})
+    end = tokenizer.convert_tokens_to_ids("<end>")
+    options = {"learning_rate": 3e-2, "max_steps": 60, "self_prob": 0.0}
+    trainer = BSSTrainer(
+        tiny_model("llama"),
+        config(tmp_path, **options),
+        train_dataset=Dataset.from_list(ROWS),
+        processing_class=tokenizer,
+    )
+    trainer.train()
+    trainer.save_model()
+    model = AutoModelForCausalLM.from_pretrained(tmp_path).eval()
+    prompts = list(trainer.train_dataset["prompt_ids"])
+    answers = generate(model, prompts, max_new_tokens=20)
+    assert [answer.tolist() for answer in answers.tokens] == list(trainer.train_dataset["answer_ids"])
+    assert all(int(answer[-1]) == end for answer in answers.tokens)
+    found = model.generate(torch.tensor(prompts[:1]), max_new_tokens=20, do_sample=False)[0, len(prompts[0]) :]
+    assert torch.equal(found, answers.tokens[0])
 
 
 def _record(function, calls):

@@ -6,6 +6,7 @@ from functools import cache
 
 import pytest
 import torch
+import transformers as t
 from hypothesis import given
 from hypothesis import strategies as st
 from models import CONFIGS, VOCAB, tiny_model
@@ -17,6 +18,7 @@ from benchmarks.fixtures import smollm2_path
 from selfgen import ContextGenerator, generate, generate_corrected
 from selfgen.context import generator as engine
 from selfgen.correction import CorrectionCue
+from selfgen_kernels import sample_mix
 
 model_of = cache(tiny_model)
 EOS = 2
@@ -88,13 +90,45 @@ def test_no_more_tokens_than_the_model_has_positions():
     assert answers.finished == [False, False]
 
 
-def test_models_that_the_ragged_path_refuses(monkeypatch):
-    model = model_of("llama")
-    want = generate(model, [[5, 6], [7]], max_new_tokens=9)
-    support = engine.inspect_model(model, 11)
-    monkeypatch.setattr(engine, "inspect_model", lambda *args: type(support)(["something"], True))
-    found = generate(model, [[5, 6], [7]], max_new_tokens=9)
-    assert all(map(torch.equal, found.tokens, want.tokens))
+REFUSED = {  # no positions; a state in place of a cache; an attention of its own
+    "gptj": lambda: t.GPTJConfig(
+        vocab_size=VOCAB, n_embd=32, n_layer=2, n_head=4, rotary_dim=8, n_positions=64, initializer_range=0.3
+    ),
+    "bloom": lambda: t.BloomConfig(vocab_size=VOCAB, hidden_size=32, n_layer=2, n_head=4, initializer_range=0.3),
+    "mamba": lambda: t.MambaConfig(vocab_size=VOCAB, hidden_size=32, num_hidden_layers=2, initializer_range=0.3),
+    "mpt": lambda: t.MptConfig(vocab_size=VOCAB, d_model=32, n_layers=2, n_heads=4, initializer_range=0.3),
+}
+
+
+@pytest.mark.parametrize("temperature", [0.0, 1.0])
+@pytest.mark.parametrize("family", REFUSED)
+def test_models_that_the_ragged_path_refuses(family, temperature):
+    """Their answers are those of whole contexts computed anew at every token, whatever is computed together."""
+    torch.manual_seed(0)
+    model = t.AutoModelForCausalLM.from_config(REFUSED[family]()).eval()
+    model.generation_config.repetition_penalty = 5.0  # not asked for
+    prompts = [[5, 6], [7], [8, 9], [4, 4, 4], [10, 3], [11]]
+    stop = list(range(0, VOCAB, 6))
+    assert engine.inspect_model(model, 20).missing
+    found = ContextGenerator(model, temperature=temperature).answer(
+        prompts, max_new_tokens=12, seed=3, sample_ids=range(20, 26), eos_token_ids=stop, batch_size=2
+    )
+    assert len(set(map(len, found.tokens))) > 1
+    assert True in found.finished
+    for row, (prompt, answer) in enumerate(zip(prompts, found.tokens, strict=True)):
+        context = torch.tensor(prompt)
+        for place, token in enumerate(answer.tolist()):
+            with torch.no_grad():
+                logits = model(input_ids=context[None]).logits[:, -1]
+            want, _ = sample_mix(
+                logits, context[-1:], 1.0, seed=3, sample_ids=torch.tensor([20 + row]),
+                positions=torch.tensor([place]), temperature=temperature,
+            )  # fmt: skip
+            assert token == int(want)
+            context = torch.cat([context, want])
+        assert found.finished[row] == (int(answer[-1]) in stop)
+        assert found.finished[row] or len(answer) == 12
+    assert model.generation_config.repetition_penalty == 5.0
 
 
 def test_the_model_is_left_as_it_was():

@@ -191,3 +191,8 @@ def check_sample_ids(sample_ids: Tensor | Sequence[int], rows: int, device: torc
         twice = next(value for value in values if values.count(value) > 1)
         raise ValueError(f"sample id {twice} occurs more than once; ids tell rows apart and must be unique in a batch")
     return ids.to(device=device, dtype=torch.int64)
+
+
+def left_pad(rows: list[Tensor]) -> Tensor:
+    """[R, longest], zeros before the shorter rows."""
+    return torch.nn.utils.rnn.pad_sequence(rows, batch_first=True, padding_side="left")

@@ -18,7 +18,7 @@ from ..replay import ReplayError
 from .batch import Answers, Batch, ContextStats, MixedContext, TokenRow, check_sample_ids, check_token_rows
 from .budget import calibrate_token_budget
 from .fixed_point import fixed_point
-from .free_running import Prompts, free_running, run_one_by_one
+from .free_running import Prompts, free_running, run_by_transformers
 from .masks import Masks
 from .packed import packed_linears
 from .ragged import UnsupportedModelError, inspect_model, max_positions, verify_model, vocab_size_of
@@ -210,8 +210,9 @@ class ContextGenerator:
     ) -> Answers:
         """Let the model answer by itself: a context with p = 1 that ends where the model ends it.
 
-        Rows are decoded together; when one has ended, the next prompt takes its place. A row's answer depends on its
-        prompt, its sample id and the seed alone.
+        Rows are decoded together; when one has ended, the next prompt takes its place (models that the ragged path
+        refuses run by transformers' ``generate``). A row's answer depends on its prompt, its sample id and the seed
+        alone.
 
         Args:
             prompts: R rows of token ids, [P_i] int64/int32 tensors or lists, each at least one token.
@@ -257,7 +258,8 @@ class ContextGenerator:
 
             what = Prompts(rows, ids, limits, stop_ids)
             if support.missing:
-                work = run_one_by_one(self.model, what, sampling, finish)
+                isolate = support.isolate_rows
+                work = run_by_transformers(self.model, what, sampling, batch_size, finish, isolate_rows=isolate)
             else:
                 self._verify()
                 work = free_running(self.model, what, sampling, batch_size, finish)

@@ -17,7 +17,7 @@ from transformers import DynamicCache, PreTrainedModel
 
 from selfgen_kernels import sample_mix
 
-from .batch import Batch
+from .batch import Batch, left_pad
 
 
 @dataclass
@@ -60,8 +60,8 @@ def _decode(
     model: PreTrainedModel, batch: Batch, candidates: list[Tensor], status: Tensor, *, use_cache: bool
 ) -> SequentialResult:
     rows, steps = len(batch.prompts), max(batch.answer_lengths)
-    context = _left_pad(batch.prompts)  # [R, L] grows by one column a step
-    mask = _left_pad([torch.ones_like(prompt) for prompt in batch.prompts])  # [R, L]
+    context = left_pad(batch.prompts)  # [R, L] grows by one column a step
+    mask = left_pad([torch.ones_like(prompt) for prompt in batch.prompts])  # [R, L]
     reference = torch.nn.utils.rnn.pad_sequence(batch.references, batch_first=True)  # [R, T]
     may_be_self = torch.nn.utils.rnn.pad_sequence(candidates, batch_first=True)  # [R, T]; padding samples nothing
     last_position = torch.tensor(batch.lengths, device=batch.device) - 1  # [R]
@@ -105,7 +105,3 @@ def _decode(
     width = range(first, first + steps)
     tokens_computed = rows * (first + steps - 1 if use_cache else sum(width))
     return SequentialResult(tokens, is_self, passes=steps, tokens_computed=tokens_computed, invalid=0)
-
-
-def _left_pad(rows: list[Tensor]) -> Tensor:
-    return torch.nn.utils.rnn.pad_sequence(rows, batch_first=True, padding_side="left")

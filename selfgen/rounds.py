@@ -139,6 +139,7 @@ def train_rounds(
 def _train(trainer: BASHTrainer, folder: Path) -> None:
     """From the newest checkpoint to ``folder/model``, which is there as a whole or not at all."""
     trainer.train(resume_from_checkpoint=last_checkpoint(folder))
+    trainer.evaluate_at_the_end()
     trainer.save_state()
     beside = folder / "model.partial"
     shutil.rmtree(beside, ignore_errors=True)

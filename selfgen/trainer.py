@@ -40,7 +40,8 @@ class BSSTrainer(Trainer):
     model allows it, the forward of that step is what making the contexts has computed (``selfgen.replay``).
 
     Args:
-        model: a transformers causal language model, a PEFT model around one, or a name for ``from_pretrained``.
+        model: a transformers causal language model, a PEFT model around one, or a name for ``from_pretrained``, whose
+            weights are then fp32: in bf16, small updates are rounded away (``args.bf16`` is for the computing).
         args: ``BSSConfig``.
         train_dataset, eval_dataset: rows as ``tokenize_rows`` takes them (``prompt``/``completion`` or ``messages``),
             or as it returns them. Evaluation is teacher-forced: under reference contexts.
@@ -77,7 +78,7 @@ class BSSTrainer(Trainer):
         if not isinstance(args, BSSConfig):
             raise TypeError(f"args is a {type(args).__name__}; BSSTrainer takes a BSSConfig")
         if isinstance(model, str):
-            model = AutoModelForCausalLM.from_pretrained(model)
+            model = AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32)
         self.generator = ContextGenerator(
             model, temperature=args.sampling_temperature, token_budget=args.token_budget, masks=args.masks
         )
@@ -283,16 +284,26 @@ class BSSTrainer(Trainer):
     def evaluate(self, eval_dataset=None, *args, **kwargs):
         return super().evaluate(self._prepare("eval", eval_dataset), *args, **kwargs)
 
+    def evaluate_at_the_end(self) -> None:
+        """Where there is evaluation data, and ``eval_strategy`` has never used it."""
+        if self.eval_dataset is not None and self.args.eval_strategy == "no":
+            self.evaluate()
+
     def predict(self, test_dataset, *args, **kwargs):
         return super().predict(self._prepare("test", test_dataset), *args, **kwargs)
 
     def _prepare(self, name: str, rows):
         """Tokenize what is not tokenized yet: a data set, or several by name."""
-        if isinstance(rows, dict) and not isinstance(rows, DatasetDict):
-            return {key: self._prepare(key, part) for key, part in rows.items()}
+        if isinstance(rows, dict) and not (name == "train" and isinstance(rows, DatasetDict)):
+            return {key: self._prepare(f"{name} {key}", part) for key, part in rows.items()}
         if rows is None or (isinstance(rows, str) and isinstance(self.eval_dataset, dict)):  # one of several, by name
             return rows
-        return tokenized(name, rows, self.processing_class, self.args, self._longest_row(name))
+        rows = tokenized(name, rows, self.processing_class, self.args, self._longest_row(name))
+        column, by_length = self.args.length_column_name, ("group_by_length", "batch_rebalance")
+        if self.args.train_sampling_strategy in by_length and column not in rows.column_names:
+            lengths = rows.map(_lengths, batched=True, remove_columns=rows.column_names, desc="Lengths")
+            rows = rows.add_column(column, lengths["length"][:])
+        return rows
 
     def _longest_row(self, name: str) -> int:
         """Most tokens of a row of the data set ``name``, before a method adds to it."""
@@ -416,12 +427,18 @@ def step_seed(seed: int, step: int, stream: int = 0) -> int:
 
 def tokenized(name: str, rows, tokenizer, args: BSSConfig, max_length: int) -> Dataset:
     """``rows`` as ``tokenize_rows`` returns them, and a line about what became of them."""
+    rows = load_rows(rows) if isinstance(rows, DatasetDict) else rows
     if hasattr(rows, "column_names") and {"sample_id", "prompt_ids", "answer_ids"} <= set(rows.column_names):
         check_sample_ids(rows)
         return rows
     dataset, report = args.tokenize(load_rows(rows), tokenizer, max_length)
     logger.warning("%s data: %s", name, report)
     return dataset
+
+
+def _lengths(batch: dict[str, list]) -> dict[str, list[int]]:
+    pairs = zip(batch["prompt_ids"], batch["answer_ids"], strict=True)
+    return {"length": [len(prompt) + len(answer) for prompt, answer in pairs]}
 
 
 def pad_token_id(tokenizer) -> int:

@@ -119,11 +119,32 @@ def test_yaml_and_flags_give_the_same_run(arguments, tmp_path, capsys):
     assert losses[0] == losses[1]
 
 
-def test_evaluation_split(arguments, capsys):
-    code, _, _ = run(["train", *flags(arguments), "--eval_split", "train[:4]", "--eval_strategy", "epoch"], capsys)
+@pytest.mark.parametrize(
+    ("options", "count"),
+    [
+        ([], 1),  # at the end
+        (["--eval_strategy", "steps", "--eval_steps", "1"], 3),
+        (["--method", "bash", "--rounds", "2", "--num_train_epochs", "1", "--max_steps", "-1"], 1),
+    ],
+    ids=["end", "steps", "rounds"],
+)
+def test_evaluation_split(arguments, capsys, options, count):
+    code, _, _ = run(["train", *flags(arguments), "--eval_split", "train[:4]", *options], capsys)
     assert code == 0
-    state = json.loads((Path(arguments["output_dir"]) / "trainer_state.json").read_text())
-    assert any("eval_loss" in entry for entry in state["log_history"])
+    states = list(Path(arguments["output_dir"]).glob("round-*/trainer_state.json"))
+    for state in states or [Path(arguments["output_dir"]) / "trainer_state.json"]:
+        assert sum("eval_loss" in entry for entry in json.loads(state.read_text())["log_history"]) == count
+
+
+@pytest.mark.parametrize(("options", "dtype"), [([], torch.float32), (["--dtype", "auto"], torch.bfloat16)])
+def test_weights_are_trained_in_fp32(arguments, model_dir, tmp_path, capsys, options, dtype):
+    """Whatever the checkpoint has, if nothing else is asked for: half precision rounds small updates away."""
+    folder = tmp_path / "half"
+    shutil.copytree(model_dir, folder)
+    t.AutoModelForCausalLM.from_pretrained(model_dir, dtype=torch.bfloat16).save_pretrained(folder)
+    code, _, _ = run(["train", *flags({**arguments, "model": str(folder)}), *options], capsys)
+    assert code == 0
+    assert t.AutoModelForCausalLM.from_pretrained(arguments["output_dir"]).dtype == dtype
 
 
 def test_a_broken_checkpoint_of_the_model(arguments, model_dir, tmp_path, capsys):

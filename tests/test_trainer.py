@@ -6,7 +6,7 @@ import json
 
 import pytest
 import torch
-from datasets import Dataset, concatenate_datasets
+from datasets import Dataset, DatasetDict, concatenate_datasets
 from models import VOCAB, tiny_model
 from test_data import ROWS, TEMPLATE, make_tokenizer
 from torch.nn.functional import cross_entropy
@@ -350,6 +350,34 @@ def test_several_evaluation_sets_and_text_ones(tmp_path):
     assert {"eval_a_loss", "eval_b_loss"} <= set(metrics)
     assert trainer.evaluate(text)["eval_loss"] == pytest.approx(metrics["eval_a_loss"])
     assert trainer.predict(text).metrics["test_loss"] == pytest.approx(metrics["eval_a_loss"])
+
+
+def test_every_split_is_evaluated(tmp_path):
+    """As transformers.Trainer does; a split called train is one of them."""
+    splits = DatasetDict(train=rows(3), test=rows(2, seed=1))
+    trainer = BSSTrainer(
+        tiny_model("llama"), config(tmp_path), train_dataset=splits, eval_dataset=splits, processing_class=Tokenizer()
+    )
+    assert len(trainer.train_dataset) == 3
+    metrics = trainer.evaluate()
+    for name, part in splits.items():
+        assert metrics[f"eval_{name}_loss"] == pytest.approx(trainer.evaluate(part)["eval_loss"])
+
+
+def test_rows_of_one_length_can_be_trained_together(tmp_path):
+    options = config(tmp_path, train_sampling_strategy="group_by_length", max_steps=2)
+    trainer = BSSTrainer(tiny_model("llama"), options, train_dataset=rows(), processing_class=make_tokenizer())
+    data = trainer.train_dataset
+    pairs = zip(data["prompt_ids"], data["answer_ids"], strict=True)
+    assert data["length"][:] == [len(prompt) + len(answer) for prompt, answer in pairs]
+    trainer.train()
+    order = [data["length"][place] for place in trainer._get_train_sampler(data)]
+    assert order[:4] == sorted(order[:4], reverse=True)  # one optimizer step's rows, the longest first
+
+
+def test_a_model_by_name_is_trained_in_fp32(tmp_path):
+    tiny_model("llama", dtype=torch.bfloat16).save_pretrained(tmp_path / "half")
+    assert make_trainer(tmp_path, model=str(tmp_path / "half")).model.dtype == torch.float32
 
 
 def test_checkpoint_is_an_ordinary_one(tmp_path):

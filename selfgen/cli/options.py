@@ -78,6 +78,19 @@ class ModelArguments:
 
 
 @dataclass
+class TrainedModelArguments(ModelArguments):
+    """A model to train. Half-precision weights round small updates away."""
+
+    dtype: str = field(
+        default="float32",
+        metadata={
+            "help": "Dtype of the weights, for the optimizer: float32, auto (the checkpoint's), bfloat16, float16. "
+            "--bf16 computes in mixed precision whatever it is."
+        },
+    )
+
+
+@dataclass
 class DataArguments(RowOptions):
     """Rows with prompts and reference answers."""
 

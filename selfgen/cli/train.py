@@ -21,7 +21,7 @@ from ..offline import BASHTrainer, OfflineError
 from ..rac import RACConfig, RACTrainer
 from ..rounds import train_rounds
 from ..trainer import BSSTrainer, last_checkpoint
-from .options import ModelArguments, Parser, fail, make_parser, parse, source_of
+from .options import Parser, TrainedModelArguments, fail, make_parser, parse, source_of
 
 logger = logging.getLogger(__name__)
 
@@ -72,7 +72,10 @@ class TrainingData:
     dataset_config: str | None = field(default=None, metadata={"help": "Configuration of a data set on the hub."})
     dataset_split: str = field(default="train", metadata={"help": "Split to train on, for example train[:1000]."})
     eval_dataset: str | None = field(default=None, metadata={"help": "Evaluation data; by default dataset's."})
-    eval_split: str | None = field(default=None, metadata={"help": "Split to evaluate on; none by default."})
+    eval_split: str | None = field(
+        default=None,
+        metadata={"help": "Split to evaluate on, at the end or as eval_strategy says; none by default."},
+    )
 
     def load(self) -> tuple[Dataset | None, Dataset | None]:
         """Rows to train and to evaluate on."""
@@ -145,7 +148,7 @@ def run(arguments: list[str]) -> int:
 
 
 def _prepare(
-    model_arguments: ModelArguments, data: TrainingData, method: MethodArguments, config: BSSConfig
+    model_arguments: TrainedModelArguments, data: TrainingData, method: MethodArguments, config: BSSConfig
 ) -> Callable[[], None]:
     """Everything that can be wrong before the first step; returns the training."""
     if method.contexts:
@@ -163,6 +166,7 @@ def _prepare(
 
     def train() -> None:
         trainer.train(resume_from_checkpoint=checkpoint)
+        trainer.evaluate_at_the_end()
         trainer.save_model()
         trainer.save_state()
 
@@ -181,7 +185,7 @@ def _warn_of_what_has_no_effect(config: BSSConfig, contexts: str) -> None:
 
 
 def _prepare_rounds(
-    model_arguments: ModelArguments, data: TrainingData, method: MethodArguments, config: BSSConfig
+    model_arguments: TrainedModelArguments, data: TrainingData, method: MethodArguments, config: BSSConfig
 ) -> Callable[[], None]:
     train_rows, eval_rows = data.load()
     tokenizer = model_arguments.load_tokenizer()
@@ -239,7 +243,7 @@ def method_of(arguments: list[str]) -> str | None:
 
 def _parser(config_class: type[BSSConfig], everything: bool) -> Parser:
     parser = make_parser(
-        (ModelArguments, TrainingData, MethodArguments, config_class),
+        (TrainedModelArguments, TrainingData, MethodArguments, config_class),
         prog=PROG,
         usage="selfgen train [CONFIG.yaml] --model NAME --dataset NAME --output_dir DIR [options]",
         description="Fine-tune on mixed contexts; see selfgen --help for examples.",

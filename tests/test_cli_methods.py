@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import json
+from datetime import datetime
 from pathlib import Path
 
 import pytest
+from datasets import Dataset
 from models import tiny_model  # noqa: F401
 from test_cli import arguments, flags, history, model_dir, run  # noqa: F401
 from test_data import ROWS, TEMPLATE, make_tokenizer, write_jsonl
@@ -101,6 +103,28 @@ def test_prompts_need_no_references(generation, capsys):
     assert code == 0, err
     assert [row["own_answer"] for row in lines(other)] == [row["own_answer"] for row in lines(generation)]
     assert "completion" not in lines(other)[0]
+
+
+@pytest.mark.parametrize("blank", ["", None])
+@pytest.mark.parametrize("kept", [0, 1])
+def test_references_may_be_blank(generation, capsys, blank, kept):
+    """As in the test split of a data set whose labels are not public."""
+    run(["generate", *flags(generation)], capsys)
+    rows = [row | {"completion": row["completion"] if place < kept else blank} for place, row in enumerate(ROWS * 6)]
+    write_jsonl(Path(generation["dataset"]), rows)
+    other = generation | {"output_file": generation["output_file"] + "l"}
+    code, _, err = run(["generate", *flags(other)], capsys)
+    assert code == 0, err
+    assert [row["own_answer"] for row in lines(other)] == [row["own_answer"] for row in lines(generation)]
+    assert [row["completion"] for row in lines(other)] == [row["completion"] for row in rows]
+
+
+def test_columns_that_json_does_not_have_are_kept_as_text(generation, tmp_path, capsys):
+    file = tmp_path / "test.parquet"
+    Dataset.from_list([row | {"when": datetime(2020, 1, 2)} for row in ROWS]).to_parquet(file)
+    code, _, err = run(["generate", *flags(generation | {"dataset": str(file)})], capsys)
+    assert code == 0, err
+    assert [row["when"] for row in lines(generation)] == ["2020-01-02 00:00:00"] * 2
 
 
 def test_written_answers_are_data_for_rac(generation, arguments, capsys):  # noqa: F811

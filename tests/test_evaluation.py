@@ -436,6 +436,28 @@ def test_a_broken_off_evaluation_goes_on(arguments, monkeypatch, capsys):
     assert lines_of(whole, "answers") == lines_of(arguments, "answers")
 
 
+def test_what_was_measured_before_stays(arguments, capsys):
+    """Other metrics in a folder join those that it has, if these are of the same settings."""
+    assert evaluate(arguments, capsys, "exact_match", "rouge")[0] == 0
+    first = results_of(arguments)
+    assert evaluate(arguments, capsys, "loss")[0] == 0
+    assert evaluate(arguments, capsys, "exact_match")[0] == 0
+    both = results_of(arguments)
+    assert {name: both[name] for name in ("exact_match", "rouge", "finished")} == {
+        name: first[name] for name in ("exact_match", "rouge", "finished")
+    }
+    assert "loss" in both
+    assert [part.rsplit(" --metrics ")[1] for part in both["command"].split(" && ")] == [
+        "exact_match rouge",
+        "loss",
+        "exact_match",
+    ]
+    assert evaluate({**arguments, "max_new_tokens": 5}, capsys, "curve")[0] == 0  # the answers were others
+    last = results_of(arguments)
+    assert {"loss", "curve"} <= set(last)
+    assert not {"exact_match", "rouge", "finished"} & set(last)
+
+
 @pytest.mark.parametrize("name", ["answers", "losses"])
 def test_a_killed_evaluation_goes_on(name, arguments, capsys):
     """SIGKILL in the middle: the same command then gives the files and figures of an evaluation in one go."""

@@ -32,7 +32,7 @@ from ..evaluation import (
 from ..evaluation.report import table, write_plots
 from ..generation import generate, generate_corrected
 from ..provenance import rows_hash, versions, weights_hash
-from .journal import Journal
+from .journal import Journal, differing
 from .options import DataArguments, ModelArguments, device, fail, make_parser, parse
 
 PROG = "selfgen eval"
@@ -45,6 +45,12 @@ _SETTINGS = {
     "corrections": (*_SAMPLING, "rounds", "correction_cue"),
     "losses": ("seed", "self_prob", "sampling_temperature", "context_method"),
 }
+_MEASURED = {
+    "answers": {"exact_match", "rouge", "finished"},
+    "corrections": {"correction"},
+    "losses": {"loss", "curve"},
+}
+"""What is made of the lines of each file."""
 _CHUNK_BATCHES = 4  # of answers between two writes, as rows that end make room for others
 
 
@@ -100,12 +106,7 @@ class EvalArguments:
     @property
     def files(self) -> list[str]:
         """The kinds of lines that the metrics are made from."""
-        wanted = {
-            "answers": {"exact_match", "rouge"},
-            "corrections": {"correction"},
-            "losses": {"loss", "curve"},
-        }
-        return [name for name, metrics in wanted.items() if metrics & set(self.metrics)]
+        return [name for name, metrics in _MEASURED.items() if metrics & set(self.metrics)]
 
 
 def run(arguments: list[str]) -> int:
@@ -118,11 +119,13 @@ def run(arguments: list[str]) -> int:
     )
     try:
         model_arguments, data, how = parse(parser, arguments)
-        results = {"command": shlex.join([*PROG.split(), *arguments])} | evaluate(model_arguments, data, how)
+        results = evaluate(model_arguments, data, how, command=shlex.join([*PROG.split(), *arguments]))
     except (ValueError, TypeError, OSError, ImportError) as error:
         fail(error, PROG)
     folder = Path(how.output_dir)
-    (folder / "results.json").write_text(json.dumps(results, indent=1) + "\n")
+    beside = folder / ".results.json.partial"
+    beside.write_text(json.dumps(results, indent=1) + "\n")
+    beside.replace(folder / "results.json")
     print(table(results))
     try:
         plots = write_plots(results, folder)
@@ -133,8 +136,8 @@ def run(arguments: list[str]) -> int:
     return 0
 
 
-def evaluate(model_arguments: ModelArguments, data: DataArguments, how: EvalArguments) -> dict[str, Any]:
-    """All numbers, and what they were made with."""
+def evaluate(model_arguments: ModelArguments, data: DataArguments, how: EvalArguments, command: str) -> dict[str, Any]:
+    """All numbers, those of commands before this one included, and what they were made with."""
     if "rouge" in how.metrics:
         rouge("", "")  # a missing package shows here, not after hours
     dataset = data.load()
@@ -154,10 +157,11 @@ def evaluate(model_arguments: ModelArguments, data: DataArguments, how: EvalArgu
     settings = asdict(model_arguments) | asdict(data) | asdict(how)
     checked = asdict(model_arguments) | asdict(data) | {"limit": how.limit}
     checked |= {"weights": weights_hash(model), "rows": rows_hash(rows)}
-    journals = {}
-    for name in how.files:  # all of them before the first takes its time
-        own = {key: settings[key] for key in _SETTINGS[name]}
-        journals[name] = Journal(Path(how.output_dir) / f"{name}.jsonl", checked | own)
+    wanted = {name: checked | {key: settings[key] for key in keys} for name, keys in _SETTINGS.items()}
+    folder = Path(how.output_dir)
+    earlier = _earlier(folder, wanted)
+    # All of them before the first takes its time.
+    journals = {name: Journal(folder / f"{name}.jsonl", wanted[name]) for name in how.files}
 
     free = ContextGenerator(model, temperature=how.temperature)
     mixing = ContextGenerator(model, temperature=how.sampling_temperature)
@@ -171,12 +175,24 @@ def evaluate(model_arguments: ModelArguments, data: DataArguments, how: EvalArgu
         journal.complete(rows, *make[name], title=name.capitalize())
     lines = {name: journal.rows() for name, journal in journals.items()}
     made_with = {
+        "command": " && ".join(dict.fromkeys([earlier.pop("command"), command] if earlier else [command])),
         "settings": settings,
         "versions": versions("selfgen", "torch", "transformers"),
         "device": str(model.device),
         "data": asdict(report),
     }
-    return made_with | measure(lines, how)
+    return made_with | earlier | measure(lines, how)
+
+
+def _earlier(folder: Path, wanted: dict[str, dict[str, Any]]) -> dict[str, Any]:
+    """What was measured before with the same settings, and the command of it; nothing if there is none."""
+    try:
+        before = json.loads((folder / "results.json").read_text())
+    except (OSError, ValueError):
+        return {}
+    same = [name for name, settings in wanted.items() if not differing(folder / f"{name}.jsonl", settings)]
+    found = {metric: before[metric] for name in same for metric in sorted(_MEASURED[name]) if metric in before}
+    return found | {"command": before["command"]} if found else {}
 
 
 def answers(

@@ -7,7 +7,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-from datasets import Dataset
+from datasets import Dataset, List
 
 from ..context import ContextGenerator
 from ..correction import DEFAULT_CUE, stop_ids_of
@@ -28,8 +28,8 @@ class GenerateArguments:
 
     output_file: str = field(
         metadata={
-            "help": "JSON lines: each row's columns, own_answer, corrected, and whether the answer was finished. It is "
-            "training data, too: --method rac --own_answer column."
+            "help": "JSON lines: each row's columns, own_answer, corrected, and whether the answer was finished (in "
+            "place of columns of these names). It is training data, too: --method rac --own_answer column."
         }
     )
     correct: bool = field(default=False, metadata={"help": "Let the model correct its answers (RAC)."})
@@ -86,10 +86,11 @@ def answer(model_arguments: ModelArguments, data: DataArguments, how: GenerateAr
 
 
 def _with_answers(rows: Dataset, data: DataArguments) -> Dataset:
-    """Prompts need no references here."""
-    if data.completion_column in rows.column_names or data.prompt_column not in rows.column_names:
+    """Prompts need no references here; there may be none, or blank ones."""
+    column = data.completion_column
+    if data.prompt_column not in rows.column_names or isinstance(rows.features.get(column), List):
         return rows
-    return rows.add_column(data.completion_column, ["."] * len(rows))
+    return rows.remove_columns({column} & {*rows.column_names}).add_column(column, ["."] * len(rows))
 
 
 def answered(

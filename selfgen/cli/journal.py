@@ -12,11 +12,23 @@ from datasets import Dataset
 from tqdm.auto import tqdm
 
 
+def _settings_of(file: Path) -> Path:
+    return file.with_name(file.name + ".settings.json")
+
+
+def differing(file: Path, settings: dict[str, Any]) -> list[str]:
+    """Settings that the rows of ``file`` were made with otherwise; all of them if nothing is known of it."""
+    beside = _settings_of(file)
+    before = json.loads(beside.read_text()) if beside.exists() else {}
+    settings = json.loads(json.dumps(settings))
+    return sorted(name for name in before | settings if before.get(name) != settings.get(name))
+
+
 class Journal:
     """A file of rows, written in order and in whole lines, beside the settings that they were made with.
 
     Args:
-        file: of JSON lines; what a kill left of a line is cut off.
+        file: of JSON lines; what a kill left of a line is cut off. Values that JSON does not have become text.
         settings: what must be the same for the rows to go on; kept in ``FILE.settings.json``.
 
     Raises:
@@ -25,19 +37,14 @@ class Journal:
 
     def __init__(self, file: Path, settings: dict[str, Any]):
         self.file = file
-        beside = file.with_name(file.name + ".settings.json")
-        settings = json.loads(json.dumps(settings))
         file.parent.mkdir(parents=True, exist_ok=True)
-        if file.exists():
-            before = json.loads(beside.read_text()) if beside.exists() else {}
-            other = sorted(name for name in before | settings if before.get(name) != settings.get(name))
-            if other:
-                raise ValueError(
-                    f"{file} was begun with other settings ({', '.join(other)}); choose another file or folder, or "
-                    "remove it"
-                )
-        else:
-            beside.write_text(json.dumps(settings, indent=1) + "\n")
+        if not file.exists():
+            _settings_of(file).write_text(json.dumps(settings, indent=1) + "\n")
+        elif other := differing(file, settings):
+            raise ValueError(
+                f"{file} was begun with other settings ({', '.join(other)}); choose another file or folder, or "
+                "remove it"
+            )
         self._cut_off_half_lines()
 
     def _cut_off_half_lines(self) -> None:
@@ -63,6 +70,6 @@ class Journal:
 
     def append(self, rows: list[dict[str, Any]]) -> None:
         with self.file.open("a") as lines:
-            lines.write("".join(json.dumps(row) + "\n" for row in rows))
+            lines.write("".join(json.dumps(row, default=str) + "\n" for row in rows))
             lines.flush()
             os.fsync(lines.fileno())

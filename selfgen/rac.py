@@ -6,13 +6,14 @@ be learned. At inference the model answers, is asked, and corrects itself, with 
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import datasets
 import torch
 from torch import Tensor
 
 from .config import BSSConfig
+from .context import Answers, ContextStats
 from .correction import DEFAULT_CUE, CorrectionCue
 from .data import Collator
 from .trainer import BSSTrainer, pad_token_id, rows_of, step_seed
@@ -47,6 +48,10 @@ class RACConfig(BSSConfig):
         default="own_answer", metadata={"help": "Column with own answers (text) for own_answer=column."}
     )
     max_new_tokens: int = field(default=256, metadata={"help": "Longest generated answer, in tokens."})
+    own_answer_batch_size: int = field(
+        default=32,
+        metadata={"help": "Most rows that are answered at a time; each has keys and values for the longest of all."},
+    )
     correction_cue: str = field(default=DEFAULT_CUE, metadata={"help": "What asks for a correction."})
     direct_weight: float = field(
         default=0.0,
@@ -59,8 +64,9 @@ class RACConfig(BSSConfig):
             raise ValueError(f"own_answer is {self.own_answer!r}; accepted: {', '.join(OWN_ANSWERS)}")
         if not 0.0 <= self.own_answer_self_prob <= 1.0:
             raise ValueError(f"own_answer_self_prob is {self.own_answer_self_prob}; a probability must be in [0, 1]")
-        if self.max_new_tokens < 1:
-            raise ValueError(f"max_new_tokens is {self.max_new_tokens}; it must be at least 1")
+        for name in ("max_new_tokens", "own_answer_batch_size"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} is {getattr(self, name)}; it must be at least 1")
         if self.own_answer != "mixed" and self.own_answer_self_prob != 1.0:
             raise ValueError(f"own_answer_self_prob goes with own_answer=mixed, but own_answer is {self.own_answer!r}")
         if not 0.0 <= self.direct_weight < float("inf"):
@@ -117,8 +123,8 @@ class RACTrainer(BSSTrainer):
             return batches
         rows = [_features(batch) for batch in batches]
         self.meter.contexts_begin()
-        own = self._own([row for part in rows for row in part])
-        self.meter.contexts_end()
+        own, work = self._own([row for part in rows for row in part])
+        self.meter.contexts_end(work)
         collate = Collator(pad_token_id(self.processing_class))
         return [
             self._correction_batch(part, own, collate, batch["input_ids"].device)
@@ -172,27 +178,38 @@ class RACTrainer(BSSTrainer):
             self._shown = self._cut = 0
         super().log(logs, start_time)
 
-    def _own(self, rows: list[dict]) -> dict[int, list[int]]:
-        """Own answers by sample id."""
+    def _own(self, rows: list[dict]) -> tuple[dict[int, list[int]], ContextStats]:
+        """Own answers by sample id, and what they cost."""
+        work = ContextStats.untouched([], [])
+        cost: Answers | ContextStats
         if self.args.own_answer == "column":
-            return self._own_answers
+            return self._own_answers, work
         unique = list({row["sample_id"]: row for row in rows}.values())
         ids, prompts = ([row[name] for row in unique] for name in ("sample_id", "prompt_ids"))
         seed = step_seed(self.args.seed, self.state.global_step, stream=1)
         with self.accelerator.autocast():
             if self.args.own_answer == "mixed":
-                references = [row["answer_ids"] for row in unique]
-                p = self.args.own_answer_self_prob
-                method = self.args.context_method
-                tokens = self.generator.generate(
-                    prompts, references, p, seed=seed, sample_ids=ids, method=method
-                ).tokens
+                mixed = self.generator.generate(
+                    prompts,
+                    [row["answer_ids"] for row in unique],
+                    self.args.own_answer_self_prob,
+                    seed=seed,
+                    sample_ids=ids,
+                    method=self.args.context_method,
+                )
+                tokens, cost = mixed.tokens, mixed.stats
             else:
-                longest = self.args.max_new_tokens
-                tokens = self.generator.answer(
-                    prompts, max_new_tokens=longest, seed=seed, sample_ids=ids, eos_token_ids=[*self._cue.stop_ids]
-                ).tokens
-        return {row: answer.tolist() for row, answer in zip(ids, tokens, strict=True)}
+                found = self.generator.answer(
+                    prompts,
+                    max_new_tokens=self.args.max_new_tokens,
+                    seed=seed,
+                    sample_ids=ids,
+                    eos_token_ids=[*self._cue.stop_ids],
+                    batch_size=self.args.own_answer_batch_size,
+                )
+                tokens, cost = found.tokens, found
+        work = replace(work, passes=cost.passes, tokens_computed=cost.tokens_computed)
+        return {row: answer.tolist() for row, answer in zip(ids, tokens, strict=True)}, work
 
     def _read_own_answers(self, rows) -> dict[int, list[int]]:
         column = self.args.own_answer_column

@@ -96,6 +96,19 @@ def test_a_row_is_prompt_own_answer_cue_and_reference(tmp_path, own_answer):
         assert context == labels == row["answer_ids"]
 
 
+@pytest.mark.parametrize("own_answer", ["generated", "mixed", "column"])
+def test_logs_have_what_own_answers_cost(tmp_path, own_answer):
+    trainer = make_trainer(tmp_path, own_answer=own_answer, own_answer_batch_size=1)
+    found = losses_of(trainer)
+    logs = trainer.state.log_history[0]
+    if own_answer == "column":
+        assert logs["passes"] == logs["computed_per_token"] == 0
+        return
+    context_tokens = sum(len(prompt) + len(context) for _, prompt, context, _ in all_rows(found))
+    assert logs["passes"] >= 4 * (own_answer == "generated") + 1  # rows one after the other take passes of their own
+    assert logs["computed_per_token"] * context_tokens >= sum(len(row["prompt_ids"]) for row in tokenized().values())
+
+
 def test_own_answers_change_from_step_to_step(tmp_path):
     found = all_rows(losses_of(make_trainer(tmp_path, max_steps=3, learning_rate=0.0)))
     assert len({tuple(prompt) for sample_id, prompt, _, _ in found if sample_id == 0}) > 1
@@ -275,6 +288,7 @@ def test_evaluation_is_of_the_answer_right_after_the_prompt(tmp_path):
         ({"own_answer_self_prob": 1.5}, r"in \[0, 1\]"),
         ({"own_answer_self_prob": 0.5}, "goes with own_answer=mixed"),
         ({"max_new_tokens": 0}, "at least 1"),
+        ({"own_answer_batch_size": 0}, "at least 1"),
         ({"direct_weight": -1.0}, ">= 0"),
         ({"correction_cue": " "}, "empty"),
         ({"own_answer": "column", "own_answer_column": "there"}, "selfgen generate"),

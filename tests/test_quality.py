@@ -16,7 +16,7 @@ from benchmarks.quality import tasks
 from benchmarks.quality.methods import ABLATIONS, METHODS, Setting, _share_of_rows, measure
 from benchmarks.quality.report import main as report
 from benchmarks.quality.report import summary
-from benchmarks.quality.tasks import EOS, FIRST, SEP, TASKS, Task, Texts
+from benchmarks.quality.tasks import EOS, FIRST, SEP, TASKS, Problems, Task
 
 
 @pytest.fixture(autouse=True, scope="module")
@@ -91,8 +91,8 @@ def test_every_method_trains(method, monkeypatch):
 @pytest.mark.slow
 @pytest.mark.parametrize("method", ["BASH", "BSS + RAC"])
 def test_a_pretrained_model_trains(method, monkeypatch):
-    monkeypatch.setattr(Texts, "test_rows", 2)
-    task = Texts("gsm_symbolic-short", "", gsm_symbolic, longest_answer=56, spare=30)
+    monkeypatch.setattr(Problems, "test_rows", 2)
+    task = Problems("gsm_symbolic-short", "", longest_answer=56, spare=30)
     rows = task.rows(2, seed=1)
     reference = rows["answer_ids"][0]
     number = task.tokenizer.decode(reference, skip_special_tokens=True).rsplit("####")[-1]

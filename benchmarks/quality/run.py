@@ -26,7 +26,6 @@ SETTINGS = {
     "cubic": Setting(steps=700),
     "words": Setting(steps=1000),
     "working": Setting(steps=1500, width=96),
-    "sorted_words": Setting(steps=100, rows=8, learning_rate=1e-4),
     "gsm_symbolic": Setting(steps=100, rows=4, learning_rate=1e-4),
     "gsm_symbolic-short": Setting(steps=60, rows=8, learning_rate=1e-4),
 }

@@ -13,7 +13,6 @@ import re
 from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
 
 from datasets import Dataset
 from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM, PreTrainedModel
@@ -144,55 +143,32 @@ COMMON_WORDS = 200
 
 
 @functools.cache
-def _questions(shortest: int = 0) -> list[list[str]]:
-    """The words of GSM8K's questions."""
-    texts = (re.findall("[a-z]+", row["prompt"].lower()) for row in gsm8k("train", 0, 7473))
-    return [text for text in texts if len(text) >= shortest]
-
-
-@functools.cache
-def _common_words(shortest: int) -> list[list[int]]:
-    """The questions as ids of their common words, in alphabetical order; other words are left out."""
-    counts = Counter(word for text in _questions() for word in text)
+def _texts(shortest: int) -> list[list[int]]:
+    """Questions of GSM8K as ids of their common words, in alphabetical order; other words are left out."""
+    texts = [re.findall("[a-z]+", row["prompt"].lower()) for row in gsm8k("train", 0, 7473)]
+    counts = Counter(word for text in texts for word in text)
     common = sorted(word for word, _ in counts.most_common(COMMON_WORDS))
     ids = {word: FIRST + place for place, word in enumerate(common)}
-    known = [[ids[word] for word in text if word in ids] for text in _questions()]
+    known = [[ids[word] for word in text if word in ids] for text in texts]
     return [text for text in known if len(text) >= shortest]
-
-
-def _passage(draw: random.Random, texts: list[list[Any]], length: int) -> list[Any]:
-    text = draw.choice(texts)
-    start = draw.randrange(len(text) - length + 1)
-    return text[start : start + length]
 
 
 def words(draw: random.Random, length: int = 24) -> Row:
     """The words of a passage of GSM8K in alphabetical order, each as often as it occurs."""
-    passage = _passage(draw, _common_words(length), length)
+    text = draw.choice(_texts(length))
+    start = draw.randrange(len(text) - length + 1)
+    passage = text[start : start + length]
     return passage, sorted(passage)
 
 
-def sorted_words(count: int, seed: int, length: int = 24) -> Dataset:
-    """The same as text, of all words."""
-    draw = random.Random(seed)
-    passages = [_passage(draw, _questions(length), length) for _ in range(count)]
-    prompts = [f"Sort these words alphabetically: {' '.join(passage)}" for passage in passages]
-    answers = [" ".join(sorted(passage)) for passage in passages]
-    return Dataset.from_dict({"prompt": prompts, "completion": answers})
-
-
 @dataclass(eq=False)
-class Texts:
-    """Prompts and answers for SmolLM2-135M-Instruct; ``source`` draws a number of them with a seed.
-
-    Right is an answer with the right number, or the right text where the reference has none.
-    """
+class Problems:
+    """Generated word problems with worked solutions, for SmolLM2-135M-Instruct. Right is what has the right number."""
 
     name: str
     about: str
-    source: Callable[[int, int], Dataset]
     longest_answer: int | None = None  # tokens
-    spare: int = 2  # texts drawn for each that is wanted
+    spare: int = 2  # problems drawn for each that is wanted
     longest = 768
     test_rows, batch_size = 200, 64
     train_rows = None
@@ -208,7 +184,7 @@ class Texts:
     def rows(self, count: int, seed: int, without: Dataset | None = None) -> Dataset:
         taken = set() if without is None else {tuple(prompt) for prompt in without["prompt_ids"]}
         longest = self.longest_answer or self.longest
-        rows, _ = tokenize_rows(self.source(self.spare * count, seed), self.tokenizer, max_length=self.longest)
+        rows, _ = tokenize_rows(gsm_symbolic(self.spare * count, seed), self.tokenizer, max_length=self.longest)
         rows = rows.filter(lambda row: len(row["answer_ids"]) <= longest and tuple(row["prompt_ids"]) not in taken)
         return rows.select(range(count))
 
@@ -216,16 +192,15 @@ class Texts:
         return exact_match(*(self.tokenizer.decode(ids, skip_special_tokens=True) for ids in (answer, reference)))
 
 
-AnyTask = Task | Texts
+AnyTask = Task | Problems
 WORDS = FIRST + COMMON_WORDS
 MAIN = (
     Task("wave", "a discretised sine wave from its amplitude, period and phase", wave),
     Task("cubic", "the values of a cubic polynomial from its coefficients", cubic),
     Task("working", "multi-step arithmetic with working", working),
     Task("words", "the words of a passage of GSM8K in alphabetical order", words, WORDS),
-    Texts("sorted_words", "words as text, SmolLM2-135M-Instruct", sorted_words),
-    Texts("gsm_symbolic", "grade-school word problems with worked solutions, SmolLM2-135M-Instruct", gsm_symbolic),
-    Texts("gsm_symbolic-short", "those with solutions of at most 56 tokens", gsm_symbolic, longest_answer=56, spare=10),
+    Problems("gsm_symbolic", "grade-school word problems with worked solutions, SmolLM2-135M-Instruct"),
+    Problems("gsm_symbolic-short", "those with solutions of at most 56 tokens", longest_answer=56, spare=10),
 )
 VARIANTS = (
     Task("wave-24", "half as long", functools.partial(wave, length=24)),

@@ -14,11 +14,10 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
-from transformers import GenerationConfig, LogitsProcessor, LogitsProcessorList, PreTrainedModel
+from transformers import PreTrainedModel
 
 import selfgen_kernels as kernels
 
-from .batch import left_pad
 from .packed import packed_linears
 from .ragged import RaggedCache, RaggedPass, ragged_logits, ragged_model
 
@@ -183,67 +182,3 @@ def commit_pass(state: FreeRun, sampled: Tensor) -> list[tuple[int, Tensor]]:
         state.rows[place] = None
     state.new[ended] = 0
     return answers
-
-
-class _OwnSampling(LogitsProcessor):
-    """The tokens of `sample_mix` for ``model.generate``: all scores but theirs are -inf, so that greedy takes them."""
-
-    def __init__(self, rows: list[int], prompts: Prompts, sampling: dict[str, Any]):
-        self.sample_ids, self.sampling = prompts.sample_ids[rows], sampling
-        self.passes = self.tokens_computed = 0
-
-    def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
-        position = torch.full_like(self.sample_ids, self.passes)
-        self.passes += 1
-        self.tokens_computed += input_ids.numel() if self.passes == 1 else len(input_ids)
-        tokens, _ = kernels.sample_mix(
-            scores, input_ids[:, -1], 1.0, sample_ids=self.sample_ids, positions=position, **self.sampling
-        )
-        return torch.full_like(scores, -torch.inf).scatter_(1, tokens[:, None], 0.0)
-
-
-def run_by_transformers(
-    model: PreTrainedModel,
-    prompts: Prompts,
-    sampling: dict[str, Any],
-    batch_size: int,
-    finish: Callable[[int, Tensor], None],
-    *,
-    isolate_rows: bool,
-) -> Work:
-    """The same for models that the ragged path refuses, by their own ``generate``.
-
-    Prompts are padded on the left; with ``isolate_rows``, only those of one length are computed together, as padding
-    or positions would change what such a model says.
-    """
-    alike: dict[tuple[int, int], list[int]] = {}
-    for row, (prompt, limit) in enumerate(zip(prompts.tokens, prompts.limits, strict=True)):
-        alike.setdefault((limit, len(prompt) if isolate_rows else 0), []).append(row)
-    batches = [
-        (limit, rows[first : first + batch_size])
-        for (limit, _), rows in alike.items()
-        for first in range(0, len(rows), batch_size)
-    ]
-    passes = tokens_computed = 0
-    own, model.generation_config = model.generation_config, GenerationConfig()  # whose filters are not asked for
-    try:
-        for limit, rows in batches:
-            ids = left_pad([prompts.tokens[row] for row in rows])
-            mask = left_pad([torch.ones_like(prompts.tokens[row]) for row in rows])
-            sampler = _OwnSampling(rows, prompts, sampling)
-            how = GenerationConfig(
-                max_new_tokens=limit, do_sample=False, eos_token_id=prompts.stop_ids.tolist() or None, pad_token_id=0
-            )
-            found = model.generate(
-                ids,
-                attention_mask=mask,
-                generation_config=how,
-                logits_processor=LogitsProcessorList([sampler]),
-            )
-            passes, tokens_computed = passes + sampler.passes, tokens_computed + sampler.tokens_computed
-            for row, answer in zip(rows, found[:, ids.shape[1] :], strict=True):
-                ends = torch.isin(answer, prompts.stop_ids).nonzero().flatten().tolist()
-                finish(row, answer[: ends[0] + 1 if ends else limit])
-    finally:
-        model.generation_config = own
-    return Work(passes, tokens_computed)

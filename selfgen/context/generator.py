@@ -17,8 +17,9 @@ from transformers import PreTrainedModel
 from ..replay import ReplayError
 from .batch import Answers, Batch, ContextStats, MixedContext, TokenRow, check_sample_ids, check_token_rows
 from .budget import calibrate_token_budget
+from .by_transformers import TransformersRun
 from .fixed_point import fixed_point
-from .free_running import Prompts, free_running, run_by_transformers
+from .free_running import Prompts, free_running
 from .masks import Masks
 from .packed import packed_linears
 from .ragged import UnsupportedModelError, inspect_model, max_positions, verify_model, vocab_size_of
@@ -76,6 +77,7 @@ class ContextGenerator:
         self.masks = masks or Masks()
         self._token_budget = token_budget
         self._verified = False
+        self._by_transformers = TransformersRun(self.model)
         _check_dtypes(self.model)
 
     @property
@@ -257,11 +259,9 @@ class ContextGenerator:
                 bar.update()
 
             what = Prompts(rows, ids, limits, stop_ids)
-            if support.missing:
-                isolate = support.isolate_rows
-                work = run_by_transformers(self.model, what, sampling, batch_size, finish, isolate_rows=isolate)
+            if support.missing or not self._runs_ragged():
+                work = self._by_transformers(what, sampling, batch_size, finish, recompute=support.recompute)
             else:
-                self._verify()
                 work = free_running(self.model, what, sampling, batch_size, finish)
         ended = [bool(torch.isin(answer[-1], stop_ids)) for answer in answers]
         if status:
@@ -296,6 +296,13 @@ class ContextGenerator:
         if not self._verified:
             verify_model(self.model)
             self._verified = True
+
+    def _runs_ragged(self) -> bool:
+        try:
+            self._verify()
+        except UnsupportedModelError:
+            return False
+        return True
 
     def _check(self, prompts, references, self_prob, seed, sample_ids) -> Batch:
         device = self.model.device

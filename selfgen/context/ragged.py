@@ -194,10 +194,11 @@ def ragged_logits(
 
 @dataclass(frozen=True)
 class Support:
-    """What the ragged path can't honour in a model, and whether its rows must be decoded one by one."""
+    """What the ragged path can't honour in a model, and what else has to be done in its place."""
 
     missing: list[str] = field(default_factory=list)
-    isolate_rows: bool = False
+    isolate_rows: bool = False  # decode rows one by one
+    recompute: bool = False  # a cache is not valid, as what is in it depends on how long a row gets
 
 
 def vocab_size_of(model: PreTrainedModel) -> int:
@@ -213,7 +214,7 @@ def max_positions(model: PreTrainedModel) -> int | None:
 def inspect_model(model: PreTrainedModel, longest_row: int) -> Support:
     """Name the features of ``model`` that rule out the ragged path for rows of up to ``longest_row`` tokens."""
     config = model.config.get_text_config(decoder=True)
-    missing, isolate = [], False
+    missing, isolate, recompute = [], False, False
     if not getattr(model, "_supports_attention_backend", False):
         missing.append("an attention that does not go through transformers' AttentionInterface")
     accepted = inspect.signature(model.forward).parameters
@@ -246,8 +247,8 @@ def inspect_model(model: PreTrainedModel, longest_row: int) -> Support:
             missing.append(
                 f"rope_type {kind!r} beyond {original} positions, where frequencies depend on the longest row"
             )
-            isolate = True
-    return Support(missing, isolate)
+            isolate = recompute = True
+    return Support(missing, isolate, recompute)
 
 
 def verify_model(model: PreTrainedModel) -> None:

@@ -1,0 +1,146 @@
+"""Free-running answers of models that the ragged path refuses, by transformers' ``generate``.
+
+Tokens are drawn from the same noise, inside ``generate``. What such a model makes of padding, of other rows and of its
+cache is not known beforehand, so the first batches are held against its own forward over each row alone, and where they
+differ a slower way is taken.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+from transformers import GenerationConfig, LogitsProcessor, LogitsProcessorList, PreTrainedModel
+
+import selfgen_kernels as kernels
+
+from .batch import left_pad
+from .free_running import Prompts, Work
+
+
+class _Way(NamedTuple):
+    """How rows are computed."""
+
+    padded: bool  # with prompts of other lengths
+    together: bool  # with other rows
+    cache: bool
+
+
+_WAYS = (_Way(True, True, True), _Way(False, True, True), _Way(False, False, True), _Way(False, False, False))
+_ANEW = _Way(False, True, False)  # right where only the length of a row counts
+_FAULTS = (AttributeError, IndexError, KeyError, RuntimeError, TypeError, ValueError)
+_ENOUGH = 64  # tokens behind the first of their answers that show how a model takes a way
+
+
+class TransformersRun:
+    """Runs of one model, which remember the way that suits it."""
+
+    def __init__(self, model: PreTrainedModel):
+        self.model = model
+        self._ways = list(_WAYS)
+        self._shown = 0  # tokens that the first of these ways has computed rightly
+
+    def __call__(
+        self,
+        prompts: Prompts,
+        sampling: dict[str, Any],
+        batch_size: int,
+        finish: Callable[[int, Tensor], None],
+        *,
+        recompute: bool = False,
+    ) -> Work:
+        """As ``free_running``; ``recompute`` is for models whose cache depends on how long a row gets."""
+        waiting = dict.fromkeys(range(len(prompts.tokens)))
+        passes = tokens_computed = 0
+        own, self.model.generation_config = self.model.generation_config, GenerationConfig()  # without its filters
+        try:
+            while waiting:
+                way = _ANEW if recompute else self._ways[0]
+                rows = _next_batch(prompts, list(waiting), way, batch_size)
+                sampler = _OwnSampling(rows, prompts, sampling, way)
+                try:
+                    answers = self._answers(rows, prompts, sampler, way)
+                except _FAULTS as error:
+                    if recompute or len(self._ways) == 1 or isinstance(error, torch.OutOfMemoryError):
+                        raise
+                    self._next_way()
+                    continue
+                passes, tokens_computed = passes + sampler.passes, tokens_computed + sampler.tokens_computed
+                if not recompute and not self._suits(rows, prompts, answers, sampler.logits):
+                    self._next_way()
+                    continue
+                for row, answer in zip(rows, answers, strict=True):
+                    finish(row, answer)
+                    del waiting[row]
+        finally:
+            self.model.generation_config = own
+        return Work(passes, tokens_computed)
+
+    def _answers(self, rows: list[int], prompts: Prompts, sampler: _OwnSampling, way: _Way) -> list[Tensor]:
+        ids = left_pad([prompts.tokens[row] for row in rows])
+        limit = prompts.limits[rows[0]]
+        found = self.model.generate(
+            ids,
+            attention_mask=left_pad([torch.ones_like(prompts.tokens[row]) for row in rows]),
+            generation_config=GenerationConfig(
+                max_new_tokens=limit,
+                do_sample=False,
+                eos_token_id=prompts.stop_ids.tolist() or None,
+                pad_token_id=0,
+                use_cache=way.cache,
+            ),
+            logits_processor=LogitsProcessorList([sampler]),
+        )[:, ids.shape[1] :]
+        ends = [torch.isin(answer, prompts.stop_ids).nonzero().flatten().tolist() for answer in found]
+        return [answer[: end[0] + 1 if end else limit] for answer, end in zip(found, ends, strict=True)]
+
+    def _next_way(self) -> None:
+        del self._ways[0]
+        self._shown = 0
+
+    def _suits(self, rows: list[int], prompts: Prompts, answers: list[Tensor], found: list[Tensor]) -> bool:
+        """Whether ``found``, the logits [R] of the tokens of each pass, are those of each row's own forward."""
+        if self._shown >= _ENOUGH or len(self._ways) == 1:
+            return True
+        exact = self.model.dtype == torch.float32 and not torch.is_autocast_enabled(self.model.device.type)
+        for index, (row, answer) in enumerate(zip(rows, answers, strict=True)):
+            context = torch.cat([prompts.tokens[row], answer])
+            logits = self.model(input_ids=context[None], attention_mask=torch.ones_like(context)[None]).logits[0]
+            want = logits[-len(answer) - 1 : -1].gather(1, answer[:, None])[:, 0].float()
+            own = torch.stack([of_rows[index] for of_rows in found[: len(answer)]])
+            usual = logits[logits.isfinite() & (logits.abs() < 1e30)].float()  # some models mask logits
+            if not (own - want).abs().mean() <= (1e-3 if exact else 0.1) * usual.std():  # NaN is a difference, too
+                return False
+        self._shown += sum(len(answer) - 1 for answer in answers)
+        return True
+
+
+class _OwnSampling(LogitsProcessor):
+    """The tokens of `sample_mix` for ``generate``: all scores but theirs are -inf, so that greedy takes them."""
+
+    def __init__(self, rows: list[int], prompts: Prompts, sampling: dict[str, Any], way: _Way):
+        self.sample_ids, self.sampling, self.way = prompts.sample_ids[rows], sampling, way
+        self.passes = self.tokens_computed = 0
+        self.logits: list[Tensor] = []  # a pass: [R], of the tokens
+
+    def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
+        position = torch.full_like(self.sample_ids, self.passes)
+        self.tokens_computed += len(input_ids) if self.passes and self.way.cache else input_ids.numel()
+        self.passes += 1
+        tokens, _ = kernels.sample_mix(
+            scores, input_ids[:, -1], 1.0, sample_ids=self.sample_ids, positions=position, **self.sampling
+        )
+        self.logits.append(scores.gather(1, tokens[:, None])[:, 0].float())
+        return torch.full_like(scores, -torch.inf).scatter_(1, tokens[:, None], 0.0)
+
+
+def _next_batch(prompts: Prompts, waiting: list[int], way: _Way, batch_size: int) -> list[int]:
+    """Rows that may be computed together, the first one that waits among them."""
+
+    def kind(row: int) -> tuple[int, int]:
+        return prompts.limits[row], 0 if way.padded else len(prompts.tokens[row])
+
+    alike = [row for row in waiting if kind(row) == kind(waiting[0])]
+    return alike[: batch_size if way.together else 1]

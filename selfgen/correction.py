@@ -68,6 +68,7 @@ class CorrectionCue:
         return [*prompt, *self.ended(answer), *self.ids]
 
     def ended(self, answer: list[int]) -> list[int]:
-        """The answer up to where it ends."""
+        """The answer up to where it ends, and without what the cue begins with."""
         end = next((place for place, token in enumerate(answer) if token in self.stop_ids), len(answer))
-        return answer[:end]
+        overlap = next((size for size in range(len(self.ids), 0, -1) if answer[:end][-size:] == self.ids[:size]), 0)
+        return answer[: end - overlap]

@@ -231,6 +231,7 @@ def tokenize_rows(
         with_indices=True,
         fn_kwargs={
             "tokenizer": tokenizer,
+            "ends": sorted(answer_ends(tokenizer)),  # rows that were cached without them are others
             "columns": columns,
             "use_template": apply_chat_template is not False and bool(tokenizer.chat_template),
             "max_length": max_length,
@@ -263,22 +264,27 @@ def tokenize_rows(
 
 
 def answer_ends(tokenizer: PreTrainedTokenizerBase) -> frozenset[int]:
-    """Ids that end an answer: the EOS, and the special token that the chat template writes right behind an answer.
+    """Ids that end an answer: the EOS, and the added token that the chat template writes right behind an answer.
 
     They differ where a base model's tokenizer has a chat template: EOS ends documents, and `<|im_end|>` turns.
     """
     ends = {tokenizer.eos_token_id} - {None}
-    if not getattr(tokenizer, "chat_template", None):
-        return frozenset(ends)
+    behind = _behind_an_answer(tokenizer).lstrip() if getattr(tokenizer, "chat_template", None) else ""
+    first = tokenizer(behind, add_special_tokens=False).input_ids[:1] if behind else []
+    return frozenset(ends | {token for token in first if token in tokenizer.added_tokens_decoder})
+
+
+def _behind_an_answer(tokenizer: PreTrainedTokenizerBase) -> str:
+    """What the chat template writes behind the last turn's content; nothing where that can't be told."""
     answer = "The answer."
     turns = [{"role": "user", "content": "x"}, {"role": "assistant", "content": answer}]
-    try:
-        text = tokenizer.apply_chat_template(turns, tokenize=False)
-    except Exception:  # a template may raise anything; where it is to be applied, that is reported with the row
-        return frozenset(ends)
-    behind = tokenizer(text.rpartition(answer)[2], add_special_tokens=False).input_ids[:1]
-    added = tokenizer.added_tokens_decoder
-    return frozenset(ends | {token for token in behind if token in added and added[token].special})
+    for before in ([], [{"role": "system", "content": "x"}]):
+        try:
+            text = tokenizer.apply_chat_template([*before, *turns], tokenize=False)
+        except Exception:  # a template may raise anything; where it is to be applied, that is reported with the row
+            continue
+        return text.rpartition(answer)[2] if answer in text else ""
+    return ""
 
 
 def _find_columns(present: list[str], prompt: str, completion: str, messages: str) -> tuple[str, ...]:
@@ -312,6 +318,7 @@ def _tokenize_batch(
     rows: list[int],
     *,
     tokenizer: PreTrainedTokenizerBase,
+    ends: list[int],
     columns: tuple[str, ...],
     use_template: bool,
     max_length: int,
@@ -326,14 +333,14 @@ def _tokenize_batch(
     all_prompt_ids = tokenizer(prompts, add_special_tokens=not use_template, verbose=False).input_ids
     all_answer_ids = tokenizer(answers, add_special_tokens=False, verbose=False).input_ids
 
-    eos, ends = tokenizer.eos_token_id, answer_ends(tokenizer)
+    eos = tokenizer.eos_token_id
     appends_eos = not use_template and tokenizer("a").input_ids[-1:] == [eos]
     for i, (prompt_ids, answer_ids) in enumerate(zip(all_prompt_ids, all_answer_ids, strict=True)):
         if appends_eos:
             prompt_ids.pop()
-        last = max((place for place, token in enumerate(answer_ids) if token in ends), default=None)
-        if use_template and last is not None:
-            del answer_ids[last + 1 :]  # templates write "\n" after the end of a turn
+        end = next((place for place, token in enumerate(answer_ids) if token in ends), None)
+        if use_template and end is not None:
+            del answer_ids[end + 1 :]  # templates write "\n" after the end of a turn, or an EOS at the end of all
         elif answer_ids and answer_ids[-1] != eos:
             answer_ids.append(eos)
         if outcomes[i] == _KEPT:

@@ -139,12 +139,12 @@ def train_rounds(
 def _train(trainer: BASHTrainer, folder: Path) -> None:
     """From the newest checkpoint to ``folder/model``, which is there as a whole or not at all."""
     trainer.train(resume_from_checkpoint=last_checkpoint(folder))
-    trainer.evaluate_at_the_end()
     trainer.save_state()
     beside = folder / "model.partial"
     shutil.rmtree(beside, ignore_errors=True)
     trainer.save_model(str(beside))
     beside.rename(folder / "model")
+    trainer.evaluate_at_the_end()
 
 
 def _autocast(config: BSSConfig) -> torch.autocast:

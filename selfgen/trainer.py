@@ -118,7 +118,10 @@ class BSSTrainer(Trainer):
         self.add_callback(_StepTimer(self.meter))
 
     def _end_answers_where_rows_end(self) -> None:
-        """What the trained model generates, here and elsewhere, ends with what its training rows end with."""
+        """What the trained model generates ends with what its training rows end with, also where it is loaded later.
+
+        (The folder of an adapter has no generation configuration; ``selfgen`` asks the tokenizer, too.)
+        """
         config = getattr(self.generator.model, "generation_config", None)
         known = self.generator.eos_token_ids
         more = sorted(answer_ends(self.processing_class) - set(known))
@@ -288,21 +291,23 @@ class BSSTrainer(Trainer):
         """Where there is evaluation data, and ``eval_strategy`` has never used it."""
         if self.eval_dataset is not None and self.args.eval_strategy == "no":
             self.evaluate()
+            self.save_state()
 
     def predict(self, test_dataset, *args, **kwargs):
         return super().predict(self._prepare("test", test_dataset), *args, **kwargs)
 
     def _prepare(self, name: str, rows):
         """Tokenize what is not tokenized yet: a data set, or several by name."""
-        if isinstance(rows, dict) and not (name == "train" and isinstance(rows, DatasetDict)):
+        if isinstance(rows, dict) and (name.startswith("eval") or not isinstance(rows, DatasetDict)):
             return {key: self._prepare(f"{name} {key}", part) for key, part in rows.items()}
         if rows is None or (isinstance(rows, str) and isinstance(self.eval_dataset, dict)):  # one of several, by name
             return rows
         rows = tokenized(name, rows, self.processing_class, self.args, self._longest_row(name))
         column, by_length = self.args.length_column_name, ("group_by_length", "batch_rebalance")
         if self.args.train_sampling_strategy in by_length and column not in rows.column_names:
-            lengths = rows.map(_lengths, batched=True, remove_columns=rows.column_names, desc="Lengths")
-            rows = rows.add_column(column, lengths["length"][:])
+            plain = rows.with_format(None)
+            lengths = plain.map(_lengths, batched=True, remove_columns=rows.column_names, desc="Lengths")
+            rows = plain.add_column(column, lengths["length"][:])
         return rows
 
     def _longest_row(self, name: str) -> int:

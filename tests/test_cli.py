@@ -136,6 +136,18 @@ def test_evaluation_split(arguments, capsys, options, count):
         assert sum("eval_loss" in entry for entry in json.loads(state.read_text())["log_history"]) == count
 
 
+def test_a_failed_evaluation_costs_no_model(arguments, capsys, monkeypatch):
+    """Full logits may not fit where training, which has none, did."""
+
+    def evaluate(*_, **__):
+        raise torch.OutOfMemoryError("too large")
+
+    monkeypatch.setattr("selfgen.trainer.BSSTrainer.evaluate", evaluate)
+    with pytest.raises(torch.OutOfMemoryError):
+        main(["train", *flags(arguments), "--eval_split", "train[:4]", "--save_strategy", "no"])
+    assert t.AutoModelForCausalLM.from_pretrained(arguments["output_dir"]).config.vocab_size == len(WORDS)
+
+
 @pytest.mark.parametrize(("options", "dtype"), [([], torch.float32), (["--dtype", "auto"], torch.bfloat16)])
 def test_weights_are_trained_in_fp32(arguments, model_dir, tmp_path, capsys, options, dtype):
     """Whatever the checkpoint has, if nothing else is asked for: half precision rounds small updates away."""

@@ -119,6 +119,41 @@ def test_references_may_be_blank(generation, capsys, blank, kept):
     assert [row["completion"] for row in lines(other)] == [row["completion"] for row in rows]
 
 
+@pytest.mark.parametrize(
+    "completions",
+    [
+        [[], []],
+        [None, [{"role": "assistant", "content": "b"}]],
+        [[{"role": "assistant", "content": ""}], [{"role": "assistant", "content": "b"}]],
+        [["b", "c"], ["d"]],
+    ],
+    ids=["no turns", "none", "an empty turn", "several references"],
+)
+def test_references_of_any_form_are_not_needed(generation, capsys, completions):
+    turns = [[{"role": "user", "content": text}] for text in ("a", "a b")]
+    rows = [{"prompt": turn, "completion": given} for turn, given in zip(turns, completions, strict=True)]
+    Path(generation["dataset"]).write_text("".join(json.dumps(row) + "\n" for row in rows))
+    code, _, err = run(["generate", *flags(generation)], capsys)
+    assert code == 0, err
+    write_jsonl(Path(generation["dataset"]), [{"prompt": "a"}, {"prompt": "a b"}])
+    other = generation | {"output_file": generation["output_file"] + "l"}
+    assert run(["generate", *flags(other)], capsys)[0] == 0
+    assert [row["own_answer"] for row in lines(other)] == [row["own_answer"] for row in lines(generation)]
+
+
+def test_turns_before_the_answer_are_of_the_prompt(generation, capsys):
+    turns = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}, {"role": "user", "content": "c"}]
+    answer = [{"role": "assistant", "content": "d"}]
+    found = []
+    for number, cut in enumerate((1, 3)):
+        row = {"prompt": turns[:cut], "completion": turns[cut:] + answer}
+        Path(generation["dataset"]).write_text(json.dumps(row) + "\n")
+        one = generation | {"output_file": f"{generation['output_file']}{number}"}
+        assert run(["generate", *flags(one)], capsys)[0] == 0
+        found.append(lines(one)[0]["own_answer"])
+    assert found[0] == found[1]
+
+
 def test_columns_that_json_does_not_have_are_kept_as_text(generation, tmp_path, capsys):
     file = tmp_path / "test.parquet"
     Dataset.from_list([row | {"when": datetime(2020, 1, 2)} for row in ROWS]).to_parquet(file)

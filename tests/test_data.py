@@ -238,15 +238,48 @@ def test_an_answer_that_the_template_does_not_end_gets_an_eos():
     assert examples[0]["answer_ids"] == ids("b <nl> <eos>")
 
 
-def test_a_turn_may_end_with_another_special_token_than_the_eos(chat):
-    """As of a base model with ChatML: its EOS ends documents. The end of a turn ends training rows and answers."""
+NO_SYSTEM = "{% if messages[0]['role'] != 'system' %}{{ raise_exception('no system turn') }}{% endif %}"
+
+
+@pytest.mark.parametrize("special", [True, False])
+@pytest.mark.parametrize(
+    ("template", "answer"),
+    [
+        (TEMPLATE.replace("<eos> <nl>", "<end> <nl>"), "b <end>"),
+        (TEMPLATE.replace(" <eos> <nl>", "<end><nl>"), "b <end>"),
+        (
+            TEMPLATE.replace("<eos> <nl>", "<end> <nl>") + "{% if not add_generation_prompt %}<eos>{% endif %}",
+            "b <end>",
+        ),
+        (NO_SYSTEM + TEMPLATE.replace("<eos> <nl>", "<end> <nl>"), "b <end>"),
+    ],
+    ids=["ChatML", "no space", "EOS at the end of all", "system turn needed"],
+)
+def test_a_turn_may_end_with_another_token_than_the_eos(template, answer, special):
+    """As of a base model with ChatML: its EOS ends documents. What comes first ends a row, as it ends answers."""
+    tokenizer = make_tokenizer(template)
+    tokenizer.add_tokens(["<end>"], special_tokens=special)
+    rows = [{"prompt": [{"role": "system", "content": "h"}, user("a")], "completion": [assistant("b")]}]
+    examples, _ = tokenize(rows, tokenizer)
+    assert tokenizer.convert_ids_to_tokens(examples[0]["answer_ids"]) == answer.split()
+    assert answer_ends(tokenizer) == {EOS, tokenizer.convert_tokens_to_ids("<end>")}
+
+
+def test_what_ends_answers_is_no_token_that_templates_write_elsewhere(chat, plain):
+    assert answer_ends(chat) == answer_ends(plain) == {EOS}
+    hides = make_tokenizer("<bos> {% for m in messages %}x {% endfor %}")
+    assert answer_ends(hides) == {EOS}
+
+
+def test_rows_are_tokenized_again_where_other_tokens_end_answers(monkeypatch):
+    """`datasets` keeps what it has mapped; rows that were cached with other ends are not these."""
     tokenizer = make_tokenizer(TEMPLATE.replace("<eos> <nl>", "<end> <nl>"))
-    tokenizer.add_special_tokens({"additional_special_tokens": ["<end>"]})
-    end = tokenizer.convert_tokens_to_ids("<end>")
-    examples, _ = tokenize([{"prompt": "a", "completion": "b"}], tokenizer)
-    assert examples[0]["answer_ids"] == [*ids("b"), end]
-    assert answer_ends(tokenizer) == {EOS, end}
-    assert answer_ends(chat) == {EOS}
+    tokenizer.add_tokens(["<end>"])
+    rows = datasets.Dataset.from_list([{"prompt": "a", "completion": "b"}])
+    with monkeypatch.context() as patch:
+        patch.setattr("selfgen.data.answer_ends", lambda tokenizer: frozenset({EOS}))
+        assert tokenize(rows, tokenizer)[0][0]["answer_ids"][-1] == EOS
+    assert tokenize(rows, tokenizer)[0][0]["answer_ids"][-1] != EOS
 
 
 def test_truncation(plain):
@@ -313,7 +346,7 @@ def test_a_formatted_data_set_gives_the_same_examples(plain):
 def test_tokenizing_again_reads_the_cache(chat, tmp_path, monkeypatch):
     write_jsonl(tmp_path / "rows.jsonl")
     first, _ = tokenize(load_rows(tmp_path / "rows.jsonl"), chat)
-    monkeypatch.setattr(type(chat), "__call__", lambda *_, **__: pytest.fail("tokenized again"))
+    monkeypatch.setattr("selfgen.data._read_row", lambda *_, **__: pytest.fail("tokenized again"))
     second, _ = tokenize(load_rows(tmp_path / "rows.jsonl"), make_tokenizer(TEMPLATE))
     assert second.to_list() == first.to_list()
     assert second._fingerprint == first._fingerprint

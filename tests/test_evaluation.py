@@ -337,9 +337,10 @@ def test_everything(arguments, capsys):
     assert code == 0
     folder, results = Path(arguments["output_dir"]), results_of(arguments)
     assert set(metrics) <= set(results)
-    assert results["command"].startswith("selfgen eval --model ")
+    assert len(results["commands"]) == 1
+    assert results["commands"][0].startswith("selfgen eval --model ")
     assert set(results["versions"]) == {"selfgen", "torch", "transformers"}
-    assert results["settings"]["max_new_tokens"] == 8
+    assert results["settings"]["answers"]["max_new_tokens"] == 8
     assert results["data"]["kept"] == 10
 
     model = t.AutoModelForCausalLM.from_pretrained(arguments["model"])
@@ -437,25 +438,38 @@ def test_a_broken_off_evaluation_goes_on(arguments, monkeypatch, capsys):
 
 
 def test_what_was_measured_before_stays(arguments, capsys):
-    """Other metrics in a folder join those that it has, if these are of the same settings."""
-    assert evaluate(arguments, capsys, "exact_match", "rouge")[0] == 0
+    """Other metrics in a folder join those that it has, each with the settings that it was made with."""
+    assert evaluate({**arguments, "rounds": 2, "self_prob": 0.5}, capsys, "correction", "rouge", "loss")[0] == 0
     first = results_of(arguments)
-    assert evaluate(arguments, capsys, "loss")[0] == 0
+    assert evaluate(arguments, capsys, "exact_match")[0] == 0
     assert evaluate(arguments, capsys, "exact_match")[0] == 0
     both = results_of(arguments)
-    assert {name: both[name] for name in ("exact_match", "rouge", "finished")} == {
-        name: first[name] for name in ("exact_match", "rouge", "finished")
+    assert {name: both[name] for name in ("correction", "rouge", "loss", "finished")} == {
+        name: first[name] for name in ("correction", "rouge", "loss", "finished")
     }
-    assert "loss" in both
-    assert [part.rsplit(" --metrics ")[1] for part in both["command"].split(" && ")] == [
-        "exact_match rouge",
-        "loss",
-        "exact_match",
-    ]
-    assert evaluate({**arguments, "max_new_tokens": 5}, capsys, "curve")[0] == 0  # the answers were others
-    last = results_of(arguments)
-    assert {"loss", "curve"} <= set(last)
-    assert not {"exact_match", "rouge", "finished"} & set(last)
+    assert both["settings"]["corrections"]["rounds"] == 2
+    assert both["settings"]["losses"]["self_prob"] == both["loss"]["mixed"]["self_prob"] == 0.5
+    assert both["metrics"] == ["exact_match", "rouge", "loss", "correction"]
+    assert [line.rsplit(" --metrics ")[1] for line in both["commands"]] == ["correction rouge loss", "exact_match"]
+
+
+@pytest.mark.parametrize("why", ["weights", "unfinished", "gone"])
+def test_nothing_of_another_model_or_of_fewer_rows_is_kept(arguments, capsys, why):
+    """Numbers stand in results.json only where the lines that they are made from do."""
+    assert evaluate(arguments, capsys, "exact_match")[0] == 0
+    file = Path(arguments["output_dir"]) / "answers.jsonl"
+    if why == "weights":
+        settings = file.with_name(file.name + ".settings.json")
+        settings.write_text(settings.read_text().replace('"weights": "', '"weights": "other'))
+    elif why == "unfinished":
+        file.write_text("".join(file.read_text().splitlines(keepends=True)[:4]))
+    else:
+        file.unlink()
+    assert evaluate(arguments, capsys, "loss")[0] == 0
+    results = results_of(arguments)
+    assert results["metrics"] == ["loss"]
+    assert not {"exact_match", "finished"} & set(results)
+    assert "answers" not in results["settings"]
 
 
 @pytest.mark.parametrize("name", ["answers", "losses"])

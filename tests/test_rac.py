@@ -193,6 +193,15 @@ def test_all_that_ends_an_answer_ends_it(tmp_path):
     assert between.prompt([1], [5, 10, 6, 7]) == [1, 5, *between.ids]
 
 
+def test_an_end_of_turn_in_plain_text_comes_once():
+    """Where no added token ends a turn, an own answer ends with text that the cue begins with, too."""
+    tokenizer = make_tokenizer(TEMPLATE.replace("<eos> <nl>", "h h"))
+    between = CorrectionCue.of(tokenizer, "a")
+    own = tokenizer("b h h", add_special_tokens=False).input_ids
+    assert between.prompt([1], [*own, EOS]) == between.prompt([1], own) == between.prompt([1], own[:1])
+    assert between.prompt([1], own[:1]) == [1, own[0], *between.ids]
+
+
 def test_a_collator_of_the_users_is_refused(tmp_path):
     with pytest.raises(ValueError, match="data_collator"):
         RACTrainer(

@@ -362,11 +362,15 @@ def test_every_split_is_evaluated(tmp_path):
     metrics = trainer.evaluate()
     for name, part in splits.items():
         assert metrics[f"eval_{name}_loss"] == pytest.approx(trainer.evaluate(part)["eval_loss"])
+    assert len(trainer.predict(DatasetDict(train=splits["train"])).predictions) == 3
 
 
-def test_rows_of_one_length_can_be_trained_together(tmp_path):
+@pytest.mark.parametrize("format", [None, "torch"])
+def test_rows_of_one_length_can_be_trained_together(tmp_path, format):
     options = config(tmp_path, train_sampling_strategy="group_by_length", max_steps=2)
-    trainer = BSSTrainer(tiny_model("llama"), options, train_dataset=rows(), processing_class=make_tokenizer())
+    trainer = BSSTrainer(
+        tiny_model("llama"), options, train_dataset=rows().with_format(format), processing_class=make_tokenizer()
+    )
     data = trainer.train_dataset
     pairs = zip(data["prompt_ids"], data["answer_ids"], strict=True)
     assert data["length"][:] == [len(prompt) + len(answer) for prompt, answer in pairs]

@@ -32,7 +32,7 @@ from ..evaluation import (
 from ..evaluation.report import table, write_plots
 from ..generation import generate, generate_corrected
 from ..provenance import rows_hash, versions, weights_hash
-from .journal import Journal, differing
+from .journal import Journal, differing, read
 from .options import DataArguments, ModelArguments, device, fail, make_parser, parse
 
 PROG = "selfgen eval"
@@ -46,7 +46,7 @@ _SETTINGS = {
     "losses": ("seed", "self_prob", "sampling_temperature", "context_method"),
 }
 _MEASURED = {
-    "answers": {"exact_match", "rouge", "finished"},
+    "answers": {"exact_match", "rouge"},
     "corrections": {"correction"},
     "losses": {"loss", "curve"},
 }
@@ -119,7 +119,7 @@ def run(arguments: list[str]) -> int:
     )
     try:
         model_arguments, data, how = parse(parser, arguments)
-        results = evaluate(model_arguments, data, how, command=shlex.join([*PROG.split(), *arguments]))
+        results = evaluate(model_arguments, data, how, shlex.join([*PROG.split(), *arguments]))
     except (ValueError, TypeError, OSError, ImportError) as error:
         fail(error, PROG)
     folder = Path(how.output_dir)
@@ -154,14 +154,12 @@ def evaluate(model_arguments: ModelArguments, data: DataArguments, how: EvalArgu
             "be held against their ends; give a larger --max_length, or measure only loss and curve"
         )
 
-    settings = asdict(model_arguments) | asdict(data) | asdict(how)
-    checked = asdict(model_arguments) | asdict(data) | {"limit": how.limit}
-    checked |= {"weights": weights_hash(model), "rows": rows_hash(rows)}
-    wanted = {name: checked | {key: settings[key] for key in keys} for name, keys in _SETTINGS.items()}
+    what = asdict(model_arguments) | asdict(data) | {"limit": how.limit}
+    what |= {"weights": weights_hash(model), "rows": rows_hash(rows)}
+    made = {name: {key: getattr(how, key) for key in keys} for name, keys in _SETTINGS.items()}
     folder = Path(how.output_dir)
-    earlier = _earlier(folder, wanted)
     # All of them before the first takes its time.
-    journals = {name: Journal(folder / f"{name}.jsonl", wanted[name]) for name in how.files}
+    journals = {name: Journal(folder / f"{name}.jsonl", what | made[name]) for name in how.files}
 
     free = ContextGenerator(model, temperature=how.temperature)
     mixing = ContextGenerator(model, temperature=how.sampling_temperature)
@@ -174,25 +172,29 @@ def evaluate(model_arguments: ModelArguments, data: DataArguments, how: EvalArgu
     for name, journal in journals.items():
         journal.complete(rows, *make[name], title=name.capitalize())
     lines = {name: journal.rows() for name, journal in journals.items()}
-    made_with = {
-        "command": " && ".join(dict.fromkeys([earlier.pop("command"), command] if earlier else [command])),
-        "settings": settings,
+    for name in [name for name in _SETTINGS if name not in lines]:  # what is there already, of the same model and rows
+        settings, found = read(folder / f"{name}.jsonl")
+        if len(found) == len(rows) and not differing(settings, settings | what):
+            lines[name], made[name] = found, {key: settings[key] for key in _SETTINGS[name]}
+    before = _results(folder)
+    asked = {*how.metrics, *before.get("metrics", [])}
+    metrics = [name for name in METRICS if name in asked & set().union(*(_MEASURED[kind] for kind in lines))]
+    commands = before.get("commands", []) if set(metrics) - set(how.metrics) else []
+    return {
+        "commands": list(dict.fromkeys([*commands, command])),
+        "metrics": metrics,
+        "settings": what | {name: made[name] for name in lines},
         "versions": versions("selfgen", "torch", "transformers"),
         "device": str(model.device),
         "data": asdict(report),
-    }
-    return made_with | earlier | measure(lines, how)
+    } | measure(lines, metrics, made["losses"]["self_prob"])
 
 
-def _earlier(folder: Path, wanted: dict[str, dict[str, Any]]) -> dict[str, Any]:
-    """What was measured before with the same settings, and the command of it; nothing if there is none."""
+def _results(folder: Path) -> dict[str, Any]:
     try:
-        before = json.loads((folder / "results.json").read_text())
+        return json.loads((folder / "results.json").read_text())
     except (OSError, ValueError):
         return {}
-    same = [name for name, settings in wanted.items() if not differing(folder / f"{name}.jsonl", settings)]
-    found = {metric: before[metric] for name in same for metric in sorted(_MEASURED[name]) if metric in before}
-    return found | {"command": before["command"]} if found else {}
 
 
 def answers(
@@ -236,7 +238,7 @@ def corrections(
 
 def losses(generator: ContextGenerator, how: EvalArguments, rows: list[dict]) -> list[dict[str, Any]]:
     """Losses of each reference token of some rows, by kind of context."""
-    found = row_losses(generator, rows, _self_probs(how), seed=how.seed, method=how.context_method)
+    found = row_losses(generator, rows, _self_probs(how.self_prob), seed=how.seed, method=how.context_method)
     by_row = zip(*found.values(), strict=True)
     return [
         {"sample_id": row["sample_id"]}
@@ -245,14 +247,14 @@ def losses(generator: ContextGenerator, how: EvalArguments, rows: list[dict]) ->
     ]
 
 
-def measure(lines: dict[str, list[dict[str, Any]]], how: EvalArguments) -> dict[str, Any]:
-    """The numbers of the metrics, from the lines of all rows."""
+def measure(lines: dict[str, list[dict[str, Any]]], metrics: list[str], self_prob: float) -> dict[str, Any]:
+    """The numbers of the metrics, from the lines of all rows; ``self_prob`` is that of mixed contexts."""
     results: dict[str, Any] = {}
     if made := lines.get("answers"):
-        if "exact_match" in how.metrics:
+        if "exact_match" in metrics:
             results["exact_match"] = Share(sum(line["generated_right"] for line in made), len(made)).to_dict()
         results["finished"] = Share(sum(line["finished"] for line in made), len(made)).to_dict()
-        if "rouge" in how.metrics:
+        if "rouge" in metrics:
             scores = [rouge(line["generated"], line["reference"]) for line in tqdm(made, desc="ROUGE")]
             results["rouge"] = {name: sum(score[name] for score in scores) / len(scores) for name in scores[0]}
     if made := lines.get("corrections"):
@@ -260,19 +262,20 @@ def measure(lines: dict[str, list[dict[str, Any]]], how: EvalArguments) -> dict[
             (line["first_right"], line["corrected_right"]) for line in made
         ).to_dict()
     if made := lines.get("losses"):
-        found = {name: PositionLoss.of(line[name] for line in made) for name in _self_probs(how)}
-        if "loss" in how.metrics:
+        self_probs = _self_probs(self_prob)
+        found = {name: PositionLoss.of(line[name] for line in made) for name in self_probs}
+        if "loss" in metrics:
             results["loss"] = {
                 name: {"self_prob": self_prob, "loss": found[name].mean, "tokens": found[name].tokens}
-                for name, self_prob in _self_probs(how).items()
+                for name, self_prob in self_probs.items()
             }
-        if "curve" in how.metrics:
+        if "curve" in metrics:
             results["curve"] = exposure_bias(found["reference"], found["own"])
     return results
 
 
-def _self_probs(how: EvalArguments) -> dict[str, float]:
-    return {"reference": 0.0, "mixed": how.self_prob, "own": 1.0}
+def _self_probs(self_prob: float) -> dict[str, float]:
+    return {"reference": 0.0, "mixed": self_prob, "own": 1.0}
 
 
 def _sampling(how: EvalArguments, rows: list[dict]) -> dict[str, Any]:

@@ -7,7 +7,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-from datasets import Dataset, List
+from datasets import Dataset
 
 from ..context import ContextGenerator
 from ..correction import DEFAULT_CUE, stop_ids_of
@@ -86,11 +86,23 @@ def answer(model_arguments: ModelArguments, data: DataArguments, how: GenerateAr
 
 
 def _with_answers(rows: Dataset, data: DataArguments) -> Dataset:
-    """Prompts need no references here; there may be none, or blank ones."""
-    column = data.completion_column
-    if data.prompt_column not in rows.column_names or isinstance(rows.features.get(column), List):
+    """Prompts need no references here: there may be none, or blank ones. Turns before the last are of the prompt."""
+    if data.prompt_column not in rows.column_names:
         return rows
-    return rows.remove_columns({column} & {*rows.column_names}).add_column(column, ["."] * len(rows))
+    prompts = list(rows[data.prompt_column])
+    if data.completion_column in rows.column_names:
+        completions = rows[data.completion_column]
+        pairs = zip(prompts, completions, strict=True)
+        prompts = [
+            prompt + completion[:-1] if _are_turns(prompt) and _are_turns(completion) else prompt
+            for prompt, completion in pairs
+        ]
+    ids = {"sample_id": list(rows["sample_id"])} if "sample_id" in rows.column_names else {}
+    return Dataset.from_dict(ids | {data.prompt_column: prompts, data.completion_column: ["."] * len(prompts)})
+
+
+def _are_turns(cell: Any) -> bool:
+    return isinstance(cell, list) and all(isinstance(turn, dict) for turn in cell)
 
 
 def answered(

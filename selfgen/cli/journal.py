@@ -16,12 +16,18 @@ def _settings_of(file: Path) -> Path:
     return file.with_name(file.name + ".settings.json")
 
 
-def differing(file: Path, settings: dict[str, Any]) -> list[str]:
-    """Settings that the rows of ``file`` were made with otherwise; all of them if nothing is known of it."""
+def differing(before: dict[str, Any], now: dict[str, Any]) -> list[str]:
+    """The settings that are not the same."""
+    now = json.loads(json.dumps(now))
+    return sorted(name for name in before | now if before.get(name) != now.get(name))
+
+
+def read(file: Path) -> tuple[dict[str, Any], list[dict[str, Any]]]:
+    """Settings and rows of a journal, as far as they are there."""
     beside = _settings_of(file)
-    before = json.loads(beside.read_text()) if beside.exists() else {}
-    settings = json.loads(json.dumps(settings))
-    return sorted(name for name in before | settings if before.get(name) != settings.get(name))
+    content = file.read_text() if file.exists() else ""
+    lines = content[: content.rfind("\n") + 1].splitlines()
+    return json.loads(beside.read_text()) if beside.exists() else {}, [json.loads(line) for line in lines]
 
 
 class Journal:
@@ -40,7 +46,7 @@ class Journal:
         file.parent.mkdir(parents=True, exist_ok=True)
         if not file.exists():
             _settings_of(file).write_text(json.dumps(settings, indent=1) + "\n")
-        elif other := differing(file, settings):
+        elif other := differing(read(file)[0], settings):
             raise ValueError(
                 f"{file} was begun with other settings ({', '.join(other)}); choose another file or folder, or "
                 "remove it"
@@ -57,7 +63,7 @@ class Journal:
 
     def rows(self) -> list[dict[str, Any]]:
         """What is there."""
-        return [json.loads(line) for line in self.file.read_text().splitlines()] if self.file.exists() else []
+        return read(self.file)[1]
 
     def complete(self, rows: Dataset, chunk_rows: int, make: Callable[[list[dict]], list[dict]], title: str) -> None:
         """Write the lines that ``make`` makes of the rows that have none yet, ``chunk_rows`` at a time."""

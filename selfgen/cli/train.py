@@ -166,9 +166,9 @@ def _prepare(
 
     def train() -> None:
         trainer.train(resume_from_checkpoint=checkpoint)
-        trainer.evaluate_at_the_end()
         trainer.save_model()
         trainer.save_state()
+        trainer.evaluate_at_the_end()
 
     return train
 

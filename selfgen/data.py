@@ -94,7 +94,9 @@ def _load_local(path: Path, config_name: str | None) -> datasets.DatasetDict:
         elif (path / "dataset_dict.json").is_file() or (path / "state.json").is_file():  # written by save_to_disk
             loaded = datasets.load_from_disk(path)
         else:
-            loaded = datasets.load_dataset(str(path), config_name)
+            known = datasets.get_dataset_config_names(str(path))
+            # A folder of plain files has one configuration, which has no name to be asked for.
+            loaded = datasets.load_dataset(str(path), config_name if known != ["default"] else None)
         if isinstance(loaded, datasets.Dataset):
             loaded = datasets.DatasetDict(train=loaded)
         if all_json:

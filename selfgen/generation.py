@@ -127,6 +127,8 @@ def _prompt_rows(
     tokenizer: PreTrainedTokenizerBase, prompts: Sequence[str] | Sequence[TokenRow], apply_chat_template: bool | None
 ) -> list[list[int]]:
     """Token ids of the prompts; texts become what training makes of them."""
+    if isinstance(prompts, str):
+        raise TypeError("prompts is one text; give a list of them")
     rows = [prompt for prompt in prompts if not isinstance(prompt, str)]
     if len(rows) not in (0, len(prompts)):
         raise TypeError("some prompts are text and some are token ids; give one or the other")

@@ -115,7 +115,13 @@ class RACTrainer(BSSTrainer):
 
     def _longest_row(self, name: str) -> int:
         """Training rows leave room for the cue."""
-        return super()._longest_row(name) - (len(self._cue.ids) if name == "train" else 0)
+        longest, cue = super()._longest_row(name), len(self._cue.ids) if name == "train" else 0
+        if longest - cue < 2:
+            raise ValueError(
+                f"max_length is {longest}, of which the cue takes {cue} tokens and a prompt and an answer at least 2: "
+                "raise max_length, or shorten correction_cue"
+            )
+        return longest - cue
 
     def prepare_batches(self, batches: list[dict[str, Tensor]]) -> list[dict[str, Tensor]]:
         """Micro-batches of correction rows; behind them, where they have a weight, the rows as they were."""

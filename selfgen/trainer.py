@@ -5,10 +5,11 @@ from __future__ import annotations
 import copy
 import json
 import logging
+import os
 import time
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from functools import partial
 from itertools import accumulate
 from pathlib import Path
@@ -16,7 +17,14 @@ from pathlib import Path
 import torch
 from datasets import Dataset, DatasetDict
 from torch import Tensor
-from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, Trainer, TrainerCallback
+from transformers import (
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    PreTrainedModel,
+    Trainer,
+    TrainerCallback,
+    TrainingArguments,
+)
 
 from .config import BSSConfig
 from .context import ContextGenerator, ContextStats, MixedContext
@@ -28,6 +36,8 @@ from .schedules import Schedule
 
 logger = logging.getLogger(__name__)
 
+SETTINGS = "selfgen.json"  # beside the weights of every checkpoint
+_FREE = ("token_budget", "context_micro_batches", "own_answer_batch_size", "replay", "lean_loss")  # change no contexts
 _ROWS = ("sample_id", "prompt_length", "answer_length")
 _BOOKKEEPING = (*_ROWS, "loss_weight")  # columns that are not the model's
 
@@ -107,6 +117,12 @@ class BSSTrainer(Trainer):
                 "weights sharded by FSDP or DeepSpeed can't make contexts yet; train with DDP or one device"
             )
         self._end_answers_where_rows_end()
+        check_processes(self.args.world_size)
+        if not any(parameter.requires_grad for parameter in self.model.parameters()):
+            raise ValueError(
+                "the model has no parameter that is trained; adapters are loaded frozen: give "
+                "PeftModel.from_pretrained(..., is_trainable=True), or merge them into the model"
+            )
         self._waiting: list[dict[str, Tensor]] = []  # micro-batches of this optimizer step, without contexts yet
         self._mixed = 0  # micro-batches with contexts that are not trained on yet
         self._replay: _Replay | None = None
@@ -148,6 +164,15 @@ class BSSTrainer(Trainer):
             return super().train(*args, **kwargs)
         finally:
             self._replay = None  # where the last step failed or was broken off
+
+    def _save(self, output_dir=None, state_dict=None):
+        super()._save(output_dir, state_dict)
+        folder = Path(output_dir or self.args.output_dir)
+        (folder / SETTINGS).write_text(json.dumps(resumed_settings(self.args), indent=1) + "\n")
+
+    def _load_from_checkpoint(self, resume_from_checkpoint, model=None):
+        check_resumed(resume_from_checkpoint, self.args)
+        super()._load_from_checkpoint(resume_from_checkpoint, model)
 
     def training_step(self, model, inputs, num_items_in_batch=None):
         if self._mixed == 0:
@@ -399,6 +424,8 @@ def rows_of(batch: dict[str, Tensor]) -> list[_Row]:
     for index, (sample_id, prompt, answer) in enumerate(bounds):
         ids, labels = batch["input_ids"][index], batch["labels"][index]
         span = slice(prompt, prompt + answer)
+        if int(labels[prompt - 1]) != IGNORE_INDEX or (labels[span] == IGNORE_INDEX).any():
+            raise ValueError("the collated batch has no answer where its prompt_length ends: pad on the right only")
         rows.append(_Row(sample_id, ids[:prompt], ids[span], labels[span]))
     return rows
 
@@ -462,6 +489,36 @@ def last_checkpoint(folder: str | Path) -> str | None:
         except (ValueError, KeyError):
             continue
     return str(steps[max(steps)]) if steps else None
+
+
+def check_processes(world_size: int) -> None:
+    """Raise ValueError in a process of several that would train alone: accelerate puts CPUs together only if asked."""
+    started = int(os.environ.get("WORLD_SIZE", "1"))
+    if world_size < started:
+        raise ValueError(f"this is one of {started} processes, but each would train alone: on CPUs, add --use_cpu")
+
+
+def resumed_settings(args: BSSConfig) -> dict[str, object]:
+    """What contexts and losses hang on, which a resumed run must have again."""
+    of_trainer = {field.name for field in fields(TrainingArguments)} - {"seed"}
+    names = [field.name for field in fields(args) if field.name not in of_trainer | set(_FREE)]
+    return {name: getattr(args, name) for name in names}
+
+
+def check_resumed(checkpoint: str | Path, args: BSSConfig) -> None:
+    """Raise ValueError if the run that left ``checkpoint`` had other settings than ``args``."""
+    try:
+        before = json.loads((Path(checkpoint) / SETTINGS).read_text())
+    except FileNotFoundError:  # of another program
+        return
+    now = resumed_settings(args)
+    other = [name for name in now if before.get(name, now[name]) != now[name]]
+    if other:
+        changes = "; ".join(f"{name} was {before[name]!r}, is {now[name]!r}" for name in other)
+        raise ValueError(
+            f"{checkpoint} is of a run with other settings ({changes}): resume with the same, or start another run, "
+            "with the checkpoint as its model"
+        )
 
 
 class _Meter:

@@ -136,6 +136,38 @@ def test_evaluation_split(arguments, capsys, options, count):
         assert sum("eval_loss" in entry for entry in json.loads(state.read_text())["log_history"]) == count
 
 
+def test_a_run_before_is_not_taken_for_this_one(arguments, capsys):
+    """Checkpoints of another run in the folder would be resumed from, as they may be further on."""
+    assert run(["train", *flags(arguments), "--save_steps", "1"], capsys)[0] == 0
+    before = (Path(arguments["output_dir"]) / "model.safetensors").read_bytes()
+    code, _, err = run(["train", *flags(arguments), "--learning_rate", "1e-3"], capsys)
+    assert code == 2
+    assert "--resume_from_checkpoint last" in err
+    code, _, err = run(["train", *flags(arguments), "--resume_from_checkpoint", "last", "--self_prob", "0.7"], capsys)
+    assert code == 2
+    assert "self_prob was 0.25, is 0.7" in err
+    assert (Path(arguments["output_dir"]) / "model.safetensors").read_bytes() == before
+    more = {**arguments, "max_steps": 5, "token_budget": 9}  # changes no contexts
+    assert run(["train", *flags(more), "--resume_from_checkpoint", "last"], capsys)[0] == 0
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["--direct_weight", "1"], "'--direct_weight', which goes with --method rac"),
+        (["--lerning_rate", "1"], "did you mean 'learning_rate'"),
+        (["nothing"], "what is 'nothing'?"),
+        (["c.yaml"], "c.yaml first"),
+    ],
+)
+def test_unknown_options(arguments, capsys, tmp_path, monkeypatch, options, message):
+    monkeypatch.chdir(tmp_path)
+    Path("c.yaml").write_text("max_steps: 1\n")
+    code, _, err = run(["train", *flags(arguments), *options], capsys)
+    assert code == 2
+    assert message in err
+
+
 def test_a_failed_evaluation_costs_no_model(arguments, capsys, monkeypatch):
     """Full logits may not fit where training, which has none, did."""
 

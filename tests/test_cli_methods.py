@@ -170,6 +170,34 @@ def test_written_answers_are_data_for_rac(generation, arguments, capsys):  # noq
     assert len(history(arguments["output_dir"])) == 3
 
 
+def test_conversations_may_end_with_a_question(generation, capsys):
+    question = [{"role": "user", "content": "a"}]
+    rows = [{"messages": question}, {"messages": [*question, {"role": "assistant", "content": "b"}]}]
+    Path(generation["dataset"]).write_text("".join(json.dumps(row) + "\n" for row in rows))
+    assert run(["generate", *flags(generation)], capsys)[0] == 0
+    answers = [row["own_answer"] for row in lines(generation)]
+    assert len(answers) == 2
+    assert answers[0] == answers[1]
+
+
+def test_one_process_writes_a_file(generation, capsys):
+    journal = Journal(Path(generation["output_file"]), {})
+    Path(generation["output_file"] + ".settings.json").unlink()
+    with journal._alone():
+        code, _, err = run(["generate", *flags(generation)], capsys)
+    assert code == 2
+    assert "another process is writing" in err
+    assert run(["generate", *flags(generation)], capsys)[0] == 0
+    assert len(lines(generation)) == 12
+
+
+def test_the_name_of_a_folder_is_no_setting(generation, capsys, monkeypatch):
+    assert run(["generate", *flags(generation)], capsys)[0] == 0
+    monkeypatch.chdir(Path(generation["model"]).parent)
+    code, _, err = run(["generate", *flags(generation | {"model": f"./{Path(generation['model']).name}"})], capsys)
+    assert code == 0, err
+
+
 @pytest.mark.parametrize("kept", [0, 5, 7])
 def test_a_killed_generation_goes_on(generation, kept, capsys):
     """With half a line at its end, too; no row twice, none missing."""
@@ -199,7 +227,8 @@ def test_a_journal_keeps_whole_lines(tmp_path):
     with (tmp_path / "rows.jsonl").open("a") as file:
         file.write('{"x": ')
     again = Journal(tmp_path / "rows.jsonl", {"a": 1})
-    again.append([{"x": 3}])
+    rows = Dataset.from_list([{"x": 1}, {"x": 2}, {"x": 3}])
+    again.complete(rows, 1, lambda part: part, "Rows")
     assert again.rows() == [{"x": 1}, {"x": 2}, {"x": 3}]
     with pytest.raises(ValueError, match="other settings"):
         Journal(tmp_path / "rows.jsonl", {"a": 2})

@@ -72,6 +72,13 @@ def chat():
 # Loading
 
 
+def test_a_folder_of_files_has_no_configuration_to_be_asked_for(tmp_path):
+    """So that a command for the hub's data set works with a local copy."""
+    write_jsonl(tmp_path / "train.jsonl")
+    assert load_rows(tmp_path, config_name="main").to_list() == ROWS
+    assert load_rows(tmp_path / "train.jsonl", config_name="main").to_list() == ROWS
+
+
 def write_jsonl(path, rows=ROWS):
     path.write_text("".join(json.dumps(row) + "\n" for row in rows))
 

@@ -202,6 +202,11 @@ def test_an_end_of_turn_in_plain_text_comes_once():
     assert between.prompt([1], own[:1]) == [1, own[0], *between.ids]
 
 
+def test_no_room_for_the_cue_at_all(tmp_path):
+    with pytest.raises(ValueError, match="max_length is 9, of which the cue takes"):
+        make_trainer(tmp_path, max_length=9)
+
+
 def test_a_collator_of_the_users_is_refused(tmp_path):
     with pytest.raises(ValueError, match="data_collator"):
         RACTrainer(

@@ -16,7 +16,7 @@ from selfgen import BSSConfig, BSSTrainer, ContextGenerator
 from selfgen.data import Collator
 from selfgen.evaluation import held_out_losses, row_losses
 from selfgen.generation import generate
-from selfgen.trainer import rows_of, step_seed
+from selfgen.trainer import check_processes, rows_of, step_seed
 
 LOGGED = {"self_share", "agreement", "passes", "computed_per_token", "context_seconds", "training_seconds"}
 
@@ -350,6 +350,42 @@ def test_several_evaluation_sets_and_text_ones(tmp_path):
     assert {"eval_a_loss", "eval_b_loss"} <= set(metrics)
     assert trainer.evaluate(text)["eval_loss"] == pytest.approx(metrics["eval_a_loss"])
     assert trainer.predict(text).metrics["test_loss"] == pytest.approx(metrics["eval_a_loss"])
+
+
+def test_a_frozen_model_is_refused(tmp_path):
+    model = tiny_model("llama").requires_grad_(False)
+    with pytest.raises(ValueError, match="is_trainable=True"):
+        make_trainer(tmp_path, model=model)
+
+
+def test_processes_that_would_train_apart_are_refused(monkeypatch):
+    check_processes(1)
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    check_processes(2)
+    with pytest.raises(ValueError, match="one of 2 processes"):
+        check_processes(1)
+
+
+def test_padding_on_the_left_is_refused(tmp_path):
+    def collate(rows):
+        batch = Collator(pad_token_id=0)(rows)
+        return {name: column.flip(1) if column.dim() == 2 else column for name, column in batch.items()}
+
+    trainer = BSSTrainer(
+        tiny_model("llama"),
+        config(tmp_path),
+        train_dataset=rows(),
+        processing_class=Tokenizer(),
+        data_collator=collate,
+    )
+    with pytest.raises(ValueError, match="pad on the right"):
+        trainer.train()
+
+
+def test_a_resumed_run_has_the_settings_of_the_one_before(tmp_path):
+    make_trainer(tmp_path, max_steps=2, save_strategy="steps", save_steps=1).train()
+    with pytest.raises(ValueError, match=r"self_prob was 0\.5, is 0\.25"):
+        make_trainer(tmp_path, self_prob=0.25).train(resume_from_checkpoint=str(tmp_path / "checkpoint-1"))
 
 
 def test_every_split_is_evaluated(tmp_path):

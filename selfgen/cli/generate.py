@@ -68,7 +68,7 @@ def run(arguments: list[str]) -> int:
 def answer(model_arguments: ModelArguments, data: DataArguments, how: GenerateArguments) -> None:
     model, tokenizer = model_arguments.load()
     given = data.load()
-    rows, report = data.tokenize(_with_answers(given, data), tokenizer)
+    rows, report = data.tokenize(_questions(given, data), tokenizer)
     ids = given["sample_id"] if "sample_id" in given.column_names else range(len(given))
     place_of = {sample_id: place for place, sample_id in enumerate(ids)}
     logging.warning("data: %s", report)
@@ -85,20 +85,22 @@ def answer(model_arguments: ModelArguments, data: DataArguments, how: GenerateAr
     print(f"answers are in {how.output_file}")
 
 
-def _with_answers(rows: Dataset, data: DataArguments) -> Dataset:
-    """Prompts need no references here: there may be none, or blank ones. Turns before the last are of the prompt."""
-    if data.prompt_column not in rows.column_names:
+def _questions(rows: Dataset, data: DataArguments) -> Dataset:
+    """Prompts, for references are not needed: there may be none, or blank ones. Turns before an answer are a prompt."""
+    known, asked = {*rows.column_names}, [data.prompt_column, data.completion_column]
+    if asked[0] in known:
+        prompts = list(rows[asked[0]])
+        for place, given in enumerate(rows[asked[1]] if asked[1] in known else []):
+            if _are_turns(prompts[place]) and _are_turns(given):
+                prompts[place] = prompts[place] + given[:-1]
+    elif data.messages_column in known and all(map(_are_turns, rows[data.messages_column])):
+        answered = [bool(turns) and turns[-1].get("role") == "assistant" for turns in rows[data.messages_column]]
+        pairs = zip(rows[data.messages_column], answered, strict=True)
+        prompts = [turns[:-1] if last else turns for turns, last in pairs]
+    else:
         return rows
-    prompts = list(rows[data.prompt_column])
-    if data.completion_column in rows.column_names:
-        completions = rows[data.completion_column]
-        pairs = zip(prompts, completions, strict=True)
-        prompts = [
-            prompt + completion[:-1] if _are_turns(prompt) and _are_turns(completion) else prompt
-            for prompt, completion in pairs
-        ]
-    ids = {"sample_id": list(rows["sample_id"])} if "sample_id" in rows.column_names else {}
-    return Dataset.from_dict(ids | {data.prompt_column: prompts, data.completion_column: ["."] * len(prompts)})
+    ids = {"sample_id": list(rows["sample_id"])} if "sample_id" in known else {}
+    return Dataset.from_dict(ids | dict(zip(asked, (prompts, ["."] * len(prompts)), strict=True)))
 
 
 def _are_turns(cell: Any) -> bool:

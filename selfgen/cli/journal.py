@@ -4,12 +4,17 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 from datasets import Dataset
+from filelock import FileLock, Timeout
 from tqdm.auto import tqdm
+
+NAMES = {"model", "revision", "dataset", "dataset_config", "dataset_split"}
+"""How weights and rows are called; hashes tell them apart."""
 
 
 def _settings_of(file: Path) -> Path:
@@ -17,9 +22,9 @@ def _settings_of(file: Path) -> Path:
 
 
 def differing(before: dict[str, Any], now: dict[str, Any]) -> list[str]:
-    """The settings that are not the same."""
+    """The settings that are not the same, names aside."""
     now = json.loads(json.dumps(now))
-    return sorted(name for name in before | now if before.get(name) != now.get(name))
+    return sorted(name for name in (before | now).keys() - NAMES if before.get(name) != now.get(name))
 
 
 def read(file: Path) -> tuple[dict[str, Any], list[dict[str, Any]]]:
@@ -51,15 +56,11 @@ class Journal:
                 f"{file} was begun with other settings ({', '.join(other)}); choose another file or folder, or "
                 "remove it"
             )
-        self._cut_off_half_lines()
 
-    def _cut_off_half_lines(self) -> None:
+    def _cut_off_half_line(self) -> None:
         if self.file.exists():
-            content = self.file.read_bytes()
-            whole = content.rfind(b"\n") + 1
-            if whole < len(content):
-                with self.file.open("rb+") as lines:
-                    lines.truncate(whole)
+            with self.file.open("rb+") as lines:
+                lines.truncate(lines.read().rfind(b"\n") + 1)
 
     def rows(self) -> list[dict[str, Any]]:
         """What is there."""
@@ -67,12 +68,27 @@ class Journal:
 
     def complete(self, rows: Dataset, chunk_rows: int, make: Callable[[list[dict]], list[dict]], title: str) -> None:
         """Write the lines that ``make`` makes of the rows that have none yet, ``chunk_rows`` at a time."""
+        with self._alone():
+            self._cut_off_half_line()
+            self._complete(rows, chunk_rows, make, title)
+
+    def _complete(self, rows: Dataset, chunk_rows: int, make: Callable[[list[dict]], list[dict]], title: str) -> None:
         begin = len(self.rows())
         with tqdm(total=len(rows), initial=begin, desc=title) as bar:
             for start in range(begin, len(rows), chunk_rows):
                 part = [rows[i] for i in range(start, min(start + chunk_rows, len(rows)))]
                 self.append(make(part))
                 bar.update(len(part))
+
+    @contextmanager
+    def _alone(self) -> Iterator[None]:
+        """A lock on the file, which ends with the process, whatever ends that."""
+        try:
+            lock = FileLock(self.file.with_name(f".{self.file.name}.lock")).acquire(blocking=False)
+        except Timeout:
+            raise ValueError(f"another process is writing {self.file}: wait for it to end") from None
+        with lock:
+            yield
 
     def append(self, rows: list[dict[str, Any]]) -> None:
         with self.file.open("a") as lines:

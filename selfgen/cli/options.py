@@ -7,7 +7,7 @@ import difflib
 import json
 import shutil
 import sys
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NoReturn
@@ -135,7 +135,15 @@ def fail(message: object, command: str) -> NoReturn:
     raise SystemExit(2)
 
 
-def from_yaml(parser: Parser, file: str) -> list[str]:
+def _unknown(shown: str, parser: Parser, elsewhere: Mapping[str, str]) -> str:
+    """That there is no such option, and what may be meant."""
+    option = shown.removeprefix("--")
+    close = difflib.get_close_matches(option, [action.dest for action in parser._actions], n=1)
+    hint = f", which goes with {elsewhere[option]}" if option in elsewhere else ""
+    return f"unknown option {shown!r}{hint or (f'; did you mean {close[0]!r}?' if close else '')}"
+
+
+def from_yaml(parser: Parser, file: str, elsewhere: Mapping[str, str]) -> list[str]:
     """The flags that a YAML file stands for."""
     if not Path(file).is_file():
         raise FileNotFoundError(f"there is no configuration file {file!r} (options begin with --)")
@@ -149,8 +157,7 @@ def from_yaml(parser: Parser, file: str) -> list[str]:
     flags = []
     for key, value in values.items():
         if key not in known:
-            close = difflib.get_close_matches(str(key), known, n=1)
-            raise ValueError(f"{file}: unknown option {key!r}" + (f"; did you mean {close[0]!r}?" if close else ""))
+            raise ValueError(f"{file}: {_unknown(str(key), parser, elsewhere)}")
         if value is None:
             if known[key].default is not None:
                 raise ValueError(f"{file}: {key} has no value; remove the line for its default, {known[key].default!r}")
@@ -162,15 +169,24 @@ def from_yaml(parser: Parser, file: str) -> list[str]:
     return flags
 
 
-def parse(parser: Parser, arguments: list[str]) -> tuple[Any, ...]:
-    """Flags, or a YAML file and flags, to the parser's dataclasses. ``--help_all`` shows every option."""
+def parse(parser: Parser, arguments: list[str], elsewhere: Mapping[str, str] | None = None) -> tuple[Any, ...]:
+    """Flags, or a YAML file and flags, to the parser's dataclasses. ``--help_all`` shows every option.
+
+    ``elsewhere`` tells what options that are not the parser's go with.
+    """
     if "--help_all" in arguments:
         parser.print_help()
         raise SystemExit(0)
     if arguments and not arguments[0].startswith("-"):
         file, *arguments = arguments
-        arguments = from_yaml(parser, file) + arguments  # the last one of two flags wins
-    return parser.parse_args_into_dataclasses(arguments)
+        arguments = from_yaml(parser, file, elsewhere or {}) + arguments  # the last one of two flags wins
+    elif late := next((one for one in arguments if one.endswith((".yaml", ".yml")) and Path(one).is_file()), None):
+        raise ValueError(f"give the configuration file {late} first, and options behind it")
+    *found, unknown = parser.parse_args_into_dataclasses(arguments, return_remaining_strings=True)
+    if unknown:
+        option = next((one for one in unknown if one.startswith("--")), "").split("=")[0]
+        raise ValueError(_unknown(option, parser, elsewhere or {}) if option else f"what is {unknown[0]!r}?")
+    return tuple(found)
 
 
 def make_parser(groups: Iterable[type], prog: str, usage: str, description: str, epilog: str | None = None) -> Parser:

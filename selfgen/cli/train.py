@@ -20,7 +20,7 @@ from ..data import load_rows
 from ..offline import BASHTrainer, OfflineError
 from ..rac import RACConfig, RACTrainer
 from ..rounds import train_rounds
-from ..trainer import BSSTrainer, last_checkpoint
+from ..trainer import BSSTrainer, check_resumed, last_checkpoint
 from .options import Parser, TrainedModelArguments, fail, make_parser, parse, source_of
 
 logger = logging.getLogger(__name__)
@@ -50,6 +50,7 @@ COMMON = (
     "warmup_steps",
     "seed",
     "bf16",
+    "use_cpu",
     "activation_checkpointing",
     "eval_strategy",
     "eval_steps",
@@ -133,7 +134,8 @@ def run(arguments: list[str]) -> int:
     logging.basicConfig(format="%(message)s", level=logging.WARNING)
     try:
         config_class = RACConfig if method_of(arguments) == "rac" else BSSConfig
-        options = parse(_parser(config_class, everything="--help_all" in arguments), arguments)
+        of_rac = {f.name: "--method rac" for f in fields(RACConfig)}
+        options = parse(_parser(config_class, everything="--help_all" in arguments), arguments, of_rac)
         method, config = options[2:]
         method.check(options[1])
         train = _prepare_rounds(*options) if method.method == "bash" and not method.contexts else _prepare(*options)
@@ -217,12 +219,18 @@ def _prepare_rounds(
 
 def _checkpoint(config: BSSConfig) -> str | None:
     """Where to go on from. "last" is the newest checkpoint that was written to its end; the start if there is none."""
-    asked = config.resume_from_checkpoint
-    if asked != "last":
-        if asked and not (Path(asked) / "trainer_state.json").is_file():
-            raise FileNotFoundError(f"resume_from_checkpoint is {asked!r}: no checkpoint there (last finds the newest)")
-        return asked
-    return last_checkpoint(config.output_dir)
+    asked, last = config.resume_from_checkpoint, last_checkpoint(config.output_dir)
+    if asked is None and last:
+        raise ValueError(
+            f"{config.output_dir} has checkpoints of a run before; go on with it (--resume_from_checkpoint last), or "
+            "give another output_dir"
+        )
+    if asked and asked != "last" and not (Path(asked) / "trainer_state.json").is_file():
+        raise FileNotFoundError(f"resume_from_checkpoint is {asked!r}: no checkpoint there (last finds the newest)")
+    found = last if asked == "last" else asked
+    if found:
+        check_resumed(found, config)
+    return found
 
 
 def method_of(arguments: list[str]) -> str | None:

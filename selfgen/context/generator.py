@@ -163,7 +163,7 @@ class ContextGenerator:
             if support.missing:
                 raise UnsupportedModelError(
                     f"{type(self.model).__name__} uses {'; '.join(support.missing)}: the ragged path can't honour it. "
-                    'Use method="sequential".'
+                    'Use method="sequential" (--context_method sequential).'
                 )
             budget = self.token_budget
             with self.computing():

@@ -93,6 +93,9 @@ def row_losses(
     method: Method = "fixed_point",
 ) -> dict[str, list[Tensor]]:
     """The losses of one batch token by token: for each kind of context float32 [T_i] a row, on the CPU."""
+    missing = [name for name in ("prompt_ids", "answer_ids", "sample_id") if rows and name not in rows[0]]
+    if missing:
+        raise ValueError(f"the rows lack {', '.join(missing)}; tokenize them with selfgen.data.tokenize_rows")
     prompts, references, ids = ([row[name] for row in rows] for name in ("prompt_ids", "answer_ids", "sample_id"))
     losses = {}
     for name, self_prob in self_probs.items():

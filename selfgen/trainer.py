@@ -167,6 +167,8 @@ class BSSTrainer(Trainer):
 
     def _save(self, output_dir=None, state_dict=None):
         super()._save(output_dir, state_dict)
+        if not self.args.should_save:  # every process is here
+            return
         folder = Path(output_dir or self.args.output_dir)
         (folder / SETTINGS).write_text(json.dumps(resumed_settings(self.args), indent=1) + "\n")
 

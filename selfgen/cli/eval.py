@@ -89,10 +89,8 @@ class EvalArguments:
     def __post_init__(self) -> None:
         unknown = [name for name in self.metrics if name not in METRICS]
         if unknown or not self.metrics:
-            accepted = ", ".join(METRICS)
-            raise ValueError(
-                f"metrics are {' '.join(unknown) or 'none'}; accepted: {accepted} (with spaces between them)"
-            )
+            said = " ".join(unknown) or "none"
+            raise ValueError(f"metrics are {said}; accepted: {', '.join(METRICS)} (with spaces between them)")
         if not 0.0 <= self.self_prob <= 1.0:
             raise ValueError(f"self_prob is {self.self_prob}; a probability must be in [0, 1]")
         for name in ("temperature", "sampling_temperature"):

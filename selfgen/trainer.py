@@ -37,7 +37,7 @@ from .schedules import Schedule
 logger = logging.getLogger(__name__)
 
 SETTINGS = "selfgen.json"  # beside the weights of every checkpoint
-_FREE = ("token_budget", "context_micro_batches", "own_answer_batch_size", "replay", "lean_loss")  # change no contexts
+_FREE = {"context_method", "token_budget", "context_micro_batches", "own_answer_batch_size", "replay", "lean_loss"}
 _ROWS = ("sample_id", "prompt_length", "answer_length")
 _BOOKKEEPING = (*_ROWS, "loss_weight")  # columns that are not the model's
 
@@ -503,7 +503,7 @@ def check_processes(world_size: int) -> None:
 def resumed_settings(args: BSSConfig) -> dict[str, object]:
     """What contexts and losses hang on, which a resumed run must have again."""
     of_trainer = {field.name for field in fields(TrainingArguments)} - {"seed"}
-    names = [field.name for field in fields(args) if field.name not in of_trainer | set(_FREE)]
+    names = [field.name for field in fields(args) if field.name not in of_trainer | _FREE]
     return {name: getattr(args, name) for name in names}
 
 

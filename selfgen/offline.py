@@ -10,20 +10,18 @@ before it is the model's own.
 from __future__ import annotations
 
 import json
-import os
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any
 
 import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 import torch
 from datasets import Dataset, Features, List, Value
-from filelock import FileLock, Timeout
 from torch import Tensor
 from tqdm.auto import tqdm
 from transformers import PreTrainedModel
@@ -33,6 +31,7 @@ from .context import ContextGenerator, ContextStats
 from .context.generator import Method
 from .context.ragged import max_positions, vocab_size_of
 from .data import Collator, check_sample_ids, load_rows
+from .files import lock, write_whole
 from .provenance import rows_hash, versions, weights_hash
 from .trainer import BSSTrainer, learn_after_self, rows_of
 
@@ -124,7 +123,7 @@ def write_contexts(
                 columns |= _contexts(
                     generator, columns, batch_size, bar.update, self_prob=self_prob, seed=seed, method=method
                 )
-                _write(shard, partial(pq.write_table, pa.Table.from_pydict(columns, schema=FEATURES.arrow_schema)))
+                write_whole(shard, partial(pq.write_table, pa.Table.from_pydict(columns, schema=FEATURES.arrow_schema)))
         if "statistics" not in record:
             record["statistics"] = _statistics([shard for shard, _ in shards])
             _write_record(folder, record)
@@ -252,11 +251,10 @@ def _shards(folder: Path, settings: Mapping[str, Any]) -> list[tuple[Path, range
 def _alone_in(folder: Path) -> Iterator[None]:
     """A lock on the folder, which ends with the process, whatever ends that."""
     (folder / "data").mkdir(parents=True, exist_ok=True)
-    try:
-        lock = FileLock(folder / ".lock").acquire(blocking=False)
-    except Timeout:
-        raise OfflineError(f"another process is writing contexts to {folder}: wait for it to end") from None
-    with lock:
+    held = lock(folder / ".lock")
+    if held is None:
+        raise OfflineError(f"another process is writing contexts to {folder}: wait for it to end")
+    with held:
         yield
 
 
@@ -280,17 +278,7 @@ def _note_versions(folder: Path, record: dict[str, Any]) -> None:
 
 def _write_record(folder: Path, record: dict[str, Any]) -> None:
     content = json.dumps(record, indent=1).encode() + b"\n"
-    _write(folder / PROVENANCE, lambda file: file.write(content))
-
-
-def _write(file: Path, write: Callable[[BinaryIO], object]) -> None:
-    """All of a file or nothing of it: it is written beside its place and renamed."""
-    beside = file.with_name(f".{file.name}.partial")  # `datasets` skips hidden files
-    with open(beside, "wb") as stream:
-        write(stream)
-        stream.flush()
-        os.fsync(stream.fileno())
-    beside.replace(file)
+    write_whole(folder / PROVENANCE, lambda file: file.write(content))
 
 
 # ---------------------------------------------------------------------------------------------------------------------

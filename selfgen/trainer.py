@@ -421,13 +421,16 @@ def rows_of(batch: dict[str, Tensor]) -> list[_Row]:
     missing = [name for name in _ROWS if name not in batch]
     if missing:
         raise ValueError(f"the collated batch lacks {', '.join(missing)}; use selfgen.data.Collator or extend it")
+    places = torch.arange(batch["labels"].shape[1], device=batch["labels"].device)
+    first, learned = batch["prompt_length"][:, None], batch["labels"] != IGNORE_INDEX
+    answers = (places >= first) & (places < first + batch["answer_length"][:, None])
+    if ((answers & ~learned) | ((places == first - 1) & learned)).any():
+        raise ValueError("the collated batch has no answer where its prompt_length ends: pad on the right only")
     rows = []
     bounds = zip(*(batch[name].tolist() for name in _ROWS), strict=True)
     for index, (sample_id, prompt, answer) in enumerate(bounds):
         ids, labels = batch["input_ids"][index], batch["labels"][index]
         span = slice(prompt, prompt + answer)
-        if int(labels[prompt - 1]) != IGNORE_INDEX or (labels[span] == IGNORE_INDEX).any():
-            raise ValueError("the collated batch has no answer where its prompt_length ends: pad on the right only")
         rows.append(_Row(sample_id, ids[:prompt], ids[span], labels[span]))
     return rows
 

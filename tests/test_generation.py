@@ -129,7 +129,7 @@ def test_models_that_the_ragged_path_refuses(family, temperature):
         prompts, max_new_tokens=12, seed=3, sample_ids=range(20, 26), eos_token_ids=stop, batch_size=3
     )
     assert len(set(map(len, found.tokens))) > 1
-    assert True in found.finished
+    assert any(found.finished)
     for row, (prompt, answer) in enumerate(zip(prompts, found.tokens, strict=True)):
         context = torch.tensor(prompt)
         for place, token in enumerate(answer.tolist()):

@@ -142,7 +142,7 @@ def test_without_self_tokens_the_context_is_the_reference(tmp_path):
         ("selfgen.context.ContextGenerator.generate", 3, 1),
         ("selfgen.context.ContextGenerator.generate", 5, 2),
         ("selfgen.offline.pq.write_table", 1, 1),
-        ("selfgen.offline.os.fsync", 3, 1),  # the second shard is written, but not in its place; provenance: 0 and 1
+        ("selfgen.files.os.fsync", 3, 1),  # the second shard is written, but not in its place; provenance: 0 and 1
         ("selfgen.offline._statistics", 0, 3),
     ],
 )
@@ -166,7 +166,7 @@ def test_a_killed_run_goes_on(tmp_path, monkeypatch, target, call, shards):
 def test_a_complete_folder_is_left_alone(tmp_path, monkeypatch):
     record = write(tmp_path)
     before = contents(tmp_path)
-    kill_at(monkeypatch, "selfgen.offline._write", 0)
+    kill_at(monkeypatch, "selfgen.offline.write_whole", 0)
     assert write(tmp_path) == record
     assert contents(tmp_path) == before
 

@@ -30,6 +30,7 @@ from ..evaluation import (
     row_losses,
 )
 from ..evaluation.report import table, write_plots
+from ..files import write_whole
 from ..generation import generate, generate_corrected
 from ..provenance import rows_hash, versions, weights_hash
 from .journal import Journal, differing, read
@@ -124,9 +125,8 @@ def run(arguments: list[str]) -> int:
     except (ValueError, TypeError, OSError, ImportError) as error:
         fail(error, PROG)
     folder = Path(how.output_dir)
-    beside = folder / ".results.json.partial"
-    beside.write_text(json.dumps(results, indent=1) + "\n")
-    beside.replace(folder / "results.json")
+    content = json.dumps(results, indent=1).encode() + b"\n"
+    write_whole(folder / "results.json", lambda file: file.write(content))
     print(table(results))
     try:
         plots = write_plots(results, folder)

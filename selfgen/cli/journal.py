@@ -10,8 +10,9 @@ from pathlib import Path
 from typing import Any
 
 from datasets import Dataset
-from filelock import FileLock, Timeout
 from tqdm.auto import tqdm
+
+from ..files import lock
 
 NAMES = {"model", "revision", "dataset", "dataset_config", "dataset_split"}
 """How weights and rows are called; hashes tell them apart."""
@@ -83,11 +84,10 @@ class Journal:
     @contextmanager
     def _alone(self) -> Iterator[None]:
         """A lock on the file, which ends with the process, whatever ends that."""
-        try:
-            lock = FileLock(self.file.with_name(f".{self.file.name}.lock")).acquire(blocking=False)
-        except Timeout:
-            raise ValueError(f"another process is writing {self.file}: wait for it to end") from None
-        with lock:
+        held = lock(self.file.with_name(f".{self.file.name}.lock"))
+        if held is None:
+            raise ValueError(f"another process is writing {self.file}: wait for it to end")
+        with held:
             yield
 
     def append(self, rows: list[dict[str, Any]]) -> None:

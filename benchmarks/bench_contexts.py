@@ -17,7 +17,7 @@ from selfgen.context.generator import Method
 from selfgen.context.packed import packed_linears
 from selfgen.data import tokenize_rows
 
-from .fixtures import gsm8k, load_smollm2
+from .fixtures import DEVICE, gsm8k, load_smollm2
 
 ROUNDS = 3
 TARGET = 4.0
@@ -30,7 +30,7 @@ class Generation:
         model, tokenizer = load_smollm2()
         rows, _ = tokenize_rows(gsm8k("train", 1000, 1008), tokenizer, max_length=1024)
         self.columns = [list(rows[name]) for name in ("prompt_ids", "answer_ids", "sample_id")]
-        self.generator = ContextGenerator(model)
+        self.generator = ContextGenerator(model.to(DEVICE))
         self.token_budget = self.generator.token_budget  # measured before the clock starts
 
     def __call__(self, method: Method) -> MixedContext:

@@ -2,8 +2,9 @@
 
     make bench            (or: pytest benchmarks/bench_step.py)
 
-SmolLM2-135M-Instruct in fp32, GSM8K train rows from 1000 on, effective batch 4 x 8, AdamW at a learning rate of 0, so
-that all steps see the same weights. Every side is ``BSSTrainer``'s own step; SFT is p = 0, where it is the Trainer's.
+SmolLM2-135M-Instruct in fp32 (on a GPU under bf16 autocast), GSM8K train rows from 1000 on, effective batch 4 x 8,
+AdamW at a learning rate of 0, so that all steps see the same weights. Every side is ``BSSTrainer``'s own step; SFT is
+p = 0, where it is the Trainer's.
 """
 
 from __future__ import annotations
@@ -39,9 +40,11 @@ class Step:
             gradient_accumulation_steps=MICRO_BATCHES,
             learning_rate=0.0,
             use_cpu=DEVICE == "cpu",
+            bf16=DEVICE != "cpu",
             report_to=[],
         )
         self.trainer = BSSTrainer(model, arguments, train_dataset=rows, processing_class=tokenizer)
+        self.trainer.model = self.trainer.accelerator.prepare_model(self.trainer.model)  # autocast, as in `train`
         self.trainer.create_optimizer()
         self.loss = self.trainer._answer_loss
         self.batches = [

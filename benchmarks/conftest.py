@@ -25,15 +25,16 @@ PACKAGES = ("torch", "transformers", "triton", "numpy", "selfgen", "trl")
 _TABLES = pytest.StashKey[dict[str, list[dict]]]()
 
 
-# Of one comparison: how long it may take, how many rounds it has (fewer if one takes long, as sides that are slow are
-# not compared by a few per cent), and how long a single timing is at least.
-SECONDS, LEAST_ROUNDS, MOST_ROUNDS = 2.0, 5, 60
+# Of one comparison: how many rounds it has (fewer if one takes long, as sides that are slow are not compared by a few
+# per cent), and how long a single timing is at least.
+LEAST_ROUNDS, MOST_ROUNDS = 5, 60
 SLOW_SECONDS, LEAST_ROUNDS_IF_SLOW = 2.0, 3
 LEAST_SECONDS = 2e-3 if torch.cuda.is_available() else 2e-4  # waiting for a GPU takes ten microseconds
 
 
 def pytest_addoption(parser):
     parser.addoption("--report", metavar="FILE", help="write the report to this file, too")
+    parser.addoption("--seconds", type=float, default=2.0, help="how long one comparison may take (default: 2)")
     parser.addoption("--test-results", metavar="XML", help="begin the report with these results (pytest --junitxml)")
 
 
@@ -92,7 +93,7 @@ def compare(benchmark, request):
         time_peers()
         once = sum(times[0] * inner[name] for name, times in seconds.items())
         rounds = LEAST_ROUNDS if once < SLOW_SECONDS else LEAST_ROUNDS_IF_SLOW
-        rounds = int(min(MOST_ROUNDS, max(rounds, SECONDS / once)))
+        rounds = int(min(MOST_ROUNDS, max(rounds, request.config.getoption("--seconds") / once)))
         for times in seconds.values():
             times.clear()
         benchmark.pedantic(time_side, args=(names[0],), setup=time_peers, rounds=rounds)

@@ -18,7 +18,7 @@ from selfgen import ContextGenerator, MixedContext
 from selfgen.context.generator import Method
 from selfgen.data import tokenize_rows
 
-from .fixtures import gsm8k, load_smollm2
+from .fixtures import DEVICE, gsm8k, load_smollm2
 
 
 def main() -> None:
@@ -29,6 +29,7 @@ def main() -> None:
     print(f"{'dtype':10}{'against sequential':>22}{'rows equal':>14}{'self tokens':>14}{'differ':>10}")
     for dtype in (torch.float32, torch.bfloat16):
         model, tokenizer = load_smollm2(dtype)
+        model.to(DEVICE)
         rows, _ = tokenize_rows(gsm8k("train", 1000, 1000 + arguments.rows), tokenizer, max_length=1024)
 
         def generate(method: Method, budget: int, model=model, rows=rows) -> MixedContext:

@@ -58,48 +58,57 @@ def _noise(model: nn.Module) -> str | None:
     return None
 
 
+def check_like(states: Tensor, hidden: Tensor) -> None:
+    """Raises ReplayError if the hidden states of a layer have another dtype than those of the layers before it."""
+    if hidden.dtype != states.dtype:
+        raise ReplayError(f"hidden states are {states.dtype} in one layer and {hidden.dtype} in another")
+
+
 class HiddenStates:
     """What entered each decoder layer, and what left the last one, at every slot of a generation.
 
-    ``states`` is a list of layers + 1 tensors [S + 1, hidden_size]; the last row of each is zeros, for padding.
+    ``states`` is [layers + 1, S + 1, hidden_size] once there are any; the last slot holds zeros, for padding.
     """
+
+    states: Tensor
 
     def __init__(self, model: PreTrainedModel, num_slots: int):
         self.layers = decoder_layers(model)
         self.num_slots = num_slots
-        self.states: list[Tensor] = []
         self._left: Tensor | None = None  # the last layer
 
     @contextmanager
-    def capture(self, slots: Callable[[], Tensor]) -> Iterator[None]:
-        """Keep what the model computes inside, for the ``slots()`` [N] of each of its forwards over [1, N] tokens."""
+    def capture(self, keep: Callable[[int, Tensor], None]) -> Iterator[None]:
+        """Inside, ``keep`` gets what enters each decoder layer, and last what leaves the last one, each [1, N, H]."""
         handles = []
         for index, layer in enumerate(self.layers):
-            handles.append(layer.register_forward_pre_hook(partial(self._enters, index, slots)))
-            handles.append(layer.register_forward_hook(partial(self._leaves, index, slots)))
+            handles.append(layer.register_forward_pre_hook(partial(self._enters, index, keep)))
+            handles.append(layer.register_forward_hook(partial(self._leaves, index, keep)))
         try:
             yield
         finally:
             for handle in handles:
                 handle.remove()
 
-    def _enters(self, index: int, slots: Callable[[], Tensor], _layer: nn.Module, args: tuple) -> None:
+    def _enters(self, index: int, keep: Callable[[int, Tensor], None], _layer: nn.Module, args: tuple) -> None:
         if not args or not isinstance(args[0], Tensor) or (index > 0 and args[0] is not self._left):
             raise ReplayError("a decoder layer's first argument is not the hidden states that left the one before it")
-        self._keep(index, slots(), args[0])
+        keep(index, args[0])
 
-    def _leaves(self, index: int, slots: Callable[[], Tensor], _layer: nn.Module, _args: tuple, output) -> None:
+    def _leaves(self, index: int, keep: Callable[[int, Tensor], None], _layer: nn.Module, _args: tuple, output) -> None:
         if not isinstance(output, Tensor):
             raise ReplayError(f"a decoder layer returns a {type(output).__name__}, not hidden states alone")
         self._left = output
         if index + 1 == len(self.layers):
             self._left = None
-            self._keep(index + 1, slots(), output)
+            keep(index + 1, output)
 
-    def _keep(self, index: int, slots: Tensor, hidden: Tensor) -> None:
-        if len(self.states) == index:
-            self.states.append(hidden.new_zeros(self.num_slots + 1, hidden.shape[-1]))
-        self.states[index].index_copy_(0, slots, hidden[0])
+    def put(self, slots: Tensor, hidden: Tensor, index: int | None = None) -> None:
+        """Keep what enters layer ``index``, [N, hidden_size], or all layers, [layers + 1, N, hidden_size]."""
+        if not hasattr(self, "states"):
+            self.states = hidden.new_zeros(len(self.layers) + 1, self.num_slots + 1, hidden.shape[-1])
+        check_like(self.states, hidden)
+        (self.states if index is None else self.states[index]).index_copy_(-2, slots, hidden)
 
     def at(self, index: int, slots: Tensor) -> Tensor:
         """[B, L, hidden_size] of ``slots`` [B, L], where slot S is padding."""

@@ -11,7 +11,6 @@ arXiv 2002.03629; Santilli et al. 2023, arXiv 2305.10427), exact as each pass ma
 
 from __future__ import annotations
 
-from contextlib import nullcontext
 from dataclasses import dataclass
 
 import torch
@@ -23,9 +22,9 @@ import selfgen_kernels as kernels
 from ..replay import HiddenStates
 from .batch import Batch
 from .budget import balance_of
-from .packed import packed_linears
+from .forward import Forward
 from .plan import Speculation, least_log_chance, next_self_slots
-from .ragged import RaggedCache, RaggedPass, ragged_logits, ragged_model
+from .ragged import RaggedPass
 
 
 @dataclass
@@ -47,7 +46,6 @@ class FixedPoint:
     mixed: Tensor  # [S] bool: where it was, when it was last sampled; less than `is_self` where confidence is asked for
     tokens: Tensor  # [S] int64
     final: Tensor  # [R] int64: slots, in the same order
-    cache: RaggedCache
     status: Tensor  # [1] int64: self tokens whose logits were not finite
     speculation: Speculation
     hidden_states: HiddenStates | None  # kept for replay
@@ -94,7 +92,6 @@ class FixedPoint:
             next_self=next_self_slots(planned, row_ends[row]),
             tokens=reference.clone(),
             final=row_starts.clone(),
-            cache=RaggedCache(model, num_slots),
             status=torch.zeros(1, dtype=torch.int64, device=device),
             speculation=Speculation(own),
             hidden_states=HiddenStates(model, num_slots) if keep_hidden_states else None,
@@ -125,7 +122,7 @@ def _interleave(prompts: list[Tensor], answers: list[Tensor]) -> list[Tensor]:
 
 
 def fixed_point(
-    model: PreTrainedModel,
+    forward: Forward,
     batch: Batch,
     is_self: list[Tensor],
     token_budget: int,
@@ -133,12 +130,10 @@ def fixed_point(
     keep_hidden_states: bool = False,
 ) -> FixedPoint:
     """Iterate passes of at most ``token_budget`` tokens until every self token is final."""
-    state = FixedPoint.start(model, batch, is_self, keep_hidden_states=keep_hidden_states)
-    kept = state.hidden_states
-    capture = nullcontext() if kept is None else kept.capture(lambda: state.cache.current.slots)
-    with ragged_model(model), packed_linears(model), capture:
+    state = FixedPoint.start(forward.model, batch, is_self, keep_hidden_states=keep_hidden_states)
+    with forward.over(len(state.tokens), state.hidden_states):
         while (ragged_pass := plan_pass(state, token_budget)).num_tokens:
-            sampled = run_pass(model, state, ragged_pass)
+            sampled = run_pass(forward, state, ragged_pass)
             commit_pass(state, ragged_pass, sampled)
     return state
 
@@ -161,7 +156,7 @@ def plan_pass(state: FixedPoint, token_budget: int) -> RaggedPass:
     return RaggedPass(slots, state.positions[slots][None], cu_seqlens_q, kv_ranges)
 
 
-def run_pass(model: PreTrainedModel, state: FixedPoint, ragged_pass: RaggedPass) -> Tensor:
+def run_pass(forward: Forward, state: FixedPoint, ragged_pass: RaggedPass) -> Tensor:
     """Compute the pass under the current guess, which stays as it is.
 
     Returns [N] int64: at places right before a self position the token that belongs there, anything elsewhere.
@@ -172,7 +167,7 @@ def run_pass(model: PreTrainedModel, state: FixedPoint, ragged_pass: RaggedPass)
 
     places = state.is_sampled(ragged_pass).nonzero()[:, 0]  # [M]: a token is predicted one position before it
     at = ragged_pass.slots[places] + 1  # [M]
-    logits = ragged_logits(model, state.cache, ragged_pass, state.tokens, places)  # [M, V]
+    logits = forward(ragged_pass, state.tokens, places)  # [M, V]
     sampled = state.tokens[(ragged_pass.slots + 1).clamp(max=len(state.tokens) - 1)]  # as is
     sampled[places], state.mixed[at] = kernels.sample_mix(
         logits,

@@ -14,12 +14,11 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
-from transformers import PreTrainedModel
 
 import selfgen_kernels as kernels
 
-from .packed import packed_linears
-from .ragged import RaggedCache, RaggedPass, ragged_logits, ragged_model
+from .forward import Forward
+from .ragged import RaggedPass
 
 _MOST_TOKENS = 8192  # of the prompts that begin in one pass, or one prompt
 
@@ -60,12 +59,11 @@ class FreeRun:
     new: Tensor  # [B] int64
     prompt_lengths: Tensor  # [B] int64
     limits: Tensor  # [B] int64
-    cache: RaggedCache
     passes: int = 0
     tokens_computed: int = 0
 
     @classmethod
-    def start(cls, model: PreTrainedModel, prompts: Prompts, batch_size: int) -> FreeRun:
+    def start(cls, prompts: Prompts, batch_size: int) -> FreeRun:
         places = min(batch_size, len(prompts.tokens))
         capacity = max(len(prompt) + limit for prompt, limit in zip(prompts.tokens, prompts.limits, strict=True))
         device = prompts.sample_ids.device
@@ -82,12 +80,11 @@ class FreeRun:
             new=new,
             prompt_lengths=prompt_lengths,
             limits=limits,
-            cache=RaggedCache(model, places * capacity),
         )
 
 
 def free_running(
-    model: PreTrainedModel,
+    forward: Forward,
     prompts: Prompts,
     sampling: dict[str, Any],
     batch_size: int,
@@ -97,11 +94,11 @@ def free_running(
 
     ``sampling`` is what ``sample_mix`` takes beside rows and positions: seed, temperature, filters, status.
     """
-    state = FreeRun.start(model, prompts, batch_size)
-    with ragged_model(model), packed_linears(model):
+    state = FreeRun.start(prompts, batch_size)
+    with forward.over(len(state.tokens)):
         while num_tokens := admit(state):
             ragged_pass = plan_pass(state, num_tokens)
-            sampled = run_pass(model, state, ragged_pass, sampling)
+            sampled = run_pass(forward, state, ragged_pass, sampling)
             for row, answer in commit_pass(state, sampled):
                 finish(row, answer)
     return Work(state.passes, state.tokens_computed)
@@ -147,13 +144,13 @@ def plan_pass(state: FreeRun, num_tokens: int) -> RaggedPass:
     )
 
 
-def run_pass(model: PreTrainedModel, state: FreeRun, ragged_pass: RaggedPass, sampling: dict[str, Any]) -> Tensor:
+def run_pass(forward: Forward, state: FreeRun, ragged_pass: RaggedPass, sampling: dict[str, Any]) -> Tensor:
     """Compute the pass; returns the next token of each taken place, int64 [A]."""
     state.passes += 1
     state.tokens_computed += ragged_pass.num_tokens
     taken = state.taken
     last = ragged_pass.cu_seqlens_q[1:][taken].long() - 1  # [A]: where in the pass a token is predicted
-    logits = ragged_logits(model, state.cache, ragged_pass, state.tokens, last)  # [A, V]
+    logits = forward(ragged_pass, state.tokens, last)  # [A, V]
     sampled, _ = kernels.sample_mix(
         logits,
         state.tokens[ragged_pass.slots[last]],  # what a row gets whose logits are not finite: its last token again

@@ -19,6 +19,7 @@ from .batch import Answers, Batch, ContextStats, MixedContext, TokenRow, check_s
 from .budget import calibrate_token_budget
 from .by_transformers import TransformersRun
 from .fixed_point import fixed_point
+from .forward import Forward, forward_of
 from .free_running import Prompts, free_running
 from .masks import Masks
 from .packed import packed_linears
@@ -43,6 +44,8 @@ class ContextGenerator:
             is measured once on the model's device (``calibrate_token_budget``). It changes the cost; the tokens only
             where rounding turns a near tie, which takes a low precision (README, "Exactness").
         masks: how the positions that are the model's own are drawn; single tokens by default.
+        cuda_graphs: on an NVIDIA GPU, replay passes as CUDA graphs. They keep the K/V of a generation and a few buffers
+            between generations, and do not run Python hooks on the model's modules again.
 
     Raises:
         TypeError: ``model`` is not a transformers model, or its weights have more than one dtype.
@@ -61,6 +64,7 @@ class ContextGenerator:
         temperature: float = 1.0,
         token_budget: int | None = None,
         masks: Masks | None = None,
+        cuda_graphs: bool = True,
     ):
         self.model = _transformers_model(model)
         self._given: torch.nn.Module = model
@@ -77,6 +81,8 @@ class ContextGenerator:
         self.masks = masks or Masks()
         self._token_budget = token_budget
         self._verified = False
+        self._cuda_graphs = cuda_graphs
+        self._passes: tuple[torch.device, Forward] | None = None
         self._by_transformers = TransformersRun(self.model)
         _check_dtypes(self.model)
 
@@ -168,7 +174,7 @@ class ContextGenerator:
             budget = self.token_budget
             with self.computing():
                 self._verify()
-                state = fixed_point(self.model, batch, candidates, budget, keep_hidden_states=keep_hidden_states)
+                state = fixed_point(self._forward(), batch, candidates, budget, keep_hidden_states=keep_hidden_states)
             tokens, is_self, invalid = state.contexts, state.masks, int(state.status)
             hidden_states = state.hidden_states
             passes, tokens_computed = state.passes, state.tokens_computed
@@ -262,7 +268,7 @@ class ContextGenerator:
             if support.missing or not self._runs_ragged():
                 work = self._by_transformers(what, sampling, batch_size, finish, recompute=support.recompute)
             else:
-                work = free_running(self.model, what, sampling, batch_size, finish)
+                work = free_running(self._forward(), what, sampling, batch_size, finish)
         ended = [bool(torch.isin(answer[-1], stop_ids)) for answer in answers]
         if status:
             logger.warning("%d tokens of answers are arbitrary: their logits were not finite", int(status))
@@ -290,6 +296,12 @@ class ContextGenerator:
         if ids is None:
             return []
         return [ids] if isinstance(ids, int) else list(ids)
+
+    def _forward(self) -> Forward:
+        """What runs the passes, where the model is now."""
+        if self._passes is None or self._passes[0] != self.model.device:
+            self._passes = self.model.device, forward_of(self.model, cuda_graphs=self._cuda_graphs)
+        return self._passes[1]
 
     def _verify(self) -> None:
         """Once for each generator: the model computes over the ragged cache what it computes by itself."""

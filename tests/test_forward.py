@@ -1,0 +1,186 @@
+"""Recorded passes on the CPU, where a replay is a call: padding, sizes, and when all is recorded anew.
+
+That CUDA graphs replay the same is shown in test_on_gpu.py.
+"""
+
+from __future__ import annotations
+
+from contextlib import nullcontext
+
+import pytest
+import torch
+from models import CONFIGS, tiny_model
+from test_contexts import assert_equal
+from test_on_gpu import batch
+from test_replay import generate, padded
+from test_trainer import rows
+
+from selfgen import ContextGenerator
+from selfgen.context import forward as engine
+
+
+class Recorder(engine.GraphedForward):
+    def __init__(self, model):
+        super().__init__(model)
+        self.records = self.replays = 0
+
+    def _record(self, run):
+        self.records += 1
+
+        def replay():
+            self.replays += 1
+            self._running = recorded  # no hook would call it in a graph
+            run()
+            self._running = None
+
+        recorded = self._running
+        return replay
+
+
+@pytest.fixture(autouse=True)
+def recorder(monkeypatch):
+    monkeypatch.setattr(engine, "not_waiting", nullcontext)
+    monkeypatch.setattr(engine, "forward_of", lambda model, cuda_graphs: Recorder(model))
+    monkeypatch.setattr("selfgen.context.generator.forward_of", lambda model, cuda_graphs: Recorder(model))
+
+
+def contexts(generator, self_prob=0.5, **settings):
+    prompts, references, sample_ids = batch()
+    return generator.generate(prompts, references, self_prob, seed=7, sample_ids=sample_ids, **settings)
+
+
+@pytest.mark.parametrize("family", sorted(CONFIGS))
+def test_padded_passes_give_the_contexts_of_the_loop(family):
+    model = tiny_model(family)
+    generator = ContextGenerator(model, token_budget=100)
+    for self_prob in (0.25, 0.5, 1.0):
+        want = contexts(generator, self_prob, method="sequential")
+        for _ in range(3):  # run, recorded, replayed
+            assert_equal(contexts(generator, self_prob), want)
+    passes = generator._forward()
+    assert passes.replays > passes.records > 0
+
+
+def test_what_is_kept_is_that_of_the_plain_passes():
+    model, data = tiny_model("llama"), rows(8)
+    generator = ContextGenerator(model, token_budget=40)
+    columns = [list(data[name]) for name in ("prompt_ids", "answer_ids")]
+    for seed in range(4):
+        how = {"seed": seed, "sample_ids": data["sample_id"], "keep_hidden_states": True}
+        got = generator.generate(*columns, 0.5, **how)
+        plain = ContextGenerator(model, token_budget=40)
+        plain._passes = model.device, engine.Forward(model)
+        want = plain.generate(*columns, 0.5, **how)
+        assert_equal(got, want)
+        torch.testing.assert_close(got.hidden_states.states, want.hidden_states.states, rtol=1e-4, atol=1e-5)
+        assert not got.hidden_states.states[:, -1].any()  # padding
+    assert generator._forward().replays
+
+
+def test_what_was_kept_before_stays():
+    model, data = tiny_model("llama"), rows(8)
+    first = generate(model, data, keep_hidden_states=True)
+    before = first.hidden_states.states.clone()
+    generate(model, data, keep_hidden_states=True, seed=4)
+    assert torch.equal(first.hidden_states.states, before)
+    assert padded(model, data, first)
+
+
+def test_answers_are_those_of_the_plain_passes():
+    model = tiny_model("llama")
+    generator, plain = ContextGenerator(model), ContextGenerator(model)
+    plain._passes = model.device, engine.Forward(model)
+    prompts = batch()[0]
+    for seed in range(3):
+        got, want = (one.answer(prompts, max_new_tokens=20, batch_size=5, seed=seed) for one in (generator, plain))
+        assert all(map(torch.equal, got.tokens, want.tokens))
+    assert generator._forward().replays
+
+
+def test_an_optimizers_step_is_seen():
+    model = tiny_model("llama")
+    generator = ContextGenerator(model, token_budget=100)
+    for _ in range(3):
+        contexts(generator)
+    records = generator._forward().records
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.add_(0.05 * torch.randn_like(parameter))
+    assert_equal(contexts(generator), contexts(generator, method="sequential"))
+    assert generator._forward().records == records
+
+
+def moved(model):
+    for parameter in model.parameters():
+        parameter.data = parameter.data * 1.1
+
+
+def hooked(model):
+    model.model.layers[0].register_forward_hook(lambda module, args, output: output * 1.5)
+
+
+def replaced(model):
+    model.model.layers[1].mlp = tiny_model("llama", seed=5).model.layers[1].mlp
+
+
+def adapted(model):
+    model.get_input_embeddings()._active_adapter = ["other"]
+
+
+@pytest.mark.parametrize("change", [moved, hooked, replaced, adapted])
+def test_what_changes_the_computation_is_recorded_anew(change):
+    model = tiny_model("llama")
+    generator = ContextGenerator(model, token_budget=100)
+    for _ in range(3):
+        contexts(generator)
+    assert generator._forward()._recorded
+    old = set(map(id, generator._forward()._recorded.values()))
+    change(model)
+    assert_equal(contexts(generator), contexts(generator, method="sequential"))
+    assert not old & set(map(id, generator._forward()._recorded.values()))
+
+
+def test_longer_batches_get_a_larger_cache():
+    generator = ContextGenerator(tiny_model("llama"), token_budget=100)
+    prompts, references, sample_ids = batch(40, longest=100)
+    few = slice(0, 3)
+    generator.generate(prompts[few], references[few], 0.5, seed=0, sample_ids=sample_ids[few])
+    small = generator._forward().cache.num_slots
+    got = generator.generate(prompts, references, 0.5, seed=0, sample_ids=sample_ids)
+    assert_equal(got, generator.generate(prompts, references, 0.5, seed=0, sample_ids=sample_ids, method="sequential"))
+    assert generator._forward().cache.num_slots > small
+
+
+def test_a_model_that_waits_is_run_as_it_is(monkeypatch, caplog):
+    def waiting(run):
+        raise RuntimeError("called a synchronizing CUDA operation")
+
+    monkeypatch.setattr(engine._Recorded, "run", waiting)
+    generator = ContextGenerator(tiny_model("llama"), token_budget=100)
+    with caplog.at_level("INFO"):
+        got = contexts(generator)
+    assert "waits for the device" in caplog.text
+    assert_equal(got, contexts(generator, method="sequential"))
+    assert not hasattr(generator._forward(), "cache")  # K/V is freed
+
+
+def test_another_error_is_raised(monkeypatch):
+    def failing(run):
+        raise RuntimeError("out of luck")
+
+    monkeypatch.setattr(engine._Recorded, "run", failing)
+    generator = ContextGenerator(tiny_model("llama"), token_budget=100)
+    with pytest.raises(RuntimeError, match="out of luck"):
+        contexts(generator)
+    monkeypatch.undo()
+    assert generator._forward()._running is None
+
+
+@pytest.mark.parametrize(
+    ("tokens", "room"), [(1, 16), (16, 16), (17, 32), (64, 64), (65, 80), (300, 320), (1025, 1280), (4096, 4096)]
+)
+def test_sizes(tokens, room):
+    some = torch.zeros(tokens, dtype=torch.int64)
+    ragged_pass = engine.RaggedPass(some, some[None], torch.zeros(2), torch.zeros(1, 2))
+    size = engine._Size.of(ragged_pass, some[:1], False)
+    assert (size.tokens, size.places, size.rows) == (room, 16, 16)

@@ -1,0 +1,178 @@
+"""What only hardware shows of the engine: contexts, answers and training steps on a GPU, held against their oracles.
+
+The ops alone are in kernels/test_gpu.py. TF32 is off, as is torch's default: fp32 means fp32.
+"""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from models import CONFIGS, VOCAB, tiny_model
+from test_rac import make_trainer as rac_trainer
+from test_replay import distance, gradients, padded
+from test_trainer import make_trainer, rows, weights
+
+from selfgen import ContextGenerator
+from selfgen.context import Masks
+
+pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")]
+FAMILIES = sorted(CONFIGS)
+
+
+def batch(count: int = 12, longest: int = 40):
+    """(prompts, references, sample ids) of a ragged batch."""
+    tokens = torch.Generator().manual_seed(count)
+
+    def row():
+        return torch.randint(3, VOCAB, (int(torch.randint(1, longest, (), generator=tokens)),), generator=tokens)
+
+    return [row() for _ in range(count)], [row() for _ in range(count)], list(range(-3, count - 3))
+
+
+def contexts(generator, self_prob: float, method: str = "fixed_point", seed: int = 7):
+    """(tokens, which are the model's own) of a batch."""
+    prompts, references, sample_ids = batch()
+    mixed = generator.generate(prompts, references, self_prob, seed=seed, sample_ids=sample_ids, method=method)
+    return torch.cat(mixed.tokens).cpu(), torch.cat(mixed.is_self).cpu()
+
+
+def assert_replays(generator):
+    recorded = generator._forward()._recorded.values()
+    assert any(one.replay is not None for one in recorded)
+
+
+@pytest.mark.parametrize("cuda_graphs", [True, False])
+@pytest.mark.parametrize("family", FAMILIES)
+def test_contexts_are_those_of_the_loop(family, cuda_graphs):
+    model = tiny_model(family).cuda()
+    for budget in (16, 64, 400):
+        generator = ContextGenerator(model, token_budget=budget, cuda_graphs=cuda_graphs)
+        for seed, self_prob in enumerate((0.25, 1.0, 0.25, 0.5)):
+            want, want_self = contexts(generator, self_prob, "sequential", seed)
+            got, is_self = contexts(generator, self_prob, seed=seed)
+            assert want_self.any()
+            assert torch.equal(is_self, want_self)
+            assert torch.equal(got, want)
+        if cuda_graphs:
+            assert_replays(generator)
+
+
+@pytest.mark.parametrize("precision", ["fp32", "autocast"])
+def test_recorded_passes_see_an_optimizers_step(precision):
+    model = tiny_model("llama").cuda()
+    generator, plain = (ContextGenerator(model, token_budget=100, cuda_graphs=graphs) for graphs in (True, False))
+
+    def run(generator):
+        with torch.autocast("cuda", torch.bfloat16, enabled=precision == "autocast"):
+            return contexts(generator, 1.0)
+
+    before = [run(generator) for _ in range(3)][-1]
+    assert_replays(generator)
+    old = dict(generator._forward()._recorded)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.mul_(-1.0)
+    after, plain = run(generator), run(plain)
+    assert all(generator._forward()._recorded[size] is one for size, one in old.items())
+    assert not torch.equal(after[0], before[0])
+    assert (after[0] != plain[0]).float().mean() <= (0 if precision == "fp32" else 0.5)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_contexts_are_those_of_the_cpu(family):
+    model = tiny_model(family)
+    want, want_self = contexts(ContextGenerator(model, token_budget=64), 0.5)
+    got, is_self = contexts(ContextGenerator(model.cuda(), token_budget=64), 0.5)
+    assert torch.equal(is_self, want_self)
+    assert torch.equal(got, want)
+
+
+@pytest.mark.parametrize(
+    "masks",
+    [Masks("span", span_length=3), Masks("sequence"), Masks(curve="rising"), Masks(min_reference_prob=0.01)],
+    ids=str,
+)
+def test_contexts_under_every_mask_are_those_of_the_loop(masks):
+    generator = ContextGenerator(tiny_model("llama").cuda(), token_budget=64, masks=masks)
+    want = contexts(generator, 0.5, "sequential")
+    assert want[1].any()
+    for _ in range(3):
+        assert all(map(torch.equal, contexts(generator, 0.5), want))
+
+
+@pytest.mark.parametrize("family", ["llama", "gemma2", "qwen3"])
+def test_bf16_contexts_are_the_loops_but_for_near_ties(family):
+    """A tie that turns changes all behind it in its row, so rows are counted."""
+    generator = ContextGenerator(tiny_model(family, dtype=torch.bfloat16).cuda(), token_budget=64)
+    lengths = [len(reference) for reference in batch()[1]]
+    want = contexts(generator, 0.25, "sequential")
+    got = [contexts(generator, 0.25) for _ in range(3)][-1]
+    assert_replays(generator)
+    assert torch.equal(got[1], want[1])
+    differing = sum(not torch.equal(a, b) for a, b in zip(got[0].split(lengths), want[0].split(lengths), strict=True))
+    assert differing <= len(lengths) // 3
+
+
+@pytest.mark.parametrize("family", ["llama", "gemma2", "gpt2"])
+def test_greedy_answers_are_those_of_transformers(family):
+    model = tiny_model(family).cuda()
+    model.generation_config.eos_token_id = None
+    model.generation_config.pad_token_id = 0
+    prompts = batch()[0]
+    generator = ContextGenerator(model, temperature=0.0)
+    answers = generator.answer(prompts, max_new_tokens=20, batch_size=5, eos_token_ids=[]).tokens
+    assert_replays(generator)
+    for prompt, answer in zip(prompts, answers, strict=True):
+        alone = prompt[None].cuda()
+        want = model.generate(alone, attention_mask=torch.ones_like(alone), max_new_tokens=20, do_sample=False)
+        assert torch.equal(answer, want[0, len(prompt) :])
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_replay_gives_loss_and_gradients_of_the_ordinary_step(family):
+    model, data = tiny_model(family).cuda(), rows(5)
+    for module in model.modules():
+        if isinstance(module, torch.nn.Dropout):  # GPT-2's default
+            module.p = 0.0
+    columns = [list(data[name]) for name in ("prompt_ids", "answer_ids")]
+    generator = ContextGenerator(model, token_budget=16)
+    for seed in range(4):
+        how = {"seed": seed, "sample_ids": data["sample_id"], "keep_hidden_states": True}
+        mixed = generator.generate(*columns, 0.5, **how)
+    assert_replays(generator)
+    inputs, slots = padded(model, data, mixed)
+    inputs = {name: values.cuda() for name, values in inputs.items()}
+    model.train()
+    ordinary = model(**inputs).loss
+    ordinary.backward()
+    want = gradients(model)
+    with mixed.hidden_states.replay(slots.cuda()):
+        replayed = model(**inputs).loss
+    replayed.backward()
+    torch.testing.assert_close(replayed, ordinary, rtol=1e-5, atol=0)
+    assert distance(gradients(model), want) <= 1e-4
+
+
+@pytest.mark.parametrize("bf16", [False, True])
+@pytest.mark.parametrize("lean", [False, True])
+def test_training_with_and_without_replay_is_the_same(tmp_path, bf16, lean):
+    """Off by far less than what the steps change; by more in bf16, where Adam makes rounding as large as a gradient."""
+
+    def trained(replay):
+        how = {"use_cpu": False, "bf16": bf16, "lean_loss": lean, "replay": replay, "learning_rate": 1e-3}
+        trainer = make_trainer(tmp_path, **how)
+        assert trainer.model.device.type == "cuda"
+        before = weights(trainer.model).clone()
+        trainer.train()
+        return weights(trainer.model) - before
+
+    got, want = trained(True), trained(False)
+    assert (got - want).norm() <= (0.3 if bf16 else 0.01) * want.norm()
+
+
+def test_rac_trains_on_own_answers(tmp_path):
+    trainer = rac_trainer(tmp_path, use_cpu=False, bf16=True, learning_rate=1e-2)
+    before = weights(trainer.model)
+    trainer.train()
+    assert trainer.model.device.type == "cuda"
+    assert not torch.equal(weights(trainer.model).cpu(), before.cpu())

@@ -123,6 +123,13 @@ class BSSConfig(RowOptions, MaskOptions, TrainingArguments):
             "less memory and more time; the contexts are the same."
         },
     )
+    cuda_graphs: bool = field(
+        default=True,
+        metadata={
+            "help": "On an NVIDIA GPU, replay context passes as CUDA graphs, which keep K/V and some buffers from step "
+            "to step."
+        },
+    )
     replay: bool = field(
         default=True,
         metadata={

@@ -37,7 +37,10 @@ from .schedules import Schedule
 logger = logging.getLogger(__name__)
 
 SETTINGS = "selfgen.json"  # beside the weights of every checkpoint
-_FREE = {"context_method", "token_budget", "context_micro_batches", "own_answer_batch_size", "replay", "lean_loss"}
+_FREE = {
+    "context_method", "token_budget", "context_micro_batches", "own_answer_batch_size", "cuda_graphs", "replay",
+    "lean_loss",
+}  # fmt: skip
 _ROWS = ("sample_id", "prompt_length", "answer_length")
 _BOOKKEEPING = (*_ROWS, "loss_weight")  # columns that are not the model's
 
@@ -90,7 +93,11 @@ class BSSTrainer(Trainer):
         if isinstance(model, str):
             model = AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32)
         self.generator = ContextGenerator(
-            model, temperature=args.sampling_temperature, token_budget=args.token_budget, masks=args.masks
+            model,
+            temperature=args.sampling_temperature,
+            token_budget=args.token_budget,
+            masks=args.masks,
+            cuda_graphs=args.cuda_graphs,
         )
         self.schedule = schedule
         if processing_class is None and not self.generator.model.name_or_path:

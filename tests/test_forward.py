@@ -9,6 +9,7 @@ from contextlib import nullcontext
 
 import pytest
 import torch
+from accelerate import Accelerator
 from models import CONFIGS, tiny_model
 from test_contexts import assert_equal
 from test_on_gpu import batch
@@ -29,11 +30,10 @@ class Recorder(engine.GraphedForward):
 
         def replay():
             self.replays += 1
-            self._running = recorded  # no hook would call it in a graph
+            self._recording = True  # as in a graph, no hook keeps anything elsewhere
             run()
-            self._running = None
+            self._recording = False
 
-        recorded = self._running
         return replay
 
 
@@ -140,6 +140,29 @@ def test_what_changes_the_computation_is_recorded_anew(change):
     assert not old & set(map(id, generator._forward()._recorded.values()))
 
 
+@pytest.mark.parametrize("prepared", [False, True])
+def test_recorded_casts_are_no_kept_ones(prepared):
+    """A pass sees weights as they are, while autocast would go on with what it cast first."""
+    model = tiny_model("llama")
+    if prepared:
+        model = Accelerator(cpu=True, mixed_precision="bf16").prepare_model(model)
+    ids = torch.arange(3, 10)[None]
+    with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
+        before = model(input_ids=ids).logits
+        for parameter in model.parameters():
+            parameter.mul_(-1.0)
+        stale = model(input_ids=ids).logits
+        with engine.fresh_casts(model):
+            fresh = model(input_ids=ids).logits
+    with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
+        want = model(input_ids=ids).logits
+    assert torch.equal(fresh, want.to(fresh.dtype))
+    assert not torch.equal(stale, want)
+    assert not torch.equal(before, want)
+    assert (vars(model).get("_original_forward") is None) == (not prepared)
+    assert ("forward" in vars(model)) == prepared
+
+
 def test_longer_batches_get_a_larger_cache():
     generator = ContextGenerator(tiny_model("llama"), token_budget=100)
     prompts, references, sample_ids = batch(40, longest=100)
@@ -151,17 +174,30 @@ def test_longer_batches_get_a_larger_cache():
     assert generator._forward().cache.num_slots > small
 
 
-def test_a_model_that_waits_is_run_as_it_is(monkeypatch, caplog):
-    def waiting(run):
+@pytest.mark.parametrize("when", ["run", "_record"])
+def test_a_model_that_cannot_be_recorded_is_run_as_it_is(monkeypatch, caplog, when):
+    def failing(*_):
         raise RuntimeError("called a synchronizing CUDA operation")
 
-    monkeypatch.setattr(engine._Recorded, "run", waiting)
+    monkeypatch.setattr(engine._Recorded if when == "run" else Recorder, when, failing)
     generator = ContextGenerator(tiny_model("llama"), token_budget=100)
-    with caplog.at_level("INFO"):
-        got = contexts(generator)
-    assert "waits for the device" in caplog.text
-    assert_equal(got, contexts(generator, method="sequential"))
+    want = contexts(generator, method="sequential")
+    for _ in range(3):
+        assert_equal(contexts(generator), want)
+    assert caplog.text.count("passes run without CUDA graphs") == 1
     assert not hasattr(generator._forward(), "cache")  # K/V is freed
+
+
+@pytest.mark.parametrize("limit", ["_most_tokens", "_most_places"])
+def test_passes_that_would_keep_much_are_run_as_they_are(limit):
+    generator = ContextGenerator(tiny_model("llama"), token_budget=400)
+    setattr(generator._forward(), limit, 20)
+    want = contexts(generator, method="sequential")
+    for _ in range(3):
+        assert_equal(contexts(generator), want)
+    sizes = generator._forward()._recorded
+    assert sizes
+    assert all((size.tokens if limit == "_most_tokens" else size.places) <= 20 for size in sizes)
 
 
 def test_another_error_is_raised(monkeypatch):
@@ -173,11 +209,11 @@ def test_another_error_is_raised(monkeypatch):
     with pytest.raises(RuntimeError, match="out of luck"):
         contexts(generator)
     monkeypatch.undo()
-    assert generator._forward()._running is None
+    assert not generator._forward()._recording
 
 
 @pytest.mark.parametrize(
-    ("tokens", "room"), [(1, 16), (16, 16), (17, 32), (64, 64), (65, 80), (300, 320), (1025, 1280), (4096, 4096)]
+    ("tokens", "room"), [(1, 16), (16, 16), (17, 32), (64, 64), (65, 80), (300, 320), (1025, 1280), (8192, 8192)]
 )
 def test_sizes(tokens, room):
     some = torch.zeros(tokens, dtype=torch.int64)

@@ -37,8 +37,9 @@ def contexts(generator, self_prob: float, method: str = "fixed_point", seed: int
 
 
 def assert_replays(generator):
+    """But for gpt-oss, whose experts wait for the device: it runs as it is."""
     recorded = generator._forward()._recorded.values()
-    assert any(one.replay is not None for one in recorded)
+    assert any(one.replay is not None for one in recorded) or generator.model.config.model_type == "gpt_oss"
 
 
 @pytest.mark.parametrize("cuda_graphs", [True, False])

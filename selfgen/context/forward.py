@@ -18,12 +18,13 @@ from transformers import PreTrainedModel
 
 from ..replay import HiddenStates, check_like
 from .packed import packed_linears
-from .ragged import RaggedCache, RaggedPass, ragged_logits, ragged_model
+from .ragged import RaggedCache, RaggedPass, ragged_logits, ragged_model, vocab_size_of
 
 logger = logging.getLogger(__name__)
 
 PADDING = -1  # a slot that `kv_append` passes by
-LARGEST = 4096  # tokens of a recorded pass; beyond, the GPU has enough to do
+LARGEST = 8192  # tokens of a recorded pass; beyond, the GPU has enough to do
+MOST_HIDDEN, MOST_LOGITS = 2**30, 2**28  # bytes that recorded passes keep of their hidden states and of their logits
 
 
 class Forward:
@@ -90,12 +91,35 @@ class _Size:
         return cls(-(-ragged_pass.num_tokens // step) * step, places, rows, keeps)
 
 
+class _Results:
+    """What passes write, one after the other into the same memory."""
+
+    def __init__(self, room: int, layers: int):
+        self.room, self.layers = room, layers
+        self.logits: dict[int, Tensor] = {}  # by their number of places: [places, V]
+        self.hidden: Tensor | None = None  # [layers + 1, room, hidden_size]
+
+    def keep_logits(self, logits: Tensor) -> None:
+        places = len(logits)
+        if places not in self.logits:
+            self.logits[places] = torch.empty_like(logits)
+        self.logits[places].copy_(logits)
+
+    def keep(self, index: int, hidden: Tensor) -> None:
+        if self.hidden is None:
+            self.hidden = hidden.new_empty(self.layers + 1, self.room, hidden.shape[2])
+        check_like(self.hidden, hidden)
+        self.hidden[index, : hidden.shape[1]] = hidden[0]
+
+
 class _Recorded:
     """A pass of one size: what it reads and writes lies where it is, and ``run`` computes it."""
 
-    def __init__(self, model: PreTrainedModel, cache: RaggedCache, size: _Size):
+    replay: Callable[[], None] | None = None
+
+    def __init__(self, model: PreTrainedModel, cache: RaggedCache, results: _Results, size: _Size):
         device = model.device
-        self.model, self.cache, self.size = model, cache, size
+        self.model, self.cache, self.results = model, cache, results
         self.input_ids = torch.zeros(size.tokens, dtype=torch.int64, device=device)
         self.index = torch.zeros(size.places, dtype=torch.int64, device=device)
         self.ragged_pass = RaggedPass(
@@ -104,9 +128,6 @@ class _Recorded:
             cu_seqlens_q=torch.zeros(size.rows + 1, dtype=torch.int32, device=device),
             kv_ranges=torch.zeros(size.rows, 2, dtype=torch.int64, device=device),
         )
-        self.logits: Tensor | None = None  # [places, V]
-        self.hidden: Tensor | None = None  # [layers + 1, tokens, hidden_size]
-        self.replay: Callable[[], None] | None = None
 
     def fill(self, ragged_pass: RaggedPass, tokens: Tensor, index: Tensor) -> None:
         mine, n, rows = self.ragged_pass, ragged_pass.num_tokens, len(ragged_pass.kv_ranges)
@@ -119,17 +140,8 @@ class _Recorded:
         mine.cu_seqlens_q[rows + 1 :] = ragged_pass.cu_seqlens_q[-1]  # windows of no row are empty
         mine.kv_ranges[:rows] = ragged_pass.kv_ranges
 
-    def keep(self, index: int, layers: int, hidden: Tensor) -> None:
-        if self.hidden is None:
-            self.hidden = hidden.new_empty(layers + 1, *hidden.shape[1:])
-        check_like(self.hidden, hidden)
-        self.hidden[index] = hidden[0]
-
     def run(self) -> None:
-        logits = ragged_logits(self.model, self.cache, self.ragged_pass, self.input_ids, self.index)
-        if self.logits is None:
-            self.logits = torch.empty_like(logits)
-        self.logits.copy_(logits)
+        self.results.keep_logits(ragged_logits(self.model, self.cache, self.ragged_pass, self.input_ids, self.index))
 
 
 class GraphedForward(Forward):
@@ -143,11 +155,16 @@ class GraphedForward(Forward):
 
     def __init__(self, model: PreTrainedModel):
         super().__init__(model)
+        text = model.config.get_text_config(decoder=True)
+        self._layers = text.num_hidden_layers
+        self._most_tokens = min(LARGEST, MOST_HIDDEN // (4 * (self._layers + 1) * text.hidden_size))
+        self._most_places = MOST_LOGITS // (4 * vocab_size_of(model))
         self._off = False
         self._state: object = None
+        self._results: _Results | None = None
         self._recorded: dict[_Size, _Recorded] = {}
         self._pool: Any = None
-        self._running: _Recorded | None = None
+        self._recording = False  # or run as it is recorded
 
     def _begin(self, num_slots: int) -> None:
         if self._off:
@@ -155,74 +172,94 @@ class GraphedForward(Forward):
             return
         state = _what_is_computed(self.model)
         if state != self._state or num_slots > self.cache.num_slots:
-            self._recorded.clear()
-            self._state, self._pool = state, None
+            self._forget()  # what it kept is free before the next is taken
+            self._state = state
             self.cache = RaggedCache(self.model, -(-num_slots * 5 // 4096) * 1024)  # a quarter more than is needed
+            self._results = _Results(min(self._most_tokens, self.cache.num_slots), self._layers)
+
+    def _forget(self) -> None:
+        self._recorded.clear()
+        self._pool = self._results = None
 
     def _end(self) -> None:
         if self._off:
             super()._end()
 
     def _keep(self, index: int, hidden: Tensor) -> None:
-        if self._running is None:
-            super()._keep(index, hidden)
+        if self._recording:
+            assert self._results is not None
+            self._results.keep(index, hidden)
         else:
-            assert self.hidden_states is not None
-            self._running.keep(index, len(self.hidden_states.layers), hidden)
+            super()._keep(index, hidden)
 
     def __call__(self, ragged_pass: RaggedPass, tokens: Tensor, index: Tensor) -> Tensor:
-        size = _Size.of(ragged_pass, index, self.hidden_states is not None)
-        if self._off or size.tokens > LARGEST:
+        size, results = _Size.of(ragged_pass, index, self.hidden_states is not None), self._results
+        if results is None or size.tokens > results.room or size.places > self._most_places:
             return super().__call__(ragged_pass, tokens, index)
-        recorded = self._recorded.get(size)
-        first = recorded is None
-        if recorded is None:
-            recorded = _Recorded(self.model, self.cache, size)
+        known = size in self._recorded
+        recorded = self._recorded[size] if known else _Recorded(self.model, self.cache, results, size)
         recorded.fill(ragged_pass, tokens, index)
-        if first:
-            self._running = recorded
+        if recorded.replay is None:
             try:
-                with not_waiting():
-                    recorded.run()
+                self._prepare(recorded, known)
             except RuntimeError as error:
-                if "synchroniz" not in str(error):
+                if not known and "synchroniz" not in str(error):
                     raise
-                logger.info("passes are not recorded as CUDA graphs: the model waits for the device (%s)", error)
+                logger.warning("passes run without CUDA graphs, since the model can't be recorded: %s", error)
                 self._off = True
-                self._recorded.clear()
-            finally:
-                self._running = None
-            if self._off:
+                self._forget()
                 return super().__call__(ragged_pass, tokens, index)
             self._recorded[size] = recorded
-        else:
-            if recorded.replay is None:
-                self._running = recorded
-                try:
-                    recorded.replay = self._record(recorded.run)
-                finally:
-                    self._running = None
+        if recorded.replay is not None:
             recorded.replay()
         if self.hidden_states is not None:
-            assert recorded.hidden is not None
-            self.hidden_states.put(ragged_pass.slots, recorded.hidden[:, : ragged_pass.num_tokens])
-        assert recorded.logits is not None
-        return recorded.logits[: len(index)]
+            assert results.hidden is not None
+            self.hidden_states.put(ragged_pass.slots, results.hidden[:, : ragged_pass.num_tokens])
+        return results.logits[size.places][: len(index)]
+
+    def _prepare(self, recorded: _Recorded, known: bool) -> None:
+        """Record a pass of a ``known`` size; run one of a new size, which also compiles its kernels."""
+        self._recording = True
+        try:
+            if known:
+                recorded.replay = self._record(recorded.run)
+            else:
+                with not_waiting():
+                    recorded.run()
+        finally:
+            self._recording = False
 
     def _record(self, run: Callable[[], None]) -> Callable[[], None]:
         """``run`` as a CUDA graph. What it allocates lies in one pool for all graphs, as nothing outlives a replay."""
         if self._pool is None:
             self._pool = torch.cuda.graph_pool_handle()
-        device, graph = self.model.device, torch.cuda.CUDAGraph()
-        autocast = torch.is_autocast_enabled(device.type)
+        graph = torch.cuda.CUDAGraph()
         with (
-            torch.cuda.device(device),
-            # No cache: a cast of the weights that is older than a replay would be out of date in it.
-            torch.autocast(device.type, torch.get_autocast_dtype(device.type), enabled=autocast, cache_enabled=False),
+            torch.cuda.device(self.model.device),
+            fresh_casts(self.model),
             torch.cuda.graph(graph, pool=self._pool, capture_error_mode="thread_local"),
         ):
             run()
         return graph.replay
+
+
+@contextmanager
+def fresh_casts(model: PreTrainedModel) -> Iterator[None]:
+    """Inside, autocast casts a weight whenever it is used: a cast that it has kept would be out of date in a replay.
+
+    The forward that Accelerate gives a model switches autocast's cache on again, so it is left out.
+    """
+    device, given = model.device.type, vars(model)
+    wrapped, original = given.get("forward"), given.get("_original_forward")
+    try:
+        if original is not None:
+            given["forward"] = original
+        enabled = torch.is_autocast_enabled(device)
+        with torch.autocast(device, torch.get_autocast_dtype(device), enabled=enabled, cache_enabled=False):
+            yield
+    finally:
+        if original is not None:
+            given["forward"] = wrapped
 
 
 @contextmanager

@@ -27,6 +27,9 @@ ATTENTION = "selfgen"
 kv_append, ragged_attention = torch.ops.selfgen.kv_append, torch.ops.selfgen.ragged_attention
 
 
+_WARNING = "warn_if_padding_and_no_attention_mask"
+
+
 class UnsupportedModelError(ValueError):
     """The model has a feature that the ragged path can't honour; ``method="sequential"`` works for it."""
 
@@ -162,14 +165,22 @@ AttentionInterface.register(ATTENTION, _attention)
 
 @contextmanager
 def ragged_model(model: PreTrainedModel) -> Iterator[None]:
-    """Run ``model`` with the ragged attention inside; its own ``attn_implementation`` is back afterwards."""
-    configs = {id(m.config): m.config for m in model.modules() if isinstance(m, PreTrainedModel)}.values()
+    """Run ``model`` with the ragged attention inside; its own ``attn_implementation`` is back afterwards.
+
+    Without an attention mask, some models look for padding to warn of, and wait for the device.
+    """
+    models = [module for module in model.modules() if isinstance(module, PreTrainedModel)]
+    configs = {id(m.config): m.config for m in models}.values()
     before = [config._attn_implementation for config in configs]
     try:
         for config in configs:
             config._attn_implementation = ATTENTION
+        for module in models:
+            vars(module)[_WARNING] = lambda *_: None
         yield
     finally:
+        for module in models:
+            vars(module).pop(_WARNING, None)
         for config, implementation in zip(configs, before, strict=True):
             config._attn_implementation = implementation
 

@@ -213,10 +213,14 @@ def test_another_error_is_raised(monkeypatch):
 
 
 @pytest.mark.parametrize(
-    ("tokens", "room"), [(1, 16), (16, 16), (17, 32), (64, 64), (65, 80), (300, 320), (1025, 1280), (8192, 8192)]
-)
-def test_sizes(tokens, room):
+    ("tokens", "places", "room"),
+    [
+        (1, 0, (16, 16)), (16, 16, (16, 16)), (17, 1, (32, 16)), (65, 40, (128, 64)), (256, 1, (256, 64)),
+        (300, 1, (320, 128)), (1025, 600, (1280, 1024)), (8192, 8192, (8192, 8192)),
+    ],
+)  # fmt: skip
+def test_sizes(tokens, places, room):
     some = torch.zeros(tokens, dtype=torch.int64)
-    ragged_pass = engine.RaggedPass(some, some[None], torch.zeros(2), torch.zeros(1, 2))
-    size = engine._Size.of(ragged_pass, some[:1], False)
-    assert (size.tokens, size.places, size.rows) == (room, 16, 16)
+    ragged_pass = engine.RaggedPass(some, some[None], torch.zeros(18), torch.zeros(17, 2))
+    size = engine._Size.of(ragged_pass, some[:places], False)
+    assert (size.tokens, size.places, size.rows) == (*room, 32)

@@ -86,9 +86,15 @@ class _Size:
 
     @classmethod
     def of(cls, ragged_pass: RaggedPass, index: Tensor, keeps: bool) -> _Size:
-        places, rows = (1 << max(4, (count - 1).bit_length()) for count in (len(index), len(ragged_pass.kv_ranges)))
-        step = 1 << max(4, (ragged_pass.num_tokens - 1).bit_length() - 3)  # a quarter of the power of two below
-        return cls(-(-ragged_pass.num_tokens // step) * step, places, rows, keeps)
+        tokens, places, rows = (
+            1 << max(4, (count - 1).bit_length())
+            for count in (ragged_pass.num_tokens, len(index), len(ragged_pass.kv_ranges))
+        )
+        places = max(places, tokens // 4)  # the head is a small part of a model
+        if tokens > 256:
+            step = tokens // 8
+            tokens = -(-ragged_pass.num_tokens // step) * step
+        return cls(tokens, places, rows, keeps)
 
 
 class _Results:

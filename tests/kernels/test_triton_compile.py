@@ -78,3 +78,27 @@ def test_offsets_do_not_wrap():
     assert specimens["nothing"] == []
     assert "arith.muli %row, %stride : i32" in specimens["offsets"][0]
     assert len(specimens["steps"]) == 1
+
+
+SIZES_OF_A_PASS = """
+import importlib, json
+from selfgen_kernels.backends.triton.configuration import TARGETS
+
+SIZES = "capacity chunks first_slot num_slots places queries rows size slots token_budget tokens".split()
+modules = ("attention", "filters", "head", "noise", "passes", "sampling")
+found = {}
+for module in modules:
+    for one in importlib.import_module(f"selfgen_kernels.backends.triton.{module}").configurations(TARGETS[0]):
+        for parameter in one.kernel.params:
+            if parameter.name in SIZES and one.types.get(parameter.name, "*")[0] != "*":
+                found[f"{one.kernel.__name__}: {parameter.name}"] = parameter.do_not_specialize
+print(json.dumps(found))
+"""
+
+
+def test_sizes_that_change_from_pass_to_pass_compile_nothing_anew():
+    """A kernel specialized on whether a size is 1 or a multiple of 16 takes seconds more, several times."""
+    found = json.loads(run_compiled("-c", SIZES_OF_A_PASS))
+    assert len(found) > 10
+    specialized = {name for name, never in found.items() if not never}
+    assert specialized == {"gumbel_noise_kernel: size"}  # the width of a row of noise, which is one of two

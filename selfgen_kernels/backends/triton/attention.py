@@ -43,7 +43,7 @@ def attention_tile(width: int, dtype: torch.dtype, target: str) -> tuple[dict[st
     return {"ROWS": 64, "KEYS": 32, "PART": width}, {"num_warps": warps, "num_stages": 2, "enable_fp_fusion": True}
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["tokens", "num_slots"])  # sizes that change from pass to pass
 def kv_append_kernel(
     key_cache, key_cache_stride, key_cache_head_stride, value_cache, value_cache_stride, value_cache_head_stride,
     key, key_stride, key_head_stride, value, value_stride, value_head_stride, slots, tokens, num_slots, width,
@@ -128,7 +128,7 @@ def attend_blocks(
     return total, out
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["queries", "chunks", "slots"])
 def ragged_attention_kernel(
     query, query_stride, query_head_stride, key, key_stride, key_head_stride, value, value_stride, value_head_stride,
     cu_seqlens_q, kv_ranges, sinks, out, queries, chunks, slots, scale, softcap, window,

@@ -34,7 +34,7 @@ ROWS = 1024  # that select_rows_kernel looks at at a time
 PIECES, SLOTS = 64, 16  # candidates that the reductions look at at a time, and rows a program
 
 
-@triton.jit(do_not_specialize=["seed"])
+@triton.jit(do_not_specialize=["seed", "size"])
 def select_rows_kernel(
     thresholds, seed, sample_ids, positions, size, rows, count, reference, tokens, is_selfs, invalids,
     ROWS: tl.constexpr,

@@ -24,7 +24,7 @@ logger = logging.getLogger(__name__)
 
 PADDING = -1  # a slot that `kv_append` passes by
 LARGEST = 8192  # tokens of a recorded pass; beyond, the GPU has enough to do
-MOST_HIDDEN, MOST_LOGITS = 2**30, 2**28  # bytes that recorded passes keep of their hidden states and of their logits
+MOST_HIDDEN, MOST_LOGITS = 2**30, 2**29  # bytes that recorded passes keep of their hidden states and of their logits
 
 
 class Forward:

@@ -126,8 +126,8 @@ class BSSConfig(RowOptions, MaskOptions, TrainingArguments):
     cuda_graphs: bool = field(
         default=True,
         metadata={
-            "help": "On an NVIDIA GPU, replay context passes as CUDA graphs, which keep K/V and some buffers from step "
-            "to step."
+            "help": "On an NVIDIA GPU, replay context passes as CUDA graphs, which keep the K/V of a step's contexts "
+            "and up to 2 GiB of other results from step to step."
         },
     )
     replay: bool = field(

@@ -107,10 +107,16 @@ def train_rounds(
             continue
         logger.warning("round %d of %d: %d rows", number + 1, rounds, len(part))
         current = load(models[number]).to(config.device)
-        temperature, token_budget = config.sampling_temperature, config.token_budget
+        generator = ContextGenerator(
+            current,
+            temperature=config.sampling_temperature,
+            token_budget=config.token_budget,
+            masks=config.masks,
+            cuda_graphs=config.cuda_graphs,
+        )
         with _autocast(config):
             write_contexts(
-                ContextGenerator(current, temperature=temperature, token_budget=token_budget, masks=config.masks),
+                generator,
                 part,
                 folder / "contexts",
                 self_prob=self_prob,

@@ -171,6 +171,7 @@ class BSSTrainer(Trainer):
             return super().train(*args, **kwargs)
         finally:
             self._replay = None  # where the last step failed or was broken off
+            self.generator.release()
 
     def _save(self, output_dir=None, state_dict=None):
         super()._save(output_dir, state_dict)
@@ -447,6 +448,8 @@ def _unique(rows: list[_Row]) -> list[_Row]:
     unique: dict[int, _Row] = {}
     for row in rows:
         known = unique.setdefault(row.sample_id, row)
+        if known is row:
+            continue
         if not (torch.equal(known.prompt, row.prompt) and torch.equal(known.reference, row.reference)):
             raise ValueError(
                 f"two different rows have the sample id {row.sample_id}; ids tell rows apart: number the rows of the "

@@ -5,16 +5,16 @@ That CUDA graphs replay the same is shown in test_on_gpu.py.
 
 from __future__ import annotations
 
+import pickle
 from contextlib import nullcontext
 
 import pytest
 import torch
-from accelerate import Accelerator
 from models import CONFIGS, tiny_model
 from test_contexts import assert_equal
 from test_on_gpu import batch
 from test_replay import generate, padded
-from test_trainer import rows
+from test_trainer import make_trainer, rows
 
 from selfgen import ContextGenerator
 from selfgen.context import forward as engine
@@ -40,6 +40,7 @@ class Recorder(engine.GraphedForward):
 @pytest.fixture(autouse=True)
 def recorder(monkeypatch):
     monkeypatch.setattr(engine, "not_waiting", nullcontext)
+    monkeypatch.setattr(engine, "_memory_of", lambda device: 2**34)
     monkeypatch.setattr(engine, "forward_of", lambda model, cuda_graphs: Recorder(model))
     monkeypatch.setattr("selfgen.context.generator.forward_of", lambda model, cuda_graphs: Recorder(model))
 
@@ -123,29 +124,76 @@ def replaced(model):
     model.model.layers[1].mlp = tiny_model("llama", seed=5).model.layers[1].mlp
 
 
+def patched(model):
+    mlp = model.model.layers[0].mlp
+    forward = mlp.forward
+    mlp.forward = lambda hidden: 0.5 * forward(hidden)
+
+
+def transposed(model):
+    projection = model.model.layers[0].self_attn.q_proj
+    projection.weight.data = projection.weight.data.T
+
+
 def adapted(model):
-    model.get_input_embeddings()._active_adapter = ["other"]
+    embeddings = model.get_input_embeddings()
+    embeddings._active_adapter = [*getattr(embeddings, "_active_adapter", []), "another"]
 
 
-@pytest.mark.parametrize("change", [moved, hooked, replaced, adapted])
+def rescaled(model):
+    model.model.norm.variance_epsilon += 0.3
+
+
+def configured(model):
+    model.config.final_logit_softcapping /= 3
+
+
+def more_precise(model):
+    highest = torch.get_float32_matmul_precision() == "highest"
+    torch.set_float32_matmul_precision("high" if highest else "highest")
+
+
+@pytest.fixture
+def precision():
+    yield
+    torch.set_float32_matmul_precision("highest")
+
+
+@pytest.mark.usefixtures("precision")
+@pytest.mark.parametrize(
+    "change", [moved, hooked, replaced, patched, transposed, adapted, rescaled, configured, more_precise]
+)
 def test_what_changes_the_computation_is_recorded_anew(change):
+    """Twice, as what has gone may come again at the same address."""
+    model = tiny_model("gemma2" if change is configured else "llama")
+    generator = ContextGenerator(model, token_budget=100)
+    for _ in range(2):
+        for _ in range(3):
+            contexts(generator)
+        old = list(generator._forward()._recorded.values())
+        assert old
+        change(model)
+        assert_equal(contexts(generator), contexts(generator, method="sequential"))
+        assert not {*map(id, old)} & {*map(id, generator._forward()._recorded.values())}
+
+
+def test_one_hook_after_another():
     model = tiny_model("llama")
     generator = ContextGenerator(model, token_budget=100)
-    for _ in range(3):
-        contexts(generator)
-    assert generator._forward()._recorded
-    old = set(map(id, generator._forward()._recorded.values()))
-    change(model)
-    assert_equal(contexts(generator), contexts(generator, method="sequential"))
-    assert not old & set(map(id, generator._forward()._recorded.values()))
+    for scale in (1.5, 0.5, 2.0, 0.7):
+        handle = model.model.layers[0].register_forward_hook(lambda module, args, output, by=scale: output * by)
+        want = contexts(generator, method="sequential")
+        for _ in range(3):
+            assert_equal(contexts(generator), want)
+        handle.remove()
 
 
 @pytest.mark.parametrize("prepared", [False, True])
-def test_recorded_casts_are_no_kept_ones(prepared):
+def test_recorded_casts_are_no_kept_ones(tmp_path, prepared):
     """A pass sees weights as they are, while autocast would go on with what it cast first."""
     model = tiny_model("llama")
     if prepared:
-        model = Accelerator(cpu=True, mixed_precision="bf16").prepare_model(model)
+        model = make_trainer(tmp_path, model=model, bf16=True).accelerator.prepare_model(model)
     ids = torch.arange(3, 10)[None]
     with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
         before = model(input_ids=ids).logits
@@ -200,16 +248,64 @@ def test_passes_that_would_keep_much_are_run_as_they_are(limit):
     assert all((size.tokens if limit == "_most_tokens" else size.places) <= 20 for size in sizes)
 
 
+def test_kv_that_would_be_too_much_to_keep_is_freed(monkeypatch, caplog):
+    monkeypatch.setattr(engine, "_memory_of", lambda device: 2**10)
+    generator = ContextGenerator(tiny_model("llama"), token_budget=100)
+    want = contexts(generator, method="sequential")
+    for _ in range(3):
+        assert_equal(contexts(generator), want)
+        assert not hasattr(generator._forward(), "cache")
+    assert caplog.text.count("too much to keep") == 1
+
+
+def test_release():
+    generator = ContextGenerator(tiny_model("llama"), token_budget=100)
+    generator.release()
+    for _ in range(3):
+        want = contexts(generator)
+    assert hasattr(generator._forward(), "cache")
+    assert pickle.loads(pickle.dumps(generator))._passes is None
+    generator.release()
+    assert not hasattr(generator._forward(), "cache")
+    assert not generator._forward()._recorded
+    assert_equal(contexts(generator), want)
+
+
+def test_training_releases(tmp_path):
+    trainer = make_trainer(tmp_path)
+    trainer.train()
+    assert trainer.generator._forward()._state is None
+
+
+def test_one_generation_at_a_time():
+    model = tiny_model("llama")
+    generator = ContextGenerator(model, token_budget=100)
+    contexts(generator)
+    model.model.norm.register_forward_hook(lambda *_: contexts(generator))
+    with pytest.raises(RuntimeError, match="at work already"):
+        contexts(generator)
+    model.model.norm._forward_hooks.clear()
+    assert_equal(contexts(generator), contexts(generator, method="sequential"))
+
+
+def test_the_budget_is_measured_by_recorded_passes():
+    generator = ContextGenerator(tiny_model("llama"))
+    assert generator.token_budget >= 16
+    assert generator._forward().replays
+
+
 def test_another_error_is_raised(monkeypatch):
     def failing(run):
         raise RuntimeError("out of luck")
 
-    monkeypatch.setattr(engine._Recorded, "run", failing)
     generator = ContextGenerator(tiny_model("llama"), token_budget=100)
-    with pytest.raises(RuntimeError, match="out of luck"):
-        contexts(generator)
-    monkeypatch.undo()
+    with monkeypatch.context() as patch:
+        patch.setattr(engine._Recorded, "run", failing)
+        with pytest.raises(RuntimeError, match="out of luck"):
+            contexts(generator)
     assert not generator._forward()._recording
+    assert not hasattr(generator._forward(), "cache")
+    assert_equal(contexts(generator), contexts(generator, method="sequential"))
 
 
 @pytest.mark.parametrize(

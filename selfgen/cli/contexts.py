@@ -37,6 +37,9 @@ class ContextArguments:
     token_budget: int | None = field(
         default=None, metadata={"help": "Most tokens computed in one pass; measured on the device by default."}
     )
+    cuda_graphs: bool = field(
+        default=True, metadata={"help": "On an NVIDIA GPU, replay passes as CUDA graphs, which takes some memory."}
+    )
     use_cpu: bool = field(default=False, metadata={"help": "Stay on the CPU where there is an accelerator, too."})
 
 
@@ -61,6 +64,7 @@ def run(arguments: list[str]) -> int:
                 temperature=options.sampling_temperature,
                 token_budget=options.token_budget,
                 masks=mask_options.masks,
+                cuda_graphs=options.cuda_graphs,
             ),
             rows,
             options.output_dir,

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable
+from contextlib import nullcontext
 
 import torch
 from transformers import PreTrainedModel
 
-from .ragged import max_positions
+from .forward import Forward
+from .ragged import RaggedPass, max_positions
 
 LARGEST = 8192
 _BALANCES = 8
@@ -19,29 +21,39 @@ def balance_of(token_budget: int) -> float:
     return token_budget / _BALANCES
 
 
-def calibrate_token_budget(model: PreTrainedModel, *, repeats: int = 3) -> int:
+def calibrate_token_budget(model: PreTrainedModel, *, forward: Forward | None = None, repeats: int = 3) -> int:
     """Measure the model's cost curve and return 8 times its balance point.
 
     A forward over n tokens costs about ``fixed + n * per_token`` seconds: the weights are streamed once, whatever n is.
     The balance point is the n at which both parts are equal. It decides how much speculation is worth its price
     (``plan.least_log_chance``); beyond a few times of it a larger pass gains no more. n is doubled until the forward
-    takes four times as long as that of a single token, and the last doubling shows what a token costs.
+    takes four times as long as that of a single token, and the last doubling shows what a token costs. ``forward``, if
+    given, is what runs the passes; otherwise the model does, with an attention of its own.
     """
+    longest = min(max_positions(model) or LARGEST, LARGEST)
+    device = model.device
+
+    def run(tokens: int) -> None:
+        ids = torch.zeros(tokens, dtype=torch.int64, device=device)
+        if forward is None:
+            model(input_ids=ids[None], attention_mask=torch.ones_like(ids)[None], use_cache=False, logits_to_keep=1)
+            return
+        slots, bounds = torch.arange(tokens, device=device), torch.tensor([0, tokens], device=device)
+        forward(RaggedPass(slots, slots[None], bounds.int(), bounds[None]), ids, slots[-1:])
 
     def seconds(tokens: int) -> float:
-        input_ids = torch.zeros(1, tokens, dtype=torch.int64, device=model.device)
-        attention_mask = torch.ones_like(input_ids)
         times = []
-        for _ in range(repeats):
-            _synchronize(model.device)
+        for _ in range(repeats + (0 if forward is None else 2)):  # a size may be recorded when it comes back
+            _synchronize(device)
             started = time.perf_counter()
-            model(input_ids=input_ids, attention_mask=attention_mask, use_cache=False, logits_to_keep=1)
-            _synchronize(model.device)
+            run(tokens)
+            _synchronize(device)
             times.append(time.perf_counter() - started)
         return min(times)  # whatever else the machine does only adds to a time
 
-    seconds(1)  # warm-up
-    return token_budget_of(seconds, min(max_positions(model) or LARGEST, LARGEST))
+    with nullcontext() if forward is None else forward.over(longest):
+        seconds(1)  # warm-up
+        return token_budget_of(seconds, longest)
 
 
 def token_budget_of(seconds: Callable[[int], float], longest: int = LARGEST) -> int:

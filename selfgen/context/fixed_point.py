@@ -150,8 +150,8 @@ def plan_pass(state: FixedPoint, token_budget: int) -> RaggedPass:
         min(token_budget, len(state.tokens)),
         least_log_chance=least,
     )
-    # The one look at the device before the model runs. A captured graph of plan, run and commit would keep the padding
-    # in place of this, and be replayed until a look at it now and then finds no planned token.
+    # A look at the device, one of two in a pass. A graph of plan, run and commit would keep the padding in place of
+    # this, and be replayed until a look at it now and then finds no planned token.
     slots = slots[: int(cu_seqlens_q[-1])]
     return RaggedPass(slots, state.positions[slots][None], cu_seqlens_q, kv_ranges)
 

@@ -14,6 +14,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 from transformers import PreTrainedModel
 
 from ..replay import HiddenStates, check_like
@@ -24,7 +25,9 @@ logger = logging.getLogger(__name__)
 
 PADDING = -1  # a slot that `kv_append` passes by
 LARGEST = 8192  # tokens of a recorded pass; beyond, the GPU has enough to do
-MOST_HIDDEN, MOST_LOGITS = 2**30, 2**29  # bytes that recorded passes keep of their hidden states and of their logits
+MOST_HIDDEN = 2**30  # bytes of the hidden states of a recorded pass
+MOST_LOGITS = 2**29  # bytes of the logits of one; those of fewer places are kept beside them, less than twice as many
+MOST_KV = 1 / 16  # of the GPU's memory, to be kept from generation to generation
 
 
 class Forward:
@@ -35,25 +38,38 @@ class Forward:
     def __init__(self, model: PreTrainedModel):
         self.model = model
         self.hidden_states: HiddenStates | None = None
+        self._busy = False
 
     @contextmanager
     def over(self, num_slots: int, hidden_states: HiddenStates | None = None) -> Iterator[None]:
-        """Inside, passes over ``num_slots`` slots can be run; ``hidden_states`` keeps what they compute."""
-        self.hidden_states = hidden_states
+        """Inside, passes over ``num_slots`` slots can be run; ``hidden_states`` keeps what they compute.
+
+        Raises:
+            RuntimeError: passes of another generation are being run.
+        """
+        if self._busy:
+            raise RuntimeError("the generator is at work already, in another thread or inside a pass: use a second one")
+        self._busy, self.hidden_states = True, hidden_states
         kept = nullcontext() if hidden_states is None else hidden_states.capture(self._keep)
-        self._begin(num_slots)
         try:
+            self._begin(num_slots)
             with ragged_model(self.model), packed_linears(self.model), kept:
                 yield
+        except BaseException:
+            self.release()
+            raise
         finally:
             self._end()
-            self.hidden_states = None
+            self._busy, self.hidden_states = False, None
+
+    def release(self) -> None:
+        """Free what is kept for the next generation."""
 
     def _begin(self, num_slots: int) -> None:
         self.cache = RaggedCache(self.model, num_slots)
 
     def _end(self) -> None:
-        del self.cache  # and the K/V with it
+        vars(self).pop("cache", None)  # and the K/V with it
 
     def _keep(self, index: int, hidden: Tensor) -> None:
         """What enters decoder layer ``index`` in a pass, or leaves the last one: [1, N, hidden_size]."""
@@ -70,9 +86,10 @@ class Forward:
 
 def forward_of(model: PreTrainedModel, *, cuda_graphs: bool) -> Forward:
     """The fastest forward for ``model`` where it is."""
-    devices = {parameter.device for parameter in model.parameters()}
-    one_gpu = len(devices) == 1 and next(iter(devices)).type == "cuda" and torch.version.hip is None
-    return GraphedForward(model) if cuda_graphs and one_gpu else Forward(model)
+    parameters = list(model.parameters())
+    one_gpu = len({parameter.device for parameter in parameters}) == 1 and parameters[0].device.type == "cuda"
+    plain = not any(is_traceable_wrapper_subclass(parameter) for parameter in parameters)  # others hide their memory
+    return GraphedForward(model) if cuda_graphs and one_gpu and plain and not torch.version.hip else Forward(model)
 
 
 @dataclass(frozen=True)
@@ -90,7 +107,7 @@ class _Size:
             1 << max(4, (count - 1).bit_length())
             for count in (ragged_pass.num_tokens, len(index), len(ragged_pass.kv_ranges))
         )
-        places = max(places, tokens // 4)  # the head is a small part of a model
+        places = max(places, tokens // 4)  # or there would be many sizes
         if tokens > 256:
             step = tokens // 8
             tokens = -(-ragged_pass.num_tokens // step) * step
@@ -154,9 +171,9 @@ class GraphedForward(Forward):
     """The same passes as CUDA graphs, padded to some sizes.
 
     A size is run as it is the first time, recorded the second time and replayed from then on, also in later
-    generations: K/V and graphs stay. Weights are read where they lie, so an optimizer's steps are seen; when weights
-    have moved, or what is computed with them may have changed (adapters, hooks, precision), all is recorded anew. A
-    model that waits for the device within a pass can't be recorded; it is run as it is.
+    generations: K/V and graphs stay. Weights are read where they lie, so an optimizer's steps are seen. When weights
+    have moved, or modules, hooks, adapters, plain attributes or the precision have changed, all is recorded anew
+    (`_state_of`). A model that can't be recorded, as it waits for the device within a pass, is run as it is.
     """
 
     def __init__(self, model: PreTrainedModel):
@@ -170,26 +187,37 @@ class GraphedForward(Forward):
         self._results: _Results | None = None
         self._recorded: dict[_Size, _Recorded] = {}
         self._pool: Any = None
+        self._stream: Any = None
         self._recording = False  # or run as it is recorded
 
     def _begin(self, num_slots: int) -> None:
         if self._off:
             super()._begin(num_slots)
             return
-        state = _what_is_computed(self.model)
+        state = _state_of(self.model)
         if state != self._state or num_slots > self.cache.num_slots:
-            self._forget()  # what it kept is free before the next is taken
-            self._state = state
-            self.cache = RaggedCache(self.model, -(-num_slots * 5 // 4096) * 1024)  # a quarter more than is needed
+            self.release()
+            step = max(1024, (1 << num_slots.bit_length()) // 8)  # so that the next generation fits, too
+            self.cache = RaggedCache(self.model, -(-num_slots // step) * step)
             self._results = _Results(min(self._most_tokens, self.cache.num_slots), self._layers)
-
-    def _forget(self) -> None:
-        self._recorded.clear()
-        self._pool = self._results = None
+            self._state = state
 
     def _end(self) -> None:
         if self._off:
             super()._end()
+        elif self._state is not None and _bytes_of(self.cache) > MOST_KV * _memory_of(self.model.device):
+            self._turn_off(f"the K/V of a generation are {_bytes_of(self.cache) / 1e9:.1f} GB, too much to keep")
+            super()._end()
+
+    def release(self) -> None:
+        self._state = self._results = self._pool = None
+        self._recorded.clear()
+        vars(self).pop("cache", None)
+
+    def _turn_off(self, reason: object) -> None:
+        logger.warning("passes run without CUDA graphs: %s", reason)
+        self._off, self._results, self._pool = True, None, None
+        self._recorded.clear()
 
     def _keep(self, index: int, hidden: Tensor) -> None:
         if self._recording:
@@ -205,17 +233,10 @@ class GraphedForward(Forward):
         known = size in self._recorded
         recorded = self._recorded[size] if known else _Recorded(self.model, self.cache, results, size)
         recorded.fill(ragged_pass, tokens, index)
-        if recorded.replay is None:
-            try:
-                self._prepare(recorded, known)
-            except RuntimeError as error:
-                if not known and "synchroniz" not in str(error):
-                    raise
-                logger.warning("passes run without CUDA graphs, since the model can't be recorded: %s", error)
-                self._off = True
-                self._forget()
-                return super().__call__(ragged_pass, tokens, index)
-            self._recorded[size] = recorded
+        if recorded.replay is None and not self._prepare(recorded, known):
+            del recorded, results  # and what they keep
+            return super().__call__(ragged_pass, tokens, index)
+        self._recorded[size] = recorded
         if recorded.replay is not None:
             recorded.replay()
         if self.hidden_states is not None:
@@ -223,8 +244,11 @@ class GraphedForward(Forward):
             self.hidden_states.put(ragged_pass.slots, results.hidden[:, : ragged_pass.num_tokens])
         return results.logits[size.places][: len(index)]
 
-    def _prepare(self, recorded: _Recorded, known: bool) -> None:
-        """Record a pass of a ``known`` size; run one of a new size, which also compiles its kernels."""
+    def _prepare(self, recorded: _Recorded, known: bool) -> bool:
+        """Record a pass of a ``known`` size; run one of a new size, which also compiles its kernels.
+
+        False, if the model can't be recorded.
+        """
         self._recording = True
         try:
             if known:
@@ -232,20 +256,30 @@ class GraphedForward(Forward):
             else:
                 with not_waiting():
                     recorded.run()
+        except RuntimeError as error:
+            if not known and "synchroniz" not in str(error):
+                raise
+            self._turn_off(error)
+            return False
         finally:
             self._recording = False
+        return True
 
     def _record(self, run: Callable[[], None]) -> Callable[[], None]:
         """``run`` as a CUDA graph. What it allocates lies in one pool for all graphs, as nothing outlives a replay."""
+        device = self.model.device
         if self._pool is None:
-            self._pool = torch.cuda.graph_pool_handle()
-        graph = torch.cuda.CUDAGraph()
-        with (
-            torch.cuda.device(self.model.device),
-            fresh_casts(self.model),
-            torch.cuda.graph(graph, pool=self._pool, capture_error_mode="thread_local"),
-        ):
-            run()
+            self._pool, self._stream = torch.cuda.graph_pool_handle(), torch.cuda.Stream(device)
+        graph, stream = torch.cuda.CUDAGraph(), self._stream
+        with torch.cuda.device(device), fresh_casts(self.model):
+            stream.wait_stream(torch.cuda.current_stream())
+            with torch.cuda.stream(stream):
+                graph.capture_begin(pool=self._pool, capture_error_mode="thread_local")
+                try:
+                    run()
+                finally:
+                    graph.capture_end()
+            torch.cuda.current_stream().wait_stream(stream)
         return graph.replay
 
 
@@ -279,21 +313,47 @@ def not_waiting() -> Iterator[None]:
         torch.cuda.set_sync_debug_mode(before)
 
 
-_ADAPTER = ("_disable_adapters", "_active_adapter", "merged_adapters", "scaling")  # PEFT's layers
+def _bytes_of(cache: RaggedCache) -> int:
+    return sum(states.nbytes for layer in cache.layers if layer.is_initialized for states in (layer.keys, layer.values))
 
 
-def _what_is_computed(model: PreTrainedModel) -> object:
-    """Equal for two generations if the same kernels would run on the same memory."""
+def _memory_of(device: torch.device) -> int:
+    return torch.cuda.get_device_properties(device).total_memory
+
+
+_UNRELATED = {"training", "gradient_checkpointing"}  # to what is computed in inference
+
+
+def _state_of(model: PreTrainedModel) -> object:
+    """Unequal for two generations if they may compute different things, or on different memory."""
     device = model.device.type
-    precision = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else None
-    memory = [tensor.data_ptr() for tensors in (model.parameters(), model.buffers()) for tensor in tensors]
-    modules = [
-        (
-            id(module),
-            "forward" in vars(module),
-            *(id(hook) for hook in (*module._forward_pre_hooks.values(), *module._forward_hooks.values())),
-            *(repr(vars(module)[name]) for name in _ADAPTER if name in vars(module)),
-        )
-        for module in model.modules()
+    settings = (
+        torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else None,
+        torch.is_inference_mode_enabled(),
+        torch.get_float32_matmul_precision(),
+        torch.are_deterministic_algorithms_enabled(),
+    )
+    tensors = [
+        (tensor.data_ptr(), tensor.dtype, tensor.shape, tensor.stride())
+        for tensors in (model.parameters(), model.buffers())
+        for tensor in tensors
     ]
-    return precision, torch.is_inference_mode_enabled(), memory, modules
+    modules = list(model.modules())
+    # Keys of hooks count up and never recur, ids of objects do.
+    hooks = [(*module._forward_pre_hooks, *module._forward_hooks) for module in modules]
+    forwards = [vars(module).get("forward") for module in modules]
+    configs = {id(module.config): module.config for module in modules if isinstance(module, PreTrainedModel)}
+    attributes = [
+        {name: repr(value) for name, value in vars(one).items() if name not in _UNRELATED and _is_plain(value)}
+        for one in (*modules, *configs.values())
+    ]
+    return settings, tensors, modules, hooks, forwards, attributes
+
+
+def _is_plain(value: object) -> bool:
+    """Numbers, text, and small collections of them: settings, such as those of adapters."""
+    if isinstance(value, dict):
+        return all(map(_is_plain, value.values()))
+    if isinstance(value, list | tuple | set):
+        return all(map(_is_plain, value))
+    return value is None or isinstance(value, bool | int | float | str)

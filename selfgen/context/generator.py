@@ -19,7 +19,7 @@ from .batch import Answers, Batch, ContextStats, MixedContext, TokenRow, check_s
 from .budget import calibrate_token_budget
 from .by_transformers import TransformersRun
 from .fixed_point import fixed_point
-from .forward import Forward, forward_of
+from .forward import Forward, GraphedForward, forward_of
 from .free_running import Prompts, free_running
 from .masks import Masks
 from .packed import packed_linears
@@ -44,8 +44,9 @@ class ContextGenerator:
             is measured once on the model's device (``calibrate_token_budget``). It changes the cost; the tokens only
             where rounding turns a near tie, which takes a low precision (README, "Exactness").
         masks: how the positions that are the model's own are drawn; single tokens by default.
-        cuda_graphs: on an NVIDIA GPU, replay passes as CUDA graphs. They keep the K/V of a generation and a few buffers
-            between generations, and do not run Python hooks on the model's modules again.
+        cuda_graphs: on an NVIDIA GPU, replay passes as CUDA graphs. Between generations they keep the K/V of one, and
+            the hidden states and logits of a pass (up to 2 GiB together), until `release`. Python code in the model,
+            such as a hook that counts, does not run in a replay.
 
     Raises:
         TypeError: ``model`` is not a transformers model, or its weights have more than one dtype.
@@ -90,8 +91,13 @@ class ContextGenerator:
     def token_budget(self) -> int:
         """Most tokens in one pass; measured at the first use if it was not given."""
         if self._token_budget is None:
+            forward = self._forward()
             with self.computing(), packed_linears(self.model):
-                self._token_budget = calibrate_token_budget(self.model)
+                if isinstance(forward, GraphedForward):  # a pass takes another time than a forward
+                    self._verify()
+                    self._token_budget = calibrate_token_budget(self.model, forward=forward)
+                else:
+                    self._token_budget = calibrate_token_budget(self.model)
             logger.info("token budget: %d tokens a pass", self._token_budget)
         return self._token_budget
 
@@ -296,6 +302,14 @@ class ContextGenerator:
         if ids is None:
             return []
         return [ids] if isinstance(ids, int) else list(ids)
+
+    def release(self) -> None:
+        """Free what CUDA graphs keep on the GPU for the next generation, which then makes it anew."""
+        if self._passes is not None:
+            self._passes[1].release()
+
+    def __getstate__(self):
+        return {**vars(self), "_passes": None}  # CUDA graphs can't be copied
 
     def _forward(self) -> Forward:
         """What runs the passes, where the model is now."""

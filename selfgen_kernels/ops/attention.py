@@ -116,9 +116,9 @@ def ragged_attention(
     `kv_ranges[b, 0] : kv_ranges[b, 0] + kv_ranges[b, 1]`. Each query sees the keys up to its own position; what it does
     not see does not touch it, NaN included. Queries past `cu_seqlens_q[B]` are padding.
 
-    With the C++ kernel, a query over the same keys gives the same bits however the chunks are cut and on any number of
-    threads: keys count from the first slot of their range. The Triton kernel is built the same way, and no GPU has yet
-    confirmed it. It never waits for the device; in fp32 and fp64 with head_dim > 256, the reference runs, which does.
+    A query over the same keys gives the same bits however the chunks are cut: keys count from the first slot of their
+    range. It holds for the C++ kernel on any number of threads, and for the Triton kernel as tested on an H200. The
+    latter never waits for the device; in fp32 and fp64 with head_dim > 256, the reference runs, which does.
 
     Args:
         query: fp32, bf16, fp16 or fp64 [N, heads, head_dim], any strides.

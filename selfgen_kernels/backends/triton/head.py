@@ -31,6 +31,7 @@ from selfgen_kernels.backends.triton.sampling import GROUP_SIZE, group_mass
 
 FEW_ROWS = 64  # at most these: a smaller tile
 ROWS = 1024  # that select_rows_kernel looks at at a time
+LOGITS_BYTES = 2**26  # of filtered rows, in memory at a time
 PIECES, SLOTS = 64, 16  # candidates that the reductions look at at a time, and rows a program
 
 
@@ -429,14 +430,19 @@ def linear_sample_mix(
 def draw_filtered(
     hidden, weight, bias, softcap, logit_scale, reference, how: Sampling
 ) -> tuple[Tensor, tuple[Tensor, ...]]:
-    """All rows int64 [N], first the model's own, and the results in that order; logits of N / 8 rows at a time."""
+    """All rows int64 [N], first the model's own, and the results in that order.
+
+    Logits of N / 8 rows are in memory at a time, or `LOGITS_BYTES`, since each time the whole head is read, and one row
+    is searched for as long as many.
+    """
     rows, count = select_rows(how, None, None, None, None)
     order = rows.long()
     reference, how = reference[order], how.select(order)
     hidden, weight, bias = factors(hidden, weight, bias)
-    vocab_size, block = len(weight), max(1, len(order) // 8)
+    vocab_size = len(weight)
     # What is rounded to 16 bits and left at that needs no more: a filter finds its cutoff in half the sweeps.
     dtype = hidden.dtype if softcap is None and logit_scale == 1.0 else torch.float32
+    block = max(1, len(order) // 8, min(len(order), LOGITS_BYTES // (vocab_size * dtype.itemsize)))
     logits = hidden.new_empty(block, vocab_size, dtype=dtype)
     constants, options = tile_of(hidden, weight, block)
     drawn = []

@@ -11,7 +11,7 @@ PYTHON ?= python3
 VENV   := .venv
 BIN    := $(VENV)/bin
 STAMP  := $(VENV)/.installed
-KERNEL_BENCHMARKS := benchmarks/bench_sampling.py benchmarks/bench_head.py benchmarks/bench_attention.py
+GPU_BENCHMARKS := $(patsubst %,benchmarks/bench_%.py,contexts generation step memory head attention sampling)
 PIP    := $(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt
 
 .DEFAULT_GOAL := help
@@ -67,12 +67,12 @@ lint: setup
 
 gpu: setup
 	@$(BIN)/python -c "import sys, torch; sys.exit(None if torch.cuda.is_available() else 'make gpu needs a CUDA device')"
-	@echo "==> tests on the GPU, then, even if some fail, kernel benchmarks; report in outputs/gpu.md and .json"
+	@echo "==> tests on the GPU, then, even if some fail, benchmarks; report in outputs/gpu.md and .json"
 	@mkdir -p outputs
 	@rm -f outputs/gpu-tests.xml outputs/gpu.json outputs/gpu.md
 	tests=0; benchmarks=0; \
 	$(BIN)/python -m pytest -m gpu --junitxml=outputs/gpu-tests.xml $(ARGS) || tests=$$?; \
-	$(BIN)/python -m pytest $(KERNEL_BENCHMARKS) --benchmark-json=outputs/gpu.json --report outputs/gpu.md \
+	$(BIN)/python -m pytest $(GPU_BENCHMARKS) --benchmark-json=outputs/gpu.json --report outputs/gpu.md \
 	  --test-results outputs/gpu-tests.xml || benchmarks=$$?; \
 	echo "==> exit status of the tests: $$tests, of the benchmarks: $$benchmarks"; \
 	exit $$((tests | benchmarks))

@@ -63,7 +63,7 @@ def with_a_gpu(tmp_path_factory):
     command = [sys.executable, "-m", "pytest", "-p", "pretended_gpu", "-p", "no:cacheprovider", "--collect-only", "-q"]
     environment = os.environ | {"PYTHONPATH": path, "FOUND": str(folder / "found.json")}
     done = subprocess.run(
-        [*command, "-m", "", "tests/kernels"], cwd=ROOT, env=environment, capture_output=True, text=True, check=False
+        [*command, "-m", "", "tests/kernels", "tests/test_on_gpu.py"], cwd=ROOT, env=environment, capture_output=True, text=True, check=False
     )
     assert done.returncode == 0, done.stdout[-4000:] + done.stderr[-4000:]
     return json.loads((folder / "found.json").read_text())
@@ -85,6 +85,7 @@ def test_all_that_names_triton_is_run_on_a_gpu_or_has_a_reason_not_to_be(with_a_
 
 def test_graphs_and_draws_are_run_on_a_gpu(with_a_gpu):
     gpu = [name for name, is_gpu in with_a_gpu.items() if is_gpu]
+    assert any("test_on_gpu.py::test_training" in name for name in gpu)
     for file in ("test_gpu.py", "test_attention.py", "test_passes.py"):
         assert any(file in name and "captured_in_a_cuda_graph" in name for name in gpu)
     for case in ("none", "temperature", "top_k", "top_p", "min_p", "all"):
@@ -120,7 +121,8 @@ def test_benchmarks_follow_failed_tests_and_the_failure_is_told(tmp_path, tests,
     assert (done.returncode == 0) == (tests == benchmarks == 0), done.stderr
     assert "-m pytest -m gpu --junitxml=outputs/gpu-tests.xml" in ran
     assert "--test-results outputs/gpu-tests.xml" in measured
-    assert "benchmarks/bench_head.py" in measured
+    for name in ("step", "contexts", "head"):
+        assert f"benchmarks/bench_{name}.py" in measured
 
 
 SUITE = """

@@ -19,7 +19,7 @@ from torch.nn.utils.rnn import pad_sequence
 from selfgen import Answers, ContextGenerator
 from selfgen.data import tokenize_rows
 
-from .fixtures import DEVICE, gsm8k, load_smollm2
+from .fixtures import DEVICE, WARM_UPS, gsm8k, load_smollm2
 
 BATCH, LONGEST, ROUNDS = 32, 48, 2
 
@@ -32,6 +32,8 @@ def test_generation(benchmark, report, rows):
     prompts = [torch.tensor(prompt, device=DEVICE) for prompt in data["prompt_ids"]]
     generator = ContextGenerator(model, temperature=0.0)
     generator.answer(prompts[:1], max_new_tokens=2)  # what is done once
+    for _ in range(WARM_UPS):
+        generator.answer(prompts, max_new_tokens=LONGEST, batch_size=BATCH)
 
     def transformers() -> list[Tensor]:
         answers: list[Tensor] = []

@@ -21,7 +21,7 @@ import pytest
 import torch
 
 from .bench_step import MICRO_BATCHES, ROWS, Step
-from .fixtures import DEVICE, ROOT
+from .fixtures import DEVICE, ROOT, WARM_UPS
 
 CHECKPOINTED, PLAIN = "SFT, checkpointing", "SFT"
 ONE, ALL = "BSS, 1 micro-batch at a time", f"BSS, {MICRO_BATCHES} micro-batches at once"
@@ -62,10 +62,16 @@ def measure(kind: str) -> dict[str, int]:
         step.trainer.args.context_micro_batches = context_micro_batches
         tiny = step.trainer.data_collator(TINY_ROWS)
         step.train([{name: column.to(DEVICE) for name, column in tiny.items()}], self_prob, checkpointing=checkpointing)
-        batches = [{name: column.to(DEVICE) for name, column in batch.items()} for batch in step.batches]
+
+        def batches():
+            return [{name: column.clone().to(DEVICE) for name, column in batch.items()} for batch in step.batches]
+
+        for _ in range(WARM_UPS):
+            step.train(batches(), self_prob, checkpointing=checkpointing)
+        now = batches()
         before = held_bytes(peak=False)
         reset_peak()
-        step.train(batches, self_prob, checkpointing=checkpointing)
+        step.train(now, self_prob, checkpointing=checkpointing)
         peak = held_bytes(peak=True)
     parameters = list(step.trainer.model.parameters())
     state = [value for values in step.trainer.optimizer.state.values() for value in values.values()]

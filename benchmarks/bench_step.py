@@ -20,12 +20,11 @@ from selfgen import BSSConfig, BSSTrainer
 from selfgen.context import ContextStats
 from selfgen.data import tokenize_rows
 
-from .fixtures import DEVICE, gsm8k, load_smollm2
+from .fixtures import DEVICE, WARM_UPS, gsm8k, load_smollm2
 
 ROUNDS, MICRO_BATCHES, ROWS = 3, 4, 8
-WARM_UP = 0
-if DEVICE != "cpu":  # sizes of passes are recorded at their second use
-    ROUNDS, WARM_UP = 5, 5
+if DEVICE != "cpu":
+    ROUNDS = 9
 CHECKPOINTED, PLAIN = "SFT, checkpointing", "SFT"
 TARGETS = {0.1: 1.05, 0.25: 1.10, 0.5: 1.35, 1.0: None}  # of BSS / SFT with checkpointing
 PLAIN_TARGETS = {0.25: 1.20}  # of BSS / SFT without
@@ -100,7 +99,7 @@ def test_step(benchmark, step, report):
     }
     runs: dict[str, list[tuple[float, float, ContextStats]]] = {name: [] for name in sides}
     step(max(TARGETS))  # the optimizer's state, the check of replay
-    for _ in range(WARM_UP):
+    for _ in range(3 * WARM_UPS):  # each with other contexts, as in training
         for p in TARGETS:
             step(p)
         step.trainer.state.global_step += 1  # which the seed hangs on

@@ -21,6 +21,9 @@ from selfgen.data import load_rows
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 """Where kernel benchmarks run."""
 
+WARM_UPS = 0 if DEVICE == "cpu" else 3
+"""Runs before a timed one: on a GPU passes of a new size are run as they are, then recorded, and only then replayed."""
+
 ROOT = Path(__file__).resolve().parent.parent
 GGUF = "SmolLM2-135M-Instruct.Q4_1.gguf"
 

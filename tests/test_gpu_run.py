@@ -62,9 +62,8 @@ def with_a_gpu(tmp_path_factory):
     path = os.pathsep.join(filter(None, (str(folder), os.environ.get("PYTHONPATH"))))
     command = [sys.executable, "-m", "pytest", "-p", "pretended_gpu", "-p", "no:cacheprovider", "--collect-only", "-q"]
     environment = os.environ | {"PYTHONPATH": path, "FOUND": str(folder / "found.json")}
-    done = subprocess.run(
-        [*command, "-m", "", "tests/kernels", "tests/test_on_gpu.py"], cwd=ROOT, env=environment, capture_output=True, text=True, check=False
-    )
+    command += ["-m", "", "tests/kernels", "tests/test_on_gpu.py"]
+    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stdout[-4000:] + done.stderr[-4000:]
     return json.loads((folder / "found.json").read_text())
 

@@ -1,4 +1,4 @@
-"""Recorded passes on the CPU, where a replay is a call: padding, sizes, and when all is recorded anew.
+"""Recorded passes on the CPU: padding, sizes, and when all is recorded anew.
 
 That CUDA graphs replay the same is shown in test_on_gpu.py.
 """
@@ -15,24 +15,45 @@ from test_contexts import assert_equal
 from test_on_gpu import batch
 from test_replay import generate, padded
 from test_trainer import make_trainer, rows
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 from selfgen import ContextGenerator
 from selfgen.context import forward as engine
 
 
+class Calls(TorchDispatchMode):
+    """The operators called inside, with their arguments and results."""
+
+    def __init__(self):
+        super().__init__()
+        self.calls = []
+
+    def __torch_dispatch__(self, operator, types, args=(), kwargs=None):
+        result = operator(*args, **(kwargs or {}))
+        self.calls.append((operator, args, kwargs or {}, result))
+        return result
+
+
 class Recorder(engine.GraphedForward):
+    """A replay calls the operators of the recording on its memory again; as in a graph, no Python of the model runs."""
+
     def __init__(self, model):
         super().__init__(model)
         self.records = self.replays = 0
 
     def _record(self, run):
         self.records += 1
+        with engine.fresh_casts(self.model), Calls() as recorded:
+            run()
 
         def replay():
             self.replays += 1
-            self._recording = True  # as in a graph, no hook keeps anything elsewhere
-            run()
-            self._recording = False
+            for operator, args, kwargs, results in recorded.calls:
+                again = operator(*args, **kwargs)
+                for old, new in zip(tree_leaves(results), tree_leaves(again), strict=True):
+                    if isinstance(old, torch.Tensor) and old.data_ptr() != new.data_ptr():
+                        old.copy_(new)
 
         return replay
 
@@ -40,6 +61,7 @@ class Recorder(engine.GraphedForward):
 @pytest.fixture(autouse=True)
 def recorder(monkeypatch):
     monkeypatch.setattr(engine, "not_waiting", nullcontext)
+    monkeypatch.setattr(engine, "packed_linears", nullcontext)  # a CPU's, whose weights are copies
     monkeypatch.setattr(engine, "_memory_of", lambda device: 2**34)
     monkeypatch.setattr(engine, "forward_of", lambda model, cuda_graphs: Recorder(model))
     monkeypatch.setattr("selfgen.context.generator.forward_of", lambda model, cuda_graphs: Recorder(model))

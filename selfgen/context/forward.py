@@ -59,8 +59,8 @@ class Forward:
             self.release()
             raise
         finally:
-            self._end()
             self._busy, self.hidden_states = False, None
+            self._end()
 
     def release(self) -> None:
         """Free what is kept for the next generation."""

@@ -92,7 +92,7 @@ def test_what_is_kept_is_that_of_the_plain_passes():
         how = {"seed": seed, "sample_ids": data["sample_id"], "keep_hidden_states": True}
         got = generator.generate(*columns, 0.5, **how)
         plain = ContextGenerator(model, token_budget=40)
-        plain._passes = model.device, engine.Forward(model)
+        plain._passes = engine.Forward(model)
         want = plain.generate(*columns, 0.5, **how)
         assert_equal(got, want)
         torch.testing.assert_close(got.hidden_states.states, want.hidden_states.states, rtol=1e-4, atol=1e-5)
@@ -112,7 +112,7 @@ def test_what_was_kept_before_stays():
 def test_answers_are_those_of_the_plain_passes():
     model = tiny_model("llama")
     generator, plain = ContextGenerator(model), ContextGenerator(model)
-    plain._passes = model.device, engine.Forward(model)
+    plain._passes = engine.Forward(model)
     prompts = batch()[0]
     for seed in range(3):
         got, want = (one.answer(prompts, max_new_tokens=20, batch_size=5, seed=seed) for one in (generator, plain))

@@ -133,8 +133,8 @@ def fixed_point(
     state = FixedPoint.start(forward.model, batch, is_self, keep_hidden_states=keep_hidden_states)
     with forward.over(len(state.tokens), state.hidden_states):
         while (ragged_pass := plan_pass(state, token_budget)).num_tokens:
-            sampled = run_pass(forward, state, ragged_pass)
-            commit_pass(state, ragged_pass, sampled)
+            sampled, is_sampled = run_pass(forward, state, ragged_pass)
+            commit_pass(state, ragged_pass, sampled, is_sampled)
     return state
 
 
@@ -156,16 +156,18 @@ def plan_pass(state: FixedPoint, token_budget: int) -> RaggedPass:
     return RaggedPass(slots, state.positions[slots][None], cu_seqlens_q, kv_ranges)
 
 
-def run_pass(forward: Forward, state: FixedPoint, ragged_pass: RaggedPass) -> Tensor:
+def run_pass(forward: Forward, state: FixedPoint, ragged_pass: RaggedPass) -> tuple[Tensor, Tensor]:
     """Compute the pass under the current guess, which stays as it is.
 
-    Returns [N] int64: at places right before a self position the token that belongs there, anything elsewhere.
+    Returns [N] int64: at places right before a self position the token that belongs there, anything elsewhere; and [N]
+    bool: which places these are.
     """
     batch = state.batch
     state.passes += 1
     state.tokens_computed += ragged_pass.num_tokens
 
-    places = state.is_sampled(ragged_pass).nonzero()[:, 0]  # [M]: a token is predicted one position before it
+    is_sampled = state.is_sampled(ragged_pass)
+    places = is_sampled.nonzero()[:, 0]  # [M]: a token is predicted one position before it
     at = ragged_pass.slots[places] + 1  # [M]
     logits = forward(ragged_pass, state.tokens, places)  # [M, V]
     sampled = state.tokens[(ragged_pass.slots + 1).clamp(max=len(state.tokens) - 1)]  # as is
@@ -180,14 +182,13 @@ def run_pass(forward: Forward, state: FixedPoint, ragged_pass: RaggedPass) -> Te
         min_reference_prob=batch.min_reference_prob,
         status=state.status,
     )
-    return sampled
+    return sampled, is_sampled
 
 
-def commit_pass(state: FixedPoint, ragged_pass: RaggedPass, sampled: Tensor) -> None:
+def commit_pass(state: FixedPoint, ragged_pass: RaggedPass, sampled: Tensor, is_sampled: Tensor) -> None:
     """Write the sampled tokens [N] into the guess and move each row to its first change."""
     slots = ragged_pass.slots
     changed, observed = kernels.commit_pass(
         state.tokens, state.final, slots, ragged_pass.cu_seqlens_q, state.next_self, sampled
     )
-    sampled_at = state.is_sampled(ragged_pass)
-    state.speculation.observe(slots, changed, observed & sampled_at, sampled_at)
+    state.speculation.observe(slots, changed, observed & is_sampled, is_sampled)

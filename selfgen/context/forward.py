@@ -36,7 +36,7 @@ class Forward:
     cache: RaggedCache
 
     def __init__(self, model: PreTrainedModel):
-        self.model = model
+        self.model, self.device = model, model.device
         self.hidden_states: HiddenStates | None = None
         self._busy = False
 
@@ -205,7 +205,7 @@ class GraphedForward(Forward):
     def _end(self) -> None:
         if self._off:
             super()._end()
-        elif self._state is not None and _bytes_of(self.cache) > MOST_KV * _memory_of(self.model.device):
+        elif self._state is not None and _bytes_of(self.cache) > MOST_KV * _memory_of(self.device):
             self._turn_off(f"the K/V of a generation are {_bytes_of(self.cache) / 1e9:.1f} GB, too much to keep")
             super()._end()
 
@@ -267,11 +267,10 @@ class GraphedForward(Forward):
 
     def _record(self, run: Callable[[], None]) -> Callable[[], None]:
         """``run`` as a CUDA graph. What it allocates lies in one pool for all graphs, as nothing outlives a replay."""
-        device = self.model.device
         if self._pool is None:
-            self._pool, self._stream = torch.cuda.graph_pool_handle(), torch.cuda.Stream(device)
+            self._pool, self._stream = torch.cuda.graph_pool_handle(), torch.cuda.Stream(self.device)
         graph, stream = torch.cuda.CUDAGraph(), self._stream
-        with torch.cuda.device(device), fresh_casts(self.model):
+        with torch.cuda.device(self.device), fresh_casts(self.model):
             stream.wait_stream(torch.cuda.current_stream())
             with torch.cuda.stream(stream):
                 graph.capture_begin(pool=self._pool, capture_error_mode="thread_local")

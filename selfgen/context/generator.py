@@ -83,7 +83,7 @@ class ContextGenerator:
         self._token_budget = token_budget
         self._verified = False
         self._cuda_graphs = cuda_graphs
-        self._passes: tuple[torch.device, Forward] | None = None
+        self._passes: Forward | None = None
         self._by_transformers = TransformersRun(self.model)
         _check_dtypes(self.model)
 
@@ -96,6 +96,7 @@ class ContextGenerator:
                 if isinstance(forward, GraphedForward):  # a pass takes another time than a forward
                     self._verify()
                     self._token_budget = calibrate_token_budget(self.model, forward=forward)
+                    forward.release()  # a generation's passes have other sizes
                 else:
                     self._token_budget = calibrate_token_budget(self.model)
             logger.info("token budget: %d tokens a pass", self._token_budget)
@@ -306,16 +307,16 @@ class ContextGenerator:
     def release(self) -> None:
         """Free what CUDA graphs keep on the GPU for the next generation, which then makes it anew."""
         if self._passes is not None:
-            self._passes[1].release()
+            self._passes.release()
 
     def __getstate__(self):
         return {**vars(self), "_passes": None}  # CUDA graphs can't be copied
 
     def _forward(self) -> Forward:
         """What runs the passes, where the model is now."""
-        if self._passes is None or self._passes[0] != self.model.device:
-            self._passes = self.model.device, forward_of(self.model, cuda_graphs=self._cuda_graphs)
-        return self._passes[1]
+        if self._passes is None or self._passes.device != self.model.device:
+            self._passes = forward_of(self.model, cuda_graphs=self._cuda_graphs)
+        return self._passes
 
     def _verify(self) -> None:
         """Once for each generator: the model computes over the ragged cache what it computes by itself."""

@@ -21,6 +21,8 @@ from transformers.cache_utils import Cache, CacheLayerMixin
 
 import selfgen_kernels  # noqa: F401  (registers the operators)
 
+from .models import cache_argument
+
 ATTENTION = "selfgen"
 # The operators themselves: they run once a layer and pass, where the checks of the public functions cost a few per cent
 # and hold by how a pass is made.
@@ -196,10 +198,10 @@ def ragged_logits(
     return model(
         input_ids=input_ids[None],
         position_ids=ragged_pass.position_ids,
-        past_key_values=cache,
         use_cache=True,
         logits_to_keep=index,
         ragged_pass=ragged_pass,
+        **{cache_argument(model): cache},
     ).logits[0]
 
 
@@ -229,7 +231,7 @@ def inspect_model(model: PreTrainedModel, longest_row: int) -> Support:
     if not getattr(model, "_supports_attention_backend", False):
         missing.append("an attention that does not go through transformers' AttentionInterface")
     accepted = inspect.signature(model.forward).parameters
-    if "past_key_values" not in accepted:
+    if cache_argument(model) not in accepted:
         missing.append("a state that is not a transformers KV cache")
         isolate = True
     if "position_ids" not in accepted:

@@ -18,6 +18,7 @@ from transformers import DynamicCache, PreTrainedModel
 from selfgen_kernels import sample_mix
 
 from .batch import Batch, left_pad
+from .models import cache_argument
 
 
 @dataclass
@@ -77,7 +78,7 @@ def _decode(
             "input_ids": new,
             "attention_mask": mask,
             "position_ids": position_ids,
-            "past_key_values": cache,
+            cache_argument(model): cache,
             "use_cache": use_cache,
             "logits_to_keep": 1,
         }

@@ -35,7 +35,7 @@ $(STAMP): pyproject.toml setup.py constraints.txt $(wildcard selfgen_kernels/bac
 
 demo: setup
 	@echo "==> SFT against online batch-scheduled sampling: SmolLM2-135M, 14 steps each, a table and a plot"
-	$(BIN)/python -m benchmarks.demo $(ARGS)
+	$(BIN)/python -m examples.demo $(ARGS)
 
 test: setup
 	@echo "==> tests (the long ones: make slow)"

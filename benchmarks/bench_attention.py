@@ -15,8 +15,7 @@ import torch.nn.functional as F
 
 from selfgen_kernels import ragged_attention
 from selfgen_kernels.backends.reference.attention import ragged_attention as reference_attention
-
-from .fixtures import DEVICE
+from tools.real_parts import DEVICE
 
 HEADS = {"9/3 x 64": (9, 3, 64), "32/8 x 128": (32, 8, 128)}  # SmolLM2-135M, Llama-3-8B
 LENGTHS = {  # K/V of each row; the last `chunk` positions are queries

@@ -16,8 +16,7 @@ from selfgen import ContextGenerator, MixedContext
 from selfgen.context.generator import Method
 from selfgen.context.packed import packed_linears
 from selfgen.data import tokenize_rows
-
-from .fixtures import DEVICE, WARM_UPS, gsm8k, load_smollm2
+from tools.real_parts import DEVICE, WARM_UPS, gsm8k, load_smollm2
 
 ROUNDS = 3
 TARGET = 4.0

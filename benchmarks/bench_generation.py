@@ -18,8 +18,7 @@ from torch.nn.utils.rnn import pad_sequence
 
 from selfgen import Answers, ContextGenerator
 from selfgen.data import tokenize_rows
-
-from .fixtures import DEVICE, WARM_UPS, gsm8k, load_smollm2
+from tools.real_parts import DEVICE, WARM_UPS, gsm8k, load_smollm2
 
 BATCH, LONGEST, ROUNDS = 32, 48, 2
 

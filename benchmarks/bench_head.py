@@ -15,9 +15,9 @@ import pytest
 import torch
 
 from selfgen_kernels import linear_sample_mix, sample_mix
+from tools.real_parts import DEVICE, recorded_head
 
 from .bench_sampling import exponential_race, multinomial
-from .fixtures import DEVICE, recorded_head
 
 ON_GPU = DEVICE == "cuda"
 ROWS = (1, 8, 64, 256) if ON_GPU else (1, 8, 64, 512)

@@ -20,8 +20,9 @@ from pathlib import Path
 import pytest
 import torch
 
+from tools.real_parts import DEVICE, ROOT, WARM_UPS
+
 from .bench_step import MICRO_BATCHES, ROWS, Step
-from .fixtures import DEVICE, ROOT, WARM_UPS
 
 CHECKPOINTED, PLAIN = "SFT, checkpointing", "SFT"
 ONE, ALL = "BSS, 1 micro-batch at a time", f"BSS, {MICRO_BATCHES} micro-batches at once"

@@ -17,8 +17,8 @@ from torch import Tensor
 
 from selfgen import ContextGenerator, MixedContext
 from selfgen.data import tokenize_rows
+from tools.real_parts import gsm8k, load_smollm2
 
-from .fixtures import gsm8k, load_smollm2
 from .peers import Grid, Rows, differing, full_recompute, parallel_scheduled_sampling
 
 ROUNDS = 3

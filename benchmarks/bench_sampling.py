@@ -20,8 +20,7 @@ from transformers import LogitsProcessorList, TemperatureLogitsWarper, TopKLogit
 from selfgen_kernels import sample_mix
 from selfgen_kernels.backends.reference.sampling import GROUP_SIZE
 from selfgen_kernels.backends.reference.sampling import sample_mix as reference_sample_mix
-
-from .fixtures import DEVICE, recorded_head
+from tools.real_parts import DEVICE, recorded_head
 
 ROWS = (1, 8, 64, 512)
 VOCABULARIES = {"32k": 32_000, "49k": 49_152, "128k": 128_256, "256k": 262_144}

@@ -19,8 +19,7 @@ import torch
 from selfgen import BSSConfig, BSSTrainer
 from selfgen.context import ContextStats
 from selfgen.data import tokenize_rows
-
-from .fixtures import DEVICE, WARM_UPS, gsm8k, load_smollm2
+from tools.real_parts import DEVICE, WARM_UPS, gsm8k, load_smollm2
 
 ROUNDS, MICRO_BATCHES, ROWS = 3, 4, 8
 if DEVICE != "cpu":

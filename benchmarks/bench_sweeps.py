@@ -19,9 +19,9 @@ from transformers import AutoConfig, LlamaForCausalLM, PreTrainedModel, PreTrain
 
 from selfgen import BSSConfig, BSSTrainer, ContextGenerator, MixedContext
 from selfgen.data import tokenize_rows
+from tools.real_parts import DEVICE, gsm8k, load_smollm2
 
 from .bench_step import Step
-from .fixtures import DEVICE, gsm8k, load_smollm2
 from .peers import Grid, Rows
 
 ROUNDS = 2  # the faster one counts: whatever else the machine does only adds to a time

@@ -17,8 +17,7 @@ from tqdm.auto import tqdm
 from selfgen import ContextGenerator, MixedContext
 from selfgen.context.generator import Method
 from selfgen.data import tokenize_rows
-
-from .fixtures import DEVICE, gsm8k, load_smollm2
+from tools.real_parts import DEVICE, gsm8k, load_smollm2
 
 
 def main() -> None:

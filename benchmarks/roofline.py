@@ -40,9 +40,9 @@ from torch import nn
 from selfgen import ContextGenerator
 from selfgen.context.packed import packed_linears
 from selfgen.data import tokenize_rows
+from tools.real_parts import gsm8k, load_smollm2
 
 from .costs import BF16, FP32, GPUS, SHAPES, SMOLLM2, Costs, Device, Pass, Shape, micro_batches
-from .fixtures import gsm8k, load_smollm2
 
 PASSES = Path(__file__).parent / "results" / "passes.json"
 SELF_PROBS = 0.1, 0.25, 0.5, 1.0

@@ -5,13 +5,10 @@ corrections of own answers; ``write_contexts`` and ``BASHTrainer`` do the former
 fused ops.
 """
 
-from .config import BSSConfig
 from .context import Answers, ContextGenerator, ContextStats, Masks, MixedContext, UnsupportedModelError
 from .generation import Corrected, generate, generate_corrected
-from .offline import BASHTrainer, load_contexts, write_contexts
-from .rac import RACConfig, RACTrainer
-from .rounds import train_rounds
-from .trainer import BSSTrainer
+from .stored_contexts import load_contexts, write_contexts
+from .training import BASHTrainer, BSSConfig, BSSTrainer, RACConfig, RACTrainer, train_rounds
 
 __all__ = [
     "Answers",

@@ -13,7 +13,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from .context import Answers, ContextGenerator
 from .context.batch import TokenRow
-from .context.ragged import max_positions
+from .context.models import max_positions
 from .correction import DEFAULT_CUE, CorrectionCue
 from .data import tokenize_rows
 

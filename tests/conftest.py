@@ -24,7 +24,7 @@ settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "fixed"))
 @pytest.fixture(scope="session")
 def smollm2():
     """(model, tokenizer): SmolLM2-135M-Instruct in fp32."""
-    from benchmarks.fixtures import load_smollm2
+    from tools.real_parts import load_smollm2
 
     return load_smollm2()
 
@@ -32,8 +32,8 @@ def smollm2():
 @pytest.fixture(scope="session")
 def math_rows(smollm2):
     """Sixteen tokenized rows of GSM8K, or of gsm_symbolic where GSM8K is not at hand: (prompts, references, ids)."""
-    from benchmarks.fixtures import gsm8k, gsm_symbolic, has_gsm8k
     from selfgen.data import tokenize_rows
+    from tools.real_parts import gsm8k, gsm_symbolic, has_gsm8k
 
     if has_gsm8k():  # the tests ask no hub
         rows = gsm8k("train", 1000, 1016)

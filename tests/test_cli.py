@@ -174,7 +174,7 @@ def test_a_failed_evaluation_costs_no_model(arguments, capsys, monkeypatch):
     def evaluate(*_, **__):
         raise torch.OutOfMemoryError("too large")
 
-    monkeypatch.setattr("selfgen.trainer.BSSTrainer.evaluate", evaluate)
+    monkeypatch.setattr("selfgen.training.bss.BSSTrainer.evaluate", evaluate)
     with pytest.raises(torch.OutOfMemoryError):
         main(["train", *flags(arguments), "--eval_split", "train[:4]", "--save_strategy", "no"])
     assert t.AutoModelForCausalLM.from_pretrained(arguments["output_dir"]).config.vocab_size == len(WORDS)

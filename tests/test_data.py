@@ -284,7 +284,7 @@ def test_rows_are_tokenized_again_where_other_tokens_end_answers(monkeypatch):
     tokenizer.add_tokens(["<end>"])
     rows = datasets.Dataset.from_list([{"prompt": "a", "completion": "b"}])
     with monkeypatch.context() as patch:
-        patch.setattr("selfgen.data.answer_ends", lambda tokenizer: frozenset({EOS}))
+        patch.setattr("selfgen.data.tokenizing.answer_ends", lambda tokenizer: frozenset({EOS}))
         assert tokenize(rows, tokenizer)[0][0]["answer_ids"][-1] == EOS
     assert tokenize(rows, tokenizer)[0][0]["answer_ids"][-1] != EOS
 
@@ -353,7 +353,7 @@ def test_a_formatted_data_set_gives_the_same_examples(plain):
 def test_tokenizing_again_reads_the_cache(chat, tmp_path, monkeypatch):
     write_jsonl(tmp_path / "rows.jsonl")
     first, _ = tokenize(load_rows(tmp_path / "rows.jsonl"), chat)
-    monkeypatch.setattr("selfgen.data._read_row", lambda *_, **__: pytest.fail("tokenized again"))
+    monkeypatch.setattr("selfgen.data.tokenizing._read_row", lambda *_, **__: pytest.fail("tokenized again"))
     second, _ = tokenize(load_rows(tmp_path / "rows.jsonl"), make_tokenizer(TEMPLATE))
     assert second.to_list() == first.to_list()
     assert second._fingerprint == first._fingerprint

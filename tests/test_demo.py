@@ -7,12 +7,12 @@ import json
 import pytest
 from transformers import AutoModelForCausalLM
 
-from benchmarks import fixtures
+from tools import real_parts
 
 
 @pytest.mark.slow
 def test_demo(tmp_path, capsys):
-    from benchmarks.demo import main
+    from examples.demo import main
 
     main(["--steps", "3", "--batch", "1", "--held-out", "2", "--output-dir", str(tmp_path)])
     out, _ = capsys.readouterr()
@@ -31,7 +31,7 @@ def test_demo(tmp_path, capsys):
 def test_a_killed_conversion_leaves_nothing_half_done(tmp_path, monkeypatch):
     """The converted model appears whole or not at all, and other processes' leftovers don't matter."""
     monkeypatch.setenv("SELFGEN_CACHE", str(tmp_path))
-    monkeypatch.setattr(fixtures.AutoTokenizer, "from_pretrained", lambda *a, **k: 1 / 0)
+    monkeypatch.setattr(real_parts.AutoTokenizer, "from_pretrained", lambda *a, **k: 1 / 0)
     with pytest.raises(ZeroDivisionError):
-        fixtures.smollm2_path()
+        real_parts.smollm2_path()
     assert list(tmp_path.iterdir()) == []

@@ -19,7 +19,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from selfgen import ContextGenerator
-from selfgen.context import forward as engine
+from selfgen.context import graphs as engine
 
 
 class Calls(TorchDispatchMode):

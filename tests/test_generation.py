@@ -14,11 +14,11 @@ from test_contexts import batches
 from test_data import TEMPLATE, make_tokenizer
 from transformers import AutoTokenizer
 
-from benchmarks.fixtures import smollm2_path
 from selfgen import ContextGenerator, generate, generate_corrected
 from selfgen.context import generator as engine
 from selfgen.correction import CorrectionCue
 from selfgen_kernels import sample_mix
+from tools.real_parts import smollm2_path
 
 model_of = cache(tiny_model)
 EOS = 2

@@ -12,9 +12,9 @@ from peft import LoraConfig, get_peft_model
 from test_trainer import make_trainer, rows
 from transformers import BartConfig, BartForCausalLM
 
-from selfgen import losses
 from selfgen.data import Collator
-from selfgen.losses import AnswerLoss, can_be_lean
+from selfgen.training import losses
+from selfgen.training.losses import AnswerLoss, can_be_lean
 
 llama = partial(tiny_model, "llama")
 

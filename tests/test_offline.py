@@ -26,9 +26,9 @@ from transformers import AutoModelForCausalLM
 
 from selfgen import BASHTrainer, BSSTrainer, ContextGenerator, load_contexts, train_rounds, write_contexts
 from selfgen.data import load_rows
-from selfgen.offline import OfflineError, read_provenance
 from selfgen.provenance import weights_hash
-from selfgen.rounds import split_rows
+from selfgen.stored_contexts import OfflineError, read_provenance
+from selfgen.training.rounds import split_rows
 
 SETTINGS = {"self_prob": 0.5, "seed": 3, "batch_size": 3, "shard_rows": 4, "progress": False}
 model_dir, arguments = test_cli.model_dir, test_cli.arguments  # fixtures
@@ -141,9 +141,9 @@ def test_without_self_tokens_the_context_is_the_reference(tmp_path):
         ("selfgen.context.ContextGenerator.generate", 2, 0),
         ("selfgen.context.ContextGenerator.generate", 3, 1),
         ("selfgen.context.ContextGenerator.generate", 5, 2),
-        ("selfgen.offline.pq.write_table", 1, 1),
+        ("selfgen.stored_contexts.pq.write_table", 1, 1),
         ("selfgen.files.os.fsync", 3, 1),  # the second shard is written, but not in its place; provenance: 0 and 1
-        ("selfgen.offline._statistics", 0, 3),
+        ("selfgen.stored_contexts._statistics", 0, 3),
     ],
 )
 def test_a_killed_run_goes_on(tmp_path, monkeypatch, target, call, shards):
@@ -166,7 +166,7 @@ def test_a_killed_run_goes_on(tmp_path, monkeypatch, target, call, shards):
 def test_a_complete_folder_is_left_alone(tmp_path, monkeypatch):
     record = write(tmp_path)
     before = contents(tmp_path)
-    kill_at(monkeypatch, "selfgen.offline.write_whole", 0)
+    kill_at(monkeypatch, "selfgen.stored_contexts.write_whole", 0)
     assert write(tmp_path) == record
     assert contents(tmp_path) == before
 
@@ -409,12 +409,12 @@ def test_each_round_writes_with_the_model_of_the_round_before(whole):
     ("target", "call", "batches", "steps"),  # and what is left to do
     [
         ("transformers.Trainer.training_step", 1, 3, 5),  # training of round 0, behind a checkpoint
-        ("selfgen.rounds.write_contexts", 1, 3, 3),  # between the rounds
+        ("selfgen.training.rounds.write_contexts", 1, 3, 3),  # between the rounds
         ("selfgen.context.ContextGenerator.generate", 6, 2, 3),  # contexts of round 1
         ("transformers.Trainer.training_step", 5, 0, 1),  # training of round 1, likewise
         ("selfgen.BASHTrainer.save_state", 1, 0, 0),  # round 1 is trained, but not saved
-        ("selfgen.rounds.Path.rename", 1, 0, 0),  # saved, but not in its place
-        ("selfgen.rounds.shutil.copytree", 0, 0, 0),  # all but the copy of the last model
+        ("selfgen.training.rounds.Path.rename", 1, 0, 0),  # saved, but not in its place
+        ("selfgen.training.rounds.shutil.copytree", 0, 0, 0),  # all but the copy of the last model
     ],
 )
 def test_killed_rounds_go_on(tmp_path, whole, monkeypatch, target, call, batches, steps):

@@ -14,6 +14,7 @@ from test_trainer import make_trainer, rows, weights
 
 from selfgen import ContextGenerator
 from selfgen.context import Masks
+from selfgen.training.reuse import reuse_passes
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")]
 FAMILIES = sorted(CONFIGS)
@@ -147,7 +148,7 @@ def test_replay_gives_loss_and_gradients_of_the_ordinary_step(family):
     ordinary = model(**inputs).loss
     ordinary.backward()
     want = gradients(model)
-    with mixed.hidden_states.replay(slots.cuda()):
+    with reuse_passes(mixed.hidden_states, slots.cuda()):
         replayed = model(**inputs).loss
     replayed.backward()
     torch.testing.assert_close(replayed, ordinary, rtol=1e-5, atol=0)

@@ -10,13 +10,13 @@ import pytest
 from scipy.stats import t as student
 from scipy.stats import ttest_rel
 
-from benchmarks.fixtures import gsm_symbolic, has_gsm8k
 from benchmarks.quality import run as quality
 from benchmarks.quality import tasks
 from benchmarks.quality.methods import ABLATIONS, METHODS, Setting, _share_of_rows, measure
 from benchmarks.quality.report import main as report
 from benchmarks.quality.report import summary
 from benchmarks.quality.tasks import EOS, FIRST, SEP, TASKS, Problems, Task
+from tools.real_parts import gsm_symbolic, has_gsm8k
 
 
 @pytest.fixture(autouse=True, scope="module")

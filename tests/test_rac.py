@@ -13,8 +13,8 @@ from test_losses import losses_of
 from selfgen import ContextGenerator, RACConfig, RACTrainer
 from selfgen.correction import CorrectionCue
 from selfgen.data import tokenize_rows
-from selfgen.rac import _DIRECT
-from selfgen.trainer import step_seed
+from selfgen.training.bss import step_seed
+from selfgen.training.rac import _DIRECT
 
 TEXTS = [
     {"prompt": p, "completion": c, "own_answer": o}

@@ -12,8 +12,9 @@ from test_trainer import make_trainer, rows, weights
 from transformers import AutoModelForCausalLM, Gemma4TextConfig
 
 from selfgen import ContextGenerator
+from selfgen.context.hidden_states import ReplayError
 from selfgen.data import Collator
-from selfgen.replay import ReplayError
+from selfgen.training.reuse import reuse_passes
 
 
 def generate(model, data, **kwargs):
@@ -56,7 +57,7 @@ def test_loss_and_gradients_are_those_of_the_ordinary_step(family):
     ordinary = model(**inputs).loss
     ordinary.backward()
     want = gradients(model)
-    with mixed.hidden_states.replay(slots):
+    with reuse_passes(mixed.hidden_states, slots):
         replayed = model(**inputs).loss
     replayed.backward()
     got = gradients(model)
@@ -86,7 +87,7 @@ def test_bf16_is_as_good_as_the_ordinary_step(family, precision):
     with autocast():
         model(**inputs).loss.backward()
     ordinary = gradients(model)
-    with autocast(), mixed.hidden_states.replay(slots):
+    with autocast(), reuse_passes(mixed.hidden_states, slots):
         loss = model(**inputs).loss
     loss.backward()
     replayed = gradients(model)
@@ -105,7 +106,7 @@ def test_the_layers_forward_is_not_computed_again():
     with torch.no_grad():
         model.model.layers[0].mlp.down_proj.weight.zero_()
         assert not torch.equal(model(**inputs).loss, before)
-        with mixed.hidden_states.replay(slots):
+        with reuse_passes(mixed.hidden_states, slots):
             torch.testing.assert_close(model(**inputs).loss, before, rtol=1e-5, atol=0)
 
 
@@ -130,7 +131,7 @@ def test_the_model_is_as_it_was():
     model.gradient_checkpointing_enable()
     layer = model.model.layers[0]
     before = layer.gradient_checkpointing, layer._gradient_checkpointing_func
-    with mixed.hidden_states.replay(slots):
+    with reuse_passes(mixed.hidden_states, slots):
         assert layer._gradient_checkpointing_func is not before[1]
     assert (layer.gradient_checkpointing, layer._gradient_checkpointing_func) == before
     assert not any(layer._forward_pre_hooks or layer._forward_hooks for layer in model.model.layers)

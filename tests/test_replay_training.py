@@ -17,8 +17,8 @@ from torch.nn.parallel import DistributedDataParallel
 from transformers import AutoModelForCausalLM, TrainerCallback
 
 from selfgen import BSSTrainer
+from selfgen.context.hidden_states import HiddenStates
 from selfgen.data import Collator
-from selfgen.replay import HiddenStates
 
 WORLD = 2
 llama = partial(tiny_model, "llama")

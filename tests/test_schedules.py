@@ -8,7 +8,7 @@ from itertools import pairwise
 import pytest
 from test_trainer import config, make_trainer
 
-from selfgen.schedules import SCHEDULES
+from selfgen.training.schedules import SCHEDULES
 
 RISING = sorted(SCHEDULES.keys() - {"constant"})
 

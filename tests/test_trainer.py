@@ -13,10 +13,10 @@ from torch.nn.functional import cross_entropy
 from transformers import AutoModelForCausalLM, Trainer, TrainingArguments
 
 from selfgen import BSSConfig, BSSTrainer, ContextGenerator
-from selfgen.data import Collator
+from selfgen.data import Collator, rows_of
 from selfgen.evaluation import held_out_losses, row_losses
 from selfgen.generation import generate
-from selfgen.trainer import check_processes, rows_of, step_seed
+from selfgen.training.bss import check_processes, step_seed
 
 LOGGED = {"self_share", "agreement", "passes", "computed_per_token", "context_seconds", "training_seconds"}
 

@@ -21,7 +21,7 @@ from selfgen.correction import CorrectionCue
 from selfgen.data import IGNORE_INDEX, Collator
 from selfgen.evaluation.answers import rouge
 from selfgen.generation import generate, generate_corrected
-from selfgen.trainer import step_seed
+from selfgen.training.bss import step_seed
 
 from ..peers import Rows, parallel_scheduled_sampling
 from .tasks import AnyTask

@@ -19,8 +19,7 @@ from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM, PreTraine
 
 from selfgen.data import tokenize_rows
 from selfgen.evaluation.answers import exact_match
-
-from ..fixtures import gsm8k, gsm_symbolic, load_smollm2, smollm2_path
+from tools.real_parts import gsm8k, gsm_symbolic, load_smollm2, smollm2_path
 
 LONGEST = 256  # tokens of a row, prompt, own answer and cue included
 PAD, EOS, SEP = 0, 1, 2

@@ -5,10 +5,10 @@ from __future__ import annotations
 import logging
 from dataclasses import dataclass, field
 
-from ..config import MaskOptions
 from ..context import ContextGenerator
 from ..context.generator import Method
-from ..offline import write_contexts
+from ..stored_contexts import write_contexts
+from ..training.config import MaskOptions
 from .options import DataArguments, ModelArguments, device, fail, make_parser, parse, source_of
 
 PROG = "selfgen contexts"

@@ -17,7 +17,7 @@ from transformers import PreTrainedTokenizerBase
 
 from ..context import ContextGenerator
 from ..context.generator import METHODS, Method
-from ..context.ragged import max_positions
+from ..context.models import max_positions
 from ..correction import DEFAULT_CUE, stop_ids_of
 from ..evaluation import (
     Corrections,

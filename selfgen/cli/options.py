@@ -26,8 +26,7 @@ from transformers import (
 from transformers.hf_argparser import string_to_bool
 from transformers.utils.hub import cached_file, extract_commit_hash
 
-from ..config import RowOptions
-from ..data import load_rows
+from ..data import RowOptions, load_rows
 
 DTYPES = ("auto", "float32", "bfloat16", "float16")
 

@@ -14,13 +14,15 @@ import yaml
 from datasets import Dataset
 from transformers import PreTrainedModel, TrainingArguments
 
-from ..config import BSSConfig, MaskOptions
 from ..context import UnsupportedModelError
 from ..data import load_rows
-from ..offline import BASHTrainer, OfflineError
-from ..rac import RACConfig, RACTrainer
-from ..rounds import train_rounds
-from ..trainer import BSSTrainer, check_resumed, last_checkpoint
+from ..stored_contexts import OfflineError
+from ..training.bash import BASHTrainer
+from ..training.bss import BSSTrainer
+from ..training.checkpoints import check_resumed, last_checkpoint
+from ..training.config import BSSConfig, MaskOptions
+from ..training.rac import RACConfig, RACTrainer
+from ..training.rounds import train_rounds
 from .options import Parser, TrainedModelArguments, fail, make_parser, parse, source_of
 
 logger = logging.getLogger(__name__)

@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-from ..replay import HiddenStates
+from .hidden_states import HiddenStates
 
 TokenRow = Tensor | Sequence[int]
 

@@ -10,7 +10,8 @@ import torch
 from transformers import PreTrainedModel
 
 from .forward import Forward
-from .ragged import RaggedPass, max_positions
+from .models import max_positions
+from .ragged import RaggedPass
 
 LARGEST = 8192
 _BALANCES = 8

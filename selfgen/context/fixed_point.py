@@ -19,10 +19,10 @@ from transformers import PreTrainedModel
 
 import selfgen_kernels as kernels
 
-from ..replay import HiddenStates
 from .batch import Batch
 from .budget import balance_of
 from .forward import Forward
+from .hidden_states import HiddenStates
 from .plan import Speculation, least_log_chance, next_self_slots
 from .ragged import RaggedPass
 

@@ -14,17 +14,28 @@ from torch import Tensor
 from tqdm.auto import tqdm
 from transformers import PreTrainedModel
 
-from ..replay import ReplayError
 from .batch import Answers, Batch, ContextStats, MixedContext, TokenRow, check_sample_ids, check_token_rows
 from .budget import calibrate_token_budget
-from .by_transformers import TransformersRun
+from .fallback import TransformersRun
 from .fixed_point import fixed_point
-from .forward import Forward, GraphedForward, forward_of
+from .forward import Forward
 from .free_running import Prompts, free_running
+from .graphs import GraphedForward, forward_of
+from .hidden_states import ReplayError
 from .masks import Masks
+from .models import (
+    check_dtypes,
+    dtype_inside,
+    eos_token_ids_of,
+    inference,
+    max_positions,
+    transformers_model,
+    vocab_size_of,
+)
 from .packed import packed_linears
-from .ragged import UnsupportedModelError, inspect_model, max_positions, verify_model, vocab_size_of
+from .ragged import UnsupportedModelError
 from .sequential import sequential
+from .support import inspect_model, verify_model
 
 logger = logging.getLogger(__name__)
 
@@ -67,7 +78,7 @@ class ContextGenerator:
         masks: Masks | None = None,
         cuda_graphs: bool = True,
     ):
-        self.model = _transformers_model(model)
+        self.model = transformers_model(model)
         self._given: torch.nn.Module = model
         self._prepared_dtype: torch.dtype | None = None
         if (
@@ -85,7 +96,7 @@ class ContextGenerator:
         self._cuda_graphs = cuda_graphs
         self._passes: Forward | None = None
         self._by_transformers = TransformersRun(self.model)
-        _check_dtypes(self.model)
+        check_dtypes(self.model)
 
     @property
     def token_budget(self) -> int:
@@ -115,7 +126,7 @@ class ContextGenerator:
                 yield
                 return
             if self._prepared_dtype is None:
-                self._prepared_dtype = _dtype_inside(self._given, self.model)
+                self._prepared_dtype = dtype_inside(self._given, self.model)
             with torch.autocast(device, self._prepared_dtype):
                 yield
 
@@ -298,11 +309,7 @@ class ContextGenerator:
     @property
     def eos_token_ids(self) -> list[int]:
         """What ends the model's answers, by its generation configuration, else by its own."""
-        ids = getattr(self.model.generation_config, "eos_token_id", None)
-        ids = self.model.config.eos_token_id if ids is None else ids
-        if ids is None:
-            return []
-        return [ids] if isinstance(ids, int) else list(ids)
+        return eos_token_ids_of(self.model)
 
     def release(self) -> None:
         """Free what CUDA graphs keep on the GPU for the next generation, which then makes it anew."""
@@ -369,67 +376,3 @@ def _check_self_prob(self_prob: float | Sequence[float] | Tensor, rows: int, dev
     if outside.numel():
         raise ValueError(f"self_prob is {float(outside.flatten()[0])}; a probability must be in [0, 1]")
     return values.expand(rows)
-
-
-def _transformers_model(model: torch.nn.Module) -> PreTrainedModel:
-    """The transformers model itself: inside a PEFT model, adapters included."""
-    base_model = getattr(model, "get_base_model", None)  # PEFT's
-    if callable(base_model):
-        if getattr(getattr(model, "active_peft_config", None), "is_prompt_learning", False):
-            raise ValueError("prompt-learning adapters of PEFT add positions of their own; use LoRA or another adapter")
-        model = base_model()
-    if not isinstance(model, PreTrainedModel):
-        raise TypeError(
-            f"model is a {type(model).__name__}; give a transformers model (AutoModelForCausalLM) or PEFT's"
-        )
-    return model
-
-
-def _dtype_inside(prepared: torch.nn.Module, model: PreTrainedModel) -> torch.dtype:
-    """What autocast computes in inside the forward of ``prepared``, which ends in that of ``model``."""
-    device, seen = model.device, []
-
-    def look(*_):
-        on = torch.is_autocast_enabled(device.type)
-        seen.append(torch.get_autocast_dtype(device.type) if on else model.dtype)
-
-    hook = model.get_input_embeddings().register_forward_pre_hook(look)
-    try:
-        ids = torch.zeros(1, 1, dtype=torch.int64, device=device)
-        prepared(input_ids=ids, attention_mask=torch.ones_like(ids))
-    finally:
-        hook.remove()
-    return seen[0]
-
-
-def _check_dtypes(model: PreTrainedModel) -> None:
-    """One dtype for all weights, but for adapters and what transformers itself keeps in fp32."""
-    kept = tuple(getattr(model, "_keep_in_fp32_modules", None) or ()) + tuple(
-        getattr(model, "_keep_in_fp32_modules_strict", None) or ()
-    )
-    adapters = {
-        id(parameter)
-        for module in model.modules()
-        for layer in getattr(module, "adapter_layer_names", ())
-        for parameter in getattr(module, layer).parameters()
-    }
-    dtypes: dict[torch.dtype, str] = {}
-    for name, parameter in model.named_parameters():
-        if parameter.is_floating_point() and id(parameter) not in adapters and not any(part in name for part in kept):
-            dtypes.setdefault(parameter.dtype, name)
-    if len(dtypes) > 1:
-        found = ", ".join(f"{dtype} ({name})" for dtype, name in dtypes.items())
-        raise TypeError(f"the model's weights have several dtypes: {found}; cast them with model.to(dtype)")
-
-
-@contextmanager
-def inference(model: PreTrainedModel) -> Iterator[None]:
-    """Eval mode and no gradients inside; every module's own training flag is back afterwards."""
-    training = [module for module in model.modules() if module.training]
-    model.eval()
-    try:
-        with torch.no_grad():
-            yield
-    finally:
-        for module in training:
-            module.training = True

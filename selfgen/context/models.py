@@ -1,12 +1,101 @@
-"""What can be asked of any model of transformers, and the names that its versions have for it."""
+"""What can be asked of any model of transformers, an adapter of PEFT or a wrapper of accelerate around it or not.
+
+Every private name of these libraries that says something about a model is used here, with why.
+"""
 
 from __future__ import annotations
 
 import inspect
+from collections.abc import Iterator
+from contextlib import contextmanager
 
+import torch
 from transformers import PreTrainedModel
 
 
 def cache_argument(model: PreTrainedModel) -> str:
     """What ``model.forward`` calls its KV cache: "cache" since transformers 5.24, "past_key_values" before."""
     return "cache" if "cache" in inspect.signature(model.forward).parameters else "past_key_values"
+
+
+def vocab_size_of(model: PreTrainedModel) -> int:
+    """How many ids the embedding has, an adapter around it or not."""
+    return model.get_input_embeddings().weight.shape[0]
+
+
+def max_positions(model: PreTrainedModel) -> int | None:
+    """Most tokens in a row of ``model``; None if its configuration sets no limit."""
+    return getattr(model.config.get_text_config(decoder=True), "max_position_embeddings", None)
+
+
+def eos_token_ids_of(model: PreTrainedModel) -> list[int]:
+    """What ends the model's answers, by its generation configuration, else by its own."""
+    ids = getattr(model.generation_config, "eos_token_id", None)
+    ids = model.config.eos_token_id if ids is None else ids
+    if ids is None:
+        return []
+    return [ids] if isinstance(ids, int) else list(ids)
+
+
+def transformers_model(model: torch.nn.Module) -> PreTrainedModel:
+    """The transformers model itself: inside a PEFT model, adapters included."""
+    base_model = getattr(model, "get_base_model", None)  # PEFT's
+    if callable(base_model):
+        if getattr(getattr(model, "active_peft_config", None), "is_prompt_learning", False):
+            raise ValueError("prompt-learning adapters of PEFT add positions of their own; use LoRA or another adapter")
+        model = base_model()
+    if not isinstance(model, PreTrainedModel):
+        raise TypeError(
+            f"model is a {type(model).__name__}; give a transformers model (AutoModelForCausalLM) or PEFT's"
+        )
+    return model
+
+
+def dtype_inside(prepared: torch.nn.Module, model: PreTrainedModel) -> torch.dtype:
+    """What autocast computes in inside the forward of ``prepared``, which ends in that of ``model``."""
+    device, seen = model.device, []
+
+    def look(*_):
+        on = torch.is_autocast_enabled(device.type)
+        seen.append(torch.get_autocast_dtype(device.type) if on else model.dtype)
+
+    hook = model.get_input_embeddings().register_forward_pre_hook(look)
+    try:
+        ids = torch.zeros(1, 1, dtype=torch.int64, device=device)
+        prepared(input_ids=ids, attention_mask=torch.ones_like(ids))
+    finally:
+        hook.remove()
+    return seen[0]
+
+
+def check_dtypes(model: PreTrainedModel) -> None:
+    """One dtype for all weights, but for adapters and what transformers itself keeps in fp32."""
+    kept = tuple(getattr(model, "_keep_in_fp32_modules", None) or ()) + tuple(
+        getattr(model, "_keep_in_fp32_modules_strict", None) or ()
+    )
+    adapters = {
+        id(parameter)
+        for module in model.modules()
+        for layer in getattr(module, "adapter_layer_names", ())
+        for parameter in getattr(module, layer).parameters()
+    }
+    dtypes: dict[torch.dtype, str] = {}
+    for name, parameter in model.named_parameters():
+        if parameter.is_floating_point() and id(parameter) not in adapters and not any(part in name for part in kept):
+            dtypes.setdefault(parameter.dtype, name)
+    if len(dtypes) > 1:
+        found = ", ".join(f"{dtype} ({name})" for dtype, name in dtypes.items())
+        raise TypeError(f"the model's weights have several dtypes: {found}; cast them with model.to(dtype)")
+
+
+@contextmanager
+def inference(model: PreTrainedModel) -> Iterator[None]:
+    """Eval mode and no gradients inside; every module's own training flag is back afterwards."""
+    training = [module for module in model.modules() if module.training]
+    model.eval()
+    try:
+        with torch.no_grad():
+            yield
+    finally:
+        for module in training:
+            module.training = True

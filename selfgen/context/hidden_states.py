@@ -1,22 +1,17 @@
-"""The passes are the forward: training on a mixed context without computing its forward again.
+"""What entered each decoder layer, and what left the last one: the hidden states that passes leave behind.
 
 When a generation has reached its fixed point, every position has been computed under its final context. What entered
-each decoder layer then is what an ordinary forward over the mixed context would hand to that layer, and just what
-gradient checkpointing (Chen et al. 2016, arXiv 1604.06174) would save. So it is kept, and the training pass *replays*
-it: a layer's forward returns what is kept, and its backward computes the layer again from what entered it, as any
-checkpointed layer's does. transformers' models offer the place for it, the checkpointing function of
-``GradientCheckpointingLayer``, so a model needs no change.
+each decoder layer then is what an ordinary forward over the mixed context would hand to that layer. It is kept here for
+whoever wants it: a training step that reuses the passes (``selfgen.training.reuse``).
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager
 from functools import partial
 
-import torch
 from torch import Tensor, nn
-from torch.utils._pytree import tree_leaves
 from transformers import PreTrainedModel
 from transformers.modeling_layers import GradientCheckpointingLayer
 
@@ -113,73 +108,3 @@ class HiddenStates:
     def at(self, index: int, slots: Tensor) -> Tensor:
         """[B, L, hidden_size] of ``slots`` [B, L], where slot S is padding."""
         return self.states[index][slots]
-
-    @contextmanager
-    def replay(self, slots: Tensor) -> Iterator[None]:
-        """Inside, training forwards over [B, L] tokens whose slots are ``slots`` [B, L] replay what is kept.
-
-        Their backward may come later, outside.
-        """
-        before = [{name: value for name, value in vars(layer).items() if name in _SWITCHES} for layer in self.layers]
-        try:
-            for index, layer in enumerate(self.layers):
-                trainable = [parameter for parameter in layer.parameters() if parameter.requires_grad]
-                layer.gradient_checkpointing = True
-                layer._gradient_checkpointing_func = partial(self._replay_layer, index, slots, trainable)
-            yield
-        finally:
-            for layer, switches in zip(self.layers, before, strict=True):
-                for name in _SWITCHES:
-                    vars(layer).pop(name, None)
-                vars(layer).update(switches)
-
-    def _replay_layer(
-        self, index: int, slots: Tensor, trainable: list[Tensor], forward: Callable, hidden: Tensor, *args
-    ) -> Tensor:
-        given = args, getattr(forward, "keywords", {})
-        if any(isinstance(leaf, Tensor) and leaf.requires_grad for leaf in tree_leaves(given)):
-            raise ReplayError("a decoder layer has more than one input with a gradient")
-        entering, leaving = partial(self.at, index, slots), partial(self.at, index + 1, slots)
-        return _Replay.apply(lambda states: forward(states, *args), entering, leaving, hidden, *trainable)
-
-
-_SWITCHES = ("gradient_checkpointing", "_gradient_checkpointing_func")
-
-
-class _Replay(torch.autograd.Function):
-    """A layer whose output is known; its backward computes it again, with gradients.
-
-    Its parameters are inputs, so gradients reach them in the outer graph: hooks on them (DDP's) see nothing unusual.
-    """
-
-    @staticmethod
-    def forward(ctx, layer, entering, leaving, hidden, *trainable):
-        device = hidden.device.type
-        ctx.layer, ctx.entering, ctx.trainable = layer, entering, trainable
-        ctx.autocast = nullcontext
-        if torch.is_autocast_enabled(device):
-            ctx.autocast = partial(torch.autocast, device, dtype=torch.get_autocast_dtype(device))
-        return leaving()
-
-    @staticmethod
-    def backward(ctx, gradient):
-        with torch.enable_grad(), ctx.autocast():
-            hidden = ctx.entering().requires_grad_()
-            output = ctx.layer(hidden)
-        inputs = hidden, *ctx.trainable
-        with _without_hooks(ctx.trainable):
-            gradients = torch.autograd.grad(output, inputs, gradient.to(output.dtype), allow_unused=True)
-        return None, None, None, *gradients
-
-
-@contextmanager
-def _without_hooks(parameters: list[Tensor]) -> Iterator[None]:
-    """Inside, hooks on ``parameters`` do not run: they do in the outer graph, once."""
-    hooked = [(parameter, parameter._backward_hooks) for parameter in parameters if parameter._backward_hooks]
-    try:
-        for parameter, _ in hooked:
-            parameter._backward_hooks = None
-        yield
-    finally:
-        for parameter, hooks in hooked:
-            parameter._backward_hooks = hooks

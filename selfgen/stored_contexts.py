@@ -12,7 +12,6 @@ from __future__ import annotations
 import json
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -20,20 +19,15 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
-import torch
 from datasets import Dataset, Features, List, Value
-from torch import Tensor
 from tqdm.auto import tqdm
-from transformers import PreTrainedModel
 
-from .config import BSSConfig
-from .context import ContextGenerator, ContextStats
+from .context import ContextGenerator
 from .context.generator import Method
-from .context.ragged import max_positions, vocab_size_of
-from .data import Collator, check_sample_ids, load_rows
+from .context.models import max_positions
+from .data import check_sample_ids, load_rows
 from .files import lock, write_whole
 from .provenance import rows_hash, versions, weights_hash
-from .trainer import BSSTrainer, learn_after_self, rows_of
 
 PROVENANCE = "provenance.json"
 FEATURES = Features(
@@ -43,8 +37,8 @@ FEATURES = Features(
     context_ids=List(Value("int64")),
     is_self=List(Value("bool")),
 )
-_ROW = ("sample_id", "prompt_ids", "answer_ids")
-_CONTEXT = ("context_ids", "is_self")
+ROW_COLUMNS = ("sample_id", "prompt_ids", "answer_ids")
+CONTEXT_COLUMNS = ("context_ids", "is_self")
 
 
 class OfflineError(ValueError):
@@ -132,7 +126,7 @@ def write_contexts(
 
 def _checked(rows: Dataset, generator: ContextGenerator, batch_size: int, shard_rows: int) -> Dataset:
     """The columns that are needed."""
-    missing = [name for name in _ROW if name not in rows.column_names]
+    missing = [name for name in ROW_COLUMNS if name not in rows.column_names]
     if missing:
         raise ValueError(f"the rows lack {', '.join(missing)}; tokenize them with selfgen.data.tokenize_rows")
     if len(rows) == 0:
@@ -145,7 +139,7 @@ def _checked(rows: Dataset, generator: ContextGenerator, batch_size: int, shard_
     longest = max(len(row["prompt_ids"]) + len(row["answer_ids"]) for row in rows)
     if limit is not None and longest > limit:
         raise ValueError(f"the longest row has {longest} tokens, but the model has {limit} positions; cut max_length")
-    return rows.with_format(None).select_columns(list(_ROW))
+    return rows.with_format(None).select_columns(list(ROW_COLUMNS))
 
 
 def _contexts(
@@ -160,20 +154,22 @@ def _contexts(
     contexts: dict[int, tuple[list[int], list[bool]]] = {}
     for start in range(0, len(order), batch_size):
         batch = order[start : start + batch_size]
-        sample_ids, prompts, references = ([rows[name][i] for i in batch] for name in _ROW)
+        sample_ids, prompts, references = ([rows[name][i] for i in batch] for name in ROW_COLUMNS)
         mixed = generator.generate(prompts, references, sample_ids=sample_ids, **options)
         for i, tokens, is_self in zip(batch, mixed.tokens, mixed.is_self, strict=True):
             contexts[i] = tokens.tolist(), is_self.tolist()
         done(len(batch))
-    return {name: [contexts[i][which] for i in range(len(order))] for which, name in enumerate(_CONTEXT)}
+    return {name: [contexts[i][which] for i in range(len(order))] for which, name in enumerate(CONTEXT_COLUMNS)}
 
 
 def _statistics(shards: list[Path]) -> dict[str, float]:
     """Read from the shards, so that a run in parts has the figures of an unbroken one."""
     answer_tokens = self_tokens = agreeing = 0
     for shard in shards:
-        table = pq.read_table(shard, columns=["answer_ids", *_CONTEXT])
-        answer, context, is_self = (pc.list_flatten(table[name]).to_numpy() for name in ("answer_ids", *_CONTEXT))
+        table = pq.read_table(shard, columns=["answer_ids", *CONTEXT_COLUMNS])
+        answer, context, is_self = (
+            pc.list_flatten(table[name]).to_numpy() for name in ("answer_ids", *CONTEXT_COLUMNS)
+        )
         answer_tokens += len(answer)
         self_tokens += int(is_self.sum())
         agreeing += int((is_self & (context == answer)).sum())
@@ -279,102 +275,3 @@ def _note_versions(folder: Path, record: dict[str, Any]) -> None:
 def _write_record(folder: Path, record: dict[str, Any]) -> None:
     content = json.dumps(record, indent=1).encode() + b"\n"
     write_whole(folder / PROVENANCE, lambda file: file.write(content))
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# Training
-
-
-@dataclass
-class ContextCollator(Collator):
-    """``Collator`` for rows that have contexts: ``input_ids`` hold the context in place of the answer.
-
-    ``labels`` are the reference's still, and ``is_self`` (bool [B, L]) is true on the model's own tokens. Rows without
-    contexts give the batch of ``Collator``.
-    """
-
-    def __call__(self, features: list[dict[str, Any]]) -> dict[str, Tensor]:
-        batch = super().__call__(features)
-        if not set(_CONTEXT) <= set(features[0]):
-            return batch
-        batch["is_self"] = torch.zeros_like(batch["input_ids"], dtype=torch.bool)
-        for index, row in enumerate(features):
-            span = slice(len(row["prompt_ids"]), len(row["prompt_ids"]) + len(row["answer_ids"]))
-            batch["input_ids"][index, span] = torch.tensor(row["context_ids"])
-            batch["is_self"][index, span] = torch.tensor(row["is_self"])
-        return batch
-
-
-class BASHTrainer(BSSTrainer):
-    """Fine-tune on contexts that were written beforehand (arXiv 2410.14655, Batch-scheduled Sampling).
-
-    The step is that of ``BSSTrainer`` with these contexts: nothing is generated, and what ``BSSConfig`` has for making
-    contexts has no effect. Logs have the same figures; ``passes`` and ``computed_per_token`` are 0.
-
-    Args:
-        model, args, **kwargs: as of ``BSSTrainer``. Evaluation rows that have contexts are evaluated under these.
-        train_dataset: the folder that ``write_contexts`` wrote, or rows as ``load_contexts`` returns them.
-
-    Raises:
-        OfflineError: (a ValueError) a folder without contexts, or whose contexts are not complete.
-        ValueError: rows without contexts, longer than ``max_length``, or with ids that the model does not have.
-
-    Example:
-        >>> config = BSSConfig("outputs/bash", num_train_epochs=1)
-        >>> BASHTrainer("HuggingFaceTB/SmolLM2-135M-Instruct", config, train_dataset="contexts").train()
-    """
-
-    collator_class = ContextCollator
-
-    def __init__(
-        self, model: PreTrainedModel | torch.nn.Module | str, args: BSSConfig, *, train_dataset=None, **kwargs
-    ):
-        if isinstance(train_dataset, str | Path):
-            train_dataset = load_contexts(train_dataset)
-        if train_dataset is not None:
-            missing = [name for name in (*_ROW, *_CONTEXT) if name not in train_dataset.column_names]
-            if missing:
-                raise ValueError(f"the rows lack {', '.join(missing)}; give the folder that write_contexts wrote")
-            self._has_self_tokens = any(any(row) for row in train_dataset["is_self"])
-        super().__init__(model, args, train_dataset=train_dataset, **kwargs)
-        if train_dataset is not None:
-            _check_fit(train_dataset, self.generator.model, args.max_length)
-
-    def mix(self, batches: list[dict[str, Tensor]]) -> None:
-        """The contexts are in ``input_ids`` already; note down what they are like."""
-        self.meter.contexts_begin()
-        for batch in batches:
-            is_self = batch["is_self"]
-            agreeing = is_self & (batch["input_ids"] == batch["labels"])
-            stats = ContextStats.untouched(batch["prompt_length"].tolist(), batch["answer_length"].tolist())
-            self_tokens = int(is_self.sum())
-            agreement = int(agreeing.sum()) / self_tokens if self_tokens else 1.0
-            self.meter.contexts_end(replace(stats, self_tokens=self_tokens, agreement=agreement))
-        if self.args.loss_on == "after_self" and self._has_self_tokens:
-            for batch in batches:
-                for row, is_self in zip(rows_of(batch), batch["is_self"], strict=True):
-                    learn_after_self(row.reference, is_self[len(row.prompt) :][: len(row.reference)])
-
-    def compute_loss(self, model, inputs, *args, **kwargs):
-        inputs = {name: value for name, value in inputs.items() if name != "is_self"}
-        return super().compute_loss(model, inputs, *args, **kwargs)
-
-    def _may_replay(self) -> bool:
-        return False  # there are no passes whose work could be used
-
-
-def _check_fit(rows: Dataset, model: PreTrainedModel, max_length: int) -> None:
-    """Contexts may be of another model, and of another tokenizer."""
-    longest = highest = 0
-    columns = ["prompt_ids", "answer_ids", "context_ids"]
-    for part in rows.select_columns(columns).with_format("arrow").iter(10_000):
-        ids = [part[name] for name in columns]
-        longest = max(longest, pc.max(pc.add(*map(pc.list_value_length, ids[:2]))).as_py())
-        highest = max(highest, *(pc.max(pc.list_flatten(column)).as_py() for column in ids))
-    if highest >= vocab_size_of(model):
-        raise ValueError(
-            f"the contexts have the token id {highest}, but the model has {vocab_size_of(model)} ids; write them "
-            "with a model of the same tokenizer"
-        )
-    if longest > max_length:
-        raise ValueError(f"the longest row of the contexts has {longest} tokens; raise max_length ({max_length})")

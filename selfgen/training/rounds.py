@@ -24,12 +24,14 @@ import torch
 from datasets import Dataset
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from ..context import ContextGenerator
+from ..provenance import rows_hash
+from ..stored_contexts import OfflineError, check_settings, write_contexts
+from .bash import BASHTrainer
+from .bss import tokenized
+from .checkpoints import last_checkpoint
 from .config import BSSConfig
-from .context import ContextGenerator
-from .offline import BASHTrainer, OfflineError, check_settings, write_contexts
-from .provenance import rows_hash
 from .schedules import Schedule
-from .trainer import last_checkpoint, tokenized
 
 logger = logging.getLogger(__name__)
 

@@ -4,12 +4,11 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
-from datasets import Dataset
-from transformers import PreTrainedTokenizerBase, TrainingArguments
+from transformers import TrainingArguments
 
-from .context.generator import METHODS, Method
-from .context.masks import Masks
-from .data import DataReport, tokenize_rows
+from ..context.generator import METHODS, Method
+from ..context.masks import Masks
+from ..data import RowOptions
 from .schedules import SCHEDULES, Schedule
 
 LOSS_ON = ("all", "after_self")
@@ -43,39 +42,6 @@ class MaskOptions:
     def masks(self) -> Masks:
         """How positions are drawn; a ValueError if an option is out of its range."""
         return Masks(self.granularity, self.span_length, self.self_prob_curve, self.min_reference_prob)  # type: ignore[arg-type]
-
-
-@dataclass
-class RowOptions:
-    """Which columns of a data set are prompts and answers, and what becomes of them; see ``data.tokenize_rows``."""
-
-    max_length: int = field(
-        default=1024, metadata={"help": "Longest row in tokens, prompt included; longer answers are cut and counted."}
-    )
-    prompt_column: str = field(default="prompt", metadata={"help": "Column with the prompt (text or messages)."})
-    completion_column: str = field(
-        default="completion", metadata={"help": "Column with the reference answer (text or messages)."}
-    )
-    messages_column: str = field(
-        default="messages",
-        metadata={"help": "Column with a conversation whose last assistant turn is the reference answer."},
-    )
-    apply_chat_template: bool | None = field(
-        default=None, metadata={"help": "Use the tokenizer's chat template; by default if it has one."}
-    )
-
-    def tokenize(
-        self, rows: Dataset, tokenizer: PreTrainedTokenizerBase, max_length: int | None = None
-    ) -> tuple[Dataset, DataReport]:
-        return tokenize_rows(
-            rows,
-            tokenizer,
-            max_length=self.max_length if max_length is None else max_length,
-            prompt_column=self.prompt_column,
-            completion_column=self.completion_column,
-            messages_column=self.messages_column,
-            apply_chat_template=self.apply_chat_template,
-        )
 
 
 @dataclass

@@ -6,43 +6,32 @@ import copy
 import json
 import logging
 import os
-import time
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass, fields
 from functools import partial
-from itertools import accumulate
 from pathlib import Path
 
 import torch
 from datasets import Dataset, DatasetDict
 from torch import Tensor
-from transformers import (
-    AutoModelForCausalLM,
-    AutoTokenizer,
-    PreTrainedModel,
-    Trainer,
-    TrainerCallback,
-    TrainingArguments,
-)
+from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, Trainer
 
+from ..context import ContextGenerator, ContextStats, MixedContext
+from ..context.hidden_states import ReplayError, decoder_layers
+from ..context.models import max_positions
+from ..data import Collator, answer_ends, check_sample_ids, load_rows, pad_token_id, rows_of
+from ..data.batches import ROWS, Row, lengths_of
+from .batches import RowSlots, learn_after_self, unique_rows
+from .checkpoints import SETTINGS, check_resumed, resumed_settings
 from .config import BSSConfig
-from .context import ContextGenerator, ContextStats, MixedContext
-from .context.ragged import max_positions
-from .data import IGNORE_INDEX, Collator, answer_ends, check_sample_ids, load_rows
 from .losses import AnswerLoss
-from .replay import HiddenStates, ReplayError, decoder_layers
+from .meter import Meter, StepTimer
+from .reuse import reuse_passes
 from .schedules import Schedule
 
 logger = logging.getLogger(__name__)
 
-SETTINGS = "selfgen.json"  # beside the weights of every checkpoint
-_FREE = {
-    "context_method", "token_budget", "context_micro_batches", "own_answer_batch_size", "cuda_graphs", "replay",
-    "lean_loss",
-}  # fmt: skip
-_ROWS = ("sample_id", "prompt_length", "answer_length")
-_BOOKKEEPING = (*_ROWS, "loss_weight")  # columns that are not the model's
+_BOOKKEEPING = (*ROWS, "loss_weight")  # columns that are not the model's
 
 
 class BSSTrainer(Trainer):
@@ -132,13 +121,13 @@ class BSSTrainer(Trainer):
             )
         self._waiting: list[dict[str, Tensor]] = []  # micro-batches of this optimizer step, without contexts yet
         self._mixed = 0  # micro-batches with contexts that are not trained on yet
-        self._replay: _Replay | None = None
+        self._replay: RowSlots | None = None
         self._replay_verified = False
         self._replays = self._may_replay()
         self._answer_loss = self._make_loss()
         self._label_smoother = self.label_smoother  # type: ignore[has-type]
-        self.meter = _Meter()
-        self.add_callback(_StepTimer(self.meter))
+        self.meter = Meter()
+        self.add_callback(StepTimer(self.meter))
 
     def _end_answers_where_rows_end(self) -> None:
         """What the trained model generates ends with what its training rows end with, also where it is loaded later.
@@ -208,7 +197,7 @@ class BSSTrainer(Trainer):
         self_prob = self.args.self_prob_at(self.state.global_step, self.state.max_steps, self.schedule)
         rows = [row for batch in batches for row in rows_of(batch)]
         if self_prob > 0.0:
-            unique = _unique(rows)
+            unique = unique_rows(rows)
             mixed = self._generate(unique, self_prob)
             tokens = dict(zip((row.sample_id for row in unique), mixed.tokens, strict=True))
             for row in rows:
@@ -219,12 +208,12 @@ class BSSTrainer(Trainer):
                     learn_after_self(row.reference, masks[row.sample_id])
             stats = mixed.stats
             if mixed.hidden_states is not None:
-                self._replay = _Replay(mixed.hidden_states, unique)
+                self._replay = RowSlots(mixed.hidden_states, unique)
         else:
             stats = ContextStats.untouched([len(row.prompt) for row in rows], [len(row.reference) for row in rows])
         self.meter.contexts_end(stats)
 
-    def _generate(self, rows: list[_Row], self_prob: float) -> MixedContext:
+    def _generate(self, rows: list[Row], self_prob: float) -> MixedContext:
         def generate() -> MixedContext:
             return self.generator.generate(
                 [row.prompt for row in rows],
@@ -341,7 +330,7 @@ class BSSTrainer(Trainer):
         column, by_length = self.args.length_column_name, ("group_by_length", "batch_rebalance")
         if self.args.train_sampling_strategy in by_length and column not in rows.column_names:
             plain = rows.with_format(None)
-            lengths = plain.map(_lengths, batched=True, remove_columns=rows.column_names, desc="Lengths")
+            lengths = plain.map(lengths_of, batched=True, remove_columns=rows.column_names, desc="Lengths")
             rows = plain.add_column(column, lengths["length"][:])
         return rows
 
@@ -351,7 +340,7 @@ class BSSTrainer(Trainer):
 
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
         replay = self._replay if model.training else None
-        replayed = nullcontext if replay is None else partial(replay.hidden_states.replay, replay.slots(inputs))
+        replayed = nullcontext if replay is None else partial(reuse_passes, replay.hidden_states, replay.slots(inputs))
         row_weights = inputs.get("loss_weight")
         inputs = {key: value for key, value in inputs.items() if key not in _BOOKKEEPING}
         compute_loss = super().compute_loss
@@ -397,73 +386,6 @@ class BSSTrainer(Trainer):
         super().log(logs, start_time)
 
 
-class _Replay:
-    """The hidden states of a generation, and where in them its rows are."""
-
-    def __init__(self, hidden_states: HiddenStates, rows: list[_Row]):
-        self.hidden_states = hidden_states
-        starts = accumulate((len(row.prompt) + len(row.reference) for row in rows), initial=0)
-        self.first_slot = {row.sample_id: start for row, start in zip(rows, starts, strict=False)}
-
-    def slots(self, batch: dict[str, Tensor]) -> Tensor:
-        """int64 [B, L], with the slot behind the last one as padding."""
-        ids = batch["input_ids"]
-        first = torch.tensor([self.first_slot[row] for row in batch["sample_id"].tolist()], device=ids.device)
-        places = torch.arange(ids.shape[1], device=ids.device)
-        lengths = batch["prompt_length"] + batch["answer_length"]
-        return torch.where(places < lengths[:, None], first[:, None] + places, self.hidden_states.num_slots)
-
-
-@dataclass
-class _Row:
-    """One row of a collated batch; ``answer`` is the view of ``input_ids`` that the mixed context goes to."""
-
-    sample_id: int
-    prompt: Tensor  # [P]
-    answer: Tensor  # [T]
-    reference: Tensor  # [T]
-
-
-def rows_of(batch: dict[str, Tensor]) -> list[_Row]:
-    """Views of the rows of a collated batch."""
-    missing = [name for name in _ROWS if name not in batch]
-    if missing:
-        raise ValueError(f"the collated batch lacks {', '.join(missing)}; use selfgen.data.Collator or extend it")
-    places = torch.arange(batch["labels"].shape[1], device=batch["labels"].device)
-    first, learned = batch["prompt_length"][:, None], batch["labels"] != IGNORE_INDEX
-    answers = (places >= first) & (places < first + batch["answer_length"][:, None])
-    if ((answers & ~learned) | ((places == first - 1) & learned)).any():
-        raise ValueError("the collated batch has no answer where its prompt_length ends: pad on the right only")
-    rows = []
-    bounds = zip(*(batch[name].tolist() for name in _ROWS), strict=True)
-    for index, (sample_id, prompt, answer) in enumerate(bounds):
-        ids, labels = batch["input_ids"][index], batch["labels"][index]
-        span = slice(prompt, prompt + answer)
-        rows.append(_Row(sample_id, ids[:prompt], ids[span], labels[span]))
-    return rows
-
-
-def _unique(rows: list[_Row]) -> list[_Row]:
-    """Each row once, as a sampler may repeat one; two different rows can't share an id."""
-    unique: dict[int, _Row] = {}
-    for row in rows:
-        known = unique.setdefault(row.sample_id, row)
-        if known is row:
-            continue
-        if not (torch.equal(known.prompt, row.prompt) and torch.equal(known.reference, row.reference)):
-            raise ValueError(
-                f"two different rows have the sample id {row.sample_id}; ids tell rows apart: number the rows of the "
-                "data set anew, or remove its column sample_id before tokenizing"
-            )
-    return list(unique.values())
-
-
-def learn_after_self(labels: Tensor, is_self: Tensor) -> None:
-    """Take out of an answer's ``labels`` [T] those that have no self token before them."""
-    own = is_self.long()
-    labels[own.cumsum(0) == own] = IGNORE_INDEX
-
-
 def step_seed(seed: int, step: int, stream: int = 0) -> int:
     """One 64-bit key for each (seed, optimizer step): contexts change from step to step, a resumed run repeats them.
 
@@ -483,118 +405,8 @@ def tokenized(name: str, rows, tokenizer, args: BSSConfig, max_length: int) -> D
     return dataset
 
 
-def _lengths(batch: dict[str, list]) -> dict[str, list[int]]:
-    pairs = zip(batch["prompt_ids"], batch["answer_ids"], strict=True)
-    return {"length": [len(prompt) + len(answer) for prompt, answer in pairs]}
-
-
-def pad_token_id(tokenizer) -> int:
-    for token in (tokenizer.pad_token_id, tokenizer.eos_token_id):
-        if token is not None:
-            return token
-    raise ValueError("the tokenizer has neither a pad nor an eos token; set tokenizer.eos_token")
-
-
-def last_checkpoint(folder: str | Path) -> str | None:
-    """The newest checkpoint in ``folder`` that was written to its end."""
-    steps = {}
-    for state in Path(folder).glob("checkpoint-*/trainer_state.json"):
-        try:
-            steps[json.loads(state.read_text())["global_step"]] = state.parent  # the Trainer writes this file last
-        except (ValueError, KeyError):
-            continue
-    return str(steps[max(steps)]) if steps else None
-
-
 def check_processes(world_size: int) -> None:
     """Raise ValueError in a process of several that would train alone: accelerate puts CPUs together only if asked."""
     started = int(os.environ.get("WORLD_SIZE", "1"))
     if world_size < started:
         raise ValueError(f"this is one of {started} processes, but each would train alone: on CPUs, add --use_cpu")
-
-
-def resumed_settings(args: BSSConfig) -> dict[str, object]:
-    """What contexts and losses hang on, which a resumed run must have again."""
-    of_trainer = {field.name for field in fields(TrainingArguments)} - {"seed"}
-    names = [field.name for field in fields(args) if field.name not in of_trainer | _FREE]
-    return {name: getattr(args, name) for name in names}
-
-
-def check_resumed(checkpoint: str | Path, args: BSSConfig) -> None:
-    """Raise ValueError if the run that left ``checkpoint`` had other settings than ``args``."""
-    try:
-        before = json.loads((Path(checkpoint) / SETTINGS).read_text())
-    except FileNotFoundError:  # of another program
-        return
-    now = resumed_settings(args)
-    other = [name for name in now if before.get(name, now[name]) != now[name]]
-    if other:
-        changes = "; ".join(f"{name} was {before[name]!r}, is {now[name]!r}" for name in other)
-        raise ValueError(
-            f"{checkpoint} is of a run with other settings ({changes}): resume with the same, or start another run, "
-            "with the checkpoint as its model"
-        )
-
-
-class _Meter:
-    """What contexts and training cost since the last log, and what the contexts were like."""
-
-    def __init__(self) -> None:
-        self._mark = 0.0
-        self._reset()
-
-    def _reset(self) -> None:
-        self.steps = 0
-        self.stats: list[ContextStats] = []
-        self.context_seconds = self.training_seconds = 0.0
-
-    def _since_mark(self) -> float:
-        before, self._mark = self._mark, time.perf_counter()
-        return self._mark - before
-
-    def step_begin(self) -> None:
-        self._since_mark()
-
-    def contexts_begin(self) -> None:
-        self.training_seconds += self._since_mark()
-
-    def contexts_end(self, stats: ContextStats | None = None) -> None:
-        self.context_seconds += self._since_mark()
-        if stats is not None:
-            self.stats.append(stats)
-
-    def step_end(self) -> None:
-        self.training_seconds += self._since_mark()
-        self.steps += 1
-
-    def flush(self) -> dict[str, float]:
-        """Means over the steps since the last flush."""
-        steps = max(1, self.steps)
-
-        def total(name: str) -> float:
-            return sum(getattr(stats, name) for stats in self.stats)
-
-        self_tokens = total("self_tokens")
-        agreeing = sum(stats.agreement * stats.self_tokens for stats in self.stats)
-        logs = {
-            "self_share": self_tokens / max(1, total("answer_tokens")),
-            "agreement": agreeing / self_tokens if self_tokens else 1.0,
-            "passes": total("passes") / steps,
-            "computed_per_token": total("tokens_computed") / max(1, total("context_tokens")),
-            "context_seconds": self.context_seconds / steps,
-            "training_seconds": self.training_seconds / steps,
-        }
-        self._reset()
-        return logs
-
-
-class _StepTimer(TrainerCallback):
-    """Tells the meter when an optimizer step is done on the device."""
-
-    def __init__(self, meter: _Meter):
-        self.meter = meter
-
-    def on_step_end(self, args, state, control, **kwargs):
-        if args.device.type != "cpu":
-            torch.accelerator.synchronize(args.device)  # the next step's contexts would wait here anyway
-        self.meter.step_end()

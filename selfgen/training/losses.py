@@ -19,8 +19,8 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 from transformers import PreTrainedModel
 
-from .context.generator import inference
-from .data import IGNORE_INDEX
+from ..context.models import inference
+from ..data import IGNORE_INDEX
 
 _CHUNK_BYTES = 2**27  # of fp32 logits in memory at a time; much smaller chunks read the head's weights too often
 

@@ -1,6 +1,6 @@
 """The demo: train SmolLM2-135M-Instruct online on its own tokens, against plain fine-tuning, on a laptop.
 
-    python -m benchmarks.demo            (or: make demo)
+    python -m examples.demo            (or: make demo)
 
 Two runs with the same data, order, seed and steps: SFT (every context token is the reference's) and online
 batch-scheduled sampling. Held-out problems are scored before, while and after, under reference contexts and under the
@@ -22,8 +22,7 @@ from transformers.utils import logging as transformers_logging
 from selfgen import BSSConfig, BSSTrainer, ContextGenerator, MixedContext
 from selfgen.data import tokenize_rows
 from selfgen.evaluation import held_out_losses
-
-from .fixtures import gsm_symbolic, load_smollm2, smollm2_path
+from tools.real_parts import gsm_symbolic, load_smollm2, smollm2_path
 
 RUNS = ("SFT", "BSS")
 

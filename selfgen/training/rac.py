@@ -12,11 +12,11 @@ import datasets
 import torch
 from torch import Tensor
 
+from ..context import Answers, ContextStats
+from ..correction import DEFAULT_CUE, CorrectionCue
+from ..data import Collator, pad_token_id, rows_of
+from .bss import BSSTrainer, step_seed
 from .config import BSSConfig
-from .context import Answers, ContextStats
-from .correction import DEFAULT_CUE, CorrectionCue
-from .data import Collator
-from .trainer import BSSTrainer, pad_token_id, rows_of, step_seed
 
 OWN_ANSWERS = ("generated", "mixed", "column")
 _DIRECT = 1 << 62  # the bit of a sample id that tells the row without a correction; negative ids may be the user's

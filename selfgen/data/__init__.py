@@ -1,0 +1,26 @@
+"""From any usual fine-tuning data set to padded batches: load rows, tokenize them into prompt and answer, collate.
+
+>>> rows = load_rows("openai/gsm8k", config_name="main")
+>>> examples, report = tokenize_rows(
+...     rows, tokenizer, max_length=512, prompt_column="question", completion_column="answer"
+... )
+>>> batch = Collator(pad_token_id=tokenizer.eos_token_id)([examples[0], examples[1]])
+"""
+
+from .batches import IGNORE_INDEX, Collator, pad_token_id, rows_of
+from .loading import load_rows
+from .templates import answer_ends
+from .tokenizing import DataReport, RowOptions, check_sample_ids, tokenize_rows
+
+__all__ = [
+    "IGNORE_INDEX",
+    "Collator",
+    "DataReport",
+    "RowOptions",
+    "answer_ends",
+    "check_sample_ids",
+    "load_rows",
+    "pad_token_id",
+    "rows_of",
+    "tokenize_rows",
+]

@@ -1,0 +1,57 @@
+"""What chat templates make of messages: the text of a prompt and of its answer, and what ends an answer."""
+
+from typing import Any
+
+from transformers import PreTrainedTokenizerBase
+
+
+def answer_ends(tokenizer: PreTrainedTokenizerBase) -> frozenset[int]:
+    """Ids that end an answer: the EOS, and the added token that the chat template writes right behind an answer.
+
+    They differ where a base model's tokenizer has a chat template: EOS ends documents, and `<|im_end|>` turns.
+    """
+    ends = {tokenizer.eos_token_id} - {None}
+    behind = _behind_an_answer(tokenizer).lstrip() if getattr(tokenizer, "chat_template", None) else ""
+    first = tokenizer(behind, add_special_tokens=False).input_ids[:1] if behind else []
+    return frozenset(ends | {token for token in first if token in tokenizer.added_tokens_decoder})
+
+
+def _behind_an_answer(tokenizer: PreTrainedTokenizerBase) -> str:
+    """What the chat template writes behind the last turn's content; nothing where that can't be told."""
+    answer = "The answer."
+    turns = [{"role": "user", "content": "x"}, {"role": "assistant", "content": answer}]
+    for before in ([], [{"role": "system", "content": "x"}]):
+        try:
+            text = tokenizer.apply_chat_template([*before, *turns], tokenize=False)
+        except Exception:  # a template may raise anything; where it is to be applied, that is reported with the row
+            continue
+        return text.rpartition(answer)[2] if answer in text else ""
+    return ""
+
+
+def check_turns(row: int, columns: list[str], turns: list[Any]) -> list[dict[str, Any]]:
+    """The messages of a conversation, without the keys that Arrow filled with None because other rows have them."""
+    where = f"row {row}, column {' or '.join(map(repr, columns))}"
+    for turn in turns:
+        if not isinstance(turn, dict) or not {"role", "content"} <= set(turn):
+            raise TypeError(f"{where}: a message is a dict with 'role' and 'content', not {turn!r}")
+    if turns and turns[-1]["role"] == "assistant" and not isinstance(turns[-1]["content"], str):
+        raise TypeError(f"{where}: the content of the answer must be text, not {turns[-1]['content']!r}")
+    return [{key: value for key, value in turn.items() if value is not None or key == "content"} for turn in turns]
+
+
+def render(row: int, turns: list[dict[str, Any]], tokenizer: PreTrainedTokenizerBase) -> tuple[str, str]:
+    """The chat template's text up to the answer, and from there on."""
+    try:
+        prompt = tokenizer.apply_chat_template(turns[:-1], add_generation_prompt=True, tokenize=False)
+        full = tokenizer.apply_chat_template(turns, tokenize=False)
+    except Exception as error:  # a template may raise anything
+        raise ValueError(f"row {row}: the chat template rejects these messages ({error}): {turns!r:.200}") from error
+    if not full.startswith(prompt):
+        same = next((i for i, (a, b) in enumerate(zip(prompt, full, strict=False)) if a != b), len(full))
+        raise ValueError(
+            f"row {row}: the chat template is not prefix preserving: after {same} characters the prompt alone goes on "
+            f"with {prompt[same : same + 60]!r}, but the prompt with its answer with {full[same : same + 60]!r}. Set "
+            "tokenizer.chat_template to one that renders both alike, or give text and apply_chat_template=False"
+        )
+    return prompt, full[len(prompt) :]

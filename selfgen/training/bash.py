@@ -1,0 +1,121 @@
+"""``BASHTrainer``: training on contexts that were written beforehand, as they are (arXiv 2410.14655, BASH).
+
+Where the paper leaves freedom, this is chosen: a row has one context, however often it is trained on; and the loss is
+that of the online variant, the reference being the target at every answer token, also where the context before it is
+the model's own.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import pyarrow.compute as pc
+import torch
+from datasets import Dataset
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from ..context import ContextStats
+from ..context.models import vocab_size_of
+from ..data import Collator, rows_of
+from ..stored_contexts import CONTEXT_COLUMNS, ROW_COLUMNS, load_contexts
+from .batches import learn_after_self
+from .bss import BSSTrainer
+from .config import BSSConfig
+
+
+@dataclass
+class ContextCollator(Collator):
+    """``Collator`` for rows that have contexts: ``input_ids`` hold the context in place of the answer.
+
+    ``labels`` are the reference's still, and ``is_self`` (bool [B, L]) is true on the model's own tokens. Rows without
+    contexts give the batch of ``Collator``.
+    """
+
+    def __call__(self, features: list[dict[str, Any]]) -> dict[str, Tensor]:
+        batch = super().__call__(features)
+        if not set(CONTEXT_COLUMNS) <= set(features[0]):
+            return batch
+        batch["is_self"] = torch.zeros_like(batch["input_ids"], dtype=torch.bool)
+        for index, row in enumerate(features):
+            span = slice(len(row["prompt_ids"]), len(row["prompt_ids"]) + len(row["answer_ids"]))
+            batch["input_ids"][index, span] = torch.tensor(row["context_ids"])
+            batch["is_self"][index, span] = torch.tensor(row["is_self"])
+        return batch
+
+
+class BASHTrainer(BSSTrainer):
+    """Fine-tune on contexts that were written beforehand (arXiv 2410.14655, Batch-scheduled Sampling).
+
+    The step is that of ``BSSTrainer`` with these contexts: nothing is generated, and what ``BSSConfig`` has for making
+    contexts has no effect. Logs have the same figures; ``passes`` and ``computed_per_token`` are 0.
+
+    Args:
+        model, args, **kwargs: as of ``BSSTrainer``. Evaluation rows that have contexts are evaluated under these.
+        train_dataset: the folder that ``write_contexts`` wrote, or rows as ``load_contexts`` returns them.
+
+    Raises:
+        OfflineError: (a ValueError) a folder without contexts, or whose contexts are not complete.
+        ValueError: rows without contexts, longer than ``max_length``, or with ids that the model does not have.
+
+    Example:
+        >>> config = BSSConfig("outputs/bash", num_train_epochs=1)
+        >>> BASHTrainer("HuggingFaceTB/SmolLM2-135M-Instruct", config, train_dataset="contexts").train()
+    """
+
+    collator_class = ContextCollator
+
+    def __init__(
+        self, model: PreTrainedModel | torch.nn.Module | str, args: BSSConfig, *, train_dataset=None, **kwargs
+    ):
+        if isinstance(train_dataset, str | Path):
+            train_dataset = load_contexts(train_dataset)
+        if train_dataset is not None:
+            missing = [name for name in (*ROW_COLUMNS, *CONTEXT_COLUMNS) if name not in train_dataset.column_names]
+            if missing:
+                raise ValueError(f"the rows lack {', '.join(missing)}; give the folder that write_contexts wrote")
+            self._has_self_tokens = any(any(row) for row in train_dataset["is_self"])
+        super().__init__(model, args, train_dataset=train_dataset, **kwargs)
+        if train_dataset is not None:
+            _check_fit(train_dataset, self.generator.model, args.max_length)
+
+    def mix(self, batches: list[dict[str, Tensor]]) -> None:
+        """The contexts are in ``input_ids`` already; note down what they are like."""
+        self.meter.contexts_begin()
+        for batch in batches:
+            is_self = batch["is_self"]
+            agreeing = is_self & (batch["input_ids"] == batch["labels"])
+            stats = ContextStats.untouched(batch["prompt_length"].tolist(), batch["answer_length"].tolist())
+            self_tokens = int(is_self.sum())
+            agreement = int(agreeing.sum()) / self_tokens if self_tokens else 1.0
+            self.meter.contexts_end(replace(stats, self_tokens=self_tokens, agreement=agreement))
+        if self.args.loss_on == "after_self" and self._has_self_tokens:
+            for batch in batches:
+                for row, is_self in zip(rows_of(batch), batch["is_self"], strict=True):
+                    learn_after_self(row.reference, is_self[len(row.prompt) :][: len(row.reference)])
+
+    def compute_loss(self, model, inputs, *args, **kwargs):
+        inputs = {name: value for name, value in inputs.items() if name != "is_self"}
+        return super().compute_loss(model, inputs, *args, **kwargs)
+
+    def _may_replay(self) -> bool:
+        return False  # there are no passes whose work could be used
+
+
+def _check_fit(rows: Dataset, model: PreTrainedModel, max_length: int) -> None:
+    """Contexts may be of another model, and of another tokenizer."""
+    longest = highest = 0
+    columns = ["prompt_ids", "answer_ids", "context_ids"]
+    for part in rows.select_columns(columns).with_format("arrow").iter(10_000):
+        ids = [part[name] for name in columns]
+        longest = max(longest, pc.max(pc.add(*map(pc.list_value_length, ids[:2]))).as_py())
+        highest = max(highest, *(pc.max(pc.list_flatten(column)).as_py() for column in ids))
+    if highest >= vocab_size_of(model):
+        raise ValueError(
+            f"the contexts have the token id {highest}, but the model has {vocab_size_of(model)} ids; write them "
+            "with a model of the same tokenizer"
+        )
+    if longest > max_length:
+        raise ValueError(f"the longest row of the contexts has {longest} tokens; raise max_length ({max_length})")

@@ -1,0 +1,49 @@
+"""The rows of a training step: each once, where their hidden states are, and which of their labels are learned."""
+
+from __future__ import annotations
+
+from itertools import accumulate
+
+import torch
+from torch import Tensor
+
+from ..context.hidden_states import HiddenStates
+from ..data.batches import IGNORE_INDEX, Row
+
+
+def unique_rows(rows: list[Row]) -> list[Row]:
+    """Each row once, as a sampler may repeat one; two different rows can't share an id."""
+    unique: dict[int, Row] = {}
+    for row in rows:
+        known = unique.setdefault(row.sample_id, row)
+        if known is row:
+            continue
+        if not (torch.equal(known.prompt, row.prompt) and torch.equal(known.reference, row.reference)):
+            raise ValueError(
+                f"two different rows have the sample id {row.sample_id}; ids tell rows apart: number the rows of the "
+                "data set anew, or remove its column sample_id before tokenizing"
+            )
+    return list(unique.values())
+
+
+def learn_after_self(labels: Tensor, is_self: Tensor) -> None:
+    """Take out of an answer's ``labels`` [T] those that have no self token before them."""
+    own = is_self.long()
+    labels[own.cumsum(0) == own] = IGNORE_INDEX
+
+
+class RowSlots:
+    """The hidden states of a generation, and where in them its rows are."""
+
+    def __init__(self, hidden_states: HiddenStates, rows: list[Row]):
+        self.hidden_states = hidden_states
+        starts = accumulate((len(row.prompt) + len(row.reference) for row in rows), initial=0)
+        self.first_slot = {row.sample_id: start for row, start in zip(rows, starts, strict=False)}
+
+    def slots(self, batch: dict[str, Tensor]) -> Tensor:
+        """int64 [B, L], with the slot behind the last one as padding."""
+        ids = batch["input_ids"]
+        first = torch.tensor([self.first_slot[row] for row in batch["sample_id"].tolist()], device=ids.device)
+        places = torch.arange(ids.shape[1], device=ids.device)
+        lengths = batch["prompt_length"] + batch["answer_length"]
+        return torch.where(places < lengths[:, None], first[:, None] + places, self.hidden_states.num_slots)

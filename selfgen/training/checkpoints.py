@@ -1,0 +1,51 @@
+"""What a checkpoint says of the run that left it, and which one a run goes on from."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import fields
+from pathlib import Path
+
+from transformers import TrainingArguments
+
+from .config import BSSConfig
+
+SETTINGS = "selfgen.json"  # beside the weights of every checkpoint
+_FREE = {
+    "context_method", "token_budget", "context_micro_batches", "own_answer_batch_size", "cuda_graphs", "replay",
+    "lean_loss",
+}  # fmt: skip
+
+
+def last_checkpoint(folder: str | Path) -> str | None:
+    """The newest checkpoint in ``folder`` that was written to its end."""
+    steps = {}
+    for state in Path(folder).glob("checkpoint-*/trainer_state.json"):
+        try:
+            steps[json.loads(state.read_text())["global_step"]] = state.parent  # the Trainer writes this file last
+        except (ValueError, KeyError):
+            continue
+    return str(steps[max(steps)]) if steps else None
+
+
+def resumed_settings(args: BSSConfig) -> dict[str, object]:
+    """What contexts and losses hang on, which a resumed run must have again."""
+    of_trainer = {field.name for field in fields(TrainingArguments)} - {"seed"}
+    names = [field.name for field in fields(args) if field.name not in of_trainer | _FREE]
+    return {name: getattr(args, name) for name in names}
+
+
+def check_resumed(checkpoint: str | Path, args: BSSConfig) -> None:
+    """Raise ValueError if the run that left ``checkpoint`` had other settings than ``args``."""
+    try:
+        before = json.loads((Path(checkpoint) / SETTINGS).read_text())
+    except FileNotFoundError:  # of another program
+        return
+    now = resumed_settings(args)
+    other = [name for name in now if before.get(name, now[name]) != now[name]]
+    if other:
+        changes = "; ".join(f"{name} was {before[name]!r}, is {now[name]!r}" for name in other)
+        raise ValueError(
+            f"{checkpoint} is of a run with other settings ({changes}): resume with the same, or start another run, "
+            "with the checkpoint as its model"
+        )

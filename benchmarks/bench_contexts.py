@@ -34,7 +34,7 @@ class Generation:
 
     def __call__(self, method: Method) -> MixedContext:
         prompts, references, sample_ids = self.columns
-        return self.generator.generate(prompts, references, 0.25, seed=0, sample_ids=sample_ids, method=method)
+        return self.generator.contexts(prompts, references, 0.25, seed=0, sample_ids=sample_ids, method=method)
 
     def packed_sequential(self) -> MixedContext:
         """The loop with the products of the fast path: what is left of the gain is the algorithm's."""

@@ -38,10 +38,10 @@ class Setting:
         self.exact: dict[tuple[float, int], list[Tensor]] = {}
 
     def ours(self, rows: Rows, self_prob: float) -> MixedContext:
-        return self.generator.generate(rows.prompts, rows.references, self_prob, seed=0, sample_ids=rows.sample_ids)
+        return self.generator.contexts(rows.prompts, rows.references, self_prob, seed=0, sample_ids=rows.sample_ids)
 
     def sequential(self, rows: Rows, self_prob: float) -> list[Tensor]:
-        mixed = self.generator.generate(
+        mixed = self.generator.contexts(
             rows.prompts, rows.references, self_prob, seed=0, sample_ids=rows.sample_ids, method="sequential"
         )
         return self.exact.setdefault((self_prob, len(rows.prompts)), mixed.tokens)

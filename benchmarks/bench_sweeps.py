@@ -45,7 +45,7 @@ def smollm2() -> tuple[ContextGenerator, PreTrainedTokenizerBase]:
 
 def ready(generator: ContextGenerator) -> ContextGenerator:
     """Its budget is measured and its model probed, which happens once, before the clock starts."""
-    generator.generate([[1, 2]], [[3, 4]], 1.0, seed=0, sample_ids=[0])
+    generator.contexts([[1, 2]], [[3, 4]], 1.0, seed=0, sample_ids=[0])
     return generator
 
 
@@ -106,7 +106,7 @@ def cost(benchmark, report):
         mixed: list[MixedContext] = []
 
         def generate() -> None:
-            mixed.append(generator.generate(rows.prompts, rows.references, p, seed=0, sample_ids=rows.sample_ids))
+            mixed.append(generator.contexts(rows.prompts, rows.references, p, seed=0, sample_ids=rows.sample_ids))
 
         def time_forward() -> None:  # before each round and outside its clock
             started = time.perf_counter()
@@ -170,7 +170,7 @@ def test_answer_length(cost, training, length):
     rows = long_rows().shortened(LENGTH_ROWS, length)
     everything = ContextGenerator(generator.model, token_budget=1_000_000)
     deep = rows.shortened(DEPTH_ROWS, length)
-    chain = everything.generate(deep.prompts, deep.references, 0.25, seed=0, sample_ids=deep.sample_ids).stats
+    chain = everything.contexts(deep.prompts, deep.references, 0.25, seed=0, sample_ids=deep.sample_ids).stats
     depth = {"depth": chain.passes, "self tokens a row and deep pass": chain.self_tokens / DEPTH_ROWS / chain.passes}
     _by_length[length] = cost("answer tokens", length, generator, rows, 0.25, **depth, **training.over(rows))
 
@@ -259,7 +259,7 @@ def random_weights(shape: Shape) -> tuple[ContextGenerator, Rows]:
     for _ in range(8):  # bisection
         temperature = (low * high) ** 0.5
         generator = ready(ContextGenerator(model, temperature=temperature, token_budget=budget))
-        text = [row.tolist() for row in generator.generate(prompts, nothing, 1.0, seed=1, sample_ids=ids).tokens]
-        agreement = generator.generate(prompts, text, 0.25, seed=0, sample_ids=ids).stats.agreement
+        text = [row.tolist() for row in generator.contexts(prompts, nothing, 1.0, seed=1, sample_ids=ids).tokens]
+        agreement = generator.contexts(prompts, text, 0.25, seed=0, sample_ids=ids).stats.agreement
         low, high = (temperature, high) if agreement > AGREEMENT else (low, temperature)
     return generator, Rows(prompts, text, ids)

@@ -114,7 +114,7 @@ def measure() -> str:
     for p, budget in itertools.product(SELF_PROBS, BUDGETS):
         generator = ContextGenerator(model, token_budget=budget)
         with recorded(model) as passes:
-            mixed = generator.generate(prompts, references, p, seed=0, sample_ids=ids, keep_hidden_states=True)
+            mixed = generator.contexts(prompts, references, p, seed=0, sample_ids=ids, keep_hidden_states=True)
         stats = mixed.stats
         run = {"p": p, "budget": budget, "agreement": round(stats.agreement, 3), "passes": passes[-stats.passes :]}
         runs.append(json.dumps(run))
@@ -165,7 +165,7 @@ def check(measured: dict[str, Any], layer_host: float, bench: Path | None) -> li
     generator = ContextGenerator(model)
     budget = generator.token_budget
     with recorded(model) as passes:
-        runs = [generator.generate(prompts, references, 0.25, seed=0, sample_ids=ids).stats for _ in range(3)]
+        runs = [generator.contexts(prompts, references, 0.25, seed=0, sample_ids=ids).stats for _ in range(3)]
     seconds, passes = statistics.median(run.seconds for run in runs), passes[-runs[0].passes :]
 
     cpu, cpu_in_passes = this_cpu(round(statistics.mean(work.tokens for work in passes)))

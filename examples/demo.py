@@ -160,7 +160,7 @@ COLOURS = {"reference": "\033[0m", "self": "\033[32m", "disagrees": "\033[1;31m"
 def show_context(model, tokenizer: PreTrainedTokenizerBase, row: dict, arguments: argparse.Namespace) -> None:
     """Print one mixed context, coloured by where its tokens come from."""
     generator = ContextGenerator(model)
-    mixed = generator.generate(
+    mixed = generator.contexts(
         [row["prompt_ids"]], [row["answer_ids"]], arguments.self_prob, seed=2, sample_ids=[row["sample_id"]]
     )
     legend = ", ".join(

@@ -6,7 +6,7 @@ fused ops.
 """
 
 from .context import Answers, ContextGenerator, ContextStats, Masks, MixedContext, UnsupportedModelError
-from .generation import Corrected, generate, generate_corrected
+from .generation import Corrected, answer, generate_corrected
 from .stored_contexts import load_contexts, write_contexts
 from .training import BASHTrainer, BSSConfig, BSSTrainer, RACConfig, RACTrainer, train_rounds
 
@@ -23,7 +23,7 @@ __all__ = [
     "RACConfig",
     "RACTrainer",
     "UnsupportedModelError",
-    "generate",
+    "answer",
     "generate_corrected",
     "load_contexts",
     "train_rounds",

@@ -20,7 +20,7 @@ from .data import tokenize_rows
 logger = logging.getLogger(__name__)
 
 
-def generate(
+def answer(
     model: PreTrainedModel | ContextGenerator, prompts: Sequence[TokenRow], *, temperature: float = 0.0, **options: Any
 ) -> Answers:
     """Answers of the model running freely, over the engine that makes contexts; greedy by default.
@@ -33,7 +33,7 @@ def generate(
 
     Example:
         >>> prompts = tokenizer(["1 + 1 ="]).input_ids
-        >>> answers = generate(model, prompts, max_new_tokens=8)
+        >>> answers = answer(model, prompts, max_new_tokens=8)
         >>> tokenizer.batch_decode(answers.tokens, skip_special_tokens=True)
     """
     generator = model if isinstance(model, ContextGenerator) else ContextGenerator(model, temperature=temperature)
@@ -64,14 +64,14 @@ def generate_corrected(
     """Answer, look at the answer, and answer again: RAC at inference (arXiv 2410.14655), with no oracle.
 
     Args:
-        model: as in `generate`; of use where it was trained with ``RACTrainer``.
+        model: as in `answer`; of use where it was trained with ``RACTrainer``.
         tokenizer: the model's.
         prompts: R texts, or R rows of token ids as ``tokenize_rows`` makes them.
         rounds: corrections, at least 1; each sees the answer of the one before it.
         cue: the text that asks for a correction, as in training; ``correction.DEFAULT_CUE`` by default.
         apply_chat_template: to the texts and the cue; by default if the tokenizer has one.
         max_new_tokens: longest answer of a round, at least 1.
-        **options: of `generate`; every round draws with noise of its own. Answers end with the tokenizer's EOS, too.
+        **options: of `answer`; every round draws with noise of its own. Answers end with the tokenizer's EOS, too.
 
     An answer is shown as far as there are positions: ``max_new_tokens`` of them, or half of what the prompt and the cue
     leave, are kept for the correction.

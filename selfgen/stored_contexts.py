@@ -77,7 +77,7 @@ def write_contexts(
         seed: of the contexts, any 64-bit integer.
         batch_size: rows that are made at once.
         shard_rows: rows a file.
-        method: "fixed_point" or "sequential", as of ``ContextGenerator.generate``.
+        method: "fixed_point" or "sequential", as of ``ContextGenerator.contexts``.
         provenance: more to note down, such as the model's revision and the name of the data set.
         progress: show a bar with the time left.
 
@@ -92,7 +92,7 @@ def write_contexts(
     """
     folder = Path(folder)
     rows = _checked(rows, generator, batch_size, shard_rows)
-    generator.generate([], [], self_prob, seed=seed, sample_ids=[], method=method)  # checks these values
+    generator.contexts([], [], self_prob, seed=seed, sample_ids=[], method=method)  # checks these values
     settings = {
         "self_prob": float(self_prob),
         "seed": int(seed),
@@ -155,7 +155,7 @@ def _contexts(
     for start in range(0, len(order), batch_size):
         batch = order[start : start + batch_size]
         sample_ids, prompts, references = ([rows[name][i] for i in batch] for name in ROW_COLUMNS)
-        mixed = generator.generate(prompts, references, sample_ids=sample_ids, **options)
+        mixed = generator.contexts(prompts, references, sample_ids=sample_ids, **options)
         for i, tokens, is_self in zip(batch, mixed.tokens, mixed.is_self, strict=True):
             contexts[i] = tokens.tolist(), is_self.tolist()
         done(len(batch))

@@ -52,7 +52,7 @@ GOOD = {"prompts": [[5, 6], [7]], "references": [[8, 9, 10], [11]], "self_prob":
 )
 def test_generate(method, changes, error, message):
     with pytest.raises(error, match=message):
-        ContextGenerator(model_of("llama"), token_budget=8).generate(**{**GOOD, "method": method, **changes})
+        ContextGenerator(model_of("llama"), token_budget=8).contexts(**{**GOOD, "method": method, **changes})
 
 
 @pytest.mark.parametrize(
@@ -157,10 +157,10 @@ def test_a_model_that_does_not_fit_is_refused_by_name_and_decodes_sequentially(f
         "seed": 0,
     }
     with pytest.raises(UnsupportedModelError, match=feature):
-        generator.generate(**rows, sample_ids=[0, 1])
-    together = generator.generate(**rows, sample_ids=[0, 1], method="sequential")
+        generator.contexts(**rows, sample_ids=[0, 1])
+    together = generator.contexts(**rows, sample_ids=[0, 1], method="sequential")
     for i in range(2):
-        alone = generator.generate(
+        alone = generator.contexts(
             rows["prompts"][i : i + 1], rows["references"][i : i + 1], 0.5, seed=0, sample_ids=[i], method="sequential"
         )
         assert torch.equal(alone.tokens[0], together.tokens[i])
@@ -172,7 +172,7 @@ def test_sequential_contexts_are_what_a_whole_forward_would_choose(make):
     torch.manual_seed(0)
     model = t.AutoModelForCausalLM.from_config(make()).eval()
     prompts, references = [list(range(3, 9)), [4]], [list(range(10, 24)), list(range(20, 28))]
-    mixed = ContextGenerator(model, temperature=0.0).generate(
+    mixed = ContextGenerator(model, temperature=0.0).contexts(
         prompts, references, 0.5, seed=0, sample_ids=[0, 1], method="sequential"
     )
     for prompt, reference, tokens, is_self in zip(prompts, references, mixed.tokens, mixed.is_self, strict=True):
@@ -198,7 +198,7 @@ def test_a_model_that_computes_something_else_over_the_ragged_cache_is_refused(d
     for forward in (depends_on_the_batch, nothing_but_nan):
         monkeypatch.setattr(model.model.layers[1].self_attn, "forward", forward)
         with pytest.raises(UnsupportedModelError, match=r"computes something else over the ragged cache.*sequential"):
-            ContextGenerator(model, token_budget=8).generate(**GOOD)
+            ContextGenerator(model, token_budget=8).contexts(**GOOD)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
@@ -215,18 +215,18 @@ def test_few_positions_may_be_off_in_half_precision(dtype, monkeypatch):
     monkeypatch.setattr(model.model.layers[1].self_attn, "forward", off_at_one_position)
     if dtype == torch.float32:
         with pytest.raises(UnsupportedModelError, match="computes something else"):
-            ContextGenerator(model, token_budget=8).generate(**GOOD)
+            ContextGenerator(model, token_budget=8).contexts(**GOOD)
     else:
-        ContextGenerator(model, token_budget=64).generate(**GOOD)
+        ContextGenerator(model, token_budget=64).contexts(**GOOD)
 
 
 def test_an_error_inside_a_pass_leaves_the_model_as_it_was(monkeypatch):
     model = tiny_model("llama").train()
     generator = ContextGenerator(model, token_budget=8)
-    generator.generate(**GOOD)
+    generator.contexts(**GOOD)
     monkeypatch.setattr("selfgen.context.fixed_point.commit_pass", lambda *args: 1 / 0)
     with pytest.raises(ZeroDivisionError):
-        generator.generate(**GOOD)
+        generator.contexts(**GOOD)
     assert model.config._attn_implementation == "sdpa"
     assert all(module.training for module in model.modules())
     assert not any("forward" in vars(module) for module in model.modules())

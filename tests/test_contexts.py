@@ -48,8 +48,8 @@ def test_fixed_point_equals_sequential(family, batch, self_prob, temperature, to
     prompts, references, sample_ids = batch
     generator = ContextGenerator(model_of(family), temperature=temperature, token_budget=token_budget)
     arguments = {"seed": seed, "sample_ids": sample_ids}
-    expected = generator.generate(prompts, references, self_prob, method="sequential", **arguments)
-    mixed = generator.generate(prompts, references, self_prob, **arguments)
+    expected = generator.contexts(prompts, references, self_prob, method="sequential", **arguments)
+    mixed = generator.contexts(prompts, references, self_prob, **arguments)
     assert_equal(mixed, expected)
     for is_self, token, reference in zip(mixed.is_self, mixed.tokens, references, strict=True):
         assert torch.equal(token[~is_self], reference[~is_self])
@@ -63,11 +63,11 @@ def test_a_row_does_not_depend_on_its_batch(batch, budgets, data):
     """Alone, in any batch, in any order, at any budget: the sample id is a row's identity."""
     prompts, references, sample_ids = batch
     model = model_of("llama")
-    whole = ContextGenerator(model, token_budget=budgets[0]).generate(
+    whole = ContextGenerator(model, token_budget=budgets[0]).contexts(
         prompts, references, 0.5, seed=5, sample_ids=sample_ids
     )
     order = data.draw(st.permutations(range(len(prompts))))[: data.draw(st.integers(1, len(prompts)))]
-    part = ContextGenerator(model, token_budget=budgets[1]).generate(
+    part = ContextGenerator(model, token_budget=budgets[1]).contexts(
         [prompts[i] for i in order],
         [references[i] for i in order],
         0.5,
@@ -85,7 +85,7 @@ def test_sample_ids_and_seeds_change_the_contexts():
     prompts, references = [[5, 6, 7]] * 2, [list(range(10, 40))] * 2
 
     def tokens(seed, ids):
-        return generator.generate(prompts, references, 1.0, seed=seed, sample_ids=ids).tokens
+        return generator.contexts(prompts, references, 1.0, seed=seed, sample_ids=ids).tokens
 
     first, second = tokens(0, [0, 1])
     assert not torch.equal(first, second)
@@ -96,17 +96,17 @@ def test_sample_ids_and_seeds_change_the_contexts():
 def test_per_row_self_probabilities():
     generator = ContextGenerator(model_of("llama"), token_budget=16)
     rows = [[5, 6, 7]] * 3
-    mixed = generator.generate(rows, rows, [0.0, 1.0, 0.5], seed=0, sample_ids=[0, 1, 2])
+    mixed = generator.contexts(rows, rows, [0.0, 1.0, 0.5], seed=0, sample_ids=[0, 1, 2])
     assert not mixed.is_self[0].any()
     assert mixed.is_self[1].all()
-    expected = generator.generate(
+    expected = generator.contexts(
         rows, rows, torch.tensor([0.0, 1.0, 0.5]), seed=0, sample_ids=[0, 1, 2], method="sequential"
     )
     assert_equal(mixed, expected)
 
 
 def test_no_rows():
-    mixed = ContextGenerator(model_of("llama"), token_budget=16).generate([], [], 0.5, seed=0, sample_ids=[])
+    mixed = ContextGenerator(model_of("llama"), token_budget=16).contexts([], [], 0.5, seed=0, sample_ids=[])
     assert mixed.tokens == []
     assert mixed.stats.passes == 0
 
@@ -131,7 +131,7 @@ def test_nothing_final_is_computed_twice(token_budget, monkeypatch):
     monkeypatch.setattr(engine, "run_pass", record)
     generator = ContextGenerator(model_of("llama"), token_budget=token_budget)
     rows = [list(range(3, 20)), list(range(30, 60)), [9]]
-    mixed = generator.generate(rows, rows, 0.4, seed=1, sample_ids=[1, 2, 3])
+    mixed = generator.contexts(rows, rows, 0.4, seed=1, sample_ids=[1, 2, 3])
     assert len(sizes) == mixed.stats.passes
     assert sum(sizes) == mixed.stats.tokens_computed
     if token_budget == 1:  # no speculation: the work is exactly every needed position once
@@ -146,11 +146,11 @@ def test_head_runs_at_self_positions_only(monkeypatch):
     model = model_of("llama")
     generator = ContextGenerator(model, token_budget=1)
     rows = [list(range(3, 40))] * 2
-    generator.generate(rows, rows, 0.2, seed=0, sample_ids=[0, 1])  # the first call also verifies the model
+    generator.contexts(rows, rows, 0.2, seed=0, sample_ids=[0, 1])  # the first call also verifies the model
     seen = []
     handle = model.lm_head.register_forward_hook(lambda module, args, output: seen.append(output.shape[:-1].numel()))
     try:
-        mixed = generator.generate(rows, rows, 0.2, seed=0, sample_ids=[0, 1])
+        mixed = generator.contexts(rows, rows, 0.2, seed=0, sample_ids=[0, 1])
     finally:
         handle.remove()
     assert sum(seen) == mixed.stats.self_tokens
@@ -160,7 +160,7 @@ def test_the_model_is_left_as_it_was():
     model = tiny_model("gemma3").train()
     model.model.layers[0].eval()
     before = model.config._attn_implementation, [module.training for module in model.modules()]
-    ContextGenerator(model, token_budget=8).generate([[3, 4]], [[5, 6, 7]], 1.0, seed=0, sample_ids=[0])
+    ContextGenerator(model, token_budget=8).contexts([[3, 4]], [[5, 6, 7]], 1.0, seed=0, sample_ids=[0])
     assert (model.config._attn_implementation, [module.training for module in model.modules()]) == before
     assert all(parameter.grad is None and parameter.requires_grad for parameter in model.parameters())
 
@@ -174,8 +174,8 @@ def test_dropout_is_off_while_contexts_are_made():
             module.p = 0.5
     rows = [list(range(3, 20))]
     arguments = {"seed": 0, "sample_ids": [0]}
-    expected = ContextGenerator(model, token_budget=8).generate(rows, rows, 1.0, **arguments)
-    assert_equal(ContextGenerator(dropped, token_budget=8).generate(rows, rows, 1.0, **arguments), expected)
+    expected = ContextGenerator(model, token_budget=8).contexts(rows, rows, 1.0, **arguments)
+    assert_equal(ContextGenerator(dropped, token_budget=8).contexts(rows, rows, 1.0, **arguments), expected)
 
 
 def test_rows_with_invalid_logits_keep_the_reference():
@@ -184,7 +184,7 @@ def test_rows_with_invalid_logits_keep_the_reference():
         model.lm_head.weight[7] = torch.nan
     rows = [list(range(3, 20))]
     for method in ("fixed_point", "sequential"):
-        mixed = ContextGenerator(model, token_budget=8).generate(rows, rows, 1.0, seed=0, sample_ids=[0], method=method)
+        mixed = ContextGenerator(model, token_budget=8).contexts(rows, rows, 1.0, seed=0, sample_ids=[0], method=method)
         assert mixed.tokens[0].tolist() == rows[0]
         assert mixed.stats.invalid == len(rows[0])
 
@@ -200,9 +200,9 @@ def test_peft_model(modules):
     generator = ContextGenerator(model.train(), token_budget=16)
     rows = [list(range(3, 30))]
     arguments = {"seed": 0, "sample_ids": [0]}
-    mixed = generator.generate(rows, rows, 0.5, **arguments)
-    assert_equal(mixed, generator.generate(rows, rows, 0.5, method="sequential", **arguments))
-    plain = ContextGenerator(tiny_model("llama"), token_budget=16).generate(rows, rows, 0.5, **arguments)
+    mixed = generator.contexts(rows, rows, 0.5, **arguments)
+    assert_equal(mixed, generator.contexts(rows, rows, 0.5, method="sequential", **arguments))
+    plain = ContextGenerator(tiny_model("llama"), token_budget=16).contexts(rows, rows, 0.5, **arguments)
     assert not torch.equal(mixed.tokens[0], plain.tokens[0])
 
 
@@ -214,8 +214,8 @@ def test_smollm2(smollm2, math_rows, self_prob, temperature, token_budget):
     references = [reference[:48] for reference in references]
     generator = ContextGenerator(smollm2[0], temperature=temperature, token_budget=token_budget)
     arguments = {"seed": 11, "sample_ids": sample_ids}
-    expected = generator.generate(prompts, references, self_prob, method="sequential", **arguments)
-    assert_equal(generator.generate(prompts, references, self_prob, **arguments), expected)
+    expected = generator.contexts(prompts, references, self_prob, method="sequential", **arguments)
+    assert_equal(generator.contexts(prompts, references, self_prob, **arguments), expected)
 
 
 @pytest.mark.slow
@@ -224,9 +224,9 @@ def test_smollm2(smollm2, math_rows, self_prob, temperature, token_budget):
 def test_smollm2_on_whole_rows(smollm2, math_rows, self_prob, temperature):
     prompts, references, sample_ids = math_rows
     arguments = {"seed": 12, "sample_ids": sample_ids}
-    expected = ContextGenerator(smollm2[0], temperature=temperature).generate(
+    expected = ContextGenerator(smollm2[0], temperature=temperature).contexts(
         prompts, references, self_prob, method="sequential", **arguments
     )
     for token_budget in (33, 128, 100_000):
         generator = ContextGenerator(smollm2[0], temperature=temperature, token_budget=token_budget)
-        assert_equal(generator.generate(prompts, references, self_prob, **arguments), expected)
+        assert_equal(generator.contexts(prompts, references, self_prob, **arguments), expected)

@@ -192,7 +192,7 @@ def test_mixed_contexts():
     losses = []
     for row in rows:
         ids = [row["prompt_ids"]], [row["answer_ids"]]
-        context = generator.generate(*ids, 0.5, seed=3, sample_ids=[row["sample_id"]]).tokens[0].tolist()
+        context = generator.contexts(*ids, 0.5, seed=3, sample_ids=[row["sample_id"]]).tokens[0].tolist()
         with torch.no_grad():
             logits = model(torch.tensor([row["prompt_ids"] + context])).logits[0, len(row["prompt_ids"]) - 1 : -1]
         losses.append(F.cross_entropy(logits, torch.tensor(row["answer_ids"]), reduction="none"))
@@ -390,7 +390,7 @@ def test_everything(arguments, capsys):
 
 
 def test_right_and_wrong(arguments, monkeypatch, capsys):
-    monkeypatch.setattr("selfgen.cli.eval.generate", saying("c 2 #### 18"))
+    monkeypatch.setattr("selfgen.cli.eval.answer", saying("c 2 #### 18"))
     corrected = {"first": "c #### 18", "corrected": "c #### 2"}
 
     def generate_corrected(generator, tokenizer, prompts, *, rounds, cue, **options):
@@ -414,7 +414,7 @@ def test_right_and_wrong(arguments, monkeypatch, capsys):
 def test_a_broken_off_evaluation_goes_on(arguments, monkeypatch, capsys):
     """No row is generated twice, none is missing, and the results are those of an evaluation in one go."""
     seen: list[int] = []
-    monkeypatch.setattr("selfgen.cli.eval.generate", saying("c #### 18", seen, dies_after=8))
+    monkeypatch.setattr("selfgen.cli.eval.answer", saying("c #### 18", seen, dies_after=8))
     options = {**arguments, "batch_size": 1}
     with pytest.raises(KeyboardInterrupt):
         evaluate(options, capsys, "exact_match")
@@ -424,7 +424,7 @@ def test_a_broken_off_evaluation_goes_on(arguments, monkeypatch, capsys):
         lines.write('{"sample_id": 8, "prom')  # what a kill may leave
     assert not (file.parent / "results.json").exists()
 
-    monkeypatch.setattr("selfgen.cli.eval.generate", saying("c #### 18", seen))
+    monkeypatch.setattr("selfgen.cli.eval.answer", saying("c #### 18", seen))
     assert evaluate({**options, "batch_size": 2}, capsys, "exact_match")[0] == 0
     assert seen == list(range(10))
     assert [line["sample_id"] for line in lines_of(arguments, "answers")] == seen
@@ -508,7 +508,7 @@ def test_a_killed_evaluation_goes_on(name, arguments, capsys):
     ],
 )
 def test_other_settings_need_another_folder(changes, words, arguments, monkeypatch, capsys):
-    monkeypatch.setattr("selfgen.cli.eval.generate", saying("c #### 18"))
+    monkeypatch.setattr("selfgen.cli.eval.answer", saying("c #### 18"))
     assert evaluate(arguments, capsys)[0] == 0
     before = results_of(arguments)
     code, _, err = evaluate({**arguments, **changes}, capsys)

@@ -69,7 +69,7 @@ def recorder(monkeypatch):
 
 def contexts(generator, self_prob=0.5, **settings):
     prompts, references, sample_ids = batch()
-    return generator.generate(prompts, references, self_prob, seed=7, sample_ids=sample_ids, **settings)
+    return generator.contexts(prompts, references, self_prob, seed=7, sample_ids=sample_ids, **settings)
 
 
 @pytest.mark.parametrize("family", sorted(CONFIGS))
@@ -90,10 +90,10 @@ def test_what_is_kept_is_that_of_the_plain_passes():
     columns = [list(data[name]) for name in ("prompt_ids", "answer_ids")]
     for seed in range(4):
         how = {"seed": seed, "sample_ids": data["sample_id"], "keep_hidden_states": True}
-        got = generator.generate(*columns, 0.5, **how)
+        got = generator.contexts(*columns, 0.5, **how)
         plain = ContextGenerator(model, token_budget=40)
         plain._passes = engine.Forward(model)
-        want = plain.generate(*columns, 0.5, **how)
+        want = plain.contexts(*columns, 0.5, **how)
         assert_equal(got, want)
         torch.testing.assert_close(got.hidden_states.states, want.hidden_states.states, rtol=1e-4, atol=1e-5)
         assert not got.hidden_states.states[:, -1].any()  # padding
@@ -237,10 +237,10 @@ def test_longer_batches_get_a_larger_cache():
     generator = ContextGenerator(tiny_model("llama"), token_budget=100)
     prompts, references, sample_ids = batch(40, longest=100)
     few = slice(0, 3)
-    generator.generate(prompts[few], references[few], 0.5, seed=0, sample_ids=sample_ids[few])
+    generator.contexts(prompts[few], references[few], 0.5, seed=0, sample_ids=sample_ids[few])
     small = generator._forward().cache.num_slots
-    got = generator.generate(prompts, references, 0.5, seed=0, sample_ids=sample_ids)
-    assert_equal(got, generator.generate(prompts, references, 0.5, seed=0, sample_ids=sample_ids, method="sequential"))
+    got = generator.contexts(prompts, references, 0.5, seed=0, sample_ids=sample_ids)
+    assert_equal(got, generator.contexts(prompts, references, 0.5, seed=0, sample_ids=sample_ids, method="sequential"))
     assert generator._forward().cache.num_slots > small
 
 

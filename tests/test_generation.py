@@ -14,7 +14,7 @@ from test_contexts import batches
 from test_data import TEMPLATE, make_tokenizer
 from transformers import AutoTokenizer
 
-from selfgen import ContextGenerator, generate, generate_corrected
+from selfgen import ContextGenerator, answer, generate_corrected
 from selfgen.context import generator as engine
 from selfgen.correction import CorrectionCue
 from selfgen_kernels import sample_mix
@@ -42,7 +42,7 @@ def test_answers_are_the_sequential_loops(family, batch, temperature, batch_size
     prompts, _, ids = batch
     generator = ContextGenerator(model_of(family), temperature=temperature)
     nothing = [torch.zeros(longest, dtype=torch.int64)] * len(prompts)
-    expected = generator.generate(prompts, nothing, 1.0, seed=7, sample_ids=ids, method="sequential")
+    expected = generator.contexts(prompts, nothing, 1.0, seed=7, sample_ids=ids, method="sequential")
     answers = generator.answer(
         prompts, max_new_tokens=longest, seed=7, sample_ids=ids, batch_size=batch_size, eos_token_ids=stop
     )
@@ -55,7 +55,7 @@ def test_answers_are_the_sequential_loops(family, batch, temperature, batch_size
 def test_greedy_answers_are_transformers(family):
     model = model_of(family)
     prompts = [torch.arange(3, 3 + length) for length in (1, 4, 9, 2, 6)]
-    answers = generate(model, prompts, max_new_tokens=15, batch_size=2)
+    answers = answer(model, prompts, max_new_tokens=15, batch_size=2)
     for prompt, found in zip(prompts, answers.tokens, strict=True):
         want = model.generate(prompt[None], max_new_tokens=15, do_sample=False)[0, len(prompt) :]
         assert torch.equal(found, want)
@@ -65,9 +65,9 @@ def test_places_are_taken_again():
     """A short row's place goes to the next prompt at once: fewer passes than batches one after the other would take."""
     model = model_of("llama")
     prompts = [[token] for token in range(3, 23)]
-    lengths = [len(row) for row in generate(model, prompts, max_new_tokens=40, eos_token_ids=range(0, VOCAB, 9)).tokens]
+    lengths = [len(row) for row in answer(model, prompts, max_new_tokens=40, eos_token_ids=range(0, VOCAB, 9)).tokens]
     assert len(set(lengths)) > 4
-    answers = generate(model, prompts, max_new_tokens=40, eos_token_ids=range(0, VOCAB, 9), batch_size=4)
+    answers = answer(model, prompts, max_new_tokens=40, eos_token_ids=range(0, VOCAB, 9), batch_size=4)
     assert [len(row) for row in answers.tokens] == lengths
     assert answers.passes < sum(max(lengths[first : first + 4]) for first in range(0, 20, 4))
     assert answers.passes >= sum(lengths) / 4
@@ -77,7 +77,7 @@ def test_places_are_taken_again():
 def test_filters():
     model = model_of("llama")
     generator = ContextGenerator(model)
-    best = generate(model, [[5]], max_new_tokens=10).tokens[0]
+    best = answer(model, [[5]], max_new_tokens=10).tokens[0]
     assert torch.equal(generator.answer([[5]], max_new_tokens=10, top_k=1).tokens[0], best)
     assert torch.equal(generator.answer([[5]], max_new_tokens=10, min_p=1.0).tokens[0], best)
     assert not torch.equal(generator.answer([[5]], max_new_tokens=10).tokens[0], best)
@@ -85,7 +85,7 @@ def test_filters():
 
 def test_no_more_tokens_than_the_model_has_positions():
     model = model_of("llama")  # 256
-    answers = generate(model, [[3] * 250, [4] * 10], max_new_tokens=300, eos_token_ids=[])
+    answers = answer(model, [[3] * 250, [4] * 10], max_new_tokens=300, eos_token_ids=[])
     assert [len(row) for row in answers.tokens] == [6, 246]
     assert answers.finished == [False, False]
 
@@ -130,9 +130,9 @@ def test_models_that_the_ragged_path_refuses(family, temperature):
     )
     assert len(set(map(len, found.tokens))) > 1
     assert any(found.finished)
-    for row, (prompt, answer) in enumerate(zip(prompts, found.tokens, strict=True)):
+    for row, (prompt, tokens) in enumerate(zip(prompts, found.tokens, strict=True)):
         context = torch.tensor(prompt)
-        for place, token in enumerate(answer.tolist()):
+        for place, token in enumerate(tokens.tolist()):
             with torch.no_grad():
                 logits = model(input_ids=context[None]).logits[:, -1]
             want, _ = sample_mix(
@@ -149,7 +149,7 @@ def test_models_that_the_ragged_path_refuses(family, temperature):
 def test_the_model_is_left_as_it_was():
     model = tiny_model("llama").train()
     before = model.config._attn_implementation
-    generate(model, [[5]], max_new_tokens=3)
+    answer(model, [[5]], max_new_tokens=3)
     assert model.training
     assert model.config._attn_implementation == before
 
@@ -167,11 +167,11 @@ def test_the_model_is_left_as_it_was():
 )
 def test_bad_arguments(prompts, options, message):
     with pytest.raises(ValueError, match=message):
-        generate(model_of("llama"), prompts, **{"max_new_tokens": 4} | options)
+        answer(model_of("llama"), prompts, **{"max_new_tokens": 4} | options)
 
 
 def test_nothing_to_do():
-    assert generate(model_of("llama"), [], max_new_tokens=4).tokens == []
+    assert answer(model_of("llama"), [], max_new_tokens=4).tokens == []
 
 
 @pytest.fixture(scope="module")
@@ -185,9 +185,9 @@ def test_corrections_answer_the_conversation(tokenizer):
     prompt = [5, 6, 7]
     found = generate_corrected(model, tokenizer, [prompt], rounds=2, cue="Again", max_new_tokens=8, temperature=0.0)
     between = CorrectionCue.of(tokenizer, "Again")
-    want = first = generate(model, [prompt], max_new_tokens=8).tokens[0]
+    want = first = answer(model, [prompt], max_new_tokens=8).tokens[0]
     for _ in range(2):
-        want = generate(model, [between.prompt(prompt, want.tolist())], max_new_tokens=8).tokens[0]
+        want = answer(model, [between.prompt(prompt, want.tolist())], max_new_tokens=8).tokens[0]
     assert torch.equal(found.first[0], first)
     assert torch.equal(found.corrected[0], want)
 
@@ -218,8 +218,8 @@ def test_the_plain_call(tokenizer):
     assert all(map(len, found.corrected))
     model.generation_config.eos_token_id = [127]
     found = generate_corrected(model, tokenizer, [[5, place] for place in range(3, 30)], max_new_tokens=48)
-    for answer in found.first + found.corrected:
-        assert not torch.isin(answer[:-1], torch.tensor([tokenizer.eos_token_id, 127])).any()
+    for tokens in found.first + found.corrected:
+        assert not torch.isin(tokens[:-1], torch.tensor([tokenizer.eos_token_id, 127])).any()
 
 
 def test_a_long_answer_is_shown_cut(tokenizer, caplog):
@@ -234,7 +234,7 @@ def test_a_long_answer_is_shown_cut(tokenizer, caplog):
     whole = len(between.ended(first))
     assert found.cut == [whole > left // 2, False]
     asked = between.prompt(prompts[0], between.ended(first)[: left // 2])
-    want = generate(model, [asked], max_new_tokens=56, eos_token_ids=sorted(between.stop_ids)).tokens[0]
+    want = answer(model, [asked], max_new_tokens=56, eos_token_ids=sorted(between.stop_ids)).tokens[0]
     assert torch.equal(found.corrected[0], want)
     assert ("1 of 2 answers were shown cut" in caplog.text) == found.cut[0]
     with pytest.raises(ValueError, match=r"prompts\[1\] has .* tokens and the cue"):
@@ -245,7 +245,7 @@ def test_answers_of_logits_that_are_not_finite_are_told_of(caplog):
     model = tiny_model("llama")
     with torch.no_grad():
         model.lm_head.weight.fill_(float("nan"))
-    generate(model, [[5, 6]], max_new_tokens=4)
+    answer(model, [[5, 6]], max_new_tokens=4)
     assert "logits were not finite" in caplog.text
 
 
@@ -259,7 +259,7 @@ def test_bad_corrections(tokenizer, rounds, cue, message):
 def test_smollm2_answers_as_transformers_does(smollm2, math_rows):
     model, _ = smollm2
     prompts = math_rows[0][:6]
-    answers = generate(model, prompts, max_new_tokens=60, batch_size=4)
+    answers = answer(model, prompts, max_new_tokens=60, batch_size=4)
     for prompt, found in zip(prompts, answers.tokens, strict=True):
         row = torch.tensor(prompt)[None]
         want = model.generate(row, attention_mask=torch.ones_like(row), max_new_tokens=60, do_sample=False)

@@ -227,14 +227,14 @@ def test_only_after_self_tokens(tmp_path):
     """Labels stay where a self token stands before them, and the loss is the mean over these."""
     trainer = make_trainer(tmp_path, loss_on="after_self", self_prob=0.2, learning_rate=0.0, max_steps=1)
     masks = {}
-    generate = trainer.generator.generate
+    generate = trainer.generator.contexts
 
     def recorded(*args, **kwargs):
         mixed = generate(*args, **kwargs)
         masks.update(zip(kwargs["sample_ids"], mixed.is_self, strict=True))
         return mixed
 
-    trainer.generator.generate = recorded
+    trainer.generator.contexts = recorded
     found = losses_of(trainer)
     total, count = torch.zeros(()), 0
     for _, inputs in found:

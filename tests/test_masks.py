@@ -132,8 +132,8 @@ def test_fixed_point_equals_sequential(batch, masks, self_prob, budget, temperat
     prompts, references, ids = batch
     generator = ContextGenerator(model_of("llama"), token_budget=budget, masks=masks, temperature=temperature)
     arguments = {"seed": 3, "sample_ids": ids}
-    expected = generator.generate(prompts, references, self_prob, method="sequential", **arguments)
-    assert_equal(generator.generate(prompts, references, self_prob, **arguments), expected)
+    expected = generator.contexts(prompts, references, self_prob, method="sequential", **arguments)
+    assert_equal(generator.contexts(prompts, references, self_prob, **arguments), expected)
 
 
 @pytest.mark.parametrize("threshold", [0.001, 0.01, 0.05])
@@ -142,7 +142,7 @@ def test_self_tokens_only_where_the_reference_is_likely_enough(threshold):
     model = model_of("llama")
     references = [torch.arange(3 + row, 40 + row) for row in range(6)]
     generator = ContextGenerator(model, masks=Masks(min_reference_prob=threshold))
-    mixed = generator.generate([[1, 2]] * 6, references, 0.7, seed=1, sample_ids=range(6))
+    mixed = generator.contexts([[1, 2]] * 6, references, 0.7, seed=1, sample_ids=range(6))
     coins = Masks().draw(1, torch.arange(6), [37] * 6, torch.full((6,), 0.7, dtype=torch.float64))
     kept = dropped = 0
     for reference, context, is_self, coin in zip(references, mixed.tokens, mixed.is_self, coins, strict=True):

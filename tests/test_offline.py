@@ -84,7 +84,7 @@ def contents(folder: Path) -> dict[str, bytes]:
 
 def decode(data, generator: ContextGenerator, seed: int):
     """The sequential contexts of tokenized rows: the oracle."""
-    return generator.generate(
+    return generator.contexts(
         list(data["prompt_ids"]),
         list(data["answer_ids"]),
         0.5,
@@ -137,10 +137,10 @@ def test_without_self_tokens_the_context_is_the_reference(tmp_path):
 @pytest.mark.parametrize(
     ("target", "call", "shards"),
     [
-        ("selfgen.context.ContextGenerator.generate", 1, 0),
-        ("selfgen.context.ContextGenerator.generate", 2, 0),
-        ("selfgen.context.ContextGenerator.generate", 3, 1),
-        ("selfgen.context.ContextGenerator.generate", 5, 2),
+        ("selfgen.context.ContextGenerator.contexts", 1, 0),
+        ("selfgen.context.ContextGenerator.contexts", 2, 0),
+        ("selfgen.context.ContextGenerator.contexts", 3, 1),
+        ("selfgen.context.ContextGenerator.contexts", 5, 2),
         ("selfgen.stored_contexts.pq.write_table", 1, 1),
         ("selfgen.files.os.fsync", 3, 1),  # the second shard is written, but not in its place; provenance: 0 and 1
         ("selfgen.stored_contexts._statistics", 0, 3),
@@ -182,7 +182,7 @@ def test_a_lost_shard_is_written_again(tmp_path):
 
 
 def test_other_versions_are_noted_down(tmp_path, monkeypatch):
-    kill_at(monkeypatch, "selfgen.context.ContextGenerator.generate", 3)
+    kill_at(monkeypatch, "selfgen.context.ContextGenerator.contexts", 3)
     with pytest.raises(Killed):
         write(tmp_path)
     monkeypatch.undo()
@@ -267,7 +267,7 @@ def test_training_takes_the_contexts_as_they_are(tmp_path, monkeypatch):
     """Inputs are exactly ``context_ids``, labels ``answer_ids``; the loss is torch's own over them."""
     record = write(tmp_path / "contexts", rows(8))
     written = {row["sample_id"]: row for row in load_contexts(tmp_path / "contexts")}
-    monkeypatch.setattr(ContextGenerator, "generate", None)  # is not called
+    monkeypatch.setattr(ContextGenerator, "contexts", None)  # is not called
     trainer = make_trainer(tmp_path, tmp_path / "contexts", max_steps=2, logging_steps=2, learning_rate=0.0)
     seen, compute_loss = [], trainer.compute_loss
     trainer.compute_loss = lambda model, inputs, *args, **options: (
@@ -410,7 +410,7 @@ def test_each_round_writes_with_the_model_of_the_round_before(whole):
     [
         ("transformers.Trainer.training_step", 1, 3, 5),  # training of round 0, behind a checkpoint
         ("selfgen.training.rounds.write_contexts", 1, 3, 3),  # between the rounds
-        ("selfgen.context.ContextGenerator.generate", 6, 2, 3),  # contexts of round 1
+        ("selfgen.context.ContextGenerator.contexts", 6, 2, 3),  # contexts of round 1
         ("transformers.Trainer.training_step", 5, 0, 1),  # training of round 1, likewise
         ("selfgen.BASHTrainer.save_state", 1, 0, 0),  # round 1 is trained, but not saved
         ("selfgen.training.rounds.Path.rename", 1, 0, 0),  # saved, but not in its place
@@ -423,7 +423,7 @@ def test_killed_rounds_go_on(tmp_path, whole, monkeypatch, target, call, batches
         with pytest.raises(Killed):
             run_rounds(tmp_path)
     assert not (tmp_path / "config.json").exists()
-    generated = record_calls(monkeypatch, "selfgen.context.ContextGenerator.generate")
+    generated = record_calls(monkeypatch, "selfgen.context.ContextGenerator.contexts")
     trained = record_calls(monkeypatch, "transformers.Trainer.training_step")
     run_rounds(tmp_path, resume_from_checkpoint="last")
     assert len([prompts for _, prompts, *_ in generated if prompts]) == batches

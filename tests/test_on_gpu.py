@@ -33,7 +33,7 @@ def batch(count: int = 12, longest: int = 40):
 def contexts(generator, self_prob: float, method: str = "fixed_point", seed: int = 7):
     """(tokens, which are the model's own) of a batch."""
     prompts, references, sample_ids = batch()
-    mixed = generator.generate(prompts, references, self_prob, seed=seed, sample_ids=sample_ids, method=method)
+    mixed = generator.contexts(prompts, references, self_prob, seed=seed, sample_ids=sample_ids, method=method)
     return torch.cat(mixed.tokens).cpu(), torch.cat(mixed.is_self).cpu()
 
 
@@ -140,7 +140,7 @@ def test_replay_gives_loss_and_gradients_of_the_ordinary_step(family):
     generator = ContextGenerator(model, token_budget=16)
     for seed in range(4):
         how = {"seed": seed, "sample_ids": data["sample_id"], "keep_hidden_states": True}
-        mixed = generator.generate(*columns, 0.5, **how)
+        mixed = generator.contexts(*columns, 0.5, **how)
     assert_replays(generator)
     inputs, slots = padded(model, data, mixed)
     inputs = {name: values.cuda() for name, values in inputs.items()}

@@ -73,7 +73,7 @@ def test_hopeless_speculation_is_left_out():
     prompts, references = list(rows[:, :8]), list(rows[:, 8:])
     stats = [
         ContextGenerator(tiny_model("llama"), token_budget=budget)
-        .generate(prompts, references, 1.0, seed=0, sample_ids=list(range(16)))
+        .contexts(prompts, references, 1.0, seed=0, sample_ids=list(range(16)))
         .stats
         for budget in (64, 10_000)
     ]

@@ -88,7 +88,7 @@ def test_a_row_is_prompt_own_answer_cue_and_reference(tmp_path, own_answer):
         if own_answer == "generated":
             own = oracle.answer([row["prompt_ids"]], max_new_tokens=6, eos_token_ids=[EOS], **keys).tokens[0].tolist()
         elif own_answer == "mixed":
-            own = oracle.generate([row["prompt_ids"]], [row["answer_ids"]], 0.5, method="sequential", **keys)
+            own = oracle.contexts([row["prompt_ids"]], [row["answer_ids"]], 0.5, method="sequential", **keys)
             own = own.tokens[0].tolist()
         else:
             own = tokenizer(TEXTS[sample_id]["own_answer"], add_special_tokens=False).input_ids
@@ -243,7 +243,7 @@ def test_with_self_tokens_it_is_bss_on_corrections(tmp_path, direct_weight):
     different = 0
     for sample_id, prompt, context, labels in all_rows(found):
         assert labels == rows[sample_id & ~_DIRECT]["answer_ids"]
-        want = oracle.generate(
+        want = oracle.contexts(
             [prompt], [labels], 0.6, seed=step_seed(42, 0), sample_ids=[sample_id], method="sequential"
         )
         assert context == want.tokens[0].tolist()

@@ -21,7 +21,7 @@ def generate(model, data, **kwargs):
     generator = ContextGenerator(model, token_budget=16)
     columns = data["prompt_ids"], data["answer_ids"]
     kwargs = {"self_prob": 0.5, "seed": 3, "sample_ids": data["sample_id"]} | kwargs
-    return generator.generate(*(list(column) for column in columns), **kwargs)
+    return generator.contexts(*(list(column) for column in columns), **kwargs)
 
 
 def padded(model, data, mixed):

@@ -98,7 +98,7 @@ def test_passes_are_counted():
     model = tiny_model("llama")
     generator = ContextGenerator(model, token_budget=8)
     with roofline.recorded(model) as passes:
-        stats = generator.generate([[1, 2, 3], [4, 5]], [[6] * 9, [7] * 5], 1.0, seed=0, sample_ids=[0, 1]).stats
+        stats = generator.contexts([[1, 2, 3], [4, 5]], [[6] * 9, [7] * 5], 1.0, seed=0, sample_ids=[0, 1]).stats
     passes = passes[-stats.passes :]
     assert sum(work.tokens for work in passes) == stats.tokens_computed
     assert sum(work.sampled for work in passes) >= stats.self_tokens

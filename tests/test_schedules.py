@@ -52,8 +52,8 @@ def test_a_function(tmp_path):
     asked = []
     trainer = make_trainer(tmp_path, self_prob=0.8)
     trainer.schedule = lambda start, end, progress: end * progress**2
-    generate = trainer.generator.generate
-    trainer.generator.generate = lambda *args, **kwargs: (asked.append(args[2]), generate(*args, **kwargs))[1]
+    generate = trainer.generator.contexts
+    trainer.generator.contexts = lambda *args, **kwargs: (asked.append(args[2]), generate(*args, **kwargs))[1]
     trainer.train()
     assert asked == pytest.approx([0.8 * (step / 3) ** 2 for step in range(1, 4)])
 

@@ -15,7 +15,7 @@ from transformers import AutoModelForCausalLM, Trainer, TrainingArguments
 from selfgen import BSSConfig, BSSTrainer, ContextGenerator
 from selfgen.data import Collator, rows_of
 from selfgen.evaluation import held_out_losses, row_losses
-from selfgen.generation import generate
+from selfgen.generation import answer
 from selfgen.training.bss import check_processes, step_seed
 
 LOGGED = {"self_share", "agreement", "passes", "computed_per_token", "context_seconds", "training_seconds"}
@@ -77,7 +77,7 @@ def test_a_step_trains_on_mixed_inputs_and_reference_labels(tmp_path):
     seen = []
     trainer.compute_loss = _record(trainer.compute_loss, seen)
     calls = []
-    trainer.generator.generate = _record(trainer.generator.generate, calls)
+    trainer.generator.contexts = _record(trainer.generator.contexts, calls)
     start = tiny_model("llama")
     trainer.train()
     assert len(calls) == 4
@@ -90,7 +90,7 @@ def test_a_step_trains_on_mixed_inputs_and_reference_labels(tmp_path):
         for row in range(2):
             p, t = int(inputs["prompt_length"][row]), int(inputs["answer_length"][row])
             reference = inputs["labels"][row, p : p + t]
-            expected = oracle.generate(
+            expected = oracle.contexts(
                 [inputs["input_ids"][row, :p]],
                 [reference],
                 0.5,
@@ -119,7 +119,7 @@ def test_what_ends_training_rows_ends_answers(tmp_path):
     trainer.save_model()
     model = AutoModelForCausalLM.from_pretrained(tmp_path).eval()
     prompts = list(trainer.train_dataset["prompt_ids"])
-    answers = generate(model, prompts, max_new_tokens=20)
+    answers = answer(model, prompts, max_new_tokens=20)
     assert [answer.tolist() for answer in answers.tokens] == list(trainer.train_dataset["answer_ids"])
     assert all(int(answer[-1]) == end for answer in answers.tokens)
     found = model.generate(torch.tensor(prompts[:1]), max_new_tokens=20, do_sample=False)[0, len(prompts[0]) :]
@@ -286,8 +286,8 @@ def test_masks_of_the_arguments_are_those_of_the_contexts(tmp_path, options):
         for row in rows_of(inputs):
             given = ([row.prompt], [row.reference], 0.6)
             keys = {"seed": step_seed(42, 0), "sample_ids": [row.sample_id], "method": "sequential"}
-            assert torch.equal(row.answer, oracle.generate(*given, **keys).tokens[0])
-            differs |= not torch.equal(row.answer, plain.generate(*given, **keys).tokens[0])
+            assert torch.equal(row.answer, oracle.contexts(*given, **keys).tokens[0])
+            differs |= not torch.equal(row.answer, plain.contexts(*given, **keys).tokens[0])
     assert differs
 
 
@@ -305,16 +305,16 @@ def test_a_model_trained_in_bf16_autocast_makes_contexts_in_it(tmp_path, adapter
     prompts, references = ([torch.tensor(row) for row in rows()[name]] for name in ("prompt_ids", "answer_ids"))
     generator = ContextGenerator(trainer.model.eval())
     fast, slow = (
-        generator.generate(prompts, references, self_prob=0.5, seed=3, sample_ids=range(16), method=method)
+        generator.contexts(prompts, references, self_prob=0.5, seed=3, sample_ids=range(16), method=method)
         for method in ("fixed_point", "sequential")
     )
     assert all(map(torch.equal, fast.tokens, slow.tokens))
     assert generator.precision == torch.bfloat16
-    for prompt, answer in zip(prompts, generate(trainer.model, prompts, max_new_tokens=8).tokens, strict=True):
-        ids = torch.cat([prompt, answer])[None]
+    for prompt, tokens in zip(prompts, answer(trainer.model, prompts, max_new_tokens=8).tokens, strict=True):
+        ids = torch.cat([prompt, tokens])[None]
         with torch.no_grad():
             own = trainer.model(input_ids=ids, attention_mask=torch.ones_like(ids)).logits[0, len(prompt) - 1 : -1]
-        assert torch.equal(own.argmax(-1), answer)
+        assert torch.equal(own.argmax(-1), tokens)
     with torch.no_grad():
         own_losses = [
             cross_entropy(trainer.model(input_ids=torch.cat(row)[None]).logits[0, len(row[0]) - 1 : -1].float(), row[1])

@@ -20,7 +20,7 @@ from selfgen.context import ContextStats
 from selfgen.correction import CorrectionCue
 from selfgen.data import IGNORE_INDEX, Collator
 from selfgen.evaluation.answers import rouge
-from selfgen.generation import generate, generate_corrected
+from selfgen.generation import answer, generate_corrected
 from selfgen.training.bss import step_seed
 
 from ..peers import Rows, parallel_scheduled_sampling
@@ -195,7 +195,7 @@ def measure(task: AnyTask, method: Method, seed: int, setting: Setting) -> dict[
         answers, first = both.corrected, both.first
         found |= {f"first_{name}": value for name, value in _shares(task, first, references).items()}
     else:
-        answers = generate(model, list(rows["prompt_ids"]), **options).tokens
+        answers = answer(model, list(rows["prompt_ids"]), **options).tokens
     return found | _shares(task, answers, references) | {"tokens_seen": seen}
 
 

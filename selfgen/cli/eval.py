@@ -31,7 +31,7 @@ from ..evaluation import (
 )
 from ..evaluation.report import table, write_plots
 from ..files import write_whole
-from ..generation import generate, generate_corrected
+from ..generation import answer, generate_corrected
 from ..provenance import rows_hash, versions, weights_hash
 from .journal import Journal, differing, read
 from .options import DataArguments, ModelArguments, device, fail, make_parser, parse
@@ -203,7 +203,7 @@ def answers(
 ) -> list[dict[str, Any]]:
     """Free-running answers of some rows."""
     stop_ids = sorted(stop_ids_of(tokenizer, generator.eos_token_ids))
-    found = generate(generator, [row["prompt_ids"] for row in rows], eos_token_ids=stop_ids, **_sampling(how, rows))
+    found = answer(generator, [row["prompt_ids"] for row in rows], eos_token_ids=stop_ids, **_sampling(how, rows))
     lines = []
     for row, tokens, finished in zip(rows, found.tokens, found.finished, strict=True):
         line = _asked(tokenizer, row)

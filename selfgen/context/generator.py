@@ -65,7 +65,7 @@ class ContextGenerator:
 
     Example:
         >>> generator = ContextGenerator(model)
-        >>> mixed = generator.generate([[1, 2, 3]], [[4, 5, 6]], 0.25, seed=0, sample_ids=[17])
+        >>> mixed = generator.contexts([[1, 2, 3]], [[4, 5, 6]], 0.25, seed=0, sample_ids=[17])
         >>> mixed.tokens[0], mixed.is_self[0], mixed.stats.passes
     """
 
@@ -137,7 +137,7 @@ class ContextGenerator:
         with self.computing():
             return torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else self.model.dtype
 
-    def generate(
+    def contexts(
         self,
         prompts: Sequence[TokenRow],
         references: Sequence[TokenRow],

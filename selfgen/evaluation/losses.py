@@ -69,7 +69,7 @@ def held_out_losses(
         self_probs: a name -> the probability that a context token is the model's own, in [0, 1].
         seed: of the contexts; the same for all models that are compared.
         batch_size: rows a forward.
-        method: of the contexts, as in ``ContextGenerator.generate``.
+        method: of the contexts, as in ``ContextGenerator.contexts``.
         progress: show a bar with the time left.
 
     Example:
@@ -99,7 +99,7 @@ def row_losses(
     prompts, references, ids = ([row[name] for row in rows] for name in ("prompt_ids", "answer_ids", "sample_id"))
     losses = {}
     for name, self_prob in self_probs.items():
-        mixed = generator.generate(prompts, references, self_prob, seed=seed, sample_ids=ids, method=method)
+        mixed = generator.contexts(prompts, references, self_prob, seed=seed, sample_ids=ids, method=method)
         losses[name] = _token_losses(generator, rows, mixed.tokens)
     return losses
 

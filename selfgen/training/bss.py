@@ -215,7 +215,7 @@ class BSSTrainer(Trainer):
 
     def _generate(self, rows: list[Row], self_prob: float) -> MixedContext:
         def generate() -> MixedContext:
-            return self.generator.generate(
+            return self.generator.contexts(
                 [row.prompt for row in rows],
                 [row.reference for row in rows],
                 self_prob,

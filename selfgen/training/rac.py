@@ -195,7 +195,7 @@ class RACTrainer(BSSTrainer):
         seed = step_seed(self.args.seed, self.state.global_step, stream=1)
         with self.accelerator.autocast():
             if self.args.own_answer == "mixed":
-                mixed = self.generator.generate(
+                mixed = self.generator.contexts(
                     prompts,
                     [row["answer_ids"] for row in unique],
                     self.args.own_answer_self_prob,

@@ -52,7 +52,7 @@ GOOD = {"prompts": [[5, 6], [7]], "references": [[8, 9, 10], [11]], "self_prob":
 )
 def test_generate(method, changes, error, message):
     with pytest.raises(error, match=message):
-        ContextGenerator(model_of("llama"), token_budget=8).contexts(**{**GOOD, "method": method, **changes})
+        ContextGenerator(model_of("llama"), token_budget=8, balance=1).contexts(**{**GOOD, "method": method, **changes})
 
 
 @pytest.mark.parametrize(
@@ -63,6 +63,8 @@ def test_generate(method, changes, error, message):
         ({"temperature": "hot"}, ValueError, "temperature is 'hot'"),
         ({"token_budget": 0}, ValueError, "token_budget is 0; it must be an integer >= 1"),
         ({"temperature": True}, ValueError, "temperature is True"),
+        ({"balance": 0.0}, ValueError, "balance is 0.0; it must be a finite number > 0"),
+        ({"balance": float("nan")}, ValueError, "balance is nan"),
         ({"token_budget": True}, ValueError, "token_budget is True"),
         ({"token_budget": 2.5}, ValueError, r"token_budget is 2\.5"),
     ],
@@ -149,7 +151,7 @@ UNSUPPORTED = {
 def test_a_model_that_does_not_fit_is_refused_by_name_and_decodes_sequentially(feature):
     torch.manual_seed(0)
     model = t.AutoModelForCausalLM.from_config(UNSUPPORTED[feature]()).eval()
-    generator = ContextGenerator(model, token_budget=8)
+    generator = ContextGenerator(model, token_budget=8, balance=1)
     rows = {
         "prompts": [list(range(3, 9)), [4]],
         "references": [list(range(10, 24)), list(range(20, 28))],
@@ -198,7 +200,7 @@ def test_a_model_that_computes_something_else_over_the_ragged_cache_is_refused(d
     for forward in (depends_on_the_batch, nothing_but_nan):
         monkeypatch.setattr(model.model.layers[1].self_attn, "forward", forward)
         with pytest.raises(UnsupportedModelError, match=r"computes something else over the ragged cache.*sequential"):
-            ContextGenerator(model, token_budget=8).contexts(**GOOD)
+            ContextGenerator(model, token_budget=8, balance=1).contexts(**GOOD)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
@@ -215,16 +217,16 @@ def test_few_positions_may_be_off_in_half_precision(dtype, monkeypatch):
     monkeypatch.setattr(model.model.layers[1].self_attn, "forward", off_at_one_position)
     if dtype == torch.float32:
         with pytest.raises(UnsupportedModelError, match="computes something else"):
-            ContextGenerator(model, token_budget=8).contexts(**GOOD)
+            ContextGenerator(model, token_budget=8, balance=1).contexts(**GOOD)
     else:
-        ContextGenerator(model, token_budget=64).contexts(**GOOD)
+        ContextGenerator(model, token_budget=64, balance=8).contexts(**GOOD)
 
 
 def test_an_error_inside_a_pass_leaves_the_model_as_it_was(monkeypatch):
     model = tiny_model("llama").train()
-    generator = ContextGenerator(model, token_budget=8)
+    generator = ContextGenerator(model, token_budget=8, balance=1)
     generator.contexts(**GOOD)
-    monkeypatch.setattr("selfgen.context.fixed_point.commit_pass", lambda *args: 1 / 0)
+    monkeypatch.setattr("selfgen.context.fixed_point.FixedPoint.commit", lambda *args: 1 / 0)
     with pytest.raises(ZeroDivisionError):
         generator.contexts(**GOOD)
     assert model.config._attn_implementation == "sdpa"

@@ -18,7 +18,7 @@ from selfgen.training.reuse import reuse_passes
 
 
 def generate(model, data, **kwargs):
-    generator = ContextGenerator(model, token_budget=16)
+    generator = ContextGenerator(model, token_budget=16, balance=2)
     columns = data["prompt_ids"], data["answer_ids"]
     kwargs = {"self_prob": 0.5, "seed": 3, "sample_ids": data["sample_id"]} | kwargs
     return generator.contexts(*(list(column) for column in columns), **kwargs)

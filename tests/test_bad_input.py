@@ -114,8 +114,14 @@ UNSUPPORTED = {
         decoder_start_token_id=1,
         forced_eos_token_id=None,
     ),
-    "AttentionInterface": lambda: t.GPTJConfig(
-        vocab_size=VOCAB, n_embd=32, n_layer=2, n_head=4, rotary_dim=4, n_positions=256, initializer_range=0.3
+    "AttentionInterface": lambda: t.GPTNeoConfig(
+        vocab_size=VOCAB,
+        hidden_size=32,
+        num_layers=2,
+        num_heads=4,
+        attention_types=[[["global", "local"], 1]],
+        max_position_embeddings=256,
+        initializer_range=0.3,
     ),
     "num_kv_shared_layers": lambda: t.Gemma3nTextConfig(
         **_base(
@@ -139,8 +145,8 @@ UNSUPPORTED = {
         )
     ),
     "layers of type conv": lambda: t.Lfm2Config(**_base(layer_types=["conv", "full_attention"])),
-    "not a transformers KV cache": lambda: t.MambaConfig(
-        vocab_size=VOCAB, hidden_size=32, num_hidden_layers=2, state_size=4
+    "not a transformers KV cache": lambda: t.RwkvConfig(
+        vocab_size=VOCAB, hidden_size=32, num_hidden_layers=2, attention_hidden_size=32
     ),
 }
 

@@ -238,6 +238,40 @@ def test_an_error_inside_a_pass_leaves_the_model_as_it_was(monkeypatch):
     assert not any("forward" in vars(module) for module in model.modules())
 
 
+NEW_KEYWORDS = {
+    "sparse": False,
+    "page_table": None,
+    "output_attentions": True,
+    "cu_seq_lens_q": torch.tensor([0, 4], dtype=torch.int32),
+}
+
+
+def test_new_keywords_of_an_attention_that_say_nothing_are_passed_over(monkeypatch):
+    """A version of transformers that hands one to every attention must not shut every model out."""
+    model = tiny_model("llama")
+    expected = ContextGenerator(model, token_budget=8).generate(**GOOD)
+    hand_to_attention(monkeypatch, **NEW_KEYWORDS)
+    assert torch.equal(ContextGenerator(model, token_budget=8).generate(**GOOD).tokens[0], expected.tokens[0])
+
+
+@pytest.mark.parametrize("value", [0, 0.5, True, "sparse", torch.zeros(2)])
+def test_new_keywords_of_an_attention_that_may_change_it_are_refused_by_name(monkeypatch, value):
+    hand_to_attention(monkeypatch, **NEW_KEYWORDS, bias_of_heads=value)
+    with pytest.raises(UnsupportedModelError, match=r"LlamaAttention uses bias_of_heads, which the ragged path"):
+        ContextGenerator(tiny_model("llama"), token_budget=8).generate(**GOOD)
+
+
+def hand_to_attention(monkeypatch, **keywords) -> None:
+    """As a newer transformers may: every layer of a Llama hands ``keywords`` to the attention function."""
+    original = t.models.llama.modeling_llama.LlamaAttention.forward
+
+    def forward(self, *args, **kwargs):
+        given = keywords if "ragged_pass" in kwargs else {}
+        return original(self, *args, **kwargs, **given)
+
+    monkeypatch.setattr(t.models.llama.modeling_llama.LlamaAttention, "forward", forward)
+
+
 def test_prompt_learning_adapters_are_refused():
     peft = pytest.importorskip("peft")
     model = peft.get_peft_model(

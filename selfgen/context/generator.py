@@ -25,6 +25,7 @@ from .hidden_states import ReplayError
 from .masks import Masks
 from .models import (
     check_dtypes,
+    check_whole,
     dtype_inside,
     eos_token_ids_of,
     inference,
@@ -61,7 +62,7 @@ class ContextGenerator:
 
     Raises:
         TypeError: ``model`` is not a transformers model, or its weights have more than one dtype.
-        ValueError: ``temperature`` or ``token_budget`` out of range.
+        ValueError: ``temperature`` or ``token_budget`` out of range, or the model is split over processes.
 
     Example:
         >>> generator = ContextGenerator(model)
@@ -96,6 +97,7 @@ class ContextGenerator:
         self._cuda_graphs = cuda_graphs
         self._passes: Forward | None = None
         self._by_transformers = TransformersRun(self.model)
+        check_whole(self.model)
         check_dtypes(self.model)
 
     @property

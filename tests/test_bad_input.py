@@ -116,8 +116,14 @@ UNSUPPORTED = {
         decoder_start_token_id=1,
         forced_eos_token_id=None,
     ),
-    "AttentionInterface": lambda: t.GPTJConfig(
-        vocab_size=VOCAB, n_embd=32, n_layer=2, n_head=4, rotary_dim=4, n_positions=256, initializer_range=0.3
+    "AttentionInterface": lambda: t.GPTNeoConfig(
+        vocab_size=VOCAB,
+        hidden_size=32,
+        num_layers=2,
+        num_heads=4,
+        attention_types=[[["global", "local"], 1]],
+        max_position_embeddings=256,
+        initializer_range=0.3,
     ),
     "num_kv_shared_layers": lambda: t.Gemma3nTextConfig(
         **_base(
@@ -141,8 +147,8 @@ UNSUPPORTED = {
         )
     ),
     "layers of type conv": lambda: t.Lfm2Config(**_base(layer_types=["conv", "full_attention"])),
-    "not a transformers KV cache": lambda: t.MambaConfig(
-        vocab_size=VOCAB, hidden_size=32, num_hidden_layers=2, state_size=4
+    "not a transformers KV cache": lambda: t.RwkvConfig(
+        vocab_size=VOCAB, hidden_size=32, num_hidden_layers=2, attention_hidden_size=32
     ),
 }
 
@@ -232,6 +238,40 @@ def test_an_error_inside_a_pass_leaves_the_model_as_it_was(monkeypatch):
     assert model.config._attn_implementation == "sdpa"
     assert all(module.training for module in model.modules())
     assert not any("forward" in vars(module) for module in model.modules())
+
+
+NEW_KEYWORDS = {
+    "sparse": False,
+    "page_table": None,
+    "output_attentions": True,
+    "cu_seq_lens_q": torch.tensor([0, 4], dtype=torch.int32),
+}
+
+
+def test_new_keywords_of_an_attention_that_say_nothing_are_passed_over(monkeypatch):
+    """A version of transformers that hands one to every attention must not shut every model out."""
+    model = tiny_model("llama")
+    expected = ContextGenerator(model, token_budget=8).generate(**GOOD)
+    hand_to_attention(monkeypatch, **NEW_KEYWORDS)
+    assert torch.equal(ContextGenerator(model, token_budget=8).generate(**GOOD).tokens[0], expected.tokens[0])
+
+
+@pytest.mark.parametrize("value", [0, 0.5, True, "sparse", torch.zeros(2)])
+def test_new_keywords_of_an_attention_that_may_change_it_are_refused_by_name(monkeypatch, value):
+    hand_to_attention(monkeypatch, **NEW_KEYWORDS, bias_of_heads=value)
+    with pytest.raises(UnsupportedModelError, match=r"LlamaAttention uses bias_of_heads, which the ragged path"):
+        ContextGenerator(tiny_model("llama"), token_budget=8).generate(**GOOD)
+
+
+def hand_to_attention(monkeypatch, **keywords) -> None:
+    """As a newer transformers may: every layer of a Llama hands ``keywords`` to the attention function."""
+    original = t.models.llama.modeling_llama.LlamaAttention.forward
+
+    def forward(self, *args, **kwargs):
+        given = keywords if "ragged_pass" in kwargs else {}
+        return original(self, *args, **kwargs, **given)
+
+    monkeypatch.setattr(t.models.llama.modeling_llama.LlamaAttention, "forward", forward)
 
 
 def test_prompt_learning_adapters_are_refused():

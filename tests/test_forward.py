@@ -61,7 +61,7 @@ class Recorder(engine.GraphedForward):
 @pytest.fixture(autouse=True)
 def recorder(monkeypatch):
     monkeypatch.setattr(engine, "not_waiting", nullcontext)
-    monkeypatch.setattr(engine, "packed_linears", nullcontext)  # a CPU's, whose weights are copies
+    monkeypatch.setattr("selfgen.context.forward.packed_linears", nullcontext)  # a CPU's, whose weights are copies
     monkeypatch.setattr(engine, "_memory_of", lambda device: 2**34)
     monkeypatch.setattr(engine, "forward_of", lambda model, cuda_graphs: Recorder(model))
     monkeypatch.setattr("selfgen.context.generator.forward_of", lambda model, cuda_graphs: Recorder(model))

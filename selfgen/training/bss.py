@@ -102,7 +102,7 @@ class BSSTrainer(Trainer):
             data_collator=data_collator or self.collator_class(pad_token_id(processing_class)),
             **kwargs,
         )
-        if self.is_fsdp_enabled or self.is_deepspeed_enabled:
+        if self.is_fsdp_enabled or self.is_deepspeed_enabled:  # in a way that check_parallelism has not seen
             raise ValueError(
                 "weights sharded by FSDP or DeepSpeed can't make contexts yet; train with DDP or one device"
             )

@@ -11,6 +11,7 @@ from ..context import ContextGenerator
 from ..context.generator import METHODS, Method
 from ..context.masks import Masks, check_probability
 from ..data import RowOptions
+from .parallelism import check_parallelism
 from .schedules import SCHEDULES, Schedule
 
 LOSS_ON = ("all", "after_self")
@@ -53,7 +54,7 @@ class BSSConfig(RowOptions, MaskOptions, TrainingArguments):
     """Arguments of ``BSSTrainer``: everything of ``transformers.TrainingArguments``, and the fields below.
 
     Raises:
-        ValueError: a field out of its range.
+        ValueError: a field out of its range, or FSDP, DeepSpeed or another parallelism than DDP is asked for.
     """
 
     _argument_group_name = "training (transformers.TrainingArguments)"
@@ -145,6 +146,7 @@ class BSSConfig(RowOptions, MaskOptions, TrainingArguments):
     )
 
     def __post_init__(self):
+        check_parallelism(self)
         super().__post_init__()
         for name in ("self_prob", "self_prob_start"):
             check_probability(name, getattr(self, name))

@@ -5,35 +5,17 @@
 #include <ATen/ATen.h>
 
 #include "checks.h"
-#include "groups.h"
 #include "random.h"
+#include "row.h"
 
 #include <cmath>
-#include <limits>
+#include <cstdint>
 #include <tuple>
 #include <vector>
 
 namespace {
 
 using Mixed = std::tuple<at::Tensor, at::Tensor, at::Tensor>;  // tokens, is_self, invalid: [N] each
-
-struct Filters {
-  // Whether a token could be dropped. A min_p that is NaN, which no one could accept, drops nothing at all.
-  bool drop_any(int64_t vocab_size) const {
-    return log_min_p == log_min_p && (top_k < vocab_size || top_p < 1 || log_min_p > -kInf);
-  }
-  int64_t top_k = std::numeric_limits<int64_t>::max();
-  double top_p = 1;
-  float log_min_p = -kInf;
-};
-
-struct Row {
-  int64_t index;
-  RowKey key;
-  bool greedy;
-  float scale;  // 1 / temperature, or 1 if greedy
-  Filters filters;
-};
 
 // The arguments that the sampling ops share, for `count` rows and in the order of their schema.
 struct Rows {

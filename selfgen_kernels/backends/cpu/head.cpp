@@ -2,8 +2,8 @@
 //
 // The vocabulary passes by in groups: the product of one group's head with all rows (head_rows.h), then each row's draw
 // takes the group in. Without a filter nothing else is kept of the logits. With one, the values that reach a bound of
-// the row's cutoff are (kept.h), or, where these do not fit, all logits of a few rows at a time. From what is kept, rows
-// are drawn as sample_mix does. Of a probability, what is kept is the mass of each group.
+// the row's cutoff are (kept.h), or, where these do not fit, all logits of a few rows at a time. From what is kept,
+// rows are drawn as sample_mix does. Of a probability, what is kept is the mass of each group.
 
 #include <ATen/ATen.h>
 #include <torch/library.h>
@@ -83,25 +83,26 @@ SELFGEN_CLONES(
     (const float* logits, int64_t size, int64_t lanes, int64_t count, float* __restrict peak, float* __restrict sum),
     (logits, size, lanes, count, peak, sum))
 
-// The log probability of each row's token, at temperature 1: `out` at the row's index. What is kept of the logits is the
-// mass of each group: groups are added up in their order, so that threads don't change a bit.
+// The log probability of the references. What is kept of the logits is the mass of each group: groups are added up in
+// their order, so that threads don't change a bit.
 template <typename T>
-void log_probs(const HeadArguments& arguments, const std::vector<Row>& rows, const int64_t* tokens, float* out) {
-  const int64_t vocab_size = arguments.weight.size(0), groups = groups_of(vocab_size), count = rows.size();
-  const HeadRows<T> head(arguments, rows.data(), count);
-  std::vector<float> found(count, -kInf), buffers(head.threads() * 2 * count);
+at::Tensor head_log_probs(const HeadArguments& arguments, const Rows& rows) {
+  const int64_t groups = groups_of(arguments.weight.size(0)), count = rows.selected.size();
+  const HeadRows<T> head(arguments, rows.selected.data(), count);
+  std::vector<float> z(count, -kInf), buffers(head.threads() * 2 * count);
   std::vector<Mass> masses(count * groups);
+  const int64_t* const tokens = rows.reference.const_data_ptr<int64_t>();
   head.for_each_group([&](int64_t thread, int64_t group, int64_t first, int64_t size, const float* logits) {
     float *const peak = buffers.data() + thread * 2 * count, *const sum = peak + count;
     lane_masses(logits, size, head.lanes(), count, peak, sum);
     for (int64_t i = 0; i < count; ++i) {
       masses[i * groups + group] = {peak[i], peak[i] > -kInf ? sum[i] : 0};
-      const int64_t token = tokens[rows[i].index];
-      if (first <= token && token < first + size) found[i] = logits[(token - first) * head.lanes() + i];
+      const int64_t token = tokens[rows.selected[i].index];
+      if (first <= token && token < first + size) z[i] = logits[(token - first) * head.lanes() + i];
     }
     return true;
   });
-  for (int64_t i = 0; i < count; ++i) out[rows[i].index] = log_prob(found[i], masses.data() + i * groups, groups);
+  return log_probs(rows, z, masses, groups);
 }
 
 // What became of some rows, which are put into this order.
@@ -205,6 +206,9 @@ void draw_filtered(const HeadArguments& arguments, Row* rows, int64_t count, int
   draw_filtered<T, float>(arguments, rows, count, bytes, drawn);
 }
 
+// ---- The ops --------------------------------------------------------------------------------------------------------
+
+// Calls f with a number of the dtype of `hidden`.
 template <typename F>
 auto with_dtype(const at::Tensor& hidden, F f) {
   switch (hidden.scalar_type()) {
@@ -217,48 +221,32 @@ auto with_dtype(const at::Tensor& hidden, F f) {
   }
 }
 
-Mixed linear_sample_mix(
-    const at::Tensor& hidden, const at::Tensor& weight, const OptionalTensor& bias, std::optional<double> softcap,
-    double logit_scale, const at::Tensor& reference, const at::Tensor& threshold, int64_t seed,
-    const at::Tensor& sample_ids, const at::Tensor& positions, const at::Tensor& inv_temperature,
-    const OptionalTensor& top_k, const OptionalTensor& top_p, const OptionalTensor& min_p) {
-  const HeadArguments arguments{hidden, weight, bias, softcap, logit_scale, 0};
+Mixed linear_sample_mix(const HeadArguments& arguments, const Sampling& sampling) {
   check_head(arguments);
-  check(reference, "reference", at::kLong, {hidden.size(0)});
-  Rows rows(hidden.size(0), threshold, seed, sample_ids, positions, inv_temperature, top_k, top_p, min_p);
-  const int64_t vocab_size = weight.size(0), count = rows.selected.size();
+  Rows rows(arguments.hidden.size(0), sampling);
+  const int64_t vocab_size = arguments.weight.size(0), count = rows.selected.size();
   Row* const row = rows.selected.data();
   std::vector<int64_t> drawn(count);
-  with_dtype(hidden, [&](auto type) {
+  with_dtype(arguments.hidden, [&](auto type) {
     using T = decltype(type);
     const auto is_plain = [&](const Row& row) { return !row.filters.drop_any(vocab_size); };
     const int64_t plain = std::partition(row, row + count, is_plain) - row;
     if (plain > 0) {
       const std::vector<Draw> draws = draw_rows<T>(arguments, row, plain, groups_of(vocab_size) * kGroup);
-      for (int64_t i = 0; i < plain; ++i) drawn[i] = draws[i].is_valid() ? draws[i].candidate(1).token : -1;
+      for (int64_t i = 0; i < plain; ++i) drawn[i] = draws[i].is_valid() ? draws[i].candidate(1).token : kInvalid;
     }
     if (plain < count) draw_filtered<T>(arguments, row + plain, count - plain, drawn.data() + plain);
   });
-  return mix(reference, rows, drawn);
+  return mix(rows, drawn);
 }
 
-at::Tensor linear_reference_log_prob(
-    const at::Tensor& hidden, const at::Tensor& weight, const OptionalTensor& bias, std::optional<double> softcap,
-    double logit_scale, const at::Tensor& reference, const at::Tensor& threshold, int64_t seed,
-    const at::Tensor& sample_ids, const at::Tensor& positions) {
-  const HeadArguments arguments{hidden, weight, bias, softcap, logit_scale, 0};
+at::Tensor linear_reference_log_prob(const HeadArguments& arguments, const Sampling& sampling) {
   check_head(arguments);
-  const int64_t count = hidden.size(0);
-  check(reference, "reference", at::kLong, {count});
-  const at::Tensor temperature = at::ones({count}, at::kFloat), tokens = reference.contiguous();
-  const Rows rows(count, threshold, seed, sample_ids, positions, temperature, {}, {}, {});
-  at::Tensor result = at::zeros({count}, at::kFloat);
-  with_dtype(hidden, [&](auto type) {
-    if (rows.selected.empty()) return;
-    log_probs<decltype(type)>(
-        arguments, rows.selected, tokens.const_data_ptr<int64_t>(), result.data_ptr<float>());
+  const Rows rows(arguments.hidden.size(0), sampling);
+  return with_dtype(arguments.hidden, [&](auto type) {
+    if (rows.selected.empty()) return log_probs(rows, {}, {}, 0);
+    return head_log_probs<decltype(type)>(arguments, rows);
   });
-  return result;
 }
 
 std::tuple<at::Tensor, at::Tensor> linear_sample_shard(
@@ -267,7 +255,7 @@ std::tuple<at::Tensor, at::Tensor> linear_sample_shard(
     const at::Tensor& positions, const at::Tensor& inv_temperature) {
   const HeadArguments arguments{hidden, weight, bias, softcap, logit_scale, first_id};
   check_head(arguments);
-  const Rows rows(hidden.size(0), threshold, seed, sample_ids, positions, inv_temperature, {}, {}, {});
+  const Rows rows(hidden.size(0), {std::nullopt, threshold, seed, sample_ids, positions, inv_temperature});
   at::Tensor values = at::full({hidden.size(0), 3, 3}, -kInf, hidden.options().dtype(at::kFloat));
   at::Tensor ids = at::full({hidden.size(0), 3}, -1, hidden.options().dtype(at::kLong));
   with_dtype(hidden, [&](auto type) {
@@ -291,7 +279,8 @@ std::tuple<at::Tensor, at::Tensor> linear_sample_shard(
 }  // namespace
 
 TORCH_LIBRARY_IMPL(selfgen, CPU, m) {
-  m.impl("linear_sample_mix", linear_sample_mix);
+  using Op = SamplingOp<const at::Tensor&, const at::Tensor&, const OptionalTensor&, std::optional<double>, double>;
+  m.impl("linear_sample_mix", Op::mix<linear_sample_mix>);
   m.impl("linear_sample_shard", linear_sample_shard);
-  m.impl("linear_reference_log_prob", linear_reference_log_prob);
+  m.impl("linear_reference_log_prob", Op::log_prob<linear_reference_log_prob>);
 }

@@ -190,12 +190,13 @@ Level<T> best_level([[maybe_unused]] const at::Tensor& weight) {
 
 // ---- The rows of a call ---------------------------------------------------------------------------------------------
 
+// What an op is told of the head: the first arguments of its schema, in this order.
 struct HeadArguments {
-  const at::Tensor &hidden, &weight;
-  const OptionalTensor& bias;
+  const at::Tensor &hidden, &weight;  // [N, D], [V, D]
+  const OptionalTensor& bias;         // [V]
   std::optional<double> softcap;
   double logit_scale;
-  int64_t first_id;
+  int64_t first_id = 0;  // of the ids of `weight`
 };
 
 inline void check_head(const HeadArguments& head) {

@@ -138,7 +138,7 @@ SELFGEN_INLINE void group_logits(const Head<T>& head, int64_t first, int64_t cou
   });
 }
 
-// ---- One function a level of x86; vectors are as long as its registers ----------------------------------------------
+// ---- One function per level of x86; vectors are as long as its registers --------------------------------------------
 
 template <typename T>
 struct Level {

@@ -7,9 +7,9 @@ from functools import partial
 import pytest
 import torch
 import torch.nn.functional as F
+from helpers.training import losses_of, make_trainer, rows
 from models import VOCAB, tiny_model
 from peft import LoraConfig, get_peft_model
-from test_trainer import make_trainer, rows
 from transformers import BartConfig, BartForCausalLM
 
 from selfgen.data import Collator
@@ -159,20 +159,6 @@ def test_logits_never_lie_in_memory_as_a_whole(monkeypatch):
     with Sizes():
         loss._cross_entropy(hidden, torch.randint(0, VOCAB, (3000,))).backward()
     assert max(sizes) <= max(100 * VOCAB, 3000 * 32)
-
-
-def losses_of(trainer):
-    found = []
-    compute_loss = trainer.compute_loss
-
-    def recorded(model, inputs, *args, **kwargs):
-        loss = compute_loss(model, inputs, *args, **kwargs)
-        found.append((loss.detach().clone(), {name: column.clone() for name, column in inputs.items()}))
-        return loss
-
-    trainer.compute_loss = recorded
-    trainer.train()
-    return found
 
 
 @pytest.mark.parametrize("reuse", [True, False])

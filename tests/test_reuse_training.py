@@ -10,8 +10,8 @@ from functools import partial
 import pytest
 import torch
 import torch.distributed as dist
+from helpers.training import make_trainer, rows, weights
 from models import CONFIGS, tiny_model
-from test_trainer import make_trainer, rows, weights
 from torch import multiprocessing
 from torch.nn.parallel import DistributedDataParallel
 from transformers import AutoModelForCausalLM, TrainerCallback

@@ -1,4 +1,4 @@
-"""Peak memory of an optimizer step: online BSS with replay against SFT with and without checkpointing.
+"""Peak memory of an optimizer step: online BSS that reuses its passes against SFT with and without checkpointing.
 
     make bench            (or: pytest benchmarks/bench_memory.py)
 

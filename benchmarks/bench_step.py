@@ -1,4 +1,4 @@
-"""A whole optimizer step: online BSS with replay against SFT with and without checkpointing, alternating in one run.
+"""A whole optimizer step: online BSS that reuses its passes against SFT with and without checkpointing, alternating.
 
     make bench            (or: pytest benchmarks/bench_step.py)
 
@@ -97,7 +97,7 @@ def test_step(benchmark, step, report):
         PLAIN: partial(step, 0.0),
     }
     runs: dict[str, list[tuple[float, float, ContextStats]]] = {name: [] for name in sides}
-    step(max(TARGETS))  # the optimizer's state, the check of replay
+    step(max(TARGETS))  # the optimizer's state, the check of reuse
     for _ in range(3 * WARM_UPS):  # each with other contexts, as in training
         for p in TARGETS:
             step(p)

@@ -79,7 +79,7 @@ class Training(Step):
         self.trainer = BSSTrainer(generator.model, how, train_dataset=long_rows().dataset(), processing_class=tokenizer)
         self.trainer.create_optimizer()
         self.loss = self.trainer._answer_loss
-        self.over(long_rows().shortened(1, 8))  # the optimizer's state, the check of replay
+        self.over(long_rows().shortened(1, 8))  # the optimizer's state, the check of reuse
 
     def over(self, rows: Rows) -> dict[str, float | None]:
         """Columns with the seconds of a step, where rows are few."""

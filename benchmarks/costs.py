@@ -5,11 +5,11 @@ A part of a forward over n tokens takes max(FLOPs / rate, bytes / bandwidth) sec
     layers     2 n W FLOPs with their W weights, which are streamed once
     attention  4 FLOPs for each pair of a query and a key and each number of a head; K/V of each row read once
     head       at m rows: 2 m hidden * vocab FLOPs; its weights, and m rows of logits written and read
-    replay     the hidden states of n tokens, layers + 1 times, copied to where they are kept
+    reuse      the hidden states of n tokens, layers + 1 times, copied to where they are kept
 
 With F(n) = layers + attention, H(m) = head, and a host that needs h seconds to launch a forward:
 
-    pass    F(n) + H(m) + replay + h      the host waits for each plan, so that nothing hides its time
+    pass    F(n) + H(m) + reuse + h       the host waits for each plan, so that nothing hides its time
     SFT     3 max(F + H, h) + optimizer, and with checkpointing max(F, h) more: a backward is two forwards
     BSS     all passes + H + max(F, h) + 2 max(F + H, h) + what is kept read twice + optimizer
 
@@ -138,8 +138,8 @@ class Costs(NamedTuple):
         """Hidden states of ``tokens`` copied."""
         return self.part(0, 2 * tokens * (self.shape.layers + 1) * self.shape.hidden)
 
-    def a_pass(self, work: Pass, *, replay: bool = True) -> float:
-        return self.layers(work) + self.head(work.sampled) + replay * self.kept(work.tokens) + self.host
+    def a_pass(self, work: Pass, *, reuse: bool = True) -> float:
+        return self.layers(work) + self.head(work.sampled) + reuse * self.kept(work.tokens) + self.host
 
     def optimizer(self) -> float:
         return self.shape.parameters * self.precision.step / self.device.bandwidth
@@ -153,14 +153,14 @@ class Costs(NamedTuple):
     def bss(self, batches: Sequence[Pass], passes: Sequence[Pass], *, generator: Costs | None = None) -> float:
         """Seconds of a BSS step over micro-batches. ``generator``: costs of the passes, where they are others."""
         contexts = sum((generator or self).a_pass(work) for work in passes)
-        replayed = sum(self.head(b.sampled) + 2 * self.kept(b.tokens) for b in batches)  # forward reads, backward reads
+        reused = sum(self.head(b.sampled) + 2 * self.kept(b.tokens) for b in batches)  # forward reads, backward reads
         backward = sum(2 * max(self.layers(b) + self.head(b.sampled), self.host) for b in batches)
         recomputed = sum(max(self.layers(b), self.host) for b in batches)
-        return contexts + replayed + recomputed + backward + self.optimizer()
+        return contexts + reused + recomputed + backward + self.optimizer()
 
     def token_budget(self) -> int:
         """What ``calibrate_token_budget`` finds if a forward takes what it does here."""
-        return token_budget_of(lambda n: self.a_pass(Pass(n, 1, n, n * (n + 1) // 2), replay=False))
+        return token_budget_of(lambda n: self.a_pass(Pass(n, 1, n, n * (n + 1) // 2), reuse=False))
 
 
 def micro_batches(lengths: Sequence[int], *, padded: bool = False) -> list[Pass]:

@@ -173,7 +173,7 @@ def check(measured: dict[str, Any], layer_host: float, bench: Path | None) -> li
     in_passes = costs._replace(device=cpu_in_passes)
     print(f"{cpu.name}: {cpu.flops / 1e9:.0f} GFLOP/s, in passes {cpu_in_passes.flops / 1e9:.0f}", end="; ")
     print(f"{cpu.bandwidth / 1e9:.1f} GB/s; token budget {budget}")
-    predicted = sum(in_passes.a_pass(work, replay=False) for work in passes)
+    predicted = sum(in_passes.a_pass(work, reuse=False) for work in passes)
     rows = [check_row("contexts of 8 rows, p = 0.25, s", predicted, seconds)]
 
     batches = micro_batches(measured["lengths"], padded=True)

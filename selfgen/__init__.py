@@ -10,6 +10,8 @@ from .generation import Corrected, answer, generate_corrected
 from .stored_contexts import load_contexts, write_contexts
 from .training import BASHTrainer, BSSConfig, BSSTrainer, RACConfig, RACTrainer, train_rounds
 
+__version__ = "0.1.0"
+
 __all__ = [
     "Answers",
     "BASHTrainer",

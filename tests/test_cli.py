@@ -16,6 +16,7 @@ import torch
 import transformers as t
 from test_data import ROWS, WORDS, make_tokenizer, write_jsonl
 
+import selfgen
 from selfgen.cli import COMMANDS, main
 
 ROOT = Path(__file__).parents[1]
@@ -78,12 +79,17 @@ def test_help(capsys):
     assert "selfgen train" in out
     code, short, _ = run(["train", "--help"], capsys)
     assert code == 0
-    for option in ("--model", "--dataset", "--self_prob", "--learning_rate", "--resume_from_checkpoint"):
+    for option in ("--model", "--dataset", "--self-prob", "--learning-rate", "--resume-from-checkpoint"):
         assert option in short
-    assert "--adam_beta1" not in short
-    code, everything, _ = run(["train", "--help_all"], capsys)
-    assert code == 0
-    assert "--adam_beta1" in everything
+    assert "--adam-beta1" not in short
+    for flag in ("--help-all", "--help_all"):
+        code, everything, _ = run(["train", flag], capsys)
+        assert code == 0
+        assert "--adam-beta1" in everything
+
+
+def test_version(capsys):
+    assert run(["--version"], capsys) == (0, f"selfgen {selfgen.__version__}\n", "")
 
 
 def test_train_from_flags(arguments, capsys):
@@ -142,7 +148,7 @@ def test_a_run_before_is_not_taken_for_this_one(arguments, capsys):
     before = (Path(arguments["output_dir"]) / "model.safetensors").read_bytes()
     code, _, err = run(["train", *flags(arguments), "--learning_rate", "1e-3"], capsys)
     assert code == 2
-    assert "--resume_from_checkpoint last" in err
+    assert "--resume-from-checkpoint last" in err
     code, _, err = run(["train", *flags(arguments), "--resume_from_checkpoint", "last", "--self_prob", "0.7"], capsys)
     assert code == 2
     assert "self_prob was 0.25, is 0.7" in err
@@ -155,8 +161,9 @@ def test_a_run_before_is_not_taken_for_this_one(arguments, capsys):
     ("options", "message"),
     [
         (["--direct_weight", "1"], "'--direct_weight', which goes with --method rac"),
-        (["--lerning_rate", "1"], "did you mean 'learning_rate'"),
-        (["nothing"], "what is 'nothing'?"),
+        (["--lerning-rate", "1"], "did you mean '--learning-rate'?"),
+        (["--replay", "no"], "the option '--replay' is called '--reuse-passes' now"),
+        (["nothing"], "'nothing' is not an option"),
         (["c.yaml"], "c.yaml first"),
     ],
 )
@@ -254,6 +261,7 @@ def test_errors_are_one_line_and_exit_code_2(arguments, changes, words, tmp_path
     ("content", "words"),
     [
         ("self_probb: 0.5\n", "unknown option 'self_probb'; did you mean 'self_prob'?"),
+        ("replay: no\n", "the option 'replay' is called 'reuse_passes' now"),
         ("- a\n", "must map options to values"),
         ("a: [\n", "is not valid YAML"),
         ("max_steps: 1.5\n", "--max_steps"),

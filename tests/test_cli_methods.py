@@ -46,7 +46,7 @@ def test_train_rac_from_a_file(arguments, chat, tmp_path, capsys):  # noqa: F811
 def test_options_of_rac_are_those_of_rac(arguments, capsys):  # noqa: F811
     code, out, _ = run(["train", "--method", "rac", "--help"], capsys)
     assert code == 0
-    assert "--correction_cue" in out
+    assert "--correction-cue" in out
     code, _, err = run(["train", *flags(arguments), "--correction_cue", "a"], capsys)
     assert code == 2
     assert "correction_cue" in err

@@ -141,8 +141,8 @@ def test_models_that_the_ragged_path_refuses(family, temperature):
             )  # fmt: skip
             assert token == int(want)
             context = torch.cat([context, want])
-        assert found.finished[row] == (int(answer[-1]) in stop)
-        assert found.finished[row] or len(answer) == 12
+        assert found.finished[row] == (int(tokens[-1]) in stop)
+        assert found.finished[row] or len(tokens) == 12
     assert model.generation_config.repetition_penalty == 5.0
 
 

@@ -175,11 +175,11 @@ def losses_of(trainer):
     return found
 
 
-@pytest.mark.parametrize("replay", [True, False])
+@pytest.mark.parametrize("reuse", [True, False])
 @pytest.mark.parametrize("change", [{}, {"label_smoothing_factor": 0.1}, {"kl_weight": 0.5}])
-def test_lean_training_is_plain_training(tmp_path, replay, change):
+def test_lean_training_is_plain_training(tmp_path, reuse, change):
     runs = [
-        losses_of(make_trainer(tmp_path, learning_rate=1e-3, replay=replay, lean_loss=lean, **change))
+        losses_of(make_trainer(tmp_path, learning_rate=1e-3, reuse_passes=reuse, lean_loss=lean, **change))
         for lean in (True, False)
     ]
     for (lean, _), (plain, _) in zip(*runs, strict=True):
@@ -203,14 +203,14 @@ def test_kl_is_to_the_model_as_it_begins(tmp_path):
 
 
 def test_kl_of_adapters_is_to_the_model_without_them(tmp_path):
-    """No second model in memory; the adapters are on again for the step, and its forward may be replayed."""
+    """No second model in memory; the adapters are on again for the step, and its forward may reuse passes."""
     adapters = LoraConfig(r=4, target_modules=["q_proj", "v_proj"], init_lora_weights=False)
     torch.manual_seed(1)
     model = get_peft_model(llama(), adapters)
     trainer = make_trainer(tmp_path, model=model, kl_weight=2.0, learning_rate=0.0, max_steps=1)
     assert trainer._answer_loss.frozen is trainer.generator.model
     found = losses_of(trainer)
-    assert trainer._replays
+    assert trainer._reuses
     total, divergence, count = torch.zeros(()), torch.zeros(()), 0
     for _, inputs in found:
         with torch.no_grad():

@@ -9,7 +9,7 @@ import pytest
 import torch
 from models import CONFIGS, VOCAB, tiny_model
 from test_rac import make_trainer as rac_trainer
-from test_replay import distance, gradients, padded
+from test_reuse import distance, gradients, padded
 from test_trainer import make_trainer, rows, weights
 
 from selfgen import ContextGenerator
@@ -131,7 +131,7 @@ def test_greedy_answers_are_those_of_transformers(family):
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-def test_replay_gives_loss_and_gradients_of_the_ordinary_step(family):
+def test_reuse_gives_loss_and_gradients_of_the_ordinary_step(family):
     model, data = tiny_model(family).cuda(), rows(5)
     for module in model.modules():
         if isinstance(module, torch.nn.Dropout):  # GPT-2's default
@@ -149,19 +149,19 @@ def test_replay_gives_loss_and_gradients_of_the_ordinary_step(family):
     ordinary.backward()
     want = gradients(model)
     with reuse_passes(mixed.hidden_states, slots.cuda()):
-        replayed = model(**inputs).loss
-    replayed.backward()
-    torch.testing.assert_close(replayed, ordinary, rtol=1e-5, atol=0)
+        reused = model(**inputs).loss
+    reused.backward()
+    torch.testing.assert_close(reused, ordinary, rtol=1e-5, atol=0)
     assert distance(gradients(model), want) <= 1e-4
 
 
 @pytest.mark.parametrize("bf16", [False, True])
 @pytest.mark.parametrize("lean", [False, True])
-def test_training_with_and_without_replay_is_the_same(tmp_path, caplog, bf16, lean):
+def test_training_with_and_without_reuse_is_the_same(tmp_path, caplog, bf16, lean):
     """Off by far less than what the steps change; by more in bf16, where Adam makes rounding as large as a gradient."""
 
-    def trained(replay):
-        how = {"use_cpu": False, "bf16": bf16, "lean_loss": lean, "replay": replay, "learning_rate": 1e-3}
+    def trained(reuse):
+        how = {"use_cpu": False, "bf16": bf16, "lean_loss": lean, "reuse_passes": reuse, "learning_rate": 1e-3}
         trainer = make_trainer(tmp_path, **how)
         assert trainer.model.device.type == "cuda"
         before = weights(trainer.model).clone()

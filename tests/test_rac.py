@@ -233,11 +233,11 @@ def check_loss(found, weight_of):
 
 @pytest.mark.parametrize("direct_weight", [0.0, 0.5])
 def test_with_self_tokens_it_is_bss_on_corrections(tmp_path, direct_weight):
-    """RAC and BSS at once: contexts of the reference are mixed behind the correction prompt, and replayed."""
+    """RAC and BSS at once: contexts of the reference are mixed after the correction prompt, and their passes reused."""
     trainer = make_trainer(tmp_path, self_prob=0.6, direct_weight=direct_weight)
     found = losses_of(trainer)
-    assert trainer._replay_verified
-    assert trainer._replays
+    assert trainer._reuse_verified
+    assert trainer._reuses
     oracle = ContextGenerator(tiny_model("llama"))
     rows = tokenized()
     different = 0

@@ -39,7 +39,7 @@ def test_a_pass_by_hand():
 
 
 @pytest.mark.parametrize("shape", SHAPES)
-def test_a_replayed_step_is_a_checkpointed_one_and_a_head(shape):
+def test_a_step_that_reuses_passes_is_a_checkpointed_one_and_a_head(shape):
     """Where bandwidth is endless, the host costs nothing and each token is computed once."""
     costs = Costs(shape, COMPUTE_BOUND)
     sft = costs.sft(BATCHES, checkpointing=True)
@@ -79,7 +79,7 @@ def test_token_budget_is_the_calibrated_one(monkeypatch, costs):
 
         def __call__(self, input_ids, **_):
             n = input_ids.shape[1]
-            clock[0] += costs.a_pass(Pass(n, 1, n, n * (n + 1) // 2), replay=False)
+            clock[0] += costs.a_pass(Pass(n, 1, n, n * (n + 1) // 2), reuse=False)
 
     monkeypatch.setattr(budget.time, "perf_counter", lambda: clock[0])
     monkeypatch.setattr(budget, "max_positions", lambda model: None)

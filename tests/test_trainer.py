@@ -170,7 +170,7 @@ def test_self_prob_zero_is_supervised_fine_tuning(tmp_path):
 
 def test_methods_train_alike(tmp_path):
     fast, slow = (
-        make_trainer(tmp_path, context_method=method, replay=False) for method in ("fixed_point", "sequential")
+        make_trainer(tmp_path, context_method=method, reuse_passes=False) for method in ("fixed_point", "sequential")
     )
     fast.train()
     slow.train()
@@ -273,12 +273,12 @@ def test_contexts_under_bf16_autocast_are_made_in_it(tmp_path):
     ids=str,
 )
 def test_masks_of_the_arguments_are_those_of_the_contexts(tmp_path, options):
-    """Every kind, replayed: what a step trains on is what the sequential loop makes, not that of tokens."""
+    """Every kind, with passes reused: what a step trains on is what the sequential loop makes, not that of tokens."""
     trainer = make_trainer(tmp_path, max_steps=1, self_prob=0.6, per_device_train_batch_size=8, **options)
     seen = []
     trainer.compute_loss = _record(trainer.compute_loss, seen)
     trainer.train()
-    assert trainer._replay_verified
+    assert trainer._reuse_verified
     oracle = ContextGenerator(tiny_model("llama"), masks=config(tmp_path, **options).masks)
     plain = ContextGenerator(tiny_model("llama"))
     differs = False

@@ -167,7 +167,7 @@ def train(task: AnyTask, method: Method, seed: int, setting: Setting, without: D
         if isinstance(trainer, ApproximateTrainer):
             trainer.passes = method.passes
         if method.kind in ("offline", "approximate"):
-            trainer._replays = False  # what made the contexts is not this step's forward
+            trainer._reuses = False  # what made the contexts is not this step's forward
         trainer.train()
     return model.eval(), int(trainer.state.num_input_tokens_seen)
 

@@ -9,7 +9,9 @@ from ..context import ContextGenerator
 from ..context.generator import Method
 from ..stored_contexts import write_contexts
 from ..training.config import MaskOptions
-from .options import DataArguments, ModelArguments, device, fail, make_parser, parse, source_of
+from .options import DataArguments, ModelArguments, device, fail, make_parser, parse, show_log, source_of
+
+logger = logging.getLogger(__name__)
 
 PROG = "selfgen contexts"
 
@@ -20,7 +22,7 @@ class ContextArguments:
 
     _argument_group_name = "contexts"
 
-    output_dir: str = field(metadata={"help": "Folder for the contexts; one that was begun is gone on with."})
+    output_dir: str = field(metadata={"help": "Folder for the contexts. A folder with a part of them is continued."})
     self_prob: float = field(
         default=0.25, metadata={"help": "Probability that a context token is the model's own, in [0, 1]."}
     )
@@ -44,11 +46,11 @@ class ContextArguments:
 
 
 def run(arguments: list[str]) -> int:
-    logging.basicConfig(format="%(message)s", level=logging.WARNING)
+    show_log()
     parser = make_parser(
         (ModelArguments, DataArguments, ContextArguments, MaskOptions),
         prog=PROG,
-        usage="selfgen contexts [CONFIG.yaml] --model NAME --dataset NAME --output_dir DIR [options]",
+        usage="selfgen contexts [CONFIG.yaml] --model NAME --dataset NAME --output-dir DIR [options]",
         description="Write mixed contexts as a data set, for selfgen train --method bash --contexts DIR.",
         epilog="After a kill, the same command goes on where it stopped.",
     )
@@ -57,7 +59,7 @@ def run(arguments: list[str]) -> int:
         rows = data.load()
         model, tokenizer = model_arguments.load()
         rows, report = data.tokenize(rows, tokenizer)
-        logging.warning("data: %s", report)
+        logger.log(report.level, "data: %s", report)
         record = write_contexts(
             ContextGenerator(
                 model.to(device(options.use_cpu)),

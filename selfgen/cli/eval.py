@@ -34,7 +34,9 @@ from ..files import write_whole
 from ..generation import answer, generate_corrected
 from ..provenance import rows_hash, versions, weights_hash
 from .journal import Journal, differing, read
-from .options import DataArguments, ModelArguments, device, fail, make_parser, parse
+from .options import DataArguments, ModelArguments, device, fail, make_parser, parse, show_log
+
+logger = logging.getLogger(__name__)
 
 PROG = "selfgen eval"
 METRICS = ("exact_match", "rouge", "loss", "curve", "correction")
@@ -112,11 +114,11 @@ class EvalArguments:
 
 
 def run(arguments: list[str]) -> int:
-    logging.basicConfig(format="%(message)s", level=logging.WARNING)
+    show_log()
     parser = make_parser(
         (ModelArguments, DataArguments, EvalArguments),
         prog=PROG,
-        usage="selfgen eval [CONFIG.yaml] --model NAME --dataset NAME --output_dir DIR [--metrics NAME ...]",
+        usage="selfgen eval [CONFIG.yaml] --model NAME --dataset NAME --output-dir DIR [--metrics NAME ...]",
         description="Evaluate a model. A killed evaluation goes on where it was.",
     )
     try:
@@ -131,7 +133,7 @@ def run(arguments: list[str]) -> int:
     try:
         plots = write_plots(results, folder)
     except ImportError as error:
-        logging.warning("no plots: %s", error)
+        logger.warning("no plots: %s", error)
         plots = []
     print(f"\nresults are in {', '.join(map(str, [folder / 'results.json', *plots]))}; row by row in {folder}/*.jsonl")
     return 0
@@ -145,14 +147,14 @@ def evaluate(model_arguments: ModelArguments, data: DataArguments, how: EvalArgu
     model, tokenizer = model_arguments.load()
     model.to(device(how.use_cpu))
     rows, report = data.tokenize(dataset.select(range(min(how.limit or len(dataset), len(dataset)))), tokenizer)
-    logging.warning("data: %s", report)
+    logger.log(report.level, "data: %s", report)
     limit = max_positions(model)
     if limit is not None and data.max_length > limit:
         raise ValueError(f"max_length is {data.max_length}, but the model has {limit} positions")
     if report.truncated and how.files != ["losses"]:
         raise ValueError(
             f"{report.truncated} reference answers do not fit into max_length={data.max_length}, so that no answer can "
-            "be held against their ends; give a larger --max_length, or measure only loss and curve"
+            "be held against their ends; give a larger --max-length, or measure only loss and curve"
         )
 
     what = asdict(model_arguments) | asdict(data) | {"limit": how.limit}

@@ -14,7 +14,9 @@ from ..correction import DEFAULT_CUE, stop_ids_of
 from ..generation import generate_corrected
 from ..provenance import rows_hash, weights_hash
 from .journal import Journal
-from .options import DataArguments, ModelArguments, device, fail, make_parser, parse
+from .options import DataArguments, ModelArguments, device, fail, make_parser, parse, show_log
+
+logger = logging.getLogger(__name__)
 
 PROG = "selfgen generate"
 _FREE = ("output_file", "batch_size", "chunk_rows", "use_cpu")  # do not change answers
@@ -29,7 +31,7 @@ class GenerateArguments:
     output_file: str = field(
         metadata={
             "help": "JSON lines: each row's columns, own_answer, corrected, and whether the answer was finished (in "
-            "place of columns of these names). It is training data, too: --method rac --own_answer column."
+            "place of columns of these names). It is training data, too: --method rac --own-answer column."
         }
     )
     correct: bool = field(default=False, metadata={"help": "Let the model correct its answers (RAC)."})
@@ -50,11 +52,11 @@ class GenerateArguments:
 
 
 def run(arguments: list[str]) -> int:
-    logging.basicConfig(format="%(message)s", level=logging.WARNING)
+    show_log()
     parser = make_parser(
         (ModelArguments, DataArguments, GenerateArguments),
         prog=PROG,
-        usage="selfgen generate [CONFIG.yaml] --model NAME --dataset NAME --output_file FILE.jsonl [--correct]",
+        usage="selfgen generate [CONFIG.yaml] --model NAME --dataset NAME --output-file FILE.jsonl [--correct]",
         description="Answer prompts, and write the answers. A killed run goes on where it was.",
     )
     try:
@@ -71,7 +73,7 @@ def answer(model_arguments: ModelArguments, data: DataArguments, how: GenerateAr
     rows, report = data.tokenize(_questions(given, data), tokenizer)
     ids = given["sample_id"] if "sample_id" in given.column_names else range(len(given))
     place_of = {sample_id: place for place, sample_id in enumerate(ids)}
-    logging.warning("data: %s", report)
+    logger.log(report.level, "data: %s", report)
     settings = asdict(model_arguments) | asdict(data) | {k: v for k, v in asdict(how).items() if k not in _FREE}
     settings |= {"weights": weights_hash(model), "rows": rows_hash(rows)}
     journal = Journal(Path(how.output_file), settings)

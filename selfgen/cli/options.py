@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import difflib
 import json
+import logging
 import shutil
 import sys
 from collections.abc import Iterable, Mapping
@@ -27,6 +28,7 @@ from transformers.hf_argparser import string_to_bool
 from transformers.utils.hub import cached_file, extract_commit_hash
 
 from ..data import RowOptions, load_rows
+from ..training.config import RENAMED
 
 DTYPES = ("auto", "float32", "bfloat16", "float16")
 
@@ -125,8 +127,14 @@ class HelpFormatter(argparse.ArgumentDefaultsHelpFormatter):
         super().__init__(prog, max_help_position=34, width=min(120, shutil.get_terminal_size().columns))
 
     def _format_action_invocation(self, action: argparse.Action) -> str:
-        flag = max(action.option_strings, key=len)
+        flag = max(action.option_strings, key=lambda one: (len(one), "_" not in one))
         return flag if action.nargs == 0 else f"{flag} {'|'.join(action.choices) if action.choices else '…'}"
+
+
+def show_log() -> None:
+    """Progress and faults of selfgen, and what others warn of, on stderr."""
+    logging.basicConfig(format="%(message)s", level=logging.WARNING)
+    logging.getLogger("selfgen").setLevel(logging.INFO)
 
 
 def fail(message: object, command: str) -> NoReturn:
@@ -134,12 +142,29 @@ def fail(message: object, command: str) -> NoReturn:
     raise SystemExit(2)
 
 
+def wants_everything(arguments: list[str]) -> bool:
+    """Whether every option is to be shown."""
+    return any(_name_of(one) == "help_all" for one in arguments)
+
+
+def _name_of(flag: str) -> str:
+    """The field that a flag or a key of a file sets: ``-`` and ``_`` are alike in them."""
+    return flag.split("=")[0].removeprefix("--").replace("-", "_")
+
+
 def _unknown(shown: str, parser: Parser, elsewhere: Mapping[str, str]) -> str:
     """That there is no such option, and what may be meant."""
-    option = shown.removeprefix("--")
+    option = _name_of(shown)
+
+    def spelled(name: str) -> str:
+        return repr(f"--{name.replace('_', '-')}" if shown.startswith("--") else name)
+
+    if option in RENAMED:
+        return f"the option {shown!r} is called {spelled(RENAMED[option])} now"
+    if option in elsewhere:
+        return f"unknown option {shown!r}, which goes with {elsewhere[option]}"
     close = difflib.get_close_matches(option, [action.dest for action in parser._actions], n=1)
-    hint = f", which goes with {elsewhere[option]}" if option in elsewhere else ""
-    return f"unknown option {shown!r}{hint or (f'; did you mean {close[0]!r}?' if close else '')}"
+    return f"unknown option {shown!r}{f'; did you mean {spelled(close[0])}?' if close else ''}"
 
 
 def from_yaml(parser: Parser, file: str, elsewhere: Mapping[str, str]) -> list[str]:
@@ -154,9 +179,10 @@ def from_yaml(parser: Parser, file: str, elsewhere: Mapping[str, str]) -> list[s
         raise ValueError(f"{file} must map options to values (one `option: value` a line)")
     known = {action.dest: action for action in parser._actions}
     flags = []
-    for key, value in values.items():
+    for written, value in values.items():
+        key = str(written).replace("-", "_")
         if key not in known:
-            raise ValueError(f"{file}: {_unknown(str(key), parser, elsewhere)}")
+            raise ValueError(f"{file}: {_unknown(str(written), parser, elsewhere)}")
         if value is None:
             if known[key].default is not None:
                 raise ValueError(f"{file}: {key} has no value; remove the line for its default, {known[key].default!r}")
@@ -169,22 +195,26 @@ def from_yaml(parser: Parser, file: str, elsewhere: Mapping[str, str]) -> list[s
 
 
 def parse(parser: Parser, arguments: list[str], elsewhere: Mapping[str, str] | None = None) -> tuple[Any, ...]:
-    """Flags, or a YAML file and flags, to the parser's dataclasses. ``--help_all`` shows every option.
+    """Flags, or a YAML file and flags, to the parser's dataclasses. ``--help-all`` shows every option.
 
     ``elsewhere`` tells what options that are not the parser's go with.
     """
-    if "--help_all" in arguments:
+    if wants_everything(arguments):
         parser.print_help()
         raise SystemExit(0)
     if arguments and not arguments[0].startswith("-"):
         file, *arguments = arguments
         arguments = from_yaml(parser, file, elsewhere or {}) + arguments  # the last one of two flags wins
     elif late := next((one for one in arguments if one.endswith((".yaml", ".yml")) and Path(one).is_file()), None):
-        raise ValueError(f"give the configuration file {late} first, and options behind it")
+        raise ValueError(f"give the configuration file {late} first, and the options after it")
+    if old := next((one for one in arguments if _name_of(one) in RENAMED), None):
+        raise ValueError(_unknown(old.split("=")[0], parser, {}))
     *found, unknown = parser.parse_args_into_dataclasses(arguments, return_remaining_strings=True)
     if unknown:
-        option = next((one for one in unknown if one.startswith("--")), "").split("=")[0]
-        raise ValueError(_unknown(option, parser, elsewhere or {}) if option else f"what is {unknown[0]!r}?")
+        option = next((one for one in unknown if one.startswith("--")), None)
+        if option is None:
+            raise ValueError(f"{unknown[0]!r} is not an option, and no option takes it: options begin with --")
+        raise ValueError(_unknown(option.split("=")[0], parser, elsewhere or {}))
     return tuple(found)
 
 

@@ -23,7 +23,7 @@ from ..training.checkpoints import check_resumed, last_checkpoint
 from ..training.config import BSSConfig, MaskOptions
 from ..training.rac import RACConfig, RACTrainer
 from ..training.rounds import train_rounds
-from .options import Parser, TrainedModelArguments, fail, make_parser, parse, source_of
+from .options import Parser, TrainedModelArguments, fail, make_parser, parse, show_log, source_of, wants_everything
 
 logger = logging.getLogger(__name__)
 
@@ -37,7 +37,7 @@ MAKE_CONTEXTS = {f.name for f in fields(MaskOptions)} | {
     "sampling_temperature",
     "context_method",
     "context_micro_batches",
-    "replay",
+    "reuse_passes",
 }
 
 # The Trainer's options that `selfgen train --help` shows.
@@ -109,17 +109,20 @@ class MethodArguments:
         },
     )
     contexts: str | None = field(
-        default=None, metadata={"help": "Of bash: a folder that selfgen contexts wrote, in place of a data set."}
+        default=None,
+        metadata={"help": "For --method bash: a folder that selfgen contexts wrote, in place of a data set."},
     )
     rounds: int = field(
         default=1,
         metadata={
-            "help": "Of bash: parts of the data set; contexts of each are written with the model that was trained on "
-            "the parts before. Epochs, steps and learning rate are those of a round."
+            "help": "For --method bash: number of parts of the data set. The contexts of each are written with the "
+            "model that was trained on the parts before. Epochs, steps and learning rate are those of a round."
         },
     )
-    shard_rows: int = field(default=512, metadata={"help": "Of bash: rows in a file of contexts."})
-    context_batch_size: int = field(default=32, metadata={"help": "Of bash: rows whose contexts are made at once."})
+    shard_rows: int = field(default=512, metadata={"help": "For --method bash: rows per file of contexts."})
+    context_batch_size: int = field(
+        default=32, metadata={"help": "For --method bash: rows whose contexts are made at once."}
+    )
 
     def check(self, data: TrainingData) -> None:
         if self.method != "bash" and (self.contexts or self.rounds != 1):
@@ -133,11 +136,11 @@ class MethodArguments:
 
 
 def run(arguments: list[str]) -> int:
-    logging.basicConfig(format="%(message)s", level=logging.WARNING)
+    show_log()
     try:
         config_class = RACConfig if method_of(arguments) == "rac" else BSSConfig
         of_rac = {f.name: "--method rac" for f in fields(RACConfig)}
-        options = parse(_parser(config_class, everything="--help_all" in arguments), arguments, of_rac)
+        options = parse(_parser(config_class, everything=wants_everything(arguments)), arguments, of_rac)
         method, config = options[2:]
         method.check(options[1])
         train = _prepare_rounds(*options) if method.method == "bash" and not method.contexts else _prepare(*options)
@@ -224,7 +227,7 @@ def _checkpoint(config: BSSConfig) -> str | None:
     asked, last = config.resume_from_checkpoint, last_checkpoint(config.output_dir)
     if asked is None and last:
         raise ValueError(
-            f"{config.output_dir} has checkpoints of a run before; go on with it (--resume_from_checkpoint last), or "
+            f"{config.output_dir} has checkpoints of a run before; go on with it (--resume-from-checkpoint last), or "
             "give another output_dir"
         )
     if asked and asked != "last" and not (Path(asked) / "trainer_state.json").is_file():
@@ -236,7 +239,7 @@ def _checkpoint(config: BSSConfig) -> str | None:
 
 
 def method_of(arguments: list[str]) -> str | None:
-    """The method that is asked for, by a flag or in the file; which options there are hangs on it."""
+    """The method that is asked for, by a flag or in the file; which options there are depends on it."""
     for place in range(len(arguments) - 1, -1, -1):
         flag, _, value = arguments[place].partition("=")
         if flag == "--method":
@@ -255,9 +258,9 @@ def _parser(config_class: type[BSSConfig], everything: bool) -> Parser:
     parser = make_parser(
         (TrainedModelArguments, TrainingData, MethodArguments, config_class),
         prog=PROG,
-        usage="selfgen train [CONFIG.yaml] --model NAME --dataset NAME --output_dir DIR [options]",
+        usage="selfgen train [CONFIG.yaml] --model NAME --dataset NAME --output-dir DIR [options]",
         description="Fine-tune on mixed contexts; see selfgen --help for examples.",
-        epilog=None if everything else "More options, all of transformers.TrainingArguments: selfgen train --help_all",
+        epilog=None if everything else "More options, all of transformers.TrainingArguments: selfgen train --help-all",
     )
     inherited = {item.name for item in fields(TrainingArguments)}
     hidden = set() if everything else inherited - set(COMMON) - {"logging_steps"}

@@ -59,7 +59,8 @@ class MixedContext:
 
     ``tokens[i]`` int64 [T_i] holds the context of row i's answer: the reference where ``is_self[i]`` (bool [T_i]) is
     false, the model's own token where it is true. Both lie on the model's device. ``hidden_states``, where they were to
-    be kept, replay the forward over the contexts; their slots are the rows' tokens, prompts first, one after the other.
+    be kept, are those of a forward over the contexts; their slots are the rows' tokens, prompts first, one after the
+    other.
     """
 
     tokens: list[Tensor]

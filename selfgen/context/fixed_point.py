@@ -48,7 +48,7 @@ class FixedPoint:
     final: Tensor  # [R] int64: slots, in the same order
     status: Tensor  # [1] int64: self tokens whose logits were not finite
     speculation: Speculation
-    hidden_states: HiddenStates | None  # kept for replay
+    hidden_states: HiddenStates | None  # kept for a training step
     passes: int = 0
     tokens_computed: int = 0
 

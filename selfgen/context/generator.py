@@ -21,7 +21,7 @@ from .fixed_point import fixed_point
 from .forward import Forward
 from .free_running import Prompts, free_running
 from .graphs import GraphedForward, forward_of
-from .hidden_states import ReplayError
+from .hidden_states import ReuseError
 from .masks import Masks
 from .models import (
     check_dtypes,
@@ -161,7 +161,7 @@ class ContextGenerator:
             sample_ids: [R] int64/int32, unique: the identity of each row.
             method: "fixed_point" (few parallel passes) or "sequential" (token by token, works with every model).
             keep_hidden_states: of "fixed_point", keep what the passes computed for `MixedContext.hidden_states`, so
-                that a training pass can replay it.
+                that a training step can reuse it.
 
         Returns:
             MixedContext, on the model's device.
@@ -170,12 +170,12 @@ class ContextGenerator:
             ValueError: values out of range, empty rows, lengths that don't match or exceed the model's positions.
             TypeError: wrong types or dtypes.
             UnsupportedModelError: (a ValueError) the model has a feature that "fixed_point" can't honour; it is named.
-            ReplayError: (a ValueError) hidden states are to be kept, and the model can't be replayed.
+            ReuseError: (a ValueError) hidden states are to be kept, and its passes can't be reused.
         """
         if method not in METHODS:
             raise ValueError(f'method is {method!r}; it must be "fixed_point" or "sequential"')
         if keep_hidden_states and method != "fixed_point":
-            raise ReplayError(f'keep_hidden_states goes with method="fixed_point", not {method!r}')
+            raise ReuseError(f'keep_hidden_states goes with method="fixed_point", not {method!r}')
         started = time.perf_counter()
         batch = self._check(prompts, references, self_prob, seed, sample_ids)
         if not batch.prompts:
@@ -187,7 +187,7 @@ class ContextGenerator:
             if support.missing:
                 raise UnsupportedModelError(
                     f"{type(self.model).__name__} uses {'; '.join(support.missing)}: the ragged path can't honour it. "
-                    'Use method="sequential" (--context_method sequential).'
+                    'Use method="sequential" (--context-method sequential).'
                 )
             budget = self.token_budget
             with self.computing():

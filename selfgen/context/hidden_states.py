@@ -16,29 +16,29 @@ from transformers import PreTrainedModel
 from transformers.modeling_layers import GradientCheckpointingLayer
 
 
-class ReplayError(ValueError):
-    """The model can't be replayed; the ordinary training pass works for it."""
+class ReuseError(ValueError):
+    """The passes of the model can't be reused; the ordinary training pass works for it."""
 
 
 def decoder_layers(model: PreTrainedModel) -> list[GradientCheckpointingLayer]:
     """The decoder layers of ``model`` in order.
 
     Raises:
-        ReplayError: they can't be told, or a training pass computes something else in them than inference does.
+        ReuseError: they can't be told, or a training pass computes something else in them than inference does.
     """
     config = model.config.get_text_config(decoder=True)
     layers = [module for module in model.modules() if isinstance(module, GradientCheckpointingLayer)]
     if len(layers) != config.num_hidden_layers:
-        raise ReplayError(
+        raise ReuseError(
             f"{type(model).__name__} has {len(layers)} layers that gradient checkpointing knows of, and "
             f"{config.num_hidden_layers} decoder layers"
         )
     for name in ("output_router_logits", "output_attentions", "output_hidden_states"):
         if getattr(config, name, False):
-            raise ReplayError(f"{name} is on, which needs more of a layer than its output")
+            raise ReuseError(f"{name} is on, which needs more of a layer than its output")
     noise = _noise(model)
     if noise is not None:
-        raise ReplayError(f"{noise}: training and inference compute different things; set it to 0")
+        raise ReuseError(f"{noise}: training and inference compute different things; set it to 0")
     return layers
 
 
@@ -54,9 +54,9 @@ def _noise(model: nn.Module) -> str | None:
 
 
 def check_like(states: Tensor, hidden: Tensor) -> None:
-    """Raises ReplayError if the hidden states of a layer have another dtype than those of the layers before it."""
+    """Raises ReuseError if the hidden states of a layer have another dtype than those of the layers before it."""
     if hidden.dtype != states.dtype:
-        raise ReplayError(f"hidden states are {states.dtype} in one layer and {hidden.dtype} in another")
+        raise ReuseError(f"hidden states are {states.dtype} in one layer and {hidden.dtype} in another")
 
 
 class HiddenStates:
@@ -87,12 +87,12 @@ class HiddenStates:
 
     def _enters(self, index: int, keep: Callable[[int, Tensor], None], _layer: nn.Module, args: tuple) -> None:
         if not args or not isinstance(args[0], Tensor) or (index > 0 and args[0] is not self._left):
-            raise ReplayError("a decoder layer's first argument is not the hidden states that left the one before it")
+            raise ReuseError("a decoder layer's first argument is not the hidden states that left the one before it")
         keep(index, args[0])
 
     def _leaves(self, index: int, keep: Callable[[int, Tensor], None], _layer: nn.Module, _args: tuple, output) -> None:
         if not isinstance(output, Tensor):
-            raise ReplayError(f"a decoder layer returns a {type(output).__name__}, not hidden states alone")
+            raise ReuseError(f"a decoder layer returns a {type(output).__name__}, not hidden states alone")
         self._left = output
         if index + 1 == len(self.layers):
             self._left = None

@@ -1,5 +1,6 @@
 """Rows as token ids of a prompt and of an answer; what can't be learned from is dropped and counted."""
 
+import logging
 from collections import Counter
 from dataclasses import dataclass, field
 from typing import Any
@@ -29,6 +30,11 @@ class DataReport:
     truncated: int
     dropped: dict[str, int]
     max_length: int
+
+    @property
+    def level(self) -> int:
+        """Of logging: rows that are dropped or cut are worth a warning."""
+        return logging.WARNING if self.dropped or self.truncated else logging.INFO
 
     def __str__(self) -> str:
         parts = [f"{self.rows} rows: {self.kept} kept"]
@@ -137,7 +143,7 @@ def _find_columns(present: list[str], prompt: str, completion: str, messages: st
     raise ValueError(
         f"the data set has the columns {', '.join(present)}, but neither {prompt!r} and {completion!r} (each text or "
         f"messages) nor {messages!r} (a conversation); name them with prompt_column and completion_column "
-        "(GSM8K: --prompt_column question --completion_column answer), or with messages_column"
+        "(GSM8K: --prompt-column question --completion-column answer), or with messages_column"
     )
 
 

@@ -100,7 +100,7 @@ class BASHTrainer(BSSTrainer):
         inputs = {name: value for name, value in inputs.items() if name != "is_self"}
         return super().compute_loss(model, inputs, *args, **kwargs)
 
-    def _may_replay(self) -> bool:
+    def _may_reuse(self) -> bool:
         return False  # there are no passes whose work could be used
 
 

@@ -17,7 +17,7 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, Trainer
 
 from ..context import ContextGenerator, ContextStats, MixedContext
-from ..context.hidden_states import ReplayError, decoder_layers
+from ..context.hidden_states import ReuseError, decoder_layers
 from ..context.models import max_positions
 from ..data import Collator, answer_ends, check_sample_ids, load_rows, pad_token_id, rows_of
 from ..data.batches import ROWS, Row, lengths_of
@@ -39,7 +39,7 @@ class BSSTrainer(Trainer):
 
     Before each optimizer step the contexts of the whole accumulated batch are made at once, with the current weights;
     then the Trainer runs its ordinary step: inputs are the mixed contexts, labels the reference answers. Where the
-    model allows it, the forward of that step is what making the contexts has computed (``selfgen.replay``).
+    model allows it, the forward of that step is what making the contexts has computed (``training.reuse``).
 
     Args:
         model: a transformers causal language model, a PEFT model around one, or a name for ``from_pretrained``, whose
@@ -121,9 +121,9 @@ class BSSTrainer(Trainer):
             )
         self._waiting: list[dict[str, Tensor]] = []  # micro-batches of this optimizer step, without contexts yet
         self._mixed = 0  # micro-batches with contexts that are not trained on yet
-        self._replay: RowSlots | None = None
-        self._replay_verified = False
-        self._replays = self._may_replay()
+        self._reused: RowSlots | None = None
+        self._reuse_verified = False
+        self._reuses = self._may_reuse()
         self._answer_loss = self._make_loss()
         self._label_smoother = self.label_smoother  # type: ignore[has-type]
         self.meter = Meter()
@@ -159,7 +159,7 @@ class BSSTrainer(Trainer):
         try:
             return super().train(*args, **kwargs)
         finally:
-            self._replay = None  # where the last step failed or was broken off
+            self._reused = None  # where the last step failed or was broken off
             self.generator.release()
 
     def _save(self, output_dir=None, state_dict=None):
@@ -181,7 +181,7 @@ class BSSTrainer(Trainer):
         finally:
             self._mixed = max(0, self._mixed - 1)
             if self._mixed == 0:
-                self._replay = None
+                self._reused = None
 
     def _mix_next(self) -> None:
         count = self.args.context_micro_batches or len(self._waiting)
@@ -192,7 +192,7 @@ class BSSTrainer(Trainer):
 
     def mix(self, batches: list[dict[str, Tensor]]) -> None:
         """Replace the answers in ``input_ids`` by mixed contexts, for all micro-batches at once; labels stay."""
-        self._replay = None  # of a step that failed or was broken off
+        self._reused = None  # of a step that failed or was broken off
         self.meter.contexts_begin()
         self_prob = self.args.self_prob_at(self.state.global_step, self.state.max_steps, self.schedule)
         rows = [row for batch in batches for row in rows_of(batch)]
@@ -208,7 +208,7 @@ class BSSTrainer(Trainer):
                     learn_after_self(row.reference, masks[row.sample_id])
             stats = mixed.stats
             if mixed.hidden_states is not None:
-                self._replay = RowSlots(mixed.hidden_states, unique)
+                self._reused = RowSlots(mixed.hidden_states, unique)
         else:
             stats = ContextStats.untouched([len(row.prompt) for row in rows], [len(row.reference) for row in rows])
         self.meter.contexts_end(stats)
@@ -222,19 +222,19 @@ class BSSTrainer(Trainer):
                 seed=step_seed(self.args.seed, self.state.global_step),
                 sample_ids=[row.sample_id for row in rows],
                 method=self.args.context_method,
-                keep_hidden_states=self._replays,
+                keep_hidden_states=self._reuses,
             )
 
         with self.accelerator.autocast():
             try:
                 return generate()
-            except ReplayError as reason:
-                self._replay_off(reason)
+            except ReuseError as reason:
+                self._reuse_off(reason)
                 return generate()
 
-    def _may_replay(self) -> bool:
+    def _may_reuse(self) -> bool:
         """Whether to try: what only a pass can show is found out later."""
-        if not self.args.replay:
+        if not self.args.reuse_passes:
             return False
         reasons = {
             f"context_method is {self.args.context_method}": self.args.context_method != "fixed_point",
@@ -244,16 +244,16 @@ class BSSTrainer(Trainer):
         }
         try:
             decoder_layers(self.generator.model)
-        except ReplayError as error:
+        except ReuseError as error:
             reasons[str(error)] = True
         for reason, holds in reasons.items():
             if holds:
-                return self._replay_off(reason)
+                return self._reuse_off(reason)
         return True
 
-    def _replay_off(self, reason: object) -> bool:
-        logger.warning("no replay, the training pass computes its own forward: %s", reason)
-        self._replays, self._replay = False, None
+    def _reuse_off(self, reason: object) -> bool:
+        logger.warning("no reuse of passes, the training pass computes its own forward: %s", reason)
+        self._reuses, self._reused = False, None
         return False
 
     def _make_loss(self) -> AnswerLoss | None:
@@ -339,8 +339,8 @@ class BSSTrainer(Trainer):
         return self.args.max_length
 
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
-        replay = self._replay if model.training else None
-        replayed = nullcontext if replay is None else partial(reuse_passes, replay.hidden_states, replay.slots(inputs))
+        reused = self._reused if model.training else None
+        reusing = nullcontext if reused is None else partial(reuse_passes, reused.hidden_states, reused.slots(inputs))
         row_weights = inputs.get("loss_weight")
         inputs = {key: value for key, value in inputs.items() if key not in _BOOKKEEPING}
         compute_loss = super().compute_loss
@@ -354,30 +354,30 @@ class BSSTrainer(Trainer):
             with own():
                 return compute_loss(model, dict(inputs), return_outputs, num_items_in_batch)  # may take labels out
 
-        if replay is not None and not self._replay_verified:
-            replayed = replayed if self._verify_replay(model, loss, replayed) else nullcontext
-        with replayed():
+        if reused is not None and not self._reuse_verified:
+            reusing = reusing if self._verify_reuse(model, loss, reusing) else nullcontext
+        with reusing():
             return loss(model)
 
-    def _verify_replay(self, model, loss, replayed) -> bool:
-        """Once: the replayed loss is the ordinary one, for what no look at a model can tell."""
+    def _verify_reuse(self, model, loss, reusing) -> bool:
+        """Once: the loss over reused passes is the ordinary one, for what no look at a model can tell."""
         unwrapped = self.accelerator.unwrap_model(model)  # ranks may come to different ends, so no collectives
         with torch.no_grad():
             ordinary = loss(unwrapped)
         if not (ordinary[0] if isinstance(ordinary, tuple) else ordinary):
             return True  # a micro-batch with nothing to learn shows nothing; the next one will
-        self._replay_verified = True
+        self._reuse_verified = True
         try:
-            with replayed():
+            with reusing():
                 found = loss(unwrapped)  # with gradients, as only these show what the layers must have one of
-        except ReplayError as reason:
-            return self._replay_off(reason)
+        except ReuseError as reason:
+            return self._reuse_off(reason)
         if isinstance(ordinary, tuple):  # with outputs
             ordinary, found = ordinary[0], found[0]
         difference = float((found.detach() - ordinary).abs() / ordinary.abs())
         full_precision = self.generator.model.dtype == torch.float32 and self.accelerator.mixed_precision == "no"
         if not difference <= (1e-4 if full_precision else 2e-2):  # NaN is a difference, too
-            return self._replay_off(f"the loss would be off by {difference:.1e} of itself")
+            return self._reuse_off(f"the loss would be off by {difference:.1e} of itself")
         return True
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
@@ -401,7 +401,7 @@ def tokenized(name: str, rows, tokenizer, args: BSSConfig, max_length: int) -> D
         check_sample_ids(rows)
         return rows
     dataset, report = args.tokenize(load_rows(rows), tokenizer, max_length)
-    logger.warning("%s data: %s", name, report)
+    logger.log(report.level, "%s data: %s", name, report)
     return dataset
 
 
@@ -409,4 +409,4 @@ def check_processes(world_size: int) -> None:
     """Raise ValueError in a process of several that would train alone: accelerate puts CPUs together only if asked."""
     started = int(os.environ.get("WORLD_SIZE", "1"))
     if world_size < started:
-        raise ValueError(f"this is one of {started} processes, but each would train alone: on CPUs, add --use_cpu")
+        raise ValueError(f"this is one of {started} processes, but each would train alone: on CPUs, add --use-cpu")

@@ -12,7 +12,7 @@ from .config import BSSConfig
 
 SETTINGS = "selfgen.json"  # beside the weights of every checkpoint
 _FREE = {
-    "context_method", "token_budget", "context_micro_batches", "own_answer_batch_size", "cuda_graphs", "replay",
+    "context_method", "token_budget", "context_micro_batches", "own_answer_batch_size", "cuda_graphs", "reuse_passes",
     "lean_loss",
 }  # fmt: skip
 

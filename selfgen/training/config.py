@@ -12,6 +12,8 @@ from ..data import RowOptions
 from .schedules import SCHEDULES, Schedule
 
 LOSS_ON = ("all", "after_self")
+RENAMED = {"replay": "reuse_passes"}
+"""Fields that had another name before -> their name now."""
 
 
 @dataclass
@@ -53,6 +55,11 @@ class BSSConfig(RowOptions, MaskOptions, TrainingArguments):
     """
 
     _argument_group_name = "training (transformers.TrainingArguments)"
+
+    def __new__(cls, *args, **kwargs):
+        for old in RENAMED.keys() & kwargs.keys():
+            raise TypeError(f"{cls.__name__} has no field {old!r}: it is called {RENAMED[old]!r} now")
+        return super().__new__(cls)
 
     self_prob: float = field(
         default=0.25,
@@ -96,7 +103,7 @@ class BSSConfig(RowOptions, MaskOptions, TrainingArguments):
             "and up to 2 GiB of other results from step to step."
         },
     )
-    replay: bool = field(
+    reuse_passes: bool = field(
         default=True,
         metadata={
             "help": "Train on what the context passes computed in place of another forward, as gradient checkpointing "

@@ -4,8 +4,8 @@ transformers' models compute logits [B, L, V] of every position, prompts and pad
 ``loss_function``. Inside ``AnswerLoss.inside`` a model's LM head hands its input on as it is, and the loss function
 multiplies by the head at the answers' positions only, chunk by chunk, so that logits are never in memory as a whole:
 by ``torch.nn.functional.linear_cross_entropy``, or, as that sums in the precision of the weights and does not smooth,
-by checkpointed chunks. It all happens in the model's own forward, so DDP and replay see nothing unusual. A model that
-does more to its logits than multiply (a soft-cap, a scale) keeps its head and its logits.
+by checkpointed chunks. It all happens in the model's own forward, so neither DDP nor the reuse of passes sees anything
+unusual. A model that does more to its logits than multiply (a soft-cap, a scale) keeps its head and its logits.
 """
 
 from __future__ import annotations

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 from torch.utils._pytree import tree_leaves
 
-from ..context.hidden_states import HiddenStates, ReplayError
+from ..context.hidden_states import HiddenStates, ReuseError
 
 
 @contextmanager
@@ -44,7 +44,7 @@ def _reuse_layer(
 ) -> Tensor:
     given = args, getattr(forward, "keywords", {})
     if any(isinstance(leaf, Tensor) and leaf.requires_grad for leaf in tree_leaves(given)):
-        raise ReplayError("a decoder layer has more than one input with a gradient")
+        raise ReuseError("a decoder layer has more than one input with a gradient")
     entering, leaving = partial(kept.at, index, slots), partial(kept.at, index + 1, slots)
     return _ReusedLayer.apply(lambda states: forward(states, *args), entering, leaving, hidden, *trainable)
 

@@ -95,7 +95,7 @@ def train_rounds(
         raise OfflineError(f'resume_from_checkpoint is {resume!r}; rounds go on from "last" only')
     if resume is None and any(output.glob("round-*")):
         raise OfflineError(
-            f"{output} has rounds already; go on with them (--resume_from_checkpoint last), or give another output_dir"
+            f"{output} has rounds already; go on with them (--resume-from-checkpoint last), or give another output_dir"
         )
     parts = split_rows(tokenized("train", rows, processing_class, config, config.max_length), rounds, config.seed)
     models = [model, *(str(output / f"round-{number}" / "model") for number in range(rounds))]
@@ -107,7 +107,7 @@ def train_rounds(
             given |= {"masks": config.masks.describe()}
             check_settings(folder / "contexts", {**given, "rows": rows_hash(part)})
             continue
-        logger.warning("round %d of %d: %d rows", number + 1, rounds, len(part))
+        logger.info("round %d of %d: %d rows", number + 1, rounds, len(part))
         current = load(models[number]).to(config.device)
         generator = ContextGenerator(
             current,

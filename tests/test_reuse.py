@@ -12,7 +12,7 @@ from test_trainer import make_trainer, rows, weights
 from transformers import AutoModelForCausalLM, Gemma4TextConfig
 
 from selfgen import ContextGenerator
-from selfgen.context.hidden_states import ReplayError
+from selfgen.context.hidden_states import ReuseError
 from selfgen.data import Collator
 from selfgen.training.reuse import reuse_passes
 
@@ -58,11 +58,11 @@ def test_loss_and_gradients_are_those_of_the_ordinary_step(family):
     ordinary.backward()
     want = gradients(model)
     with reuse_passes(mixed.hidden_states, slots):
-        replayed = model(**inputs).loss
-    replayed.backward()
+        reused = model(**inputs).loss
+    reused.backward()
     got = gradients(model)
 
-    torch.testing.assert_close(replayed, ordinary, rtol=1e-5, atol=0)
+    torch.testing.assert_close(reused, ordinary, rtol=1e-5, atol=0)
     assert got.keys() == want.keys()
     assert distance(got, want) <= 1e-5
 
@@ -90,10 +90,10 @@ def test_bf16_is_as_good_as_the_ordinary_step(family, precision):
     with autocast(), reuse_passes(mixed.hidden_states, slots):
         loss = model(**inputs).loss
     loss.backward()
-    replayed = gradients(model)
+    reused = gradients(model)
     model.float()(**inputs).loss.backward()
     exact = gradients(model)
-    assert distance(replayed, exact) <= 1.25 * distance(ordinary, exact)
+    assert distance(reused, exact) <= 1.25 * distance(ordinary, exact)
 
 
 def test_the_layers_forward_is_not_computed_again():
@@ -146,11 +146,11 @@ def trained(tmp_path, name, model=None, **changes):
 
 @pytest.mark.parametrize("changes", [{}, {"context_micro_batches": 1}, {"gradient_checkpointing": True}], ids=str)
 @pytest.mark.filterwarnings("ignore:`gradient_checkpointing` is deprecated")
-def test_training_with_and_without_replay_is_the_same(tmp_path, changes):
-    trainer, step = trained(tmp_path, "replay", **changes)
-    assert trainer._replays
-    assert trainer._replay is None  # freed
-    _, want = trained(tmp_path, "ordinary", replay=False)
+def test_training_with_and_without_reuse_is_the_same(tmp_path, changes):
+    trainer, step = trained(tmp_path, "reuse_passes", **changes)
+    assert trainer._reuses
+    assert trainer._reused is None  # freed
+    _, want = trained(tmp_path, "ordinary", reuse_passes=False)
     assert (step - want).norm() <= 1e-4 * want.norm()
     assert want.norm() > 0
 
@@ -162,9 +162,9 @@ def test_lora(tmp_path):
         torch.manual_seed(0)
         return peft.get_peft_model(tiny_model("llama"), peft.LoraConfig(target_modules=["q_proj", "up_proj"]))
 
-    trainer, step = trained(tmp_path, "replay", model=model())
-    assert trainer._replays
-    _, want = trained(tmp_path, "ordinary", model=model(), replay=False)
+    trainer, step = trained(tmp_path, "reuse_passes", model=model())
+    assert trainer._reuses
+    _, want = trained(tmp_path, "ordinary", model=model(), reuse_passes=False)
     assert want.norm() > 0
     assert (step - want).norm() <= 1e-4 * want.norm()
 
@@ -210,34 +210,34 @@ def router_logits(tmp_path):
 )
 def test_refused_with_a_reason_in_the_log(tmp_path, caplog, make, reason):
     trainer = make(tmp_path)
-    assert "no replay, the training pass computes its own forward: " in caplog.text
+    assert "no reuse of passes, the training pass computes its own forward: " in caplog.text
     assert reason in caplog.text
-    assert not trainer._replays
+    assert not trainer._reuses
     trainer.train()
     assert trainer.state.global_step == 4
 
 
 def test_a_layer_that_changes_in_training_is_found_out(tmp_path, caplog):
-    """Nothing tells of it beforehand: the first step compares the losses, and goes on without replay."""
+    """Nothing tells of it beforehand: the first step compares the losses, and goes on without reuse."""
     model = tiny_model("llama")
     forward = model.model.layers[1].mlp.forward
     model.model.layers[1].mlp.forward = lambda x: forward(x) * (0.5 if model.training else 1.0)
-    trainer, step = trained(tmp_path, "replay", model=model)
+    trainer, step = trained(tmp_path, "reuse_passes", model=model)
     assert "the loss would be off by" in caplog.text
-    assert not trainer._replays
+    assert not trainer._reuses
     other = tiny_model("llama")
     usual = other.model.layers[1].mlp.forward
     other.model.layers[1].mlp.forward = lambda x: usual(x) * (0.5 if other.training else 1.0)
-    _, want = trained(tmp_path, "ordinary", model=other, replay=False)
+    _, want = trained(tmp_path, "ordinary", model=other, reuse_passes=False)
     assert torch.equal(step, want)
 
 
 def test_a_layer_with_more_than_hidden_states_is_found_out(tmp_path, caplog):
     model = tiny_model("llama")
     model.model.layers[1].register_forward_pre_hook(lambda _, args: (args[0] * 1.0, *args[1:]))
-    trainer, _ = trained(tmp_path, "replay", model=model)
+    trainer, _ = trained(tmp_path, "reuse_passes", model=model)
     assert "first argument is not the hidden states that left the one before it" in caplog.text
-    assert not trainer._replays
+    assert not trainer._reuses
 
 
 def test_a_second_input_with_a_gradient_is_found_out(tmp_path, caplog):
@@ -246,9 +246,9 @@ def test_a_second_input_with_a_gradient_is_found_out(tmp_path, caplog):
     embeddings = {"hidden_size_per_layer_input": 4, "vocab_size_per_layer_input": VOCAB, "num_kv_shared_layers": 0}
     torch.manual_seed(0)
     model = AutoModelForCausalLM.from_config(Gemma4TextConfig(**settings, **embeddings))
-    trainer, step = trained(tmp_path, "replay", model=model)
+    trainer, step = trained(tmp_path, "reuse_passes", model=model)
     assert "a decoder layer has more than one input with a gradient" in caplog.text
-    assert not trainer._replays
+    assert not trainer._reuses
     assert step.norm() > 0
 
 
@@ -257,21 +257,21 @@ def test_repeated_rows_share_their_slots(tmp_path):
     trainer = make_trainer(tmp_path, data=data)
     batches = [Collator(0)([data[0], data[1]]), Collator(0)([data[1], data[1]])]
     trainer.mix(batches)
-    first = trainer._replay.slots(batches[0])
-    again = trainer._replay.slots(batches[1])
+    first = trainer._reused.slots(batches[0])
+    again = trainer._reused.slots(batches[1])
     length = len(data[1]["prompt_ids"]) + len(data[1]["answer_ids"])
     assert torch.equal(again[0, :length], first[1, :length])
     assert torch.equal(again[0], again[1])
 
 
-def test_evaluation_does_not_replay(tmp_path):
+def test_evaluation_does_not_reuse(tmp_path):
     trainer = make_trainer(tmp_path)
     trainer.mix([Collator(0)([rows(2)[0]])])
     loss = trainer.evaluate(rows(4))["eval_loss"]
-    trainer._replay = None
+    trainer._reused = None
     assert trainer.evaluate(rows(4))["eval_loss"] == loss
 
 
 def test_only_the_fixed_point_can_keep(tmp_path):
-    with pytest.raises(ReplayError, match='goes with method="fixed_point"'):
+    with pytest.raises(ReuseError, match='goes with method="fixed_point"'):
         generate(tiny_model("llama"), rows(1), keep_hidden_states=True, method="sequential")

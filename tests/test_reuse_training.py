@@ -38,29 +38,29 @@ class Gradients(TrainerCallback):
 def run(trainer: BSSTrainer, *, only_contexts: bool = False) -> tuple[torch.Tensor, list[dict[str, torch.Tensor]]]:
     """Train at a learning rate of 0; returns the loss of each micro-batch and the gradients of each step.
 
-    With ``only_contexts``, contexts are made as if they were to be replayed, but are not.
+    With ``only_contexts``, contexts are made as if they were to be reused, but are not.
     """
-    replayed, losses, gradients = [], [], Gradients()
+    reused, losses, gradients = [], [], Gradients()
     compute_loss, mix = trainer.compute_loss, trainer.mix
 
     def recorded(model, *args, **kwargs):
         loss = compute_loss(model, *args, **kwargs)
         if model.training:
             losses.append(loss.detach().double())
-            replayed.append(trainer._replay is not None)
+            reused.append(trainer._reused is not None)
         return loss
 
     def mixed(batches):
         mix(batches)
-        trainer._replay = None
+        trainer._reused = None
 
     trainer.compute_loss = recorded
     if only_contexts:
         trainer.mix = mixed
     trainer.add_callback(gradients)
     trainer.train()
-    assert replayed == [trainer.args.replay and not only_contexts] * len(losses)
-    assert trainer._replay is None  # freed
+    assert reused == [trainer.args.reuse_passes and not only_contexts] * len(losses)
+    assert trainer._reused is None  # freed
     return torch.stack(losses), gradients.steps
 
 
@@ -80,13 +80,13 @@ def trainer_for(folder, make=llama, data=None, **changes) -> BSSTrainer:
 
 
 def check(folder, make=llama, prepare=lambda trainer: None, **changes) -> None:
-    """A run that replays is one that does not."""
+    """A run that reuses is one that does not."""
     results = []
-    for replay in (True, False):
-        trainer = trainer_for(folder, make, replay=replay, **changes)
+    for reuse in (True, False):
+        trainer = trainer_for(folder, make, reuse_passes=reuse, **changes)
         prepare(trainer)
         results.append(run(trainer))
-        assert trainer._replays == replay
+        assert trainer._reuses == reuse
     (losses, gradients), (want_losses, want_gradients) = results
     torch.testing.assert_close(losses, want_losses, rtol=1e-5, atol=0)
     assert distance(gradients, want_gradients) <= 1e-5
@@ -165,7 +165,7 @@ def test_evaluation_between_micro_batches(tmp_path):
 
     check(tmp_path, prepare=prepare, gradient_accumulation_steps=3, max_steps=2)
     assert len(callbacks[0].losses) == 6  # of 2 steps
-    assert len({loss for callback in callbacks for loss in callback.losses}) == 1  # not replayed
+    assert len({loss for callback in callbacks for loss in callback.losses}) == 1  # not reused
 
 
 def tied():
@@ -315,17 +315,17 @@ def test_states_are_freed_where_a_step_fails(tmp_path, kept):
     with pytest.raises(KeyboardInterrupt):
         trainer.train()
     assert len(kept) == 1
-    assert trainer._replay is None
+    assert trainer._reused is None
 
 
-def test_a_step_that_was_broken_off_is_not_replayed_by_the_next(tmp_path):
+def test_a_step_that_was_broken_off_is_not_reused_by_the_next(tmp_path):
     trainer = make_trainer(tmp_path)
     batch = Collator(0)([rows(2)[0]])
     trainer.mix([batch])
-    assert trainer._replay is not None
+    assert trainer._reused is not None
     trainer.args.self_prob = 0.0
     trainer.mix([batch])
-    assert trainer._replay is None
+    assert trainer._reused is None
 
 
 def ddp_worker(rank, folder):
@@ -347,15 +347,15 @@ def ddp_worker(rank, folder):
 
 def check_ddp(folder, changes):
     steps = []
-    for replay in (True, False):
-        trainer = make_trainer(folder, replay=replay, optim="sgd", max_steps=3, ddp_backend="gloo", **changes)
-        replayed = []
-        trainer.add_callback(At("on_substep_end", lambda _, t=trainer, r=replayed: r.append(t._replays)))
+    for reuse in (True, False):
+        trainer = make_trainer(folder, reuse_passes=reuse, optim="sgd", max_steps=3, ddp_backend="gloo", **changes)
+        reused = []
+        trainer.add_callback(At("on_substep_end", lambda _, t=trainer, r=reused: r.append(t._reuses)))
         before = weights(trainer.model)
         trainer.train()
         assert isinstance(trainer.model_wrapped, DistributedDataParallel)
-        assert replayed == [replay] * len(replayed) != []
-        assert trainer._replay is None
+        assert reused == [reuse] * len(reused) != []
+        assert trainer._reused is None
         steps.append(weights(trainer.model) - before)
         everyone = [torch.empty_like(steps[-1]) for _ in range(WORLD)]
         dist.all_gather(everyone, steps[-1])
@@ -366,5 +366,5 @@ def check_ddp(folder, changes):
 
 
 def test_ddp(tmp_path):
-    """Two processes: the same weights after three optimizer steps with and without replay, on both."""
+    """Two processes: the same weights after three optimizer steps with and without reuse, on both."""
     multiprocessing.spawn(ddp_worker, (tmp_path,), nprocs=WORLD)

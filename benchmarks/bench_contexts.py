@@ -30,7 +30,7 @@ class Generation:
         rows, _ = tokenize_rows(gsm8k("train", 1000, 1008), tokenizer, max_length=1024)
         self.columns = [list(rows[name]) for name in ("prompt_ids", "answer_ids", "sample_id")]
         self.generator = ContextGenerator(model.to(DEVICE))
-        self.token_budget = self.generator.token_budget  # measured before the clock starts
+        self.token_budget = self.generator.budget.tokens  # measured before the clock starts
 
     def __call__(self, method: Method) -> MixedContext:
         prompts, references, sample_ids = self.columns

@@ -34,7 +34,7 @@ class Setting:
         data, _ = tokenize_rows(gsm8k("train", 1000, 1008), tokenizer, max_length=1024)
         self.rows = Rows(list(data["prompt_ids"]), list(data["answer_ids"]), list(data["sample_id"]))
         self.generator = ContextGenerator(self.model)
-        _ = self.generator.token_budget  # measured before the clock starts
+        _ = self.generator.budget.tokens  # measured before the clock starts
         self.exact: dict[tuple[float, int], list[Tensor]] = {}
 
     def ours(self, rows: Rows, self_prob: float) -> MixedContext:

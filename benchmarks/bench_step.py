@@ -53,7 +53,7 @@ class Step:
             for begin in range(0, len(rows), ROWS)
         ]
         if makes_contexts:
-            _ = self.trainer.generator.token_budget  # measured before the clock starts
+            _ = self.trainer.generator.budget.tokens  # measured before the clock starts
 
     def __call__(self, self_prob: float, *, checkpointing: bool = False) -> tuple[float, float, ContextStats]:
         """Seconds of the step, seconds of them spent on contexts, and what these were like."""

@@ -74,7 +74,7 @@ class Training(Step):
 
     def __init__(self, folder: str) -> None:
         generator, tokenizer = smollm2()
-        budget = generator.token_budget
+        budget = generator.budget.tokens
         how = BSSConfig(folder, learning_rate=0.0, use_cpu=DEVICE == "cpu", report_to=[], token_budget=budget)
         self.trainer = BSSTrainer(generator.model, how, train_dataset=long_rows().dataset(), processing_class=tokenizer)
         self.trainer.create_optimizer()
@@ -125,7 +125,7 @@ def cost(benchmark, report):
             "ms a context token": round(contexts / stats.context_tokens * 1e3, 2),
             "context tokens": stats.context_tokens,
             "passes": stats.passes,
-            "budget": generator.token_budget,
+            "budget": generator.budget.tokens,
             "computed per token": round(stats.computed_per_context_token, 2),
             "agreement": round(stats.agreement, 2),
             **extra,
@@ -168,7 +168,7 @@ def test_answer_length(cost, training, length):
     """The depth is the passes where each may compute all: the chain of corrections, not the tokens over the budget."""
     generator, _ = smollm2()
     rows = long_rows().shortened(LENGTH_ROWS, length)
-    everything = ContextGenerator(generator.model, token_budget=1_000_000)
+    everything = ContextGenerator(generator.model, token_budget=1_000_000, balance=125000)
     deep = rows.shortened(DEPTH_ROWS, length)
     chain = everything.contexts(deep.prompts, deep.references, 0.25, seed=0, sample_ids=deep.sample_ids).stats
     depth = {"depth": chain.passes, "self tokens a row and deep pass": chain.self_tokens / DEPTH_ROWS / chain.passes}
@@ -254,11 +254,11 @@ def random_weights(shape: Shape) -> tuple[ContextGenerator, Rows]:
     model = shaped(smollm2()[0].model, shape)
     prompts = torch.randint(3, model.config.vocab_size, (SIZE_ROWS, SIZE_PROMPT)).tolist()
     ids, nothing = list(range(SIZE_ROWS)), [[0] * SIZE_ANSWER] * SIZE_ROWS
-    budget = ready(ContextGenerator(model)).token_budget
+    budget = ready(ContextGenerator(model)).budget.tokens
     low, high = 1e-3, 1.0
     for _ in range(8):  # bisection
         temperature = (low * high) ** 0.5
-        generator = ready(ContextGenerator(model, temperature=temperature, token_budget=budget))
+        generator = ready(ContextGenerator(model, temperature=temperature, token_budget=budget, balance=budget / 8))
         text = [row.tolist() for row in generator.contexts(prompts, nothing, 1.0, seed=1, sample_ids=ids).tokens]
         agreement = generator.contexts(prompts, text, 0.25, seed=0, sample_ids=ids).stats.agreement
         low, high = (temperature, high) if agreement > AGREEMENT else (low, temperature)

@@ -21,7 +21,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import NamedTuple
 
-from selfgen.context.budget import token_budget_of
+from selfgen.context.budget import budget_of
 
 MICRO_BATCH = 8  # rows, as in bench_step
 
@@ -159,8 +159,8 @@ class Costs(NamedTuple):
         return contexts + reused + recomputed + backward + self.optimizer()
 
     def token_budget(self) -> int:
-        """What ``calibrate_token_budget`` finds if a forward takes what it does here."""
-        return token_budget_of(lambda n: self.a_pass(Pass(n, 1, n, n * (n + 1) // 2), reuse=False))
+        """What ``measure_budget`` finds if a forward takes what it does here."""
+        return budget_of(lambda n: self.a_pass(Pass(n, 1, n, n * (n + 1) // 2), reuse=False)).tokens
 
 
 def micro_batches(lengths: Sequence[int], *, padded: bool = False) -> list[Pass]:

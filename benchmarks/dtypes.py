@@ -32,7 +32,7 @@ def main() -> None:
         rows, _ = tokenize_rows(gsm8k("train", 1000, 1000 + arguments.rows), tokenizer, max_length=1024)
 
         def generate(method: Method, budget: int, model=model, rows=rows) -> MixedContext:
-            return ContextGenerator(model, token_budget=budget).contexts(
+            return ContextGenerator(model, token_budget=budget, balance=budget / 8).contexts(
                 list(rows["prompt_ids"]),
                 list(rows["answer_ids"]),
                 arguments.self_prob,

@@ -8,7 +8,7 @@ The formula is the docstring of ``costs.py``. What goes into it:
 
 - What each pass carries is measured: SmolLM2-135M on 32 GSM8K rows. It depends on the rows, p, the budget and how often
   the model agrees with the reference, not on the device. A model of 70B is assumed to agree as often as SmolLM2 does.
-- The token budget is what ``calibrate_token_budget`` finds if a forward takes what the formula says, and the passes
+- The token budget is what ``measure_budget`` finds if a forward takes what the formula says, and the passes
   are those of the nearest budget measured.
 - `--achievable` of the data sheet's FLOP rate and of its bandwidth; it cancels out where the host's time is 0.
 - `--layer-host-us` of host time a layer and forward: about 40 launches of 10 microseconds each through Python and eager
@@ -112,7 +112,7 @@ def measure() -> str:
     model, (prompts, references, ids) = load_rows(ROWS)
     runs = []
     for p, budget in itertools.product(SELF_PROBS, BUDGETS):
-        generator = ContextGenerator(model, token_budget=budget)
+        generator = ContextGenerator(model, token_budget=budget, balance=budget / 8)
         with recorded(model) as passes:
             mixed = generator.contexts(prompts, references, p, seed=0, sample_ids=ids, keep_hidden_states=True)
         stats = mixed.stats
@@ -163,7 +163,7 @@ def check(measured: dict[str, Any], layer_host: float, bench: Path | None) -> li
     """The formula against this machine: seconds of a generation and, from `bench_step`'s figures, ratios of steps."""
     model, (prompts, references, ids) = load_rows(8)
     generator = ContextGenerator(model)
-    budget = generator.token_budget
+    budget = generator.budget.tokens
     with recorded(model) as passes:
         runs = [generator.contexts(prompts, references, 0.25, seed=0, sample_ids=ids).stats for _ in range(3)]
     seconds, passes = statistics.median(run.seconds for run in runs), passes[-runs[0].passes :]

@@ -52,7 +52,7 @@ GOOD = {"prompts": [[5, 6], [7]], "references": [[8, 9, 10], [11]], "self_prob":
 )
 def test_generate(method, changes, error, message):
     with pytest.raises(error, match=message):
-        ContextGenerator(model_of("llama"), token_budget=8).contexts(**{**GOOD, "method": method, **changes})
+        ContextGenerator(model_of("llama"), token_budget=8, balance=1).contexts(**{**GOOD, "method": method, **changes})
 
 
 @pytest.mark.parametrize(
@@ -63,6 +63,8 @@ def test_generate(method, changes, error, message):
         ({"temperature": "hot"}, ValueError, "temperature is 'hot'"),
         ({"token_budget": 0}, ValueError, "token_budget is 0; it must be an integer >= 1"),
         ({"temperature": True}, ValueError, "temperature is True"),
+        ({"balance": 0.0}, ValueError, "balance is 0.0; it must be a finite number > 0"),
+        ({"balance": float("nan")}, ValueError, "balance is nan"),
         ({"token_budget": True}, ValueError, "token_budget is True"),
         ({"token_budget": 2.5}, ValueError, r"token_budget is 2\.5"),
     ],
@@ -114,8 +116,14 @@ UNSUPPORTED = {
         decoder_start_token_id=1,
         forced_eos_token_id=None,
     ),
-    "AttentionInterface": lambda: t.GPTJConfig(
-        vocab_size=VOCAB, n_embd=32, n_layer=2, n_head=4, rotary_dim=4, n_positions=256, initializer_range=0.3
+    "AttentionInterface": lambda: t.GPTNeoConfig(
+        vocab_size=VOCAB,
+        hidden_size=32,
+        num_layers=2,
+        num_heads=4,
+        attention_types=[[["global", "local"], 1]],
+        max_position_embeddings=256,
+        initializer_range=0.3,
     ),
     "num_kv_shared_layers": lambda: t.Gemma3nTextConfig(
         **_base(
@@ -139,8 +147,8 @@ UNSUPPORTED = {
         )
     ),
     "layers of type conv": lambda: t.Lfm2Config(**_base(layer_types=["conv", "full_attention"])),
-    "not a transformers KV cache": lambda: t.MambaConfig(
-        vocab_size=VOCAB, hidden_size=32, num_hidden_layers=2, state_size=4
+    "not a transformers KV cache": lambda: t.RwkvConfig(
+        vocab_size=VOCAB, hidden_size=32, num_hidden_layers=2, attention_hidden_size=32
     ),
 }
 
@@ -149,7 +157,7 @@ UNSUPPORTED = {
 def test_a_model_that_does_not_fit_is_refused_by_name_and_decodes_sequentially(feature):
     torch.manual_seed(0)
     model = t.AutoModelForCausalLM.from_config(UNSUPPORTED[feature]()).eval()
-    generator = ContextGenerator(model, token_budget=8)
+    generator = ContextGenerator(model, token_budget=8, balance=1)
     rows = {
         "prompts": [list(range(3, 9)), [4]],
         "references": [list(range(10, 24)), list(range(20, 28))],
@@ -198,7 +206,7 @@ def test_a_model_that_computes_something_else_over_the_ragged_cache_is_refused(d
     for forward in (depends_on_the_batch, nothing_but_nan):
         monkeypatch.setattr(model.model.layers[1].self_attn, "forward", forward)
         with pytest.raises(UnsupportedModelError, match=r"computes something else over the ragged cache.*sequential"):
-            ContextGenerator(model, token_budget=8).contexts(**GOOD)
+            ContextGenerator(model, token_budget=8, balance=1).contexts(**GOOD)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
@@ -215,21 +223,55 @@ def test_few_positions_may_be_off_in_half_precision(dtype, monkeypatch):
     monkeypatch.setattr(model.model.layers[1].self_attn, "forward", off_at_one_position)
     if dtype == torch.float32:
         with pytest.raises(UnsupportedModelError, match="computes something else"):
-            ContextGenerator(model, token_budget=8).contexts(**GOOD)
+            ContextGenerator(model, token_budget=8, balance=1).contexts(**GOOD)
     else:
-        ContextGenerator(model, token_budget=64).contexts(**GOOD)
+        ContextGenerator(model, token_budget=64, balance=8).contexts(**GOOD)
 
 
 def test_an_error_inside_a_pass_leaves_the_model_as_it_was(monkeypatch):
     model = tiny_model("llama").train()
-    generator = ContextGenerator(model, token_budget=8)
+    generator = ContextGenerator(model, token_budget=8, balance=1)
     generator.contexts(**GOOD)
-    monkeypatch.setattr("selfgen.context.fixed_point.commit_pass", lambda *args: 1 / 0)
+    monkeypatch.setattr("selfgen.context.fixed_point.FixedPoint.commit", lambda *args: 1 / 0)
     with pytest.raises(ZeroDivisionError):
         generator.contexts(**GOOD)
     assert model.config._attn_implementation == "sdpa"
     assert all(module.training for module in model.modules())
     assert not any("forward" in vars(module) for module in model.modules())
+
+
+NEW_KEYWORDS = {
+    "sparse": False,
+    "page_table": None,
+    "output_attentions": True,
+    "cu_seq_lens_q": torch.tensor([0, 4], dtype=torch.int32),
+}
+
+
+def test_new_keywords_of_an_attention_that_say_nothing_are_passed_over(monkeypatch):
+    """A version of transformers that hands one to every attention must not shut every model out."""
+    model = tiny_model("llama")
+    expected = ContextGenerator(model, token_budget=8).generate(**GOOD)
+    hand_to_attention(monkeypatch, **NEW_KEYWORDS)
+    assert torch.equal(ContextGenerator(model, token_budget=8).generate(**GOOD).tokens[0], expected.tokens[0])
+
+
+@pytest.mark.parametrize("value", [0, 0.5, True, "sparse", torch.zeros(2)])
+def test_new_keywords_of_an_attention_that_may_change_it_are_refused_by_name(monkeypatch, value):
+    hand_to_attention(monkeypatch, **NEW_KEYWORDS, bias_of_heads=value)
+    with pytest.raises(UnsupportedModelError, match=r"LlamaAttention uses bias_of_heads, which the ragged path"):
+        ContextGenerator(tiny_model("llama"), token_budget=8).generate(**GOOD)
+
+
+def hand_to_attention(monkeypatch, **keywords) -> None:
+    """As a newer transformers may: every layer of a Llama hands ``keywords`` to the attention function."""
+    original = t.models.llama.modeling_llama.LlamaAttention.forward
+
+    def forward(self, *args, **kwargs):
+        given = keywords if "ragged_pass" in kwargs else {}
+        return original(self, *args, **kwargs, **given)
+
+    monkeypatch.setattr(t.models.llama.modeling_llama.LlamaAttention, "forward", forward)
 
 
 def test_prompt_learning_adapters_are_refused():

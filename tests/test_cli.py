@@ -52,6 +52,7 @@ def arguments(model_dir, tmp_path):
         "max_length": 32,
         "logging_steps": 1,
         "token_budget": 16,
+        "balance": 2,
         "use_cpu": True,
     }
 

@@ -46,7 +46,9 @@ def assert_equal(mixed, expected):
 )
 def test_fixed_point_equals_sequential(family, batch, self_prob, temperature, token_budget, seed):
     prompts, references, sample_ids = batch
-    generator = ContextGenerator(model_of(family), temperature=temperature, token_budget=token_budget)
+    generator = ContextGenerator(
+        model_of(family), temperature=temperature, token_budget=token_budget, balance=token_budget / 8
+    )
     arguments = {"seed": seed, "sample_ids": sample_ids}
     expected = generator.contexts(prompts, references, self_prob, method="sequential", **arguments)
     mixed = generator.contexts(prompts, references, self_prob, **arguments)
@@ -63,11 +65,11 @@ def test_a_row_does_not_depend_on_its_batch(batch, budgets, data):
     """Alone, in any batch, in any order, at any budget: the sample id is a row's identity."""
     prompts, references, sample_ids = batch
     model = model_of("llama")
-    whole = ContextGenerator(model, token_budget=budgets[0]).contexts(
+    whole = ContextGenerator(model, token_budget=budgets[0], balance=budgets[0] / 8).contexts(
         prompts, references, 0.5, seed=5, sample_ids=sample_ids
     )
     order = data.draw(st.permutations(range(len(prompts))))[: data.draw(st.integers(1, len(prompts)))]
-    part = ContextGenerator(model, token_budget=budgets[1]).contexts(
+    part = ContextGenerator(model, token_budget=budgets[1], balance=budgets[1] / 8).contexts(
         [prompts[i] for i in order],
         [references[i] for i in order],
         0.5,
@@ -81,7 +83,7 @@ def test_a_row_does_not_depend_on_its_batch(batch, budgets, data):
 
 def test_sample_ids_and_seeds_change_the_contexts():
     """The counterpart: other ids or another seed give other noise, so the tests above compare something."""
-    generator = ContextGenerator(model_of("llama"), token_budget=64)
+    generator = ContextGenerator(model_of("llama"), token_budget=64, balance=8)
     prompts, references = [[5, 6, 7]] * 2, [list(range(10, 40))] * 2
 
     def tokens(seed, ids):
@@ -94,7 +96,7 @@ def test_sample_ids_and_seeds_change_the_contexts():
 
 
 def test_per_row_self_probabilities():
-    generator = ContextGenerator(model_of("llama"), token_budget=16)
+    generator = ContextGenerator(model_of("llama"), token_budget=16, balance=2)
     rows = [[5, 6, 7]] * 3
     mixed = generator.contexts(rows, rows, [0.0, 1.0, 0.5], seed=0, sample_ids=[0, 1, 2])
     assert not mixed.is_self[0].any()
@@ -106,7 +108,7 @@ def test_per_row_self_probabilities():
 
 
 def test_no_rows():
-    mixed = ContextGenerator(model_of("llama"), token_budget=16).contexts([], [], 0.5, seed=0, sample_ids=[])
+    mixed = ContextGenerator(model_of("llama"), token_budget=16, balance=2).contexts([], [], 0.5, seed=0, sample_ids=[])
     assert mixed.tokens == []
     assert mixed.stats.passes == 0
 
@@ -115,9 +117,9 @@ def test_no_rows():
 def test_nothing_final_is_computed_twice(token_budget, monkeypatch):
     """Each window starts where the row's final prefix ends, and no pass exceeds the budget."""
     sizes: list[int] = []
-    original = engine.run_pass
+    original = engine.FixedPoint.run
 
-    def record(model, state, ragged_pass):
+    def record(state, forward, ragged_pass):
         slots, bounds = ragged_pass.slots, ragged_pass.cu_seqlens_q
         assert 1 <= len(slots) <= token_budget
         assert bounds[-1] == len(slots)
@@ -126,10 +128,10 @@ def test_nothing_final_is_computed_twice(token_budget, monkeypatch):
             assert torch.equal(window, torch.arange(final, final + len(window)))
         assert torch.equal(ragged_pass.position_ids[0], state.positions[slots])
         sizes.append(len(slots))
-        return original(model, state, ragged_pass)
+        return original(state, forward, ragged_pass)
 
-    monkeypatch.setattr(engine, "run_pass", record)
-    generator = ContextGenerator(model_of("llama"), token_budget=token_budget)
+    monkeypatch.setattr(engine.FixedPoint, "run", record)
+    generator = ContextGenerator(model_of("llama"), token_budget=token_budget, balance=token_budget / 8)
     rows = [list(range(3, 20)), list(range(30, 60)), [9]]
     mixed = generator.contexts(rows, rows, 0.4, seed=1, sample_ids=[1, 2, 3])
     assert len(sizes) == mixed.stats.passes
@@ -144,7 +146,7 @@ def test_nothing_final_is_computed_twice(token_budget, monkeypatch):
 
 def test_head_runs_at_self_positions_only(monkeypatch):
     model = model_of("llama")
-    generator = ContextGenerator(model, token_budget=1)
+    generator = ContextGenerator(model, token_budget=1, balance=0.125)
     rows = [list(range(3, 40))] * 2
     generator.contexts(rows, rows, 0.2, seed=0, sample_ids=[0, 1])  # the first call also verifies the model
     seen = []
@@ -160,7 +162,7 @@ def test_the_model_is_left_as_it_was():
     model = tiny_model("gemma3").train()
     model.model.layers[0].eval()
     before = model.config._attn_implementation, [module.training for module in model.modules()]
-    ContextGenerator(model, token_budget=8).contexts([[3, 4]], [[5, 6, 7]], 1.0, seed=0, sample_ids=[0])
+    ContextGenerator(model, token_budget=8, balance=1).contexts([[3, 4]], [[5, 6, 7]], 1.0, seed=0, sample_ids=[0])
     assert (model.config._attn_implementation, [module.training for module in model.modules()]) == before
     assert all(parameter.grad is None and parameter.requires_grad for parameter in model.parameters())
 
@@ -174,8 +176,8 @@ def test_dropout_is_off_while_contexts_are_made():
             module.p = 0.5
     rows = [list(range(3, 20))]
     arguments = {"seed": 0, "sample_ids": [0]}
-    expected = ContextGenerator(model, token_budget=8).contexts(rows, rows, 1.0, **arguments)
-    assert_equal(ContextGenerator(dropped, token_budget=8).contexts(rows, rows, 1.0, **arguments), expected)
+    expected = ContextGenerator(model, token_budget=8, balance=1).contexts(rows, rows, 1.0, **arguments)
+    assert_equal(ContextGenerator(dropped, token_budget=8, balance=1).contexts(rows, rows, 1.0, **arguments), expected)
 
 
 def test_rows_with_invalid_logits_keep_the_reference():
@@ -184,7 +186,9 @@ def test_rows_with_invalid_logits_keep_the_reference():
         model.lm_head.weight[7] = torch.nan
     rows = [list(range(3, 20))]
     for method in ("fixed_point", "sequential"):
-        mixed = ContextGenerator(model, token_budget=8).contexts(rows, rows, 1.0, seed=0, sample_ids=[0], method=method)
+        mixed = ContextGenerator(model, token_budget=8, balance=1).contexts(
+            rows, rows, 1.0, seed=0, sample_ids=[0], method=method
+        )
         assert mixed.tokens[0].tolist() == rows[0]
         assert mixed.stats.invalid == len(rows[0])
 
@@ -197,12 +201,12 @@ def test_peft_model(modules):
         for name, parameter in model.named_parameters():
             if "lora_B" in name or "lora_embedding" in name:
                 parameter.normal_(std=0.5)
-    generator = ContextGenerator(model.train(), token_budget=16)
+    generator = ContextGenerator(model.train(), token_budget=16, balance=2)
     rows = [list(range(3, 30))]
     arguments = {"seed": 0, "sample_ids": [0]}
     mixed = generator.contexts(rows, rows, 0.5, **arguments)
     assert_equal(mixed, generator.contexts(rows, rows, 0.5, method="sequential", **arguments))
-    plain = ContextGenerator(tiny_model("llama"), token_budget=16).contexts(rows, rows, 0.5, **arguments)
+    plain = ContextGenerator(tiny_model("llama"), token_budget=16, balance=2).contexts(rows, rows, 0.5, **arguments)
     assert not torch.equal(mixed.tokens[0], plain.tokens[0])
 
 
@@ -212,7 +216,9 @@ def test_peft_model(modules):
 def test_smollm2(smollm2, math_rows, self_prob, temperature, token_budget):
     prompts, references, sample_ids = (column[:2] for column in math_rows)
     references = [reference[:48] for reference in references]
-    generator = ContextGenerator(smollm2[0], temperature=temperature, token_budget=token_budget)
+    generator = ContextGenerator(
+        smollm2[0], temperature=temperature, token_budget=token_budget, balance=token_budget / 8
+    )
     arguments = {"seed": 11, "sample_ids": sample_ids}
     expected = generator.contexts(prompts, references, self_prob, method="sequential", **arguments)
     assert_equal(generator.contexts(prompts, references, self_prob, **arguments), expected)
@@ -228,5 +234,7 @@ def test_smollm2_on_whole_rows(smollm2, math_rows, self_prob, temperature):
         prompts, references, self_prob, method="sequential", **arguments
     )
     for token_budget in (33, 128, 100_000):
-        generator = ContextGenerator(smollm2[0], temperature=temperature, token_budget=token_budget)
+        generator = ContextGenerator(
+            smollm2[0], temperature=temperature, token_budget=token_budget, balance=token_budget / 8
+        )
         assert_equal(generator.contexts(prompts, references, self_prob, **arguments), expected)

@@ -171,7 +171,7 @@ def plain_losses(model, row: dict, own: bool) -> list[float]:
 @pytest.mark.parametrize("batch_size", [2, 8])
 def test_losses_are_those_of_a_plain_loop(family, batch_size):
     model, rows = tiny_model(family), token_rows()
-    generator = ContextGenerator(model, temperature=0.0, token_budget=16)
+    generator = ContextGenerator(model, temperature=0.0, token_budget=16, balance=2)
     found = held_out_losses(generator, rows, {"reference": 0.0, "own": 1.0}, batch_size=batch_size, progress=False)
     for name, loss in found.items():
         expected = [plain_losses(model, row, own=name == "own") for row in rows]
@@ -186,7 +186,7 @@ def test_losses_are_those_of_a_plain_loop(family, batch_size):
 def test_mixed_contexts():
     """p = 0 is the reference; the mask and the noise are those of the generator; both methods agree."""
     model, rows = tiny_model("llama"), token_rows()
-    generator = ContextGenerator(model, token_budget=16)
+    generator = ContextGenerator(model, token_budget=16, balance=2)
     found = held_out_losses(generator, rows, {"reference": 0.0, "zero": 0.0, "mixed": 0.5}, seed=3, progress=False)
     assert torch.equal(found["reference"].sums, found["zero"].sums)
     losses = []

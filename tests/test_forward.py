@@ -61,7 +61,7 @@ class Recorder(engine.GraphedForward):
 @pytest.fixture(autouse=True)
 def recorder(monkeypatch):
     monkeypatch.setattr(engine, "not_waiting", nullcontext)
-    monkeypatch.setattr(engine, "packed_linears", nullcontext)  # a CPU's, whose weights are copies
+    monkeypatch.setattr("selfgen.context.forward.packed_linears", nullcontext)  # a CPU's, whose weights are copies
     monkeypatch.setattr(engine, "_memory_of", lambda device: 2**34)
     monkeypatch.setattr(engine, "forward_of", lambda model, cuda_graphs: Recorder(model))
     monkeypatch.setattr("selfgen.context.generator.forward_of", lambda model, cuda_graphs: Recorder(model))
@@ -75,7 +75,7 @@ def contexts(generator, self_prob=0.5, **settings):
 @pytest.mark.parametrize("family", sorted(CONFIGS))
 def test_padded_passes_give_the_contexts_of_the_loop(family):
     model = tiny_model(family)
-    generator = ContextGenerator(model, token_budget=100)
+    generator = ContextGenerator(model, token_budget=100, balance=12.5)
     for self_prob in (0.25, 0.5, 1.0):
         want = contexts(generator, self_prob, method="sequential")
         for _ in range(3):  # run, recorded, replayed
@@ -86,12 +86,12 @@ def test_padded_passes_give_the_contexts_of_the_loop(family):
 
 def test_what_is_kept_is_that_of_the_plain_passes():
     model, data = tiny_model("llama"), rows(8)
-    generator = ContextGenerator(model, token_budget=40)
+    generator = ContextGenerator(model, token_budget=40, balance=5)
     columns = [list(data[name]) for name in ("prompt_ids", "answer_ids")]
     for seed in range(4):
         how = {"seed": seed, "sample_ids": data["sample_id"], "keep_hidden_states": True}
         got = generator.contexts(*columns, 0.5, **how)
-        plain = ContextGenerator(model, token_budget=40)
+        plain = ContextGenerator(model, token_budget=40, balance=5)
         plain._passes = engine.Forward(model)
         want = plain.contexts(*columns, 0.5, **how)
         assert_equal(got, want)
@@ -122,7 +122,7 @@ def test_answers_are_those_of_the_plain_passes():
 
 def test_an_optimizers_step_is_seen():
     model = tiny_model("llama")
-    generator = ContextGenerator(model, token_budget=100)
+    generator = ContextGenerator(model, token_budget=100, balance=12.5)
     for _ in range(3):
         contexts(generator)
     records = generator._forward().records
@@ -188,7 +188,7 @@ def precision():
 def test_what_changes_the_computation_is_recorded_anew(change):
     """Twice, as what has gone may come again at the same address."""
     model = tiny_model("gemma2" if change is configured else "llama")
-    generator = ContextGenerator(model, token_budget=100)
+    generator = ContextGenerator(model, token_budget=100, balance=12.5)
     for _ in range(2):
         for _ in range(3):
             contexts(generator)
@@ -201,7 +201,7 @@ def test_what_changes_the_computation_is_recorded_anew(change):
 
 def test_one_hook_after_another():
     model = tiny_model("llama")
-    generator = ContextGenerator(model, token_budget=100)
+    generator = ContextGenerator(model, token_budget=100, balance=12.5)
     for scale in (1.5, 0.5, 2.0, 0.7):
         handle = model.model.layers[0].register_forward_hook(lambda module, args, output, by=scale: output * by)
         want = contexts(generator, method="sequential")
@@ -234,7 +234,7 @@ def test_recorded_casts_are_no_kept_ones(tmp_path, prepared):
 
 
 def test_longer_batches_get_a_larger_cache():
-    generator = ContextGenerator(tiny_model("llama"), token_budget=100)
+    generator = ContextGenerator(tiny_model("llama"), token_budget=100, balance=12.5)
     prompts, references, sample_ids = batch(40, longest=100)
     few = slice(0, 3)
     generator.contexts(prompts[few], references[few], 0.5, seed=0, sample_ids=sample_ids[few])
@@ -250,7 +250,7 @@ def test_a_model_that_cannot_be_recorded_is_run_as_it_is(monkeypatch, caplog, wh
         raise RuntimeError("called a synchronizing CUDA operation")
 
     monkeypatch.setattr(engine._Recorded if when == "run" else Recorder, when, failing)
-    generator = ContextGenerator(tiny_model("llama"), token_budget=100)
+    generator = ContextGenerator(tiny_model("llama"), token_budget=100, balance=12.5)
     want = contexts(generator, method="sequential")
     for _ in range(3):
         assert_equal(contexts(generator), want)
@@ -260,7 +260,7 @@ def test_a_model_that_cannot_be_recorded_is_run_as_it_is(monkeypatch, caplog, wh
 
 @pytest.mark.parametrize("limit", ["_most_tokens", "_most_places"])
 def test_passes_that_would_keep_much_are_run_as_they_are(limit):
-    generator = ContextGenerator(tiny_model("llama"), token_budget=400)
+    generator = ContextGenerator(tiny_model("llama"), token_budget=400, balance=50)
     setattr(generator._forward(), limit, 20)
     want = contexts(generator, method="sequential")
     for _ in range(3):
@@ -272,7 +272,7 @@ def test_passes_that_would_keep_much_are_run_as_they_are(limit):
 
 def test_kv_that_would_be_too_much_to_keep_is_freed(monkeypatch, caplog):
     monkeypatch.setattr(engine, "_memory_of", lambda device: 2**10)
-    generator = ContextGenerator(tiny_model("llama"), token_budget=100)
+    generator = ContextGenerator(tiny_model("llama"), token_budget=100, balance=12.5)
     want = contexts(generator, method="sequential")
     for _ in range(3):
         assert_equal(contexts(generator), want)
@@ -281,7 +281,7 @@ def test_kv_that_would_be_too_much_to_keep_is_freed(monkeypatch, caplog):
 
 
 def test_release():
-    generator = ContextGenerator(tiny_model("llama"), token_budget=100)
+    generator = ContextGenerator(tiny_model("llama"), token_budget=100, balance=12.5)
     generator.release()
     for _ in range(3):
         want = contexts(generator)
@@ -301,7 +301,7 @@ def test_training_releases(tmp_path):
 
 def test_one_generation_at_a_time():
     model = tiny_model("llama")
-    generator = ContextGenerator(model, token_budget=100)
+    generator = ContextGenerator(model, token_budget=100, balance=12.5)
     contexts(generator)
     model.model.norm.register_forward_hook(lambda *_: contexts(generator))
     with pytest.raises(RuntimeError, match="at work already"):
@@ -312,7 +312,7 @@ def test_one_generation_at_a_time():
 
 def test_the_budget_is_measured_by_recorded_passes():
     generator = ContextGenerator(tiny_model("llama"))
-    assert generator.token_budget >= 16
+    assert generator.budget.tokens >= 16
     assert generator._forward().replays
 
 
@@ -320,7 +320,7 @@ def test_another_error_is_raised(monkeypatch):
     def failing(run):
         raise RuntimeError("out of luck")
 
-    generator = ContextGenerator(tiny_model("llama"), token_budget=100)
+    generator = ContextGenerator(tiny_model("llama"), token_budget=100, balance=12.5)
     with monkeypatch.context() as patch:
         patch.setattr(engine._Recorded, "run", failing)
         with pytest.raises(RuntimeError, match="out of luck"):

@@ -130,7 +130,9 @@ def test_bad_arguments(arguments, message):
 )
 def test_fixed_point_equals_sequential(batch, masks, self_prob, budget, temperature):
     prompts, references, ids = batch
-    generator = ContextGenerator(model_of("llama"), token_budget=budget, masks=masks, temperature=temperature)
+    generator = ContextGenerator(
+        model_of("llama"), token_budget=budget, balance=budget / 8, masks=masks, temperature=temperature
+    )
     arguments = {"seed": 3, "sample_ids": ids}
     expected = generator.contexts(prompts, references, self_prob, method="sequential", **arguments)
     assert_equal(generator.contexts(prompts, references, self_prob, **arguments), expected)

@@ -63,7 +63,7 @@ def record_calls(monkeypatch, target: str) -> list[tuple]:
 
 
 def make_generator(seed: int = 0, **options) -> ContextGenerator:
-    return ContextGenerator(tiny_model("llama", seed=seed), token_budget=32, **options)
+    return ContextGenerator(tiny_model("llama", seed=seed), token_budget=32, balance=4, **options)
 
 
 def write(folder: Path, data=None, generator=None, **changes) -> dict:
@@ -496,7 +496,7 @@ def test_contexts_under_mixed_precision(tmp_path):
 @pytest.fixture
 def writing(arguments, tmp_path):
     """Arguments of ``selfgen contexts``."""
-    names = ("model", "dataset", "max_length", "token_budget", "use_cpu")
+    names = ("model", "dataset", "max_length", "token_budget", "balance", "use_cpu")
     options = {name: arguments[name] for name in names}
     return {**options, "output_dir": str(tmp_path / "contexts"), "self_prob": 0.5, "shard_rows": 5}
 

@@ -48,7 +48,7 @@ def assert_replays(generator):
 def test_contexts_are_those_of_the_loop(family, cuda_graphs):
     model = tiny_model(family).cuda()
     for budget in (16, 64, 400):
-        generator = ContextGenerator(model, token_budget=budget, cuda_graphs=cuda_graphs)
+        generator = ContextGenerator(model, token_budget=budget, balance=budget / 8, cuda_graphs=cuda_graphs)
         for seed, self_prob in enumerate((0.25, 1.0, 0.25, 0.5)):
             want, want_self = contexts(generator, self_prob, "sequential", seed)
             got, is_self = contexts(generator, self_prob, seed=seed)
@@ -62,7 +62,9 @@ def test_contexts_are_those_of_the_loop(family, cuda_graphs):
 @pytest.mark.parametrize("precision", ["fp32", "autocast"])
 def test_recorded_passes_see_an_optimizers_step(precision):
     model = tiny_model("llama").cuda()
-    generator, plain = (ContextGenerator(model, token_budget=100, cuda_graphs=graphs) for graphs in (True, False))
+    generator, plain = (
+        ContextGenerator(model, token_budget=100, balance=12.5, cuda_graphs=graphs) for graphs in (True, False)
+    )
 
     def run(generator):
         with torch.autocast("cuda", torch.bfloat16, enabled=precision == "autocast"):
@@ -83,8 +85,8 @@ def test_recorded_passes_see_an_optimizers_step(precision):
 @pytest.mark.parametrize("family", FAMILIES)
 def test_contexts_are_those_of_the_cpu(family):
     model = tiny_model(family)
-    want, want_self = contexts(ContextGenerator(model, token_budget=64), 0.5)
-    got, is_self = contexts(ContextGenerator(model.cuda(), token_budget=64), 0.5)
+    want, want_self = contexts(ContextGenerator(model, token_budget=64, balance=8), 0.5)
+    got, is_self = contexts(ContextGenerator(model.cuda(), token_budget=64, balance=8), 0.5)
     assert torch.equal(is_self, want_self)
     assert torch.equal(got, want)
 
@@ -95,7 +97,7 @@ def test_contexts_are_those_of_the_cpu(family):
     ids=str,
 )
 def test_contexts_under_every_mask_are_those_of_the_loop(masks):
-    generator = ContextGenerator(tiny_model("llama").cuda(), token_budget=64, masks=masks)
+    generator = ContextGenerator(tiny_model("llama").cuda(), token_budget=64, balance=8, masks=masks)
     want = contexts(generator, 0.5, "sequential")
     assert want[1].any()
     for _ in range(3):
@@ -105,7 +107,7 @@ def test_contexts_under_every_mask_are_those_of_the_loop(masks):
 @pytest.mark.parametrize("family", ["llama", "gemma2", "qwen3"])
 def test_bf16_contexts_are_the_loops_but_for_near_ties(family):
     """A tie that turns changes all behind it in its row, so rows are counted."""
-    generator = ContextGenerator(tiny_model(family, dtype=torch.bfloat16).cuda(), token_budget=64)
+    generator = ContextGenerator(tiny_model(family, dtype=torch.bfloat16).cuda(), token_budget=64, balance=8)
     lengths = [len(reference) for reference in batch()[1]]
     want = contexts(generator, 0.25, "sequential")
     got = [contexts(generator, 0.25) for _ in range(3)][-1]
@@ -137,7 +139,7 @@ def test_reuse_gives_loss_and_gradients_of_the_ordinary_step(family):
         if isinstance(module, torch.nn.Dropout):  # GPT-2's default
             module.p = 0.0
     columns = [list(data[name]) for name in ("prompt_ids", "answer_ids")]
-    generator = ContextGenerator(model, token_budget=16)
+    generator = ContextGenerator(model, token_budget=16, balance=2)
     for seed in range(4):
         how = {"seed": seed, "sample_ids": data["sample_id"], "keep_hidden_states": True}
         mixed = generator.contexts(*columns, 0.5, **how)

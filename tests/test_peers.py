@@ -27,7 +27,7 @@ def rows():
 
 
 def generate(model, rows, self_prob, method):
-    generator = ContextGenerator(model, token_budget=32)
+    generator = ContextGenerator(model, token_budget=32, balance=4)
     return generator.contexts(
         rows.prompts, rows.references, self_prob, seed=7, sample_ids=rows.sample_ids, method=method
     )

@@ -7,7 +7,7 @@ import torch
 from models import VOCAB, tiny_model
 
 from selfgen import ContextGenerator
-from selfgen.context.budget import balance_of, token_budget_of
+from selfgen.context.budget import PassBudget, budget_of
 from selfgen.context.plan import Speculation, least_log_chance
 
 
@@ -58,13 +58,13 @@ def test_rates_follow_what_is_seen():
 
 @pytest.mark.parametrize(("fixed", "per_token"), [(0.03, 0.0006), (1.0, 0.25)])
 def test_budget_of_a_straight_cost_curve(fixed, per_token):
-    budget = token_budget_of(lambda n: fixed + n * per_token)
-    assert balance_of(budget) == pytest.approx(1 + fixed / per_token, rel=0.05)
+    budget = budget_of(lambda n: fixed + n * per_token)
+    assert budget.balance == pytest.approx(1 + fixed / per_token, rel=0.05)
 
 
 def test_budget_of_a_cost_curve_with_a_corner():
     """A device that is idle up to 200 tokens."""
-    assert balance_of(token_budget_of(lambda n: max(200, n) * 1e-5)) == pytest.approx(200)
+    assert budget_of(lambda n: max(200, n) * 1e-5).balance == pytest.approx(200)
 
 
 def test_hopeless_speculation_is_left_out():
@@ -72,7 +72,7 @@ def test_hopeless_speculation_is_left_out():
     rows = torch.randint(3, VOCAB, (16, 48), generator=torch.Generator().manual_seed(0))
     prompts, references = list(rows[:, :8]), list(rows[:, 8:])
     stats = [
-        ContextGenerator(tiny_model("llama"), token_budget=budget)
+        ContextGenerator(tiny_model("llama"), token_budget=budget, balance=budget / 8)
         .contexts(prompts, references, 1.0, seed=0, sample_ids=list(range(16)))
         .stats
         for budget in (64, 10_000)
@@ -80,3 +80,15 @@ def test_hopeless_speculation_is_left_out():
     assert stats[0].computed_per_context_token < 1.1
     assert stats[1].computed_per_context_token > 2.0  # passes that cost as much as 1,250 tokens are worth any chance
     assert stats[1].passes <= stats[0].passes
+
+
+def test_a_smaller_cap_does_not_change_what_speculation_is_weighed_by(monkeypatch):
+    """``token_budget`` bounds memory; the balance is the device's, measured whatever the cap is."""
+    measured = PassBudget(tokens=96, balance=12.0)
+    monkeypatch.setattr("selfgen.context.generator.measure_budget", lambda *args, **kwargs: measured)
+    model = tiny_model("llama")
+    assert ContextGenerator(model).budget == measured
+    assert ContextGenerator(model, token_budget=24).budget == PassBudget(24, 12.0)
+    assert ContextGenerator(model, balance=5).budget == PassBudget(96, 5)
+    monkeypatch.undo()
+    assert ContextGenerator(model, token_budget=24, balance=5).budget == PassBudget(24, 5)  # nothing is measured

@@ -34,6 +34,7 @@ def make_trainer(folder, data=TEXTS, model=None, **changes) -> RACTrainer:
         "disable_tqdm": True,
         "max_length": 64,
         "token_budget": 32,
+        "balance": 4,
         "max_new_tokens": 6,
         "correction_cue": "h g",
         "report_to": [],

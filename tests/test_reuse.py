@@ -18,7 +18,7 @@ from selfgen.training.reuse import reuse_passes
 
 
 def generate(model, data, **kwargs):
-    generator = ContextGenerator(model, token_budget=16)
+    generator = ContextGenerator(model, token_budget=16, balance=2)
     columns = data["prompt_ids"], data["answer_ids"]
     kwargs = {"self_prob": 0.5, "seed": 3, "sample_ids": data["sample_id"]} | kwargs
     return generator.contexts(*(list(column) for column in columns), **kwargs)
@@ -103,11 +103,10 @@ def test_the_layers_forward_is_not_computed_again():
     inputs, slots = padded(model, data, mixed)
     model.train()
     before = model(**inputs).loss
-    with torch.no_grad():
-        model.model.layers[0].mlp.down_proj.weight.zero_()
-        assert not torch.equal(model(**inputs).loss, before)
-        with reuse_passes(mixed.hidden_states, slots):
-            torch.testing.assert_close(model(**inputs).loss, before, rtol=1e-5, atol=0)
+    model.model.layers[0].mlp.down_proj.weight.data.zero_()
+    assert not torch.equal(model(**inputs).loss, before)
+    with reuse_passes(mixed.hidden_states, slots):  # without gradients, newer transformers checkpoint nothing
+        torch.testing.assert_close(model(**inputs).loss, before, rtol=1e-5, atol=0)
 
 
 def test_every_position_but_a_rows_last_is_kept_from_its_final_context():

@@ -83,7 +83,7 @@ def test_token_budget_is_the_calibrated_one(monkeypatch, costs):
 
     monkeypatch.setattr(budget.time, "perf_counter", lambda: clock[0])
     monkeypatch.setattr(budget, "max_positions", lambda model: None)
-    found = budget.calibrate_token_budget(Model())  # type: ignore[arg-type]
+    found = budget.measure_budget(Model()).tokens  # type: ignore[arg-type]
     assert costs.token_budget() == pytest.approx(found, abs=1)
 
 
@@ -96,7 +96,7 @@ def test_micro_batches():
 def test_passes_are_counted():
     """The recorder sees what the engine reports."""
     model = tiny_model("llama")
-    generator = ContextGenerator(model, token_budget=8)
+    generator = ContextGenerator(model, token_budget=8, balance=1)
     with roofline.recorded(model) as passes:
         stats = generator.contexts([[1, 2, 3], [4, 5]], [[6] * 9, [7] * 5], 1.0, seed=0, sample_ids=[0, 1]).stats
     passes = passes[-stats.passes :]

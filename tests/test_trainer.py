@@ -54,6 +54,7 @@ def config(folder, **changes) -> BSSConfig:
         "self_prob": 0.5,
         "max_length": 64,
         "token_budget": 32,
+        "balance": 4,
     }
     return BSSConfig(str(folder), **{**defaults, **changes})
 

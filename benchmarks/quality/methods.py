@@ -15,7 +15,7 @@ import torch
 from datasets import Dataset
 from transformers import PreTrainedModel
 
-from selfgen import BSSConfig, BSSTrainer, ContextGenerator, MixedContext, RACConfig, RACTrainer
+from selfgen import BSSConfig, BSSTrainer, MixedContext, RACConfig, RACTrainer
 from selfgen.context import ContextStats
 from selfgen.correction import CorrectionCue
 from selfgen.data import IGNORE_INDEX, Collator
@@ -103,7 +103,7 @@ class OfflineTrainer(BSSTrainer):
         elif now > self._round:
             self._round = now
             snapshot = copy.deepcopy(self.accelerator.unwrap_model(self.model))
-            self.generator = ContextGenerator(snapshot, token_budget=self.args.token_budget, masks=self.args.masks)
+            self.generator = self.args.generator(snapshot)
         return super()._generate(rows, self_prob)
 
 
@@ -147,6 +147,7 @@ def train(task: AnyTask, method: Method, seed: int, setting: Setting, without: D
             warmup_steps=min(WARMUP, setting.steps // 10),
             max_length=task.longest,
             token_budget=2048,
+            balance=256,
             seed=seed,
             save_strategy="no",
             report_to=[],

@@ -39,6 +39,13 @@ class ContextArguments:
     token_budget: int | None = field(
         default=None, metadata={"help": "Most tokens computed in one pass; measured on the device by default."}
     )
+    balance: float | None = field(
+        default=None,
+        metadata={
+            "help": "Tokens that cost as much as a pass by itself, by which speculation is weighed; measured on the "
+            "device by default."
+        },
+    )
     cuda_graphs: bool = field(
         default=True, metadata={"help": "On an NVIDIA GPU, replay passes as CUDA graphs, which takes some memory."}
     )
@@ -65,6 +72,7 @@ def run(arguments: list[str]) -> int:
                 model.to(device(options.use_cpu)),
                 temperature=options.sampling_temperature,
                 token_budget=options.token_budget,
+                balance=options.balance,
                 masks=mask_options.masks,
                 cuda_graphs=options.cuda_graphs,
             ),

@@ -17,6 +17,7 @@ from transformers import PreTrainedTokenizerBase
 
 from ..context import ContextGenerator
 from ..context.generator import METHODS, Method
+from ..context.masks import check_probability
 from ..context.models import max_positions
 from ..correction import DEFAULT_CUE, stop_ids_of
 from ..evaluation import (
@@ -94,8 +95,7 @@ class EvalArguments:
         if unknown or not self.metrics:
             said = " ".join(unknown) or "none"
             raise ValueError(f"metrics are {said}; accepted: {', '.join(METRICS)} (with spaces between them)")
-        if not 0.0 <= self.self_prob <= 1.0:
-            raise ValueError(f"self_prob is {self.self_prob}; a probability must be in [0, 1]")
+        check_probability("self_prob", self.self_prob)
         for name in ("temperature", "sampling_temperature"):
             if not 0.0 <= getattr(self, name) < float("inf"):
                 raise ValueError(f"{name} is {getattr(self, name)}; it must be a finite number >= 0")

@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
+from transformers import PreTrainedModel
 
 from .hidden_states import HiddenStates
+from .masks import Masks
+from .models import max_positions, vocab_size_of
 
 TokenRow = Tensor | Sequence[int]
 
@@ -92,11 +96,54 @@ class Batch:
 
     prompts: list[Tensor]  # [P_i] int64
     references: list[Tensor]  # [T_i] int64
-    self_prob: Tensor  # [R] float64
+    candidates: list[Tensor]  # [T_i] bool: positions whose token may be a self token
     sample_ids: Tensor  # [R] int64
     seed: int
     temperature: float
-    min_reference_prob: float | None = None  # below it, a token is the reference after all
+    min_reference_prob: float | None = None  # below it, a candidate is the reference token after all
+
+    @classmethod
+    def of(
+        cls,
+        prompts: Sequence[TokenRow],
+        references: Sequence[TokenRow],
+        self_prob: float | Sequence[float] | Tensor,
+        *,
+        seed: int,
+        sample_ids: Tensor | Sequence[int],
+        model: PreTrainedModel,
+        temperature: float,
+        masks: Masks,
+    ) -> Batch:
+        """Check what was given and draw the candidates, which need no forward.
+
+        Raises:
+            ValueError, TypeError: as of ``ContextGenerator.contexts``.
+        """
+        device, vocab_size, limit = model.device, vocab_size_of(model), max_positions(model)
+        prompts = check_token_rows("prompts", prompts, vocab_size, device)
+        references = check_token_rows("references", references, vocab_size, device)
+        if len(prompts) != len(references):
+            raise ValueError(f"{len(prompts)} prompts and {len(references)} references; give one reference per prompt")
+        try:
+            seed = operator.index(seed)
+        except TypeError:
+            raise TypeError(f"seed is a {type(seed).__name__}; give a 64-bit integer") from None
+        for index, (prompt, reference) in enumerate(zip(prompts, references, strict=True)):
+            length = len(prompt) + len(reference)
+            if limit is not None and length > limit:
+                raise ValueError(f"row {index} has {length} tokens; the model has {limit} positions: shorten the row")
+        probs = _check_self_prob(self_prob, len(prompts), device)
+        ids = check_sample_ids(sample_ids, len(prompts), device)
+        return cls(
+            prompts=prompts,
+            references=references,
+            candidates=masks.draw(seed, ids, [len(reference) for reference in references], probs) if prompts else [],
+            sample_ids=ids,
+            seed=seed,
+            temperature=temperature,
+            min_reference_prob=masks.min_reference_prob or None,
+        )
 
     @property
     def prompt_lengths(self) -> list[int]:
@@ -120,7 +167,7 @@ class Batch:
         return Batch(
             self.prompts[one],
             self.references[one],
-            self.self_prob[one],
+            self.candidates[one],
             self.sample_ids[one],
             self.seed,
             self.temperature,
@@ -192,6 +239,19 @@ def check_sample_ids(sample_ids: Tensor | Sequence[int], rows: int, device: torc
         twice = next(value for value in values if values.count(value) > 1)
         raise ValueError(f"sample id {twice} occurs more than once; ids tell rows apart and must be unique in a batch")
     return ids.to(device=device, dtype=torch.int64)
+
+
+def _check_self_prob(self_prob: float | Sequence[float] | Tensor, rows: int, device: torch.device) -> Tensor:
+    try:
+        values = torch.as_tensor(self_prob, dtype=torch.float64, device=device)
+    except (TypeError, ValueError, RuntimeError):
+        raise TypeError(f"self_prob is {self_prob!r}; give a number in [0, 1], or one per row") from None
+    if values.dim() and values.shape != (rows,):
+        raise ValueError(f"self_prob has shape {tuple(values.shape)}; give one number, or one for each of {rows} rows")
+    outside = values[~((values >= 0) & (values <= 1))]
+    if outside.numel():
+        raise ValueError(f"self_prob is {float(outside.flatten()[0])}; a probability must be in [0, 1]")
+    return values.expand(rows)
 
 
 def left_pad(rows: list[Tensor]) -> Tensor:

@@ -1,10 +1,11 @@
-"""How many tokens a pass should carry on this device."""
+"""How many tokens a pass should carry on this device, and what a pass costs by itself."""
 
 from __future__ import annotations
 
 import time
 from collections.abc import Callable
 from contextlib import nullcontext
+from dataclasses import dataclass
 
 import torch
 from transformers import PreTrainedModel
@@ -17,19 +18,25 @@ LARGEST = 8192
 _BALANCES = 8
 
 
-def balance_of(token_budget: int) -> float:
-    """The balance point that goes with a token budget: how many tokens cost as much as the weights of a pass."""
-    return token_budget / _BALANCES
+@dataclass(frozen=True)
+class PassBudget:
+    """How large passes may be, and by what speculation is weighed.
+
+    ``tokens``, at least 1, caps a pass: it bounds memory. ``balance`` is the number of tokens that cost as much as a
+    pass by itself: it decides how much speculation is worth its price (``plan.least_log_chance``).
+    """
+
+    tokens: int
+    balance: float
 
 
-def calibrate_token_budget(model: PreTrainedModel, *, forward: Forward | None = None, repeats: int = 3) -> int:
-    """Measure the model's cost curve and return 8 times its balance point.
+def measure_budget(model: PreTrainedModel, *, forward: Forward | None = None, repeats: int = 3) -> PassBudget:
+    """Measure the model's cost curve; the cap is 8 times its balance point.
 
     A forward over n tokens costs about ``fixed + n * per_token`` seconds: the weights are streamed once, whatever n is.
-    The balance point is the n at which both parts are equal. It decides how much speculation is worth its price
-    (``plan.least_log_chance``); beyond a few times of it a larger pass gains no more. n is doubled until the forward
-    takes four times as long as that of a single token, and the last doubling shows what a token costs. ``forward``, if
-    given, is what runs the passes; otherwise the model does, with an attention of its own.
+    The balance point is the n at which both parts are equal; beyond a few times of it a larger pass gains no more. n is
+    doubled until the forward takes four times as long as that of a single token, and the last doubling shows what a
+    token costs. ``forward``, if given, is what runs the passes; otherwise the model does, with an attention of its own.
     """
     longest = min(max_positions(model) or LARGEST, LARGEST)
     device = model.device
@@ -54,11 +61,11 @@ def calibrate_token_budget(model: PreTrainedModel, *, forward: Forward | None = 
 
     with nullcontext() if forward is None else forward.over(longest):
         seconds(1)  # warm-up
-        return token_budget_of(seconds, longest)
+        return budget_of(seconds, longest)
 
 
-def token_budget_of(seconds: Callable[[int], float], longest: int = LARGEST) -> int:
-    """The token budget for a cost curve: ``seconds`` of a forward over n tokens, up to ``longest``."""
+def budget_of(seconds: Callable[[int], float], longest: int = LARGEST) -> PassBudget:
+    """The budget for a cost curve: ``seconds`` of a forward over n tokens, up to ``longest``."""
     single = before = seconds(1)
     tokens, per_token = 1, 0.0
     while tokens < longest and before < 4 * single:
@@ -67,7 +74,8 @@ def token_budget_of(seconds: Callable[[int], float], longest: int = LARGEST) -> 
         per_token = (now - before) / (more - tokens)
         tokens, before = more, now
     balance = single / per_token if per_token > 0 else LARGEST
-    return int(min(max(16, _BALANCES * balance), LARGEST))
+    tokens = int(min(max(16, _BALANCES * balance), LARGEST))
+    return PassBudget(tokens, tokens / _BALANCES)
 
 
 def _synchronize(device: torch.device) -> None:

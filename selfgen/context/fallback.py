@@ -1,8 +1,8 @@
 """Free-running answers of models that the ragged path refuses, by transformers' ``generate``.
 
 Tokens are drawn from the same noise, inside ``generate``. What such a model makes of padding, of other rows and of its
-cache is not known beforehand, so the first batches are held against its own forward over each row alone, and where they
-differ a slower way is taken.
+cache is not known beforehand, so the first batches are compared with its own forward over each row alone, and where
+they differ a slower strategy is taken.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from .batch import left_pad
 from .free_running import Prompts, Work
 
 
-class _Way(NamedTuple):
+class _Strategy(NamedTuple):
     """How rows are computed."""
 
     padded: bool  # with prompts of other lengths
@@ -28,18 +28,23 @@ class _Way(NamedTuple):
     cache: bool
 
 
-_WAYS = (_Way(True, True, True), _Way(False, True, True), _Way(False, False, True), _Way(False, False, False))
-_ANEW = _Way(False, True, False)  # right where only the length of a row counts
+_STRATEGIES = (
+    _Strategy(True, True, True),
+    _Strategy(False, True, True),
+    _Strategy(False, False, True),
+    _Strategy(False, False, False),
+)
+_RECOMPUTE = _Strategy(False, True, False)  # right where only the length of a row counts
 _FAULTS = (AttributeError, IndexError, KeyError, RuntimeError, TypeError, ValueError)
-_ENOUGH = 64  # tokens behind the first of their answers that show how a model takes a way
+_ENOUGH = 64  # tokens after the first of their answers, which show how a model takes a strategy
 
 
-class TransformersRun:
-    """Runs of one model, which remember the way that suits it."""
+class Fallback:
+    """Runs of one model, which remember the strategy that suits it."""
 
     def __init__(self, model: PreTrainedModel):
         self.model = model
-        self._ways = list(_WAYS)
+        self._strategies = list(_STRATEGIES)
         self._shown = 0  # tokens that the first of these ways has computed rightly
 
     def __call__(
@@ -57,19 +62,19 @@ class TransformersRun:
         own, self.model.generation_config = self.model.generation_config, GenerationConfig()  # without its filters
         try:
             while waiting:
-                way = _ANEW if recompute else self._ways[0]
-                rows = _next_batch(prompts, list(waiting), way, batch_size)
-                sampler = _OwnSampling(rows, prompts, sampling, way)
+                strategy = _RECOMPUTE if recompute else self._strategies[0]
+                rows = _next_batch(prompts, list(waiting), strategy, batch_size)
+                sampler = _OwnSampling(rows, prompts, sampling, strategy)
                 try:
-                    answers = self._answers(rows, prompts, sampler, way)
+                    answers = self._answers(rows, prompts, sampler, strategy)
                 except _FAULTS as error:
-                    if recompute or len(self._ways) == 1 or isinstance(error, torch.OutOfMemoryError):
+                    if recompute or len(self._strategies) == 1 or isinstance(error, torch.OutOfMemoryError):
                         raise
-                    self._next_way()
+                    self._next_strategy()
                     continue
                 passes, tokens_computed = passes + sampler.passes, tokens_computed + sampler.tokens_computed
                 if not recompute and not self._suits(rows, prompts, answers, sampler.logits):
-                    self._next_way()
+                    self._next_strategy()
                     continue
                 for row, answer in zip(rows, answers, strict=True):
                     finish(row, answer)
@@ -78,7 +83,7 @@ class TransformersRun:
             self.model.generation_config = own
         return Work(passes, tokens_computed)
 
-    def _answers(self, rows: list[int], prompts: Prompts, sampler: _OwnSampling, way: _Way) -> list[Tensor]:
+    def _answers(self, rows: list[int], prompts: Prompts, sampler: _OwnSampling, strategy: _Strategy) -> list[Tensor]:
         ids = left_pad([prompts.tokens[row] for row in rows])
         limit = prompts.limits[rows[0]]
         found = self.model.generate(
@@ -89,20 +94,20 @@ class TransformersRun:
                 do_sample=False,
                 eos_token_id=prompts.stop_ids.tolist() or None,
                 pad_token_id=0,
-                use_cache=way.cache,
+                use_cache=strategy.cache,
             ),
             logits_processor=LogitsProcessorList([sampler]),
         )[:, ids.shape[1] :]
         ends = [torch.isin(answer, prompts.stop_ids).nonzero().flatten().tolist() for answer in found]
         return [answer[: end[0] + 1 if end else limit] for answer, end in zip(found, ends, strict=True)]
 
-    def _next_way(self) -> None:
-        del self._ways[0]
+    def _next_strategy(self) -> None:
+        del self._strategies[0]
         self._shown = 0
 
     def _suits(self, rows: list[int], prompts: Prompts, answers: list[Tensor], found: list[Tensor]) -> bool:
         """Whether ``found``, the logits [R] of the tokens of each pass, are those of each row's own forward."""
-        if self._shown >= _ENOUGH or len(self._ways) == 1:
+        if self._shown >= _ENOUGH or len(self._strategies) == 1:
             return True
         exact = self.model.dtype == torch.float32 and not torch.is_autocast_enabled(self.model.device.type)
         for index, (row, answer) in enumerate(zip(rows, answers, strict=True)):
@@ -120,14 +125,14 @@ class TransformersRun:
 class _OwnSampling(LogitsProcessor):
     """The tokens of `sample_mix` for ``generate``: all scores but theirs are -inf, so that greedy takes them."""
 
-    def __init__(self, rows: list[int], prompts: Prompts, sampling: dict[str, Any], way: _Way):
-        self.sample_ids, self.sampling, self.way = prompts.sample_ids[rows], sampling, way
+    def __init__(self, rows: list[int], prompts: Prompts, sampling: dict[str, Any], strategy: _Strategy):
+        self.sample_ids, self.sampling, self.strategy = prompts.sample_ids[rows], sampling, strategy
         self.passes = self.tokens_computed = 0
         self.logits: list[Tensor] = []  # a pass: [R], of the tokens
 
     def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
         position = torch.full_like(self.sample_ids, self.passes)
-        self.tokens_computed += len(input_ids) if self.passes and self.way.cache else input_ids.numel()
+        self.tokens_computed += len(input_ids) if self.passes and self.strategy.cache else input_ids.numel()
         self.passes += 1
         tokens, _ = kernels.sample_mix(
             scores, input_ids[:, -1], 1.0, sample_ids=self.sample_ids, positions=position, **self.sampling
@@ -136,11 +141,11 @@ class _OwnSampling(LogitsProcessor):
         return torch.full_like(scores, -torch.inf).scatter_(1, tokens[:, None], 0.0)
 
 
-def _next_batch(prompts: Prompts, waiting: list[int], way: _Way, batch_size: int) -> list[int]:
+def _next_batch(prompts: Prompts, waiting: list[int], strategy: _Strategy, batch_size: int) -> list[int]:
     """Rows that may be computed together, the first one that waits among them."""
 
     def kind(row: int) -> tuple[int, int]:
-        return prompts.limits[row], 0 if way.padded else len(prompts.tokens[row])
+        return prompts.limits[row], 0 if strategy.padded else len(prompts.tokens[row])
 
     alike = [row for row in waiting if kind(row) == kind(waiting[0])]
-    return alike[: batch_size if way.together else 1]
+    return alike[: batch_size if strategy.together else 1]

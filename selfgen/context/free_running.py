@@ -82,6 +82,80 @@ class FreeRun:
             limits=limits,
         )
 
+    def admit(self) -> int:
+        """Give free places to waiting rows; returns how many tokens are new, none if there is nothing left to do."""
+        going_on = sum(row is not None for row in self.rows)  # with a token each
+        begun = 0
+        for place, taken in enumerate(self.rows):
+            if taken is not None or not self.waiting:
+                continue
+            row = self.waiting[0]
+            prompt = self.prompts.tokens[row]
+            if begun and begun + len(prompt) > _MOST_TOKENS:
+                break
+            begun += len(prompt)
+            self.waiting.popleft()
+            start = place * (len(self.tokens) // len(self.rows))
+            self.tokens[start : start + len(prompt)] = prompt
+            self.rows[place] = row
+            self.row[place] = row
+            self.computed[place] = 0
+            self.new[place] = self.prompt_lengths[place] = len(prompt)
+            self.limits[place] = self.prompts.limits[row]
+        if begun or going_on < len(self.taken):
+            places = [place for place, one in enumerate(self.rows) if one is not None]
+            self.taken = torch.tensor(places, device=self.taken.device)
+        return going_on + begun
+
+    def plan(self, num_tokens: int) -> RaggedPass:
+        """All new tokens of all places."""
+        ends = self.new.cumsum(0)
+        places = torch.arange(len(ends), device=ends.device)
+        place = places.repeat_interleave(self.new, output_size=num_tokens)  # [N]
+        positions = torch.arange(len(place), device=ends.device) + (self.computed - ends + self.new)[place]
+        return RaggedPass(
+            slots=self.starts[place] + positions,
+            position_ids=positions[None],
+            cu_seqlens_q=torch.nn.functional.pad(ends, (1, 0)).int(),
+            kv_ranges=torch.stack([self.starts, self.computed + self.new], 1),
+        )
+
+    def run(self, forward: Forward, ragged_pass: RaggedPass, sampling: dict[str, Any]) -> Tensor:
+        """Compute the pass; returns the next token of each taken place, int64 [A]."""
+        self.passes += 1
+        self.tokens_computed += ragged_pass.num_tokens
+        taken = self.taken
+        last = ragged_pass.cu_seqlens_q[1:][taken].long() - 1  # [A]: where in the pass a token is predicted
+        logits = forward(ragged_pass, self.tokens, last)  # [A, V]
+        sampled, _ = kernels.sample_mix(
+            logits,
+            self.tokens[ragged_pass.slots[last]],  # what a row gets whose logits are not finite: its last token again
+            1.0,
+            sample_ids=self.prompts.sample_ids[self.row[taken]],
+            positions=(self.computed + self.new - self.prompt_lengths)[taken],
+            **sampling,
+        )
+        return sampled
+
+    def commit(self, sampled: Tensor) -> list[tuple[int, Tensor]]:
+        """Append the sampled tokens [A]; free the places of ended rows, and return these rows with their answers."""
+        taken = self.taken
+        self.computed += self.new
+        self.tokens[(self.starts + self.computed)[taken]] = sampled
+        self.new[taken] = 1
+        lengths = self.computed + 1 - self.prompt_lengths  # [B]: of the answers
+        ended = taken[torch.isin(sampled, self.prompts.stop_ids) | (lengths[taken] == self.limits[taken])]
+        first = (self.starts + self.prompt_lengths)[ended]
+        answers = []
+        found = torch.stack([ended, first, lengths[ended]]).tolist()  # the one wait
+        for place, begin, length in zip(*found, strict=True):
+            row = self.rows[place]
+            assert row is not None
+            answers.append((row, self.tokens[begin : begin + length].clone()))
+            self.rows[place] = None
+        self.new[ended] = 0
+        return answers
+
 
 def free_running(
     forward: Forward,
@@ -96,86 +170,9 @@ def free_running(
     """
     state = FreeRun.start(prompts, batch_size)
     with forward.over(len(state.tokens)):
-        while num_tokens := admit(state):
-            ragged_pass = plan_pass(state, num_tokens)
-            sampled = run_pass(forward, state, ragged_pass, sampling)
-            for row, answer in commit_pass(state, sampled):
+        while num_tokens := state.admit():
+            ragged_pass = state.plan(num_tokens)
+            sampled = state.run(forward, ragged_pass, sampling)
+            for row, answer in state.commit(sampled):
                 finish(row, answer)
     return Work(state.passes, state.tokens_computed)
-
-
-def admit(state: FreeRun) -> int:
-    """Give free places to waiting rows; returns how many tokens are new, none if there is nothing left to do."""
-    going_on = sum(row is not None for row in state.rows)  # with a token each
-    begun = 0
-    for place, taken in enumerate(state.rows):
-        if taken is not None or not state.waiting:
-            continue
-        row = state.waiting[0]
-        prompt = state.prompts.tokens[row]
-        if begun and begun + len(prompt) > _MOST_TOKENS:
-            break
-        begun += len(prompt)
-        state.waiting.popleft()
-        start = place * (len(state.tokens) // len(state.rows))
-        state.tokens[start : start + len(prompt)] = prompt
-        state.rows[place] = row
-        state.row[place] = row
-        state.computed[place] = 0
-        state.new[place] = state.prompt_lengths[place] = len(prompt)
-        state.limits[place] = state.prompts.limits[row]
-    if begun or going_on < len(state.taken):
-        places = [place for place, one in enumerate(state.rows) if one is not None]
-        state.taken = torch.tensor(places, device=state.taken.device)
-    return going_on + begun
-
-
-def plan_pass(state: FreeRun, num_tokens: int) -> RaggedPass:
-    """All new tokens of all places."""
-    ends = state.new.cumsum(0)
-    places = torch.arange(len(ends), device=ends.device)
-    place = places.repeat_interleave(state.new, output_size=num_tokens)  # [N]
-    positions = torch.arange(len(place), device=ends.device) + (state.computed - ends + state.new)[place]
-    return RaggedPass(
-        slots=state.starts[place] + positions,
-        position_ids=positions[None],
-        cu_seqlens_q=torch.nn.functional.pad(ends, (1, 0)).int(),
-        kv_ranges=torch.stack([state.starts, state.computed + state.new], 1),
-    )
-
-
-def run_pass(forward: Forward, state: FreeRun, ragged_pass: RaggedPass, sampling: dict[str, Any]) -> Tensor:
-    """Compute the pass; returns the next token of each taken place, int64 [A]."""
-    state.passes += 1
-    state.tokens_computed += ragged_pass.num_tokens
-    taken = state.taken
-    last = ragged_pass.cu_seqlens_q[1:][taken].long() - 1  # [A]: where in the pass a token is predicted
-    logits = forward(ragged_pass, state.tokens, last)  # [A, V]
-    sampled, _ = kernels.sample_mix(
-        logits,
-        state.tokens[ragged_pass.slots[last]],  # what a row gets whose logits are not finite: its last token again
-        1.0,
-        sample_ids=state.prompts.sample_ids[state.row[taken]],
-        positions=(state.computed + state.new - state.prompt_lengths)[taken],
-        **sampling,
-    )
-    return sampled
-
-
-def commit_pass(state: FreeRun, sampled: Tensor) -> list[tuple[int, Tensor]]:
-    """Append the sampled tokens [A]; frees the places of rows that have ended, and returns these with their answers."""
-    taken = state.taken
-    state.computed += state.new
-    state.tokens[(state.starts + state.computed)[taken]] = sampled
-    state.new[taken] = 1
-    lengths = state.computed + 1 - state.prompt_lengths  # [B]: of the answers
-    ended = taken[torch.isin(sampled, state.prompts.stop_ids) | (lengths[taken] == state.limits[taken])]
-    first = (state.starts + state.prompt_lengths)[ended]
-    answers = []
-    for place, begin, length in zip(*torch.stack([ended, first, lengths[ended]]).tolist(), strict=True):  # the one wait
-        row = state.rows[place]
-        assert row is not None
-        answers.append((row, state.tokens[begin : begin + length].clone()))
-        state.rows[place] = None
-    state.new[ended] = 0
-    return answers

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-import operator
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -15,8 +14,8 @@ from tqdm.auto import tqdm
 from transformers import PreTrainedModel
 
 from .batch import Answers, Batch, ContextStats, MixedContext, TokenRow, check_sample_ids, check_token_rows
-from .budget import calibrate_token_budget
-from .fallback import TransformersRun
+from .budget import PassBudget, measure_budget
+from .fallback import Fallback
 from .fixed_point import fixed_point
 from .forward import Forward
 from .free_running import Prompts, free_running
@@ -25,6 +24,7 @@ from .hidden_states import ReuseError
 from .masks import Masks
 from .models import (
     check_dtypes,
+    check_whole,
     dtype_inside,
     eos_token_ids_of,
     inference,
@@ -46,27 +46,31 @@ METHODS = ("fixed_point", "sequential")
 class ContextGenerator:
     """Mixed contexts for batch-scheduled sampling (arXiv 2410.14655), made with the model's current weights.
 
-    Args:
-        model: a causal language model of transformers, or a PEFT model around one. It is left as it was; while
-            contexts are made it is in eval mode (no dropout) and without gradients.
-        temperature: of the model's own tokens; 0 is greedy. At least 0.
-        token_budget: most tokens computed in one pass of ``method="fixed_point"``, at least 1; an eighth of it counts
-            as the number of tokens that cost as much as a pass itself, by which speculation is weighed. By default it
-            is measured once on the model's device (``calibrate_token_budget``). It changes the cost; the tokens only
-            where rounding turns a near tie, which takes a low precision (README, "Exactness").
-        masks: how the positions that are the model's own are drawn; single tokens by default.
-        cuda_graphs: on an NVIDIA GPU, replay passes as CUDA graphs. Between generations they keep the K/V of one, and
-            the hidden states and logits of a pass (up to 2 GiB together), until `release`. Python code in the model,
-            such as a hook that counts, does not run in a replay.
+        Args:
+            model: a causal language model of transformers, or a PEFT model around one. It is left as it was; while
+                contexts are made it is in eval mode (no dropout) and without gradients.
+            temperature: of the model's own tokens; 0 is greedy. At least 0.
+            token_budget: most tokens computed in one pass of ``method="fixed_point"``, at least 1: a cap on memory.
+            balance: how many tokens cost as much as a pass by itself, above 0; speculation is weighed by it. What is not
+                given of these two is measured on the model's device, once. They change the cost; the tokens only where
+                rounding turns a near tie, which takes a low precision (docs/exactness.md).
+            masks: how the positions that are the model's own are drawn; single tokens by default.
+            cuda_graphs: on an NVIDIA GPU, replay passes as CUDA graphs. Between generations they keep the K/V of one, and
+                the hidden states and logits of a pass (up to 2 GiB together), until `release`. Python code in the model,
+                such as a hook that counts, does not run in a replay.
 
-    Raises:
-        TypeError: ``model`` is not a transformers model, or its weights have more than one dtype.
-        ValueError: ``temperature`` or ``token_budget`` out of range.
+        Raises:
+            TypeError: ``model`` is not a transformers model, or its weights have more than one dtype.
+    <<<<<<< HEAD
+            ValueError: ``temperature``, ``token_budget`` or ``balance`` out of range.
+    =======
+            ValueError: ``temperature`` or ``token_budget`` out of range, or the model is split over processes.
+    >>>>>>> versions
 
-    Example:
-        >>> generator = ContextGenerator(model)
-        >>> mixed = generator.contexts([[1, 2, 3]], [[4, 5, 6]], 0.25, seed=0, sample_ids=[17])
-        >>> mixed.tokens[0], mixed.is_self[0], mixed.stats.passes
+        Example:
+            >>> generator = ContextGenerator(model)
+            >>> mixed = generator.contexts([[1, 2, 3]], [[4, 5, 6]], 0.25, seed=0, sample_ids=[17])
+            >>> mixed.tokens[0], mixed.is_self[0], mixed.stats.passes
     """
 
     def __init__(
@@ -75,6 +79,7 @@ class ContextGenerator:
         *,
         temperature: float = 1.0,
         token_budget: int | None = None,
+        balance: float | None = None,
         masks: Masks | None = None,
         cuda_graphs: bool = True,
     ):
@@ -89,29 +94,41 @@ class ContextGenerator:
             raise ValueError(f"temperature is {temperature!r}; it must be a finite number >= 0 (0 is greedy)")
         if token_budget is not None and (type(token_budget) is not int or token_budget < 1):
             raise ValueError(f"token_budget is {token_budget!r}; it must be an integer >= 1, or None to measure it")
+        if balance is not None and not (type(balance) in (int, float) and 0.0 < balance < float("inf")):
+            raise ValueError(f"balance is {balance!r}; it must be a finite number > 0, or None to measure it")
         self.temperature = float(temperature)
         self.masks = masks or Masks()
-        self._token_budget = token_budget
+        self._token_budget, self._balance = token_budget, balance
+        self._budget: PassBudget | None = None
         self._verified = False
         self._cuda_graphs = cuda_graphs
         self._passes: Forward | None = None
-        self._by_transformers = TransformersRun(self.model)
+        self._fallback = Fallback(self.model)
+        check_whole(self.model)
         check_dtypes(self.model)
 
     @property
-    def token_budget(self) -> int:
-        """Most tokens in one pass; measured at the first use if it was not given."""
-        if self._token_budget is None:
-            forward = self._forward()
-            with self.computing(), packed_linears(self.model):
-                if isinstance(forward, GraphedForward):  # a pass takes another time than a forward
-                    self._verify()
-                    self._token_budget = calibrate_token_budget(self.model, forward=forward)
-                    forward.release()  # a generation's passes have other sizes
-                else:
-                    self._token_budget = calibrate_token_budget(self.model)
-            logger.info("token budget: %d tokens a pass", self._token_budget)
-        return self._token_budget
+    def budget(self) -> PassBudget:
+        """How large passes may be; what was not given is measured at the first use."""
+        if self._budget is None:
+            tokens, balance = self._token_budget, self._balance
+            if tokens is None or balance is None:
+                measured = self._measured()
+                logger.info("measured: up to %d tokens per pass, balance %.1f", measured.tokens, measured.balance)
+                tokens, balance = tokens or measured.tokens, balance or measured.balance
+            self._budget = PassBudget(tokens, balance)
+        return self._budget
+
+    def _measured(self) -> PassBudget:
+        forward = self._forward()
+        with self.computing(), packed_linears(self.model):
+            if not isinstance(forward, GraphedForward):
+                return measure_budget(self.model)
+            self._verify()
+            try:
+                return measure_budget(self.model, forward=forward)  # a pass takes another time than a forward
+            finally:
+                forward.release()  # a generation's passes have other sizes
 
     @contextmanager
     def computing(self) -> Iterator[None]:
@@ -177,11 +194,19 @@ class ContextGenerator:
         if keep_hidden_states and method != "fixed_point":
             raise ReuseError(f'keep_hidden_states goes with method="fixed_point", not {method!r}')
         started = time.perf_counter()
-        batch = self._check(prompts, references, self_prob, seed, sample_ids)
+        batch = Batch.of(
+            prompts,
+            references,
+            self_prob,
+            seed=seed,
+            sample_ids=sample_ids,
+            model=self.model,
+            temperature=self.temperature,
+            masks=self.masks,
+        )
         if not batch.prompts:
             return MixedContext([], [], ContextStats.untouched([], []))
         support = inspect_model(self.model, max(batch.lengths))
-        candidates = self.masks.draw(batch.seed, batch.sample_ids, batch.answer_lengths, batch.self_prob)
 
         if method == "fixed_point":
             if support.missing:
@@ -189,16 +214,16 @@ class ContextGenerator:
                     f"{type(self.model).__name__} uses {'; '.join(support.missing)}: the ragged path can't honour it. "
                     'Use method="sequential" (--context-method sequential).'
                 )
-            budget = self.token_budget
+            budget = self.budget
             with self.computing():
                 self._verify()
-                state = fixed_point(self._forward(), batch, candidates, budget, keep_hidden_states=keep_hidden_states)
+                state = fixed_point(self._forward(), batch, budget, keep_hidden_states=keep_hidden_states)
             tokens, is_self, invalid = state.contexts, state.masks, int(state.status)
             hidden_states = state.hidden_states
             passes, tokens_computed = state.passes, state.tokens_computed
         else:
             with self.computing():
-                result = sequential(self.model, batch, candidates, isolate_rows=support.isolate_rows)
+                result = sequential(self.model, batch, isolate_rows=support.isolate_rows)
             tokens, is_self, invalid = result.tokens, result.is_self, result.invalid
             passes, tokens_computed, hidden_states = result.passes, result.tokens_computed, None
 
@@ -284,7 +309,7 @@ class ContextGenerator:
 
             what = Prompts(rows, ids, limits, stop_ids)
             if support.missing or not self._runs_ragged():
-                work = self._by_transformers(what, sampling, batch_size, finish, recompute=support.recompute)
+                work = self._fallback(what, sampling, batch_size, finish, recompute=support.recompute)
             else:
                 work = free_running(self._forward(), what, sampling, batch_size, finish)
         ended = [bool(torch.isin(answer[-1], stop_ids)) for answer in answers]
@@ -337,42 +362,3 @@ class ContextGenerator:
         except UnsupportedModelError:
             return False
         return True
-
-    def _check(self, prompts, references, self_prob, seed, sample_ids) -> Batch:
-        device = self.model.device
-        vocab_size = vocab_size_of(self.model)
-        prompts = check_token_rows("prompts", prompts, vocab_size, device)
-        references = check_token_rows("references", references, vocab_size, device)
-        if len(prompts) != len(references):
-            raise ValueError(f"{len(prompts)} prompts and {len(references)} references; give one reference a prompt")
-        try:
-            seed = operator.index(seed)
-        except TypeError:
-            raise TypeError(f"seed is a {type(seed).__name__}; give a 64-bit integer") from None
-        limit = max_positions(self.model)
-        for index, (prompt, reference) in enumerate(zip(prompts, references, strict=True)):
-            length = len(prompt) + len(reference)
-            if limit is not None and length > limit:
-                raise ValueError(f"row {index} has {length} tokens; the model has {limit} positions: shorten the row")
-        return Batch(
-            prompts=prompts,
-            references=references,
-            self_prob=_check_self_prob(self_prob, len(prompts), device),
-            sample_ids=check_sample_ids(sample_ids, len(prompts), device),
-            seed=seed,
-            temperature=self.temperature,
-            min_reference_prob=self.masks.min_reference_prob or None,
-        )
-
-
-def _check_self_prob(self_prob: float | Sequence[float] | Tensor, rows: int, device: torch.device) -> Tensor:
-    try:
-        values = torch.as_tensor(self_prob, dtype=torch.float64, device=device)
-    except (TypeError, ValueError, RuntimeError):
-        raise TypeError(f"self_prob is {self_prob!r}; give a number in [0, 1], or one a row") from None
-    if values.dim() and values.shape != (rows,):
-        raise ValueError(f"self_prob has shape {tuple(values.shape)}; give one number, or one for each of {rows} rows")
-    outside = values[~((values >= 0) & (values <= 1))]
-    if outside.numel():
-        raise ValueError(f"self_prob is {float(outside.flatten()[0])}; a probability must be in [0, 1]")
-    return values.expand(rows)

@@ -34,6 +34,12 @@ def rising(self_prob: Tensor, place: Tensor) -> Tensor:
 CURVES: dict[str, Curve] = {"flat": flat, "rising": rising}
 
 
+def check_probability(name: str, value: float) -> None:
+    """Raise ValueError unless ``value`` is in [0, 1]."""
+    if not 0.0 <= value <= 1.0:  # NaN is not, either
+        raise ValueError(f"{name} is {value}; a probability must be in [0, 1]")
+
+
 @dataclass(frozen=True)
 class Masks:
     """How the positions that are the model's own are drawn.
@@ -67,8 +73,7 @@ class Masks:
             raise ValueError(f"curve is {self.curve!r}; accepted: {', '.join(CURVES)}, or a function")
         if self.granularity == "sequence" and self.curve != "flat":
             raise ValueError('a curve goes over the tokens of an answer; granularity="sequence" has one coin for all')
-        if not 0.0 <= self.min_reference_prob <= 1.0:
-            raise ValueError(f"min_reference_prob is {self.min_reference_prob}; a probability must be in [0, 1]")
+        check_probability("min_reference_prob", self.min_reference_prob)
 
     def describe(self) -> dict[str, Any]:
         """For the record: what masks are drawn by, in words and numbers."""

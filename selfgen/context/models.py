@@ -88,6 +88,49 @@ def check_dtypes(model: PreTrainedModel) -> None:
         raise TypeError(f"the model's weights have several dtypes: {found}; cast them with model.to(dtype)")
 
 
+def check_whole(model: PreTrainedModel) -> None:
+    """Raise ValueError if the weights of ``model`` are split over processes.
+
+    Each process makes as many passes as its rows need, but a forward over a part of the weights waits for the same
+    forward of the other processes.
+    """
+    split = _how_it_is_split(model)
+    if split:
+        raise ValueError(
+            f"the model's weights are split over processes ({split}), and contexts can't be made with them yet: load "
+            "the model whole in each process (no distributed_config, tp_plan or device_mesh, no FSDP, no DeepSpeed "
+            "ZeRO-3) and use DDP (torchrun), or use one device"
+        )
+
+
+_SPLITS = {  # sizes of transformers' DistributedConfig
+    "fsdp_size": "FSDP",
+    "tp_size": "tensor parallelism",
+    "pp_size": "pipeline parallelism",
+    "ep_size": "expert parallelism",
+}
+
+
+def _how_it_is_split(model: PreTrainedModel) -> str | None:
+    mesh = getattr(model, "_device_mesh", None)  # set by from_pretrained(distributed_config=..., tp_plan=...)
+    if mesh is not None and mesh.size() > 1:
+        asked = getattr(model.config, "distributed_config", None)
+        sizes = {name: getattr(asked, name, None) or 1 for name in _SPLITS}
+        found = [f"{_SPLITS[name]}: {name}={size}" for name, size in sizes.items() if size > 1]
+        return ", ".join(found) or f"a device mesh of shape {tuple(mesh.shape)}"
+    if hasattr(model, "hf_split_points"):
+        return "pipeline parallelism: accelerate's prepare_pippy"
+    for name, module in model.named_modules():
+        if type(module).__name__ == "FullyShardedDataParallel":
+            return f"FSDP: {name or 'the model'} is wrapped"
+    for name, parameter in model.named_parameters():
+        if hasattr(parameter, "placements"):
+            return f"FSDP or tensor parallelism: {name} is a DTensor"
+        if hasattr(parameter, "ds_id"):
+            return f"DeepSpeed ZeRO-3: {name} is a partition"
+    return None
+
+
 @contextmanager
 def inference(model: PreTrainedModel) -> Iterator[None]:
     """Eval mode and no gradients inside; every module's own training flag is back afterwards."""

@@ -100,15 +100,22 @@ class RaggedCache(Cache):
 
 
 _IGNORED = frozenset(
-    # Arguments that say nothing about the result of an attention layer in inference over the ragged cache.
+    # Arguments that say nothing about the result of an attention layer in inference over the ragged cache: what else to
+    # return, positions that are in the states already, and where rows lie in a batch, which the pass itself knows.
     {
         "cache_position",
+        "cu_seq_lens_k",
+        "cu_seq_lens_q",
         "is_causal",
+        "max_length_k",
+        "max_length_q",
+        "num_items_in_batch",
         "output_attentions",
         "output_hidden_states",
         "output_router_logits",
         "position_ids",
         "return_dict",
+        "seq_idx",
         "use_cache",
     }
 )
@@ -129,12 +136,22 @@ def _attention(
     ragged_pass: RaggedPass | None = None,
     **features,
 ) -> tuple[Tensor, None]:
+    """The attention of one layer over the ragged cache, under the contract of transformers' ``AttentionInterface``.
+
+    Versions of transformers add keywords, and one that says nothing must not shut every model out: what is None, False
+    (a switch that is off) or listed in ``_IGNORED`` is passed over. Any other unknown keyword may change the result, so
+    it is refused by name. Should one that is passed over change it after all, ``verify_model`` finds other logits.
+    """
     name = type(module).__name__
     if ragged_pass is None or key.dim() != 3:
         raise UnsupportedModelError(
             f'{name} does not hand keyword arguments or its KV cache to the attention function; use method="sequential"'
         )
-    unknown = sorted(key for key, given in features.items() if given is not None and key not in _IGNORED)
+    unknown = sorted(
+        keyword
+        for keyword, given in features.items()
+        if given is not None and given is not False and keyword not in _IGNORED
+    )
     if attention_mask is not None:
         unknown.append("attention_mask")
     if not getattr(module, "is_causal", True) or features.get("is_causal") is False:

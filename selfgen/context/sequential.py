@@ -30,10 +30,8 @@ class SequentialResult:
     invalid: int
 
 
-def sequential(
-    model: PreTrainedModel, batch: Batch, candidates: list[Tensor], *, isolate_rows: bool = False
-) -> SequentialResult:
-    """Generate mixed contexts token by token; ``candidates``, bool [T_i] each, may be the model's own.
+def sequential(model: PreTrainedModel, batch: Batch, *, isolate_rows: bool = False) -> SequentialResult:
+    """Generate mixed contexts token by token.
 
     Rows are decoded together, left-padded, over transformers' own KV cache. ``isolate_rows`` decodes each row alone and
     recomputes its whole context at every token: for models whose layers are not a function of one row's prefix alone
@@ -41,10 +39,7 @@ def sequential(
     """
     status = torch.zeros(1, dtype=torch.int64, device=batch.device)
     if isolate_rows:
-        parts = [
-            _decode(model, batch.row(i), candidates[i : i + 1], status, use_cache=False)
-            for i in range(len(batch.prompts))
-        ]
+        parts = [_decode(model, batch.row(i), status, use_cache=False) for i in range(len(batch.prompts))]
         return SequentialResult(
             tokens=[part.tokens[0] for part in parts],
             is_self=[part.is_self[0] for part in parts],
@@ -52,19 +47,17 @@ def sequential(
             tokens_computed=sum(part.tokens_computed for part in parts),
             invalid=int(status),
         )
-    result = _decode(model, batch, candidates, status, use_cache=True)
+    result = _decode(model, batch, status, use_cache=True)
     result.invalid = int(status)
     return result
 
 
-def _decode(
-    model: PreTrainedModel, batch: Batch, candidates: list[Tensor], status: Tensor, *, use_cache: bool
-) -> SequentialResult:
+def _decode(model: PreTrainedModel, batch: Batch, status: Tensor, *, use_cache: bool) -> SequentialResult:
     rows, steps = len(batch.prompts), max(batch.answer_lengths)
     context = left_pad(batch.prompts)  # [R, L] grows by one column a step
     mask = left_pad([torch.ones_like(prompt) for prompt in batch.prompts])  # [R, L]
     reference = torch.nn.utils.rnn.pad_sequence(batch.references, batch_first=True)  # [R, T]
-    may_be_self = torch.nn.utils.rnn.pad_sequence(candidates, batch_first=True)  # [R, T]; padding samples nothing
+    may_be_self = torch.nn.utils.rnn.pad_sequence(batch.candidates, batch_first=True)  # [R, T]; padding samples nothing
     last_position = torch.tensor(batch.lengths, device=batch.device) - 1  # [R]
     coins = []  # step x [R] bool
 

@@ -26,6 +26,9 @@ def inspect_model(model: PreTrainedModel, longest_row: int) -> Support:
     """Name the features of ``model`` that rule out the ragged path for rows of up to ``longest_row`` tokens."""
     config = model.config.get_text_config(decoder=True)
     missing, isolate, recompute = [], False, False
+    devices = set((getattr(model, "hf_device_map", None) or {}).values()) - {"cpu", "disk"}
+    if len(devices) > 1:
+        missing.append(f"layers on {len(devices)} devices (device_map)")
     if not getattr(model, "_supports_attention_backend", False):
         missing.append("an attention that does not go through transformers' AttentionInterface")
     accepted = inspect.signature(model.forward).parameters

@@ -16,7 +16,7 @@ from datasets import Dataset, DatasetDict
 from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, Trainer
 
-from ..context import ContextGenerator, ContextStats, MixedContext
+from ..context import ContextStats, MixedContext
 from ..context.hidden_states import ReuseError, decoder_layers
 from ..context.models import max_positions
 from ..data import Collator, answer_ends, check_sample_ids, load_rows, pad_token_id, rows_of
@@ -81,13 +81,7 @@ class BSSTrainer(Trainer):
             raise TypeError(f"args is a {type(args).__name__}; BSSTrainer takes a BSSConfig")
         if isinstance(model, str):
             model = AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32)
-        self.generator = ContextGenerator(
-            model,
-            temperature=args.sampling_temperature,
-            token_budget=args.token_budget,
-            masks=args.masks,
-            cuda_graphs=args.cuda_graphs,
-        )
+        self.generator = args.generator(model)
         self.schedule = schedule
         if processing_class is None and not self.generator.model.name_or_path:
             raise ValueError("the model was not loaded by name, so its tokenizer can't be found: give processing_class")
@@ -108,7 +102,7 @@ class BSSTrainer(Trainer):
             data_collator=data_collator or self.collator_class(pad_token_id(processing_class)),
             **kwargs,
         )
-        if self.is_fsdp_enabled or self.is_deepspeed_enabled:
+        if self.is_fsdp_enabled or self.is_deepspeed_enabled:  # in a way that check_parallelism has not seen
             raise ValueError(
                 "weights sharded by FSDP or DeepSpeed can't make contexts yet; train with DDP or one device"
             )

@@ -11,9 +11,9 @@ from transformers import TrainingArguments
 from .config import BSSConfig
 
 SETTINGS = "selfgen.json"  # beside the weights of every checkpoint
-_FREE = {
-    "context_method", "token_budget", "context_micro_batches", "own_answer_batch_size", "cuda_graphs", "reuse_passes",
-    "lean_loss",
+_MAY_CHANGE = {
+    "context_method", "token_budget", "balance", "context_micro_batches", "own_answer_batch_size", "cuda_graphs",
+    "reuse_passes", "lean_loss",
 }  # fmt: skip
 
 
@@ -31,7 +31,7 @@ def last_checkpoint(folder: str | Path) -> str | None:
 def resumed_settings(args: BSSConfig) -> dict[str, object]:
     """What contexts and losses hang on, which a resumed run must have again."""
     of_trainer = {field.name for field in fields(TrainingArguments)} - {"seed"}
-    names = [field.name for field in fields(args) if field.name not in of_trainer | _FREE]
+    names = [field.name for field in fields(args) if field.name not in of_trainer | _MAY_CHANGE]
     return {name: getattr(args, name) for name in names}
 
 

@@ -4,11 +4,14 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
+import torch
 from transformers import TrainingArguments
 
+from ..context import ContextGenerator
 from ..context.generator import METHODS, Method
-from ..context.masks import Masks
+from ..context.masks import Masks, check_probability
 from ..data import RowOptions
+from .parallelism import check_parallelism
 from .schedules import SCHEDULES, Schedule
 
 LOSS_ON = ("all", "after_self")
@@ -51,7 +54,7 @@ class BSSConfig(RowOptions, MaskOptions, TrainingArguments):
     """Arguments of ``BSSTrainer``: everything of ``transformers.TrainingArguments``, and the fields below.
 
     Raises:
-        ValueError: a field out of its range.
+        ValueError: a field out of its range, or FSDP, DeepSpeed or another parallelism than DDP is asked for.
     """
 
     _argument_group_name = "training (transformers.TrainingArguments)"
@@ -88,6 +91,13 @@ class BSSConfig(RowOptions, MaskOptions, TrainingArguments):
     )
     token_budget: int | None = field(
         default=None, metadata={"help": "Most tokens computed in one context pass; measured on the device by default."}
+    )
+    balance: float | None = field(
+        default=None,
+        metadata={
+            "help": "Tokens that cost as much as a context pass by itself, by which speculation is weighed; measured "
+            "on the device by default."
+        },
     )
     context_micro_batches: int | None = field(
         default=None,
@@ -136,10 +146,10 @@ class BSSConfig(RowOptions, MaskOptions, TrainingArguments):
     )
 
     def __post_init__(self):
+        check_parallelism(self)
         super().__post_init__()
         for name in ("self_prob", "self_prob_start"):
-            if not 0.0 <= getattr(self, name) <= 1.0:
-                raise ValueError(f"{name} is {getattr(self, name)}; a probability must be in [0, 1]")
+            check_probability(name, getattr(self, name))
         if not 0.0 <= self.sampling_temperature < float("inf"):
             raise ValueError(f"sampling_temperature is {self.sampling_temperature}; it must be a finite number >= 0")
         if self.self_prob_schedule not in SCHEDULES:
@@ -160,12 +170,25 @@ class BSSConfig(RowOptions, MaskOptions, TrainingArguments):
         for name in ("token_budget", "context_micro_batches"):
             if getattr(self, name) is not None and getattr(self, name) < 1:
                 raise ValueError(f"{name} is {getattr(self, name)}; it must be at least 1")
+        if self.balance is not None and not 0.0 < self.balance < float("inf"):
+            raise ValueError(f"balance is {self.balance}; it must be a finite number > 0")
         if self.max_length < 2:
             raise ValueError(f"max_length is {self.max_length}; a prompt and an answer need at least 2 tokens")
         if self.remove_unused_columns:
             raise ValueError(
                 "remove_unused_columns must stay False: the collator needs the columns sample_id, prompt_ids"
             )
+
+    def generator(self, model: torch.nn.Module) -> ContextGenerator:
+        """What makes the contexts of ``model`` as these arguments ask for."""
+        return ContextGenerator(
+            model,
+            temperature=self.sampling_temperature,
+            token_budget=self.token_budget,
+            balance=self.balance,
+            masks=self.masks,
+            cuda_graphs=self.cuda_graphs,
+        )
 
     def self_prob_at(self, step: int, max_steps: int, schedule: Schedule | None = None) -> float:
         """Self-probability of optimizer step ``step`` (0-based) of ``max_steps``, by ``schedule`` or the named one."""
@@ -177,6 +200,5 @@ class BSSConfig(RowOptions, MaskOptions, TrainingArguments):
         progress = min(1.0, (step - first) / (last - first)) if last > first else 1.0
         schedule = schedule or SCHEDULES[self.self_prob_schedule]
         self_prob = schedule(self.self_prob_start, self.self_prob, progress)
-        if not 0.0 <= self_prob <= 1.0:
-            raise ValueError(f"the schedule gives {self_prob} at step {step}; a probability must be in [0, 1]")
+        check_probability(f"the self-probability that the schedule gives for step {step}", self_prob)
         return self_prob

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from ..context import Answers, ContextStats
+from ..context.masks import check_probability
 from ..correction import DEFAULT_CUE, CorrectionCue
 from ..data import Collator, pad_token_id, rows_of
 from .bss import BSSTrainer, step_seed
@@ -62,8 +63,7 @@ class RACConfig(BSSConfig):
         super().__post_init__()
         if self.own_answer not in OWN_ANSWERS:
             raise ValueError(f"own_answer is {self.own_answer!r}; accepted: {', '.join(OWN_ANSWERS)}")
-        if not 0.0 <= self.own_answer_self_prob <= 1.0:
-            raise ValueError(f"own_answer_self_prob is {self.own_answer_self_prob}; a probability must be in [0, 1]")
+        check_probability("own_answer_self_prob", self.own_answer_self_prob)
         for name in ("max_new_tokens", "own_answer_batch_size"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} is {getattr(self, name)}; it must be at least 1")

@@ -24,7 +24,6 @@ import torch
 from datasets import Dataset
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from ..context import ContextGenerator
 from ..provenance import rows_hash
 from ..stored_contexts import OfflineError, check_settings, write_contexts
 from .bash import BASHTrainer
@@ -109,13 +108,7 @@ def train_rounds(
             continue
         logger.info("round %d of %d: %d rows", number + 1, rounds, len(part))
         current = load(models[number]).to(config.device)
-        generator = ContextGenerator(
-            current,
-            temperature=config.sampling_temperature,
-            token_budget=config.token_budget,
-            masks=config.masks,
-            cuda_graphs=config.cuda_graphs,
-        )
+        generator = config.generator(current)
         with _autocast(config):
             write_contexts(
                 generator,

@@ -4,7 +4,7 @@
 
 #include "groups.h"
 #include "random.h"
-#include "rows.h"
+#include "row.h"
 
 #include <cstdint>
 

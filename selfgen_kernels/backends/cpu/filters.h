@@ -8,7 +8,7 @@
 #pragma once
 
 #include "groups.h"
-#include "rows.h"
+#include "row.h"
 
 #include <algorithm>
 #include <cmath>

@@ -1,304 +1,32 @@
-// linear_sample_mix, linear_sample_shard and linear_reference_log_prob on CPU; their contract is in ops/sampling.py.
+// linear_sample_mix, linear_sample_shard and linear_reference_log_prob on CPU; their contract is in ops/head.py.
 //
-// The vocabulary passes by in groups: the product of one group's head with all rows, which lie in vector lanes, then
-// the draw of each row takes the group in. Without a filter nothing else is kept of the logits. With one, the values
-// that reach a bound of the row's cutoff are (kept.h), or, where these do not fit, all logits of a few rows at a time.
-// From what is kept, rows are drawn as sample_mix does. Of a probability, what is kept is the mass of each group.
-//
-// A logit depends on its own row of `hidden` and `weight` only: neither the batch nor the number of threads changes a
-// bit of it. Sums are fp32 (fp64 for fp64 heads) and round to the dtype of the head, as a linear layer's do.
+// The vocabulary passes by in groups: the product of one group's head with all rows (head_rows.h), then each row's draw
+// takes the group in. Without a filter nothing else is kept of the logits. With one, the values that reach a bound of
+// the row's cutoff are (kept.h), or, where these do not fit, all logits of a few rows at a time. From what is kept,
+// rows are drawn as sample_mix does. Of a probability, what is kept is the mass of each group.
 
 #include <ATen/ATen.h>
-#include <ATen/Parallel.h>
 #include <torch/library.h>
 
 #include "checks.h"
 #include "draw.h"
+#include "groups.h"
+#include "head_rows.h"
 #include "kept.h"
-#include "product.h"
 #include "rows.h"
 #include "sampling.h"
 
 #include <algorithm>
 #include <atomic>
+#include <cmath>
 #include <deque>
 #include <optional>
+#include <tuple>
 #include <vector>
 
 namespace {
 
-constexpr int64_t kDepth = 256;  // Numbers at a time: what multiplies 8 ids then stays in the nearest cache
-constexpr int64_t kIds = 8;      // that are multiplied at a time
-constexpr int64_t kTask = 16;    // groups that a thread takes at a time, at most
-constexpr int64_t kEnough = 64;  // rows for a product that takes as long a row as one of more rows
-
-// What is multiplied at a time: a Number is an Accumulator<T>, or a Pair.
-template <typename Number>
-constexpr int64_t kDepths = std::is_same_v<Number, Pair> ? 2 : 1;
-
-// What all groups of a call share: the head, and the rows of `hidden` that it multiplies.
-template <typename T>
-struct Head {
-  const T *weight, *bias;  // no bias: null
-  int64_t id_stride, inner_stride, bias_stride;
-  int64_t depth;                  // D
-  const void* hidden;             // Numbers: strip after strip of [depth / kDepths, lanes]
-  int64_t vectors;                // of all strips together, a vector holding `lanes` rows
-  float logit_scale, softcap;     // no cap: 0
-};
-
-// Scratch memory of a thread.
-template <typename T>
-struct Buffers {
-  Accumulator<T>* product;  // strip after strip of [64, lanes]
-  Accumulator<T>* weight;   // [kIds, kDepth], for dtypes that are not multiplied as they are
-  float* logits;            // [64, all lanes]
-};
-
-// Calls f(first vector, vectors) for strips of at most kVectors, as even as they can be.
-template <typename F>
-SELFGEN_INLINE void for_each_strip(int64_t vectors, F f) {
-  const int64_t strips = (vectors + kVectors - 1) / kVectors;
-  for (int64_t i = 0; i < strips; ++i) f(vectors * i / strips, vectors * (i + 1) / strips - vectors * i / strips);
-}
-
-// The head of `count` ids from `first` at some depth, `begin` and `inner` Numbers: in place, or copied to `buffer`.
-template <typename Number, typename T>
-SELFGEN_INLINE const Number* load_weight(
-    const Head<T>& head, int64_t first, int64_t count, int64_t begin, int64_t inner, Accumulator<T>* buffer,
-    int64_t* id_stride, int64_t* inner_stride) {
-  const T* weight = head.weight + first * head.id_stride + begin * kDepths<Number> * head.inner_stride;
-  if constexpr (std::is_same_v<T, Number>) {
-    *id_stride = head.id_stride;
-    *inner_stride = head.inner_stride;
-    return weight;
-  } else if constexpr (std::is_same_v<Number, Pair>) {
-    *id_stride = head.id_stride / 2;
-    *inner_stride = 1;
-    return reinterpret_cast<const Pair*>(weight);
-  } else {
-    for (int64_t i = 0; i < count; ++i) {
-      const T* from = weight + i * head.id_stride;
-      if (head.inner_stride == 1) {
-        for (int64_t d = 0; d < inner; ++d) buffer[i * kDepth + d] = float(from[d]);
-      } else {
-        for (int64_t d = 0; d < inner; ++d) buffer[i * kDepth + d] = float(from[d * head.inner_stride]);
-      }
-    }
-    *id_stride = kDepth;
-    *inner_stride = 1;
-    return buffer;
-  }
-}
-
-// Asks for `count` ids of the head before they are needed: they lie too far apart for the hardware to guess.
-template <typename Number, typename T>
-SELFGEN_INLINE void prefetch(const Head<T>& head, int64_t first, int64_t count, int64_t begin, int64_t inner) {
-  if (head.inner_stride != 1) return;
-  for (int64_t i = 0; i < count; ++i) {
-    const T* from = head.weight + (first + i) * head.id_stride + begin * kDepths<Number>;
-    for (int64_t d = 0; d < inner * kDepths<Number>; d += 64 / int64_t(sizeof(T))) __builtin_prefetch(from + d);
-  }
-}
-
-// Logits fp32 [count, lanes of all vectors] of `count` <= 64 ids from `first`: buffers.logits.
-template <int64_t BYTES, typename Number, typename T>
-SELFGEN_INLINE void group_logits(const Head<T>& head, int64_t first, int64_t count, const Buffers<T>& buffers) {
-  using Real = Accumulator<T>;
-  typedef Real Vec __attribute__((vector_size(BYTES), may_alias));
-  constexpr int64_t lanes = BYTES / sizeof(Real);
-  Real one[kVectors * lanes];
-  std::fill_n(one, kVectors * lanes, Real(1));
-  const int64_t depth = head.depth / kDepths<Number>;
-  for (int64_t begin = 0; begin < depth || begin == 0; begin += kDepth) {
-    const int64_t inner = std::min(kDepth, depth - begin);
-    for (int64_t i = 0; i < count; i += kIds) {
-      const int64_t ids = std::min(kIds, count - i);
-      prefetch<Number>(head, first + i + ids, std::min(kIds, count - i - ids), begin, inner);
-      int64_t id_stride, inner_stride;
-      const Number* weight =
-          load_weight<Number>(head, first + i, ids, begin, inner, buffers.weight, &id_stride, &inner_stride);
-      for_each_strip(head.vectors, [&](int64_t vector, int64_t vectors) __attribute__((always_inline)) {
-        const int64_t row = vectors * lanes;
-        const Matrix<Real> product{buffers.product + vector * kGroup * lanes + i * row, row};
-        const Matrix<const Real> add{begin > 0 ? one : nullptr, 0};
-        const Matrix<const Number> ids_of{weight, id_stride};
-        const Matrix<const Number> hidden{(const Number*)head.hidden + vector * depth * lanes + begin * row, row};
-        if (vectors == 1) multiply<kIds, 1, Vec>(product, ids, ids_of, inner_stride, hidden, inner, add);
-        if (vectors == 2) multiply<kIds, 2, Vec>(product, ids, ids_of, inner_stride, hidden, inner, add);
-        if (vectors == 3) multiply<kIds, 3, Vec>(product, ids, ids_of, inner_stride, hidden, inner, add);
-      });
-    }
-  }
-  for_each_strip(head.vectors, [&](int64_t vector, int64_t vectors) __attribute__((always_inline)) {
-    const Real* product = buffers.product + vector * lanes * kGroup;
-    for (int64_t i = 0; i < count; ++i) {
-      const Real bias = head.bias ? Real(head.bias[(first + i) * head.bias_stride]) : 0;
-      float* out = buffers.logits + i * head.vectors * lanes + vector * lanes;
-      for (int64_t j = 0; j < vectors * lanes; ++j) {
-        out[j] = float(T(product[i * vectors * lanes + j] + bias)) * head.logit_scale;
-      }
-      if (head.softcap > 0) {
-        for (int64_t j = 0; j < vectors * lanes; ++j) out[j] = head.softcap * tanh_(out[j] / head.softcap);
-      }
-    }
-  });
-}
-
-// ---- One function a level of x86; vectors are as long as its registers ----------------------------------------------
-
-template <typename T>
-struct Level {
-  int64_t lanes;
-  void (*group_logits)(const Head<T>&, int64_t, int64_t, const Buffers<T>&);
-  bool in_pairs;  // Number is Pair
-};
-
-#if SELFGEN_X86_LEVELS
-#if SELFGEN_X86_BF16
-template <typename T>
-SELFGEN_LEVEL("avx512f")
-void group_logits_avx512_bf16(const Head<T>& head, int64_t first, int64_t count, const Buffers<T>& buffers) {
-  group_logits<64, Pair>(head, first, count, buffers);
-}
-#endif
-template <typename T>
-SELFGEN_LEVEL("avx512f")
-void group_logits_avx512(const Head<T>& head, int64_t first, int64_t count, const Buffers<T>& buffers) {
-  group_logits<64, Accumulator<T>>(head, first, count, buffers);
-}
-template <typename T>
-SELFGEN_LEVEL("avx2,fma")
-void group_logits_avx2(const Head<T>& head, int64_t first, int64_t count, const Buffers<T>& buffers) {
-  group_logits<32, Accumulator<T>>(head, first, count, buffers);
-}
-#endif
-template <typename T>
-void group_logits_default(const Head<T>& head, int64_t first, int64_t count, const Buffers<T>& buffers) {
-  group_logits<16, Accumulator<T>>(head, first, count, buffers);
-}
-
-// Of the rows of `hidden` only the head may decide: a row's bits are the same in any batch.
-template <typename T>
-Level<T> best_level([[maybe_unused]] const at::Tensor& weight) {
-  constexpr int64_t size = sizeof(Accumulator<T>);
-#if SELFGEN_X86_BF16
-  if constexpr (std::is_same_v<T, at::BFloat16>) {
-    const bool in_pairs = weight.size(1) % 2 == 0 && weight.stride(0) % 2 == 0 && weight.stride(1) == 1;
-    if (kIsa >= Isa::kAvx512Bf16 && in_pairs) return {64 / size, group_logits_avx512_bf16<T>, true};
-  }
-#endif
-#if SELFGEN_X86_LEVELS
-  if (kIsa >= Isa::kAvx512) return {64 / size, group_logits_avx512<T>, false};
-  if (kIsa >= Isa::kAvx2) return {32 / size, group_logits_avx2<T>, false};
-#endif
-  return {16 / size, group_logits_default<T>, false};
-}
-
-// ---- Calls ----------------------------------------------------------------------------------------------------------
-
-struct HeadArguments {
-  const at::Tensor &hidden, &weight;
-  const OptionalTensor& bias;
-  std::optional<double> softcap;
-  double logit_scale;
-  int64_t first_id;
-};
-
-void check_head(const HeadArguments& head) {
-  check_shape(head.hidden, "hidden", {kAny, kAny});
-  check(head.weight, "weight", head.hidden.scalar_type(), {kAny, head.hidden.size(1)});
-  check_vocabulary(head.weight.size(0));
-  check(head.bias, "bias", head.hidden.scalar_type(), {head.weight.size(0)});
-  TORCH_CHECK_VALUE(
-      0 <= head.first_id && head.first_id < 1LL << 31, "first_id=", head.first_id,
-      " is not accepted; pass 0 <= first_id < 2**31");
-}
-
-// The logits of some rows, group by group.
-template <typename T>
-class HeadRows {
- public:
-  using Real = Accumulator<T>;
-
-  HeadRows(const HeadArguments& arguments, const Row* rows, int64_t count)
-      : level_(best_level<T>(arguments.weight)), first_id_(arguments.first_id), size_(arguments.weight.size(0)) {
-    const at::Tensor &hidden = arguments.hidden, &weight = arguments.weight;
-    const int64_t depth = weight.size(1), vectors = (count + level_.lanes - 1) / level_.lanes;
-    const auto options = hidden.options().dtype(c10::CppTypeToScalarType<Real>::value);
-    if (level_.in_pairs) {
-      packed_ = at::zeros({vectors * level_.lanes * depth}, hidden.options());
-      pack<2>(hidden, rows, count, vectors, packed_.template data_ptr<T>());
-    } else {
-      packed_ = at::zeros({vectors * level_.lanes * depth}, options);
-      pack<1>(hidden, rows, count, vectors, packed_.template data_ptr<Real>());
-    }
-    head_ = {weight.const_data_ptr<T>(),
-             arguments.bias ? arguments.bias->const_data_ptr<T>() : nullptr,
-             weight.stride(0),
-             weight.stride(1),
-             arguments.bias ? arguments.bias->stride(0) : 0,
-             depth,
-             packed_.data_ptr(),
-             vectors,
-             float(arguments.logit_scale),
-             float(arguments.softcap.value_or(0))};
-    threads_ = at::get_num_threads();
-    const int64_t lanes = vectors * level_.lanes, copied = std::is_same_v<T, Real> ? 0 : kIds * kDepth;
-    products_ = at::empty({threads_, kGroup * lanes + copied}, options);
-    logits_ = at::empty({threads_, kGroup * lanes}, at::kFloat);
-  }
-
-  int64_t lanes() const { return head_.vectors * level_.lanes; }
-  int64_t threads() const { return threads_; }
-
-  // Calls f(thread, group, first, count, logits) for all groups, from several threads, in rising order on each, until
-  // it returns false. The shard's ids first, .., first + count - 1 are in the group; logits are [count, lanes()].
-  template <typename F>
-  void for_each_group(F f) const {
-    const int64_t begin = first_id_ / kGroup, end = groups_of(first_id_ + size_);
-    const int64_t task = std::clamp<int64_t>((end - begin) / (4 * threads_), 1, kTask);
-    std::atomic<int64_t> next{begin};
-    at::parallel_for(0, threads_, 1, [&](int64_t thread, int64_t last_thread) {
-      for (; thread < last_thread; ++thread) {
-        Real* const product = products_.template data_ptr<Real>() + thread * products_.size(1);
-        float* const logits = logits_.template data_ptr<float>() + thread * logits_.size(1);
-        const Buffers<T> buffers{product, product + kGroup * lanes(), logits};
-        for (int64_t start; (start = next.fetch_add(task)) < end;) {
-          for (int64_t group = start; group < std::min(start + task, end); ++group) {
-            const int64_t first = std::max<int64_t>(0, group * kGroup - first_id_);
-            const int64_t count = std::min(size_, (group + 1) * kGroup - first_id_) - first;
-            level_.group_logits(head_, first, count, buffers);
-            if (!f(thread, group, first, count, (const float*)logits)) next = end;
-          }
-        }
-      }
-    });
-  }
-
- private:
-  // The rows of `hidden`, strip after strip of [depth / together, lanes, together].
-  template <int64_t together, typename To>
-  void pack(const at::Tensor& hidden, const Row* rows, int64_t count, int64_t vectors, To* to) {
-    const int64_t depth = hidden.size(1);
-    const T* from = hidden.const_data_ptr<T>();
-    for_each_strip(vectors, [&](int64_t vector, int64_t strip) {
-      const int64_t lanes = strip * level_.lanes, first = vector * level_.lanes;
-      for (int64_t i = 0; i < std::min(lanes, count - first); ++i) {
-        const T* row = from + rows[first + i].index * hidden.stride(0);
-        To* own = to + first * depth + i * together;
-        for (int64_t d = 0; d < depth; ++d) {
-          own[d / together * together * lanes + d % together] = To(row[d * hidden.stride(1)]);
-        }
-      }
-    });
-  }
-
-  Level<T> level_;
-  int64_t first_id_, size_, threads_;
-  at::Tensor packed_, products_, logits_;
-  Head<T> head_;
-};
+constexpr int64_t kEnough = 64;  // rows for a product that takes as long per row as one of more rows
 
 // z of one group of one row in lane `lane`, and its maximum: the ids from the group's `offset` on are the shard's.
 SELFGEN_INLINE float load_lane(
@@ -355,25 +83,26 @@ SELFGEN_CLONES(
     (const float* logits, int64_t size, int64_t lanes, int64_t count, float* __restrict peak, float* __restrict sum),
     (logits, size, lanes, count, peak, sum))
 
-// The log probability of each row's token, at temperature 1: `out` at the row's index. What is kept of the logits is the
-// mass of each group: groups are added up in their order, so that threads don't change a bit.
+// The log probability of the references. What is kept of the logits is the mass of each group: groups are added up in
+// their order, so that threads don't change a bit.
 template <typename T>
-void log_probs(const HeadArguments& arguments, const std::vector<Row>& rows, const int64_t* tokens, float* out) {
-  const int64_t vocab_size = arguments.weight.size(0), groups = groups_of(vocab_size), count = rows.size();
-  const HeadRows<T> head(arguments, rows.data(), count);
-  std::vector<float> found(count, -kInf), buffers(head.threads() * 2 * count);
+at::Tensor head_log_probs(const HeadArguments& arguments, const Rows& rows) {
+  const int64_t groups = groups_of(arguments.weight.size(0)), count = rows.selected.size();
+  const HeadRows<T> head(arguments, rows.selected.data(), count);
+  std::vector<float> z(count, -kInf), buffers(head.threads() * 2 * count);
   std::vector<Mass> masses(count * groups);
+  const int64_t* const tokens = rows.reference.const_data_ptr<int64_t>();
   head.for_each_group([&](int64_t thread, int64_t group, int64_t first, int64_t size, const float* logits) {
     float *const peak = buffers.data() + thread * 2 * count, *const sum = peak + count;
     lane_masses(logits, size, head.lanes(), count, peak, sum);
     for (int64_t i = 0; i < count; ++i) {
       masses[i * groups + group] = {peak[i], peak[i] > -kInf ? sum[i] : 0};
-      const int64_t token = tokens[rows[i].index];
-      if (first <= token && token < first + size) found[i] = logits[(token - first) * head.lanes() + i];
+      const int64_t token = tokens[rows.selected[i].index];
+      if (first <= token && token < first + size) z[i] = logits[(token - first) * head.lanes() + i];
     }
     return true;
   });
-  for (int64_t i = 0; i < count; ++i) out[rows[i].index] = log_prob(found[i], masses.data() + i * groups, groups);
+  return log_probs(rows, z, masses, groups);
 }
 
 // What became of some rows, which are put into this order.
@@ -477,6 +206,9 @@ void draw_filtered(const HeadArguments& arguments, Row* rows, int64_t count, int
   draw_filtered<T, float>(arguments, rows, count, bytes, drawn);
 }
 
+// ---- The ops --------------------------------------------------------------------------------------------------------
+
+// Calls f with a number of the dtype of `hidden`.
 template <typename F>
 auto with_dtype(const at::Tensor& hidden, F f) {
   switch (hidden.scalar_type()) {
@@ -489,48 +221,32 @@ auto with_dtype(const at::Tensor& hidden, F f) {
   }
 }
 
-Mixed linear_sample_mix(
-    const at::Tensor& hidden, const at::Tensor& weight, const OptionalTensor& bias, std::optional<double> softcap,
-    double logit_scale, const at::Tensor& reference, const at::Tensor& threshold, int64_t seed,
-    const at::Tensor& sample_ids, const at::Tensor& positions, const at::Tensor& inv_temperature,
-    const OptionalTensor& top_k, const OptionalTensor& top_p, const OptionalTensor& min_p) {
-  const HeadArguments arguments{hidden, weight, bias, softcap, logit_scale, 0};
+Mixed linear_sample_mix(const HeadArguments& arguments, const Sampling& sampling) {
   check_head(arguments);
-  check(reference, "reference", at::kLong, {hidden.size(0)});
-  Rows rows(hidden.size(0), threshold, seed, sample_ids, positions, inv_temperature, top_k, top_p, min_p);
-  const int64_t vocab_size = weight.size(0), count = rows.selected.size();
+  Rows rows(arguments.hidden.size(0), sampling);
+  const int64_t vocab_size = arguments.weight.size(0), count = rows.selected.size();
   Row* const row = rows.selected.data();
   std::vector<int64_t> drawn(count);
-  with_dtype(hidden, [&](auto type) {
+  with_dtype(arguments.hidden, [&](auto type) {
     using T = decltype(type);
     const auto is_plain = [&](const Row& row) { return !row.filters.drop_any(vocab_size); };
     const int64_t plain = std::partition(row, row + count, is_plain) - row;
     if (plain > 0) {
       const std::vector<Draw> draws = draw_rows<T>(arguments, row, plain, groups_of(vocab_size) * kGroup);
-      for (int64_t i = 0; i < plain; ++i) drawn[i] = draws[i].is_valid() ? draws[i].candidate(1).token : -1;
+      for (int64_t i = 0; i < plain; ++i) drawn[i] = draws[i].is_valid() ? draws[i].candidate(1).token : kInvalid;
     }
     if (plain < count) draw_filtered<T>(arguments, row + plain, count - plain, drawn.data() + plain);
   });
-  return mix(reference, rows, drawn);
+  return mix(rows, drawn);
 }
 
-at::Tensor linear_reference_log_prob(
-    const at::Tensor& hidden, const at::Tensor& weight, const OptionalTensor& bias, std::optional<double> softcap,
-    double logit_scale, const at::Tensor& reference, const at::Tensor& threshold, int64_t seed,
-    const at::Tensor& sample_ids, const at::Tensor& positions) {
-  const HeadArguments arguments{hidden, weight, bias, softcap, logit_scale, 0};
+at::Tensor linear_reference_log_prob(const HeadArguments& arguments, const Sampling& sampling) {
   check_head(arguments);
-  const int64_t count = hidden.size(0);
-  check(reference, "reference", at::kLong, {count});
-  const at::Tensor temperature = at::ones({count}, at::kFloat), tokens = reference.contiguous();
-  const Rows rows(count, threshold, seed, sample_ids, positions, temperature, {}, {}, {});
-  at::Tensor result = at::zeros({count}, at::kFloat);
-  with_dtype(hidden, [&](auto type) {
-    if (rows.selected.empty()) return;
-    log_probs<decltype(type)>(
-        arguments, rows.selected, tokens.const_data_ptr<int64_t>(), result.data_ptr<float>());
+  const Rows rows(arguments.hidden.size(0), sampling);
+  return with_dtype(arguments.hidden, [&](auto type) {
+    if (rows.selected.empty()) return log_probs(rows, {}, {}, 0);
+    return head_log_probs<decltype(type)>(arguments, rows);
   });
-  return result;
 }
 
 std::tuple<at::Tensor, at::Tensor> linear_sample_shard(
@@ -539,7 +255,7 @@ std::tuple<at::Tensor, at::Tensor> linear_sample_shard(
     const at::Tensor& positions, const at::Tensor& inv_temperature) {
   const HeadArguments arguments{hidden, weight, bias, softcap, logit_scale, first_id};
   check_head(arguments);
-  const Rows rows(hidden.size(0), threshold, seed, sample_ids, positions, inv_temperature, {}, {}, {});
+  const Rows rows(hidden.size(0), {std::nullopt, threshold, seed, sample_ids, positions, inv_temperature});
   at::Tensor values = at::full({hidden.size(0), 3, 3}, -kInf, hidden.options().dtype(at::kFloat));
   at::Tensor ids = at::full({hidden.size(0), 3}, -1, hidden.options().dtype(at::kLong));
   with_dtype(hidden, [&](auto type) {
@@ -563,7 +279,8 @@ std::tuple<at::Tensor, at::Tensor> linear_sample_shard(
 }  // namespace
 
 TORCH_LIBRARY_IMPL(selfgen, CPU, m) {
-  m.impl("linear_sample_mix", linear_sample_mix);
+  using Op = SamplingOp<const at::Tensor&, const at::Tensor&, const OptionalTensor&, std::optional<double>, double>;
+  m.impl("linear_sample_mix", Op::mix<linear_sample_mix>);
   m.impl("linear_sample_shard", linear_sample_shard);
-  m.impl("linear_reference_log_prob", linear_reference_log_prob);
+  m.impl("linear_reference_log_prob", Op::log_prob<linear_reference_log_prob>);
 }

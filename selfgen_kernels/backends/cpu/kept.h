@@ -11,7 +11,7 @@
 
 #include "filters.h"
 #include "groups.h"
-#include "rows.h"
+#include "row.h"
 
 #include <algorithm>
 #include <atomic>

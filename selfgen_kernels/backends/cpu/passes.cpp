@@ -58,7 +58,7 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor> plan_pass(
   std::vector<int64_t> ends(rows);
   std::priority_queue<Segment> segments;
   int64_t left = token_budget;
-  // Takes what the budget allows of the segment from `begin`, and offers the one behind it.
+  // Takes what the budget allows of the segment from `begin`, and offers the one after it.
   const auto take = [&](int64_t row, int64_t begin, float log_sum) {
     const int64_t size = std::min(next(begin) - begin, left), end = begin + size;
     left -= size;

@@ -8,7 +8,7 @@
 
 namespace {
 
-constexpr int64_t kGroup = 64;  // vocabulary ids a group, and random numbers at a time
+constexpr int64_t kGroup = 64;  // vocabulary ids per group, and random numbers at a time
 constexpr int64_t kLanes = 16;  // Philox counters at a time: 4 numbers each, so 64 numbers
 
 enum Stream : uint32_t { kMask = 0, kGroupNoise = 1, kTokenNoise = 2 };
@@ -63,7 +63,7 @@ SELFGEN_CLONES(
     void, gumbel64, (const RowKey& key, uint32_t stream, uint32_t first, float noise[kGroup]),
     (key, stream, first, noise))
 
-// Is the row the model's own?
+// Whether the mask selects the row.
 inline bool in_mask(const RowKey& key, int64_t threshold) {
   uint32_t words[4][1];
   philox<1>(key, kMask, 0, words);

@@ -1,13 +1,16 @@
 // sample_mix and reference_log_prob on CPU; their contract is in ops/sampling.py.
 
 #include <ATen/ATen.h>
+#include <ATen/Parallel.h>
 #include <torch/library.h>
 
 #include "checks.h"
+#include "groups.h"
 #include "rows.h"
 #include "sampling.h"
 
 #include <algorithm>
+#include <cstdint>
 #include <type_traits>
 #include <vector>
 
@@ -27,14 +30,14 @@ void with_rows(const at::Tensor& logits, F f) {
   }
 }
 
-Mixed sample_mix(
-    const at::Tensor& logits, const at::Tensor& reference, const at::Tensor& threshold, int64_t seed,
-    const at::Tensor& sample_ids, const at::Tensor& positions, const at::Tensor& inv_temperature,
-    const OptionalTensor& top_k, const OptionalTensor& top_p, const OptionalTensor& min_p) {
+void check_logits(const at::Tensor& logits) {
   check_shape(logits, "logits", {kAny, kAny});
   check_vocabulary(logits.size(1));
-  check(reference, "reference", at::kLong, {logits.size(0)});
-  const Rows rows(logits.size(0), threshold, seed, sample_ids, positions, inv_temperature, top_k, top_p, min_p);
+}
+
+Mixed sample_mix(const at::Tensor& logits, const Sampling& sampling) {
+  check_logits(logits);
+  const Rows rows(logits.size(0), sampling);
   std::vector<int64_t> drawn(rows.selected.size());
   with_rows(logits, [&](const auto* data, int64_t stride) {
     const auto row = [&](int64_t i) {
@@ -43,24 +46,17 @@ Mixed sample_mix(
     };
     sample_rows(row, logits.size(1), rows.selected.data(), drawn.size(), drawn.data());
   });
-  return mix(reference, rows, drawn);
+  return mix(rows, drawn);
 }
 
-at::Tensor reference_log_prob(
-    const at::Tensor& logits, const at::Tensor& reference, const at::Tensor& threshold, int64_t seed,
-    const at::Tensor& sample_ids, const at::Tensor& positions) {
-  check_shape(logits, "logits", {kAny, kAny});
-  const int64_t count = logits.size(0), vocab_size = logits.size(1);
-  check_vocabulary(vocab_size);
-  check(reference, "reference", at::kLong, {count});
-  const at::Tensor temperature = at::ones({count}, at::kFloat), tokens = reference.contiguous();
-  const Rows rows(count, threshold, seed, sample_ids, positions, temperature, {}, {}, {});
+at::Tensor reference_log_prob(const at::Tensor& logits, const Sampling& sampling) {
+  check_logits(logits);
+  const Rows rows(logits.size(0), sampling);
   const std::vector<Row>& selected = rows.selected;
-  const int64_t groups = groups_of(vocab_size), spans = (groups + kSpan - 1) / kSpan;
+  const int64_t vocab_size = logits.size(1), groups = groups_of(vocab_size), spans = (groups + kSpan - 1) / kSpan;
+  std::vector<float> z(selected.size(), -kInf);
   std::vector<Mass> masses(selected.size() * spans);
-  at::Tensor result = at::zeros({count}, at::kFloat);
-  float* const out = result.data_ptr<float>();
-  const int64_t* const token = tokens.const_data_ptr<int64_t>();
+  const int64_t* const tokens = rows.reference.const_data_ptr<int64_t>();
   with_rows(logits, [&](const auto* data, int64_t stride) {
     at::parallel_for(0, masses.size(), 1, [&](int64_t begin, int64_t end) {
       for (int64_t i = begin; i < end; ++i) {
@@ -70,18 +66,17 @@ at::Tensor reference_log_prob(
       }
     });
     for (size_t i = 0; i < selected.size(); ++i) {
-      const int64_t at = selected[i].index;
-      const bool known = 0 <= token[at] && token[at] < vocab_size;
-      const float z = known ? float(data[at * stride + token[at]]) : -kInf;
-      out[at] = log_prob(z, masses.data() + i * spans, spans);
+      const int64_t index = selected[i].index, token = tokens[index];
+      if (0 <= token && token < vocab_size) z[i] = float(data[index * stride + token]);
     }
   });
-  return result;
+  return log_probs(rows, z, masses, spans);
 }
 
 }  // namespace
 
 TORCH_LIBRARY_IMPL(selfgen, CPU, m) {
-  m.impl("sample_mix", sample_mix);
-  m.impl("reference_log_prob", reference_log_prob);
+  using Op = SamplingOp<const at::Tensor&>;
+  m.impl("sample_mix", Op::mix<sample_mix>);
+  m.impl("reference_log_prob", Op::log_prob<reference_log_prob>);
 }

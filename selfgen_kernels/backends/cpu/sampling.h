@@ -8,7 +8,7 @@
 #include "draw.h"
 #include "filters.h"
 #include "groups.h"
-#include "rows.h"
+#include "row.h"
 
 #include <algorithm>
 #include <cstdint>

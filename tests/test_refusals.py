@@ -1,0 +1,184 @@
+"""What is split over processes or devices is refused by name, with what to do, and never trained in another way."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from dataclasses import fields
+
+import pytest
+import torch
+import torch.distributed as dist
+import transformers as t
+from models import BASE, tiny_model
+from test_trainer import config, make_trainer
+from torch import multiprocessing, nn
+
+from selfgen import ContextGenerator
+from selfgen.context import UnsupportedModelError
+from selfgen.context.support import inspect_model
+
+WORLD = 2
+GOOD = {"prompts": [[3, 4]], "references": [[5, 6, 7]], "self_prob": 1.0, "seed": 0, "sample_ids": [0]}
+
+
+@pytest.mark.parametrize("name", ["fsdp", "deepspeed"])
+def test_sharding_that_is_asked_for_is_refused_also_where_accelerate_would_ignore_it(tmp_path, name):
+    """On CPUs it would train with DDP."""
+    with pytest.raises(ValueError, match=rf"^{name}: .*Accelerate would ignore it; .* train with DDP .* one device"):
+        config(tmp_path, **{name: {"fsdp": True, "deepspeed": {"zero_optimization": {"stage": 2}}}[name]})
+
+
+@pytest.mark.parametrize(
+    ("variables", "message"),
+    [
+        ({"ACCELERATE_USE_FSDP": "true"}, r"FSDP \(ACCELERATE_USE_FSDP\)"),
+        ({"ACCELERATE_USE_DEEPSPEED": "True"}, r"DeepSpeed \(ACCELERATE_USE_DEEPSPEED\)"),
+        ({"ACCELERATE_USE_MEGATRON_LM": "true"}, r"Megatron-LM \(ACCELERATE_USE_MEGATRON_LM\)"),
+        (
+            {"ACCELERATE_USE_PARALLELISM_CONFIG": "true", "PARALLELISM_CONFIG_CP_SIZE": "2"},
+            r"context parallelism \(PARALLELISM_CONFIG_CP_SIZE=2\)",
+        ),
+    ],
+)
+def test_what_accelerates_launcher_asks_for_is_refused(tmp_path, monkeypatch, variables, message):
+    for name, value in variables.items():
+        monkeypatch.setenv(name, value)
+    with pytest.raises(ValueError, match=message):
+        make_trainer(tmp_path)
+
+
+def test_what_accelerates_launcher_does_not_ask_for(tmp_path, monkeypatch):
+    for name in ("ACCELERATE_USE_FSDP", "ACCELERATE_USE_DEEPSPEED", "ACCELERATE_USE_PARALLELISM_CONFIG"):
+        monkeypatch.setenv(name, "false")
+    make_trainer(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("name", "kind"),
+    [
+        ("dp_shard_size", "FSDP"),
+        ("tp_size", "tensor parallelism"),
+        ("cp_size", "context parallelism"),
+        ("sp_size", "sequence parallelism"),
+    ],
+)
+def test_parallelism_of_accelerate_is_refused(tmp_path, name, kind):
+    parallelism = pytest.importorskip("accelerate.parallelism_config").ParallelismConfig
+    if name not in {field.name for field in fields(parallelism)}:
+        pytest.skip(f"this accelerate has no {name}")
+    with pytest.raises(ValueError, match=rf"^{kind} \({name}=2\)"):
+        config(tmp_path, parallelism_config=parallelism(**{name: 2}))
+    config(tmp_path, parallelism_config=parallelism(**{name: 1}))
+
+
+def test_the_command_line_says_so_before_it_loads_anything(tmp_path):
+    command = ["train", "--model", "nowhere", "--dataset", "nothing.jsonl", "--output_dir", str(tmp_path / "out")]
+    done = subprocess.run(
+        [sys.executable, "-m", "selfgen", *command, "--use_cpu", "--fsdp", "full_shard"], capture_output=True, text=True
+    )
+    assert done.returncode == 2
+    assert done.stderr.rstrip().splitlines()[-1].startswith("selfgen train: error: fsdp: contexts can't be made")
+
+
+@pytest.mark.parametrize(
+    ("mark", "message"),
+    [
+        (lambda model: setattr(model, "hf_split_points", []), "pipeline parallelism: accelerate's prepare_pippy"),
+        (
+            lambda model: setattr(model.model.norm.weight, "ds_id", 3),
+            "DeepSpeed ZeRO-3: model.norm.weight is a partition",
+        ),
+        (
+            lambda model: setattr(
+                model.model.layers, "1", type("FullyShardedDataParallel", (nn.Sequential,), {})(model.model.layers[1])
+            ),
+            "FSDP: model.layers.1 is wrapped",
+        ),
+    ],
+)
+def test_a_model_in_parts_is_refused(mark, message):
+    """By the marks that these libraries leave, which need not be installed."""
+    model = tiny_model("llama")
+    mark(model)
+    with pytest.raises(ValueError, match=rf"split over processes \({message}\).*use DDP .*one device"):
+        ContextGenerator(model)
+
+
+def loaded_in_parts(folder, sizes, message):
+    from transformers.distributed import DistributedConfig
+
+    model = t.AutoModelForCausalLM.from_pretrained(folder, distributed_config=DistributedConfig(**sizes))
+    with pytest.raises(ValueError, match=rf"split over processes \({message}\),.*load the model whole"):
+        ContextGenerator(model)
+
+
+def sharded_by_torch(folder):
+    from torch.distributed.device_mesh import init_device_mesh
+    from torch.distributed.fsdp import fully_shard
+
+    model = t.AutoModelForCausalLM.from_pretrained(folder)
+    fully_shard(model, mesh=init_device_mesh("cpu", (WORLD,)))
+    with pytest.raises(ValueError, match=r"FSDP or tensor parallelism: model.embed_tokens.weight is a DTensor"):
+        ContextGenerator(model)
+
+
+def worker(rank, folder):
+    torch.set_num_threads(1)
+    os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(WORLD), "MASTER_ADDR": "127.0.0.1"}
+    dist.init_process_group("gloo", init_method=f"file://{folder}/rendezvous", rank=rank, world_size=WORLD)
+    try:
+        sharded_by_torch(folder / "llama")
+        known = _sizes()
+        for family, sizes, message in (
+            ("llama", {"fsdp_size": 2}, "FSDP: fsdp_size=2"),
+            ("llama", {"tp_size": 2}, "tensor parallelism: tp_size=2"),
+            ("llama", {"pp_size": 2}, "pipeline parallelism: pp_size=2"),
+            ("mixtral", {"fsdp_size": 2, "ep_size": 2}, "FSDP: fsdp_size=2, expert parallelism: ep_size=2"),
+        ):
+            if sizes.keys() <= known:
+                loaded_in_parts(folder / family, sizes, message)
+    finally:
+        dist.destroy_process_group()
+
+
+def _sizes() -> set[str]:
+    from transformers.distributed import DistributedConfig
+
+    return {field.name for field in fields(DistributedConfig)}
+
+
+def test_models_that_were_split_when_they_were_loaded_are_refused(tmp_path):
+    tiny_model("llama").save_pretrained(tmp_path / "llama")
+    mixtral = t.MixtralConfig(**BASE, num_local_experts=4, num_experts_per_tok=2)
+    t.AutoModelForCausalLM.from_config(mixtral).save_pretrained(tmp_path / "mixtral")
+    multiprocessing.spawn(worker, (tmp_path,), nprocs=WORLD)
+
+
+def test_layers_on_several_devices_are_refused_by_the_parallel_passes_alone():
+    """Layers in the main memory or on a disk are brought to the device by accelerate, so these stay."""
+    model = tiny_model("llama")
+    expected = ContextGenerator(model, token_budget=8).generate(**GOOD)
+    model.hf_device_map = {"model.embed_tokens": 0, "model.layers.0": 0, "model.layers.1": 1, "lm_head": "cpu"}
+    with pytest.raises(UnsupportedModelError, match=r"layers on 2 devices \(device_map\).*sequential"):
+        ContextGenerator(model, token_budget=8).generate(**GOOD)
+    found = ContextGenerator(model).generate(**GOOD, method="sequential")
+    assert torch.equal(found.tokens[0], expected.tokens[0])
+    model.hf_device_map = {"model.embed_tokens": 0, "model.layers.0": "cpu", "model.layers.1": "disk", "lm_head": 0}
+    assert not inspect_model(model, 20).missing
+
+
+def test_layers_on_a_disk(tmp_path):
+    whole = tiny_model("llama")
+    whole.save_pretrained(tmp_path / "model")
+    places = dict.fromkeys(["model.embed_tokens", "model.norm", "model.rotary_emb", "lm_head", "model.layers.0"], "cpu")
+    model = t.AutoModelForCausalLM.from_pretrained(
+        tmp_path / "model", device_map={**places, "model.layers.1": "disk"}, offload_folder=tmp_path / "offload"
+    )
+    assert any(parameter.is_meta for parameter in model.parameters())
+    for method in ("fixed_point", "sequential"):
+        found, expected = (
+            ContextGenerator(one, token_budget=8).generate(**GOOD, method=method).tokens[0] for one in (model, whole)
+        )
+        assert torch.equal(found, expected)

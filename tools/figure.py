@@ -89,7 +89,7 @@ def run(row_number: int, self_prob: float, seed: int) -> Run:
     model, tokenizer = load_smollm2()
     rows, _ = tokenize_rows(gsm_symbolic(row_number + 1, seed=0), tokenizer, max_length=512)
     row = rows[row_number]
-    generator = ContextGenerator(model, token_budget=256)
+    generator = ContextGenerator(model, token_budget=256, balance=32)
 
     def contexts(method: Method) -> MixedContext:
         return generator.contexts(

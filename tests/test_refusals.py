@@ -159,11 +159,11 @@ def test_models_that_were_split_when_they_were_loaded_are_refused(tmp_path):
 def test_layers_on_several_devices_are_refused_by_the_parallel_passes_alone():
     """Layers in the main memory or on a disk are brought to the device by accelerate, so these stay."""
     model = tiny_model("llama")
-    expected = ContextGenerator(model, token_budget=8).generate(**GOOD)
+    expected = ContextGenerator(model, token_budget=8).contexts(**GOOD)
     model.hf_device_map = {"model.embed_tokens": 0, "model.layers.0": 0, "model.layers.1": 1, "lm_head": "cpu"}
     with pytest.raises(UnsupportedModelError, match=r"layers on 2 devices \(device_map\).*sequential"):
-        ContextGenerator(model, token_budget=8).generate(**GOOD)
-    found = ContextGenerator(model).generate(**GOOD, method="sequential")
+        ContextGenerator(model, token_budget=8).contexts(**GOOD)
+    found = ContextGenerator(model).contexts(**GOOD, method="sequential")
     assert torch.equal(found.tokens[0], expected.tokens[0])
     model.hf_device_map = {"model.embed_tokens": 0, "model.layers.0": "cpu", "model.layers.1": "disk", "lm_head": 0}
     assert not inspect_model(model, 20).missing
@@ -179,6 +179,6 @@ def test_layers_on_a_disk(tmp_path):
     assert any(parameter.is_meta for parameter in model.parameters())
     for method in ("fixed_point", "sequential"):
         found, expected = (
-            ContextGenerator(one, token_budget=8).generate(**GOOD, method=method).tokens[0] for one in (model, whole)
+            ContextGenerator(one, token_budget=8).contexts(**GOOD, method=method).tokens[0] for one in (model, whole)
         )
         assert torch.equal(found, expected)

@@ -33,18 +33,19 @@ WORDS = "one two three four five six seven one six two"  # which the tokenizer o
 CORE = (
     "tests/test_upstream.py",
     "tests/test_contexts.py",
-    "tests/test_forward.py",
+    "tests/test_graphs.py",
     "tests/test_generation.py",
     "tests/test_losses.py",
     "tests/test_data.py",
     "tests/test_trainer.py",
-    "tests/test_replay.py",
-    "tests/test_replay_training.py",
+    "tests/test_reuse.py",
+    "tests/test_reuse_training.py",
     "tests/test_rac.py",
     "tests/test_offline.py",
     "tests/test_cli.py",
     "tests/test_bad_input.py",
     "tests/test_refusals.py",
+    "tests/test_guards.py",
 )
 
 

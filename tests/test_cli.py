@@ -5,10 +5,8 @@ from __future__ import annotations
 import json
 import os
 import shutil
-import signal
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import pytest
@@ -16,6 +14,7 @@ import torch
 import transformers as t
 from helpers.cli import ROOT, flags, history, run
 from helpers.data import ROWS, WORDS, make_tokenizer, write_jsonl
+from helpers.processes import kill_command
 
 import selfgen
 from selfgen.cli import COMMANDS, main
@@ -264,16 +263,7 @@ def test_a_killed_run_goes_on_from_its_last_checkpoint(arguments, tmp_path, caps
     steps = {"max_steps": 40, "save_steps": 2, "lr_scheduler_type": "constant", "learning_rate": "1e-3"}
     options = {**arguments, **steps, "output_dir": str(tmp_path / "killed"), "save_total_limit": 2}
     command = ["train", *flags(options), "--resume_from_checkpoint", "last"]
-    process = subprocess.Popen(
-        [sys.executable, "-m", "selfgen", *command], cwd=ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
-    )
-    deadline = time.monotonic() + 120
-    while not list((tmp_path / "killed").glob("checkpoint-*/trainer_state.json")):
-        assert process.poll() is None, "the run ended before it could be killed"
-        assert time.monotonic() < deadline
-        time.sleep(0.01)
-    os.kill(process.pid, signal.SIGKILL)
-    process.wait()
+    kill_command(command, lambda: any((tmp_path / "killed").glob("checkpoint-*/trainer_state.json")))
     assert not (tmp_path / "killed" / "config.json").exists()
     assert run(command, capsys)[0] == 0
     assert run(["train", *flags({**arguments, **steps})], capsys)[0] == 0

@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import subprocess
-import sys
 from dataclasses import fields
 
 import pytest
 import torch
 import transformers as t
+from helpers.cli import run
 from helpers.processes import WORLD, in_ranks
 from helpers.training import config, make_trainer
 from models import BASE, tiny_model
@@ -71,13 +70,11 @@ def test_parallelism_of_accelerate_is_refused(tmp_path, name, kind):
     config(tmp_path, parallelism_config=parallelism(**{name: 1}))
 
 
-def test_the_command_line_says_so_before_it_loads_anything(tmp_path):
+def test_the_command_line_says_so_before_it_loads_anything(tmp_path, capsys):
     command = ["train", "--model", "nowhere", "--dataset", "nothing.jsonl", "--output_dir", str(tmp_path / "out")]
-    done = subprocess.run(
-        [sys.executable, "-m", "selfgen", *command, "--use_cpu", "--fsdp", "full_shard"], capture_output=True, text=True
-    )
-    assert done.returncode == 2
-    assert done.stderr.rstrip().splitlines()[-1].startswith("selfgen train: error: fsdp: contexts can't be made")
+    code, _, err = run([*command, "--use_cpu", "--fsdp", "full_shard"], capsys)
+    assert code == 2
+    assert err.rstrip().splitlines()[-1].startswith("selfgen train: error: fsdp: contexts can't be made")
 
 
 @pytest.mark.parametrize(

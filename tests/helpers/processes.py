@@ -5,6 +5,7 @@ The processes are forked from one that has imported everything once: importing t
 
 from __future__ import annotations
 
+import gc
 import multiprocessing
 import os
 import pkgutil
@@ -33,7 +34,7 @@ def in_ranks(function: Callable, folder: Path, *arguments) -> None:
 
 
 def _rank(rank: int, function: Callable, folder: Path, *arguments) -> None:
-    torch.set_num_threads(1)
+    _begin()
     os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(WORLD)}
     os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "0"}  # not used, but asked for
     dist.init_process_group("gloo", init_method=f"file://{folder}/rendezvous", rank=rank, world_size=WORLD)
@@ -43,10 +44,23 @@ def _rank(rank: int, function: Callable, folder: Path, *arguments) -> None:
         dist.destroy_process_group()
 
 
-def apart(function: Callable, *arguments):
-    """The result of the call in a process of its own."""
-    with _SERVED.Pool(1) as pool:
+def _begin() -> None:
+    gc.freeze()  # as in conftest.py
+    torch.set_num_threads(1)
+
+
+def apart(function: Callable, *arguments, folder: Path):
+    """The result of the call in a process of its own, in this folder."""
+    with _SERVED.Pool(1, _enter, (str(folder),)) as pool:
         return pool.apply(function, arguments)
+
+
+def _enter(folder: str) -> None:
+    _begin()
+    os.chdir(folder)
+    sys.argv = ["pytest"]
+    for name in [name for name in os.environ if name.startswith("PYTEST_")]:  # as of a worker of pytest-xdist
+        del os.environ[name]
 
 
 def kill_command(arguments: list[str], when: Callable[[], bool]) -> None:
@@ -66,7 +80,7 @@ def kill_command(arguments: list[str], when: Callable[[], bool]) -> None:
 def _command(arguments: list[str], cache: str) -> None:
     from selfgen.cli import main
 
-    torch.set_num_threads(1)
+    _begin()
     datasets.config.HF_DATASETS_CACHE = Path(cache)
     sys.stdout = sys.stderr = open(os.devnull, "w")  # noqa: SIM115
     sys.exit(main(arguments))

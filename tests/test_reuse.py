@@ -117,7 +117,7 @@ def trained(tmp_path, name, model=None, **changes):
 def test_training_with_and_without_reuse_is_the_same(tmp_path, changes):
     trainer, step = trained(tmp_path, "reuse_passes", **changes)
     assert trainer._reuses
-    assert trainer._reused is None  # freed
+    assert trainer._step.passes is None  # freed
     _, want = trained(tmp_path, "ordinary", reuse_passes=False)
     assert (step - want).norm() <= 1e-4 * want.norm()
     assert want.norm() > 0
@@ -224,9 +224,8 @@ def test_repeated_rows_share_their_slots(tmp_path):
     data = rows(2)
     trainer = make_trainer(tmp_path, data=data)
     batches = [Collator(0)([data[0], data[1]]), Collator(0)([data[1], data[1]])]
-    trainer.mix(batches)
-    first = trainer._reused.slots(batches[0])
-    again = trainer._reused.slots(batches[1])
+    _, passes = trainer.mix(batches)
+    first, again = map(passes.slots, batches)
     length = len(data[1]["prompt_ids"]) + len(data[1]["answer_ids"])
     assert torch.equal(again[0, :length], first[1, :length])
     assert torch.equal(again[0], again[1])
@@ -234,9 +233,9 @@ def test_repeated_rows_share_their_slots(tmp_path):
 
 def test_evaluation_does_not_reuse(tmp_path):
     trainer = make_trainer(tmp_path)
-    trainer.mix([Collator(0)([rows(2)[0]])])
+    _, trainer._step.passes = trainer.mix([Collator(0)([rows(2)[0]])])
     loss = trainer.evaluate(rows(4))["eval_loss"]
-    trainer._reused = None
+    trainer._step.passes = None
     assert trainer.evaluate(rows(4))["eval_loss"] == loss
 
 

@@ -122,7 +122,7 @@ def test_killed_rounds_go_on(tmp_path, whole, monkeypatch, target, call, batches
 
 def test_rounds_that_are_there_are_not_overwritten(whole):
     before = contents(whole)
-    with pytest.raises(OfflineError, match=r"has rounds already; go on with them \(--resume-from-checkpoint last\)"):
+    with pytest.raises(OfflineError, match=r"has rounds already; continue them \(--resume-from-checkpoint last\)"):
         run_rounds(whole)
     with pytest.raises(OfflineError, match='rounds go on from "last" only'):
         run_rounds(whole, resume_from_checkpoint=str(whole / "round-0" / "checkpoint-3"))

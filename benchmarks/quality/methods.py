@@ -1,4 +1,4 @@
-"""The methods that are held against each other, over equal optimizer steps and, but where said, equal tokens seen.
+"""The methods that are compared, over equal optimizer steps and, but where said, equal tokens seen.
 
 ``self_prob`` is 0.25 and constant, the library's defaults, on every task; the ablations change it.
 """
@@ -96,7 +96,7 @@ class OfflineTrainer(BSSTrainer):
 
     _round = 0
 
-    def _generate(self, rows, self_prob: float) -> MixedContext:
+    def make_contexts(self, rows, self_prob: float) -> MixedContext:
         now = self.state.global_step * ROUNDS // self.state.max_steps
         if now == 0:
             self_prob = 0.0
@@ -104,7 +104,7 @@ class OfflineTrainer(BSSTrainer):
             self._round = now
             snapshot = copy.deepcopy(self.accelerator.unwrap_model(self.model))
             self.generator = self.args.generator(snapshot)
-        return super()._generate(rows, self_prob)
+        return super().make_contexts(rows, self_prob)
 
 
 class ApproximateTrainer(BSSTrainer):
@@ -112,7 +112,7 @@ class ApproximateTrainer(BSSTrainer):
 
     passes = 1
 
-    def _generate(self, rows, self_prob: float) -> MixedContext:
+    def make_contexts(self, rows, self_prob: float) -> MixedContext:
         prompts, references = ([getattr(row, name).tolist() for row in rows] for name in ("prompt", "reference"))
         batch = Rows(prompts, references, [row.sample_id for row in rows])
         model = self.generator.model.eval()
@@ -174,7 +174,7 @@ def train(task: AnyTask, method: Method, seed: int, setting: Setting, without: D
 
 
 def _share_of_rows(task: AnyTask, rows: Dataset) -> float:
-    """Rows of a correction that have as many tokens as one without: directly, and behind an own answer and the cue."""
+    """Rows of a correction that have as many tokens as one without: directly, and after an own answer and the cue."""
     prompt, answer = (sum(map(len, rows[name])) / len(rows) for name in ("prompt_ids", "answer_ids"))
     direct = prompt + answer
     return direct / (2 * direct + answer + len(CorrectionCue.of(task.tokenizer).ids))

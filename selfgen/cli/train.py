@@ -223,11 +223,11 @@ def _prepare_rounds(
 
 
 def _checkpoint(config: BSSConfig) -> str | None:
-    """Where to go on from. "last" is the newest checkpoint that was written to its end; the start if there is none."""
+    """Where to continue from. "last" is the newest checkpoint that was written to its end, or the start."""
     asked, last = config.resume_from_checkpoint, last_checkpoint(config.output_dir)
     if asked is None and last:
         raise ValueError(
-            f"{config.output_dir} has checkpoints of a run before; go on with it (--resume-from-checkpoint last), or "
+            f"{config.output_dir} has checkpoints of an earlier run; continue it (--resume-from-checkpoint last), or "
             "give another output_dir"
         )
     if asked and asked != "last" and not (Path(asked) / "trainer_state.json").is_file():

@@ -21,7 +21,7 @@ RENAMED = {"replay": "reuse_passes"}
 
 @dataclass
 class MaskOptions:
-    """Which positions are the model's own; see ``context.Masks``."""
+    """Which positions hold self tokens; see ``context.Masks``."""
 
     _argument_group_name = "positions of self tokens"
 
@@ -39,7 +39,7 @@ class MaskOptions:
     min_reference_prob: float = field(
         default=0.0,
         metadata={
-            "help": "A token is the model's own only where the model gives the reference at least this probability."
+            "help": "A token is a self token only where the model gives the reference at least this probability."
         },
     )
 
@@ -66,7 +66,10 @@ class BSSConfig(RowOptions, MaskOptions, TrainingArguments):
 
     self_prob: float = field(
         default=0.25,
-        metadata={"help": "Probability that a context token is the model's own, in [0, 1]. 0 is plain fine-tuning."},
+        metadata={
+            "help": "Probability that a context token is a self token, sampled by the model, in [0, 1]. 0 is plain "
+            "fine-tuning."
+        },
     )
     self_prob_schedule: str = field(
         default="constant",
@@ -82,9 +85,7 @@ class BSSConfig(RowOptions, MaskOptions, TrainingArguments):
         default=0.0,
         metadata={"help": "Steps of plain fine-tuning before the schedule begins; below 1, a share of all steps."},
     )
-    sampling_temperature: float = field(
-        default=1.0, metadata={"help": "Temperature of the model's own tokens; 0 is greedy."}
-    )
+    sampling_temperature: float = field(default=1.0, metadata={"help": "Temperature of self tokens; 0 is greedy."})
     context_method: Method = field(
         default="fixed_point",
         metadata={"help": "fixed_point (fast), or sequential (token by token, for models that the fast one refuses)."},

@@ -1,6 +1,6 @@
 # Everything runs in .venv, made at the first call; a second call installs nothing again.
 #   make demo   train a real model online on its own tokens, in minutes, on two cores
-#   make test   the test suite          make slow   its long part
+#   make test   the test suite          make slow   its long part (WORKERS=2 processes)
 #   make bench  the benchmarks          make lint   ruff and mypy
 #   make gpu    what needs a CUDA device
 #   make quality          does it help? every method, task and seed: hours, resumable
@@ -14,6 +14,9 @@ VENV   := .venv
 BIN    := $(VENV)/bin
 STAMP  := $(VENV)/.installed
 GPU_BENCHMARKS := $(patsubst %,benchmarks/bench_%.py,contexts generation step memory head attention sampling)
+# Processes that tests are run in, of one thread each; 0 runs them in this one, with as many threads as it likes.
+WORKERS ?= 2
+PYTEST := $(BIN)/python -m pytest -n $(WORKERS) --dist loadgroup
 # What is imported is compiled when it first is, and not all of torch beforehand.
 PIP    := $(BIN)/python -m pip install --quiet --disable-pip-version-check --no-compile --constraint constraints.txt
 
@@ -42,10 +45,10 @@ demo: setup
 
 test: setup
 	@echo "==> tests (the long ones: make slow)"
-	$(BIN)/python -m pytest $(ARGS)
+	$(PYTEST) $(ARGS)
 
 slow: setup
-	$(BIN)/python -m pytest -m slow $(ARGS)
+	$(PYTEST) -m slow $(ARGS)
 
 bench: setup
 	@echo "==> benchmarks; report in outputs/bench.md and outputs/bench.json, then, even if some fail, plots in outputs"

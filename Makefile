@@ -6,6 +6,8 @@
 #   make quality          does it help? every method, task and seed: hours, resumable
 #   make sanitize         fuzz the C++ kernels under ASan and UBSan (gcc)
 #   make triton-versions  the Triton tests under older Tritons
+#   make versions         the core tests with the newest and the oldest torch, transformers, accelerate and datasets
+#   make newest           the README's first command with the newest versions that pip takes, as CI does
 
 PYTHON ?= python3
 VENV   := .venv
@@ -15,7 +17,7 @@ GPU_BENCHMARKS := $(patsubst %,benchmarks/bench_%.py,contexts generation step me
 PIP    := $(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test slow bench quality lint gpu sanitize triton-versions clean
+.PHONY: help setup demo test slow bench quality lint gpu sanitize triton-versions versions newest clean
 
 help:
 	@sed -n 's/^#//p' Makefile
@@ -107,6 +109,13 @@ triton-versions: setup
 	      -W ignore::DeprecationWarning $(ARGS) \
 	    || exit 1; \
 	done
+
+# Both install into environments of their own in outputs/versions. ARGS is pytest's, or --only newest|oldest.
+versions: setup
+	$(BIN)/python -m tools.versions all $(ARGS)
+
+newest: setup
+	$(BIN)/python -m tools.versions newest
 
 clean:
 	rm -rf $(VENV) build outputs *.egg-info .pytest_cache .mypy_cache .ruff_cache .benchmarks .hypothesis

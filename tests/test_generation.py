@@ -7,11 +7,11 @@ from functools import cache
 import pytest
 import torch
 import transformers as t
+from helpers.contexts import batches
+from helpers.data import TEMPLATE, make_tokenizer
 from hypothesis import given
 from hypothesis import strategies as st
 from models import BASE, CONFIGS, VOCAB, tiny_model
-from test_contexts import batches
-from test_data import TEMPLATE, make_tokenizer
 from transformers import AutoTokenizer
 
 from selfgen import ContextGenerator, answer, generate_corrected

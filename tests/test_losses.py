@@ -7,14 +7,14 @@ from functools import partial
 import pytest
 import torch
 import torch.nn.functional as F
+from helpers.training import losses_of, make_trainer, rows
 from models import VOCAB, tiny_model
 from peft import LoraConfig, get_peft_model
-from test_trainer import make_trainer, rows
 from transformers import BartConfig, BartForCausalLM
 
 from selfgen.data import Collator
 from selfgen.training import losses
-from selfgen.training.losses import AnswerLoss, can_be_lean
+from selfgen.training.losses import AnswerLoss, why_not_lean
 
 llama = partial(tiny_model, "llama")
 
@@ -79,13 +79,13 @@ def test_the_model_is_left_as_it_was():
 @pytest.mark.parametrize(("family", "lean"), [("llama", True), ("gpt2", True), ("gemma2", False), ("phi3", True)])
 def test_lean_where_logits_are_the_heads_product(family, lean):
     """Gemma 2 caps its logits."""
-    assert can_be_lean(tiny_model(family)) == lean
+    assert (why_not_lean(tiny_model(family)) is None) == lean
 
 
 def test_a_cap_that_small_logits_do_not_show():
     model = tiny_model("gemma2")
     model.config.final_logit_softcapping = 1e4
-    assert not can_be_lean(model)
+    assert "caps its logits" in why_not_lean(model)
 
 
 def test_a_model_that_uses_what_it_takes_for_logits():
@@ -94,7 +94,7 @@ def test_a_model_that_uses_what_it_takes_for_logits():
         vocab_size=VOCAB, d_model=16, decoder_layers=1, decoder_attention_heads=2, decoder_ffn_dim=16,
         max_position_embeddings=64,
     )  # fmt: skip
-    assert not can_be_lean(BartForCausalLM(config).eval())
+    assert why_not_lean(BartForCausalLM(config).eval())
 
 
 @pytest.mark.parametrize("smoothing", [0.0, 0.1])
@@ -159,20 +159,6 @@ def test_logits_never_lie_in_memory_as_a_whole(monkeypatch):
     with Sizes():
         loss._cross_entropy(hidden, torch.randint(0, VOCAB, (3000,))).backward()
     assert max(sizes) <= max(100 * VOCAB, 3000 * 32)
-
-
-def losses_of(trainer):
-    found = []
-    compute_loss = trainer.compute_loss
-
-    def recorded(model, inputs, *args, **kwargs):
-        loss = compute_loss(model, inputs, *args, **kwargs)
-        found.append((loss.detach().clone(), {name: column.clone() for name, column in inputs.items()}))
-        return loss
-
-    trainer.compute_loss = recorded
-    trainer.train()
-    return found
 
 
 @pytest.mark.parametrize("reuse", [True, False])

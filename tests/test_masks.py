@@ -7,10 +7,10 @@ from functools import cache
 
 import pytest
 import torch
+from helpers.contexts import assert_equal, batches
 from hypothesis import given
 from hypothesis import strategies as st
 from models import tiny_model
-from test_contexts import assert_equal, batches
 
 from selfgen import ContextGenerator, Masks
 from selfgen.context.masks import rising

@@ -14,14 +14,13 @@ from pathlib import Path
 
 import datasets
 import pytest
-import test_cli
 import torch
 import torch.nn.functional as F
 from filelock import FileLock
+from helpers.cli import ROOT, flags, history, run
+from helpers.data import ROWS, write_jsonl
+from helpers.training import Tokenizer, config, rows, weights
 from models import VOCAB, tiny_model
-from test_cli import ROOT, flags, history, run
-from test_data import ROWS, write_jsonl
-from test_trainer import Tokenizer, config, rows, weights
 from transformers import AutoModelForCausalLM
 
 from selfgen import BASHTrainer, BSSTrainer, ContextGenerator, load_contexts, train_rounds, write_contexts
@@ -31,7 +30,6 @@ from selfgen.stored_contexts import OfflineError, read_provenance
 from selfgen.training.rounds import split_rows
 
 SETTINGS = {"self_prob": 0.5, "seed": 3, "batch_size": 3, "shard_rows": 4, "progress": False}
-model_dir, arguments = test_cli.model_dir, test_cli.arguments  # fixtures
 
 
 @pytest.fixture(autouse=True)

@@ -7,10 +7,9 @@ from __future__ import annotations
 
 import pytest
 import torch
-from models import CONFIGS, VOCAB, tiny_model
-from test_rac import make_trainer as rac_trainer
-from test_reuse import distance, gradients, padded
-from test_trainer import make_trainer, rows, weights
+from helpers.contexts import batch
+from helpers.training import distance, gradients, make_rac_trainer, make_trainer, padded, rows, weights
+from models import CONFIGS, tiny_model
 
 from selfgen import ContextGenerator
 from selfgen.context import Masks
@@ -18,16 +17,6 @@ from selfgen.training.reuse import reuse_passes
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")]
 FAMILIES = sorted(CONFIGS)
-
-
-def batch(count: int = 12, longest: int = 40):
-    """(prompts, references, sample ids) of a ragged batch."""
-    tokens = torch.Generator().manual_seed(count)
-
-    def row():
-        return torch.randint(3, VOCAB, (int(torch.randint(1, longest, (), generator=tokens)),), generator=tokens)
-
-    return [row() for _ in range(count)], [row() for _ in range(count)], list(range(-3, count - 3))
 
 
 def contexts(generator, self_prob: float, method: str = "fixed_point", seed: int = 7):
@@ -176,7 +165,7 @@ def test_training_with_and_without_reuse_is_the_same(tmp_path, caplog, bf16, lea
 
 
 def test_rac_trains_on_own_answers(tmp_path):
-    trainer = rac_trainer(tmp_path, use_cpu=False, bf16=True, learning_rate=1e-2)
+    trainer = make_rac_trainer(tmp_path, use_cpu=False, bf16=True, learning_rate=1e-2)
     before = weights(trainer.model)
     trainer.train()
     assert trainer.model.device.type == "cuda"

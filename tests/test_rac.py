@@ -6,9 +6,9 @@ import pytest
 import torch
 import torch.nn.functional as F
 from datasets import Dataset
+from helpers.data import EOS, TEMPLATE, make_tokenizer
+from helpers.training import OWN_ANSWERS, losses_of, make_rac_trainer
 from models import tiny_model
-from test_data import EOS, TEMPLATE, make_tokenizer
-from test_losses import losses_of
 
 from selfgen import ContextGenerator, RACConfig, RACTrainer
 from selfgen.correction import CorrectionCue
@@ -16,39 +16,8 @@ from selfgen.data import tokenize_rows
 from selfgen.training.bss import step_seed
 from selfgen.training.rac import _DIRECT
 
-TEXTS = [
-    {"prompt": p, "completion": c, "own_answer": o}
-    for p, c, o in [("a b", "c d", "e"), ("e", "f g h", "a a"), ("b c d", "a", "b"), ("h", "g f", "c c c")]
-]
 
-
-def make_trainer(folder, data=TEXTS, model=None, **changes) -> RACTrainer:
-    defaults = {
-        "max_steps": 1,
-        "per_device_train_batch_size": 2,
-        "gradient_accumulation_steps": 2,
-        "learning_rate": 0.0,
-        "logging_steps": 1,
-        "save_strategy": "no",
-        "use_cpu": True,
-        "disable_tqdm": True,
-        "max_length": 64,
-        "token_budget": 32,
-        "balance": 4,
-        "max_new_tokens": 6,
-        "correction_cue": "h g",
-        "report_to": [],
-    }
-    args = RACConfig(str(folder), **{**defaults, **changes})
-    return RACTrainer(
-        model or tiny_model("llama"),
-        args,
-        train_dataset=Dataset.from_list(data),
-        processing_class=make_tokenizer(TEMPLATE),
-    )
-
-
-def tokenized(data=TEXTS):
+def tokenized(data=OWN_ANSWERS):
     rows, _ = tokenize_rows(Dataset.from_list(data), make_tokenizer(TEMPLATE), max_length=64)
     return {row["sample_id"]: row for row in rows}
 
@@ -79,7 +48,7 @@ def all_rows(found):
 def test_a_row_is_prompt_own_answer_cue_and_reference(tmp_path, own_answer):
     """The own answers are the current weights', keyed by seed, step and row; labels are the reference alone."""
     mixed = {"own_answer_self_prob": 0.5} if own_answer == "mixed" else {}
-    found = all_rows(losses_of(make_trainer(tmp_path, own_answer=own_answer, **mixed)))
+    found = all_rows(losses_of(make_rac_trainer(tmp_path, own_answer=own_answer, **mixed)))
     rows, tokenizer, oracle = tokenized(), make_tokenizer(TEMPLATE), ContextGenerator(tiny_model("llama"))
     between = CorrectionCue.of(tokenizer, "h g")
     assert sorted(row[0] for row in found) == [0, 1, 2, 3]
@@ -92,14 +61,14 @@ def test_a_row_is_prompt_own_answer_cue_and_reference(tmp_path, own_answer):
             own = oracle.contexts([row["prompt_ids"]], [row["answer_ids"]], 0.5, method="sequential", **keys)
             own = own.tokens[0].tolist()
         else:
-            own = tokenizer(TEXTS[sample_id]["own_answer"], add_special_tokens=False).input_ids
+            own = tokenizer(OWN_ANSWERS[sample_id]["own_answer"], add_special_tokens=False).input_ids
         assert prompt == between.prompt(row["prompt_ids"], own)
         assert context == labels == row["answer_ids"]
 
 
 @pytest.mark.parametrize("own_answer", ["generated", "mixed", "column"])
 def test_logs_have_what_own_answers_cost(tmp_path, own_answer):
-    trainer = make_trainer(tmp_path, own_answer=own_answer, own_answer_batch_size=1)
+    trainer = make_rac_trainer(tmp_path, own_answer=own_answer, own_answer_batch_size=1)
     found = losses_of(trainer)
     logs = trainer.state.log_history[0]
     if own_answer == "column":
@@ -111,18 +80,18 @@ def test_logs_have_what_own_answers_cost(tmp_path, own_answer):
 
 
 def test_own_answers_change_from_step_to_step(tmp_path):
-    found = all_rows(losses_of(make_trainer(tmp_path, max_steps=3, learning_rate=0.0)))
+    found = all_rows(losses_of(make_rac_trainer(tmp_path, max_steps=3, learning_rate=0.0)))
     assert len({tuple(prompt) for sample_id, prompt, _, _ in found if sample_id == 0}) > 1
 
 
 def test_loss_is_that_of_the_correction(tmp_path):
-    found = losses_of(make_trainer(tmp_path))
+    found = losses_of(make_rac_trainer(tmp_path))
     check_loss(found, lambda row: 1.0)
 
 
 def test_direct_rows_have_their_weight(tmp_path):
     """Each row comes twice, once as it was; the sum of the weighted losses is over the number of corrected tokens."""
-    found = losses_of(make_trainer(tmp_path, direct_weight=0.25))
+    found = losses_of(make_rac_trainer(tmp_path, direct_weight=0.25))
     rows = tokenized()
     direct = [row for row in all_rows(found) if is_direct(row[0])]
     assert sorted(row[0] ^ _DIRECT for row in direct) == [0, 1, 2, 3]
@@ -134,14 +103,14 @@ def test_direct_rows_have_their_weight(tmp_path):
 
 def test_sample_ids_may_be_negative(tmp_path):
     """A row and what is shown of another without a correction are two rows."""
-    data = [text | {"sample_id": sample_id} for text, sample_id in zip(TEXTS, (-2, -1, 0, 1), strict=True)]
-    found = all_rows(losses_of(make_trainer(tmp_path, data=data, self_prob=0.5, direct_weight=0.25)))
+    data = [text | {"sample_id": sample_id} for text, sample_id in zip(OWN_ANSWERS, (-2, -1, 0, 1), strict=True)]
+    found = all_rows(losses_of(make_rac_trainer(tmp_path, data=data, self_prob=0.5, direct_weight=0.25)))
     assert len({row[0] for row in found}) == 8
 
 
 def test_only_corrections_are_counted_where_self_tokens_are_asked_for(tmp_path):
     """The direct rows add to the loss, not to what it is divided by."""
-    found = losses_of(make_trainer(tmp_path, self_prob=1.0, direct_weight=0.5, loss_on="after_self"))
+    found = losses_of(make_rac_trainer(tmp_path, self_prob=1.0, direct_weight=0.5, loss_on="after_self"))
     for _, _, _, labels in all_rows(found):
         assert [label == -100 for label in labels] == [True] + [False] * (len(labels) - 1)
     check_loss(found, lambda row: 1.0 if not is_direct(row) else 0.5)
@@ -152,7 +121,7 @@ def test_direct_rows_are_a_mean_of_their_own_after_self_tokens(tmp_path):
     seen = set()
     for seed in range(12):
         folder = tmp_path / str(seed)
-        found = losses_of(make_trainer(folder, self_prob=0.4, direct_weight=0.5, loss_on="after_self", seed=seed))
+        found = losses_of(make_rac_trainer(folder, self_prob=0.4, direct_weight=0.5, loss_on="after_self", seed=seed))
         sums, counts = [0.0, 0.0], [0, 0]
         for sample_id, prompt, context, labels in all_rows(found):
             with torch.no_grad():
@@ -169,23 +138,23 @@ def test_direct_rows_are_a_mean_of_their_own_after_self_tokens(tmp_path):
 
 def test_its_loss_is_lean_by_default(tmp_path):
     """Its rows are the longest; fine-tuning at p = 0 keeps the Trainer's own loss."""
-    assert make_trainer(tmp_path)._answer_loss.lean
-    assert make_trainer(tmp_path, direct_weight=0.5)._answer_loss.lean
-    assert make_trainer(tmp_path, lean_loss=False)._answer_loss is None
+    assert make_rac_trainer(tmp_path)._answer_loss.lean
+    assert make_rac_trainer(tmp_path, direct_weight=0.5)._answer_loss.lean
+    assert make_rac_trainer(tmp_path, lean_loss=False)._answer_loss is None
 
 
 def test_tokenized_rows_without_room_for_the_cue_are_refused(tmp_path):
     """Text is cut beforehand; what is tokenized already is left as it is."""
     data = [{"sample_id": i, "prompt_ids": [3] * 8, "answer_ids": [4] * 4} for i in range(4)]
     with pytest.raises(ValueError, match="no room for the cue"):
-        make_trainer(tmp_path, data=data, max_length=14).train()
+        make_rac_trainer(tmp_path, data=data, max_length=14).train()
 
 
 def test_all_that_ends_an_answer_ends_it(tmp_path):
     """The model's own stop tokens, too, in training as at inference; what follows one is not shown."""
     model = tiny_model("llama")
     model.generation_config.eos_token_id = [EOS, 9, 10, 11, 12, 13]
-    found = all_rows(losses_of(make_trainer(tmp_path, model=model, own_answer="generated", max_new_tokens=40)))
+    found = all_rows(losses_of(make_rac_trainer(tmp_path, model=model, own_answer="generated", max_new_tokens=40)))
     between = CorrectionCue.of(make_tokenizer(TEMPLATE), "h g", stop_ids=[9, 10, 11, 12, 13])
     rows = tokenized()
     for sample_id, prompt, _, _ in found:
@@ -205,7 +174,7 @@ def test_an_end_of_turn_in_plain_text_comes_once():
 
 def test_no_room_for_the_cue_at_all(tmp_path):
     with pytest.raises(ValueError, match="max_length is 9, of which the cue takes"):
-        make_trainer(tmp_path, max_length=9)
+        make_rac_trainer(tmp_path, max_length=9)
 
 
 def test_a_collator_of_the_users_is_refused(tmp_path):
@@ -213,7 +182,7 @@ def test_a_collator_of_the_users_is_refused(tmp_path):
         RACTrainer(
             tiny_model("llama"),
             RACConfig(str(tmp_path), max_length=64, use_cpu=True),
-            train_dataset=Dataset.from_list(TEXTS),
+            train_dataset=Dataset.from_list(OWN_ANSWERS),
             processing_class=make_tokenizer(TEMPLATE),
             data_collator=lambda rows: rows,
         )
@@ -235,7 +204,7 @@ def check_loss(found, weight_of):
 @pytest.mark.parametrize("direct_weight", [0.0, 0.5])
 def test_with_self_tokens_it_is_bss_on_corrections(tmp_path, direct_weight):
     """RAC and BSS at once: contexts of the reference are mixed after the correction prompt, and their passes reused."""
-    trainer = make_trainer(tmp_path, self_prob=0.6, direct_weight=direct_weight)
+    trainer = make_rac_trainer(tmp_path, self_prob=0.6, direct_weight=direct_weight)
     found = losses_of(trainer)
     assert trainer._reuse_verified
     assert trainer._reuses
@@ -257,7 +226,7 @@ def test_rows_keep_to_max_length(tmp_path):
     """The own answer gives way, and the reference leaves room for the cue."""
     between = CorrectionCue.of(make_tokenizer(TEMPLATE), "h g")
     longest = len(between.ids) + 9
-    found = all_rows(losses_of(make_trainer(tmp_path, max_length=longest, max_new_tokens=30)))
+    found = all_rows(losses_of(make_rac_trainer(tmp_path, max_length=longest, max_new_tokens=30)))
     lengths = [len(prompt) + len(context) for _, prompt, context, _ in found]
     assert max(lengths) <= longest
 
@@ -265,14 +234,16 @@ def test_rows_keep_to_max_length(tmp_path):
 @pytest.mark.parametrize(("room", "share"), [(9, 1.0), (50, 0.0)])
 def test_own_answers_that_were_cut_are_logged(tmp_path, room, share):
     longest = len(CorrectionCue.of(make_tokenizer(TEMPLATE), "h g").ids) + room
-    trainer = make_trainer(tmp_path, max_length=longest, max_new_tokens=30, max_steps=2)
+    trainer = make_rac_trainer(tmp_path, max_length=longest, max_new_tokens=30, max_steps=2)
     trainer.train()
     assert [log["own_answers_cut"] for log in trainer.state.log_history if "loss" in log] == [share, share]
 
 
 def test_a_resumed_run_is_the_unbroken_one(tmp_path):
     def run(folder, **changes):
-        trainer = make_trainer(folder, learning_rate=1e-2, save_strategy="steps", save_steps=2, max_steps=4, **changes)
+        trainer = make_rac_trainer(
+            folder, learning_rate=1e-2, save_strategy="steps", save_steps=2, max_steps=4, **changes
+        )
         return trainer
 
     whole = run(tmp_path / "whole")
@@ -284,7 +255,7 @@ def test_a_resumed_run_is_the_unbroken_one(tmp_path):
 
 
 def test_evaluation_is_of_the_answer_right_after_the_prompt(tmp_path):
-    trainer = make_trainer(tmp_path)
+    trainer = make_rac_trainer(tmp_path)
     rows = tokenized()
     model, total, count = tiny_model("llama"), 0.0, 0
     for row in rows.values():
@@ -293,7 +264,7 @@ def test_evaluation_is_of_the_answer_right_after_the_prompt(tmp_path):
             logits = model(input_ids=ids).logits[0, len(row["prompt_ids"]) - 1 : -1]
         total += float(F.cross_entropy(logits, torch.tensor(row["answer_ids"]), reduction="sum"))
         count += len(row["answer_ids"])
-    assert trainer.evaluate(Dataset.from_list(TEXTS))["eval_loss"] == pytest.approx(total / count, rel=0.05)
+    assert trainer.evaluate(Dataset.from_list(OWN_ANSWERS))["eval_loss"] == pytest.approx(total / count, rel=0.05)
 
 
 @pytest.mark.parametrize(
@@ -311,10 +282,10 @@ def test_evaluation_is_of_the_answer_right_after_the_prompt(tmp_path):
 )
 def test_bad_arguments(tmp_path, change, message):
     with pytest.raises(ValueError, match=message):
-        make_trainer(tmp_path, **change)
+        make_rac_trainer(tmp_path, **change)
 
 
 def test_own_answers_must_be_text(tmp_path):
-    data = [row | {"own_answer": None} for row in TEXTS]
+    data = [row | {"own_answer": None} for row in OWN_ANSWERS]
     with pytest.raises(TypeError, match="own_answer is None"):
-        make_trainer(tmp_path, data=data, own_answer="column")
+        make_rac_trainer(tmp_path, data=data, own_answer="column")

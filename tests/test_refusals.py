@@ -11,8 +11,8 @@ import pytest
 import torch
 import torch.distributed as dist
 import transformers as t
+from helpers.training import config, make_trainer
 from models import BASE, tiny_model
-from test_trainer import config, make_trainer
 from torch import multiprocessing, nn
 
 from selfgen import ContextGenerator

@@ -7,39 +7,13 @@ from functools import partial
 
 import pytest
 import torch
+from helpers.training import distance, generate, gradients, make_trainer, padded, rows, weights
 from models import ALTERNATING, BASE, CONFIGS, VOCAB, tiny_model
-from test_trainer import make_trainer, rows, weights
 from transformers import AutoModelForCausalLM, Gemma4TextConfig
 
-from selfgen import ContextGenerator
 from selfgen.context.hidden_states import ReuseError
 from selfgen.data import Collator
 from selfgen.training.reuse import reuse_passes
-
-
-def generate(model, data, **kwargs):
-    generator = ContextGenerator(model, token_budget=16, balance=2)
-    columns = data["prompt_ids"], data["answer_ids"]
-    kwargs = {"self_prob": 0.5, "seed": 3, "sample_ids": data["sample_id"]} | kwargs
-    return generator.contexts(*(list(column) for column in columns), **kwargs)
-
-
-def padded(model, data, mixed):
-    """Inputs of a training forward over the contexts, the labels, and the slot of each token."""
-    batch = Collator(0)([*data])
-    lengths = [len(p) + len(a) for p, a in zip(data["prompt_ids"], data["answer_ids"], strict=True)]
-    slots = torch.full(batch["input_ids"].shape, sum(lengths))
-    for row, tokens in enumerate(mixed.tokens):
-        prompt, first = len(data[row]["prompt_ids"]), sum(lengths[:row])
-        batch["input_ids"][row, prompt : prompt + len(tokens)] = tokens
-        slots[row, : lengths[row]] = torch.arange(first, first + lengths[row])
-    return {name: batch[name] for name in ("input_ids", "attention_mask", "labels")}, slots
-
-
-def gradients(model):
-    grads = {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
-    model.zero_grad()
-    return grads
 
 
 @pytest.mark.parametrize("family", sorted(CONFIGS))
@@ -65,11 +39,6 @@ def test_loss_and_gradients_are_those_of_the_ordinary_step(family):
     torch.testing.assert_close(reused, ordinary, rtol=1e-5, atol=0)
     assert got.keys() == want.keys()
     assert distance(got, want) <= 1e-5
-
-
-def distance(got, want):
-    off = torch.stack([(got[name].float() - want[name].float()).norm() for name in want]).norm()
-    return off / torch.stack([gradient.float().norm() for gradient in want.values()]).norm()
 
 
 @pytest.mark.parametrize("precision", ["mixed", "whole"])
@@ -148,7 +117,7 @@ def trained(tmp_path, name, model=None, **changes):
 def test_training_with_and_without_reuse_is_the_same(tmp_path, changes):
     trainer, step = trained(tmp_path, "reuse_passes", **changes)
     assert trainer._reuses
-    assert trainer._reused is None  # freed
+    assert trainer._step.passes is None  # freed
     _, want = trained(tmp_path, "ordinary", reuse_passes=False)
     assert (step - want).norm() <= 1e-4 * want.norm()
     assert want.norm() > 0
@@ -255,9 +224,8 @@ def test_repeated_rows_share_their_slots(tmp_path):
     data = rows(2)
     trainer = make_trainer(tmp_path, data=data)
     batches = [Collator(0)([data[0], data[1]]), Collator(0)([data[1], data[1]])]
-    trainer.mix(batches)
-    first = trainer._reused.slots(batches[0])
-    again = trainer._reused.slots(batches[1])
+    _, passes = trainer.mix(batches)
+    first, again = map(passes.slots, batches)
     length = len(data[1]["prompt_ids"]) + len(data[1]["answer_ids"])
     assert torch.equal(again[0, :length], first[1, :length])
     assert torch.equal(again[0], again[1])
@@ -265,9 +233,9 @@ def test_repeated_rows_share_their_slots(tmp_path):
 
 def test_evaluation_does_not_reuse(tmp_path):
     trainer = make_trainer(tmp_path)
-    trainer.mix([Collator(0)([rows(2)[0]])])
+    _, trainer._step.passes = trainer.mix([Collator(0)([rows(2)[0]])])
     loss = trainer.evaluate(rows(4))["eval_loss"]
-    trainer._reused = None
+    trainer._step.passes = None
     assert trainer.evaluate(rows(4))["eval_loss"] == loss
 
 

@@ -10,8 +10,8 @@ from functools import partial
 import pytest
 import torch
 import torch.distributed as dist
+from helpers.training import make_trainer, rows, weights
 from models import CONFIGS, tiny_model
-from test_trainer import make_trainer, rows, weights
 from torch import multiprocessing
 from torch.nn.parallel import DistributedDataParallel
 from transformers import AutoModelForCausalLM, TrainerCallback
@@ -47,12 +47,11 @@ def run(trainer: BSSTrainer, *, only_contexts: bool = False) -> tuple[torch.Tens
         loss = compute_loss(model, *args, **kwargs)
         if model.training:
             losses.append(loss.detach().double())
-            reused.append(trainer._reused is not None)
+            reused.append(trainer._step.passes is not None)
         return loss
 
     def mixed(batches):
-        mix(batches)
-        trainer._reused = None
+        return mix(batches)[0], None
 
     trainer.compute_loss = recorded
     if only_contexts:
@@ -60,7 +59,7 @@ def run(trainer: BSSTrainer, *, only_contexts: bool = False) -> tuple[torch.Tens
     trainer.add_callback(gradients)
     trainer.train()
     assert reused == [trainer.args.reuse_passes and not only_contexts] * len(losses)
-    assert trainer._reused is None  # freed
+    assert trainer._step.passes is None  # freed
     return torch.stack(losses), gradients.steps
 
 
@@ -315,17 +314,17 @@ def test_states_are_freed_where_a_step_fails(tmp_path, kept):
     with pytest.raises(KeyboardInterrupt):
         trainer.train()
     assert len(kept) == 1
-    assert trainer._reused is None
+    assert trainer._step.passes is None
 
 
 def test_a_step_that_was_broken_off_is_not_reused_by_the_next(tmp_path):
     trainer = make_trainer(tmp_path)
     batch = Collator(0)([rows(2)[0]])
-    trainer.mix([batch])
-    assert trainer._reused is not None
-    trainer.args.self_prob = 0.0
-    trainer.mix([batch])
-    assert trainer._reused is None
+    for self_prob in (0.5, 0.0):
+        trainer.args.self_prob = self_prob
+        trainer._step.waiting = [batch]
+        trainer._mix_next()
+        assert (trainer._step.passes is not None) == (self_prob > 0)
 
 
 def ddp_worker(rank, folder):
@@ -355,7 +354,7 @@ def check_ddp(folder, changes):
         trainer.train()
         assert isinstance(trainer.model_wrapped, DistributedDataParallel)
         assert reused == [reuse] * len(reused) != []
-        assert trainer._reused is None
+        assert trainer._step.passes is None
         steps.append(weights(trainer.model) - before)
         everyone = [torch.empty_like(steps[-1]) for _ in range(WORLD)]
         dist.all_gather(everyone, steps[-1])

@@ -6,7 +6,7 @@ import math
 from itertools import pairwise
 
 import pytest
-from test_trainer import config, make_trainer
+from helpers.training import config, make_trainer
 
 from selfgen.training.schedules import SCHEDULES
 

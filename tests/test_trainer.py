@@ -7,69 +7,19 @@ import json
 import pytest
 import torch
 from datasets import Dataset, DatasetDict, concatenate_datasets
-from models import VOCAB, tiny_model
-from test_data import ROWS, TEMPLATE, make_tokenizer
+from helpers.data import ROWS, TEMPLATE, make_tokenizer
+from helpers.training import Tokenizer, config, make_trainer, rows, weights
+from models import tiny_model
 from torch.nn.functional import cross_entropy
 from transformers import AutoModelForCausalLM, Trainer, TrainingArguments
 
-from selfgen import BSSConfig, BSSTrainer, ContextGenerator
+from selfgen import BSSTrainer, ContextGenerator
 from selfgen.data import Collator, rows_of
 from selfgen.evaluation import held_out_losses, row_losses
 from selfgen.generation import answer
 from selfgen.training.bss import check_processes, step_seed
 
 LOGGED = {"self_share", "agreement", "passes", "computed_per_token", "context_seconds", "training_seconds"}
-
-
-class Tokenizer:
-    """Just what the trainer asks of a tokenizer when the data is tokenized already."""
-
-    pad_token_id = 0
-    eos_token_id = 2
-
-    def save_pretrained(self, folder, **kwargs):
-        return ()
-
-
-def rows(count: int = 16, seed: int = 0) -> Dataset:
-    generator = torch.Generator().manual_seed(seed)
-
-    def ids(low, high):
-        length = int(torch.randint(low, high, (1,), generator=generator))
-        return torch.randint(3, VOCAB, (length,), generator=generator).tolist()
-
-    return Dataset.from_list([{"sample_id": i, "prompt_ids": ids(2, 6), "answer_ids": ids(3, 9)} for i in range(count)])
-
-
-def config(folder, **changes) -> BSSConfig:
-    defaults = {
-        "max_steps": 4,
-        "per_device_train_batch_size": 2,
-        "gradient_accumulation_steps": 2,
-        "learning_rate": 1e-2,
-        "logging_steps": 1,
-        "save_strategy": "no",
-        "use_cpu": True,
-        "disable_tqdm": True,
-        "self_prob": 0.5,
-        "max_length": 64,
-        "token_budget": 32,
-        "balance": 4,
-    }
-    return BSSConfig(str(folder), **{**defaults, **changes})
-
-
-def make_trainer(folder, model=None, data=None, **changes) -> BSSTrainer:
-    return BSSTrainer(
-        model or tiny_model("llama"),
-        config(folder, **changes),
-        train_dataset=data or rows(),
-        processing_class=Tokenizer(),
-    )
-
-
-def weights(model) -> torch.Tensor:
-    return torch.cat([parameter.detach().flatten() for parameter in model.parameters()])
 
 
 def test_a_step_trains_on_mixed_inputs_and_reference_labels(tmp_path):

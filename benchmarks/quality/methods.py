@@ -96,7 +96,7 @@ class OfflineTrainer(BSSTrainer):
 
     _round = 0
 
-    def _generate(self, rows, self_prob: float) -> MixedContext:
+    def make_contexts(self, rows, self_prob: float) -> MixedContext:
         now = self.state.global_step * ROUNDS // self.state.max_steps
         if now == 0:
             self_prob = 0.0
@@ -104,7 +104,7 @@ class OfflineTrainer(BSSTrainer):
             self._round = now
             snapshot = copy.deepcopy(self.accelerator.unwrap_model(self.model))
             self.generator = self.args.generator(snapshot)
-        return super()._generate(rows, self_prob)
+        return super().make_contexts(rows, self_prob)
 
 
 class ApproximateTrainer(BSSTrainer):
@@ -112,7 +112,7 @@ class ApproximateTrainer(BSSTrainer):
 
     passes = 1
 
-    def _generate(self, rows, self_prob: float) -> MixedContext:
+    def make_contexts(self, rows, self_prob: float) -> MixedContext:
         prompts, references = ([getattr(row, name).tolist() for row in rows] for name in ("prompt", "reference"))
         batch = Rows(prompts, references, [row.sample_id for row in rows])
         model = self.generator.model.eval()

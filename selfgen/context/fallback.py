@@ -7,6 +7,7 @@ they differ a slower strategy is taken.
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -19,6 +20,8 @@ import selfgen_kernels as kernels
 from .batch import left_pad
 from .free_running import Prompts, Work
 
+logger = logging.getLogger(__name__)
+
 
 class _Strategy(NamedTuple):
     """How rows are computed."""
@@ -26,6 +29,10 @@ class _Strategy(NamedTuple):
     padded: bool  # with prompts of other lengths
     together: bool  # with other rows
     cache: bool
+
+    def __str__(self) -> str:
+        rows = "rows of any length together" if self.padded else "rows of one length together"
+        return f"{rows if self.together else 'row by row'}, {'over a cache' if self.cache else 'without a cache'}"
 
 
 _STRATEGIES = (
@@ -70,11 +77,11 @@ class Fallback:
                 except _FAULTS as error:
                     if recompute or len(self._strategies) == 1 or isinstance(error, torch.OutOfMemoryError):
                         raise
-                    self._next_strategy()
+                    self._next_strategy(error)
                     continue
                 passes, tokens_computed = passes + sampler.passes, tokens_computed + sampler.tokens_computed
                 if not recompute and not self._suits(rows, prompts, answers, sampler.logits):
-                    self._next_strategy()
+                    self._next_strategy("logits differ from those of each row's own forward")
                     continue
                 for row, answer in zip(rows, answers, strict=True):
                     finish(row, answer)
@@ -101,8 +108,14 @@ class Fallback:
         ends = [torch.isin(answer, prompts.stop_ids).nonzero().flatten().tolist() for answer in found]
         return [answer[: end[0] + 1 if end else limit] for answer, end in zip(found, ends, strict=True)]
 
-    def _next_strategy(self) -> None:
+    def _next_strategy(self, reason: object) -> None:
         del self._strategies[0]
+        logger.warning(
+            "%s: answers are computed %s from now on, which is slower: %s",
+            type(self.model).__name__,
+            self._strategies[0],
+            reason,
+        )
         self._shown = 0
 
     def _suits(self, rows: list[int], prompts: Prompts, answers: list[Tensor], found: list[Tensor]) -> bool:

@@ -8,7 +8,7 @@ from contextlib import contextmanager, nullcontext
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from .hidden_states import HiddenStates
+from .hidden_states import HiddenStates, captured
 from .packed import packed_linears
 from .ragged import RaggedCache, RaggedPass, ragged_logits, ragged_model
 
@@ -33,7 +33,7 @@ class Forward:
         if self._busy:
             raise RuntimeError("the generator is at work already, in another thread or inside a pass: use a second one")
         self._busy, self.hidden_states = True, hidden_states
-        kept = nullcontext() if hidden_states is None else hidden_states.capture(self._keep)
+        kept = nullcontext() if hidden_states is None else captured(hidden_states.layers, self._target)
         try:
             self._begin(num_slots)
             with ragged_model(self.model), packed_linears(self.model), kept:
@@ -54,10 +54,10 @@ class Forward:
     def _end(self) -> None:
         vars(self).pop("cache", None)  # and the K/V with it
 
-    def _keep(self, index: int, hidden: Tensor) -> None:
-        """What enters decoder layer ``index`` in a pass, or leaves the last one: [1, N, hidden_size]."""
+    def _target(self) -> tuple[HiddenStates, Tensor | slice]:
+        """Where the pass that is being run leaves its hidden states, and at which slots."""
         assert self.hidden_states is not None
-        self.hidden_states.put(self.cache.current.slots, hidden[0], index)
+        return self.hidden_states, self.cache.current.slots
 
     def __call__(self, ragged_pass: RaggedPass, tokens: Tensor, index: Tensor) -> Tensor:
         """Compute a pass of ``tokens`` [slots]; returns logits [M, V] at its places ``index`` [M].

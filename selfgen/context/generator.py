@@ -46,31 +46,27 @@ METHODS = ("fixed_point", "sequential")
 class ContextGenerator:
     """Mixed contexts for batch-scheduled sampling (arXiv 2410.14655), made with the model's current weights.
 
-        Args:
-            model: a causal language model of transformers, or a PEFT model around one. It is left as it was; while
-                contexts are made it is in eval mode (no dropout) and without gradients.
-            temperature: of the model's own tokens; 0 is greedy. At least 0.
-            token_budget: most tokens computed in one pass of ``method="fixed_point"``, at least 1: a cap on memory.
-            balance: how many tokens cost as much as a pass by itself, above 0; speculation is weighed by it. What is not
-                given of these two is measured on the model's device, once. They change the cost; the tokens only where
-                rounding turns a near tie, which takes a low precision (docs/exactness.md).
-            masks: how the positions that are the model's own are drawn; single tokens by default.
-            cuda_graphs: on an NVIDIA GPU, replay passes as CUDA graphs. Between generations they keep the K/V of one, and
-                the hidden states and logits of a pass (up to 2 GiB together), until `release`. Python code in the model,
-                such as a hook that counts, does not run in a replay.
+    Args:
+        model: a causal language model of transformers, or a PEFT model around one. It is left as it was; while
+            contexts are made it is in eval mode (no dropout) and without gradients.
+        temperature: of the model's own tokens; 0 is greedy. At least 0.
+        token_budget: most tokens computed in one pass of ``method="fixed_point"``, at least 1: a cap on memory.
+        balance: how many tokens cost as much as a pass by itself, above 0; speculation is weighed by it. What is not
+            given of these two is measured on the model's device, once. They change the cost; the tokens only where
+            rounding turns a near tie, which takes a low precision (docs/exactness.md).
+        masks: how the positions that are the model's own are drawn; single tokens by default.
+        cuda_graphs: on an NVIDIA GPU, replay passes as CUDA graphs. Between generations they keep the K/V of one, and
+            the hidden states and logits of a pass (up to 2 GiB together), until `release`. Python code in the model,
+            such as a hook that counts, does not run in a replay.
 
-        Raises:
-            TypeError: ``model`` is not a transformers model, or its weights have more than one dtype.
-    <<<<<<< HEAD
-            ValueError: ``temperature``, ``token_budget`` or ``balance`` out of range.
-    =======
-            ValueError: ``temperature`` or ``token_budget`` out of range, or the model is split over processes.
-    >>>>>>> versions
+    Raises:
+        TypeError: ``model`` is not a transformers model, or its weights have more than one dtype.
+        ValueError: ``temperature``, ``token_budget`` or ``balance`` out of range, or the model is split over processes.
 
-        Example:
-            >>> generator = ContextGenerator(model)
-            >>> mixed = generator.contexts([[1, 2, 3]], [[4, 5, 6]], 0.25, seed=0, sample_ids=[17])
-            >>> mixed.tokens[0], mixed.is_self[0], mixed.stats.passes
+    Example:
+        >>> generator = ContextGenerator(model)
+        >>> mixed = generator.contexts([[1, 2, 3]], [[4, 5, 6]], 0.25, seed=0, sample_ids=[17])
+        >>> mixed.tokens[0], mixed.is_self[0], mixed.stats.passes
     """
 
     def __init__(

@@ -18,7 +18,7 @@ from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 from transformers import PreTrainedModel
 
 from .forward import Forward
-from .hidden_states import check_like
+from .hidden_states import HiddenStates
 from .models import vocab_size_of
 from .ragged import RaggedCache, RaggedPass, ragged_logits
 
@@ -64,10 +64,10 @@ class _Size:
 class _Results:
     """What passes write, one after the other into the same memory."""
 
-    def __init__(self, room: int, layers: int):
-        self.room, self.layers = room, layers
+    def __init__(self, model: PreTrainedModel, room: int):
+        self.model, self.room = model, room
         self.logits: dict[int, Tensor] = {}  # by their number of places: [places, V]
-        self.hidden: Tensor | None = None  # [layers + 1, room, hidden_size]
+        self.hidden: HiddenStates | None = None  # a slot for each token of a pass
 
     def keep_logits(self, logits: Tensor) -> None:
         places = len(logits)
@@ -75,11 +75,10 @@ class _Results:
             self.logits[places] = torch.empty_like(logits)
         self.logits[places].copy_(logits)
 
-    def keep(self, index: int, hidden: Tensor) -> None:
+    def hidden_states(self) -> HiddenStates:
         if self.hidden is None:
-            self.hidden = hidden.new_empty(self.layers + 1, self.room, hidden.shape[2])
-        check_like(self.hidden, hidden)
-        self.hidden[index, : hidden.shape[1]] = hidden[0]
+            self.hidden = HiddenStates(self.model, self.room)
+        return self.hidden
 
 
 class _Recorded:
@@ -146,7 +145,7 @@ class GraphedForward(Forward):
             self.release()
             step = max(1024, (1 << num_slots.bit_length()) // 8)  # so that the next generation fits, too
             self.cache = RaggedCache(self.model, -(-num_slots // step) * step)
-            self._results = _Results(min(self._most_tokens, self.cache.num_slots), self._layers)
+            self._results = _Results(self.model, min(self._most_tokens, self.cache.num_slots))
             self._state = state
 
     def _end(self) -> None:
@@ -166,12 +165,11 @@ class GraphedForward(Forward):
         self._off, self._results, self._pool = True, None, None
         self._recorded.clear()
 
-    def _keep(self, index: int, hidden: Tensor) -> None:
-        if self._recording:
-            assert self._results is not None
-            self._results.keep(index, hidden)
-        else:
-            super()._keep(index, hidden)
+    def _target(self) -> tuple[HiddenStates, Tensor | slice]:
+        if not self._recording:
+            return super()._target()
+        assert self._results is not None
+        return self._results.hidden_states(), slice(self.cache.current.num_tokens)
 
     def __call__(self, ragged_pass: RaggedPass, tokens: Tensor, index: Tensor) -> Tensor:
         size, results = _Size.of(ragged_pass, index, self.hidden_states is not None), self._results
@@ -187,8 +185,8 @@ class GraphedForward(Forward):
         if recorded.replay is not None:
             recorded.replay()
         if self.hidden_states is not None:
-            assert results.hidden is not None
-            self.hidden_states.put(ragged_pass.slots, results.hidden[:, : ragged_pass.num_tokens])
+            kept = results.hidden_states().states[:, : ragged_pass.num_tokens]
+            self.hidden_states.write(ragged_pass.slots, kept)
         return results.logits[size.places][: len(index)]
 
     def _prepare(self, recorded: _Recorded, known: bool) -> bool:

@@ -53,12 +53,6 @@ def _noise(model: nn.Module) -> str | None:
     return None
 
 
-def check_like(states: Tensor, hidden: Tensor) -> None:
-    """Raises ReuseError if the hidden states of a layer have another dtype than those of the layers before it."""
-    if hidden.dtype != states.dtype:
-        raise ReuseError(f"hidden states are {states.dtype} in one layer and {hidden.dtype} in another")
-
-
 class HiddenStates:
     """What entered each decoder layer, and what left the last one, at every slot of a generation.
 
@@ -70,41 +64,59 @@ class HiddenStates:
     def __init__(self, model: PreTrainedModel, num_slots: int):
         self.layers = decoder_layers(model)
         self.num_slots = num_slots
-        self._left: Tensor | None = None  # the last layer
 
-    @contextmanager
-    def capture(self, keep: Callable[[int, Tensor], None]) -> Iterator[None]:
-        """Inside, ``keep`` gets what enters each decoder layer, and last what leaves the last one, each [1, N, H]."""
-        handles = []
-        for index, layer in enumerate(self.layers):
-            handles.append(layer.register_forward_pre_hook(partial(self._enters, index, keep)))
-            handles.append(layer.register_forward_hook(partial(self._leaves, index, keep)))
-        try:
-            yield
-        finally:
-            for handle in handles:
-                handle.remove()
+    def write(self, slots: Tensor | slice, hidden: Tensor, layer: int | slice = slice(None)) -> None:
+        """Keep what enters ``layer``, [N, hidden_size], or all layers, [layers + 1, N, hidden_size], at N slots.
 
-    def _enters(self, index: int, keep: Callable[[int, Tensor], None], _layer: nn.Module, args: tuple) -> None:
-        if not args or not isinstance(args[0], Tensor) or (index > 0 and args[0] is not self._left):
-            raise ReuseError("a decoder layer's first argument is not the hidden states that left the one before it")
-        keep(index, args[0])
-
-    def _leaves(self, index: int, keep: Callable[[int, Tensor], None], _layer: nn.Module, _args: tuple, output) -> None:
-        if not isinstance(output, Tensor):
-            raise ReuseError(f"a decoder layer returns a {type(output).__name__}, not hidden states alone")
-        self._left = output
-        if index + 1 == len(self.layers):
-            self._left = None
-            keep(index + 1, output)
-
-    def put(self, slots: Tensor, hidden: Tensor, index: int | None = None) -> None:
-        """Keep what enters layer ``index``, [N, hidden_size], or all layers, [layers + 1, N, hidden_size]."""
+        Raises:
+            ReuseError: another dtype than that of what is there already.
+        """
         if not hasattr(self, "states"):
             self.states = hidden.new_zeros(len(self.layers) + 1, self.num_slots + 1, hidden.shape[-1])
-        check_like(self.states, hidden)
-        (self.states if index is None else self.states[index]).index_copy_(-2, slots, hidden)
+        if hidden.dtype != self.states.dtype:
+            raise ReuseError(f"hidden states are {self.states.dtype} in one layer and {hidden.dtype} in another")
+        if isinstance(slots, slice):
+            self.states[layer, slots] = hidden
+        else:
+            self.states[layer].index_copy_(-2, slots, hidden)
 
     def at(self, index: int, slots: Tensor) -> Tensor:
         """[B, L, hidden_size] of ``slots`` [B, L], where slot S is padding."""
         return self.states[index][slots]
+
+
+Target = Callable[[], tuple[HiddenStates, Tensor | slice]]
+"""Where the pass that is being run leaves its hidden states, and at which slots."""
+
+
+@contextmanager
+def captured(layers: list[GradientCheckpointingLayer], target: Target) -> Iterator[None]:
+    """Inside, every pass writes what enters each of its decoder layers, and what leaves the last one, to ``target``."""
+    left: list[Tensor] = []  # the layer before, in this pass
+
+    def write(index: int, hidden: Tensor) -> None:
+        states, slots = target()
+        states.write(slots, hidden[0], index)
+
+    def enters(index: int, _layer: nn.Module, args: tuple) -> None:
+        if not args or not isinstance(args[0], Tensor) or (index > 0 and (not left or args[0] is not left[0])):
+            raise ReuseError("a decoder layer's first argument is not the hidden states that left the one before it")
+        write(index, args[0])
+
+    def leaves(index: int, _layer: nn.Module, _args: tuple, output) -> None:
+        if not isinstance(output, Tensor):
+            raise ReuseError(f"a decoder layer returns a {type(output).__name__}, not hidden states alone")
+        left[:] = [output]
+        if index + 1 == len(layers):
+            left.clear()
+            write(index + 1, output)
+
+    handles = []
+    for index, layer in enumerate(layers):
+        handles.append(layer.register_forward_pre_hook(partial(enters, index)))
+        handles.append(layer.register_forward_hook(partial(leaves, index)))
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()

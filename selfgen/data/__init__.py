@@ -7,7 +7,7 @@
 >>> batch = Collator(pad_token_id=tokenizer.eos_token_id)([examples[0], examples[1]])
 """
 
-from .batches import IGNORE_INDEX, Collator, pad_token_id, rows_of
+from .batches import IGNORE_INDEX, Collator, pad_token_id, rows_of, write_contexts_into
 from .loading import load_rows
 from .templates import answer_ends
 from .tokenizing import DataReport, RowOptions, check_sample_ids, tokenize_rows
@@ -23,4 +23,5 @@ __all__ = [
     "pad_token_id",
     "rows_of",
     "tokenize_rows",
+    "write_contexts_into",
 ]

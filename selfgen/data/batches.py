@@ -1,5 +1,6 @@
 """Padded batches of tokenized rows."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -27,32 +28,37 @@ class Collator:
     pad_token_id: int
 
     def __call__(self, features: list[dict[str, Any]]) -> dict[str, Tensor]:
-        prompt_length = torch.tensor([len(f["prompt_ids"]) for f in features])  # [B]
-        answer_length = torch.tensor([len(f["answer_ids"]) for f in features])  # [B]
-        rows = [torch.tensor([*f["prompt_ids"], *f["answer_ids"]]) for f in features]
+        prompts, answers = ([torch.as_tensor(f[name]) for f in features] for name in ("prompt_ids", "answer_ids"))
+        return self.pad(prompts, answers, [f["sample_id"] for f in features])
+
+    def pad(self, prompts: list[Tensor], answers: list[Tensor], sample_ids: list[int]) -> dict[str, Tensor]:
+        """The batch of B rows that are prompts [P_i] and answers [T_i], int64 on one device."""
+        prompt_length, answer_length = (torch.tensor([len(row) for row in rows]) for rows in (prompts, answers))  # [B]
+        rows = [torch.cat(row) for row in zip(prompts, answers, strict=True)]
         input_ids = pad_sequence(rows, batch_first=True, padding_value=self.pad_token_id)  # [B, L]
 
         position = torch.arange(input_ids.shape[1])  # [L]
         attention_mask = position < (prompt_length + answer_length)[:, None]  # [B, L]
         is_answer = attention_mask & (position >= prompt_length[:, None])  # [B, L]
-        return {
-            "input_ids": input_ids,
+        columns = {
             "attention_mask": attention_mask.long(),
-            "labels": input_ids.masked_fill(~is_answer, IGNORE_INDEX),
-            "sample_id": torch.tensor([f["sample_id"] for f in features]),
+            "sample_id": torch.tensor(sample_ids),
             "prompt_length": prompt_length,
             "answer_length": answer_length,
         }
+        labels = input_ids.masked_fill(~is_answer.to(input_ids.device), IGNORE_INDEX)
+        there = {name: column.to(input_ids.device) for name, column in columns.items()}
+        return {"input_ids": input_ids, "labels": labels, **there}
 
 
 @dataclass
 class Row:
-    """One row of a collated batch; ``answer`` is the view of ``input_ids`` that the mixed context goes to."""
+    """One row of a collated batch: views of its columns."""
 
     sample_id: int
     prompt: Tensor  # [P]
-    answer: Tensor  # [T]
-    reference: Tensor  # [T]
+    answer: Tensor  # [T]: what ``input_ids`` have there, the reference or a mixed context
+    reference: Tensor  # [T]: the labels
 
 
 def rows_of(batch: dict[str, Tensor]) -> list[Row]:
@@ -72,6 +78,15 @@ def rows_of(batch: dict[str, Tensor]) -> list[Row]:
         span = slice(prompt, prompt + answer)
         rows.append(Row(sample_id, ids[:prompt], ids[span], labels[span]))
     return rows
+
+
+def write_contexts_into(
+    batch: dict[str, Tensor], contexts: Sequence[Tensor | Sequence[int]], column: str = "input_ids"
+) -> None:
+    """Write the context of each row, [T_i], over its answer in a column [B, L] of a collated batch."""
+    spans = zip(batch["prompt_length"].tolist(), batch["answer_length"].tolist(), strict=True)
+    for row, context, (prompt, answer) in zip(batch[column], contexts, spans, strict=True):
+        row[prompt : prompt + answer] = torch.as_tensor(context, device=row.device)
 
 
 def lengths_of(batch: dict[str, list]) -> dict[str, list[int]]:

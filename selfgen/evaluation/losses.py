@@ -19,7 +19,7 @@ from tqdm.auto import tqdm
 
 from ..context import ContextGenerator
 from ..context.generator import Method
-from ..data import IGNORE_INDEX, Collator
+from ..data import IGNORE_INDEX, Collator, write_contexts_into
 
 _BUCKETS = 16  # at most, in a curve
 
@@ -108,11 +108,11 @@ def _token_losses(generator: ContextGenerator, rows: Sequence[dict[str, Any]], c
     """Cross-entropy of each reference token, [T_i] a row, with ``contexts`` as input."""
     model, collate = generator.model, Collator(pad_token_id=0)  # padding is masked
     batch = {key: value.to(model.device) for key, value in collate(list(rows)).items()}
-    input_ids = batch["input_ids"]
-    for row, prompt, tokens in zip(input_ids, batch["prompt_length"].tolist(), contexts, strict=True):
-        row[prompt : prompt + len(tokens)] = tokens
+    write_contexts_into(batch, contexts)
     with generator.computing():
-        logits = model(input_ids=input_ids, attention_mask=batch["attention_mask"], use_cache=False).logits  # [B, L, V]
+        logits = model(
+            input_ids=batch["input_ids"], attention_mask=batch["attention_mask"], use_cache=False
+        ).logits  # [B, L, V]
     labels = batch["labels"][:, 1:]
     learned = labels != IGNORE_INDEX
     losses = F.cross_entropy(logits[:, :-1][learned].float(), labels[learned], reduction="none")

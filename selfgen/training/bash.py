@@ -19,7 +19,7 @@ from transformers import PreTrainedModel
 
 from ..context import ContextStats
 from ..context.models import vocab_size_of
-from ..data import Collator, rows_of
+from ..data import Collator, rows_of, write_contexts_into
 from ..stored_contexts import CONTEXT_COLUMNS, ROW_COLUMNS, load_contexts
 from .batches import learn_after_self
 from .bss import BSSTrainer
@@ -39,10 +39,8 @@ class ContextCollator(Collator):
         if not set(CONTEXT_COLUMNS) <= set(features[0]):
             return batch
         batch["is_self"] = torch.zeros_like(batch["input_ids"], dtype=torch.bool)
-        for index, row in enumerate(features):
-            span = slice(len(row["prompt_ids"]), len(row["prompt_ids"]) + len(row["answer_ids"]))
-            batch["input_ids"][index, span] = torch.tensor(row["context_ids"])
-            batch["is_self"][index, span] = torch.tensor(row["is_self"])
+        for column, name in (("input_ids", "context_ids"), ("is_self", "is_self")):
+            write_contexts_into(batch, [row[name] for row in features], column)
         return batch
 
 
@@ -81,20 +79,22 @@ class BASHTrainer(BSSTrainer):
         if train_dataset is not None:
             _check_fit(train_dataset, self.generator.model, args.max_length)
 
-    def mix(self, batches: list[dict[str, Tensor]]) -> None:
-        """The contexts are in ``input_ids`` already; note down what they are like."""
-        self.meter.contexts_begin()
+    def mix(self, batches: list[dict[str, Tensor]]) -> tuple[ContextStats, None]:
+        """The contexts are in ``input_ids`` already; tell what they are like."""
+        self_tokens = agreeing = 0
         for batch in batches:
             is_self = batch["is_self"]
-            agreeing = is_self & (batch["input_ids"] == batch["labels"])
-            stats = ContextStats.untouched(batch["prompt_length"].tolist(), batch["answer_length"].tolist())
-            self_tokens = int(is_self.sum())
-            agreement = int(agreeing.sum()) / self_tokens if self_tokens else 1.0
-            self.meter.contexts_end(replace(stats, self_tokens=self_tokens, agreement=agreement))
+            self_tokens += int(is_self.sum())
+            agreeing += int((is_self & (batch["input_ids"] == batch["labels"])).sum())
+        lengths = [
+            torch.cat([batch[name] for batch in batches]).tolist() for name in ("prompt_length", "answer_length")
+        ]
         if self.args.loss_on == "after_self" and self._has_self_tokens:
             for batch in batches:
                 for row, is_self in zip(rows_of(batch), batch["is_self"], strict=True):
                     learn_after_self(row.reference, is_self[len(row.prompt) :][: len(row.reference)])
+        agreement = agreeing / self_tokens if self_tokens else 1.0
+        return replace(ContextStats.untouched(*lengths), self_tokens=self_tokens, agreement=agreement), None
 
     def compute_loss(self, model, inputs, *args, **kwargs):
         inputs = {name: value for name, value in inputs.items() if name != "is_self"}

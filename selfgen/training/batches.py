@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass, field
 from itertools import accumulate
 
 import torch
@@ -32,6 +33,28 @@ def learn_after_self(labels: Tensor, is_self: Tensor) -> None:
     labels[own.cumsum(0) == own] = IGNORE_INDEX
 
 
+@dataclass
+class Step:
+    """The optimizer step that is being trained on."""
+
+    waiting: list[dict[str, Tensor]] = field(default_factory=list)  # micro-batches without contexts yet
+    ready: int = 0  # micro-batches with contexts that are not trained on yet
+    passes: RowSlots | None = None  # what making their contexts has computed, where it may be reused
+
+    def take(self, count: int | None) -> list[dict[str, Tensor]]:
+        """The next micro-batches, all of them by default, whose contexts are made now."""
+        self.passes = None
+        taken, self.waiting = self.waiting[:count], self.waiting[count:] if count else []
+        self.ready = len(taken)
+        return taken
+
+    def trained(self) -> None:
+        """A micro-batch is done."""
+        self.ready -= 1
+        if self.ready <= 0:
+            self.passes = None
+
+
 class RowSlots:
     """The hidden states of a generation, and where in them its rows are."""
 
@@ -41,7 +64,7 @@ class RowSlots:
         self.first_slot = {row.sample_id: start for row, start in zip(rows, starts, strict=False)}
 
     def slots(self, batch: dict[str, Tensor]) -> Tensor:
-        """int64 [B, L], with the slot behind the last one as padding."""
+        """int64 [B, L], with the slot after the last one as padding."""
         ids = batch["input_ids"]
         first = torch.tensor([self.first_slot[row] for row in batch["sample_id"].tolist()], device=ids.device)
         places = torch.arange(ids.shape[1], device=ids.device)

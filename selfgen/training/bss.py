@@ -19,12 +19,12 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, T
 from ..context import ContextStats, MixedContext
 from ..context.hidden_states import ReuseError, decoder_layers
 from ..context.models import max_positions
-from ..data import Collator, answer_ends, check_sample_ids, load_rows, pad_token_id, rows_of
+from ..data import Collator, answer_ends, check_sample_ids, load_rows, pad_token_id, rows_of, write_contexts_into
 from ..data.batches import ROWS, Row, lengths_of
-from .batches import RowSlots, learn_after_self, unique_rows
+from .batches import RowSlots, Step, learn_after_self, unique_rows
 from .checkpoints import SETTINGS, check_resumed, resumed_settings
 from .config import BSSConfig
-from .losses import AnswerLoss
+from .losses import AnswerLoss, calls_loss_function
 from .meter import Meter, StepTimer
 from .reuse import reuse_passes
 from .schedules import Schedule
@@ -113,9 +113,7 @@ class BSSTrainer(Trainer):
                 "the model has no parameter that is trained; adapters are loaded frozen: give "
                 "PeftModel.from_pretrained(..., is_trainable=True), or merge them into the model"
             )
-        self._waiting: list[dict[str, Tensor]] = []  # micro-batches of this optimizer step, without contexts yet
-        self._mixed = 0  # micro-batches with contexts that are not trained on yet
-        self._reused: RowSlots | None = None
+        self._step = Step()
         self._reuse_verified = False
         self._reuses = self._may_reuse()
         self._answer_loss = self._make_loss()
@@ -139,7 +137,7 @@ class BSSTrainer(Trainer):
         batches, num_items = super().get_batch_samples(epoch_iterator, num_batches, device)
         self.meter.step_begin()
         batches = self.prepare_batches(batches)
-        self._waiting, self._mixed = list(batches), 0
+        self._step = Step(list(batches))
         self._mix_next()
         if self.args.loss_on != "all":
             num_items = self._get_num_items_in_batch(batches, device)
@@ -153,7 +151,7 @@ class BSSTrainer(Trainer):
         try:
             return super().train(*args, **kwargs)
         finally:
-            self._reused = None  # where the last step failed or was broken off
+            self._step = Step()  # where the last one failed or was broken off
             self.generator.release()
 
     def _save(self, output_dir=None, state_dict=None):
@@ -168,47 +166,54 @@ class BSSTrainer(Trainer):
         super()._load_from_checkpoint(resume_from_checkpoint, model)
 
     def training_step(self, model, inputs, num_items_in_batch=None):
-        if self._mixed == 0:
+        if self._step.ready == 0:
             self._mix_next()
+        if self._step.ready == 0:
+            raise RuntimeError(
+                "training_step got a micro-batch without contexts: transformers' Trainer did not hand this step's "
+                "micro-batches to get_batch_samples, where they are made. It would train on references alone; install "
+                "a version of transformers that selfgen supports, or call get_batch_samples before training_step"
+            )
         try:
             return super().training_step(model, inputs, num_items_in_batch)
         finally:
-            self._mixed = max(0, self._mixed - 1)
-            if self._mixed == 0:
-                self._reused = None
+            self._step.trained()
 
     def _mix_next(self) -> None:
-        count = self.args.context_micro_batches or len(self._waiting)
-        batches, self._waiting = self._waiting[:count], self._waiting[count:]
-        self._mixed = len(batches)
+        batches = self._step.take(self.args.context_micro_batches)
         if batches:
-            self.mix(batches)
+            self.meter.contexts_begin()
+            stats, self._step.passes = self.mix(batches)
+            self.meter.contexts_end(stats)
 
-    def mix(self, batches: list[dict[str, Tensor]]) -> None:
-        """Replace the answers in ``input_ids`` by mixed contexts, for all micro-batches at once; labels stay."""
-        self._reused = None  # of a step that failed or was broken off
-        self.meter.contexts_begin()
+    def mix(self, batches: list[dict[str, Tensor]]) -> tuple[ContextStats, RowSlots | None]:
+        """Write mixed contexts over the answers in ``input_ids``, for all micro-batches at once; labels stay.
+
+        Returns what they are like and what they cost, and what their passes computed, where the step may reuse it.
+        """
         self_prob = self.args.self_prob_at(self.state.global_step, self.state.max_steps, self.schedule)
-        rows = [row for batch in batches for row in rows_of(batch)]
-        if self_prob > 0.0:
-            unique = unique_rows(rows)
-            mixed = self._generate(unique, self_prob)
-            tokens = dict(zip((row.sample_id for row in unique), mixed.tokens, strict=True))
-            for row in rows:
-                row.answer.copy_(tokens[row.sample_id])
+        rows = [rows_of(batch) for batch in batches]
+        unique = unique_rows([row for part in rows for row in part])
+        if self_prob == 0.0:
+            lengths = ([len(row.prompt), len(row.reference)] for part in rows for row in part)
+            return ContextStats.untouched(*zip(*lengths, strict=True)), None
+        mixed = self.make_contexts(unique, self_prob)
+        place = {row.sample_id: index for index, row in enumerate(unique)}
+        for batch, part in zip(batches, rows, strict=True):
+            write_contexts_into(batch, [mixed.tokens[place[row.sample_id]] for row in part])
             if self.args.loss_on == "after_self":
-                masks = dict(zip((row.sample_id for row in unique), mixed.is_self, strict=True))
-                for row in rows:
-                    learn_after_self(row.reference, masks[row.sample_id])
-            stats = mixed.stats
-            if mixed.hidden_states is not None:
-                self._reused = RowSlots(mixed.hidden_states, unique)
-        else:
-            stats = ContextStats.untouched([len(row.prompt) for row in rows], [len(row.reference) for row in rows])
-        self.meter.contexts_end(stats)
+                for row in part:
+                    learn_after_self(row.reference, mixed.is_self[place[row.sample_id]])
+        return mixed.stats, None if mixed.hidden_states is None else RowSlots(mixed.hidden_states, unique)
 
-    def _generate(self, rows: list[Row], self_prob: float) -> MixedContext:
-        def generate() -> MixedContext:
+    def make_contexts(self, rows: list[Row], self_prob: float) -> MixedContext:
+        """The mixed contexts of a step's rows, each of another sample id, with the current weights.
+
+        A subclass may make them in another way. Where it keeps hidden states, they are those of a forward over the
+        contexts under the weights of this step.
+        """
+
+        def contexts() -> MixedContext:
             return self.generator.contexts(
                 [row.prompt for row in rows],
                 [row.reference for row in rows],
@@ -221,10 +226,10 @@ class BSSTrainer(Trainer):
 
         with self.accelerator.autocast():
             try:
-                return generate()
+                return contexts()
             except ReuseError as reason:
                 self._reuse_off(reason)
-                return generate()
+                return contexts()
 
     def _may_reuse(self) -> bool:
         """Whether to try: what only a pass can show is found out later."""
@@ -247,7 +252,7 @@ class BSSTrainer(Trainer):
 
     def _reuse_off(self, reason: object) -> bool:
         logger.warning("no reuse of passes, the training pass computes its own forward: %s", reason)
-        self._reuses, self._reused = False, None
+        self._reuses, self._step.passes = False, None
         return False
 
     def _make_loss(self) -> AnswerLoss | None:
@@ -269,6 +274,9 @@ class BSSTrainer(Trainer):
                 return None
         if not (lean or asked or args.loss_on != "all"):
             return None
+        if not calls_loss_function(self.generator.model):
+            self._keep_loss_of_model([*asked, *(["loss_on"] if args.loss_on != "all" else [])])
+            return None
         frozen = None
         if args.kl_model:
             frozen = AutoModelForCausalLM.from_pretrained(args.kl_model, dtype=self.generator.model.dtype)
@@ -281,12 +289,30 @@ class BSSTrainer(Trainer):
             frozen = self.generator.model if self._adapters() else copy.deepcopy(self.generator.model)
         if frozen is not None and frozen is not self.generator.model:
             frozen = frozen.to(args.device).requires_grad_(False).eval()
-        return AnswerLoss(
+        loss = AnswerLoss(
             self.generator.model,
             label_smoothing=args.label_smoothing_factor,
             kl_weight=args.kl_weight,
             frozen=frozen,
             lean=lean,
+        )
+        if loss.not_lean:
+            level = logging.WARNING if args.lean_loss else logging.INFO  # asked for, or a default
+            logger.log(level, "the loss is not lean, logits of all positions are in memory: %s", loss.not_lean)
+        return loss
+
+    def _keep_loss_of_model(self, needed: list[str]) -> None:
+        """Where the model's loss can't be replaced: fall back to it, or refuse what has to change it."""
+        name = type(self.generator.model).__name__
+        needed = [option for option in needed if option != "lean_loss"]
+        if needed:
+            raise ValueError(
+                f"{name} does not compute its loss through transformers' loss_function, so {', '.join(needed)} can't "
+                "change it: leave these out"
+            )
+        logger.warning(
+            "the loss is not lean, but that of %s itself: it does not compute it through transformers' loss_function",
+            name,
         )
 
     def _adapters(self):
@@ -333,8 +359,8 @@ class BSSTrainer(Trainer):
         return self.args.max_length
 
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
-        reused = self._reused if model.training else None
-        reusing = nullcontext if reused is None else partial(reuse_passes, reused.hidden_states, reused.slots(inputs))
+        passes = self._step.passes if model.training else None
+        reusing = nullcontext if passes is None else partial(reuse_passes, passes.hidden_states, passes.slots(inputs))
         row_weights = inputs.get("loss_weight")
         inputs = {key: value for key, value in inputs.items() if key not in _BOOKKEEPING}
         compute_loss = super().compute_loss
@@ -348,7 +374,7 @@ class BSSTrainer(Trainer):
             with own():
                 return compute_loss(model, dict(inputs), return_outputs, num_items_in_batch)  # may take labels out
 
-        if reused is not None and not self._reuse_verified:
+        if passes is not None and not self._reuse_verified:
             reusing = reusing if self._verify_reuse(model, loss, reusing) else nullcontext
         with reusing():
             return loss(model)
@@ -362,10 +388,13 @@ class BSSTrainer(Trainer):
             return True  # a micro-batch with nothing to learn shows nothing; the next one will
         self._reuse_verified = True
         try:
-            with reusing():
+            with reusing() as reused:
                 found = loss(unwrapped)  # with gradients, as only these show what the layers must have one of
         except ReuseError as reason:
             return self._reuse_off(reason)
+        layers = len(decoder_layers(self.generator.model))
+        if sorted(reused) != list(range(layers)):  # equal losses would show nothing
+            return self._reuse_off(f"{len(set(reused))} of {layers} decoder layers took what the passes computed")
         if isinstance(ordinary, tuple):  # with outputs
             ordinary, found = ordinary[0], found[0]
         difference = float((found.detach() - ordinary).abs() / ordinary.abs())

@@ -33,7 +33,7 @@ class AnswerLoss:
         label_smoothing: share of the target that is spread evenly over the vocabulary, in [0, 1].
         kl_weight: of KL(model || frozen) at each position, under the same context.
         frozen: the model to stay near to; ``model`` itself is meant where a context switches its adapters off.
-        lean: leave logits out where the model allows it.
+        lean: leave logits out where the model allows it; ``not_lean`` says why it does not.
     """
 
     def __init__(
@@ -46,7 +46,8 @@ class AnswerLoss:
         lean: bool = True,
     ):
         self.model, self.label_smoothing, self.kl_weight, self.frozen = model, label_smoothing, kl_weight, frozen
-        self.lean = lean and can_be_lean(model) and (frozen is None or can_be_lean(frozen))
+        self.not_lean = why_not_lean(model) or (why_not_lean(frozen) if frozen is not None else None) if lean else None
+        self.lean = lean and self.not_lean is None
 
     @contextmanager
     def inside(self, row_weights: Tensor | None = None, frozen_states: Tensor | None = None) -> Iterator[None]:
@@ -145,33 +146,51 @@ def _groups(row_weights: Tensor | None, learned: Tensor) -> list[tuple[float, Te
     return [(weight, row_weights == weight) for weight in sorted(set(row_weights.tolist())) if weight]
 
 
-def can_be_lean(model: PreTrainedModel) -> bool:
-    """Whether the model's logits are its head's product and nothing else, and its loss is replaced; asks the model."""
-    head = model.get_output_embeddings()
-    if type(head) is not nn.Linear or "forward" in vars(head):  # an adapter's layer, a hook's, ...
-        return False
-    if getattr(model.config.get_text_config(decoder=True), "final_logit_softcapping", None):
-        return False  # which small logits do not show
+def why_not_lean(model: PreTrainedModel) -> str | None:
+    """None if the model's logits are its head's product and nothing else, and its loss is replaced; asks the model."""
+    head, name = model.get_output_embeddings(), type(model).__name__
+    if type(head) is not nn.Linear or "forward" in vars(head):
+        return f"the head of {name} is a {type(head).__name__} with a forward of its own (an adapter's, a hook's, ...)"
+    if getattr(model.config.get_text_config(decoder=True), "final_logit_softcapping", None):  # which small ones hide
+        return f"{name} caps its logits (final_logit_softcapping)"
     ids = torch.arange(4, device=model.device)[None] % model.get_input_embeddings().weight.shape[0]
-    entered: list[Tensor] = []
-
-    def loss_function(logits, *_, **__):
-        entered.append(logits)
-        return logits.sum()
-
     try:
         with inference(model):
             logits = model(input_ids=ids, attention_mask=torch.ones_like(ids), use_cache=False).logits
-            with _loss_of(model, loss_function), _head_left_out(model):
-                model(input_ids=ids, attention_mask=torch.ones_like(ids), labels=ids, use_cache=False)
-            if not entered or entered[0].shape[-1] != head.in_features:
-                return False
-            expected = head(entered[0])
-    except Exception:  # whatever a model does to what it takes for logits
-        return False
+        with _head_left_out(model):
+            states = _given_to_loss(model, ids)
+    except Exception as error:  # whatever a model does to what it takes for logits
+        return f"{name} does not run without its head ({error})"
+    if states is None:
+        return f"{name} does not compute its loss through transformers' loss_function"
+    if states.shape[-1] != head.in_features:
+        return f"{name} changes what enters its head"
+    with torch.no_grad():
+        expected = head(states)
     usual = logits.isfinite()
     difference = (logits - expected)[usual].float().abs().max()
-    return bool(difference <= 1e-2 * expected[usual].float().abs().max())
+    if difference <= 1e-2 * expected[usual].float().abs().max():
+        return None
+    return f"{name} does more to its logits than multiply by its head"
+
+
+def calls_loss_function(model: PreTrainedModel) -> bool:
+    """Whether the model computes its loss through transformers' ``loss_function``, which can be replaced."""
+    ids = torch.arange(4, device=model.device)[None] % model.get_input_embeddings().weight.shape[0]
+    return _given_to_loss(model, ids) is not None
+
+
+def _given_to_loss(model: PreTrainedModel, ids: Tensor) -> Tensor | None:
+    """What the model hands to its loss function as logits; None if it does not call it."""
+    given: list[Tensor] = []
+
+    def loss_function(logits, *_, **__):
+        given.append(logits)
+        return logits.sum()
+
+    with inference(model), _loss_of(model, loss_function):
+        model(input_ids=ids, attention_mask=torch.ones_like(ids), labels=ids, use_cache=False)
+    return given[0] if given else None
 
 
 @contextmanager

@@ -16,6 +16,8 @@ from ..context import Answers, ContextStats
 from ..context.masks import check_probability
 from ..correction import DEFAULT_CUE, CorrectionCue
 from ..data import Collator, pad_token_id, rows_of
+from ..data.batches import Row
+from .batches import unique_rows
 from .bss import BSSTrainer, step_seed
 from .config import BSSConfig
 
@@ -124,18 +126,14 @@ class RACTrainer(BSSTrainer):
         return longest - cue
 
     def prepare_batches(self, batches: list[dict[str, Tensor]]) -> list[dict[str, Tensor]]:
-        """Micro-batches of correction rows; behind them, where they have a weight, the rows as they were."""
+        """Micro-batches of correction rows; after them, where they have a weight, the rows as they were."""
         if not batches:
             return batches
-        rows = [_features(batch) for batch in batches]
+        rows = [rows_of(batch) for batch in batches]
         self.meter.contexts_begin()
         own, work = self._own([row for part in rows for row in part])
         self.meter.contexts_end(work)
-        collate = Collator(pad_token_id(self.processing_class))
-        return [
-            self._correction_batch(part, own, collate, batch["input_ids"].device)
-            for part, batch in zip(rows, batches, strict=True)
-        ]
+        return [self._corrections(part, own) for part in rows]
 
     def get_batch_samples(self, epoch_iterator, num_batches, device):
         batches, num_items = super().get_batch_samples(epoch_iterator, num_batches, device)
@@ -152,31 +150,34 @@ class RACTrainer(BSSTrainer):
         first = [_half(batch, 0) if "loss_weight" in batch else batch for batch in batch_samples]
         return super()._get_num_items_in_batch(first, device)
 
-    def _correction_batch(self, rows: list[dict], own: dict[int, list[int]], collate: Collator, device) -> dict:
-        weights = [1.0] * len(rows)
-        corrections = [row | {"prompt_ids": self._correction_prompt(row, own[row["sample_id"]])} for row in rows]
-        if self.args.direct_weight > 0:
+    def _corrections(self, rows: list[Row], own: dict[int, list[int]]) -> dict[str, Tensor]:
+        """The micro-batch of some rows and their own answers."""
+        prompts = [self._correction_prompt(row, own[row.sample_id]) for row in rows]
+        ids, weights = [row.sample_id for row in rows], [1.0] * len(rows)
+        if self._weighs_rows:
+            prompts += [row.prompt for row in rows]
+            ids += [row ^ _DIRECT for row in ids]  # a row of its own, with own noise
             weights += [self.args.direct_weight] * len(rows)
-            rows = [row | {"sample_id": row["sample_id"] ^ _DIRECT} for row in rows]  # a row of its own, with own noise
-            corrections += rows
-        batch = collate(corrections)
-        if self.args.direct_weight > 0:
-            batch["loss_weight"] = torch.tensor(weights)
-        return {name: column.to(device) for name, column in batch.items()}
+        references = [row.reference for row in rows] * (len(ids) // len(rows))
+        batch = Collator(pad_token_id(self.processing_class)).pad(prompts, references, ids)
+        if self._weighs_rows:
+            batch["loss_weight"] = torch.tensor(weights, device=batch["input_ids"].device)
+        return batch
 
-    def _correction_prompt(self, row: dict, own: list[int]) -> list[int]:
-        """Prompt, own answer and cue; of the answer what there is room for."""
-        room = self.args.max_length - len(row["prompt_ids"]) - len(self._cue.ids) - len(row["answer_ids"])
+    def _correction_prompt(self, row: Row, own: list[int]) -> Tensor:
+        """Prompt, own answer and cue, int64 [P]; of the answer what there is room for."""
+        prompt, answer, cue = len(row.prompt), len(row.reference), len(self._cue.ids)
+        room = self.args.max_length - prompt - cue - answer
         if room < 0:
             raise ValueError(
-                f"row {row['sample_id']} has no room for the cue of {len(self._cue.ids)} tokens within max_length="
-                f"{self.args.max_length}: its prompt has {len(row['prompt_ids'])} tokens and its answer "
-                f"{len(row['answer_ids'])}; raise max_length, or leave the row out"
+                f"row {row.sample_id} has no room for the cue of {cue} tokens within max_length="
+                f"{self.args.max_length}: its prompt has {prompt} tokens and its answer {answer}; raise max_length, or "
+                "leave the row out"
             )
         own = self._cue.ended(own)
         self._shown += 1
         self._cut += len(own) > room
-        return self._cue.prompt(row["prompt_ids"], own[:room])
+        return torch.cat([row.prompt, row.prompt.new_tensor(self._cue.prompt([], own[:room]))])
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         if "loss" in logs and self._shown:
@@ -184,20 +185,20 @@ class RACTrainer(BSSTrainer):
             self._shown = self._cut = 0
         super().log(logs, start_time)
 
-    def _own(self, rows: list[dict]) -> tuple[dict[int, list[int]], ContextStats]:
+    def _own(self, rows: list[Row]) -> tuple[dict[int, list[int]], ContextStats]:
         """Own answers by sample id, and what they cost."""
         work = ContextStats.untouched([], [])
         cost: Answers | ContextStats
         if self.args.own_answer == "column":
             return self._own_answers, work
-        unique = list({row["sample_id"]: row for row in rows}.values())
-        ids, prompts = ([row[name] for row in unique] for name in ("sample_id", "prompt_ids"))
+        unique = unique_rows(rows)
+        ids, prompts = [row.sample_id for row in unique], [row.prompt for row in unique]
         seed = step_seed(self.args.seed, self.state.global_step, stream=1)
         with self.accelerator.autocast():
             if self.args.own_answer == "mixed":
                 mixed = self.generator.contexts(
                     prompts,
-                    [row["answer_ids"] for row in unique],
+                    [row.reference for row in unique],
                     self.args.own_answer_self_prob,
                     seed=seed,
                     sample_ids=ids,
@@ -236,11 +237,3 @@ class RACTrainer(BSSTrainer):
 def _half(batch: dict[str, Tensor], which: int) -> dict[str, Tensor]:
     """Labels of the corrections (0) or of the rows as they were (1)."""
     return {**batch, "labels": batch["labels"].chunk(2)[which]}
-
-
-def _features(batch: dict[str, Tensor]) -> list[dict]:
-    """The rows of a collated batch again, as ``tokenize_rows`` gave them."""
-    return [
-        {"sample_id": row.sample_id, "prompt_ids": row.prompt.tolist(), "answer_ids": row.reference.tolist()}
-        for row in rows_of(batch)
-    ]

@@ -20,18 +20,19 @@ from ..context.hidden_states import HiddenStates, ReuseError
 
 
 @contextmanager
-def reuse_passes(kept: HiddenStates, slots: Tensor) -> Iterator[None]:
+def reuse_passes(kept: HiddenStates, slots: Tensor) -> Iterator[list[int]]:
     """Inside, training forwards over [B, L] tokens whose slots are ``slots`` [B, L] reuse what is ``kept``.
 
-    Their backward may come later, outside.
+    Their backward may come later, outside. What is yielded gets the number of each layer that has reused its passes.
     """
+    reused: list[int] = []
     before = [{name: value for name, value in vars(layer).items() if name in _SWITCHES} for layer in kept.layers]
     try:
         for index, layer in enumerate(kept.layers):
             trainable = [parameter for parameter in layer.parameters() if parameter.requires_grad]
             layer.gradient_checkpointing = True
-            layer._gradient_checkpointing_func = partial(_reuse_layer, kept, index, slots, trainable)
-        yield
+            layer._gradient_checkpointing_func = partial(_reuse_layer, kept, reused, index, slots, trainable)
+        yield reused
     finally:
         for layer, switches in zip(kept.layers, before, strict=True):
             for name in _SWITCHES:
@@ -40,11 +41,19 @@ def reuse_passes(kept: HiddenStates, slots: Tensor) -> Iterator[None]:
 
 
 def _reuse_layer(
-    kept: HiddenStates, index: int, slots: Tensor, trainable: list[Tensor], forward: Callable, hidden: Tensor, *args
+    kept: HiddenStates,
+    reused: list[int],
+    index: int,
+    slots: Tensor,
+    trainable: list[Tensor],
+    forward: Callable,
+    hidden: Tensor,
+    *args,
 ) -> Tensor:
     given = args, getattr(forward, "keywords", {})
     if any(isinstance(leaf, Tensor) and leaf.requires_grad for leaf in tree_leaves(given)):
         raise ReuseError("a decoder layer has more than one input with a gradient")
+    reused.append(index)
     entering, leaving = partial(kept.at, index, slots), partial(kept.at, index + 1, slots)
     return _ReusedLayer.apply(lambda states: forward(states, *args), entering, leaving, hidden, *trainable)
 

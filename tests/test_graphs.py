@@ -10,11 +10,9 @@ from contextlib import nullcontext
 
 import pytest
 import torch
+from helpers.contexts import assert_equal, batch
+from helpers.training import generate, make_trainer, padded, rows
 from models import CONFIGS, tiny_model
-from test_contexts import assert_equal
-from test_on_gpu import batch
-from test_reuse import generate, padded
-from test_trainer import make_trainer, rows
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 

@@ -1,0 +1,228 @@
+"""The private and undocumented names of other libraries that this project leans on, each with what breaks without it.
+
+After an upgrade that fails somewhere else, read this test first.
+"""
+
+from __future__ import annotations
+
+import importlib
+import inspect
+
+import pytest
+import torch
+from models import tiny_model
+from torch import nn
+from transformers.cache_utils import CacheLayerMixin
+
+from selfgen.context.models import cache_argument
+from selfgen.context.ragged import RaggedLayer
+
+
+def arguments(*names: str):
+    """The function takes them by name."""
+
+    def check(function) -> bool:
+        return set(names) <= set(inspect.signature(function).parameters)
+
+    return check
+
+
+def mentions(*texts: str):
+    """What can be seen only when it runs: its source has the texts."""
+
+    def check(found) -> bool:
+        source = inspect.getsource(found)
+        return all(text in source for text in texts)
+
+    return check
+
+
+def exists(_) -> bool:
+    return True
+
+
+def can_be_set(found) -> bool:
+    return isinstance(found, property) and found.fset is not None
+
+
+def hooks_of_a_tensor(_) -> bool:
+    tensor = torch.zeros(1, requires_grad=True)
+    tensor.register_hook(lambda gradient: gradient)
+    hooked = bool(tensor._backward_hooks)
+    tensor._backward_hooks = None
+    return hooked
+
+
+def own_forward(_) -> bool:
+    module = nn.Linear(1, 1)
+    vars(module)["forward"] = lambda states: "own"
+    return module(torch.zeros(1)) == "own"
+
+
+def all_abstract_methods(_) -> bool:
+    return not CacheLayerMixin.__abstractmethods__ - set(vars(RaggedLayer))
+
+
+def forward_of_a_model(_) -> bool:
+    model = tiny_model("llama")
+    taken = inspect.signature(model.forward).parameters
+    return {cache_argument(model), "position_ids", "logits_to_keep", "use_cache"} <= set(taken) and any(
+        one.kind is one.VAR_KEYWORD for one in taken.values()
+    )
+
+
+UPSTREAM = [
+    # Passes over the ragged cache
+    ("transformers:PreTrainedModel._supports_attention_backend", exists, "every model is refused by fixed_point"),
+    ("transformers:PreTrainedConfig._attn_implementation", can_be_set, "passes would run a model's own attention"),
+    ("transformers:AttentionInterface.register", exists, "the ragged attention can't be put into a model"),
+    ("transformers.cache_utils:Cache.__init__", arguments("layers"), "RaggedCache can't be built of its layers"),
+    ("transformers.cache_utils:CacheLayerMixin", all_abstract_methods, "RaggedLayer can't be built: a new method"),
+    ("transformers.cache_utils:CacheLayerMixin.update", exists, "keys and values don't come to the ragged cache"),
+    ("transformers:LlamaForCausalLM.forward", forward_of_a_model, "ragged_logits can't hand over a pass"),
+    ("transformers:PreTrainedModel.warn_if_padding_and_no_attention_mask", exists, "passes wait for the device again"),
+    ("transformers:PreTrainedConfig.get_text_config", arguments("decoder"), "sizes of a model can't be read"),
+    ("transformers:PreTrainedModel._keep_in_fp32_modules", exists, "check_dtypes refuses models with fp32 parts"),
+    (
+        "transformers:PreTrainedModel._keep_in_fp32_modules_strict",
+        exists,
+        "check_dtypes refuses models with fp32 parts",
+    ),
+    # Reuse of passes
+    ("transformers.modeling_layers:GradientCheckpointingLayer.gradient_checkpointing", exists, "no pass is reused"),
+    (
+        "transformers.modeling_layers:GradientCheckpointingLayer",
+        mentions("self._gradient_checkpointing_func(partial("),
+        "no pass is reused: a layer calls no checkpointing function, or one of other arguments",
+    ),
+    ("torch.nn.modules.dropout:_DropoutNd", exists, "a model with dropout would be trained on inference's states"),
+    ("torch.nn:Dropout", lambda found: issubclass(found, nn.modules.dropout._DropoutNd), "dropout is not found"),
+    ("torch:Tensor._backward_hooks", hooks_of_a_tensor, "DDP's hooks run twice in the backward of a reused layer"),
+    ("torch.utils._pytree:tree_leaves", exists, "reuse can't look for a second input with a gradient"),
+    # Training
+    (
+        "transformers:Trainer.get_batch_samples",
+        arguments("epoch_iterator", "num_batches", "device"),
+        "contexts are not mixed before the step: plain fine-tuning",
+    ),
+    (
+        "transformers:Trainer",
+        mentions("self.get_batch_samples(", "self.training_step(", "self._get_num_items_in_batch("),
+        "contexts are not mixed before the step: plain fine-tuning",
+    ),
+    (
+        "transformers:Trainer._get_num_items_in_batch",
+        arguments("batch_samples", "device"),
+        "loss_on=after_self and RAC can't count what is learned",
+    ),
+    (
+        "transformers:Trainer.training_step",
+        arguments("model", "inputs", "num_items_in_batch"),
+        "context_micro_batches can't tell when the next ones are due",
+    ),
+    (
+        "transformers:Trainer.compute_loss",
+        arguments("model", "inputs", "return_outputs", "num_items_in_batch"),
+        "no pass is reused, and the project's losses are passed by",
+    ),
+    (
+        "transformers:Trainer",
+        mentions("self.label_smoother", "self.compute_loss_func"),
+        "labels are smoothed twice, or a loss of the user's is passed by",
+    ),
+    (
+        "transformers:Trainer",
+        mentions("self.is_fsdp_enabled", "self.is_deepspeed_enabled"),
+        "sharded weights that check_parallelism does not know of are not refused",
+    ),
+    ("transformers:Trainer._save", arguments("output_dir", "state_dict"), "checkpoints have no selfgen.json"),
+    (
+        "transformers:Trainer._load_from_checkpoint",
+        arguments("resume_from_checkpoint", "model"),
+        "a run is resumed with other settings without an error",
+    ),
+    ("transformers:TrainingArguments.length_column_name", exists, "group_by_length counts the wrong column"),
+    ("transformers:PreTrainedModel.loss_function", can_be_set, "lean_loss, kl_weight and row weights have no effect"),
+    (
+        "transformers:PreTrainedModel.loss_function",
+        lambda found: mentions("_loss_function")(found.fget),
+        "a model's own loss is not put back after a step",
+    ),
+    (
+        "accelerate:Accelerator.prepare_model",
+        mentions("_original_forward", "model.forward"),
+        "contexts are computed in another precision than training, and graphs replay casts that are out of date",
+    ),
+    (
+        "accelerate:Accelerator.__init__",
+        mentions("ACCELERATE_USE_FSDP", "ACCELERATE_USE_DEEPSPEED", "ACCELERATE_USE_MEGATRON_LM"),
+        "sharding that accelerate's launcher asks for is not refused by name",
+    ),
+    (
+        "accelerate:dispatch_model",
+        mentions("model.hf_device_map ="),
+        "layers on several devices are not refused by name",
+    ),
+    # Packed weights and graphs
+    (
+        "torch.nn:Module.__call__",
+        own_forward,
+        "packed weights and lean losses, which replace a forward, have no effect",
+    ),
+    ("torch.utils._python_dispatch:is_traceable_wrapper_subclass", exists, "graphs of quantized weights go wrong"),
+    ("torch.nn:Module.register_forward_pre_hook", mentions("self._forward_pre_hooks"), "graphs miss a new hook"),
+    ("torch.nn:Module.register_forward_hook", mentions("self._forward_hooks"), "graphs miss a new hook"),
+    # Kernels
+    ("torch._C._functorch:is_batchedtensor", exists, "ops under vmap are not refused or split"),
+    ("torch._C._functorch:is_functorch_wrapped_tensor", exists, "the checks of the ops run under transforms"),
+    ("torch._C:DispatchKey.Python", exists, "the checks of the ops run under tracing"),
+    ("torch._C:_dispatch_tls_is_dispatch_key_included", exists, "the checks of the ops run under tracing"),
+    ("torch._C:_len_torch_dispatch_stack", exists, "the checks of the ops run under tracing"),
+    ("torch.distributed.tensor:DTensor.placements", exists, "sharded weights are not refused by name"),
+    # Adapters
+    ("peft:PeftModel.get_base_model", exists, "the model inside an adapter's is not found"),
+    ("peft:PeftModel.disable_adapter", exists, "kl_weight compares an adapted model with itself"),
+    ("peft:PeftModel.active_peft_config", exists, "prompt-learning adapters are not refused"),
+    ("peft:PeftConfig.is_prompt_learning", exists, "prompt-learning adapters are not refused"),
+    ("peft.tuners.tuners_utils:BaseTunerLayer.adapter_layer_names", exists, "adapters in fp32 are refused"),
+    # The command line
+    ("transformers.hf_argparser:string_to_bool", exists, "YAML files can't set switches"),
+    ("transformers:HfArgumentParser", mentions("_argument_group_name"), "--help has no groups"),
+    ("argparse:ArgumentParser.add_argument_group", mentions("self._action_groups"), "--help has no groups"),
+    ("transformers.utils.hub:cached_file", exists, "provenance.json has no commit of a model"),
+    ("transformers.utils.hub:extract_commit_hash", exists, "provenance.json has no commit of a model"),
+]
+
+
+@pytest.mark.parametrize(
+    ("path", "check", "breaks"), UPSTREAM, ids=[f"{path}-{breaks}".replace(" ", "_") for path, _, breaks in UPSTREAM]
+)
+def test_what_we_lean_on(path, check, breaks):
+    module, _, name = path.partition(":")
+    if module.partition(".")[0] == "peft":
+        pytest.importorskip("peft")
+    found = importlib.import_module(module)
+    try:
+        for part in name.split("."):
+            found = inspect.getattr_static(found, part) if inspect.isclass(found) else getattr(found, part)
+        found = getattr(found, "__func__", found)
+    except AttributeError:
+        pytest.fail(f"{path} is gone: {breaks}")
+    assert check(found), f"{path} has changed: {breaks}"
+
+
+def test_packed_products_are_those_of_this_torch():
+    """Without them the CPU is slower, and nothing else: `packed.can_pack` looks first."""
+    if not torch.backends.mkldnn.is_available():
+        pytest.skip("this torch has no oneDNN")
+    product = torch.ops.mkldnn._linear_pointwise(
+        torch.ones(3, 4), torch.ops.mkldnn._reorder_linear_weight(torch.ones(5, 4), 3), torch.ones(5), "none", [], ""
+    )
+    assert torch.equal(product, torch.full((3, 5), 5.0))
+
+
+def test_the_list_is_looked_up_and_not_only_read():
+    with pytest.raises(pytest.fail.Exception, match=r"PreTrainedModel\.never is gone: a test"):
+        test_what_we_lean_on("transformers:PreTrainedModel.never", exists, "a test")
+    with pytest.raises(AssertionError, match="has changed: a test"):
+        test_what_we_lean_on("transformers:Trainer.training_step", arguments("never"), "a test")

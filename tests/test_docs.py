@@ -19,7 +19,7 @@ import runpy
 import shlex
 import subprocess
 import sys
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from importlib import import_module
 from importlib.util import find_spec
 from itertools import takewhile, zip_longest
@@ -31,7 +31,7 @@ import torch
 import transformers as t
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 
-from selfgen import cli
+from selfgen import BSSConfig, RACConfig, cli
 from selfgen.context import generator
 from selfgen.context.budget import PassBudget
 
@@ -467,6 +467,13 @@ def test_files_that_are_named_are_there(page):
     folders = "selfgen|selfgen_kernels|tests|benchmarks|tools|docs|examples"
     for path in re.findall(rf"`((?:{folders})/[\w/.]*)`", prose_of(page)):
         assert (ROOT / path).exists(), f"{page.name} names {path}, which is not there"
+
+
+def test_every_option_is_explained():
+    text = "\n".join(prose_of(page) for page in PAGES)
+    inherited = {field.name for field in fields(t.TrainingArguments)} | {"remove_unused_columns"}
+    for name in {field.name for field in (*fields(BSSConfig), *fields(RACConfig))} - inherited:
+        assert f"`{name}`" in text or f"`--{name.replace('_', '-')}" in text, f"no page tells what {name} does"
 
 
 def test_every_page_is_linked_from_the_readme():

@@ -8,8 +8,8 @@ import logging
 import pytest
 import torch
 import torch.nn.functional as F
+from helpers.training import make_trainer, rows
 from models import CONFIGS, tiny_model
-from test_trainer import make_trainer, rows
 from transformers import LlamaForCausalLM
 from transformers.models.llama.modeling_llama import LlamaDecoderLayer
 

@@ -366,7 +366,7 @@ TURNS = [{"messages": [user("a"), assistant("b")]}]
 @pytest.mark.parametrize(
     ("rows", "options", "error", "words"),
     [
-        ([{"question": "a", "answer": "b"}], {}, ValueError, ["columns question, answer", "--prompt_column question"]),
+        ([{"question": "a", "answer": "b"}], {}, ValueError, ["columns question, answer", "--prompt-column question"]),
         (ROWS, {"prompt_column": "x"}, ValueError, ["'x' and 'completion'", "'messages'"]),
         (ROWS, {"max_length": 1}, ValueError, ["max_length=1", "at least 2"]),
         (ROWS, {"max_length": 2}, ValueError, ["no row is left", "2 dropped (2 prompt fills max_length)"]),

@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import hashlib
+import json
+from collections.abc import Collection, Mapping
 from importlib.metadata import PackageNotFoundError, version
+from typing import Any
 
 import numpy as np
 import torch
@@ -28,6 +31,19 @@ def rows_hash(rows: Dataset) -> str:
         for ids in ([row["sample_id"], len(prompt), len(answer)], prompt, answer):
             digest.update(np.asarray(ids, dtype="<i8").tobytes())
     return digest.hexdigest()
+
+
+def differences(before: Mapping[str, Any], now: Mapping[str, Any], ignore: Collection[str] = ()) -> list[str]:
+    """What differs between two settings, such as "seed was 3, is 4"; a setting that one of them lacks is None there.
+
+    ``before`` was read from JSON, so ``now`` is compared as JSON gives it back. What ``ignore`` names may differ.
+    """
+    now = json.loads(json.dumps(now))
+    return [
+        f"{name} was {before.get(name)!r}, is {now.get(name)!r}"
+        for name in {**before, **now}
+        if name not in ignore and before.get(name) != now.get(name)
+    ]
 
 
 def versions(*packages: str) -> dict[str, str | None]:

@@ -10,8 +10,7 @@ before it is the model's own.
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -26,8 +25,8 @@ from .context import ContextGenerator
 from .context.generator import Method
 from .context.models import max_positions
 from .data import check_sample_ids, load_rows
-from .files import lock, write_whole
-from .provenance import rows_hash, versions, weights_hash
+from .files import alone, write_whole
+from .provenance import differences, rows_hash, versions, weights_hash
 
 PROVENANCE = "provenance.json"
 FEATURES = Features(
@@ -104,7 +103,8 @@ def write_contexts(
         "num_rows": len(rows),
         "shard_rows": shard_rows,
     }
-    with _alone_in(folder):
+    (folder / "data").mkdir(parents=True, exist_ok=True)
+    with alone(folder, OfflineError):
         record = _begin(folder, settings, {"model": generator.model.name_or_path, **(provenance or {})})
         shards = _shards(folder, settings)
         missing = [(shard, places) for shard, places in shards if not shard.exists()]
@@ -204,15 +204,10 @@ def check_settings(folder: str | Path, settings: Mapping[str, Any]) -> dict[str,
         OfflineError: they are not; what differs is named.
     """
     record = read_provenance(folder)
-    differences = [
-        f"{name} was {record['settings'].get(name)}, now {value}"
-        for name, value in settings.items()
-        if record["settings"].get(name) != value
-    ]
-    if differences:
+    other = differences(record["settings"], settings, ignore=record["settings"].keys() - settings.keys())
+    if other:
         raise OfflineError(
-            f"{folder} was begun with other settings: {'; '.join(differences)}. Go on with the former ones, or give "
-            "another folder"
+            f"{folder} was begun with other settings ({'; '.join(other)}): give the former ones, or another folder"
         )
     return record
 
@@ -241,17 +236,6 @@ def _shards(folder: Path, settings: Mapping[str, Any]) -> list[tuple[Path, range
         (folder / f"data/train-{number:05d}-of-{len(starts):05d}.parquet", range(start, min(start + size, count)))
         for number, start in enumerate(starts)
     ]
-
-
-@contextmanager
-def _alone_in(folder: Path) -> Iterator[None]:
-    """A lock on the folder, which ends with the process, whatever ends that."""
-    (folder / "data").mkdir(parents=True, exist_ok=True)
-    held = lock(folder / ".lock")
-    if held is None:
-        raise OfflineError(f"another process is writing contexts to {folder}: wait for it to end")
-    with held:
-        yield
 
 
 def _begin(folder: Path, settings: dict[str, Any], source: dict[str, Any]) -> dict[str, Any]:

@@ -13,6 +13,7 @@ from test_cli import arguments, flags, history, model_dir, run  # noqa: F401
 from test_data import ROWS, TEMPLATE, make_tokenizer, write_jsonl
 
 from selfgen.cli.journal import Journal
+from selfgen.files import alone
 
 
 @pytest.fixture
@@ -181,9 +182,7 @@ def test_conversations_may_end_with_a_question(generation, capsys):
 
 
 def test_one_process_writes_a_file(generation, capsys):
-    journal = Journal(Path(generation["output_file"]), {})
-    Path(generation["output_file"] + ".settings.json").unlink()
-    with journal._alone():
+    with alone(Path(generation["output_file"])):
         code, _, err = run(["generate", *flags(generation)], capsys)
     assert code == 2
     assert "another process is writing" in err

@@ -500,11 +500,11 @@ def test_a_killed_evaluation_goes_on(name, arguments, capsys):
 @pytest.mark.parametrize(
     ("changes", "words"),
     [
-        ({"seed": 1}, "answers.jsonl was begun with other settings (seed); choose another file or folder"),
-        ({"max_new_tokens": 9}, "(max_new_tokens)"),
-        ({"temperature": 0.5}, "(temperature)"),
-        ({"limit": 3}, "(limit, rows)"),
-        ({"self_prob": 0.5}, "losses.jsonl was begun with other settings (self_prob)"),
+        ({"seed": 1}, "answers.jsonl was begun with other settings (seed was 0, is 1): give the former"),
+        ({"max_new_tokens": 9}, "(max_new_tokens was 8, is 9)"),
+        ({"temperature": 0.5}, "(temperature was 0.0, is 0.5)"),
+        ({"limit": 3}, "(limit was None, is 3; rows was"),
+        ({"self_prob": 0.5}, "losses.jsonl was begun with other settings (self_prob was 0.25, is 0.5)"),
     ],
 )
 def test_other_settings_need_another_folder(changes, words, arguments, monkeypatch, capsys):
@@ -523,10 +523,10 @@ def test_other_weights_and_rows_need_another_folder(arguments, tmp_path, capsys)
     assert evaluate(arguments, capsys, "loss")[0] == 0
     assert evaluate(arguments, capsys, "curve")[0] == 0
     write_jsonl(Path(arguments["dataset"]), ROWS[::-1] * 5)
-    assert "(rows)" in evaluate(arguments, capsys, "loss")[2]
+    assert "(rows was" in evaluate(arguments, capsys, "loss")[2]
     write_jsonl(Path(arguments["dataset"]), ROWS * 5)
     save_model(tmp_path / "model", seed=1)
-    assert "(weights)" in evaluate(arguments, capsys, "loss")[2]
+    assert "(weights was" in evaluate(arguments, capsys, "loss")[2]
 
 
 def test_limit(arguments, capsys):

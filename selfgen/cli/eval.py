@@ -33,8 +33,8 @@ from ..evaluation import (
 from ..evaluation.report import table, write_plots
 from ..files import write_whole
 from ..generation import answer, generate_corrected
-from ..provenance import rows_hash, versions, weights_hash
-from .journal import Journal, differing, read
+from ..provenance import differences, rows_hash, versions, weights_hash
+from .journal import NAMES, Journal, read
 from .options import DataArguments, ModelArguments, device, fail, make_parser, parse, show_log
 
 logger = logging.getLogger(__name__)
@@ -177,7 +177,7 @@ def evaluate(model_arguments: ModelArguments, data: DataArguments, how: EvalArgu
     lines = {name: journal.rows() for name, journal in journals.items()}
     for name in [name for name in _SETTINGS if name not in lines]:  # what is there already, of the same model and rows
         settings, found = read(folder / f"{name}.jsonl")
-        if len(found) == len(rows) and not differing(settings, settings | what):
+        if len(found) == len(rows) and not differences(settings, settings | what, ignore=NAMES):
             lines[name], made[name] = found, {key: settings[key] for key in _SETTINGS[name]}
     before = _results(folder)
     asked = {*how.metrics, *before.get("metrics", [])}

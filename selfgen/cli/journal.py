@@ -4,15 +4,15 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 from datasets import Dataset
 from tqdm.auto import tqdm
 
-from ..files import lock
+from ..files import alone
+from ..provenance import differences
 
 NAMES = {"model", "revision", "dataset", "dataset_config", "dataset_split"}
 """How weights and rows are called; hashes tell them apart."""
@@ -20,12 +20,6 @@ NAMES = {"model", "revision", "dataset", "dataset_config", "dataset_split"}
 
 def _settings_of(file: Path) -> Path:
     return file.with_name(file.name + ".settings.json")
-
-
-def differing(before: dict[str, Any], now: dict[str, Any]) -> list[str]:
-    """The settings that are not the same, names aside."""
-    now = json.loads(json.dumps(now))
-    return sorted(name for name in (before | now).keys() - NAMES if before.get(name) != now.get(name))
 
 
 def read(file: Path) -> tuple[dict[str, Any], list[dict[str, Any]]]:
@@ -52,10 +46,10 @@ class Journal:
         file.parent.mkdir(parents=True, exist_ok=True)
         if not file.exists():
             _settings_of(file).write_text(json.dumps(settings, indent=1) + "\n")
-        elif other := differing(read(file)[0], settings):
+        elif other := differences(read(file)[0], settings, ignore=NAMES):
             raise ValueError(
-                f"{file} was begun with other settings ({', '.join(other)}); choose another file or folder, or "
-                "remove it"
+                f"{file} was begun with other settings ({'; '.join(other)}): give the former ones or another file or "
+                "folder, or remove it"
             )
 
     def _cut_off_half_line(self) -> None:
@@ -69,7 +63,7 @@ class Journal:
 
     def complete(self, rows: Dataset, chunk_rows: int, make: Callable[[list[dict]], list[dict]], title: str) -> None:
         """Write the lines that ``make`` makes of the rows that have none yet, ``chunk_rows`` at a time."""
-        with self._alone():
+        with alone(self.file):
             self._cut_off_half_line()
             self._complete(rows, chunk_rows, make, title)
 
@@ -80,15 +74,6 @@ class Journal:
                 part = [rows[i] for i in range(start, min(start + chunk_rows, len(rows)))]
                 self.append(make(part))
                 bar.update(len(part))
-
-    @contextmanager
-    def _alone(self) -> Iterator[None]:
-        """A lock on the file, which ends with the process, whatever ends that."""
-        held = lock(self.file.with_name(f".{self.file.name}.lock"))
-        if held is None:
-            raise ValueError(f"another process is writing {self.file}: wait for it to end")
-        with held:
-            yield
 
     def append(self, rows: list[dict[str, Any]]) -> None:
         with self.file.open("a") as lines:

@@ -8,6 +8,7 @@ from pathlib import Path
 
 from transformers import TrainingArguments
 
+from ..provenance import differences
 from .config import BSSConfig
 
 SETTINGS = "selfgen.json"  # beside the weights of every checkpoint
@@ -29,7 +30,7 @@ def last_checkpoint(folder: str | Path) -> str | None:
 
 
 def resumed_settings(args: BSSConfig) -> dict[str, object]:
-    """What contexts and losses hang on, which a resumed run must have again."""
+    """What contexts and losses depend on, which a resumed run must have again."""
     of_trainer = {field.name for field in fields(TrainingArguments)} - {"seed"}
     names = [field.name for field in fields(args) if field.name not in of_trainer | _MAY_CHANGE]
     return {name: getattr(args, name) for name in names}
@@ -42,10 +43,9 @@ def check_resumed(checkpoint: str | Path, args: BSSConfig) -> None:
     except FileNotFoundError:  # of another program
         return
     now = resumed_settings(args)
-    other = [name for name in now if before.get(name, now[name]) != now[name]]
+    other = differences(before, now, ignore=before.keys() ^ now.keys())  # versions may have other settings
     if other:
-        changes = "; ".join(f"{name} was {before[name]!r}, is {now[name]!r}" for name in other)
         raise ValueError(
-            f"{checkpoint} is of a run with other settings ({changes}): resume with the same, or start another run, "
-            "with the checkpoint as its model"
+            f"{checkpoint} is of a run with other settings ({'; '.join(other)}): resume with the same, or start "
+            "another run, with the checkpoint as its model"
         )

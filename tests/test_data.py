@@ -11,7 +11,7 @@ from tokenizers.pre_tokenizers import WhitespaceSplit
 from tokenizers.processors import TemplateProcessing
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
-from selfgen.data import Collator, DataReport, answer_ends, load_rows, tokenize_rows
+from selfgen.data import Collator, DataReport, answer_ends, load_rows, text_after_answer, tokenize_rows
 
 WORDS = ["<pad>", "<bos>", "<eos>", "<user>", "<assistant>", "<system>", "<nl>", *"abcdefgh"]
 ID = {word: number for number, word in enumerate(WORDS)}
@@ -276,6 +276,17 @@ def test_what_ends_answers_is_no_token_that_templates_write_elsewhere(chat, plai
     assert answer_ends(chat) == answer_ends(plain) == {EOS}
     hides = make_tokenizer("<bos> {% for m in messages %}x {% endfor %}")
     assert answer_ends(hides) == {EOS}
+
+
+def test_a_models_own_ends_join_the_tokenizers(plain):
+    assert answer_ends(plain, [7, EOS]) == {7, EOS}
+
+
+def test_text_between_two_answers(chat):
+    assert text_after_answer(chat, "h g") == " <eos> <nl> <user> h g <eos> <nl> <assistant> "
+    drops = TEMPLATE.replace("{{ m['content'] }}", "{% if loop.last %}{{ m['content'] }}{% endif %}")
+    with pytest.raises(ValueError, match="renders an answer in another way when a turn follows it"):
+        text_after_answer(make_tokenizer(drops), "h g")
 
 
 def test_rows_are_tokenized_again_where_other_tokens_end_answers(monkeypatch):

@@ -19,7 +19,8 @@ from ..context import ContextGenerator
 from ..context.generator import METHODS, Method
 from ..context.masks import check_probability
 from ..context.models import max_positions
-from ..correction import DEFAULT_CUE, stop_ids_of
+from ..correction import DEFAULT_CUE
+from ..data import answer_ends
 from ..evaluation import (
     Corrections,
     PositionLoss,
@@ -204,7 +205,7 @@ def answers(
     generator: ContextGenerator, tokenizer: PreTrainedTokenizerBase, how: EvalArguments, rows: list[dict]
 ) -> list[dict[str, Any]]:
     """Free-running answers of some rows."""
-    stop_ids = sorted(stop_ids_of(tokenizer, generator.eos_token_ids))
+    stop_ids = sorted(answer_ends(tokenizer, generator.eos_token_ids))
     found = answer(generator, [row["prompt_ids"] for row in rows], eos_token_ids=stop_ids, **_sampling(how, rows))
     lines = []
     for row, tokens, finished in zip(rows, found.tokens, found.finished, strict=True):

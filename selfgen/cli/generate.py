@@ -10,7 +10,8 @@ from typing import Any
 from datasets import Dataset
 
 from ..context import ContextGenerator
-from ..correction import DEFAULT_CUE, stop_ids_of
+from ..correction import DEFAULT_CUE
+from ..data import answer_ends
 from ..generation import generate_corrected
 from ..provenance import rows_hash, weights_hash
 from .journal import Journal
@@ -126,7 +127,7 @@ def answered(
         columns = {"own_answer": corrected.first, "corrected": corrected.corrected}
         finished = corrected.finished
     else:
-        stop_ids = sorted(stop_ids_of(tokenizer, generator.eos_token_ids))
+        stop_ids = sorted(answer_ends(tokenizer, generator.eos_token_ids))
         answers = generator.answer(prompts, sample_ids=ids, eos_token_ids=stop_ids, **options)
         columns = {"own_answer": answers.tokens}
         finished = answers.finished

@@ -9,7 +9,7 @@
 
 from .batches import IGNORE_INDEX, Collator, pad_token_id, rows_of
 from .loading import load_rows
-from .templates import answer_ends
+from .templates import answer_ends, text_after_answer
 from .tokenizing import DataReport, RowOptions, check_sample_ids, tokenize_rows
 
 __all__ = [
@@ -22,5 +22,6 @@ __all__ = [
     "load_rows",
     "pad_token_id",
     "rows_of",
+    "text_after_answer",
     "tokenize_rows",
 ]

@@ -7,7 +7,6 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from datasets import Dataset
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
@@ -15,7 +14,7 @@ from .context import Answers, ContextGenerator
 from .context.batch import TokenRow
 from .context.models import max_positions
 from .correction import DEFAULT_CUE, CorrectionCue
-from .data import tokenize_rows
+from .data import tokenize_prompts
 
 logger = logging.getLogger(__name__)
 
@@ -130,12 +129,12 @@ def _prompt_rows(
     if isinstance(prompts, str):
         raise TypeError("prompts is one text; give a list of them")
     rows = [prompt for prompt in prompts if not isinstance(prompt, str)]
-    if len(rows) not in (0, len(prompts)):
+    texts = [prompt for prompt in prompts if isinstance(prompt, str)]
+    if rows and texts:
         raise TypeError("some prompts are text and some are token ids; give one or the other")
-    if rows or not prompts:
+    if not texts:
         return [prompt.tolist() if isinstance(prompt, Tensor) else list(prompt) for prompt in rows]
-    texts = Dataset.from_dict({"prompt": list(prompts), "completion": ["."] * len(prompts)})
-    data, _ = tokenize_rows(texts, tokenizer, max_length=2**31, apply_chat_template=apply_chat_template)
-    if len(data) < len(prompts):
-        raise ValueError(f"{len(prompts) - len(data)} of {len(prompts)} prompts are empty; leave them out")
+    data, _ = tokenize_prompts(texts, tokenizer, apply_chat_template=apply_chat_template)
+    if len(data) < len(texts):
+        raise ValueError(f"{len(texts) - len(data)} of {len(texts)} prompts are empty; leave them out")
     return list(data["prompt_ids"])

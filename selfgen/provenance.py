@@ -24,10 +24,10 @@ def weights_hash(model: PreTrainedModel) -> str:
 
 
 def rows_hash(rows: Dataset) -> str:
-    """SHA-256 of the ids of tokenized rows, in order."""
+    """SHA-256 of the ids of tokenized rows, in order; prompts may have no answers."""
     digest = hashlib.sha256()
     for row in rows:
-        prompt, answer = row["prompt_ids"], row["answer_ids"]
+        prompt, answer = row["prompt_ids"], row.get("answer_ids", [])
         for ids in ([row["sample_id"], len(prompt), len(answer)], prompt, answer):
             digest.update(np.asarray(ids, dtype="<i8").tobytes())
     return digest.hexdigest()

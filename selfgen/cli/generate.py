@@ -7,8 +7,6 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-from datasets import Dataset
-
 from ..context import ContextGenerator
 from ..correction import DEFAULT_CUE
 from ..data import answer_ends
@@ -71,7 +69,7 @@ def run(arguments: list[str]) -> int:
 def answer(model_arguments: ModelArguments, data: DataArguments, how: GenerateArguments) -> None:
     model, tokenizer = model_arguments.load()
     given = data.load()
-    rows, report = data.tokenize(_questions(given, data), tokenizer)
+    rows, report = data.tokenize_prompts(given, tokenizer)
     ids = given["sample_id"] if "sample_id" in given.column_names else range(len(given))
     place_of = {sample_id: place for place, sample_id in enumerate(ids)}
     logger.log(report.level, "data: %s", report)
@@ -86,28 +84,6 @@ def answer(model_arguments: ModelArguments, data: DataArguments, how: GenerateAr
 
     journal.complete(rows, how.chunk_rows, lines_of, "Rows")
     print(f"answers are in {how.output_file}")
-
-
-def _questions(rows: Dataset, data: DataArguments) -> Dataset:
-    """Prompts, for references are not needed: there may be none, or blank ones. Turns before an answer are a prompt."""
-    known, asked = {*rows.column_names}, [data.prompt_column, data.completion_column]
-    if asked[0] in known:
-        prompts = list(rows[asked[0]])
-        for place, given in enumerate(rows[asked[1]] if asked[1] in known else []):
-            if _are_turns(prompts[place]) and _are_turns(given):
-                prompts[place] = prompts[place] + given[:-1]
-    elif data.messages_column in known and all(map(_are_turns, rows[data.messages_column])):
-        answered = [bool(turns) and turns[-1].get("role") == "assistant" for turns in rows[data.messages_column]]
-        pairs = zip(rows[data.messages_column], answered, strict=True)
-        prompts = [turns[:-1] if last else turns for turns, last in pairs]
-    else:
-        return rows
-    ids = {"sample_id": list(rows["sample_id"])} if "sample_id" in known else {}
-    return Dataset.from_dict(ids | dict(zip(asked, (prompts, ["."] * len(prompts)), strict=True)))
-
-
-def _are_turns(cell: Any) -> bool:
-    return isinstance(cell, list) and all(isinstance(turn, dict) for turn in cell)
 
 
 def answered(

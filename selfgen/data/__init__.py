@@ -10,7 +10,7 @@
 from .batches import IGNORE_INDEX, Collator, pad_token_id, rows_of
 from .loading import load_rows
 from .templates import answer_ends, text_after_answer
-from .tokenizing import DataReport, RowOptions, check_sample_ids, tokenize_rows
+from .tokenizing import DataReport, RowOptions, check_sample_ids, tokenize_prompts, tokenize_rows
 
 __all__ = [
     "IGNORE_INDEX",
@@ -23,5 +23,6 @@ __all__ = [
     "pad_token_id",
     "rows_of",
     "text_after_answer",
+    "tokenize_prompts",
     "tokenize_rows",
 ]

@@ -55,22 +55,17 @@ def text_after_answer(tokenizer: PreTrainedTokenizerBase, question: str) -> str:
 
 def check_turns(row: int, columns: list[str], turns: list[Any]) -> list[dict[str, Any]]:
     """The messages of a conversation, without the keys that Arrow filled with None because other rows have them."""
-    where = f"row {row}, column {' or '.join(map(repr, columns))}"
     for turn in turns:
         if not isinstance(turn, dict) or not {"role", "content"} <= set(turn):
+            where = f"row {row}, column {' or '.join(map(repr, columns))}"
             raise TypeError(f"{where}: a message is a dict with 'role' and 'content', not {turn!r}")
-    if turns and turns[-1]["role"] == "assistant" and not isinstance(turns[-1]["content"], str):
-        raise TypeError(f"{where}: the content of the answer must be text, not {turns[-1]['content']!r}")
     return [{key: value for key, value in turn.items() if value is not None or key == "content"} for turn in turns]
 
 
 def render(row: int, turns: list[dict[str, Any]], tokenizer: PreTrainedTokenizerBase) -> tuple[str, str]:
-    """The chat template's text up to the answer, and from there on."""
-    try:
-        prompt = tokenizer.apply_chat_template(turns[:-1], add_generation_prompt=True, tokenize=False)
-        full = tokenizer.apply_chat_template(turns, tokenize=False)
-    except Exception as error:  # a template may raise anything
-        raise ValueError(f"row {row}: the chat template rejects these messages ({error}): {turns!r:.200}") from error
+    """The chat template's text of a conversation, up to its last turn, which is the answer, and from there on."""
+    prompt = render_prompt(row, turns[:-1], tokenizer)
+    full = _render(row, turns, tokenizer)
     if not full.startswith(prompt):
         same = next((i for i, (a, b) in enumerate(zip(prompt, full, strict=False)) if a != b), len(full))
         raise ValueError(
@@ -79,3 +74,15 @@ def render(row: int, turns: list[dict[str, Any]], tokenizer: PreTrainedTokenizer
             "tokenizer.chat_template to one that renders both alike, or give text and apply_chat_template=False"
         )
     return prompt, full[len(prompt) :]
+
+
+def render_prompt(row: int, turns: list[dict[str, Any]], tokenizer: PreTrainedTokenizerBase) -> str:
+    """The chat template's text of ``turns``, up to the answer that comes next."""
+    return _render(row, turns, tokenizer, add_generation_prompt=True)
+
+
+def _render(row: int, turns: list[dict[str, Any]], tokenizer: PreTrainedTokenizerBase, **options: bool) -> str:
+    try:
+        return tokenizer.apply_chat_template(turns, tokenize=False, **options)
+    except Exception as error:  # a template may raise anything
+        raise ValueError(f"row {row}: the chat template rejects these messages ({error}): {turns!r:.200}") from error

@@ -12,7 +12,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from .context import Answers, ContextGenerator
 from .context.batch import TokenRow
-from .context.models import max_positions
+from .context.models import room_for_answers
 from .correction import DEFAULT_CUE, CorrectionCue
 from .data import tokenize_prompts
 
@@ -91,7 +91,8 @@ def generate_corrected(
         apply_chat_template=apply_chat_template,
     )
     options |= {"eos_token_ids": sorted(between.stop_ids), "max_new_tokens": max_new_tokens}
-    rooms = _room_for_answers(generator, rows, between, max_new_tokens)
+    left = room_for_answers(generator.model, rows, len(between.ids))
+    rooms = [room - min(max_new_tokens, (room + 1) // 2) for room in left]  # of the answers that are shown
     seed = options.pop("seed", 0)
     answers = generator.answer(rows, seed=seed, **options)
     first, cut = answers.tokens, [False] * len(rows)
@@ -103,23 +104,6 @@ def generate_corrected(
     if any(cut):
         logger.warning("%d of %d answers were shown cut: the model has no more positions", sum(cut), len(cut))
     return Corrected(first, answers.tokens, answers.finished, cut)
-
-
-def _room_for_answers(
-    generator: ContextGenerator, prompts: list[list[int]], cue: CorrectionCue, longest: int
-) -> list[int]:
-    """Most tokens of an own answer that is shown, a row."""
-    limit = max_positions(generator.model)
-    if limit is None:
-        return [2**31] * len(prompts)
-    left = [limit - len(prompt) - len(cue.ids) for prompt in prompts]
-    short = next((index for index, room in enumerate(left) if room < 1), None)
-    if short is not None:
-        raise ValueError(
-            f"prompts[{short}] has {len(prompts[short])} tokens and the cue {len(cue.ids)}; the model has {limit} "
-            "positions, so none is left for a correction: shorten the prompt or the cue"
-        )
-    return [room - min(longest, (room + 1) // 2) for room in left]
 
 
 def _prompt_rows(

@@ -11,7 +11,6 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-import torch
 from tqdm.auto import tqdm
 from transformers import PreTrainedTokenizerBase
 
@@ -20,7 +19,6 @@ from ..context.generator import METHODS, Method
 from ..context.masks import check_probability
 from ..context.models import max_positions
 from ..correction import DEFAULT_CUE
-from ..data import answer_ends
 from ..evaluation import (
     Corrections,
     PositionLoss,
@@ -33,8 +31,8 @@ from ..evaluation import (
 )
 from ..evaluation.report import table, write_plots
 from ..files import write_whole
-from ..generation import answer, generate_corrected
 from ..provenance import differences, rows_hash, versions, weights_hash
+from .answers import answer_rows
 from .journal import NAMES, Journal, read
 from .options import DataArguments, ModelArguments, device, fail, make_parser, parse, show_log
 
@@ -205,13 +203,11 @@ def answers(
     generator: ContextGenerator, tokenizer: PreTrainedTokenizerBase, how: EvalArguments, rows: list[dict]
 ) -> list[dict[str, Any]]:
     """Free-running answers of some rows."""
-    stop_ids = sorted(answer_ends(tokenizer, generator.eos_token_ids))
-    found = answer(generator, [row["prompt_ids"] for row in rows], eos_token_ids=stop_ids, **_sampling(how, rows))
+    found = answer_rows(generator, tokenizer, rows, **_sampling(how))
     lines = []
-    for row, tokens, finished in zip(rows, found.tokens, found.finished, strict=True):
+    for row, text, finished in zip(rows, found["own_answer"], found["finished"], strict=True):
         line = _asked(tokenizer, row)
-        line |= _judged("generated", _text(tokenizer, tokens), line["reference"])
-        lines.append(line | {"finished": finished})
+        lines.append(line | _judged("generated", text, line["reference"]) | {"finished": finished})
     return lines
 
 
@@ -223,20 +219,13 @@ def corrections(
     rows: list[dict],
 ) -> list[dict[str, Any]]:
     """Answers of some rows, before and after the model has looked at them again."""
-    found = generate_corrected(
-        generator,
-        tokenizer,
-        [row["prompt_ids"] for row in rows],
-        rounds=how.rounds,
-        cue=how.correction_cue,
-        apply_chat_template=data.apply_chat_template,
-        **_sampling(how, rows),
-    )
+    correction = {"rounds": how.rounds, "cue": how.correction_cue, "apply_chat_template": data.apply_chat_template}
+    found = answer_rows(generator, tokenizer, rows, correction, **_sampling(how))
     lines = []
-    for row, first, corrected in zip(rows, found.first, found.corrected, strict=True):
+    for row, first, corrected in zip(rows, found["own_answer"], found["corrected"], strict=True):
         line = _asked(tokenizer, row)
-        line |= _judged("first", _text(tokenizer, first), line["reference"])
-        lines.append(line | _judged("corrected", _text(tokenizer, corrected), line["reference"]))
+        judged = _judged("first", first, line["reference"]) | _judged("corrected", corrected, line["reference"])
+        lines.append(line | judged)
     return lines
 
 
@@ -282,19 +271,14 @@ def _self_probs(self_prob: float) -> dict[str, float]:
     return {"reference": 0.0, "mixed": self_prob, "own": 1.0}
 
 
-def _sampling(how: EvalArguments, rows: list[dict]) -> dict[str, Any]:
-    return {
-        "max_new_tokens": how.max_new_tokens,
-        "seed": how.seed,
-        "sample_ids": [row["sample_id"] for row in rows],
-        "batch_size": how.batch_size or 32,
-        "progress": True,
-    }
+def _sampling(how: EvalArguments) -> dict[str, Any]:
+    batch_size = how.batch_size or 32
+    return {"max_new_tokens": how.max_new_tokens, "seed": how.seed, "batch_size": batch_size, "progress": True}
 
 
 def _asked(tokenizer: PreTrainedTokenizerBase, row: dict) -> dict[str, Any]:
     """What a row asks, as the model reads it, and what it should say."""
-    reference = _text(tokenizer, row["answer_ids"])
+    reference = tokenizer.decode(row["answer_ids"], skip_special_tokens=True)
     return {
         "sample_id": row["sample_id"],
         "prompt": tokenizer.decode(row["prompt_ids"]),
@@ -306,7 +290,3 @@ def _asked(tokenizer: PreTrainedTokenizerBase, row: dict) -> dict[str, Any]:
 def _judged(name: str, text: str, reference: str) -> dict[str, Any]:
     """What the model said, the answer in it, and whether that is right."""
     return {name: text, f"{name}_answer": extract_answer(text), f"{name}_right": exact_match(text, reference)}
-
-
-def _text(tokenizer: PreTrainedTokenizerBase, ids: list[int] | torch.Tensor) -> str:
-    return tokenizer.decode(ids, skip_special_tokens=True)

@@ -5,13 +5,11 @@ from __future__ import annotations
 import logging
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any
 
 from ..context import ContextGenerator
 from ..correction import DEFAULT_CUE
-from ..data import answer_ends
-from ..generation import generate_corrected
 from ..provenance import rows_hash, weights_hash
+from .answers import answer_rows
 from .journal import Journal
 from .options import DataArguments, ModelArguments, device, fail, make_parser, parse, show_log
 
@@ -78,35 +76,14 @@ def answer(model_arguments: ModelArguments, data: DataArguments, how: GenerateAr
     journal = Journal(Path(how.output_file), settings)
     generator = ContextGenerator(model.to(device(how.use_cpu)), temperature=how.temperature)
 
+    correction = {"rounds": how.rounds, "cue": how.correction_cue, "apply_chat_template": data.apply_chat_template}
+    sampling = {name: getattr(how, name) for name in ("max_new_tokens", "seed", "batch_size", "top_k", "top_p")}
+
     def lines_of(part: list[dict]) -> list[dict]:
-        found = answered(generator, tokenizer, part, data, how)
-        return [given[place_of[line["sample_id"]]] | line for line in found]
+        columns = answer_rows(generator, tokenizer, part, correction if how.correct else None, **sampling)
+        found = (dict(zip(columns, values, strict=True)) for values in zip(*columns.values(), strict=True))
+        ids = [row["sample_id"] for row in part]
+        return [given[place_of[one]] | {"sample_id": one} | line for one, line in zip(ids, found, strict=True)]
 
     journal.complete(rows, how.chunk_rows, lines_of, "Rows")
     print(f"answers are in {how.output_file}")
-
-
-def answered(
-    generator: ContextGenerator, tokenizer, part: list[dict], data: DataArguments, how: GenerateArguments
-) -> list[dict]:
-    """What is found for some rows."""
-    options: dict[str, Any] = {
-        name: getattr(how, name) for name in ("max_new_tokens", "seed", "batch_size", "top_k", "top_p")
-    }
-    prompts, ids = ([row[name] for row in part] for name in ("prompt_ids", "sample_id"))
-    if how.correct:
-        template = data.apply_chat_template
-        corrected = generate_corrected(
-            generator, tokenizer, prompts, rounds=how.rounds, cue=how.correction_cue, apply_chat_template=template,
-            sample_ids=ids, **options,
-        )  # fmt: skip
-        columns = {"own_answer": corrected.first, "corrected": corrected.corrected}
-        finished = corrected.finished
-    else:
-        stop_ids = sorted(answer_ends(tokenizer, generator.eos_token_ids))
-        answers = generator.answer(prompts, sample_ids=ids, eos_token_ids=stop_ids, **options)
-        columns = {"own_answer": answers.tokens}
-        finished = answers.finished
-    texts = {name: tokenizer.batch_decode(tokens, skip_special_tokens=True) for name, tokens in columns.items()}
-    table = {"sample_id": ids, **texts, "finished": finished}
-    return [dict(zip(table, row, strict=True)) for row in zip(*table.values(), strict=True)]

@@ -18,10 +18,10 @@ DEFAULT_CUE = "Check your answer. If something in it is wrong, correct it; other
 
 @dataclass(frozen=True)
 class CorrectionCue:
-    """Token ids between an own answer and its correction."""
+    """The token ids between an own answer and its correction."""
 
     ids: list[int]
-    stop_ids: frozenset[int]  # end an answer; the cue brings the end of turn itself
+    stop_ids: frozenset[int]  # what ends an answer; the cue begins with the end of a turn itself
 
     @classmethod
     def of(
@@ -34,7 +34,7 @@ class CorrectionCue:
     ) -> CorrectionCue:
         """The cue as the user's next turn if the tokenizer has a chat template, else as a paragraph of its own.
 
-        ``stop_ids`` end the model's answers, beside what the tokenizer says (`data.answer_ends`).
+        ``stop_ids`` end the model's answers, as does what the tokenizer ends them with (`data.answer_ends`).
 
         Raises:
             ValueError: an empty cue; a chat template that rewrites earlier turns when more follow.
@@ -46,11 +46,11 @@ class CorrectionCue:
         return cls(tokenizer(text, add_special_tokens=False).input_ids, answer_ends(tokenizer, stop_ids))
 
     def prompt(self, prompt: list[int], answer: list[int]) -> list[int]:
-        """The correction prompt of one row; the answer counts up to where it ends."""
+        """The correction prompt of one row; of the answer, what comes before its end."""
         return [*prompt, *self.ended(answer), *self.ids]
 
     def ended(self, answer: list[int]) -> list[int]:
-        """The answer up to where it ends, and without what the cue begins with."""
+        """The answer up to where it ends, without what the cue begins with."""
         end = next((place for place, token in enumerate(answer) if token in self.stop_ids), len(answer))
         overlap = next((size for size in range(len(self.ids), 0, -1) if answer[:end][-size:] == self.ids[:size]), 0)
         return answer[: end - overlap]

@@ -15,7 +15,7 @@ from filelock import FileLock, Timeout
 def alone(path: Path, error: type[ValueError] = ValueError) -> Iterator[None]:
     """Keep other processes from writing ``path``, a folder or a file in a folder that is there, until the block ends.
 
-    The lock ends with the process, too, whatever ends that. Its file stays: in a folder, or beside a file.
+    The lock ends with the process, too, whatever ends that. Its file stays: in a folder, or next to a file.
 
     Raises:
         error: another process is writing it.
@@ -30,10 +30,10 @@ def alone(path: Path, error: type[ValueError] = ValueError) -> Iterator[None]:
 
 
 def write_whole(file: Path, write: Callable[[BinaryIO], object]) -> None:
-    """All of a file or nothing of it: it is written beside its place and renamed."""
-    beside = file.with_name(f".{file.name}.partial")  # `datasets` skips hidden files
-    with open(beside, "wb") as stream:
+    """Write all of a file or nothing of it: it is written next to its place, and then renamed."""
+    partial = file.with_name(f".{file.name}.partial")  # `datasets` skips hidden files
+    with open(partial, "wb") as stream:
         write(stream)
         stream.flush()
         os.fsync(stream.fileno())
-    beside.replace(file)
+    partial.replace(file)

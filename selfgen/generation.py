@@ -63,20 +63,20 @@ def generate_corrected(
     """Answer, look at the answer, and answer again: RAC at inference (arXiv 2410.14655), with no oracle.
 
     Args:
-        model: as in `answer`; of use where it was trained with ``RACTrainer``.
+        model: as in `answer`; best one that was trained with ``RACTrainer``.
         tokenizer: the model's.
         prompts: R texts, or R rows of token ids as ``tokenize_rows`` makes them.
         rounds: corrections, at least 1; each sees the answer of the one before it.
         cue: the text that asks for a correction, as in training; ``correction.DEFAULT_CUE`` by default.
         apply_chat_template: to the texts and the cue; by default if the tokenizer has one.
         max_new_tokens: longest answer of a round, at least 1.
-        **options: of `answer`; every round draws with noise of its own. Answers end with the tokenizer's EOS, too.
+        **options: of `answer`; every round has noise of its own. Answers also end with the tokenizer's EOS.
 
-    An answer is shown as far as there are positions: ``max_new_tokens`` of them, or half of what the prompt and the cue
-    leave, are kept for the correction.
+    An answer is shown as far as there are positions for it: ``max_new_tokens`` of them, or half of what the prompt and
+    the cue leave, are kept for the correction.
 
     Raises:
-        ValueError: values out of range, empty prompts, or prompts that leave no position behind the cue.
+        ValueError: values out of range, empty prompts, or prompts that leave no position after the cue.
     """
     if not isinstance(rounds, int) or rounds < 1:
         raise ValueError(f"rounds is {rounds!r}; it must be an integer >= 1")

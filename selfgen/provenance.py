@@ -1,4 +1,4 @@
-"""What tells weights, rows and versions apart: for the record of what was made with them."""
+"""What tells weights, rows, versions and settings apart, for the record of what was made with them."""
 
 from __future__ import annotations
 
@@ -47,7 +47,7 @@ def differences(before: Mapping[str, Any], now: Mapping[str, Any], ignore: Colle
 
 
 def versions(*packages: str) -> dict[str, str | None]:
-    """Of installed packages; None for one that is not, as a source tree on the path."""
+    """The versions of installed packages; None for one that is not installed, such as a source tree on the path."""
     found: dict[str, str | None] = {}
     for package in packages:
         try:

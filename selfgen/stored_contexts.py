@@ -41,7 +41,7 @@ CONTEXT_COLUMNS = ("context_ids", "is_self")
 
 
 class OfflineError(ValueError):
-    """A folder of contexts or of rounds that does not fit what is asked for."""
+    """A folder of contexts or of rounds does not fit what is asked for."""
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -63,9 +63,9 @@ def write_contexts(
 ) -> dict[str, Any]:
     """Write the mixed context of every row to ``folder``, which ``load_contexts`` and ``datasets.load_dataset`` read.
 
-    A folder that was begun goes on where it stopped: a shard takes its place when it is whole, and is not made again.
-    So a kill loses one shard at most, and what comes out is byte for byte what an unbroken run writes (in bf16, fix
-    the generator's ``token_budget`` and ``batch_size`` for that: README, "Exactness").
+    A folder that holds a part of the contexts is completed: a shard takes its place when it is whole, and is not made
+    again. So a kill loses at most one shard, and the result is byte for byte what an unbroken run writes (in bf16 that
+    needs the same ``token_budget`` and ``batch_size``: README, "Exactness").
 
     Args:
         generator: of the model whose tokens the contexts have.
@@ -74,16 +74,16 @@ def write_contexts(
             ``is_self``, and for ``provenance.json``. One process at a time may write it.
         self_prob: probability that a token is the model's own, in [0, 1].
         seed: of the contexts, any 64-bit integer.
-        batch_size: rows that are made at once.
-        shard_rows: rows a file.
+        batch_size: rows whose contexts are made at once.
+        shard_rows: rows per file.
         method: "fixed_point" or "sequential", as of ``ContextGenerator.contexts``.
         provenance: more to note down, such as the model's revision and the name of the data set.
         progress: show a bar with the time left.
 
     Returns:
-        What ``provenance.json`` says: ``settings``, on which the contexts depend and with which alone the folder goes
-        on (hashes of weights and rows among them), ``source``, the ``versions`` of packages that wrote shards, and the
-        ``statistics`` of the contexts, which are there once all are written.
+        What ``provenance.json`` says: ``settings``, which the contexts depend on and which must be the same for the
+        folder to be completed (hashes of weights and rows among them), ``source``, the ``versions`` of packages that
+        wrote shards, and, once all are written, ``statistics`` of the contexts.
 
     Raises:
         OfflineError: (a ValueError) the folder holds something else, or another process is writing it.
@@ -125,7 +125,7 @@ def write_contexts(
 
 
 def _checked(rows: Dataset, generator: ContextGenerator, batch_size: int, shard_rows: int) -> Dataset:
-    """The columns that are needed."""
+    """The columns of ``rows`` that are needed; ValueError if these rows can't have contexts."""
     missing = [name for name in ROW_COLUMNS if name not in rows.column_names]
     if missing:
         raise ValueError(f"the rows lack {', '.join(missing)}; tokenize them with selfgen.data.tokenize_rows")
@@ -186,7 +186,7 @@ def _statistics(shards: list[Path]) -> dict[str, float]:
 
 
 def read_provenance(folder: str | Path) -> dict[str, Any]:
-    """What ``write_contexts`` noted down in ``folder``.
+    """The record that ``write_contexts`` left in ``folder``.
 
     Raises:
         OfflineError: there are no contexts.
@@ -198,16 +198,16 @@ def read_provenance(folder: str | Path) -> dict[str, Any]:
 
 
 def check_settings(folder: str | Path, settings: Mapping[str, Any]) -> dict[str, Any]:
-    """The provenance of ``folder``, if its settings are these as far as they are given.
+    """The provenance of ``folder``, whose settings must be these, as far as they are given.
 
     Raises:
-        OfflineError: they are not; what differs is named.
+        OfflineError: they are not; the message says what differs.
     """
     record = read_provenance(folder)
     other = differences(record["settings"], settings, ignore=record["settings"].keys() - settings.keys())
     if other:
         raise OfflineError(
-            f"{folder} was begun with other settings ({'; '.join(other)}): give the former ones, or another folder"
+            f"{folder} holds contexts of other settings ({'; '.join(other)}): give the former ones, or another folder"
         )
     return record
 
@@ -223,7 +223,7 @@ def load_contexts(folder: str | Path) -> Dataset:
     if "statistics" not in record or not all(shards):
         raise OfflineError(
             f"the contexts in {folder} are not complete ({sum(shards)} of {len(shards)} shards); run the command that "
-            "writes them again: it goes on where it stopped"
+            "writes them again: it continues where it stopped"
         )
     return load_rows(folder)
 
@@ -239,7 +239,7 @@ def _shards(folder: Path, settings: Mapping[str, Any]) -> list[tuple[Path, range
 
 
 def _begin(folder: Path, settings: dict[str, Any], source: dict[str, Any]) -> dict[str, Any]:
-    """The provenance of a folder that was begun with these settings; of a new one, if there is none."""
+    """The provenance of a folder, which must have these settings; it is written where there is none yet."""
     if (folder / PROVENANCE).exists():
         return check_settings(folder, settings)
     if any((folder / "data").iterdir()):

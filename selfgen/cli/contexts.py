@@ -22,7 +22,7 @@ class ContextArguments:
 
     _argument_group_name = "contexts"
 
-    output_dir: str = field(metadata={"help": "Folder for the contexts. A folder with a part of them is continued."})
+    output_dir: str = field(metadata={"help": "Folder for the contexts; if it has a part of them, the rest is added."})
     self_prob: float = field(
         default=0.25, metadata={"help": "Probability that a context token is the model's own, in [0, 1]."}
     )
@@ -30,7 +30,7 @@ class ContextArguments:
     sampling_temperature: float = field(
         default=1.0, metadata={"help": "Temperature of the model's own tokens; 0 is greedy."}
     )
-    shard_rows: int = field(default=512, metadata={"help": "Rows in a file; a kill loses the work on one at most."})
+    shard_rows: int = field(default=512, metadata={"help": "Rows per file; a kill loses at most the work on one file."})
     batch_size: int = field(default=32, metadata={"help": "Rows whose contexts are made at once."})
     context_method: Method = field(
         default="fixed_point",
@@ -42,14 +42,14 @@ class ContextArguments:
     balance: float | None = field(
         default=None,
         metadata={
-            "help": "Tokens that cost as much as a pass by itself, by which speculation is weighed; measured on the "
-            "device by default."
+            "help": "Tokens that cost as much as a pass by itself; speculation depends on it. Measured on the device "
+            "by default."
         },
     )
     cuda_graphs: bool = field(
         default=True, metadata={"help": "On an NVIDIA GPU, replay passes as CUDA graphs, which takes some memory."}
     )
-    use_cpu: bool = field(default=False, metadata={"help": "Stay on the CPU where there is an accelerator, too."})
+    use_cpu: bool = field(default=False, metadata={"help": "Run on the CPU even if there is an accelerator."})
 
 
 def run(arguments: list[str]) -> int:
@@ -59,7 +59,7 @@ def run(arguments: list[str]) -> int:
         prog=PROG,
         usage="selfgen contexts [CONFIG.yaml] --model NAME --dataset NAME --output-dir DIR [options]",
         description="Write mixed contexts as a data set, for selfgen train --method bash --contexts DIR.",
-        epilog="After a kill, the same command goes on where it stopped.",
+        epilog="After a kill, the same command continues where it stopped.",
     )
     try:
         model_arguments, data, options, mask_options = parse(parser, arguments)

@@ -41,7 +41,7 @@ logger = logging.getLogger(__name__)
 PROG = "selfgen eval"
 METRICS = ("exact_match", "rouge", "loss", "curve", "correction")
 
-# What must be the same for rows to go on, beside the model and the data.
+# What must be the same, with the model and the data, for more rows to be added to a file.
 _SAMPLING = ("seed", "max_new_tokens", "temperature")
 _SETTINGS = {
     "answers": _SAMPLING,
@@ -53,41 +53,48 @@ _MEASURED = {
     "corrections": {"correction"},
     "losses": {"loss", "curve"},
 }
-"""What is made of the lines of each file."""
-_CHUNK_BATCHES = 4  # of answers between two writes, as rows that end make room for others
+"""The metrics that are computed from each file."""
+_CHUNK_BATCHES = 4  # of answers that are written at a time, as rows that end make room for others
 
 
 @dataclass
 class EvalArguments:
-    """What to measure, and how."""
+    """What is measured, and how."""
 
     _argument_group_name = "evaluation"
 
-    output_dir: str = field(metadata={"help": "Folder for results.json, plots and a file with a line for each row."})
+    output_dir: str = field(metadata={"help": "Folder for results.json, plots, and files with one line per row."})
     metrics: list[str] = field(
         default_factory=lambda: ["exact_match", "loss", "curve"],
         metadata={
-            "help": "Any of exact_match and rouge (of free-running answers), loss (under reference, mixed and own "
-            "contexts), curve (loss by position), correction (of models trained with RAC)."
+            "help": "One or more of exact_match and rouge (of free-running answers), loss (under reference, mixed and "
+            "own contexts), curve (loss by position), correction (for models trained with RAC)."
         },
     )
-    self_prob: float = field(default=0.25, metadata={"help": "Share of the model's own tokens in mixed contexts."})
+    self_prob: float = field(
+        default=0.25, metadata={"help": "Probability that a token of a mixed context is the model's own."}
+    )
     max_new_tokens: int = field(default=256, metadata={"help": "Longest free-running answer, in tokens."})
     temperature: float = field(default=0.0, metadata={"help": "Temperature of the answers; 0 is greedy."})
     sampling_temperature: float = field(
         default=1.0, metadata={"help": "Temperature of the model's own tokens in contexts, as in training."}
     )
     context_method: Method = field(
-        default="fixed_point", metadata={"help": "Of contexts: fixed_point, or sequential for models that it refuses."}
+        default="fixed_point",
+        metadata={"help": "How contexts are made: fixed_point (fast), or sequential (for models that it refuses)."},
     )
-    rounds: int = field(default=1, metadata={"help": "Corrections, each of the answer before it."})
-    correction_cue: str = field(default=DEFAULT_CUE, metadata={"help": "What asks for a correction, as in training."})
+    rounds: int = field(default=1, metadata={"help": "Number of corrections, each of the answer before it."})
+    correction_cue: str = field(
+        default=DEFAULT_CUE, metadata={"help": "Text that asks for a correction, as in training."}
+    )
     batch_size: int | None = field(
         default=None, metadata={"help": "Rows at a time; by default 32 for answers, 8 for losses."}
     )
-    seed: int = field(default=0, metadata={"help": "Of everything sampled; the same for models that are compared."})
+    seed: int = field(
+        default=0, metadata={"help": "Seed of all that is sampled; use one seed for models that are compared."}
+    )
     limit: int | None = field(default=None, metadata={"help": "Evaluate on the first so many rows only."})
-    use_cpu: bool = field(default=False, metadata={"help": "Stay on the CPU where there is an accelerator, too."})
+    use_cpu: bool = field(default=False, metadata={"help": "Run on the CPU even if there is an accelerator."})
 
     def __post_init__(self) -> None:
         unknown = [name for name in self.metrics if name not in METRICS]
@@ -118,7 +125,7 @@ def run(arguments: list[str]) -> int:
         (ModelArguments, DataArguments, EvalArguments),
         prog=PROG,
         usage="selfgen eval [CONFIG.yaml] --model NAME --dataset NAME --output-dir DIR [--metrics NAME ...]",
-        description="Evaluate a model. A killed evaluation goes on where it was.",
+        description="Evaluate a model. After a kill, the same command continues where it stopped.",
     )
     try:
         model_arguments, data, how = parse(parser, arguments)
@@ -139,7 +146,7 @@ def run(arguments: list[str]) -> int:
 
 
 def evaluate(model_arguments: ModelArguments, data: DataArguments, how: EvalArguments, command: str) -> dict[str, Any]:
-    """All numbers, those of commands before this one included, and what they were made with."""
+    """All numbers, with those of earlier commands on this folder, and what they were made with."""
     if "rouge" in how.metrics:
         rouge("", "")  # a missing package shows here, not after hours
     dataset = data.load()
@@ -152,15 +159,15 @@ def evaluate(model_arguments: ModelArguments, data: DataArguments, how: EvalArgu
         raise ValueError(f"max_length is {data.max_length}, but the model has {limit} positions")
     if report.truncated and how.files != ["losses"]:
         raise ValueError(
-            f"{report.truncated} reference answers do not fit into max_length={data.max_length}, so that no answer can "
-            "be held against their ends; give a larger --max-length, or measure only loss and curve"
+            f"{report.truncated} reference answers do not fit into max_length={data.max_length}, so that "
+            "answers can't be compared with their ends; give a larger --max-length, or measure only loss and curve"
         )
 
     what = asdict(model_arguments) | asdict(data) | {"limit": how.limit}
     what |= {"weights": weights_hash(model), "rows": rows_hash(rows)}
     made = {name: {key: getattr(how, key) for key in keys} for name, keys in _SETTINGS.items()}
     folder = Path(how.output_dir)
-    # All of them before the first takes its time.
+    # All of them first, so that an error shows before hours of work.
     journals = {name: Journal(folder / f"{name}.jsonl", what | made[name]) for name in how.files}
 
     free = ContextGenerator(model, temperature=how.temperature)

@@ -16,32 +16,36 @@ from .options import DataArguments, ModelArguments, device, fail, make_parser, p
 logger = logging.getLogger(__name__)
 
 PROG = "selfgen generate"
-_FREE = ("output_file", "batch_size", "chunk_rows", "use_cpu")  # do not change answers
+_MAY_CHANGE = ("output_file", "batch_size", "chunk_rows", "use_cpu")  # answers do not depend on these
 
 
 @dataclass
 class GenerateArguments:
-    """How to answer."""
+    """How prompts are answered."""
 
     _argument_group_name = "generation"
 
     output_file: str = field(
         metadata={
-            "help": "JSON lines: each row's columns, own_answer, corrected, and whether the answer was finished (in "
-            "place of columns of these names). It is training data, too: --method rac --own-answer column."
+            "help": "File of JSON lines: the columns of each row, own_answer, corrected, and whether the answer was "
+            "finished (in place of columns of these names). It can be trained on: --method rac --own-answer column."
         }
     )
-    correct: bool = field(default=False, metadata={"help": "Let the model correct its answers (RAC)."})
-    rounds: int = field(default=1, metadata={"help": "Corrections, each of the answer before it."})
-    correction_cue: str = field(default=DEFAULT_CUE, metadata={"help": "What asks for a correction, as in training."})
+    correct: bool = field(default=False, metadata={"help": "Let the model correct its own answers (RAC)."})
+    rounds: int = field(default=1, metadata={"help": "Number of corrections, each of the answer before it."})
+    correction_cue: str = field(
+        default=DEFAULT_CUE, metadata={"help": "Text that asks for a correction, as in training."}
+    )
     max_new_tokens: int = field(default=256, metadata={"help": "Longest answer, in tokens."})
-    temperature: float = field(default=0.0, metadata={"help": "Temperature of the sampling; 0 is greedy."})
-    top_k: int | None = field(default=None, metadata={"help": "Sample among the k best tokens."})
-    top_p: float | None = field(default=None, metadata={"help": "Sample among the best tokens of this probability."})
-    batch_size: int = field(default=32, metadata={"help": "Most rows at a time."})
-    chunk_rows: int = field(default=256, metadata={"help": "Rows between two writes; what a kill loses at most."})
-    seed: int = field(default=0, metadata={"help": "Of the sampling."})
-    use_cpu: bool = field(default=False, metadata={"help": "Stay on the CPU where there is an accelerator, too."})
+    temperature: float = field(default=0.0, metadata={"help": "Temperature of the answers; 0 is greedy."})
+    top_k: int | None = field(default=None, metadata={"help": "Sample from the k most likely tokens only."})
+    top_p: float | None = field(
+        default=None, metadata={"help": "Sample from the most likely tokens, up to this total probability, only."}
+    )
+    batch_size: int = field(default=32, metadata={"help": "How many rows are answered at a time."})
+    chunk_rows: int = field(default=256, metadata={"help": "Rows written at a time; a kill loses at most these."})
+    seed: int = field(default=0, metadata={"help": "Seed of the answers."})
+    use_cpu: bool = field(default=False, metadata={"help": "Run on the CPU even if there is an accelerator."})
 
     def __post_init__(self) -> None:
         if not self.correct and (self.rounds, self.correction_cue) != (1, DEFAULT_CUE):
@@ -54,7 +58,7 @@ def run(arguments: list[str]) -> int:
         (ModelArguments, DataArguments, GenerateArguments),
         prog=PROG,
         usage="selfgen generate [CONFIG.yaml] --model NAME --dataset NAME --output-file FILE.jsonl [--correct]",
-        description="Answer prompts, and write the answers. A killed run goes on where it was.",
+        description="Write answers to prompts. After a kill, the same command continues where it stopped.",
     )
     try:
         model, data, how = parse(parser, arguments)
@@ -71,7 +75,8 @@ def answer(model_arguments: ModelArguments, data: DataArguments, how: GenerateAr
     ids = given["sample_id"] if "sample_id" in given.column_names else range(len(given))
     place_of = {sample_id: place for place, sample_id in enumerate(ids)}
     logger.log(report.level, "data: %s", report)
-    settings = asdict(model_arguments) | asdict(data) | {k: v for k, v in asdict(how).items() if k not in _FREE}
+    settings = asdict(model_arguments) | asdict(data)
+    settings |= {name: value for name, value in asdict(how).items() if name not in _MAY_CHANGE}
     settings |= {"weights": weights_hash(model), "rows": rows_hash(rows)}
     journal = Journal(Path(how.output_file), settings)
     generator = ContextGenerator(model.to(device(how.use_cpu)), temperature=how.temperature)

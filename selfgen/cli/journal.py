@@ -1,4 +1,4 @@
-"""JSON lines that a killed command goes on with."""
+"""Files of JSON lines, which the same command completes after a kill."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from ..files import alone
 from ..provenance import differences
 
 NAMES = {"model", "revision", "dataset", "dataset_config", "dataset_split"}
-"""How weights and rows are called; hashes tell them apart."""
+"""Settings that name weights and rows, which may differ: hashes tell weights and rows apart."""
 
 
 def _settings_of(file: Path) -> Path:
@@ -23,22 +23,22 @@ def _settings_of(file: Path) -> Path:
 
 
 def read(file: Path) -> tuple[dict[str, Any], list[dict[str, Any]]]:
-    """Settings and rows of a journal, as far as they are there."""
-    beside = _settings_of(file)
+    """Settings and rows of a journal, as far as there are any."""
+    settings = _settings_of(file)
     content = file.read_text() if file.exists() else ""
     lines = content[: content.rfind("\n") + 1].splitlines()
-    return json.loads(beside.read_text()) if beside.exists() else {}, [json.loads(line) for line in lines]
+    return json.loads(settings.read_text()) if settings.exists() else {}, [json.loads(line) for line in lines]
 
 
 class Journal:
-    """A file of rows, written in order and in whole lines, beside the settings that they were made with.
+    """A file of rows, written in order and in whole lines, with the settings that they were made with next to it.
 
     Args:
-        file: of JSON lines; what a kill left of a line is cut off. Values that JSON does not have become text.
-        settings: what must be the same for the rows to go on; kept in ``FILE.settings.json``.
+        file: of JSON lines; what a kill left of a line is removed. Values that JSON does not have become text.
+        settings: what must be the same for more rows to be added; kept in ``FILE.settings.json``.
 
     Raises:
-        ValueError: the file was begun with other settings.
+        ValueError: the file holds rows of other settings.
     """
 
     def __init__(self, file: Path, settings: dict[str, Any]):
@@ -48,7 +48,7 @@ class Journal:
             _settings_of(file).write_text(json.dumps(settings, indent=1) + "\n")
         elif other := differences(read(file)[0], settings, ignore=NAMES):
             raise ValueError(
-                f"{file} was begun with other settings ({'; '.join(other)}): give the former ones or another file or "
+                f"{file} holds rows of other settings ({'; '.join(other)}): give the former ones, or another file or "
                 "folder, or remove it"
             )
 
@@ -58,7 +58,7 @@ class Journal:
                 lines.truncate(lines.read().rfind(b"\n") + 1)
 
     def rows(self) -> list[dict[str, Any]]:
-        """What is there."""
+        """The rows that are written."""
         return read(self.file)[1]
 
     def complete(self, rows: Dataset, chunk_rows: int, make: Callable[[list[dict]], list[dict]], title: str) -> None:

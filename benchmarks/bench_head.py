@@ -1,4 +1,4 @@
-"""The fused LM head: `linear_sample_mix` against the bare matrix product and against products with a sampler behind.
+"""The fused LM head: `linear_sample_mix` against the bare matrix product and against products with a sampler after.
 
     make bench            (or: pytest benchmarks/bench_head.py)
 

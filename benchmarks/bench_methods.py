@@ -56,7 +56,7 @@ def setting() -> Setting:
 def against(setting, benchmark, report):
     """Time ours and a peer, alternating, add a row to the table, and return how many of the peer's tokens differ.
 
-    Ours must be the sequential loop's contexts. A peer that draws with noise of its own is not held against them.
+    Ours must be the sequential loop's contexts. A peer that draws with noise of its own is not compared with them.
     """
 
     def run(

@@ -101,7 +101,7 @@ def test_step(benchmark, step, report):
     for _ in range(3 * WARM_UPS):  # each with other contexts, as in training
         for p in TARGETS:
             step(p)
-        step.trainer.state.global_step += 1  # which the seed hangs on
+        step.trainer.state.global_step += 1  # which the seed depends on
     timed = "BSS, p = 0.25"
 
     def run(name: str) -> None:

@@ -84,7 +84,7 @@ def full_recompute(model: PreTrainedModel, rows: Rows, self_prob: float, *, seed
     """Scheduled sampling (Bengio et al. 2015, arXiv 1506.03099) as Tensor2Tensor makes it: no cache.
 
     Every step computes all contexts again, for one more token of each row (``sequential_scheduled_sampling`` in
-    tensor2tensor/utils/scheduled_sampling.py). There the padding behind the step is computed, too; here it is not.
+    tensor2tensor/utils/scheduled_sampling.py). There the padding after the step is computed, too; here it is not.
     """
     grid = Grid(rows, model.device)
     for step in range(grid.width):

@@ -167,8 +167,8 @@ def show_context(model, tokenizer: PreTrainedTokenizerBase, row: dict, arguments
         f"{COLOURS[kind]}{text}{COLOURS['reference']}"
         for kind, text in (
             ("reference", "reference token"),
-            ("self", "own token, equal to the reference"),
-            ("disagrees", "own token, different (reference in brackets)"),
+            ("self", "self token, equal to the reference"),
+            ("disagrees", "self token, different (reference in brackets)"),
         )
     )
     print(f"\nOne held-out answer as the trained model's mixed context: {legend}")
@@ -208,7 +208,7 @@ def plot(results: dict[str, dict], arguments: argparse.Namespace, file: Path) ->
             marker="s",
             linestyle="--",
             color=line[0].get_color(),
-            label=f"{name}, own tokens",
+            label=f"{name}, self tokens",
         )
     context, training = (
         [mean(r["log"], key) for r in results.values()] for key in ("context_seconds", "training_seconds")

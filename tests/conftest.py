@@ -1,12 +1,15 @@
-"""Shared set-up: no hub, two hypothesis profiles, the tiny and the real model."""
+"""Shared set-up: no hub, one thread per worker, two hypothesis profiles, the tiny and the real model."""
 
 from __future__ import annotations
 
+import gc
 import os
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("HF_DATASETS_OFFLINE", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+if "PYTEST_XDIST_WORKER" in os.environ:  # one of several, and what it starts
+    os.environ["OMP_NUM_THREADS"] = "1"  # read when torch is imported
 
 import pytest
 import torch
@@ -19,6 +22,16 @@ _COMMON = {"deadline": None, "suppress_health_check": [HealthCheck.too_slow, Hea
 settings.register_profile("fixed", derandomize=True, max_examples=40, database=None, **_COMMON)
 settings.register_profile("explore", max_examples=300, **_COMMON)
 settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "fixed"))
+
+
+def pytest_collection_finish():
+    """Collect no garbage among what was imported: every Trainer asks for a collection, which took half of its time."""
+    gc.collect()
+    gc.freeze()
+
+
+def pytest_unconfigure():
+    gc.unfreeze()
 
 
 @pytest.fixture(scope="session")

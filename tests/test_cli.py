@@ -5,10 +5,9 @@ from __future__ import annotations
 import json
 import os
 import shutil
-import signal
 import subprocess
 import sys
-import time
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -16,6 +15,7 @@ import torch
 import transformers as t
 from helpers.cli import ROOT, flags, history, run
 from helpers.data import ROWS, WORDS, make_tokenizer, write_jsonl
+from helpers.processes import in_ranks, kill_command
 
 import selfgen
 from selfgen.cli import COMMANDS, main
@@ -264,28 +264,31 @@ def test_a_killed_run_goes_on_from_its_last_checkpoint(arguments, tmp_path, caps
     steps = {"max_steps": 40, "save_steps": 2, "lr_scheduler_type": "constant", "learning_rate": "1e-3"}
     options = {**arguments, **steps, "output_dir": str(tmp_path / "killed"), "save_total_limit": 2}
     command = ["train", *flags(options), "--resume_from_checkpoint", "last"]
-    process = subprocess.Popen(
-        [sys.executable, "-m", "selfgen", *command], cwd=ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
-    )
-    deadline = time.monotonic() + 120
-    while not list((tmp_path / "killed").glob("checkpoint-*/trainer_state.json")):
-        assert process.poll() is None, "the run ended before it could be killed"
-        assert time.monotonic() < deadline
-        time.sleep(0.01)
-    os.kill(process.pid, signal.SIGKILL)
-    process.wait()
+    kill_command(command, lambda: any((tmp_path / "killed").glob("checkpoint-*/trainer_state.json")))
     assert not (tmp_path / "killed" / "config.json").exists()
     assert run(command, capsys)[0] == 0
     assert run(["train", *flags({**arguments, **steps})], capsys)[0] == 0
     assert [e["loss"] for e in history(tmp_path / "killed")] == [e["loss"] for e in history(arguments["output_dir"])]
 
 
-def test_data_parallel_training(arguments, tmp_path, capsys):
+def train(rank, folder, options):
+    assert main(["train", *flags(options)]) == 0
+
+
+def launch(folder, options):
+    """As the README does."""
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "-m", "selfgen"]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    subprocess.run([*command, "train", *flags(options)], cwd=ROOT, env=environment, check=True, capture_output=True)
+
+
+@pytest.mark.parametrize(
+    "start", [partial(in_ranks, train), pytest.param(launch, marks=pytest.mark.slow)], ids=["forked", "launched"]
+)
+def test_data_parallel_training(arguments, tmp_path, capsys, start):
     """Two processes with half the batch each train as one process does: a row's context knows nothing of ranks."""
     half = {**arguments, "output_dir": str(tmp_path / "ddp"), "per_device_train_batch_size": 2, "learning_rate": "1e-2"}
-    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "-m", "selfgen"]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    subprocess.run([*launch, "train", *flags(half)], cwd=ROOT, env=environment, check=True, capture_output=True)
+    start(tmp_path, half)
     whole = {**arguments, "per_device_train_batch_size": 4, "learning_rate": "1e-2"}
     assert run(["train", *flags(whole)], capsys)[0] == 0
     losses = [[e["loss"] for e in history(folder)] for folder in (half["output_dir"], whole["output_dir"])]

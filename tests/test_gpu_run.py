@@ -1,31 +1,19 @@
 """`make gpu` as far as it can be told without a GPU: which tests it would run, what it reports, how it ends."""
 
-import json
 import os
 import shutil
 import subprocess
-import sys
 import textwrap
 from pathlib import Path
 
 import pytest
+import torch
+from helpers.processes import apart
 
 pytest.importorskip("triton")
 from selfgen_kernels.backends import triton as kernels
 
 ROOT = Path(__file__).resolve().parent.parent
-
-COLLECTED_WITH_A_GPU = """
-    import json, os
-    import torch
-
-    torch.cuda.is_available = lambda: True
-
-    def pytest_collection_finish(session):
-        found = {item.nodeid: item.get_closest_marker("gpu") is not None for item in session.items}
-        with open(os.environ["FOUND"], "w") as file:
-            json.dump(found, file)
-"""
 
 LAUNCHED_BY = {  # op with a Triton kernel: tests of which one at least must be run on a GPU
     "gumbel_noise": ("test_noise_ops.py::test_noise_agrees_to_a_few_ulp[triton", "test_gpu.py::"),
@@ -54,18 +42,25 @@ OFF_THE_GPU = (  # what names Triton, but launches no kernel or asks the interpr
 )
 
 
+class Collected:
+    """A plugin of pytest: each collected test by its name, and whether it is marked gpu."""
+
+    def pytest_collection_finish(self, session):
+        self.tests = {item.nodeid: item.get_closest_marker("gpu") is not None for item in session.items}
+
+
+def collect_with_a_gpu() -> dict[str, bool]:
+    torch.cuda.is_available = lambda: True
+    collected, folders = Collected(), ["tests/kernels", "tests/test_on_gpu.py"]
+    done = pytest.main(["--collect-only", "-qq", "-p", "no:cacheprovider", "-m", "", *folders], plugins=[collected])
+    assert done == 0
+    return collected.tests
+
+
 @pytest.fixture(scope="module")
-def with_a_gpu(tmp_path_factory):
+def with_a_gpu():
     """Every test of tests/kernels by its name, as collected where there is a GPU, and whether it is marked gpu."""
-    folder = tmp_path_factory.mktemp("collected")
-    (folder / "pretended_gpu.py").write_text(textwrap.dedent(COLLECTED_WITH_A_GPU))
-    path = os.pathsep.join(filter(None, (str(folder), os.environ.get("PYTHONPATH"))))
-    command = [sys.executable, "-m", "pytest", "-p", "pretended_gpu", "-p", "no:cacheprovider", "--collect-only", "-q"]
-    environment = os.environ | {"PYTHONPATH": path, "FOUND": str(folder / "found.json")}
-    command += ["-m", "", "tests/kernels", "tests/test_on_gpu.py"]
-    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, check=False)
-    assert done.returncode == 0, done.stdout[-4000:] + done.stderr[-4000:]
-    return json.loads((folder / "found.json").read_text())
+    return apart(collect_with_a_gpu, folder=ROOT)
 
 
 def test_every_op_with_a_triton_kernel_is_tested_on_a_gpu(with_a_gpu):
@@ -136,17 +131,19 @@ SUITE = """
 """
 
 
+def run_pytest(*arguments: str) -> int:
+    return int(pytest.main(["-q", "-p", "no:cacheprovider", *arguments]))
+
+
 def test_the_report_tells_what_passed_and_failed(tmp_path):
     suite, results, report = (tmp_path / name for name in ("test_some.py", "results.xml", "report.md"))
     suite.write_text(textwrap.dedent(SUITE))
-    pytest_in = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "--rootdir", str(tmp_path), str(suite)]
-    subprocess.run([*pytest_in, f"--junitxml={results}"], cwd=tmp_path, capture_output=True, check=False)
-    path = os.pathsep.join(filter(None, (str(ROOT), os.environ.get("PYTHONPATH"))))
-    reporting = ["-k", "fine", "-p", "benchmarks.conftest", f"--report={report}", "--test-results"]
+    in_suite = ["--rootdir", str(tmp_path), str(suite)]
+    assert apart(run_pytest, *in_suite, f"--junitxml={results}", folder=tmp_path) == 1
 
     def lines(file):
-        command = [*pytest_in, *reporting, str(file)]
-        subprocess.run(command, cwd=tmp_path, env=os.environ | {"PYTHONPATH": path}, capture_output=True, check=True)
+        reporting = ["-k", "fine", "-p", "benchmarks.conftest", f"--report={report}", "--test-results", str(file)]
+        assert apart(run_pytest, *in_suite, *reporting, folder=tmp_path) == 0
         return report.read_text().splitlines()
 
     assert lines(results)[2:] == [

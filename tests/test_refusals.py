@@ -2,24 +2,21 @@
 
 from __future__ import annotations
 
-import os
-import subprocess
-import sys
 from dataclasses import fields
 
 import pytest
 import torch
-import torch.distributed as dist
 import transformers as t
+from helpers.cli import run
+from helpers.processes import WORLD, in_ranks
 from helpers.training import config, make_trainer
 from models import BASE, tiny_model
-from torch import multiprocessing, nn
+from torch import nn
 
 from selfgen import ContextGenerator
 from selfgen.context import UnsupportedModelError
 from selfgen.context.support import inspect_model
 
-WORLD = 2
 GOOD = {"prompts": [[3, 4]], "references": [[5, 6, 7]], "self_prob": 1.0, "seed": 0, "sample_ids": [0]}
 
 
@@ -73,13 +70,11 @@ def test_parallelism_of_accelerate_is_refused(tmp_path, name, kind):
     config(tmp_path, parallelism_config=parallelism(**{name: 1}))
 
 
-def test_the_command_line_says_so_before_it_loads_anything(tmp_path):
+def test_the_command_line_says_so_before_it_loads_anything(tmp_path, capsys):
     command = ["train", "--model", "nowhere", "--dataset", "nothing.jsonl", "--output_dir", str(tmp_path / "out")]
-    done = subprocess.run(
-        [sys.executable, "-m", "selfgen", *command, "--use_cpu", "--fsdp", "full_shard"], capture_output=True, text=True
-    )
-    assert done.returncode == 2
-    assert done.stderr.rstrip().splitlines()[-1].startswith("selfgen train: error: fsdp: contexts can't be made")
+    code, _, err = run([*command, "--use_cpu", "--fsdp", "full_shard"], capsys)
+    assert code == 2
+    assert err.rstrip().splitlines()[-1].startswith("selfgen train: error: fsdp: contexts can't be made")
 
 
 @pytest.mark.parametrize(
@@ -125,22 +120,16 @@ def sharded_by_torch(folder):
 
 
 def worker(rank, folder):
-    torch.set_num_threads(1)
-    os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(WORLD), "MASTER_ADDR": "127.0.0.1"}
-    dist.init_process_group("gloo", init_method=f"file://{folder}/rendezvous", rank=rank, world_size=WORLD)
-    try:
-        sharded_by_torch(folder / "llama")
-        known = _sizes()
-        for family, sizes, message in (
-            ("llama", {"fsdp_size": 2}, "FSDP: fsdp_size=2"),
-            ("llama", {"tp_size": 2}, "tensor parallelism: tp_size=2"),
-            ("llama", {"pp_size": 2}, "pipeline parallelism: pp_size=2"),
-            ("mixtral", {"fsdp_size": 2, "ep_size": 2}, "FSDP: fsdp_size=2, expert parallelism: ep_size=2"),
-        ):
-            if sizes.keys() <= known:
-                loaded_in_parts(folder / family, sizes, message)
-    finally:
-        dist.destroy_process_group()
+    sharded_by_torch(folder / "llama")
+    known = _sizes()
+    for family, sizes, message in (
+        ("llama", {"fsdp_size": 2}, "FSDP: fsdp_size=2"),
+        ("llama", {"tp_size": 2}, "tensor parallelism: tp_size=2"),
+        ("llama", {"pp_size": 2}, "pipeline parallelism: pp_size=2"),
+        ("mixtral", {"fsdp_size": 2, "ep_size": 2}, "FSDP: fsdp_size=2, expert parallelism: ep_size=2"),
+    ):
+        if sizes.keys() <= known:
+            loaded_in_parts(folder / family, sizes, message)
 
 
 def _sizes() -> set[str]:
@@ -153,7 +142,7 @@ def test_models_that_were_split_when_they_were_loaded_are_refused(tmp_path):
     tiny_model("llama").save_pretrained(tmp_path / "llama")
     mixtral = t.MixtralConfig(**BASE, num_local_experts=4, num_experts_per_tok=2)
     t.AutoModelForCausalLM.from_config(mixtral).save_pretrained(tmp_path / "mixtral")
-    multiprocessing.spawn(worker, (tmp_path,), nprocs=WORLD)
+    in_ranks(worker, tmp_path)
 
 
 def test_layers_on_several_devices_are_refused_by_the_parallel_passes_alone():

@@ -3,16 +3,15 @@
 from __future__ import annotations
 
 import gc
-import os
 import weakref
 from functools import partial
 
 import pytest
 import torch
 import torch.distributed as dist
+from helpers.processes import WORLD, in_ranks
 from helpers.training import make_trainer, rows, weights
 from models import CHECKPOINTING, CONFIGS, tiny_model
-from torch import multiprocessing
 from torch.nn.parallel import DistributedDataParallel
 from transformers import AutoModelForCausalLM, TrainerCallback
 
@@ -20,7 +19,6 @@ from selfgen import BSSTrainer
 from selfgen.context.hidden_states import HiddenStates
 from selfgen.data import Collator
 
-WORLD = 2
 llama = partial(tiny_model, "llama")
 
 
@@ -327,20 +325,13 @@ def test_a_step_that_was_broken_off_is_not_reused_by_the_next(tmp_path):
 
 
 def ddp_worker(rank, folder):
-    torch.set_num_threads(1)
-    os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(WORLD), MASTER_ADDR="localhost")
-    os.environ["MASTER_PORT"] = "0"  # not used: the processes meet in a file
-    dist.init_process_group("gloo", init_method=f"file://{folder / 'rendezvous'}", rank=rank, world_size=WORLD)
-    try:
-        for changes in (
-            {},
-            {"context_micro_batches": 1, "gradient_accumulation_steps": 3},
-            {CHECKPOINTING: True},  # then the Trainer lets DDP look for no unused parameters
-            {"ddp_find_unused_parameters": False, "ddp_bucket_cap_mb": 1},
-        ):
-            check_ddp(folder, changes)
-    finally:
-        dist.destroy_process_group()
+    for changes in (
+        {},
+        {"context_micro_batches": 1, "gradient_accumulation_steps": 3},
+        {CHECKPOINTING: True},  # then the Trainer lets DDP look for no unused parameters
+        {"ddp_find_unused_parameters": False, "ddp_bucket_cap_mb": 1},
+    ):
+        check_ddp(folder, changes)
 
 
 def check_ddp(folder, changes):
@@ -365,4 +356,4 @@ def check_ddp(folder, changes):
 
 def test_ddp(tmp_path):
     """Two processes: the same weights after three optimizer steps with and without reuse, on both."""
-    multiprocessing.spawn(ddp_worker, (tmp_path,), nprocs=WORLD)
+    in_ranks(ddp_worker, tmp_path)

@@ -1,4 +1,4 @@
-"""The methods that are held against each other, over equal optimizer steps and, but where said, equal tokens seen.
+"""The methods that are compared, over equal optimizer steps and, but where said, equal tokens seen.
 
 ``self_prob`` is 0.25 and constant, the library's defaults, on every task; the ablations change it.
 """
@@ -174,7 +174,7 @@ def train(task: AnyTask, method: Method, seed: int, setting: Setting, without: D
 
 
 def _share_of_rows(task: AnyTask, rows: Dataset) -> float:
-    """Rows of a correction that have as many tokens as one without: directly, and behind an own answer and the cue."""
+    """Rows of a correction that have as many tokens as one without: directly, and after an own answer and the cue."""
     prompt, answer = (sum(map(len, rows[name])) / len(rows) for name in ("prompt_ids", "answer_ids"))
     direct = prompt + answer
     return direct / (2 * direct + answer + len(CorrectionCue.of(task.tokenizer).ids))

@@ -1,4 +1,4 @@
-"""Train every method on every task with several seeds, and write down how they run freely. Hours; killed, it goes on.
+"""Train every method on every task with several seeds, and record how they run freely. Hours; a killed run continues.
 
     make quality          (or: python -m benchmarks.quality.run [--seeds 5] [--tasks wave ...] [--methods SFT BSS ...])
 

@@ -17,11 +17,11 @@ usage: selfgen train    [CONFIG.yaml] --model NAME --dataset NAME --output-dir D
        selfgen generate [CONFIG.yaml] --model NAME --dataset NAME --output-file FILE.jsonl [options]
        selfgen eval     [CONFIG.yaml] --model NAME --dataset NAME --output-dir DIR [options]
 
-Each training example's context is mixed, token by token, from the reference answer and from what the model itself says
-there (batch-scheduled sampling, arXiv 2410.14655); the model learns to go on with the reference.
+Each training example's context is mixed, token by token, from the reference answer and from what the model
+itself samples there (batch-scheduled sampling, arXiv 2410.14655); the model learns to continue with the reference.
 
-  # a local file with prompt/completion columns, one quarter of the context the model's own
-  selfgen train --model ./SmolLM2-135M-Instruct --dataset train.jsonl --output-dir out --self-prob 0.25
+  # a local file with prompt/completion columns, a tenth of the context sampled by the model
+  selfgen train --model ./SmolLM2-135M-Instruct --dataset train.jsonl --output-dir out --self-prob 0.1
 
   # GSM8K from the hub, from plain fine-tuning to one half over the training
   selfgen train --model HuggingFaceTB/SmolLM2-135M-Instruct --dataset openai/gsm8k --dataset-config main \\
@@ -31,11 +31,11 @@ there (batch-scheduled sampling, arXiv 2410.14655); the model learns to go on wi
   # the same options from a file; flags win over it
   selfgen train bss.yaml --max-steps 20
 
-  # go on after a kill
+  # continue after a kill
   selfgen train bss.yaml --resume-from-checkpoint last
 
   # offline: write the contexts once, then train on them; or both in turn, in rounds over parts of the data
-  selfgen contexts --model ./SmolLM2-135M-Instruct --dataset train.jsonl --self-prob 0.25 --output-dir contexts
+  selfgen contexts --model ./SmolLM2-135M-Instruct --dataset train.jsonl --self-prob 0.1 --output-dir contexts
   selfgen train --method bash --contexts contexts --model ./SmolLM2-135M-Instruct --output-dir out
   selfgen train --method bash --rounds 4 --dataset train.jsonl --model ./SmolLM2-135M-Instruct --output-dir out
 
@@ -43,7 +43,7 @@ there (batch-scheduled sampling, arXiv 2410.14655); the model learns to go on wi
   selfgen train --method rac --model ./SmolLM2-135M-Instruct --dataset train.jsonl --output-dir out
   selfgen generate --correct --model out --dataset test.jsonl --output-file answers.jsonl
 
-  # free-running answers, and losses under reference and own contexts; a killed evaluation goes on, too
+  # free-running answers, and losses under reference and own contexts; a killed evaluation continues, too
   selfgen eval --model out --dataset openai/gsm8k --dataset-config main --dataset-split test \\
       --prompt-column question --completion-column answer --output-dir out/eval
 

@@ -61,10 +61,9 @@ class ContextStats:
 class MixedContext:
     """Mixed contexts of a batch (arXiv 2410.14655, batch-scheduled sampling).
 
-    ``tokens[i]`` int64 [T_i] holds the context of row i's answer: the reference where ``is_self[i]`` (bool [T_i]) is
-    false, the model's own token where it is true. Both lie on the model's device. ``hidden_states``, where they were to
-    be kept, are those of a forward over the contexts; their slots are the rows' tokens, prompts first, one after the
-    other.
+    ``tokens[i]`` int64 [T_i] holds the context of row i's answer: the reference token where ``is_self[i]`` (bool [T_i])
+    is false, a self token where it is true. Both lie on the model's device. ``hidden_states``, where they were to be
+    kept, are those of a forward over the contexts; their slots are the rows' tokens, prompts first, one after another.
     """
 
     tokens: list[Tensor]

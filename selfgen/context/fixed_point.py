@@ -1,6 +1,6 @@
 """The fast path: mixed contexts as a fixed point, found with the reference as the draft.
 
-With its noise fixed, the model's own token at every self position is a function of the tokens before it, and the mixed
+With its noise fixed, the self token at every candidate is a function of the tokens before it, and the mixed
 context is the one sequence that this function maps to itself. So guess it (first guess: the reference), compute many
 positions at once, correct the guess, and repeat. Whatever stands before the first correction in a row is final; it
 stays in the KV cache and is never computed again. This is Jacobi iteration on the decoding equations (Song et al. 2021,
@@ -40,8 +40,8 @@ class FixedPoint:
     answer_positions: Tensor  # [S] int64: counted from the first answer token
     sample_ids: Tensor  # [S] int64
     reference: Tensor  # [S] int64: prompts and reference answers
-    next_self: Tensor  # [S] int64: slot of the first self position planned for behind each slot; see `start`
-    self_left: Tensor  # [S] int64: self positions planned for behind each slot in its row
+    next_self: Tensor  # [S] int64: slot of the first self position planned for after each slot; see `start`
+    self_left: Tensor  # [S] int64: self positions planned for after each slot in its row
     candidates: Tensor  # [S] bool: where the token may be a self token, so that it has to be sampled
     is_self: Tensor  # [S] bool: where it was one when it was last sampled; fewer where confidence is asked for
     tokens: Tensor  # [S] int64
@@ -56,8 +56,8 @@ class FixedPoint:
     def start(cls, model: PreTrainedModel, batch: Batch, *, keep_hidden_states: bool = False) -> FixedPoint:
         """Everything that can be known before the first pass.
 
-        Passes end at the last self position of a row, as nothing behind it has a say. Hidden states are wanted up to
-        the row's last position, so where they are kept that one is planned for as if it were the model's own, too.
+        Passes end at the last self position of a row, as nothing after it has a say. Hidden states are wanted up to
+        the row's last position, so where they are kept that one is planned for as if it were a candidate, too.
 
         Rows are planned for in the order of their self positions, most first: these take the most passes, and must not
         be left to the end.

@@ -1,4 +1,4 @@
-"""Free-running answers: the model alone, from the prompt on, a token of every row in each pass.
+"""Free-running answers: the model alone, from the prompt on, one token of every row per pass.
 
 The batch is continuous, as in serving engines (Yu et al. 2022, Orca): when a row has ended, the next prompt takes its
 *place*, and that prompt is computed in the same pass as the other rows' tokens. A place is a run of K/V slots that is
@@ -44,8 +44,8 @@ class Work(NamedTuple):
 class FreeRun:
     """The state of one generation, on the model's device; only which row is where is known to the host.
 
-    A place holds ``computed`` tokens in the cache and ``new`` ones behind them that the next pass computes: a prompt,
-    then a token a pass, and none where no row is.
+    A place holds ``computed`` tokens in the cache and ``new`` ones after them that the next pass computes: a prompt,
+    then one token per pass, and none where no row is.
     """
 
     prompts: Prompts

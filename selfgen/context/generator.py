@@ -28,7 +28,7 @@ from .models import (
     dtype_inside,
     eos_token_ids_of,
     inference,
-    max_positions,
+    room_for_answers,
     transformers_model,
     vocab_size_of,
 )
@@ -49,12 +49,12 @@ class ContextGenerator:
     Args:
         model: a causal language model of transformers, or a PEFT model around one. It is left as it was; while
             contexts are made it is in eval mode (no dropout) and without gradients.
-        temperature: of the model's own tokens; 0 is greedy. At least 0.
+        temperature: of self tokens; 0 is greedy. At least 0.
         token_budget: most tokens computed in one pass of ``method="fixed_point"``, at least 1: a cap on memory.
         balance: how many tokens cost as much as a pass by itself, above 0; speculation is weighed by it. What is not
             given of these two is measured on the model's device, once. They change the cost; the tokens only where
             rounding turns a near tie, which takes a low precision (docs/exactness.md).
-        masks: how the positions that are the model's own are drawn; single tokens by default.
+        masks: how the positions of self tokens are drawn; single tokens by default.
         cuda_graphs: on an NVIDIA GPU, replay passes as CUDA graphs. Between generations they keep the K/V of one, and
             the hidden states and logits of a pass (up to 2 GiB together), until `release`. Python code in the model,
             such as a hook that counts, does not run in a replay.
@@ -168,7 +168,7 @@ class ContextGenerator:
         Args:
             prompts: R rows of token ids, [P_i] int64/int32 tensors or lists, each at least one token.
             references: R rows of reference answers, [T_i], likewise.
-            self_prob: probability that a token is the model's own, in [0, 1]; one number, or one a row. What it is a
+            self_prob: probability of a self token, in [0, 1]; one number, or one per row. What it is a
                 probability of, tokens, spans or answers, is up to ``masks``.
             seed: any 64-bit integer. With the sample id and the position it fixes all randomness.
             sample_ids: [R] int64/int32, unique: the identity of each row.
@@ -284,7 +284,7 @@ class ContextGenerator:
         ids = check_sample_ids(range(len(rows)) if sample_ids is None else sample_ids, len(rows), self.model.device)
         if not rows:
             return Answers([], [], 0, 0, 0, 0.0)
-        limits = [min(max_new_tokens, room) for room in self._room_behind(rows)]
+        limits = [min(max_new_tokens, room) for room in room_for_answers(self.model, rows)]
         stop_ids = torch.tensor(
             self.eos_token_ids if eos_token_ids is None else list(eos_token_ids),
             dtype=torch.int64,
@@ -313,19 +313,6 @@ class ContextGenerator:
             logger.warning("%d tokens of answers are arbitrary: their logits were not finite", int(status))
         seconds = time.perf_counter() - started
         return Answers(answers, ended, work.passes, work.tokens_computed, int(status), seconds)
-
-    def _room_behind(self, prompts: list[Tensor]) -> list[int]:
-        """Positions that are left for each answer."""
-        limit = max_positions(self.model)
-        if limit is None:
-            return [2**31] * len(prompts)
-        for index, prompt in enumerate(prompts):
-            if len(prompt) >= limit:
-                raise ValueError(
-                    f"prompts[{index}] has {len(prompt)} tokens; the model has {limit} positions, so none is left for "
-                    "an answer: shorten the prompt"
-                )
-        return [limit - len(prompt) for prompt in prompts]
 
     @property
     def eos_token_ids(self) -> list[int]:

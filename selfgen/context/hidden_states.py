@@ -1,4 +1,4 @@
-"""What entered each decoder layer, and what left the last one: the hidden states that passes leave behind.
+"""What entered each decoder layer, and what left the last one: the hidden states that passes leave.
 
 When a generation has reached its fixed point, every position has been computed under its final context. What entered
 each decoder layer then is what an ordinary forward over the mixed context would hand to that layer. It is kept here for

@@ -1,4 +1,4 @@
-"""Which positions of an answer are the model's own: single tokens, spans or whole answers, more of them later or not.
+"""Which positions of an answer hold self tokens: single tokens, spans or whole answers, more of them later or not.
 
 A mask is drawn before any forward, from the coins of ``selfgen_kernels.self_mask``: a pure function of (seed, sample
 id, position). Only confidence has to wait for the model (``min_reference_prob``); it takes positions away, never adds.
@@ -42,16 +42,16 @@ def check_probability(name: str, value: float) -> None:
 
 @dataclass(frozen=True)
 class Masks:
-    """How the positions that are the model's own are drawn.
+    """How the positions of self tokens are drawn.
 
     Args:
-        granularity: "token", a coin a token (scheduled sampling, Bengio et al. 2015, arXiv 1506.03099); "span", runs of
-            self tokens of geometric length; "sequence", a coin an answer (GKD's lambda, Agarwal et al. 2023, arXiv
+        granularity: "token", a coin per token (scheduled sampling, Bengio et al. 2015, arXiv 1506.03099); "span", runs
+            of self tokens of geometric length; "sequence", a coin per answer (GKD's lambda, Agarwal et al. 2023, arXiv
             2306.13649, for each row).
         span_length: mean tokens of a span, at least 1. Where single tokens at that probability already make longer
             runs, 1 / (1 - p), these are what comes. The share of self tokens is p in any case.
         curve: of the probability over an answer, "flat", "rising", or a function (see `Curve`). Not with "sequence".
-        min_reference_prob: a token is the model's own only where the model gives the reference at least this
+        min_reference_prob: a token is a self token only where the model gives the reference at least this
             probability, in [0, 1], at temperature 1 and under the context so far (confidence-aware scheduled sampling,
             Liu et al. 2021, arXiv 2107.10427). 0 is no such condition.
 
@@ -101,7 +101,7 @@ class Masks:
         """A Markov chain with two states: a self token is followed by another with the chance ``stay``, a reference
         token with the chance ``enter``, by which the share of self tokens at each position is ``prob``.
 
-        One uniform number a position decides, and ``enter`` <= ``stay``: below ``enter`` the position is self, from
+        One uniform number per position decides, and ``enter`` <= ``stay``: below ``enter`` the position is self, from
         ``stay`` on it is not, and between them it is what the one before it is. So a position is what the last decided
         one is.
         """

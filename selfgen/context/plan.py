@@ -14,14 +14,14 @@ from torch import Tensor
 
 
 def next_self_slots(is_self: Tensor, row_ends: Tensor) -> Tensor:
-    """[S] int64: the first self position behind each slot in its row, or the slot itself if there is none.
+    """[S] int64: the first self position after each slot in its row, or the slot itself if there is none.
 
-    ``is_self`` is bool [S], and ``row_ends`` int64 [S] the slot behind the last one of each slot's row.
+    ``is_self`` is bool [S], and ``row_ends`` int64 [S] the slot after the last one of each slot's row.
     """
     slots = torch.arange(len(is_self), device=is_self.device)
-    at_or_behind = torch.where(is_self, slots, len(is_self)).flip(0).cummin(0).values.flip(0)  # [S]
-    behind = torch.cat([at_or_behind[1:], at_or_behind.new_full((1,), len(is_self))])[: len(is_self)]
-    return torch.where(behind < row_ends, behind, slots)
+    at_or_after = torch.where(is_self, slots, len(is_self)).flip(0).cummin(0).values.flip(0)  # [S]
+    after = torch.cat([at_or_after[1:], at_or_after.new_full((1,), len(is_self))])[: len(is_self)]
+    return torch.where(after < row_ends, after, slots)
 
 
 def least_log_chance(required: Tensor, self_left: Tensor, balance: float) -> Tensor:
@@ -60,12 +60,12 @@ class Speculation:
         return (self.counts[:, 0] / self.counts[:, 1]).log().float()[self.kind]
 
     def observe(self, slots: Tensor, changed: Tensor, observed: Tensor, is_sampled: Tensor) -> None:
-        """Take in a committed pass: what it showed at the place [N] of each computed slot about the slot behind it.
+        """Take in a committed pass: what it showed at the place [N] of each computed slot about the slot after it.
 
         Only what was ``observed`` under a final context counts: this is what the chance of a segment is made of.
         """
-        behind = slots + 1  # [N]
-        kind = self.kind[behind]
+        after = slots + 1  # [N]
+        kind = self.kind[after]
         self.counts.index_add_(0, kind, torch.stack([observed & ~changed, observed], 1).double())
         kept = (kind.clamp(min=self.CHANGED) + 1).clamp(max=self.KEPT_AGAIN)
-        self.kind[behind] = torch.where(is_sampled, torch.where(changed, self.CHANGED, kept), kind)
+        self.kind[after] = torch.where(is_sampled, torch.where(changed, self.CHANGED, kept), kind)

@@ -23,8 +23,8 @@ import selfgen_kernels  # noqa: F401  (registers the operators)
 from .models import cache_argument
 
 ATTENTION = "selfgen"
-# The operators themselves: they run once a layer and pass, where the checks of the public functions cost a few per cent
-# and hold by how a pass is made.
+# The operators themselves: they run once per layer and pass, where the checks of the public functions cost a few per
+# cent and hold by how a pass is made.
 kv_append, ragged_attention = torch.ops.selfgen.kv_append, torch.ops.selfgen.ragged_attention
 
 

@@ -1,9 +1,9 @@
 """The oracle: one token at a time, as a language model is run.
 
 This is the definition of a mixed context (scheduled sampling, Bengio et al. 2015; arXiv 2410.14655) written down as it
-stands: sample the next token given the context so far, and let it enter the context where it may. Which tokens may be
-the model's own is drawn beforehand. It works with every causal language model of transformers and is what the fast path
-is tested against.
+stands: sample the next token given the context so far, and let it enter the context where it may. Which positions
+may hold a self token is drawn beforehand. It works with every causal language model of transformers, and the fast path
+is tested against it.
 """
 
 from __future__ import annotations

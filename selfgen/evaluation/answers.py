@@ -1,4 +1,4 @@
-"""Free-running answers held against references: the number at the end, as GSM8K is scored, and ROUGE for summaries."""
+"""Free-running answers compared with references: the number at the end, as GSM8K is scored, and ROUGE for summaries."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from typing import Any
 
 _Z = NormalDist().inv_cdf(0.975)  # of a two-sided 95% interval
 
-# A minus behind a letter, a digit, a bracket or a percent sign subtracts. A whole part may be missing, as in ".5", but
+# A minus after a letter, a digit, a bracket or a percent sign subtracts. A whole part may be missing, as in ".5", but
 # dots in a row are an ellipsis. Groups of three digits, or of two before the last, are one number: 1,234 and 1,00,000.
 _NUMBER = (
     r"(?P<sign>(?<![\w)\]%])[-−]\$?)?"
@@ -22,7 +22,7 @@ _MARKED = re.compile(r"####[\s*$\\]*" + _NUMBER)
 
 
 def extract_answer(text: str) -> str | None:
-    """The number that answers a problem: behind the first ``####``, else the last one in the text, else None.
+    """The number that answers a problem: after the first ``####``, else the last one in the text, else None.
 
     Numbers are written in one way, "1234.5" for "$1,234.50." and "-3" for "−3%".
 

@@ -1,7 +1,8 @@
-"""Held-out loss of reference answers under contexts that are, by chance p, the model's own: the gap that BSS works on.
+"""Held-out loss of reference answers under contexts whose tokens are, with chance p, self tokens: the gap BSS works on.
 
-p = 0 is teacher forcing, p = 1 a context that the model made alone. A model that was only ever shown references gets
-worse along its own ones (exposure bias: Ranzato et al. 2015, arXiv 1511.06732), so losses are kept by position.
+p = 0 is teacher forcing, p = 1 a context that the model made alone, its own context. A model that was only ever shown
+references gets worse along its own ones (exposure bias: Ranzato et al. 2015, arXiv 1511.06732), so losses are kept by
+position.
 """
 
 from __future__ import annotations
@@ -47,7 +48,7 @@ class PositionLoss:
 
     @property
     def mean(self) -> float:
-        """Nats a token."""
+        """Nats per token."""
         return float(self.sums.sum()) / self.tokens
 
 
@@ -68,7 +69,7 @@ def held_out_losses(
         rows: with ``sample_id``, ``prompt_ids`` and ``answer_ids``.
         self_probs: a name -> the probability that a context token is the model's own, in [0, 1].
         seed: of the contexts; the same for all models that are compared.
-        batch_size: rows a forward.
+        batch_size: rows per forward.
         method: of the contexts, as in ``ContextGenerator.contexts``.
         progress: show a bar with the time left.
 
@@ -92,7 +93,7 @@ def row_losses(
     seed: int = 0,
     method: Method = "fixed_point",
 ) -> dict[str, list[Tensor]]:
-    """The losses of one batch token by token: for each kind of context float32 [T_i] a row, on the CPU."""
+    """The losses of one batch token by token: for each kind of context float32 [T_i] per row, on the CPU."""
     missing = [name for name in ("prompt_ids", "answer_ids", "sample_id") if rows and name not in rows[0]]
     if missing:
         raise ValueError(f"the rows lack {', '.join(missing)}; tokenize them with selfgen.data.tokenize_rows")
@@ -105,7 +106,7 @@ def row_losses(
 
 
 def _token_losses(generator: ContextGenerator, rows: Sequence[dict[str, Any]], contexts: list[Tensor]) -> list[Tensor]:
-    """Cross-entropy of each reference token, [T_i] a row, with ``contexts`` as input."""
+    """Cross-entropy of each reference token, [T_i] per row, with ``contexts`` as input."""
     model, collate = generator.model, Collator(pad_token_id=0)  # padding is masked
     batch = {key: value.to(model.device) for key, value in collate(list(rows)).items()}
     write_contexts_into(batch, contexts)

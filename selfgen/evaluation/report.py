@@ -33,7 +33,7 @@ def table(results: Mapping[str, Any]) -> str:
         lines.append(_share(NAMES[name], share))
     for name, loss in results.get("loss", {}).items():
         label, made_of = f"loss, {name} contexts", f"p = {loss['self_prob']:g}, {loss['tokens']} tokens"
-        lines.append(f"{label:28}{loss['loss']:9.4f}  nats a token, {made_of}")
+        lines.append(f"{label:28}{loss['loss']:9.4f}  nats per token, {made_of}")
     if "curve" in results:
         lines += ["", f"{'loss at position':19}{'tokens':>9}{'reference':>11}{'own':>11}{'gap':>11}"]
         for bucket in results["curve"]:
@@ -78,7 +78,7 @@ def _loss_bars(losses: Mapping[str, Mapping[str, Any]]) -> Any:
     labels = [f"{name}\np = {loss['self_prob']:g}" for name, loss in losses.items()]
     bars = axes.bar(labels, [loss["loss"] for loss in losses.values()], color="tab:blue", width=0.6)
     axes.bar_label(bars, fmt="%.3f")
-    axes.set(ylabel="nats a token", title="Held-out loss by kind of context")
+    axes.set(ylabel="nats per token", title="Held-out loss by kind of context")
     return figure
 
 
@@ -89,7 +89,7 @@ def _curve_lines(curve: list[dict[str, Any]]) -> Any:
     middles = [(bucket["first"] + bucket["last"]) / 2 for bucket in curve]
     for name, colour in (("reference", "tab:blue"), ("own", "tab:orange")):
         upper.plot(middles, [bucket[name] for bucket in curve], marker="o", color=colour, label=f"{name} context")
-    upper.set(ylabel="nats a token", title="Held-out loss along the answer", ylim=(0, None))
+    upper.set(ylabel="nats per token", title="Held-out loss along the answer", ylim=(0, None))
     upper.legend()
     widths = [0.9 * (bucket["last"] - bucket["first"] + 1) for bucket in curve]
     lower.bar(middles, [bucket["tokens"] for bucket in curve], width=widths, color="tab:gray")

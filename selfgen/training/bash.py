@@ -1,8 +1,8 @@
 """``BASHTrainer``: training on contexts that were written beforehand, as they are (arXiv 2410.14655, BASH).
 
 Where the paper leaves freedom, this is chosen: a row has one context, however often it is trained on; and the loss is
-that of the online variant, the reference being the target at every answer token, also where the context before it is
-the model's own.
+that of the online variant, the reference being the target at every answer token, also where the context before it has
+self tokens.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ from .config import BSSConfig
 class ContextCollator(Collator):
     """``Collator`` for rows that have contexts: ``input_ids`` hold the context in place of the answer.
 
-    ``labels`` are the reference's still, and ``is_self`` (bool [B, L]) is true on the model's own tokens. Rows without
+    ``labels`` are the reference's still, and ``is_self`` (bool [B, L]) is true on self tokens. Rows without
     contexts give the batch of ``Collator``.
     """
 

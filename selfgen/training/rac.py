@@ -35,17 +35,17 @@ class RACConfig(BSSConfig):
 
     self_prob: float = field(
         default=0.0,
-        metadata={"help": "Probability that a context token of the correction is the model's own; 0 is plain RAC."},
+        metadata={"help": "Probability that a context token of the correction is a self token; 0 is plain RAC."},
     )
     own_answer: str = field(
         default="generated",
         metadata={
             "help": "Where own answers come from: generated (the current weights, running freely), mixed (a context of "
-            "the reference and own tokens), or column (made before, in the data set)."
+            "reference and self tokens), or column (made before, in the data set)."
         },
     )
     own_answer_self_prob: float = field(
-        default=1.0, metadata={"help": "Probability of an own token in own_answer=mixed, in [0, 1]."}
+        default=1.0, metadata={"help": "Probability of a self token in own_answer=mixed, in [0, 1]."}
     )
     own_answer_column: str = field(
         default="own_answer", metadata={"help": "Column with own answers (text) for own_answer=column."}
@@ -146,7 +146,7 @@ class RACTrainer(BSSTrainer):
         return batches, num_items
 
     def _get_num_items_in_batch(self, batch_samples, device):
-        """What is learned is counted in corrections, whose rows are the first half where the others stand behind."""
+        """What is learned is counted in corrections: the first half of the rows, where the others stand after them."""
         first = [_half(batch, 0) if "loss_weight" in batch else batch for batch in batch_samples]
         return super()._get_num_items_in_batch(first, device)
 

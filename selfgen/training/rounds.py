@@ -1,4 +1,4 @@
-"""The offline variant in rounds: write contexts with the model as it is, train on them, go on with the new model.
+"""The offline variant in rounds: write contexts with the model as it is, train on them, continue with the new model.
 
 arXiv 2410.14655 (Algorithm 1: a pre-trained model and a training data set go in) is followed with these choices: the
 rows are shuffled once and cut into one part a round, so that each row is trained on in one round, under contexts of
@@ -61,7 +61,7 @@ def train_rounds(
 
     Round k leaves ``round-k/contexts``, ``round-k/checkpoint-*``, ``round-k/trainer_state.json`` and ``round-k/model``
     in ``config.output_dir``; the last model is there, too, as after any training. With
-    ``config.resume_from_checkpoint="last"`` a run that was killed goes on where it was: with the next shard of
+    ``config.resume_from_checkpoint="last"`` a run that was killed continues where it was: with the next shard of
     contexts, from the newest checkpoint of a round, or with the next round.
 
     Args:
@@ -76,7 +76,7 @@ def train_rounds(
         shard_rows, batch_size, provenance: as of ``write_contexts``.
 
     Raises:
-        OfflineError: (a ValueError) the output folder has rounds, and this is not to go on with them; or they are of
+        OfflineError: (a ValueError) the output folder has rounds, and this is not to continue them; or they are of
             other settings or rows; or the rounds can't be had as asked for.
     """
     output, resume = Path(config.output_dir), config.resume_from_checkpoint
@@ -91,10 +91,10 @@ def train_rounds(
             "share of the rounds below 1"
         )
     if resume not in (None, "last"):
-        raise OfflineError(f'resume_from_checkpoint is {resume!r}; rounds go on from "last" only')
+        raise OfflineError(f'resume_from_checkpoint is {resume!r}; rounds continue from "last" only')
     if resume is None and any(output.glob("round-*")):
         raise OfflineError(
-            f"{output} has rounds already; go on with them (--resume-from-checkpoint last), or give another output_dir"
+            f"{output} has rounds already; continue them (--resume-from-checkpoint last), or give another output_dir"
         )
     parts = split_rows(tokenized("train", rows, processing_class, config, config.max_length), rounds, config.seed)
     models = [model, *(str(output / f"round-{number}" / "model") for number in range(rounds))]

@@ -10,33 +10,14 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch._C import DispatchKey, _dispatch_tls_is_dispatch_key_included, _len_torch_dispatch_stack
-from torch._C._functorch import is_functorch_wrapped_tensor
+
+from selfgen_kernels.torch_internals import is_traced
 
 FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 INTEGERS = (torch.int64, torch.int32)
 
 GREEDY_BELOW = 1e-5
 """Temperatures under this are greedy: argmax, no noise."""
-
-
-def is_traced(*tensors: Tensor) -> bool:
-    """Whether a call is recorded, faked or mapped, so that some of `tensors` may have no memory of their own.
-
-    On the path of every call, so made of tests that cost less than `tensor.device` does. So is any call under a
-    dispatch mode: a tracer's cannot be told from others as cheaply, and makes fake or recorded what real tensors give.
-    """
-    if (
-        torch.compiler.is_compiling()
-        or _len_torch_dispatch_stack()
-        or _dispatch_tls_is_dispatch_key_included(DispatchKey.PreDispatch)  # make_fx(pre_dispatch=True)
-    ):
-        return True
-    for tensor in tensors:
-        plain = type(tensor).__torch_dispatch__ is Tensor.__torch_dispatch__  # else fake, or functional
-        if not plain or is_functorch_wrapped_tensor(tensor):
-            return True
-    return False
 
 
 def values_visible(*tensors: Tensor) -> bool:

@@ -4,7 +4,6 @@ from typing import Literal
 
 import torch
 from torch import Tensor
-from torch.autograd import forward_ad
 
 from selfgen_kernels.ops import batching
 from selfgen_kernels.ops.arguments import (
@@ -15,6 +14,7 @@ from selfgen_kernels.ops.arguments import (
     check_tensor,
     is_traced,
 )
+from selfgen_kernels.torch_internals import has_tangent, storage_of
 
 torch.library.define(
     "selfgen::kv_append",
@@ -188,24 +188,22 @@ def ragged_attention(
 def _refuse_grad(op: str, *tensors: Tensor | None) -> None:
     if torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in tensors):
         raise RuntimeError(f"{op} has no backward; call it under torch.no_grad(), or detach its tensors")
-    if forward_ad._current_level >= 0 and any(
-        x is not None and forward_ad.unpack_dual(x).tangent is not None for x in tensors
-    ):
+    if any(x is not None and has_tangent(x) for x in tensors):
         raise RuntimeError(f"{op} has no backward and no forward-mode derivative; detach its tensors")
 
 
 def _refuse_overlap(key_cache: Tensor, value_cache: Tensor, key: Tensor, value: Tensor) -> None:
     """Raise if memory that is written to is also read, or is that of two numbers."""
-    key_storage, value_storage = (x.untyped_storage()._cdata for x in (key_cache, value_cache))
+    key_storage, value_storage = (storage_of(x) for x in (key_cache, value_cache))
     for name, cache in (("key_cache", key_cache), ("value_cache", value_cache)):
         strides = cache.stride()
         if 0 in strides and any(stride == 0 and size > 1 for size, stride in zip(cache.shape, strides, strict=True)):
             raise ValueError(f"{name} is expanded: several of its numbers share memory; pass {name}.contiguous()")
     for name, states in (("key", key), ("value", value)):
-        storage = states.untyped_storage()._cdata
+        storage = storage_of(states)
         if storage in (key_storage, value_storage):
             for cache_name, cache in (("key_cache", key_cache), ("value_cache", value_cache)):
-                if storage == cache.untyped_storage()._cdata and _meet(states, cache):
+                if storage == storage_of(cache) and _meet(states, cache):
                     raise ValueError(f"{name} is a view of {cache_name}, which is written to; pass {name}.clone()")
     # Parts of one tensor may interleave, so here only a slot of one cache that is a slot of the other is an overlap.
     if key_storage == value_storage and key_cache.numel() > 0:

@@ -4,7 +4,6 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch._C._functorch import is_batchedtensor
 
 from selfgen_kernels.ops import batching
 from selfgen_kernels.ops.arguments import (
@@ -20,6 +19,7 @@ from selfgen_kernels.ops.arguments import (
     per_row,
     signed_seed,
 )
+from selfgen_kernels.torch_internals import autocast_dtype, is_batchedtensor
 
 _SAMPLING = (
     "Tensor reference, Tensor threshold, SymInt seed, Tensor sample_ids, Tensor positions, Tensor inv_temperature, "
@@ -357,9 +357,8 @@ def _autocast(tensor: Any) -> Any:
     """What torch.nn.functional.linear makes of an argument under torch.autocast: fp64 stays, other floats are cast."""
     if not isinstance(tensor, Tensor) or not tensor.is_floating_point() or tensor.dtype == torch.float64:
         return tensor
-    device = tensor.device.type
-    enabled = torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device)
-    return tensor.to(torch.get_autocast_dtype(device)) if enabled else tensor
+    dtype = autocast_dtype(tensor.device.type)
+    return tensor if dtype is None else tensor.to(dtype)
 
 
 def _check_vocabulary(vocab_size: int) -> None:

@@ -14,7 +14,7 @@ from importlib import import_module
 
 from triton.compiler.compiler import make_backend
 
-from benchmarks.aot import gpu_target, shipped_modules, source
+from tools.aot import gpu_target, shipped_modules, source
 
 DEFINITION = re.compile(r"^\s*(%[\w:]+) = \"?([\w.]+)\"?(.*)$")
 PRODUCTS = ("arith.muli", "arith.shli")

@@ -1,6 +1,6 @@
 """Kernels for the tests of the tests: two that are as they should be, the others each with one thing wrong.
 
-Compiled by `python -m benchmarks.aot --module specimens` with this folder on the path; it is never launched from there.
+Compiled by `python -m tools.aot --module specimens` with this folder on the path; it is never launched from there.
 """
 
 import dataclasses

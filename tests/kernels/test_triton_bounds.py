@@ -21,9 +21,9 @@ from guard import guarded
 from test_passes import next_self_of
 from triton.runtime.errors import InterpreterError
 
-from benchmarks.aot import shipped_modules
 from selfgen_kernels.backends.reference.sampling import Sampling
 from selfgen_kernels.backends.triton import attention, filters, head, noise, passes, sampling
+from tools.aot import shipped_modules
 
 pytestmark = pytest.mark.filterwarnings("ignore::RuntimeWarning:triton.runtime.interpreter")
 SIZES = st.one_of(st.sampled_from([1, 63, 64, 65, 4096, 8191, 8192, 8193]), st.integers(1, 9000))

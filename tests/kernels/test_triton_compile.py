@@ -28,9 +28,9 @@ def run_compiled(*command):
 
 
 def compiled(folder, *arguments):
-    """Reports of `benchmarks.aot`, which tells the rules and holds kernels against them."""
+    """Reports of `tools.aot`, which tells the rules and holds kernels against them."""
     result = folder / "reports.json"
-    run_compiled("-m", "benchmarks.aot", "--json", result, *arguments)
+    run_compiled("-m", "tools.aot", "--json", result, *arguments)
     reports = json.loads(result.read_text())
     assert reports
     return reports

@@ -1,7 +1,7 @@
 """What a kernel needs besides its code to be compiled: the choices that ship, one `Configuration` for each.
 
 Every module of this folder lists its own in `configurations(target)`. The launchers take their tile sizes and warps
-from the same tables, so what `benchmarks/aot.py` shows and the tests hold is what runs.
+from the same tables, so what `tools/aot.py` shows and the tests hold is what runs.
 """
 
 from dataclasses import dataclass
@@ -23,7 +23,7 @@ class Configuration:
     constants: dict[str, Any]  # of the constexpr arguments
     options: dict[str, Any]  # num_warps, num_stages, enable_fp_fusion
     aligned: tuple[str, ...] = ()  # integer arguments divisible by 16, as all pointers are
-    streams: bool = False  # reads its data 128 bits at a time: `narrow_streams` in benchmarks/aot.py is the rule
+    streams: bool = False  # reads its data 128 bits at a time: `narrow_streams` in tools/aot.py is the rule
     tensor_cores: bool = False  # multiplies matrices
 
 

@@ -1,6 +1,6 @@
 """What the Triton kernels become on GPUs that are not here: registers, spills, shared memory, occupancy, instructions.
 
-    python -m benchmarks.aot [--target sm_90 ...] [--kernel TEXT] [--quick] [--json FILE]
+    python -m tools.aot [--target sm_90 ...] [--kernel TEXT] [--quick] [--json FILE]
 
 Compiles every configuration that ships (`configurations(target)` in each module of `selfgen_kernels/backends/triton`)
 for every target and reads the machine code. No GPU is asked for. Exits with 1 if a kernel breaks a rule of `faults`.
@@ -395,7 +395,7 @@ def table(reports: list[Report]) -> str:
 
 
 def main(argv: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(prog="python -m benchmarks.aot", description=(__doc__ or "").split("\n\n")[0])
+    parser = argparse.ArgumentParser(prog="python -m tools.aot", description=(__doc__ or "").split("\n\n")[0])
     parser.add_argument("--target", nargs="+", choices=TARGETS, default=TARGETS)
     parser.add_argument("--kernel", default="", help="only configurations whose name holds this text")
     parser.add_argument("--quick", action="store_true", help="one or two configurations of each kernel")

@@ -1,15 +1,8 @@
-"""Offline: contexts as a data set, whole or resumed, trained on as they are, and in rounds."""
+"""Stored contexts: written whole or resumed, trained on as they are, from Python and the command line."""
 
 from __future__ import annotations
 
 import json
-import os
-import pkgutil
-import signal
-import subprocess
-import sys
-import time
-from itertools import chain, count
 from pathlib import Path
 
 import datasets
@@ -17,17 +10,17 @@ import pytest
 import torch
 import torch.nn.functional as F
 from filelock import FileLock
-from helpers.cli import ROOT, flags, history, run
+from helpers.cli import flags, history, run
 from helpers.data import ROWS, write_jsonl
+from helpers.processes import Killed, contents, kill_at, kill_command
 from helpers.training import Tokenizer, config, rows, weights
 from models import VOCAB, tiny_model
 from transformers import AutoModelForCausalLM
 
-from selfgen import BASHTrainer, BSSTrainer, ContextGenerator, load_contexts, train_rounds, write_contexts
+from selfgen import BASHTrainer, BSSTrainer, ContextGenerator, load_contexts, write_contexts
 from selfgen.data import load_rows
 from selfgen.provenance import weights_hash
 from selfgen.stored_contexts import OfflineError, read_provenance
-from selfgen.training.rounds import split_rows
 
 SETTINGS = {"self_prob": 0.5, "seed": 3, "batch_size": 3, "shard_rows": 4, "progress": False}
 
@@ -37,29 +30,6 @@ def own_cache(tmp_path_factory, monkeypatch):
     monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path_factory.mktemp("cache"))
 
 
-class Killed(BaseException):
-    """Nothing catches it."""
-
-
-def kill_at(monkeypatch, target: str, call: int) -> None:
-    """The process "dies" when ``target`` is called for this (0-based) time."""
-    original, calls = pkgutil.resolve_name(target), count()
-
-    def function(*args, **kwargs):
-        if next(calls) == call:
-            raise Killed
-        return original(*args, **kwargs)
-
-    monkeypatch.setattr(target, function)
-
-
-def record_calls(monkeypatch, target: str) -> list[tuple]:
-    """Positional arguments of every call of ``target`` from here on."""
-    original, calls = pkgutil.resolve_name(target), []
-    monkeypatch.setattr(target, lambda *args, **kwargs: calls.append(args) or original(*args, **kwargs))
-    return calls
-
-
 def make_generator(seed: int = 0, **options) -> ContextGenerator:
     return ContextGenerator(tiny_model("llama", seed=seed), token_budget=32, balance=4, **options)
 
@@ -67,14 +37,6 @@ def make_generator(seed: int = 0, **options) -> ContextGenerator:
 def write(folder: Path, data=None, generator=None, **changes) -> dict:
     data = rows(10) if data is None else data
     return write_contexts(generator or make_generator(), data, folder, **{**SETTINGS, **changes})
-
-
-def contents(folder: Path) -> dict[str, bytes]:
-    return {
-        str(file.relative_to(folder)): file.read_bytes()
-        for file in sorted(folder.rglob("*"))
-        if file.is_file() and file.name != ".lock"
-    }
 
 
 # Writing
@@ -193,14 +155,14 @@ def test_other_versions_are_noted_down(tmp_path, monkeypatch):
 @pytest.mark.parametrize(
     ("changes", "words"),
     [
-        ({"self_prob": 0.25}, r"self_prob was 0\.5, now 0\.25\. Go on with the former ones, or give another folder"),
-        ({"seed": 4}, "seed was 3, now 4"),
-        ({"shard_rows": 5}, "shard_rows was 4, now 5"),
-        ({"generator": {"seed": 1}}, "weights was [0-9a-f]{64}, now "),
-        ({"generator": {"temperature": 0.5}}, r"temperature was 1\.0, now 0\.5"),
-        ({"data": rows(10, seed=1)}, "rows was [0-9a-f]{64}, now "),
+        ({"self_prob": 0.25}, r"self_prob was 0\.5, is 0\.25\): give the former ones, or another folder"),
+        ({"seed": 4}, "seed was 3, is 4"),
+        ({"shard_rows": 5}, "shard_rows was 4, is 5"),
+        ({"generator": {"seed": 1}}, "weights was '[0-9a-f]{64}', is "),
+        ({"generator": {"temperature": 0.5}}, r"temperature was 1\.0, is 0\.5"),
+        ({"data": rows(10, seed=1)}, "rows was '[0-9a-f]{64}', is "),
         ({"data": rows(10).select([*range(1, 10), 0])}, "rows was"),
-        ({"data": rows(9)}, "num_rows was 10, now 9"),
+        ({"data": rows(9)}, "num_rows was 10, is 9"),
     ],
 )
 def test_other_settings_are_refused(tmp_path, changes, words):
@@ -213,7 +175,7 @@ def test_other_settings_are_refused(tmp_path, changes, words):
 
 
 def test_one_process_at_a_time(tmp_path):
-    with FileLock(tmp_path / ".lock"), pytest.raises(OfflineError, match="another process is writing contexts to"):
+    with FileLock(tmp_path / ".lock"), pytest.raises(OfflineError, match="another process is writing"):
         write(tmp_path)
     write(tmp_path)
     load_contexts(tmp_path)
@@ -339,137 +301,6 @@ def test_rows_without_contexts_are_refused(tmp_path):
         make_trainer(tmp_path, rows(4))
 
 
-# Rounds
-
-
-def load(name: str):
-    return tiny_model("llama") if name == "pre-trained" else AutoModelForCausalLM.from_pretrained(name)
-
-
-def run_rounds(folder: Path, rounds: int = 2, schedule=None, **changes) -> None:
-    """Two rounds of 6 rows: 3 shards of contexts, 3 steps, a checkpoint each."""
-    options = {"max_steps": -1, "num_train_epochs": 1, "gradient_accumulation_steps": 1}
-    saving = {"save_strategy": "steps", "save_steps": 1, "save_total_limit": 1}
-    train_rounds(
-        load,
-        "pre-trained",
-        rows(12),
-        config(folder, **{**options, **saving, **changes}),
-        rounds=rounds,
-        processing_class=Tokenizer(),
-        schedule=schedule,
-        shard_rows=2,
-        batch_size=2,
-    )
-
-
-@pytest.fixture(scope="module")
-def whole(tmp_path_factory):
-    """The folder of a run that nothing stopped."""
-    folder = tmp_path_factory.mktemp("rounds") / "whole"
-    run_rounds(folder)
-    return folder
-
-
-def final(folder: Path) -> torch.Tensor:
-    return weights(AutoModelForCausalLM.from_pretrained(folder))
-
-
-def test_parts():
-    parts = split_rows(rows(11), 3, seed=0)
-    ids = [list(part["sample_id"]) for part in parts]
-    assert sorted(len(part) for part in ids) == [3, 4, 4]
-    together = list(chain(*ids))
-    assert together != sorted(together) == list(range(11))
-    assert ids == [list(part["sample_id"]) for part in split_rows(rows(11), 3, seed=0)]
-    assert ids != [list(part["sample_id"]) for part in split_rows(rows(11), 3, seed=1)]
-    for rounds in (0, 12):
-        with pytest.raises(OfflineError, match=f"rounds is {rounds}; 11 rows can be split for 1 to 11 rounds"):
-            split_rows(rows(11), rounds, seed=0)
-
-
-def test_each_round_writes_with_the_model_of_the_round_before(whole):
-    models = [load("pre-trained"), load(str(whole / "round-0" / "model"))]
-    written = [load_contexts(whole / f"round-{number}" / "contexts") for number in range(2)]
-    assert sorted(i for contexts in written for i in contexts["sample_id"]) == list(range(12))
-    hashes = [read_provenance(whole / f"round-{number}" / "contexts")["settings"]["weights"] for number in range(2)]
-    assert hashes == [weights_hash(model) for model in models]
-    assert hashes[0] != hashes[1]
-    for model, contexts in zip(models, written, strict=True):
-        expected = decode(contexts, ContextGenerator(model), seed=42)
-        assert list(contexts["context_ids"]) == [tokens.tolist() for tokens in expected.tokens]
-    assert torch.equal(final(whole), final(whole / "round-1" / "model"))
-    assert not torch.equal(final(whole), final(whole / "round-0" / "model"))
-    assert len(history(whole / "round-1")) == 3
-
-
-@pytest.mark.parametrize(
-    ("target", "call", "batches", "steps"),  # and what is left to do
-    [
-        ("transformers.Trainer.training_step", 1, 3, 5),  # training of round 0, behind a checkpoint
-        ("selfgen.training.rounds.write_contexts", 1, 3, 3),  # between the rounds
-        ("selfgen.context.ContextGenerator.contexts", 6, 2, 3),  # contexts of round 1
-        ("transformers.Trainer.training_step", 5, 0, 1),  # training of round 1, likewise
-        ("selfgen.BASHTrainer.save_state", 1, 0, 0),  # round 1 is trained, but not saved
-        ("selfgen.training.rounds.Path.rename", 1, 0, 0),  # saved, but not in its place
-        ("selfgen.training.rounds.shutil.copytree", 0, 0, 0),  # all but the copy of the last model
-    ],
-)
-def test_killed_rounds_go_on(tmp_path, whole, monkeypatch, target, call, batches, steps):
-    with monkeypatch.context() as patch:
-        kill_at(patch, target, call)
-        with pytest.raises(Killed):
-            run_rounds(tmp_path)
-    assert not (tmp_path / "config.json").exists()
-    generated = record_calls(monkeypatch, "selfgen.context.ContextGenerator.contexts")
-    trained = record_calls(monkeypatch, "transformers.Trainer.training_step")
-    run_rounds(tmp_path, resume_from_checkpoint="last")
-    assert len([prompts for _, prompts, *_ in generated if prompts]) == batches
-    assert len(trained) == steps
-    assert torch.equal(final(tmp_path), final(whole))
-    for number in range(2):
-        folders = [folder / f"round-{number}" for folder in (tmp_path, whole)]
-        contexts, expected = (load_contexts(folder / "contexts").to_list() for folder in folders)
-        assert contexts == expected
-        losses, expected = ([entry["loss"] for entry in history(folder)] for folder in folders)
-        assert losses == expected
-
-
-def test_rounds_that_are_there_are_not_overwritten(whole):
-    before = contents(whole)
-    with pytest.raises(OfflineError, match=r"has rounds already; go on with them \(--resume-from-checkpoint last\)"):
-        run_rounds(whole)
-    with pytest.raises(OfflineError, match='rounds go on from "last" only'):
-        run_rounds(whole, resume_from_checkpoint=str(whole / "round-0" / "checkpoint-3"))
-    for changes, words in (
-        ({"self_prob": 0.25}, "self_prob was 0.5, now 0.25"),
-        ({"seed": 1}, "seed was 42, now 1"),
-        ({"rounds": 3}, "rows was"),
-    ):
-        with pytest.raises(OfflineError, match=words):
-            run_rounds(whole, **changes, resume_from_checkpoint="last")
-    run_rounds(whole, resume_from_checkpoint="last")  # there is nothing left to do
-    assert contents(whole) == before
-
-
-def test_rounds_run_in_one_process(tmp_path, monkeypatch):
-    monkeypatch.setattr("transformers.TrainingArguments.world_size", 2)
-    with pytest.raises(OfflineError, match="rounds run in one process"):
-        run_rounds(tmp_path)
-
-
-def test_a_schedule_goes_from_round_to_round(tmp_path):
-    run_rounds(tmp_path, self_prob=0.8, self_prob_start=0.2, self_prob_schedule="linear", max_steps=1)
-    settings = [read_provenance(tmp_path / f"round-{number}" / "contexts")["settings"] for number in range(2)]
-    assert [entry["self_prob"] for entry in settings] == [0.2, 0.8]
-
-
-def test_a_function_goes_from_round_to_round(tmp_path):
-    run_rounds(tmp_path, max_steps=1, schedule=lambda start, end, progress: 0.3 + 0.4 * progress)
-    settings = [read_provenance(tmp_path / f"round-{number}" / "contexts")["settings"] for number in range(2)]
-    assert [entry["self_prob"] for entry in settings] == pytest.approx([0.3, 0.7])
-
-
 def test_contexts_of_a_model_prepared_for_mixed_precision(tmp_path):
     """They are made, and written down, in what its forward computes in."""
     trainer = BSSTrainer(
@@ -481,11 +312,6 @@ def test_contexts_of_a_model_prepared_for_mixed_precision(tmp_path):
     trainer.train()
     record = write(tmp_path / "contexts", rows(4), ContextGenerator(trainer.model))
     assert record["settings"]["precision"] == "bfloat16"
-
-
-def test_contexts_under_mixed_precision(tmp_path):
-    run_rounds(tmp_path, rounds=1, bf16=True, max_steps=1)
-    assert read_provenance(tmp_path / "round-0" / "contexts")["settings"]["precision"] == "bfloat16"
 
 
 # The command line
@@ -526,45 +352,12 @@ def test_contexts_then_training(arguments, writing, caplog, capsys):
     assert AutoModelForCausalLM.from_pretrained(arguments["output_dir"])
 
 
-def test_the_example_runs_in_rounds(arguments, capsys):
-    """``examples/bash.yaml`` as it is, but for the model and the data."""
-    data = {"prompt_column": "prompt", "completion_column": "completion"}
-    small = {**arguments, **data, "max_steps": -1}
-    command = ["train", str(ROOT / "examples" / "bash.yaml"), *flags(small)]
-    assert run(command, capsys)[0] == 0
-    out = Path(arguments["output_dir"])
-    assert sorted(file.name for file in out.glob("round-*")) == [f"round-{number}" for number in range(4)]
-    ids = [i for number in range(4) for i in load_contexts(out / f"round-{number}" / "contexts")["sample_id"]]
-    assert sorted(ids) == list(range(16))
-    source = read_provenance(out / "round-1" / "contexts")["source"]
-    assert source["model"] == str(out / "round-0" / "model")
-    assert (source["pretrained"], source["round"], source["rounds"]) == (arguments["model"], 1, 4)
-    assert torch.equal(final(out), final(out / "round-3" / "model"))
-    code, _, err = run(command, capsys)
-    assert code == 2
-    assert "has rounds already" in err
-    assert run([*command, "--resume_from_checkpoint", "last"], capsys)[0] == 0
-
-
 def test_killed_contexts_go_on(writing, tmp_path, capsys):
     """SIGKILL in the middle, then the same command: byte for byte the folder of a run that was not killed."""
     write_jsonl(Path(writing["dataset"]), ROWS * 100)
     command = ["contexts", *flags({**writing, "shard_rows": 3})]
-    environment = {**os.environ, "HF_DATASETS_CACHE": str(tmp_path / "cache"), "OMP_NUM_THREADS": "1"}
-    process = subprocess.Popen(
-        [sys.executable, "-m", "selfgen", *command],
-        cwd=ROOT,
-        env=environment,
-        stdout=subprocess.DEVNULL,
-        stderr=subprocess.DEVNULL,
-    )
-    killed, deadline = Path(writing["output_dir"]), time.monotonic() + 120
-    while len(list(killed.glob("data/*.parquet"))) < 2:
-        assert process.poll() is None, "the run ended before it could be killed"
-        assert time.monotonic() < deadline
-        time.sleep(0.01)
-    os.kill(process.pid, signal.SIGKILL)
-    process.wait()
+    killed = Path(writing["output_dir"])
+    kill_command(command, lambda: len(list(killed.glob("data/*.parquet"))) >= 2)
     assert "statistics" not in json.loads((killed / "provenance.json").read_text())
     assert run(command, capsys)[0] == 0
     whole = {**writing, "shard_rows": 3, "output_dir": str(tmp_path / "whole")}
@@ -606,7 +399,7 @@ def test_errors_are_one_line_and_exit_code_2(arguments, writing, command, change
 def test_help(capsys):
     code, out, _ = run(["contexts", "--help"], capsys)
     assert code == 0
-    for option in ("--model", "--dataset", "--self_prob", "--shard_rows", "--sampling_temperature", "--revision"):
+    for option in ("--model", "--dataset", "--self-prob", "--shard-rows", "--sampling-temperature", "--revision"):
         assert option in out
     code, out, _ = run(["train", "--help"], capsys)
     assert code == 0

@@ -1,4 +1,5 @@
 import json
+from inspect import signature
 
 import datasets
 import pytest
@@ -378,7 +379,9 @@ TURNS = [{"messages": [user("a"), assistant("b")]}]
 def test_tokenize_errors(rows, options, error, words):
     options = {"template": TEMPLATE, "eos_token": "<eos>", "max_length": 64} | options
     tokenizer = make_tokenizer(options.pop("template"), eos_token=options.pop("eos_token"))
-    dataset = datasets.Dataset.from_list(rows, on_mixed_types="use_json") if isinstance(rows, list) else rows
+    known = signature(datasets.Dataset.from_list).parameters
+    mixed = {"on_mixed_types": "use_json"} if "on_mixed_types" in known else {}
+    dataset = datasets.Dataset.from_list(rows, **mixed) if isinstance(rows, list) else rows
     with pytest.raises(error) as caught:
         tokenize_rows(dataset, tokenizer, **options)
     assert all(word in str(caught.value) for word in words), caught.value

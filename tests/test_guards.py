@@ -61,7 +61,7 @@ class OwnLoss(LlamaForCausalLM):
         output = super().forward(input_ids=input_ids, **inputs)
         if labels is not None:
             logits, targets = output.logits[:, :-1].flatten(0, 1), labels[:, 1:].flatten()
-            output.loss = F.cross_entropy(logits, targets, reduction="sum") / (num_items_in_batch or 1)
+            output["loss"] = F.cross_entropy(logits, targets, reduction="sum") / (num_items_in_batch or 1)
         return output
 
 

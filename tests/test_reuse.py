@@ -10,6 +10,7 @@ import torch
 import transformers
 from helpers.training import distance, generate, gradients, make_trainer, padded, rows, weights
 from models import ALTERNATING, BASE, CONFIGS, VOCAB, tiny_model
+from packaging.version import Version
 from transformers import AutoModelForCausalLM
 
 from selfgen.context.hidden_states import ReuseError
@@ -19,6 +20,8 @@ from selfgen.training.reuse import reuse_passes
 
 @pytest.mark.parametrize("family", sorted(CONFIGS))
 def test_loss_and_gradients_are_those_of_the_ordinary_step(family):
+    if family == "gpt_neox" and Version(transformers.__version__) < Version("5.2"):
+        pytest.skip("its layers return tuples before transformers 5.2, so its passes are not reused")
     model, data = tiny_model(family), rows(5)
     for module in model.modules():
         if isinstance(module, torch.nn.Dropout):  # GPT-2's default

@@ -1,11 +1,11 @@
 """A flat K/V cache: appending to its slots, and attention of many short chunks of queries over ranges of them."""
 
+from collections.abc import Callable
 from typing import Literal
 
 import torch
 from torch import Tensor
 
-from selfgen_kernels.ops import batching
 from selfgen_kernels.ops.arguments import (
     FLOATS,
     check_factor,
@@ -14,30 +14,28 @@ from selfgen_kernels.ops.arguments import (
     check_tensor,
     is_traced,
 )
+from selfgen_kernels.ops.registration import define
 from selfgen_kernels.torch_internals import has_tangent, storage_of
 
-torch.library.define(
-    "selfgen::kv_append",
+IMPLEMENTATIONS: dict[str, Callable[..., Tensor]] = {}
+"""What `ragged_attention` offers by name besides the operator's kernels; the backends enter theirs."""
+
+
+@define(
+    "kv_append",
     "(Tensor(a!) key_cache, Tensor(b!) value_cache, Tensor key, Tensor value, Tensor slots) -> ()",
 )
-torch.library.define(
-    "selfgen::ragged_attention",
-    "(Tensor query, Tensor key, Tensor value, Tensor cu_seqlens_q, Tensor kv_ranges, float scale, "
-    "SymInt? sliding_window, float? softcap, Tensor? sinks) -> Tensor",
-)
-
-
-@torch.library.register_fake("selfgen::kv_append")
 def _(key_cache, value_cache, key, value, slots):
     return None
 
 
-@torch.library.register_fake("selfgen::ragged_attention")
+@define(
+    "ragged_attention",
+    "(Tensor query, Tensor key, Tensor value, Tensor cu_seqlens_q, Tensor kv_ranges, float scale, "
+    "SymInt? sliding_window, float? softcap, Tensor? sinks) -> Tensor",
+)
 def _(query, *rest):
     return query.new_empty(query.shape)
-
-
-batching.register("kv_append", "ragged_attention")
 
 
 @torch.library.impl("selfgen::kv_append", "Negative")
@@ -178,11 +176,10 @@ def ragged_attention(
     args = query, key, value, cu_seqlens_q, kv_ranges, scale, sliding_window, softcap, sinks
     if implementation is None:
         return torch.ops.selfgen.ragged_attention(*args)
-    if implementation != "flash_attn":
-        raise ValueError(f'implementation={implementation!r} is not accepted; pass None or "flash_attn"')
-    from selfgen_kernels.backends import flash_attn
-
-    return flash_attn.ragged_attention(*args)
+    if not isinstance(implementation, str) or implementation not in IMPLEMENTATIONS:
+        accepted = " or ".join(["None", *(f'"{name}"' for name in IMPLEMENTATIONS)])
+        raise ValueError(f"implementation={implementation!r} is not accepted; pass {accepted}")
+    return IMPLEMENTATIONS[implementation](*args)
 
 
 def _refuse_grad(op: str, *tensors: Tensor | None) -> None:

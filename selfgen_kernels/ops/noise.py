@@ -3,28 +3,18 @@
 import torch
 from torch import Tensor
 
-from selfgen_kernels.ops import batching
-from selfgen_kernels.ops.arguments import check_keys, mask_threshold, signed_seed
-
-torch.library.define(
-    "selfgen::gumbel_noise", "(SymInt seed, Tensor sample_ids, Tensor positions, SymInt size, int stream) -> Tensor"
-)
-torch.library.define(
-    "selfgen::self_mask", "(SymInt seed, Tensor sample_ids, Tensor positions, Tensor threshold) -> Tensor"
-)
+from selfgen_kernels.ops.registration import define
+from selfgen_kernels.ops.rows import check_keys, mask_threshold, signed_seed
 
 
-@torch.library.register_fake("selfgen::gumbel_noise")
+@define("gumbel_noise", "(SymInt seed, Tensor sample_ids, Tensor positions, SymInt size, int stream) -> Tensor")
 def _(seed, sample_ids, positions, size, stream):
     return sample_ids.new_empty((sample_ids.shape[0], size), dtype=torch.float32)
 
 
-@torch.library.register_fake("selfgen::self_mask")
+@define("self_mask", "(SymInt seed, Tensor sample_ids, Tensor positions, Tensor threshold) -> Tensor")
 def _(seed, sample_ids, positions, threshold):
     return sample_ids.new_empty((sample_ids.shape[0],), dtype=torch.bool)
-
-
-batching.register("gumbel_noise", "self_mask")
 
 
 def gumbel_noise(

@@ -11,34 +11,28 @@ captured in one CUDA graph and replayed until every row is done.
 import torch
 from torch import Tensor
 
-from selfgen_kernels.ops import batching
 from selfgen_kernels.ops.arguments import check_number, check_tensor, values_visible
+from selfgen_kernels.ops.registration import define
 
-torch.library.define(
-    "selfgen::plan_pass",
+
+@define(
+    "plan_pass",
     "(Tensor final, Tensor row_starts, Tensor next_self, Tensor log_chance, SymInt token_budget, "
     "Tensor? least_log_chance=None) -> (Tensor, Tensor, Tensor)",
 )
-torch.library.define(
-    "selfgen::commit_pass",
-    "(Tensor(a!) tokens, Tensor(b!) final, Tensor slots, Tensor cu_seqlens_q, Tensor next_self, Tensor sampled) "
-    "-> (Tensor, Tensor)",
-)
-
-
-@torch.library.register_fake("selfgen::plan_pass")
 def _(final, row_starts, next_self, log_chance, token_budget, least_log_chance=None):
     rows = final.shape[0]
     cu_seqlens_q = final.new_empty((rows + 1,), dtype=torch.int32)
     return final.new_empty((token_budget,)), cu_seqlens_q, final.new_empty((rows, 2))
 
 
-@torch.library.register_fake("selfgen::commit_pass")
+@define(
+    "commit_pass",
+    "(Tensor(a!) tokens, Tensor(b!) final, Tensor slots, Tensor cu_seqlens_q, Tensor next_self, Tensor sampled) "
+    "-> (Tensor, Tensor)",
+)
 def _(tokens, final, slots, cu_seqlens_q, next_self, sampled):
     return tuple(slots.new_empty(slots.shape, dtype=torch.bool) for _ in range(2))
-
-
-batching.register("plan_pass", "commit_pass")
 
 
 def plan_pass(

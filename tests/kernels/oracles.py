@@ -3,7 +3,7 @@
 import torch
 
 from selfgen_kernels.backends.reference.philox import GROUP, TOKEN, gumbel_noise
-from selfgen_kernels.backends.reference.sampling import GROUP_SIZE
+from selfgen_kernels.call import GROUP_SIZE
 
 CLOSE = 1e-4
 """Scores, some tens at most, are this close or closer in a near tie: a few hundred units in the last place."""

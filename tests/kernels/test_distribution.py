@@ -26,7 +26,7 @@ from selfgen_kernels import (
     self_mask,
 )
 from selfgen_kernels.backends.reference import sampling as reference_sampling
-from selfgen_kernels.ops.arguments import inverse_temperature
+from selfgen_kernels.ops.rows import inverse_temperature
 
 DRAWS = 1_000_000
 SMALLEST_P = 1e-4

@@ -31,8 +31,9 @@ from selfgen_kernels.backends.reference import attention as reference_attention
 from selfgen_kernels.backends.reference import passes as reference_passes
 from selfgen_kernels.backends.reference import philox
 from selfgen_kernels.backends.reference import sampling as reference_sampling
-from selfgen_kernels.backends.reference.sampling import Sampling, scaled_and_filtered
-from selfgen_kernels.ops.arguments import inverse_temperature, signed_seed
+from selfgen_kernels.backends.reference.sampling import scaled_and_filtered
+from selfgen_kernels.call import Sampling
+from selfgen_kernels.ops.rows import inverse_temperature, signed_seed
 
 INF, NAN = float("inf"), float("nan")
 FLOATS = st.sampled_from([torch.float32, torch.bfloat16, torch.float16, torch.float64])

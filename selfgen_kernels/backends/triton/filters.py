@@ -12,9 +12,9 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from selfgen_kernels.backends.reference.sampling import Sampling
 from selfgen_kernels.backends.triton.configuration import Configuration, current_target
 from selfgen_kernels.backends.triton.noise import OPTIONS, in_mask
+from selfgen_kernels.call import Sampling
 
 BLOCK = 2048  # logits at a time
 

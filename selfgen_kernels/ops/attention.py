@@ -40,7 +40,7 @@ def _(query, *rest):
 
 @torch.library.impl("selfgen::kv_append", "Negative")
 def _(key_cache, value_cache, *states):
-    """Views with their negative bit set; torch's own fallback corrupts memory where an operator returns nothing."""
+    """Views with their negative bit set; torch's fallback corrupts memory where an operator returns nothing."""
     for name, cache in (("key_cache", key_cache), ("value_cache", value_cache)):
         if cache.is_neg():
             raise ValueError(
@@ -129,7 +129,7 @@ def ragged_attention(
         scale: factor on the logits, finite in fp32; head_dim ** -0.5 if None.
         sliding_window: >= 1: a query sees this many positions, itself included.
         softcap: > 0: logits become softcap * tanh(logits / softcap), as in Gemma 2 (arXiv 2408.00118).
-        sinks: floating [heads], a logit a head that takes probability and has no value, as in gpt-oss.
+        sinks: floating [heads], a logit per head that takes probability and has no value, as in gpt-oss.
         implementation: None for this library's kernels, "flash_attn" for the one of flash-attn (see
             `backends/flash_attn.py` for what it offers).
 

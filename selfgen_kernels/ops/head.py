@@ -60,9 +60,9 @@ def linear_sample_mix(
     Only rows that the mask selects are multiplied. Without filters the vocabulary passes by in chunks; with a filter,
     rows do, one or more at a time. The C++ kernel on the CPU lets the vocabulary pass by with filters, too, where what
     can matter of the rows fits into memory: that is at most 1/8 of the bytes of all logits in their dtype, and beside
-    them 1/32 of an fp32 row a thread; one row is more than that for N < 8, and for N < 16 in bf16 and fp16 with a
+    them 1/32 of an fp32 row per thread; one row is more than that for N < 8, and for N < 16 in bf16 and fp16 with a
     softcap or a scale, after which logits are fp32. The torch reference keeps to 1/8 from 32,000 ids on, but one row
-    with its filters takes up to 64 bytes an id, which is more for N < 128 in fp32.
+    with its filters takes up to 64 bytes per id, which is more for N < 128 in fp32.
 
     The tokens are those of `sample_mix` on the same logits; the product may round differently than one over the whole
     vocabulary, which can decide between near ties.
@@ -76,7 +76,7 @@ def linear_sample_mix(
         logit_scale: factor on the logits, finite in fp32, before the softcap, as in Cohere's models (`logit_scale`)
             and, as its inverse, in Granite (`logits_scaling`).
         reference, self_prob, seed, sample_ids, positions, temperature, top_k, top_p, min_p, status: as in `sample_mix`.
-        min_reference_prob: as in `sample_mix`; a pass of the head of its own, in which the logits are in memory no more
+        min_reference_prob: as in `sample_mix`; a second pass of the head, in which the logits are in memory no more
             than in the draw's: their maximum and sum of exponentials are, one each for at least 64 ids.
 
     Returns:
@@ -121,7 +121,7 @@ def linear_sample_shard(
 ) -> tuple[Tensor, Tensor]:
     """One rank's part of `linear_sample_mix` when the LM head is split by vocabulary (tensor parallelism).
 
-    Each rank calls this with its shard, all ranks gather the two small results (60 bytes a row and rank) in place of
+    Each rank calls this with its shard, all ranks gather the two small results (60 bytes per row and rank) in place of
     the logits, and each calls `combine_shards`. The token is the one that a single rank with the whole head draws, up
     to rounding at near ties; shards may have any sizes and begin and end anywhere. Filters are not offered: a cutoff
     needs the whole row. The split is Megatron-LM's (Shoeybi et al., arXiv 1909.08053, section 3); what shards have to
@@ -136,8 +136,8 @@ def linear_sample_shard(
         self_prob, softcap, logit_scale, seed, sample_ids, positions, temperature: as in `linear_sample_mix`.
 
     Returns:
-        values fp32 [N, 3, 3], ids int64 [N, 3]: up to three candidates a row, whose meaning is in
-        `backends/reference/sampling.py`; ids are -1 where there is none and in rows that keep their reference.
+        values fp32 [N, 3, 3], ids int64 [N, 3]: up to three candidates per row, whose meaning is in
+        `call.py`; ids are -1 where there is none and in rows that keep their reference.
 
     Raises:
         TypeError: an argument of another type or dtype.
@@ -178,7 +178,7 @@ def combine_shards(
     """The tokens from the gathered results of `linear_sample_shard` on R ranks, the same on every rank.
 
     Gumbel-max over the parts of a vocabulary: the best of the parts' best (Maddison et al., "A* Sampling", arXiv
-    1411.0030). The torch reference on every device, by design: it handles 12 numbers a row and rank.
+    1411.0030). The torch reference on every device, by design: it handles 12 numbers per row and rank.
 
     Args:
         values: fp32 [R, N, 3, 3], the ranks' values, in any order of the ranks, R >= 1.

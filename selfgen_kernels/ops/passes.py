@@ -1,8 +1,8 @@
 """The passes of a fixed-point iteration over ragged rows: which tokens to compute next, and what they settled.
 
 Rows lie one after the other: row r, position i has the *slot* row_starts[r] + i, for tokens and K/V alike. A *guess* of
-all tokens is given; at some positions, the self positions, the model puts its own token. A pass computes a *window* of
-consecutive slots a row; where the slot before a self position is computed, the model's token there becomes known.
+all tokens is given; at some positions, the self positions, the model puts a self token. A pass computes a *window* of
+consecutive slots per row; where the slot before a self position is computed, the model's token there becomes known.
 
 Nothing here waits for the device: with kernels that do not either, planning, computing and committing a pass can be
 captured in one CUDA graph and replayed until every row is done.
@@ -65,7 +65,7 @@ def plan_pass(
         final: int64 [R], the slot of each row's first position whose K/V is not final. Row r is done if
             next_self[final[r]] == final[r].
         row_starts: int64 [R], the first slot of each row.
-        next_self: int64 [S], the slot of the first self position behind slot s in the same row; s if there is none.
+        next_self: int64 [S], the slot of the first self position after slot s in the same row; s if there is none.
         log_chance: fp32 [S], <= 0: log of the chance that the guess at a self position is right. Other slots are not
             looked at.
         token_budget: 1 <= token_budget < 2^31.

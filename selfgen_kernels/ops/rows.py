@@ -53,7 +53,7 @@ def per_row(
 
 
 def mask_threshold(self_prob: float | Tensor, like: Tensor) -> Tensor:
-    """The probability p [N] as int64 [N]: a row is the model's own if its uint32 random number is below p * 2^32."""
+    """The probability p [N] as int64 [N]: a row is a self row if its uint32 random number is below p * 2^32."""
     prob = per_row("self_prob", self_prob, like, torch.float64, "0 <= p <= 1", lambda p: (p >= 0) & (p <= 1))
     return (prob * 2**32).round().long()
 

@@ -1,4 +1,4 @@
-"""Sample the model's own token where the Bernoulli mask says so, and keep the reference token elsewhere."""
+"""Sample a self token where the Bernoulli mask says so, and keep the reference token elsewhere."""
 
 import torch
 from torch import Tensor
@@ -34,7 +34,8 @@ def sample_mix(
     min_reference_prob: float | Tensor | None = None,
     status: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """One step of a mixed context: the model's own token with probability `self_prob`, else the reference token.
+    """One step of a mixed context: with probability `self_prob` a self token, drawn from the model, else the reference
+    token.
 
     Row i is drawn from softmax(logits[i] / temperature) after the filters, with noise that depends on nothing but
     (seed, sample_ids[i], positions[i]): the same row gives the same token in any batch. The draw is Gumbel-max in two

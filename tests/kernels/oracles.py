@@ -1,4 +1,4 @@
-"""What tests hold tokens against when two computations of the same logits may round apart."""
+"""What tests compare tokens with when two computations of the same logits may round apart."""
 
 import torch
 

@@ -21,7 +21,7 @@ def random_logits(n, vocab_size, dtype=torch.float32, seed=0):
 
 
 def draw(logits, **kwargs):
-    """Tokens [N] of the public function with every row the model's own."""
+    """Tokens [N] of the public function with every row a self row."""
     n = len(logits)
     keys = {"seed": 0, "sample_ids": torch.arange(n), "positions": torch.zeros(n, dtype=torch.int64)}
     return sample_mix(logits, torch.full((n,), -7), 1.0, **(keys | kwargs))[0]

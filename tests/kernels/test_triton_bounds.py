@@ -52,7 +52,7 @@ def spoilt(draw, x):
 
 
 def how_of(draw, n, *names):
-    """A `Sampling` of n rows with the filters `names`: some rows are the model's own, some greedy."""
+    """A `Sampling` of n rows with the filters `names`: some rows are self rows, some greedy."""
     values = {"top_k": [-1, 1, 5, 2**40], "top_p": [1e-9, 0.9, 1.0], "min_p": [0.0, 0.1, 1.0]}
     dtypes = {"top_k": torch.int64, "top_p": torch.float64, "min_p": torch.float64}
     cuts = {name: torch.full((n,), draw(st.sampled_from(values[name])), dtype=dtypes[name]) for name in names}

@@ -28,7 +28,7 @@ def run_compiled(*command):
 
 
 def compiled(folder, *arguments):
-    """Reports of `tools.aot`, which tells the rules and holds kernels against them."""
+    """Reports of `tools.aot`, which has the rules and checks kernels by them."""
     result = folder / "reports.json"
     run_compiled("-m", "tools.aot", "--json", result, *arguments)
     reports = json.loads(result.read_text())

@@ -138,7 +138,7 @@ def test_any_strides():
 
 @pytest.mark.parametrize("filters", [{}, {"top_k": 3, "top_p": 0.9, "min_p": 0.1}], ids=["plain", "filtered"])
 def test_rows_that_keep_their_reference_do_no_harm(filters):
-    """Their hidden states may hold anything, and all or none may be the model's own."""
+    """Their hidden states may hold anything, and all or none may be self rows."""
     head = a_head(8, 5, 100)
     for prob, least, most in ((0.0, 0, 0), (0.5, 1, 7), (1.0, 8, 8)):
         rows = rows_of(8, prob, **filters)
@@ -216,7 +216,7 @@ def test_top_p_is_exact_up_to_the_rounding_of_its_sum():
 
 
 @pytest.mark.parametrize("bad", [torch.nan, INF])
-def test_bad_rows_stay_invalid_behind_filters(bad):
+def test_bad_rows_stay_invalid_after_filters(bad):
     from selfgen_kernels.backends.triton import sampling
 
     logits = torch.randn(4, 100)

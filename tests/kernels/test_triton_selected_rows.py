@@ -159,7 +159,7 @@ def test_hidden_states_of_other_rows_are_not_read(filters, selected):
 
 
 @pytest.mark.parametrize("filters", FILTERS, ids=lambda f: "+".join(f) or "none")
-def test_noise_is_made_for_the_models_own_rows_only(filters, monkeypatch):
+def test_noise_is_made_for_self_rows_only(filters, monkeypatch):
     from selfgen_kernels.backends.triton import head
 
     made, gumbel_noise = [], head.gumbel_noise

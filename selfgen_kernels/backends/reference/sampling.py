@@ -6,7 +6,7 @@ from the streams GROUP and TOKEN of `philox`:
     group = argmax_g  logsumexp(z in group g) + G1[g]
     token = argmax_v  z_v + G2[v mod 64]                 over v in that group
 
-P(group) P(token | group) = softmax(z)_token: an exact draw for one random number a group instead of one a token.
+P(group) P(token | group) = softmax(z)_token: an exact draw for one random number per group instead of one per token.
 Ties go to the lowest index. A greedy row knows no noise, temperature or filter: its token is the argmax of the logits.
 
 A part of the vocabulary is summed up by three candidates, and parts are put together by choosing among theirs: that is

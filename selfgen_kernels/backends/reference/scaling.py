@@ -1,4 +1,4 @@
-"""From logits to z: temperature, then top_k, top_p and min_p, each as one number a row, the cutoff of what stays.
+"""From logits to z: temperature, then top_k, top_p and min_p, each as one number per row, the cutoff of what stays.
 
 All three keep "everything at least as likely as some token", so they keep or drop equal logits together, and a backend
 needs no filtered copy of the logits: it compares z with `filter_cutoff`. Order and meaning are those of transformers'

@@ -179,7 +179,7 @@ def pick_token_kernel(
     values, ids, capacity, tiles, rows, count, tokens, invalids,
     PIECES: tl.constexpr, SLOTS: tl.constexpr,
 ):  # fmt: skip
-    """The tokens of SLOTS of the model's own rows."""
+    """The tokens of SLOTS of the self rows."""
     capacity = capacity.to(tl.int64)
     slot, is_row, row, score, piece = best_of_rows(values, capacity, tiles, rows, count, PIECES, SLOTS)
     valid = (score > float("-inf")) & (score < float("inf"))
@@ -192,7 +192,7 @@ def pick_candidates_kernel(
     values, ids, capacity, tiles, rows, count, out_values, out_ids,
     PIECES: tl.constexpr, SLOTS: tl.constexpr,
 ):  # fmt: skip
-    """The three candidates of SLOTS of the model's own rows, into [N, 3, 3] and [N, 3]."""
+    """The three candidates of SLOTS of the self rows, into [N, 3, 3] and [N, 3]."""
     capacity = capacity.to(tl.int64)
     slot, is_row, row, score, piece = best_of_rows(values, capacity, tiles, rows, count, PIECES, SLOTS)
     has_best = score > float("-inf")
@@ -252,7 +252,7 @@ def linear_sample_mix(head: Head, reference: Tensor, how: Sampling) -> Mixed:
 
 
 def draw_filtered(head: Head, reference: Tensor, how: Sampling) -> tuple[Tensor, tuple[Tensor, ...]]:
-    """All rows int64 [N], first the model's own, and the results in that order.
+    """All rows int64 [N], first the self rows, and the results in that order.
 
     Logits of N / 8 rows are in memory at a time, or `LOGITS_BYTES`, since each time the whole head is read, and one row
     is searched for as long as many.

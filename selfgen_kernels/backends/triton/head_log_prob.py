@@ -70,7 +70,7 @@ def log_prob_kernel(
     values, found, capacity, tiles, rows, count, log_probs,
     PIECES: tl.constexpr, SLOTS: tl.constexpr,
 ):  # fmt: skip
-    """The log probabilities of the references of SLOTS of the model's own rows, from the masses of all tiles."""
+    """The log probabilities of the references of SLOTS of the self rows, from the masses of all tiles."""
     selected = tl.load(count)
     slot = tl.program_id(0) * SLOTS + tl.arange(0, SLOTS)
     is_row = slot < selected

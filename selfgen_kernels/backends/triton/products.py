@@ -29,7 +29,7 @@ def select_rows_kernel(
     thresholds, seed, sample_ids, positions, size, rows, count, reference, tokens, is_selfs, invalids,
     ROWS: tl.constexpr,
 ):  # fmt: skip
-    """One program writes which rows are the model's own, then which are not, how many are, and the others' results."""
+    """One program writes which rows are self rows, then which are not, how many are, and the others' results."""
     selected = 0
     for start in range(0, size, ROWS):
         row = start + tl.arange(0, ROWS)
@@ -80,7 +80,7 @@ def tanh(x):
 
 
 def tile_constants(target: str, dtype: str, rows: int, aligned: bool) -> tuple[dict, dict]:
-    """Tile and launch options of the products, for `dtype` and at most `rows` of the model's own rows.
+    """Tile and launch options of the products, for `dtype` and at most `rows` self rows.
 
     `aligned`: its sizes and strides are divisible by 16. If not, loads are narrow and take more registers.
     """
@@ -97,7 +97,7 @@ def tile_constants(target: str, dtype: str, rows: int, aligned: bool) -> tuple[d
 
 
 def select_rows(mask: Mask, reference=None, tokens=None, is_self=None, invalid=None) -> tuple[Tensor, Tensor]:
-    """All rows int32 [N], first the model's own, their count [1]; sets the results of the others if they are given."""
+    """All rows int32 [N], first the self rows, their count [1]; sets the results of the others if they are given."""
     size = len(mask.threshold)
     rows = torch.empty_like(mask.threshold, dtype=torch.int32, memory_format=torch.contiguous_format)
     count = rows.new_empty(1)
@@ -126,7 +126,7 @@ def product_arguments(head: Head) -> tuple[Any, ...]:
 
 
 def tile_of(head: Head, rows: int) -> tuple[dict, dict]:
-    """`tile_constants` for at most `rows` of the model's own rows."""
+    """`tile_constants` for at most `rows` self rows."""
     hidden, weight, *_ = head
     sizes = hidden.shape[1], hidden.stride(0), weight.stride(0)
     aligned = all(size % 16 == 0 for size in sizes)  # as Triton tells them apart

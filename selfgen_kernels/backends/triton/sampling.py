@@ -20,7 +20,7 @@ from selfgen_kernels.ops import in_records
 
 GROUP_SIZE = tl.constexpr(call.GROUP_SIZE)
 TILE = 32  # groups that a program scores at a time
-SPAN = 128  # groups a program
+SPAN = 128  # groups per program
 
 
 @triton.jit
@@ -81,7 +81,7 @@ def pick_token_kernel(
     best_scores, best_groups, vocab_size, spans, reference, tokens, is_selfs, invalids,
     SPANS: tl.constexpr,
 ):  # fmt: skip
-    """One program a row: the best span's group, the best token in it, and the row's place in the three results."""
+    """One program per row: the best span's group, the best token in it, and the row's place in the three results."""
     row = tl.program_id(0).to(tl.int64)
     sample_id, position = tl.load(sample_ids + row), tl.load(positions + row)
     is_self = in_mask(seed, sample_id, position, tl.load(thresholds + row))
@@ -173,7 +173,7 @@ def log_prob_kernel(
     logits, row_stride, thresholds, seed, sample_ids, positions, peaks, masses, vocab_size, spans, reference, log_probs,
     SPANS: tl.constexpr,
 ):  # fmt: skip
-    """One program a row: the reference's log probability from the masses of all spans."""
+    """One program per row: the reference's log probability from the masses of all spans."""
     row = tl.program_id(0).to(tl.int64)
     log_prob = 0.0
     if in_mask(seed, tl.load(sample_ids + row), tl.load(positions + row), tl.load(thresholds + row)):

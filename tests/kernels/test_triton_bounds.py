@@ -141,7 +141,7 @@ def linear_reference_log_prob(draw):
 def linear_sample_shard(draw):
     n, first_id = draw(ROWS), draw(st.sampled_from([0, 64, 128, 2**20]) | st.integers(0, 300))
     with small_steps(draw):
-        return head.linear_sample_shard(*a_head(draw, n), first_id, *how_of(draw, n))
+        return head.linear_sample_shard(*a_head(draw, n), first_id, *how_of(draw, n).draw)
 
 
 def a_batch(draw):

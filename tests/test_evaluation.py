@@ -567,7 +567,7 @@ def test_a_missing_package_shows_before_anything_is_loaded(arguments, monkeypatc
 def test_help_and_yaml(arguments, tmp_path, capsys):
     code, out, _ = run(["eval", "--help"], capsys)
     assert code == 0
-    for option in ("--model", "--dataset", "--metrics", "--self_prob", "--limit"):
+    for option in ("--model", "--dataset", "--metrics", "--self-prob", "--limit"):
         assert option in out
     assert "selfgen eval" in run([], capsys)[1]
     file = tmp_path / "eval.yaml"

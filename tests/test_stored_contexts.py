@@ -399,7 +399,7 @@ def test_errors_are_one_line_and_exit_code_2(arguments, writing, command, change
 def test_help(capsys):
     code, out, _ = run(["contexts", "--help"], capsys)
     assert code == 0
-    for option in ("--model", "--dataset", "--self_prob", "--shard_rows", "--sampling_temperature", "--revision"):
+    for option in ("--model", "--dataset", "--self-prob", "--shard-rows", "--sampling-temperature", "--revision"):
         assert option in out
     code, out, _ = run(["train", "--help"], capsys)
     assert code == 0

@@ -345,7 +345,8 @@ def test_contexts_then_training(arguments, writing, caplog, capsys):
     caplog.clear()
     assert run(["train", *flags({**options, "max_steps": 1, **idle})], capsys)[0] == 0
     assert (
-        "trained on as they are: span_length, sampling_temperature, context_method would make contexts" in caplog.text
+        "trained on as they are: span_length, sampling_temperature, context_method, token_budget, balance would make contexts"
+        in caplog.text
     )
     (log,) = history(arguments["output_dir"])
     assert log["self_share"] == pytest.approx(record["statistics"]["self_share"])

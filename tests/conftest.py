@@ -24,6 +24,14 @@ settings.register_profile("explore", max_examples=300, **_COMMON)
 settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "fixed"))
 
 
+@pytest.hookimpl(tryfirst=True)  # before pytest-xdist, which reads the groups
+def pytest_collection_modifyitems(items):
+    """What needs the real model is run by one worker: it is converted, and loaded, once."""
+    for item in items:
+        if "smollm2_folder" in item.fixturenames:
+            item.add_marker(pytest.mark.xdist_group("smollm2"))
+
+
 def pytest_collection_finish():
     """Collect no garbage among what was imported: every Trainer asks for a collection, which took half of its time."""
     gc.collect()
@@ -35,7 +43,15 @@ def pytest_unconfigure():
 
 
 @pytest.fixture(scope="session")
-def smollm2():
+def smollm2_folder():
+    """The checkpoint of SmolLM2-135M-Instruct with its tokenizer."""
+    from tools.real_parts import smollm2_path
+
+    return smollm2_path()
+
+
+@pytest.fixture(scope="session")
+def smollm2(smollm2_folder):
     """(model, tokenizer): SmolLM2-135M-Instruct in fp32."""
     from tools.real_parts import load_smollm2
 

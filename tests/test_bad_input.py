@@ -251,16 +251,18 @@ NEW_KEYWORDS = {
 def test_new_keywords_of_an_attention_that_say_nothing_are_passed_over(monkeypatch):
     """A version of transformers that hands one to every attention must not shut every model out."""
     model = tiny_model("llama")
-    expected = ContextGenerator(model, token_budget=8).contexts(**GOOD)
+    expected = ContextGenerator(model, token_budget=8, balance=1).contexts(**GOOD)
     hand_to_attention(monkeypatch, **NEW_KEYWORDS)
-    assert torch.equal(ContextGenerator(model, token_budget=8).contexts(**GOOD).tokens[0], expected.tokens[0])
+    assert torch.equal(
+        ContextGenerator(model, token_budget=8, balance=1).contexts(**GOOD).tokens[0], expected.tokens[0]
+    )
 
 
 @pytest.mark.parametrize("value", [0, 0.5, True, "sparse", torch.zeros(2)])
 def test_new_keywords_of_an_attention_that_may_change_it_are_refused_by_name(monkeypatch, value):
     hand_to_attention(monkeypatch, **NEW_KEYWORDS, bias_of_heads=value)
     with pytest.raises(UnsupportedModelError, match=r"LlamaAttention uses bias_of_heads, which the ragged path"):
-        ContextGenerator(tiny_model("llama"), token_budget=8).contexts(**GOOD)
+        ContextGenerator(tiny_model("llama"), token_budget=8, balance=1).contexts(**GOOD)
 
 
 def hand_to_attention(monkeypatch, **keywords) -> None:

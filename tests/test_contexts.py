@@ -6,7 +6,7 @@ from functools import cache
 
 import pytest
 import torch
-from helpers.contexts import assert_equal, batches
+from helpers.contexts import PER_FAMILY, assert_equal, batches
 from hypothesis import given
 from hypothesis import strategies as st
 from models import CONFIGS, tiny_model
@@ -19,6 +19,7 @@ model_of = cache(tiny_model)
 
 
 @pytest.mark.parametrize("family", FAMILIES)
+@PER_FAMILY
 @given(
     batch=batches(),
     self_prob=st.sampled_from([0.0, 0.1, 0.5, 1.0]),
@@ -197,7 +198,7 @@ def test_peft_model(modules):
 )
 def test_smollm2(smollm2, math_rows, self_prob, temperature, token_budget):
     prompts, references, sample_ids = (column[:2] for column in math_rows)
-    references = [reference[:48] for reference in references]
+    references = [reference[:32] for reference in references]
     generator = ContextGenerator(
         smollm2[0], temperature=temperature, token_budget=token_budget, balance=token_budget / 8
     )

@@ -16,7 +16,7 @@ from selfgen.data import (
     tokenize_prompts,
     tokenize_rows,
 )
-from tools.real_parts import gsm8k_path, has_gsm8k, smollm2_path
+from tools.real_parts import gsm8k_path, has_gsm8k
 
 
 def user(text):
@@ -481,8 +481,8 @@ def test_collator_takes_tensors(plain):
 
 
 @pytest.mark.skipif(not has_gsm8k(), reason="needs GSM8K")
-def test_smollm2_on_gsm8k():
-    tokenizer = AutoTokenizer.from_pretrained(smollm2_path())
+def test_smollm2_on_gsm8k(smollm2_folder):
+    tokenizer = AutoTokenizer.from_pretrained(smollm2_folder)
     rows = load_rows(gsm8k_path("test")).select(range(200))
     examples, report = tokenize(rows, tokenizer, 256, prompt_column="question", completion_column="answer")
     assert report.kept == len(examples) == report.rows - sum(report.dropped.values())

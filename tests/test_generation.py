@@ -8,7 +8,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 import transformers as t
-from helpers.contexts import batches
+from helpers.contexts import PER_FAMILY, batches
 from helpers.data import TEMPLATE, make_tokenizer
 from hypothesis import given
 from hypothesis import strategies as st
@@ -20,7 +20,6 @@ from selfgen.context import generator as engine
 from selfgen.context.models import room_for_answers
 from selfgen.correction import CorrectionCue
 from selfgen_kernels import sample_mix
-from tools.real_parts import smollm2_path
 
 model_of = cache(tiny_model)
 EOS = 2
@@ -32,6 +31,7 @@ def until_eos(tokens: torch.Tensor, stop: list[int]) -> torch.Tensor:
 
 
 @pytest.mark.parametrize("family", sorted(CONFIGS))
+@PER_FAMILY
 @given(
     batch=batches(max_rows=8),
     temperature=st.sampled_from([0.0, 1.0]),
@@ -212,9 +212,9 @@ def test_corrections_answer_the_conversation(tokenizer):
     assert torch.equal(found.corrected[0], want)
 
 
-def test_the_cue_is_the_templates():
+def test_the_cue_is_the_templates(smollm2_folder):
     """Prompt, answer and cue are the ids of the rendered conversation."""
-    tokenizer = AutoTokenizer.from_pretrained(smollm2_path())
+    tokenizer = AutoTokenizer.from_pretrained(smollm2_folder)
     turns = [
         {"role": "user", "content": "What is 1 + 1?"},
         {"role": "assistant", "content": "It is 3."},

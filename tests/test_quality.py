@@ -76,15 +76,20 @@ def test_corrections_see_as_many_tokens(task):
     assert _share_of_rows(TASKS[task], rows) == pytest.approx((direct + correction) / seen)
 
 
-@pytest.mark.parametrize("method", [*METHODS.values(), *ABLATIONS.values()], ids=lambda method: method.name)
+EVERY_METHOD = [*METHODS.values(), *ABLATIONS.values()]
+ONE_OF_A_KIND = list({method.kind: method.name for method in EVERY_METHOD}.values())
+
+
+@pytest.mark.parametrize("method", EVERY_METHOD, ids=lambda method: method.name)
 def test_every_method_trains(method, monkeypatch):
-    """The same seed gives the same model; shares are shares."""
+    """Shares are shares; for each kind of method, the same seed gives the same model."""
     monkeypatch.setattr(Task, "test_rows", 50)
     setting = Setting(steps=4, rows=2, width=16, layers=1)
     found = measure(TASKS["working"], method, 0, setting)
     assert all(0 <= value <= 1 for name, value in found.items() if name != "tokens_seen")
     assert found["tokens_seen"] > 0
-    assert found == measure(TASKS["working"], method, 0, setting)
+    if method.name in ONE_OF_A_KIND:
+        assert found == measure(TASKS["working"], method, 0, setting)
     assert ("first_token" in found) == (method.kind == "correction")
 
 

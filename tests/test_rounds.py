@@ -124,7 +124,7 @@ def test_rounds_that_are_there_are_not_overwritten(whole):
     before = contents(whole)
     with pytest.raises(OfflineError, match=r"has rounds already; continue them \(--resume-from-checkpoint last\)"):
         run_rounds(whole)
-    with pytest.raises(OfflineError, match='rounds go on from "last" only'):
+    with pytest.raises(OfflineError, match='rounds continue from "last" only'):
         run_rounds(whole, resume_from_checkpoint=str(whole / "round-0" / "checkpoint-3"))
     for changes, words in (
         ({"self_prob": 0.25}, "self_prob was 0.5, is 0.25"),

@@ -62,7 +62,7 @@ def test_a_function(tmp_path):
 def test_a_function_that_gives_no_probability(tmp_path, value):
     trainer = make_trainer(tmp_path)
     trainer.schedule = lambda start, end, progress: value
-    with pytest.raises(ValueError, match=f"the schedule gives {value} at step 0"):
+    with pytest.raises(ValueError, match=f"the schedule gives for step 0 is {value}"):
         trainer.train()
 
 

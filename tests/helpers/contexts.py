@@ -3,8 +3,12 @@
 from __future__ import annotations
 
 import torch
+from hypothesis import settings
 from hypothesis import strategies as st
 from models import VOCAB
+
+PER_FAMILY = settings(max_examples=settings.default.max_examples * 3 // 10)
+"""For what is drawn anew for each family of models: together they see more examples than one test does."""
 
 
 @st.composite

@@ -11,23 +11,17 @@ from dataclasses import dataclass
 
 from transformers import PreTrainedTokenizerBase
 
-from .data import answer_ends
+from .data import answer_ends, text_after_answer
 
 DEFAULT_CUE = "Check your answer. If something in it is wrong, correct it; otherwise give it again."
-_PLACEHOLDER = "The answer."
-
-
-def stop_ids_of(tokenizer: PreTrainedTokenizerBase, model_ids: Iterable[int]) -> frozenset[int]:
-    """What ends an answer: the model's ids, the tokenizer's EOS, and the end of a turn in its chat template."""
-    return frozenset(model_ids) | answer_ends(tokenizer)
 
 
 @dataclass(frozen=True)
 class CorrectionCue:
-    """Token ids between an own answer and its correction."""
+    """The token ids between an own answer and its correction."""
 
     ids: list[int]
-    stop_ids: frozenset[int]  # end an answer; the cue brings the end of turn itself
+    stop_ids: frozenset[int]  # what ends an answer; the cue begins with the end of a turn itself
 
     @classmethod
     def of(
@@ -40,7 +34,7 @@ class CorrectionCue:
     ) -> CorrectionCue:
         """The cue as the user's next turn if the tokenizer has a chat template, else as a paragraph of its own.
 
-        ``stop_ids`` end the model's answers, beside what the tokenizer says (`stop_ids_of`).
+        ``stop_ids`` end the model's answers, as does what the tokenizer ends them with (`data.answer_ends`).
 
         Raises:
             ValueError: an empty cue; a chat template that rewrites earlier turns when more follow.
@@ -48,27 +42,15 @@ class CorrectionCue:
         if not cue.strip():
             raise ValueError("the correction cue is empty; give a text that asks for a correction")
         use_template = bool(tokenizer.chat_template) if apply_chat_template is None else apply_chat_template
-        stop_ids = stop_ids_of(tokenizer, stop_ids)
-        if not use_template:
-            return cls(tokenizer(f"\n\n{cue}\n\n", add_special_tokens=False).input_ids, stop_ids)
-        turns = [{"role": "user", "content": "x"}, {"role": "assistant", "content": _PLACEHOLDER}]
-        before = tokenizer.apply_chat_template(turns[:1], add_generation_prompt=True, tokenize=False)
-        asked = [*turns, {"role": "user", "content": cue}]
-        text = tokenizer.apply_chat_template(asked, add_generation_prompt=True, tokenize=False)
-        answered = before + _PLACEHOLDER
-        if not text.startswith(answered):
-            raise ValueError(
-                "the chat template renders an answer in another way when a turn follows it, so a correction can't be "
-                "asked for behind it; set tokenizer.chat_template to one that does not, or apply_chat_template=False"
-            )
-        return cls(tokenizer(text[len(answered) :], add_special_tokens=False).input_ids, stop_ids)
+        text = text_after_answer(tokenizer, cue) if use_template else f"\n\n{cue}\n\n"
+        return cls(tokenizer(text, add_special_tokens=False).input_ids, answer_ends(tokenizer, stop_ids))
 
     def prompt(self, prompt: list[int], answer: list[int]) -> list[int]:
-        """The correction prompt of one row; the answer counts up to where it ends."""
+        """The correction prompt of one row; of the answer, what comes before its end."""
         return [*prompt, *self.ended(answer), *self.ids]
 
     def ended(self, answer: list[int]) -> list[int]:
-        """The answer up to where it ends, and without what the cue begins with."""
+        """The answer up to where it ends, without what the cue begins with."""
         end = next((place for place, token in enumerate(answer) if token in self.stop_ids), len(answer))
         overlap = next((size for size in range(len(self.ids), 0, -1) if answer[:end][-size:] == self.ids[:size]), 0)
         return answer[: end - overlap]

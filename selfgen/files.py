@@ -3,27 +3,37 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable
-from contextlib import AbstractContextManager
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import BinaryIO
 
 from filelock import FileLock, Timeout
 
 
-def lock(file: Path) -> AbstractContextManager[Any] | None:
-    """A lock that is held until its end, or that of the process, whatever ends it; None if another process has it."""
+@contextmanager
+def alone(path: Path, error: type[ValueError] = ValueError) -> Iterator[None]:
+    """Keep other processes from writing ``path``, a folder or a file in a folder that is there, until the block ends.
+
+    The lock ends with the process, too, whatever ends that. Its file stays: in a folder, or next to a file.
+
+    Raises:
+        error: another process is writing it.
+    """
+    lock = FileLock(path / ".lock" if path.is_dir() else path.with_name(f".{path.name}.lock"))
     try:
-        return FileLock(file).acquire(blocking=False)
+        held = lock.acquire(blocking=False)
     except Timeout:
-        return None
+        raise error(f"another process is writing {path}: wait for it to end") from None
+    with held:
+        yield
 
 
 def write_whole(file: Path, write: Callable[[BinaryIO], object]) -> None:
-    """All of a file or nothing of it: it is written beside its place and renamed."""
-    beside = file.with_name(f".{file.name}.partial")  # `datasets` skips hidden files
-    with open(beside, "wb") as stream:
+    """Write all of a file or nothing of it: it is written next to its place, and then renamed."""
+    partial = file.with_name(f".{file.name}.partial")  # `datasets` skips hidden files
+    with open(partial, "wb") as stream:
         write(stream)
         stream.flush()
         os.fsync(stream.fileno())
-    beside.replace(file)
+    partial.replace(file)

@@ -7,15 +7,14 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from datasets import Dataset
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from .context import Answers, ContextGenerator
 from .context.batch import TokenRow
-from .context.models import max_positions
+from .context.models import room_for_answers
 from .correction import DEFAULT_CUE, CorrectionCue
-from .data import tokenize_rows
+from .data import tokenize_prompts
 
 logger = logging.getLogger(__name__)
 
@@ -64,20 +63,20 @@ def generate_corrected(
     """Answer, look at the answer, and answer again: RAC at inference (arXiv 2410.14655), with no oracle.
 
     Args:
-        model: as in `answer`; of use where it was trained with ``RACTrainer``.
+        model: as in `answer`; best one that was trained with ``RACTrainer``.
         tokenizer: the model's.
         prompts: R texts, or R rows of token ids as ``tokenize_rows`` makes them.
         rounds: corrections, at least 1; each sees the answer of the one before it.
         cue: the text that asks for a correction, as in training; ``correction.DEFAULT_CUE`` by default.
         apply_chat_template: to the texts and the cue; by default if the tokenizer has one.
         max_new_tokens: longest answer of a round, at least 1.
-        **options: of `answer`; every round draws with noise of its own. Answers end with the tokenizer's EOS, too.
+        **options: of `answer`; every round has noise of its own. Answers also end with the tokenizer's EOS.
 
-    An answer is shown as far as there are positions: ``max_new_tokens`` of them, or half of what the prompt and the cue
-    leave, are kept for the correction.
+    An answer is shown as far as there are positions for it: ``max_new_tokens`` of them, or half of what the prompt and
+    the cue leave, are kept for the correction.
 
     Raises:
-        ValueError: values out of range, empty prompts, or prompts that leave no position behind the cue.
+        ValueError: values out of range, empty prompts, or prompts that leave no position after the cue.
     """
     if not isinstance(rounds, int) or rounds < 1:
         raise ValueError(f"rounds is {rounds!r}; it must be an integer >= 1")
@@ -92,7 +91,8 @@ def generate_corrected(
         apply_chat_template=apply_chat_template,
     )
     options |= {"eos_token_ids": sorted(between.stop_ids), "max_new_tokens": max_new_tokens}
-    rooms = _room_for_answers(generator, rows, between, max_new_tokens)
+    left = room_for_answers(generator.model, rows, len(between.ids))
+    rooms = [room - min(max_new_tokens, (room + 1) // 2) for room in left]  # of the answers that are shown
     seed = options.pop("seed", 0)
     answers = generator.answer(rows, seed=seed, **options)
     first, cut = answers.tokens, [False] * len(rows)
@@ -106,23 +106,6 @@ def generate_corrected(
     return Corrected(first, answers.tokens, answers.finished, cut)
 
 
-def _room_for_answers(
-    generator: ContextGenerator, prompts: list[list[int]], cue: CorrectionCue, longest: int
-) -> list[int]:
-    """Most tokens of an own answer that is shown, a row."""
-    limit = max_positions(generator.model)
-    if limit is None:
-        return [2**31] * len(prompts)
-    left = [limit - len(prompt) - len(cue.ids) for prompt in prompts]
-    short = next((index for index, room in enumerate(left) if room < 1), None)
-    if short is not None:
-        raise ValueError(
-            f"prompts[{short}] has {len(prompts[short])} tokens and the cue {len(cue.ids)}; the model has {limit} "
-            "positions, so none is left for a correction: shorten the prompt or the cue"
-        )
-    return [room - min(longest, (room + 1) // 2) for room in left]
-
-
 def _prompt_rows(
     tokenizer: PreTrainedTokenizerBase, prompts: Sequence[str] | Sequence[TokenRow], apply_chat_template: bool | None
 ) -> list[list[int]]:
@@ -130,12 +113,12 @@ def _prompt_rows(
     if isinstance(prompts, str):
         raise TypeError("prompts is one text; give a list of them")
     rows = [prompt for prompt in prompts if not isinstance(prompt, str)]
-    if len(rows) not in (0, len(prompts)):
+    texts = [prompt for prompt in prompts if isinstance(prompt, str)]
+    if rows and texts:
         raise TypeError("some prompts are text and some are token ids; give one or the other")
-    if rows or not prompts:
+    if not texts:
         return [prompt.tolist() if isinstance(prompt, Tensor) else list(prompt) for prompt in rows]
-    texts = Dataset.from_dict({"prompt": list(prompts), "completion": ["."] * len(prompts)})
-    data, _ = tokenize_rows(texts, tokenizer, max_length=2**31, apply_chat_template=apply_chat_template)
-    if len(data) < len(prompts):
-        raise ValueError(f"{len(prompts) - len(data)} of {len(prompts)} prompts are empty; leave them out")
+    data, _ = tokenize_prompts(texts, tokenizer, apply_chat_template=apply_chat_template)
+    if len(data) < len(texts):
+        raise ValueError(f"{len(texts) - len(data)} of {len(texts)} prompts are empty; leave them out")
     return list(data["prompt_ids"])

@@ -1,9 +1,12 @@
-"""What tells weights, rows and versions apart: for the record of what was made with them."""
+"""What tells weights, rows, versions and settings apart, for the record of what was made with them."""
 
 from __future__ import annotations
 
 import hashlib
+import json
+from collections.abc import Collection, Mapping
 from importlib.metadata import PackageNotFoundError, version
+from typing import Any
 
 import numpy as np
 import torch
@@ -21,17 +24,30 @@ def weights_hash(model: PreTrainedModel) -> str:
 
 
 def rows_hash(rows: Dataset) -> str:
-    """SHA-256 of the ids of tokenized rows, in order."""
+    """SHA-256 of the ids of tokenized rows, in order; prompts may have no answers."""
     digest = hashlib.sha256()
     for row in rows:
-        prompt, answer = row["prompt_ids"], row["answer_ids"]
+        prompt, answer = row["prompt_ids"], row.get("answer_ids", [])
         for ids in ([row["sample_id"], len(prompt), len(answer)], prompt, answer):
             digest.update(np.asarray(ids, dtype="<i8").tobytes())
     return digest.hexdigest()
 
 
+def differences(before: Mapping[str, Any], now: Mapping[str, Any], ignore: Collection[str] = ()) -> list[str]:
+    """What differs between two settings, such as "seed was 3, is 4"; a setting that one of them lacks is None there.
+
+    ``before`` was read from JSON, so ``now`` is compared as JSON gives it back. What ``ignore`` names may differ.
+    """
+    now = json.loads(json.dumps(now))
+    return [
+        f"{name} was {before.get(name)!r}, is {now.get(name)!r}"
+        for name in {**before, **now}
+        if name not in ignore and before.get(name) != now.get(name)
+    ]
+
+
 def versions(*packages: str) -> dict[str, str | None]:
-    """Of installed packages; None for one that is not, as a source tree on the path."""
+    """The versions of installed packages; None for one that is not installed, such as a source tree on the path."""
     found: dict[str, str | None] = {}
     for package in packages:
         try:

@@ -10,8 +10,7 @@ before it is the model's own.
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -26,8 +25,8 @@ from .context import ContextGenerator
 from .context.generator import Method
 from .context.models import max_positions
 from .data import check_sample_ids, load_rows
-from .files import lock, write_whole
-from .provenance import rows_hash, versions, weights_hash
+from .files import alone, write_whole
+from .provenance import differences, rows_hash, versions, weights_hash
 
 PROVENANCE = "provenance.json"
 FEATURES = Features(
@@ -42,7 +41,7 @@ CONTEXT_COLUMNS = ("context_ids", "is_self")
 
 
 class OfflineError(ValueError):
-    """A folder of contexts or of rounds that does not fit what is asked for."""
+    """A folder of contexts or of rounds does not fit what is asked for."""
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -64,9 +63,9 @@ def write_contexts(
 ) -> dict[str, Any]:
     """Write the mixed context of every row to ``folder``, which ``load_contexts`` and ``datasets.load_dataset`` read.
 
-    A folder that was begun goes on where it stopped: a shard takes its place when it is whole, and is not made again.
-    So a kill loses one shard at most, and what comes out is byte for byte what an unbroken run writes (in bf16, fix
-    the generator's ``token_budget`` and ``batch_size`` for that: README, "Exactness").
+    A folder that holds a part of the contexts is completed: a shard takes its place when it is whole, and is not made
+    again. So a kill loses at most one shard, and the result is byte for byte what an unbroken run writes (in bf16 that
+    needs the same ``token_budget`` and ``batch_size``: docs/exactness.md).
 
     Args:
         generator: of the model whose tokens the contexts have.
@@ -75,16 +74,16 @@ def write_contexts(
             ``is_self``, and for ``provenance.json``. One process at a time may write it.
         self_prob: probability that a token is the model's own, in [0, 1].
         seed: of the contexts, any 64-bit integer.
-        batch_size: rows that are made at once.
-        shard_rows: rows a file.
+        batch_size: rows whose contexts are made at once.
+        shard_rows: rows per file.
         method: "fixed_point" or "sequential", as of ``ContextGenerator.contexts``.
         provenance: more to note down, such as the model's revision and the name of the data set.
         progress: show a bar with the time left.
 
     Returns:
-        What ``provenance.json`` says: ``settings``, on which the contexts depend and with which alone the folder goes
-        on (hashes of weights and rows among them), ``source``, the ``versions`` of packages that wrote shards, and the
-        ``statistics`` of the contexts, which are there once all are written.
+        What ``provenance.json`` says: ``settings``, which the contexts depend on and which must be the same for the
+        folder to be completed (hashes of weights and rows among them), ``source``, the ``versions`` of packages that
+        wrote shards, and, once all are written, ``statistics`` of the contexts.
 
     Raises:
         OfflineError: (a ValueError) the folder holds something else, or another process is writing it.
@@ -104,7 +103,8 @@ def write_contexts(
         "num_rows": len(rows),
         "shard_rows": shard_rows,
     }
-    with _alone_in(folder):
+    (folder / "data").mkdir(parents=True, exist_ok=True)
+    with alone(folder, OfflineError):
         record = _begin(folder, settings, {"model": generator.model.name_or_path, **(provenance or {})})
         shards = _shards(folder, settings)
         missing = [(shard, places) for shard, places in shards if not shard.exists()]
@@ -125,7 +125,7 @@ def write_contexts(
 
 
 def _checked(rows: Dataset, generator: ContextGenerator, batch_size: int, shard_rows: int) -> Dataset:
-    """The columns that are needed."""
+    """The columns of ``rows`` that are needed; ValueError if these rows can't have contexts."""
     missing = [name for name in ROW_COLUMNS if name not in rows.column_names]
     if missing:
         raise ValueError(f"the rows lack {', '.join(missing)}; tokenize them with selfgen.data.tokenize_rows")
@@ -186,7 +186,7 @@ def _statistics(shards: list[Path]) -> dict[str, float]:
 
 
 def read_provenance(folder: str | Path) -> dict[str, Any]:
-    """What ``write_contexts`` noted down in ``folder``.
+    """The record that ``write_contexts`` left in ``folder``.
 
     Raises:
         OfflineError: there are no contexts.
@@ -198,21 +198,16 @@ def read_provenance(folder: str | Path) -> dict[str, Any]:
 
 
 def check_settings(folder: str | Path, settings: Mapping[str, Any]) -> dict[str, Any]:
-    """The provenance of ``folder``, if its settings are these as far as they are given.
+    """The provenance of ``folder``, whose settings must be these, as far as they are given.
 
     Raises:
-        OfflineError: they are not; what differs is named.
+        OfflineError: they are not; the message says what differs.
     """
     record = read_provenance(folder)
-    differences = [
-        f"{name} was {record['settings'].get(name)}, now {value}"
-        for name, value in settings.items()
-        if record["settings"].get(name) != value
-    ]
-    if differences:
+    other = differences(record["settings"], settings, ignore=record["settings"].keys() - settings.keys())
+    if other:
         raise OfflineError(
-            f"{folder} was begun with other settings: {'; '.join(differences)}. Go on with the former ones, or give "
-            "another folder"
+            f"{folder} holds contexts of other settings ({'; '.join(other)}): give the former ones, or another folder"
         )
     return record
 
@@ -228,7 +223,7 @@ def load_contexts(folder: str | Path) -> Dataset:
     if "statistics" not in record or not all(shards):
         raise OfflineError(
             f"the contexts in {folder} are not complete ({sum(shards)} of {len(shards)} shards); run the command that "
-            "writes them again: it goes on where it stopped"
+            "writes them again: it continues where it stopped"
         )
     return load_rows(folder)
 
@@ -243,19 +238,8 @@ def _shards(folder: Path, settings: Mapping[str, Any]) -> list[tuple[Path, range
     ]
 
 
-@contextmanager
-def _alone_in(folder: Path) -> Iterator[None]:
-    """A lock on the folder, which ends with the process, whatever ends that."""
-    (folder / "data").mkdir(parents=True, exist_ok=True)
-    held = lock(folder / ".lock")
-    if held is None:
-        raise OfflineError(f"another process is writing contexts to {folder}: wait for it to end")
-    with held:
-        yield
-
-
 def _begin(folder: Path, settings: dict[str, Any], source: dict[str, Any]) -> dict[str, Any]:
-    """The provenance of a folder that was begun with these settings; of a new one, if there is none."""
+    """The provenance of a folder, which must have these settings; it is written where there is none yet."""
     if (folder / PROVENANCE).exists():
         return check_settings(folder, settings)
     if any((folder / "data").iterdir()):

@@ -13,6 +13,7 @@ from helpers.cli import flags, history, run
 from helpers.data import ROWS, TEMPLATE, make_tokenizer, read_jsonl, write_jsonl
 
 from selfgen.cli.journal import Journal
+from selfgen.files import alone
 
 RAC = {"method": "rac", "max_new_tokens": 5, "correction_cue": "a b"}
 
@@ -187,9 +188,7 @@ def test_conversations_may_end_with_a_question(generation, capsys):
 
 
 def test_one_process_writes_a_file(generation, capsys):
-    journal = Journal(Path(generation["output_file"]), {})
-    Path(generation["output_file"] + ".settings.json").unlink()
-    with journal._alone():
+    with alone(Path(generation["output_file"])):
         code, _, err = run(["generate", *flags(generation)], capsys)
     assert code == 2
     assert "another process is writing" in err

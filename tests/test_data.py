@@ -6,7 +6,15 @@ import torch
 from helpers.data import EOS, ID, ROWS, TEMPLATE, make_tokenizer, write_jsonl
 from transformers import AutoTokenizer
 
-from selfgen.data import Collator, DataReport, answer_ends, load_rows, tokenize_rows
+from selfgen.data import (
+    Collator,
+    DataReport,
+    answer_ends,
+    load_rows,
+    text_after_answer,
+    tokenize_prompts,
+    tokenize_rows,
+)
 from tools.real_parts import gsm8k_path, has_gsm8k
 
 
@@ -248,6 +256,17 @@ def test_what_ends_answers_is_no_token_that_templates_write_elsewhere(chat, plai
     assert answer_ends(hides) == {EOS}
 
 
+def test_a_models_own_ends_join_the_tokenizers(plain):
+    assert answer_ends(plain, [7, EOS]) == {7, EOS}
+
+
+def test_text_between_two_answers(chat):
+    assert text_after_answer(chat, "h g") == " <eos> <nl> <user> h g <eos> <nl> <assistant> "
+    drops = TEMPLATE.replace("{{ m['content'] }}", "{% if loop.last %}{{ m['content'] }}{% endif %}")
+    with pytest.raises(ValueError, match="renders an answer in another way when a turn follows it"):
+        text_after_answer(make_tokenizer(drops), "h g")
+
+
 def test_rows_are_tokenized_again_where_other_tokens_end_answers(monkeypatch):
     """`datasets` keeps what it has mapped; rows that were cached with other ends are not these."""
     tokenizer = make_tokenizer(TEMPLATE.replace("<eos> <nl>", "<end> <nl>"))
@@ -362,6 +381,72 @@ def test_tokenize_errors(rows, options, error, words):
     dataset = datasets.Dataset.from_list(rows, on_mixed_types="use_json") if isinstance(rows, list) else rows
     with pytest.raises(error) as caught:
         tokenize_rows(dataset, tokenizer, **options)
+    assert all(word in str(caught.value) for word in words), caught.value
+
+
+# Prompts alone
+
+
+@pytest.mark.parametrize("template", [None, TEMPLATE])
+@pytest.mark.parametrize("special", ["$A", "<bos> $A", "<bos> $A <eos>"])
+@pytest.mark.parametrize("form", ["text", "messages", "conversation", "turns of the completion"])
+def test_prompts_are_those_of_rows(template, special, form):
+    """Token for token, whatever is known of answers."""
+    turns = [user("a b"), assistant("c"), user("d")]
+    rows, alone = {
+        "text": ({"prompt": "a b", "completion": "c"}, [{"prompt": "a b"}, {"prompt": "a b", "completion": None}]),
+        "messages": ({"prompt": turns, "completion": "c"}, [{"prompt": turns}, {"prompt": turns, "completion": ["x"]}]),
+        "conversation": ({"messages": [*turns, assistant("e")]}, [{"messages": turns}]),
+        "turns of the completion": (
+            {"prompt": turns[:1], "completion": [*turns[1:], assistant("e")]},
+            [{"prompt": turns}, {"prompt": turns[:1], "completion": [*turns[1:], assistant(" ")]}],
+        ),
+    }[form]
+    tokenizer = make_tokenizer(template, special=special)
+    if form != "text" and template is None:
+        with pytest.raises(ValueError, match="row 0 holds messages, which need a chat template"):
+            tokenize_prompts(datasets.Dataset.from_list(alone[:1]), tokenizer)
+        return
+    want = tokenize([rows], tokenizer)[0]["prompt_ids"][:]
+    for row in [rows, *alone]:
+        examples, report = tokenize_prompts(datasets.Dataset.from_list([row]), tokenizer, max_length=64)
+        assert examples.column_names == ["sample_id", "prompt_ids"]
+        assert examples["prompt_ids"][:] == want
+        assert report == DataReport(rows=1, kept=1, truncated=0, dropped={}, max_length=64)
+
+
+def test_prompts_that_are_dropped_are_counted(plain, chat):
+    conversations = [{"messages": turns} for turns in ([user("a")], [], [assistant("b")], [user("a b c d e")])]
+    examples, report = tokenize_prompts(datasets.Dataset.from_list(conversations), chat, max_length=9)
+    assert examples["sample_id"][:] == [0]
+    assert report == DataReport(4, 1, 0, {"empty prompt": 2, "prompt fills max_length": 1}, 9)
+    assert tokenize_prompts(["", "a"], plain)[0]["prompt_ids"][:] == [ids("<bos>"), ids("<bos> a")]
+    examples, report = tokenize_prompts(["", "a"], make_tokenizer(special="$A"))
+    assert examples.to_list() == [{"sample_id": 1, "prompt_ids": ids("a")}]
+    assert str(report) == "2 rows: 1 kept, 1 dropped (1 empty prompt)"
+
+
+def test_prompts_are_read_from_the_cache(chat, tmp_path, monkeypatch):
+    write_jsonl(tmp_path / "rows.jsonl")
+    first, _ = tokenize_prompts(load_rows(tmp_path / "rows.jsonl"), chat)
+    monkeypatch.setattr("selfgen.data.tokenizing._read_prompt", lambda *_, **__: pytest.fail("tokenized again"))
+    assert tokenize_prompts(load_rows(tmp_path / "rows.jsonl"), chat)[0]._fingerprint == first._fingerprint
+
+
+@pytest.mark.parametrize(
+    ("rows", "error", "words"),
+    [
+        ([{"question": "a"}], ValueError, ["columns question", "'prompt' (text or messages) nor 'messages'"]),
+        ([{"prompt": None}, {"prompt": "a"}], TypeError, ["row 0", "'prompt' is NoneType", "text, or a list of mes"]),
+        ([{"messages": "a"}], TypeError, ["row 0", "'messages' is str", "a conversation"]),
+        ([{"prompt": ["a"]}], TypeError, ["row 0", "'prompt'", "'role' and 'content', not 'a'"]),
+        ([{"prompt": []}], ValueError, ["no row is left", "1 empty prompt"]),
+        ([{"prompt": "a", "sample_id": 1}] * 2, ValueError, ["'sample_id' (int64, 2 rows)"]),
+    ],
+)
+def test_prompt_errors(rows, error, words, chat):
+    with pytest.raises(error) as caught:
+        tokenize_prompts(datasets.Dataset.from_list(rows), chat)
     assert all(word in str(caught.value) for word in words), caught.value
 
 

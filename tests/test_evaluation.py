@@ -296,7 +296,7 @@ def evaluate(arguments: dict, capsys, *metrics: str) -> tuple[int, str, str]:
 
 
 def saying(answer: str, seen: list[int] | None = None, dies_after: int | None = None):
-    """A stand-in for `generate`: the same answer to every prompt, noting the rows; a kill after so many of them."""
+    """A stand-in for `answer`: the same answer to every prompt, noting the rows; a kill after so many of them."""
 
     def generate(generator, prompts, *, sample_ids, **options):
         if dies_after is not None and len(seen) >= dies_after:
@@ -369,15 +369,15 @@ def test_everything(arguments, capsys):
 
 
 def test_right_and_wrong(arguments, monkeypatch, capsys):
-    monkeypatch.setattr("selfgen.cli.eval.answer", saying("c 2 #### 18"))
+    monkeypatch.setattr("selfgen.cli.answers.answer", saying("c 2 #### 18"))
     corrected = {"first": "c #### 18", "corrected": "c #### 2"}
 
     def generate_corrected(generator, tokenizer, prompts, *, rounds, cue, **options):
         assert (rounds, cue) == (2, "Sure?")
         said = {name: saying(text)(generator, prompts, **options).tokens for name, text in corrected.items()}
-        return SimpleNamespace(**said)
+        return SimpleNamespace(**said, finished=[True] * len(prompts))
 
-    monkeypatch.setattr("selfgen.cli.eval.generate_corrected", generate_corrected)
+    monkeypatch.setattr("selfgen.cli.answers.generate_corrected", generate_corrected)
     options = {**arguments, "rounds": 2, "correction_cue": "Sure?"}
     code, out, _ = evaluate(options, capsys, "exact_match", "correction")
     assert code == 0
@@ -393,7 +393,7 @@ def test_right_and_wrong(arguments, monkeypatch, capsys):
 def test_a_broken_off_evaluation_goes_on(arguments, monkeypatch, capsys):
     """No row is generated twice, none is missing, and the results are those of an evaluation in one go."""
     seen: list[int] = []
-    monkeypatch.setattr("selfgen.cli.eval.answer", saying("c #### 18", seen, dies_after=8))
+    monkeypatch.setattr("selfgen.cli.answers.answer", saying("c #### 18", seen, dies_after=8))
     options = {**arguments, "batch_size": 1}
     with pytest.raises(KeyboardInterrupt):
         evaluate(options, capsys, "exact_match")
@@ -403,7 +403,7 @@ def test_a_broken_off_evaluation_goes_on(arguments, monkeypatch, capsys):
         lines.write('{"sample_id": 8, "prom')  # what a kill may leave
     assert not (file.parent / "results.json").exists()
 
-    monkeypatch.setattr("selfgen.cli.eval.answer", saying("c #### 18", seen))
+    monkeypatch.setattr("selfgen.cli.answers.answer", saying("c #### 18", seen))
     assert evaluate({**options, "batch_size": 2}, capsys, "exact_match")[0] == 0
     assert seen == list(range(10))
     assert [line["sample_id"] for line in lines_of(arguments, "answers")] == seen
@@ -472,15 +472,15 @@ def test_a_killed_evaluation_goes_on(arguments, capsys):
 @pytest.mark.parametrize(
     ("changes", "words"),
     [
-        ({"seed": 1}, "answers.jsonl was begun with other settings (seed); choose another file or folder"),
-        ({"max_new_tokens": 9}, "(max_new_tokens)"),
-        ({"temperature": 0.5}, "(temperature)"),
-        ({"limit": 3}, "(limit, rows)"),
-        ({"self_prob": 0.5}, "losses.jsonl was begun with other settings (self_prob)"),
+        ({"seed": 1}, "answers.jsonl holds rows of other settings (seed was 0, is 1): give the former"),
+        ({"max_new_tokens": 9}, "(max_new_tokens was 8, is 9)"),
+        ({"temperature": 0.5}, "(temperature was 0.0, is 0.5)"),
+        ({"limit": 3}, "(limit was None, is 3; rows was"),
+        ({"self_prob": 0.5}, "losses.jsonl holds rows of other settings (self_prob was 0.25, is 0.5)"),
     ],
 )
 def test_other_settings_need_another_folder(changes, words, arguments, monkeypatch, capsys):
-    monkeypatch.setattr("selfgen.cli.eval.answer", saying("c #### 18"))
+    monkeypatch.setattr("selfgen.cli.answers.answer", saying("c #### 18"))
     assert evaluate(arguments, capsys)[0] == 0
     before = results_of(arguments)
     code, _, err = evaluate({**arguments, **changes}, capsys)
@@ -495,10 +495,10 @@ def test_other_weights_and_rows_need_another_folder(arguments, tmp_path, capsys)
     assert evaluate(arguments, capsys, "loss")[0] == 0
     assert evaluate(arguments, capsys, "curve")[0] == 0
     write_jsonl(Path(arguments["dataset"]), ROWS[::-1] * 5)
-    assert "(rows)" in evaluate(arguments, capsys, "loss")[2]
+    assert "(rows was" in evaluate(arguments, capsys, "loss")[2]
     write_jsonl(Path(arguments["dataset"]), ROWS * 5)
     save_model(tmp_path / "model", seed=1, **MODEL)
-    assert "(weights)" in evaluate(arguments, capsys, "loss")[2]
+    assert "(weights was" in evaluate(arguments, capsys, "loss")[2]
 
 
 def test_limit(arguments, capsys):

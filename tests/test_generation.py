@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from functools import cache
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -16,6 +17,7 @@ from transformers import AutoTokenizer
 
 from selfgen import ContextGenerator, answer, generate_corrected
 from selfgen.context import generator as engine
+from selfgen.context.models import room_for_answers
 from selfgen.correction import CorrectionCue
 from selfgen_kernels import sample_mix
 
@@ -88,6 +90,18 @@ def test_no_more_tokens_than_the_model_has_positions():
     answers = answer(model, [[3] * 250, [4] * 10], max_new_tokens=300, eos_token_ids=[])
     assert [len(row) for row in answers.tokens] == [6, 246]
     assert answers.finished == [False, False]
+
+
+def test_room_for_answers():
+    model = model_of("llama")  # 256
+    assert room_for_answers(model, [[3] * 250, torch.tensor([4])]) == [6, 255]
+    assert room_for_answers(model, [[3] * 250], cue_length=5) == [1]
+    with pytest.raises(ValueError, match=r"prompts\[1\] has 256 tokens; the model has 256 .*: shorten the prompt$"):
+        room_for_answers(model, [[3], [3] * 256])
+    with pytest.raises(ValueError, match=r"prompts\[0\] has 250 tokens and the cue 6; .* the prompt or the cue$"):
+        room_for_answers(model, [[3] * 250], cue_length=6)
+    without = SimpleNamespace(config=t.BloomConfig())
+    assert room_for_answers(without, [[3]], cue_length=2) == [2**31 - 3]
 
 
 ROPE = {"rope_type": "longrope", "rope_theta": 1e4, "factor": 4.0, "original_max_position_embeddings": 6}

@@ -33,18 +33,20 @@ WORDS = "one two three four five six seven one six two"  # which the tokenizer o
 CORE = (
     "tests/test_upstream.py",
     "tests/test_contexts.py",
-    "tests/test_forward.py",
+    "tests/test_graphs.py",
     "tests/test_generation.py",
     "tests/test_losses.py",
     "tests/test_data.py",
     "tests/test_trainer.py",
-    "tests/test_replay.py",
-    "tests/test_replay_training.py",
+    "tests/test_reuse.py",
+    "tests/test_reuse_training.py",
     "tests/test_rac.py",
-    "tests/test_offline.py",
+    "tests/test_stored_contexts.py",
+    "tests/test_rounds.py",
     "tests/test_cli.py",
     "tests/test_bad_input.py",
     "tests/test_refusals.py",
+    "tests/test_guards.py",
 )
 
 
@@ -175,7 +177,7 @@ def newest() -> int:
         subprocess.run(command, check=True, cwd=folder, env=os.environ | {"HF_HUB_OFFLINE": "1"})
         logged = json.loads(Path(folder, "out", "trainer_state.json").read_text())["log_history"]
         if not any(entry.get("self_share", 0) > 0 for entry in logged):
-            raise SystemExit(f"the command ran, but no step was trained on own tokens: {logged}")
+            raise SystemExit(f"the command ran, but no step was trained on self tokens: {logged}")
         code = "import selfgen; print(selfgen.__file__)"
         where = subprocess.check_output([environment.python, "-c", code], cwd=folder, text=True).strip()
         if not Path(where).is_relative_to(environment.prefix):

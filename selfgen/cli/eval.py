@@ -11,7 +11,6 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-import torch
 from tqdm.auto import tqdm
 from transformers import PreTrainedTokenizerBase
 
@@ -19,7 +18,7 @@ from ..context import ContextGenerator
 from ..context.generator import METHODS, Method
 from ..context.masks import check_probability
 from ..context.models import max_positions
-from ..correction import DEFAULT_CUE, stop_ids_of
+from ..correction import DEFAULT_CUE
 from ..evaluation import (
     Corrections,
     PositionLoss,
@@ -32,9 +31,9 @@ from ..evaluation import (
 )
 from ..evaluation.report import table, write_plots
 from ..files import write_whole
-from ..generation import answer, generate_corrected
-from ..provenance import rows_hash, versions, weights_hash
-from .journal import Journal, differing, read
+from ..provenance import differences, rows_hash, versions, weights_hash
+from .answers import answer_rows
+from .journal import NAMES, Journal, read
 from .options import DataArguments, ModelArguments, device, fail, make_parser, parse, show_log
 
 logger = logging.getLogger(__name__)
@@ -42,7 +41,7 @@ logger = logging.getLogger(__name__)
 PROG = "selfgen eval"
 METRICS = ("exact_match", "rouge", "loss", "curve", "correction")
 
-# What must be the same for rows to go on, beside the model and the data.
+# What must be the same, with the model and the data, for more rows to be added to a file.
 _SAMPLING = ("seed", "max_new_tokens", "temperature")
 _SETTINGS = {
     "answers": _SAMPLING,
@@ -54,41 +53,48 @@ _MEASURED = {
     "corrections": {"correction"},
     "losses": {"loss", "curve"},
 }
-"""What is made of the lines of each file."""
-_CHUNK_BATCHES = 4  # of answers between two writes, as rows that end make room for others
+"""The metrics that are computed from each file."""
+_CHUNK_BATCHES = 4  # of answers that are written at a time, as rows that end make room for others
 
 
 @dataclass
 class EvalArguments:
-    """What to measure, and how."""
+    """What is measured, and how."""
 
     _argument_group_name = "evaluation"
 
-    output_dir: str = field(metadata={"help": "Folder for results.json, plots and a file with a line for each row."})
+    output_dir: str = field(metadata={"help": "Folder for results.json, plots, and files with one line per row."})
     metrics: list[str] = field(
         default_factory=lambda: ["exact_match", "loss", "curve"],
         metadata={
-            "help": "Any of exact_match and rouge (of free-running answers), loss (under reference, mixed and own "
-            "contexts), curve (loss by position), correction (of models trained with RAC)."
+            "help": "One or more of exact_match and rouge (of free-running answers), loss (under reference, mixed and "
+            "own contexts), curve (loss by position), correction (for models trained with RAC)."
         },
     )
-    self_prob: float = field(default=0.25, metadata={"help": "Share of the model's own tokens in mixed contexts."})
+    self_prob: float = field(
+        default=0.25, metadata={"help": "Probability that a token of a mixed context is the model's own."}
+    )
     max_new_tokens: int = field(default=256, metadata={"help": "Longest free-running answer, in tokens."})
     temperature: float = field(default=0.0, metadata={"help": "Temperature of the answers; 0 is greedy."})
     sampling_temperature: float = field(
         default=1.0, metadata={"help": "Temperature of the model's own tokens in contexts, as in training."}
     )
     context_method: Method = field(
-        default="fixed_point", metadata={"help": "Of contexts: fixed_point, or sequential for models that it refuses."}
+        default="fixed_point",
+        metadata={"help": "How contexts are made: fixed_point (fast), or sequential (for models that it refuses)."},
     )
-    rounds: int = field(default=1, metadata={"help": "Corrections, each of the answer before it."})
-    correction_cue: str = field(default=DEFAULT_CUE, metadata={"help": "What asks for a correction, as in training."})
+    rounds: int = field(default=1, metadata={"help": "Number of corrections, each of the answer before it."})
+    correction_cue: str = field(
+        default=DEFAULT_CUE, metadata={"help": "Text that asks for a correction, as in training."}
+    )
     batch_size: int | None = field(
         default=None, metadata={"help": "Rows at a time; by default 32 for answers, 8 for losses."}
     )
-    seed: int = field(default=0, metadata={"help": "Of everything sampled; the same for models that are compared."})
+    seed: int = field(
+        default=0, metadata={"help": "Seed of all that is sampled; use one seed for models that are compared."}
+    )
     limit: int | None = field(default=None, metadata={"help": "Evaluate on the first so many rows only."})
-    use_cpu: bool = field(default=False, metadata={"help": "Stay on the CPU where there is an accelerator, too."})
+    use_cpu: bool = field(default=False, metadata={"help": "Run on the CPU even if there is an accelerator."})
 
     def __post_init__(self) -> None:
         unknown = [name for name in self.metrics if name not in METRICS]
@@ -119,7 +125,7 @@ def run(arguments: list[str]) -> int:
         (ModelArguments, DataArguments, EvalArguments),
         prog=PROG,
         usage="selfgen eval [CONFIG.yaml] --model NAME --dataset NAME --output-dir DIR [--metrics NAME ...]",
-        description="Evaluate a model. A killed evaluation goes on where it was.",
+        description="Evaluate a model. After a kill, the same command continues where it stopped.",
     )
     try:
         model_arguments, data, how = parse(parser, arguments)
@@ -140,7 +146,7 @@ def run(arguments: list[str]) -> int:
 
 
 def evaluate(model_arguments: ModelArguments, data: DataArguments, how: EvalArguments, command: str) -> dict[str, Any]:
-    """All numbers, those of commands before this one included, and what they were made with."""
+    """All numbers, with those of earlier commands on this folder, and what they were made with."""
     if "rouge" in how.metrics:
         rouge("", "")  # a missing package shows here, not after hours
     dataset = data.load()
@@ -153,15 +159,15 @@ def evaluate(model_arguments: ModelArguments, data: DataArguments, how: EvalArgu
         raise ValueError(f"max_length is {data.max_length}, but the model has {limit} positions")
     if report.truncated and how.files != ["losses"]:
         raise ValueError(
-            f"{report.truncated} reference answers do not fit into max_length={data.max_length}, so that no answer can "
-            "be held against their ends; give a larger --max-length, or measure only loss and curve"
+            f"{report.truncated} reference answers do not fit into max_length={data.max_length}, so that "
+            "answers can't be compared with their ends; give a larger --max-length, or measure only loss and curve"
         )
 
     what = asdict(model_arguments) | asdict(data) | {"limit": how.limit}
     what |= {"weights": weights_hash(model), "rows": rows_hash(rows)}
     made = {name: {key: getattr(how, key) for key in keys} for name, keys in _SETTINGS.items()}
     folder = Path(how.output_dir)
-    # All of them before the first takes its time.
+    # All of them first, so that an error shows before hours of work.
     journals = {name: Journal(folder / f"{name}.jsonl", what | made[name]) for name in how.files}
 
     free = ContextGenerator(model, temperature=how.temperature)
@@ -177,7 +183,7 @@ def evaluate(model_arguments: ModelArguments, data: DataArguments, how: EvalArgu
     lines = {name: journal.rows() for name, journal in journals.items()}
     for name in [name for name in _SETTINGS if name not in lines]:  # what is there already, of the same model and rows
         settings, found = read(folder / f"{name}.jsonl")
-        if len(found) == len(rows) and not differing(settings, settings | what):
+        if len(found) == len(rows) and not differences(settings, settings | what, ignore=NAMES):
             lines[name], made[name] = found, {key: settings[key] for key in _SETTINGS[name]}
     before = _results(folder)
     asked = {*how.metrics, *before.get("metrics", [])}
@@ -204,13 +210,11 @@ def answers(
     generator: ContextGenerator, tokenizer: PreTrainedTokenizerBase, how: EvalArguments, rows: list[dict]
 ) -> list[dict[str, Any]]:
     """Free-running answers of some rows."""
-    stop_ids = sorted(stop_ids_of(tokenizer, generator.eos_token_ids))
-    found = answer(generator, [row["prompt_ids"] for row in rows], eos_token_ids=stop_ids, **_sampling(how, rows))
+    found = answer_rows(generator, tokenizer, rows, **_sampling(how))
     lines = []
-    for row, tokens, finished in zip(rows, found.tokens, found.finished, strict=True):
+    for row, text, finished in zip(rows, found["own_answer"], found["finished"], strict=True):
         line = _asked(tokenizer, row)
-        line |= _judged("generated", _text(tokenizer, tokens), line["reference"])
-        lines.append(line | {"finished": finished})
+        lines.append(line | _judged("generated", text, line["reference"]) | {"finished": finished})
     return lines
 
 
@@ -222,20 +226,13 @@ def corrections(
     rows: list[dict],
 ) -> list[dict[str, Any]]:
     """Answers of some rows, before and after the model has looked at them again."""
-    found = generate_corrected(
-        generator,
-        tokenizer,
-        [row["prompt_ids"] for row in rows],
-        rounds=how.rounds,
-        cue=how.correction_cue,
-        apply_chat_template=data.apply_chat_template,
-        **_sampling(how, rows),
-    )
+    correction = {"rounds": how.rounds, "cue": how.correction_cue, "apply_chat_template": data.apply_chat_template}
+    found = answer_rows(generator, tokenizer, rows, correction, **_sampling(how))
     lines = []
-    for row, first, corrected in zip(rows, found.first, found.corrected, strict=True):
+    for row, first, corrected in zip(rows, found["own_answer"], found["corrected"], strict=True):
         line = _asked(tokenizer, row)
-        line |= _judged("first", _text(tokenizer, first), line["reference"])
-        lines.append(line | _judged("corrected", _text(tokenizer, corrected), line["reference"]))
+        judged = _judged("first", first, line["reference"]) | _judged("corrected", corrected, line["reference"])
+        lines.append(line | judged)
     return lines
 
 
@@ -281,19 +278,14 @@ def _self_probs(self_prob: float) -> dict[str, float]:
     return {"reference": 0.0, "mixed": self_prob, "own": 1.0}
 
 
-def _sampling(how: EvalArguments, rows: list[dict]) -> dict[str, Any]:
-    return {
-        "max_new_tokens": how.max_new_tokens,
-        "seed": how.seed,
-        "sample_ids": [row["sample_id"] for row in rows],
-        "batch_size": how.batch_size or 32,
-        "progress": True,
-    }
+def _sampling(how: EvalArguments) -> dict[str, Any]:
+    batch_size = how.batch_size or 32
+    return {"max_new_tokens": how.max_new_tokens, "seed": how.seed, "batch_size": batch_size, "progress": True}
 
 
 def _asked(tokenizer: PreTrainedTokenizerBase, row: dict) -> dict[str, Any]:
     """What a row asks, as the model reads it, and what it should say."""
-    reference = _text(tokenizer, row["answer_ids"])
+    reference = tokenizer.decode(row["answer_ids"], skip_special_tokens=True)
     return {
         "sample_id": row["sample_id"],
         "prompt": tokenizer.decode(row["prompt_ids"]),
@@ -305,7 +297,3 @@ def _asked(tokenizer: PreTrainedTokenizerBase, row: dict) -> dict[str, Any]:
 def _judged(name: str, text: str, reference: str) -> dict[str, Any]:
     """What the model said, the answer in it, and whether that is right."""
     return {name: text, f"{name}_answer": extract_answer(text), f"{name}_right": exact_match(text, reference)}
-
-
-def _text(tokenizer: PreTrainedTokenizerBase, ids: list[int] | torch.Tensor) -> str:
-    return tokenizer.decode(ids, skip_special_tokens=True)

@@ -5,46 +5,47 @@ from __future__ import annotations
 import logging
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any
-
-from datasets import Dataset
 
 from ..context import ContextGenerator
-from ..correction import DEFAULT_CUE, stop_ids_of
-from ..generation import generate_corrected
+from ..correction import DEFAULT_CUE
 from ..provenance import rows_hash, weights_hash
+from .answers import answer_rows
 from .journal import Journal
 from .options import DataArguments, ModelArguments, device, fail, make_parser, parse, show_log
 
 logger = logging.getLogger(__name__)
 
 PROG = "selfgen generate"
-_FREE = ("output_file", "batch_size", "chunk_rows", "use_cpu")  # do not change answers
+_MAY_CHANGE = ("output_file", "batch_size", "chunk_rows", "use_cpu")  # answers do not depend on these
 
 
 @dataclass
 class GenerateArguments:
-    """How to answer."""
+    """How prompts are answered."""
 
     _argument_group_name = "generation"
 
     output_file: str = field(
         metadata={
-            "help": "JSON lines: each row's columns, own_answer, corrected, and whether the answer was finished (in "
-            "place of columns of these names). It is training data, too: --method rac --own-answer column."
+            "help": "File of JSON lines: the columns of each row, own_answer, corrected, and whether the answer was "
+            "finished (in place of columns of these names). It can be trained on: --method rac --own-answer column."
         }
     )
-    correct: bool = field(default=False, metadata={"help": "Let the model correct its answers (RAC)."})
-    rounds: int = field(default=1, metadata={"help": "Corrections, each of the answer before it."})
-    correction_cue: str = field(default=DEFAULT_CUE, metadata={"help": "What asks for a correction, as in training."})
+    correct: bool = field(default=False, metadata={"help": "Let the model correct its own answers (RAC)."})
+    rounds: int = field(default=1, metadata={"help": "Number of corrections, each of the answer before it."})
+    correction_cue: str = field(
+        default=DEFAULT_CUE, metadata={"help": "Text that asks for a correction, as in training."}
+    )
     max_new_tokens: int = field(default=256, metadata={"help": "Longest answer, in tokens."})
-    temperature: float = field(default=0.0, metadata={"help": "Temperature of the sampling; 0 is greedy."})
-    top_k: int | None = field(default=None, metadata={"help": "Sample among the k best tokens."})
-    top_p: float | None = field(default=None, metadata={"help": "Sample among the best tokens of this probability."})
-    batch_size: int = field(default=32, metadata={"help": "Most rows at a time."})
-    chunk_rows: int = field(default=256, metadata={"help": "Rows between two writes; what a kill loses at most."})
-    seed: int = field(default=0, metadata={"help": "Of the sampling."})
-    use_cpu: bool = field(default=False, metadata={"help": "Stay on the CPU where there is an accelerator, too."})
+    temperature: float = field(default=0.0, metadata={"help": "Temperature of the answers; 0 is greedy."})
+    top_k: int | None = field(default=None, metadata={"help": "Sample from the k most likely tokens only."})
+    top_p: float | None = field(
+        default=None, metadata={"help": "Sample from the most likely tokens, up to this total probability, only."}
+    )
+    batch_size: int = field(default=32, metadata={"help": "How many rows are answered at a time."})
+    chunk_rows: int = field(default=256, metadata={"help": "Rows written at a time; a kill loses at most these."})
+    seed: int = field(default=0, metadata={"help": "Seed of the answers."})
+    use_cpu: bool = field(default=False, metadata={"help": "Run on the CPU even if there is an accelerator."})
 
     def __post_init__(self) -> None:
         if not self.correct and (self.rounds, self.correction_cue) != (1, DEFAULT_CUE):
@@ -57,7 +58,7 @@ def run(arguments: list[str]) -> int:
         (ModelArguments, DataArguments, GenerateArguments),
         prog=PROG,
         usage="selfgen generate [CONFIG.yaml] --model NAME --dataset NAME --output-file FILE.jsonl [--correct]",
-        description="Answer prompts, and write the answers. A killed run goes on where it was.",
+        description="Write answers to prompts. After a kill, the same command continues where it stopped.",
     )
     try:
         model, data, how = parse(parser, arguments)
@@ -70,66 +71,24 @@ def run(arguments: list[str]) -> int:
 def answer(model_arguments: ModelArguments, data: DataArguments, how: GenerateArguments) -> None:
     model, tokenizer = model_arguments.load()
     given = data.load()
-    rows, report = data.tokenize(_questions(given, data), tokenizer)
+    rows, report = data.tokenize_prompts(given, tokenizer)
     ids = given["sample_id"] if "sample_id" in given.column_names else range(len(given))
     place_of = {sample_id: place for place, sample_id in enumerate(ids)}
     logger.log(report.level, "data: %s", report)
-    settings = asdict(model_arguments) | asdict(data) | {k: v for k, v in asdict(how).items() if k not in _FREE}
+    settings = asdict(model_arguments) | asdict(data)
+    settings |= {name: value for name, value in asdict(how).items() if name not in _MAY_CHANGE}
     settings |= {"weights": weights_hash(model), "rows": rows_hash(rows)}
     journal = Journal(Path(how.output_file), settings)
     generator = ContextGenerator(model.to(device(how.use_cpu)), temperature=how.temperature)
 
+    correction = {"rounds": how.rounds, "cue": how.correction_cue, "apply_chat_template": data.apply_chat_template}
+    sampling = {name: getattr(how, name) for name in ("max_new_tokens", "seed", "batch_size", "top_k", "top_p")}
+
     def lines_of(part: list[dict]) -> list[dict]:
-        found = answered(generator, tokenizer, part, data, how)
-        return [given[place_of[line["sample_id"]]] | line for line in found]
+        columns = answer_rows(generator, tokenizer, part, correction if how.correct else None, **sampling)
+        found = (dict(zip(columns, values, strict=True)) for values in zip(*columns.values(), strict=True))
+        ids = [row["sample_id"] for row in part]
+        return [given[place_of[one]] | {"sample_id": one} | line for one, line in zip(ids, found, strict=True)]
 
     journal.complete(rows, how.chunk_rows, lines_of, "Rows")
     print(f"answers are in {how.output_file}")
-
-
-def _questions(rows: Dataset, data: DataArguments) -> Dataset:
-    """Prompts, for references are not needed: there may be none, or blank ones. Turns before an answer are a prompt."""
-    known, asked = {*rows.column_names}, [data.prompt_column, data.completion_column]
-    if asked[0] in known:
-        prompts = list(rows[asked[0]])
-        for place, given in enumerate(rows[asked[1]] if asked[1] in known else []):
-            if _are_turns(prompts[place]) and _are_turns(given):
-                prompts[place] = prompts[place] + given[:-1]
-    elif data.messages_column in known and all(map(_are_turns, rows[data.messages_column])):
-        answered = [bool(turns) and turns[-1].get("role") == "assistant" for turns in rows[data.messages_column]]
-        pairs = zip(rows[data.messages_column], answered, strict=True)
-        prompts = [turns[:-1] if last else turns for turns, last in pairs]
-    else:
-        return rows
-    ids = {"sample_id": list(rows["sample_id"])} if "sample_id" in known else {}
-    return Dataset.from_dict(ids | dict(zip(asked, (prompts, ["."] * len(prompts)), strict=True)))
-
-
-def _are_turns(cell: Any) -> bool:
-    return isinstance(cell, list) and all(isinstance(turn, dict) for turn in cell)
-
-
-def answered(
-    generator: ContextGenerator, tokenizer, part: list[dict], data: DataArguments, how: GenerateArguments
-) -> list[dict]:
-    """What is found for some rows."""
-    options: dict[str, Any] = {
-        name: getattr(how, name) for name in ("max_new_tokens", "seed", "batch_size", "top_k", "top_p")
-    }
-    prompts, ids = ([row[name] for row in part] for name in ("prompt_ids", "sample_id"))
-    if how.correct:
-        template = data.apply_chat_template
-        corrected = generate_corrected(
-            generator, tokenizer, prompts, rounds=how.rounds, cue=how.correction_cue, apply_chat_template=template,
-            sample_ids=ids, **options,
-        )  # fmt: skip
-        columns = {"own_answer": corrected.first, "corrected": corrected.corrected}
-        finished = corrected.finished
-    else:
-        stop_ids = sorted(stop_ids_of(tokenizer, generator.eos_token_ids))
-        answers = generator.answer(prompts, sample_ids=ids, eos_token_ids=stop_ids, **options)
-        columns = {"own_answer": answers.tokens}
-        finished = answers.finished
-    texts = {name: tokenizer.batch_decode(tokens, skip_special_tokens=True) for name, tokens in columns.items()}
-    table = {"sample_id": ids, **texts, "finished": finished}
-    return [dict(zip(table, row, strict=True)) for row in zip(*table.values(), strict=True)]

@@ -1,50 +1,44 @@
-"""JSON lines that a killed command goes on with."""
+"""Files of JSON lines, which the same command completes after a kill."""
 
 from __future__ import annotations
 
 import json
 import os
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 from datasets import Dataset
 from tqdm.auto import tqdm
 
-from ..files import lock
+from ..files import alone
+from ..provenance import differences
 
 NAMES = {"model", "revision", "dataset", "dataset_config", "dataset_split"}
-"""How weights and rows are called; hashes tell them apart."""
+"""Settings that name weights and rows, which may differ: hashes tell weights and rows apart."""
 
 
 def _settings_of(file: Path) -> Path:
     return file.with_name(file.name + ".settings.json")
 
 
-def differing(before: dict[str, Any], now: dict[str, Any]) -> list[str]:
-    """The settings that are not the same, names aside."""
-    now = json.loads(json.dumps(now))
-    return sorted(name for name in (before | now).keys() - NAMES if before.get(name) != now.get(name))
-
-
 def read(file: Path) -> tuple[dict[str, Any], list[dict[str, Any]]]:
-    """Settings and rows of a journal, as far as they are there."""
-    beside = _settings_of(file)
+    """Settings and rows of a journal, as far as there are any."""
+    settings = _settings_of(file)
     content = file.read_text() if file.exists() else ""
     lines = content[: content.rfind("\n") + 1].splitlines()
-    return json.loads(beside.read_text()) if beside.exists() else {}, [json.loads(line) for line in lines]
+    return json.loads(settings.read_text()) if settings.exists() else {}, [json.loads(line) for line in lines]
 
 
 class Journal:
-    """A file of rows, written in order and in whole lines, beside the settings that they were made with.
+    """A file of rows, written in order and in whole lines, with the settings that they were made with next to it.
 
     Args:
-        file: of JSON lines; what a kill left of a line is cut off. Values that JSON does not have become text.
-        settings: what must be the same for the rows to go on; kept in ``FILE.settings.json``.
+        file: of JSON lines; what a kill left of a line is removed. Values that JSON does not have become text.
+        settings: what must be the same for more rows to be added; kept in ``FILE.settings.json``.
 
     Raises:
-        ValueError: the file was begun with other settings.
+        ValueError: the file holds rows of other settings.
     """
 
     def __init__(self, file: Path, settings: dict[str, Any]):
@@ -52,10 +46,10 @@ class Journal:
         file.parent.mkdir(parents=True, exist_ok=True)
         if not file.exists():
             _settings_of(file).write_text(json.dumps(settings, indent=1) + "\n")
-        elif other := differing(read(file)[0], settings):
+        elif other := differences(read(file)[0], settings, ignore=NAMES):
             raise ValueError(
-                f"{file} was begun with other settings ({', '.join(other)}); choose another file or folder, or "
-                "remove it"
+                f"{file} holds rows of other settings ({'; '.join(other)}): give the former ones, or another file or "
+                "folder, or remove it"
             )
 
     def _cut_off_half_line(self) -> None:
@@ -64,12 +58,12 @@ class Journal:
                 lines.truncate(lines.read().rfind(b"\n") + 1)
 
     def rows(self) -> list[dict[str, Any]]:
-        """What is there."""
+        """The rows that are written."""
         return read(self.file)[1]
 
     def complete(self, rows: Dataset, chunk_rows: int, make: Callable[[list[dict]], list[dict]], title: str) -> None:
         """Write the lines that ``make`` makes of the rows that have none yet, ``chunk_rows`` at a time."""
-        with self._alone():
+        with alone(self.file):
             self._cut_off_half_line()
             self._complete(rows, chunk_rows, make, title)
 
@@ -80,15 +74,6 @@ class Journal:
                 part = [rows[i] for i in range(start, min(start + chunk_rows, len(rows)))]
                 self.append(make(part))
                 bar.update(len(part))
-
-    @contextmanager
-    def _alone(self) -> Iterator[None]:
-        """A lock on the file, which ends with the process, whatever ends that."""
-        held = lock(self.file.with_name(f".{self.file.name}.lock"))
-        if held is None:
-            raise ValueError(f"another process is writing {self.file}: wait for it to end")
-        with held:
-            yield
 
     def append(self, rows: list[dict[str, Any]]) -> None:
         with self.file.open("a") as lines:

@@ -20,7 +20,7 @@ from ..stored_contexts import OfflineError
 from ..training.bash import BASHTrainer
 from ..training.bss import BSSTrainer
 from ..training.checkpoints import check_resumed, last_checkpoint
-from ..training.config import BSSConfig, MaskOptions
+from ..training.config import BSSConfig, GeneratorOptions
 from ..training.rac import RACConfig, RACTrainer
 from ..training.rounds import train_rounds
 from .options import Parser, TrainedModelArguments, fail, make_parser, parse, show_log, source_of, wants_everything
@@ -29,13 +29,11 @@ logger = logging.getLogger(__name__)
 
 PROG = "selfgen train"
 TRAINERS: dict[str, type[BSSTrainer]] = {"bss": BSSTrainer, "bash": BASHTrainer, "rac": RACTrainer}
-MAKE_CONTEXTS = {f.name for f in fields(MaskOptions)} | {
+MAKE_CONTEXTS = {f.name for f in fields(GeneratorOptions)} | {
     "self_prob",
     "self_prob_schedule",
     "self_prob_start",
     "self_prob_warmup",
-    "sampling_temperature",
-    "context_method",
     "context_micro_batches",
     "reuse_passes",
 }

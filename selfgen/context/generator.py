@@ -28,7 +28,7 @@ from .models import (
     dtype_inside,
     eos_token_ids_of,
     inference,
-    max_positions,
+    room_for_answers,
     transformers_model,
     vocab_size_of,
 )
@@ -284,7 +284,7 @@ class ContextGenerator:
         ids = check_sample_ids(range(len(rows)) if sample_ids is None else sample_ids, len(rows), self.model.device)
         if not rows:
             return Answers([], [], 0, 0, 0, 0.0)
-        limits = [min(max_new_tokens, room) for room in self._room_behind(rows)]
+        limits = [min(max_new_tokens, room) for room in room_for_answers(self.model, rows)]
         stop_ids = torch.tensor(
             self.eos_token_ids if eos_token_ids is None else list(eos_token_ids),
             dtype=torch.int64,
@@ -313,19 +313,6 @@ class ContextGenerator:
             logger.warning("%d tokens of answers are arbitrary: their logits were not finite", int(status))
         seconds = time.perf_counter() - started
         return Answers(answers, ended, work.passes, work.tokens_computed, int(status), seconds)
-
-    def _room_behind(self, prompts: list[Tensor]) -> list[int]:
-        """Positions that are left for each answer."""
-        limit = max_positions(self.model)
-        if limit is None:
-            return [2**31] * len(prompts)
-        for index, prompt in enumerate(prompts):
-            if len(prompt) >= limit:
-                raise ValueError(
-                    f"prompts[{index}] has {len(prompt)} tokens; the model has {limit} positions, so none is left for "
-                    "an answer: shorten the prompt"
-                )
-        return [limit - len(prompt) for prompt in prompts]
 
     @property
     def eos_token_ids(self) -> list[int]:

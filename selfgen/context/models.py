@@ -6,7 +6,7 @@ Every private name of these libraries that says something about a model is used 
 from __future__ import annotations
 
 import inspect
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence, Sized
 from contextlib import contextmanager
 
 import torch
@@ -26,6 +26,26 @@ def vocab_size_of(model: PreTrainedModel) -> int:
 def max_positions(model: PreTrainedModel) -> int | None:
     """Most tokens in a row of ``model``; None if its configuration sets no limit."""
     return getattr(model.config.get_text_config(decoder=True), "max_position_embeddings", None)
+
+
+def room_for_answers(model: PreTrainedModel, prompts: Sequence[Sized], cue_length: int = 0) -> list[int]:
+    """Positions that each prompt, and a cue of ``cue_length`` tokens after it, leave for an answer.
+
+    2**31 where the configuration sets no limit.
+
+    Raises:
+        ValueError: a prompt leaves none; it is named.
+    """
+    limit = max_positions(model)
+    rooms = [(2**31 if limit is None else limit) - len(prompt) - cue_length for prompt in prompts]
+    short = next((index for index, room in enumerate(rooms) if room < 1), None)
+    if short is not None:
+        and_cue, or_cue = (f" and the cue {cue_length}", " or the cue") if cue_length else ("", "")
+        raise ValueError(
+            f"prompts[{short}] has {len(prompts[short])} tokens{and_cue}; the model has {limit} positions, so none is "
+            f"left for an answer: shorten the prompt{or_cue}"
+        )
+    return rooms
 
 
 def eos_token_ids_of(model: PreTrainedModel) -> list[int]:

@@ -9,8 +9,8 @@
 
 from .batches import IGNORE_INDEX, Collator, pad_token_id, rows_of, write_contexts_into
 from .loading import load_rows
-from .templates import answer_ends
-from .tokenizing import DataReport, RowOptions, check_sample_ids, tokenize_rows
+from .templates import answer_ends, text_after_answer
+from .tokenizing import DataReport, RowOptions, check_sample_ids, tokenize_prompts, tokenize_rows
 
 __all__ = [
     "IGNORE_INDEX",
@@ -22,6 +22,8 @@ __all__ = [
     "load_rows",
     "pad_token_id",
     "rows_of",
+    "text_after_answer",
+    "tokenize_prompts",
     "tokenize_rows",
     "write_contexts_into",
 ]

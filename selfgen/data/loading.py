@@ -91,7 +91,7 @@ def _find_json_fault(file: Path) -> str | None:
     except UnicodeDecodeError as error:
         number = raw.count(b"\n", 0, error.start) + 1
         return f"line {number}: byte {raw[error.start]:#x} is not UTF-8"
-    if content.lstrip().startswith("["):  # one array of objects rather than one object a line
+    if content.lstrip().startswith("["):  # one array of objects rather than one object per line
         try:
             json.loads(content)
         except json.JSONDecodeError as error:

@@ -1,7 +1,8 @@
-"""Rows as token ids of a prompt and of an answer; what can't be learned from is dropped and counted."""
+"""Rows as token ids of a prompt and of an answer, or of a prompt alone; what can't be used is dropped and counted."""
 
 import logging
 from collections import Counter
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -10,7 +11,7 @@ from datasets import Dataset
 from transformers import PreTrainedTokenizerBase
 
 from .loading import require_map_style
-from .templates import answer_ends, check_turns, render
+from .templates import answer_ends, check_turns, render, render_prompt
 
 # What becomes of a row: one of these two, or a reason to drop it.
 _KEPT = "kept"
@@ -20,16 +21,18 @@ _EMPTY_PROMPT = "empty prompt"
 _NO_ASSISTANT = "no assistant turn at the end"
 _PROMPT_FILLS = "prompt fills max_length"
 
+_IDS = datasets.List(datasets.Value("int64"))
+
 
 @dataclass(frozen=True)
 class DataReport:
-    """What `tokenize_rows` did: `dropped` maps each reason to its number of rows, and `kept` includes `truncated`."""
+    """What became of rows: `dropped` maps each reason to its number of rows, and `kept` includes `truncated`."""
 
     rows: int
     kept: int
     truncated: int
     dropped: dict[str, int]
-    max_length: int
+    max_length: int | None
 
     @property
     def level(self) -> int:
@@ -86,34 +89,84 @@ def tokenize_rows(
         TypeError: a cell that is None or neither text nor messages, named by row and column; a streaming data set.
     """
     require_map_style(dataset)
-    if max_length < 2:
+    _check(tokenizer, max_length, apply_chat_template)
+    names = (prompt_column, completion_column, messages_column)
+    options = {
+        "tokenizer": tokenizer,
+        "ends": sorted(answer_ends(tokenizer)),  # rows that were cached without them are others
+        "columns": _find_columns(dataset.column_names, *names),
+        "use_template": apply_chat_template is not False and bool(tokenizer.chat_template),
+        "max_length": max_length,
+    }
+    return _tokenize(dataset, _tokenize_batch, options, {"prompt_ids": _IDS, "answer_ids": _IDS}, num_proc)
+
+
+def tokenize_prompts(
+    dataset: datasets.Dataset | Sequence[str],
+    tokenizer: PreTrainedTokenizerBase,
+    *,
+    max_length: int | None = None,
+    prompt_column: str = "prompt",
+    completion_column: str = "completion",
+    messages_column: str = "messages",
+    apply_chat_template: bool | None = None,
+    num_proc: int | None = None,
+) -> tuple[datasets.Dataset, DataReport]:
+    """Tokenize the prompt of every row, token for token as `tokenize_rows` does; there may be no answer to it.
+
+    A row holds a prompt, a text or a list of messages, or a conversation, which is a prompt without the assistant's
+    turn at its end. Where a prompt and its completion are both messages, those before the last are of the prompt, too;
+    other completions are not looked at. Rows with an empty prompt, or one of `max_length` tokens or more, are dropped
+    and counted.
+
+    Args:
+        dataset: rows, or a list of texts, which are the prompts.
+        max_length: the most tokens of prompt and answer together, at least 2; None is no limit.
+
+    Returns, raises: as `tokenize_rows`, without `answer_ids` and what is wrong with answers.
+    """
+    if isinstance(dataset, Sequence) and not isinstance(dataset, str):
+        dataset = datasets.Dataset.from_dict({prompt_column: list(dataset)})
+    require_map_style(dataset)
+    _check(tokenizer, max_length, apply_chat_template)
+    names = (prompt_column, completion_column, messages_column)
+    columns = _find_columns(dataset.column_names, *names, answers=False)
+    options = {
+        "tokenizer": tokenizer,
+        "columns": columns,
+        "is_conversation": columns[0] != prompt_column,
+        "use_template": apply_chat_template is not False and bool(tokenizer.chat_template),
+        "max_length": max_length,
+    }
+    return _tokenize(dataset, _tokenize_prompt_batch, options, {"prompt_ids": _IDS}, num_proc)
+
+
+def _check(tokenizer: PreTrainedTokenizerBase, max_length: int | None, apply_chat_template: bool | None) -> None:
+    if max_length is not None and max_length < 2:
         raise ValueError(f"max_length={max_length} has no room for a prompt and an answer; give at least 2")
     if tokenizer.eos_token_id is None:
         raise ValueError("the tokenizer has no EOS token, so an answer could not end; set tokenizer.eos_token")
     if apply_chat_template and not tokenizer.chat_template:
         raise ValueError("apply_chat_template=True, but the tokenizer has none; set tokenizer.chat_template")
 
-    dataset = dataset.with_format(None)
-    columns = _find_columns(dataset.column_names, prompt_column, completion_column, messages_column)
+
+def _tokenize(
+    dataset: datasets.Dataset,
+    tokenize_batch: Callable[..., dict[str, list]],
+    options: dict[str, Any],
+    features: dict[str, Any],
+    num_proc: int | None,
+) -> tuple[datasets.Dataset, DataReport]:
+    """The rows that `tokenize_batch` keeps, with `sample_id` and the columns of `features`, and the report."""
+    dataset, max_length = dataset.with_format(None), options["max_length"]
     check_sample_ids(dataset)
     tokenized = dataset.map(
-        _tokenize_batch,
+        tokenize_batch,
         batched=True,
         with_indices=True,
-        fn_kwargs={
-            "tokenizer": tokenizer,
-            "ends": sorted(answer_ends(tokenizer)),  # rows that were cached without them are others
-            "columns": columns,
-            "use_template": apply_chat_template is not False and bool(tokenizer.chat_template),
-            "max_length": max_length,
-        },
+        fn_kwargs=options,
         remove_columns=dataset.column_names,
-        features=datasets.Features(
-            sample_id=datasets.Value("int64"),
-            prompt_ids=datasets.List(datasets.Value("int64")),
-            answer_ids=datasets.List(datasets.Value("int64")),
-            outcome=datasets.Value("string"),
-        ),
+        features=datasets.Features(sample_id=datasets.Value("int64"), **features, outcome=datasets.Value("string")),
         num_proc=num_proc,
         desc="Tokenizing",
     )
@@ -129,21 +182,26 @@ def tokenize_rows(
         max_length=max_length,
     )
     if not kept:
-        raise ValueError(f"no row is left to train on; {report}. Check the columns and max_length={max_length}")
+        raise ValueError(f"no row is left; {report}. Check the columns and max_length={max_length}")
     tokenized = tokenized.remove_columns("outcome")
     return (tokenized if len(kept) == len(outcomes) else tokenized.select(kept)), report
 
 
-def _find_columns(present: list[str], prompt: str, completion: str, messages: str) -> tuple[str, ...]:
-    """(prompt, completion) or (messages,), whichever `present` has."""
+def _find_columns(
+    present: list[str], prompt: str, completion: str, messages: str, *, answers: bool = True
+) -> tuple[str, ...]:
+    """(prompt, completion) or (messages,), whichever `present` has; without `answers` (prompt,) does, too."""
     if {prompt, completion} <= set(present):
         return prompt, completion
+    if prompt in present and not answers:
+        return (prompt,)
     if messages in present:
         return (messages,)
+    wanted = f"{prompt!r} and {completion!r} (each text or messages)" if answers else f"{prompt!r} (text or messages)"
     raise ValueError(
-        f"the data set has the columns {', '.join(present)}, but neither {prompt!r} and {completion!r} (each text or "
-        f"messages) nor {messages!r} (a conversation); name them with prompt_column and completion_column "
-        "(GSM8K: --prompt-column question --completion-column answer), or with messages_column"
+        f"the data set has the columns {', '.join(present)}, but neither {wanted} nor {messages!r} (a conversation); "
+        "name them with prompt_column and completion_column (GSM8K: --prompt-column question --completion-column "
+        "answer), or with messages_column"
     )
 
 
@@ -177,14 +235,11 @@ def _tokenize_batch(
         for row, values in zip(rows, cells, strict=True)
     ]
     prompts, answers, outcomes = map(list, zip(*texts, strict=True))
-    all_prompt_ids = tokenizer(prompts, add_special_tokens=not use_template, verbose=False).input_ids
+    all_prompt_ids = _prompt_ids(prompts, tokenizer, use_template)
     all_answer_ids = tokenizer(answers, add_special_tokens=False, verbose=False).input_ids
 
     eos = tokenizer.eos_token_id
-    appends_eos = not use_template and tokenizer("a").input_ids[-1:] == [eos]
     for i, (prompt_ids, answer_ids) in enumerate(zip(all_prompt_ids, all_answer_ids, strict=True)):
-        if appends_eos:
-            prompt_ids.pop()
         end = next((place for place, token in enumerate(answer_ids) if token in ends), None)
         if use_template and end is not None:
             del answer_ids[end + 1 :]  # templates write "\n" after the end of a turn, or an EOS at the end of all
@@ -202,14 +257,46 @@ def _tokenize_batch(
     }
 
 
+def _tokenize_prompt_batch(
+    batch: Any,
+    rows: list[int],
+    *,
+    tokenizer: PreTrainedTokenizerBase,
+    columns: tuple[str, ...],
+    is_conversation: bool,
+    use_template: bool,
+    max_length: int | None,
+) -> dict[str, list]:
+    """A batch of `Dataset.map`: the output columns of `tokenize_prompts`, and the `outcome` of each row."""
+    cells = zip(*(batch[column] for column in columns), strict=True)
+    prompts = [
+        _read_prompt(row, dict(zip(columns, values, strict=True)), tokenizer, use_template, is_conversation)
+        for row, values in zip(rows, cells, strict=True)
+    ]
+    all_prompt_ids = _prompt_ids(prompts, tokenizer, use_template)
+    outcomes = [_judge_prompt(len(prompt_ids), max_length) for prompt_ids in all_prompt_ids]
+    return {"sample_id": batch.get("sample_id", rows), "prompt_ids": all_prompt_ids, "outcome": outcomes}
+
+
+def _prompt_ids(prompts: list[str], tokenizer: PreTrainedTokenizerBase, use_template: bool) -> list[list[int]]:
+    """Ids of texts; one without a template gets the tokenizer's special tokens, but no EOS at its end."""
+    ids = tokenizer(prompts, add_special_tokens=not use_template, verbose=False).input_ids
+    if not use_template and tokenizer("a").input_ids[-1:] == [tokenizer.eos_token_id]:
+        return [one[:-1] for one in ids]
+    return ids
+
+
 def _judge_lengths(prompt_length: int, answer_length: int, max_length: int) -> str:
     if answer_length == 0:
         return _EMPTY_ANSWER
-    if prompt_length == 0:
+    outcome = _judge_prompt(prompt_length, max_length)
+    return _TRUNCATED if outcome == _KEPT and prompt_length + answer_length > max_length else outcome
+
+
+def _judge_prompt(length: int, max_length: int | None) -> str:
+    if length == 0:
         return _EMPTY_PROMPT
-    if prompt_length >= max_length:
-        return _PROMPT_FILLS
-    return _TRUNCATED if prompt_length + answer_length > max_length else _KEPT
+    return _PROMPT_FILLS if max_length is not None and length >= max_length else _KEPT
 
 
 def _read_row(
@@ -233,19 +320,48 @@ def _read_row(
                 f"row {row}: {given}; accepted are a prompt and a completion that are both text or both lists of "
                 "messages, a list of messages and a text, or one conversation as a list of messages"
             )
-    if not use_template:
-        raise ValueError(
-            f"row {row} holds messages, which need a chat template: set tokenizer.chat_template (and leave "
-            "apply_chat_template unset), or give prompt and completion as text"
-        )
-    turns = check_turns(row, list(cells), turns)
+    turns = _checked_turns(row, list(cells), turns, use_template)
     if not turns or turns[-1]["role"] != "assistant":
         return "", "", _NO_ASSISTANT
+    if not isinstance(turns[-1]["content"], str):
+        where = f"row {row}, column {' or '.join(map(repr, cells))}"
+        raise TypeError(f"{where}: the content of the answer must be text, not {turns[-1]['content']!r}")
     if not turns[-1]["content"].strip():
         return "", "", _EMPTY_ANSWER
     if len(turns) == 1:
         return "", "", _EMPTY_PROMPT
     return *render(row, turns, tokenizer), _KEPT
+
+
+def _read_prompt(
+    row: int, cells: dict[str, Any], tokenizer: PreTrainedTokenizerBase, use_template: bool, is_conversation: bool
+) -> str:
+    """The prompt's text of a row given as column -> cell; none if there are no turns."""
+    match list(cells.values()):
+        case [str(prompt), *_] if not is_conversation:
+            if not use_template:
+                return prompt
+            turns = [{"role": "user", "content": prompt}]
+        case [list(prompt), list(completion)] if all(isinstance(turn, dict) for turn in completion):
+            turns = prompt + completion[:-1]
+        case [list(turns), *_]:
+            pass
+        case [cell, *_]:
+            accepted = "a conversation as a list of messages" if is_conversation else "text, or a list of messages"
+            raise TypeError(f"row {row}: {next(iter(cells))!r} is {type(cell).__name__}; accepted is {accepted}")
+    turns = _checked_turns(row, list(cells), turns, use_template)
+    if is_conversation and turns and turns[-1]["role"] == "assistant":
+        turns = turns[:-1]
+    return render_prompt(row, turns, tokenizer) if turns else ""
+
+
+def _checked_turns(row: int, columns: list[str], turns: list[Any], use_template: bool) -> list[dict[str, Any]]:
+    if not use_template:
+        raise ValueError(
+            f"row {row} holds messages, which need a chat template: set tokenizer.chat_template (and leave "
+            "apply_chat_template unset), or give prompt and completion as text"
+        )
+    return check_turns(row, columns, turns)
 
 
 @dataclass
@@ -274,6 +390,17 @@ class RowOptions:
             rows,
             tokenizer,
             max_length=self.max_length if max_length is None else max_length,
+            prompt_column=self.prompt_column,
+            completion_column=self.completion_column,
+            messages_column=self.messages_column,
+            apply_chat_template=self.apply_chat_template,
+        )
+
+    def tokenize_prompts(self, rows: Dataset, tokenizer: PreTrainedTokenizerBase) -> tuple[Dataset, DataReport]:
+        return tokenize_prompts(
+            rows,
+            tokenizer,
+            max_length=self.max_length,
             prompt_column=self.prompt_column,
             completion_column=self.completion_column,
             messages_column=self.messages_column,

@@ -1,4 +1,4 @@
-"""What a checkpoint says of the run that left it, and which one a run goes on from."""
+"""What a checkpoint says of the run that wrote it, and which one a run is resumed from."""
 
 from __future__ import annotations
 
@@ -8,9 +8,10 @@ from pathlib import Path
 
 from transformers import TrainingArguments
 
+from ..provenance import differences
 from .config import BSSConfig
 
-SETTINGS = "selfgen.json"  # beside the weights of every checkpoint
+SETTINGS = "selfgen.json"  # next to the weights of every checkpoint
 _MAY_CHANGE = {
     "context_method", "token_budget", "balance", "context_micro_batches", "own_answer_batch_size", "cuda_graphs",
     "reuse_passes", "lean_loss",
@@ -29,23 +30,22 @@ def last_checkpoint(folder: str | Path) -> str | None:
 
 
 def resumed_settings(args: BSSConfig) -> dict[str, object]:
-    """What contexts and losses hang on, which a resumed run must have again."""
+    """What contexts and losses depend on, which must be the same in a resumed run."""
     of_trainer = {field.name for field in fields(TrainingArguments)} - {"seed"}
     names = [field.name for field in fields(args) if field.name not in of_trainer | _MAY_CHANGE]
     return {name: getattr(args, name) for name in names}
 
 
 def check_resumed(checkpoint: str | Path, args: BSSConfig) -> None:
-    """Raise ValueError if the run that left ``checkpoint`` had other settings than ``args``."""
+    """Raise ValueError if the run that wrote ``checkpoint`` had other settings than ``args``."""
     try:
         before = json.loads((Path(checkpoint) / SETTINGS).read_text())
     except FileNotFoundError:  # of another program
         return
     now = resumed_settings(args)
-    other = [name for name in now if before.get(name, now[name]) != now[name]]
+    other = differences(before, now, ignore=before.keys() ^ now.keys())  # another version may have other ones
     if other:
-        changes = "; ".join(f"{name} was {before[name]!r}, is {now[name]!r}" for name in other)
         raise ValueError(
-            f"{checkpoint} is of a run with other settings ({changes}): resume with the same, or start another run, "
-            "with the checkpoint as its model"
+            f"{checkpoint} is of a run with other settings ({'; '.join(other)}): resume with the same, or start "
+            "another run, with the checkpoint as its model"
         )

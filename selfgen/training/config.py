@@ -50,7 +50,60 @@ class MaskOptions:
 
 
 @dataclass
-class BSSConfig(RowOptions, MaskOptions, TrainingArguments):
+class GeneratorOptions(MaskOptions):
+    """How contexts are made; see ``context.ContextGenerator``."""
+
+    _argument_group_name = "how contexts are made"
+
+    sampling_temperature: float = field(default=1.0, metadata={"help": "Temperature of self tokens; 0 is greedy."})
+    context_method: Method = field(
+        default="fixed_point",
+        metadata={"help": "fixed_point (fast), or sequential (token by token, for models that the fast one refuses)."},
+    )
+    token_budget: int | None = field(
+        default=None, metadata={"help": "Most tokens computed in one context pass; measured on the device by default."}
+    )
+    balance: float | None = field(
+        default=None,
+        metadata={
+            "help": "Tokens that cost as much as a context pass by itself, by which speculation is weighed; measured "
+            "on the device by default."
+        },
+    )
+    cuda_graphs: bool = field(
+        default=True,
+        metadata={
+            "help": "On an NVIDIA GPU, replay context passes as CUDA graphs, which keep the K/V of a step's contexts "
+            "and up to 2 GiB of other results from step to step."
+        },
+    )
+
+    def check_generator(self) -> None:
+        """Raise ValueError if an option is out of its range."""
+        _ = self.masks
+        if not 0.0 <= self.sampling_temperature < float("inf"):
+            raise ValueError(f"sampling_temperature is {self.sampling_temperature}; it must be a finite number >= 0")
+        if self.context_method not in METHODS:
+            raise ValueError(f"context_method is {self.context_method!r}; accepted: {', '.join(METHODS)}")
+        if self.token_budget is not None and self.token_budget < 1:
+            raise ValueError(f"token_budget is {self.token_budget}; it must be at least 1")
+        if self.balance is not None and not 0.0 < self.balance < float("inf"):
+            raise ValueError(f"balance is {self.balance}; it must be a finite number > 0")
+
+    def generator(self, model: torch.nn.Module) -> ContextGenerator:
+        """What makes the contexts of ``model`` as these options ask for."""
+        return ContextGenerator(
+            model,
+            temperature=self.sampling_temperature,
+            token_budget=self.token_budget,
+            balance=self.balance,
+            masks=self.masks,
+            cuda_graphs=self.cuda_graphs,
+        )
+
+
+@dataclass
+class BSSConfig(RowOptions, GeneratorOptions, TrainingArguments):
     """Arguments of ``BSSTrainer``: everything of ``transformers.TrainingArguments``, and the fields below.
 
     Raises:
@@ -85,33 +138,11 @@ class BSSConfig(RowOptions, MaskOptions, TrainingArguments):
         default=0.0,
         metadata={"help": "Steps of plain fine-tuning before the schedule begins; below 1, a share of all steps."},
     )
-    sampling_temperature: float = field(default=1.0, metadata={"help": "Temperature of self tokens; 0 is greedy."})
-    context_method: Method = field(
-        default="fixed_point",
-        metadata={"help": "fixed_point (fast), or sequential (token by token, for models that the fast one refuses)."},
-    )
-    token_budget: int | None = field(
-        default=None, metadata={"help": "Most tokens computed in one context pass; measured on the device by default."}
-    )
-    balance: float | None = field(
-        default=None,
-        metadata={
-            "help": "Tokens that cost as much as a context pass by itself, by which speculation is weighed; measured "
-            "on the device by default."
-        },
-    )
     context_micro_batches: int | None = field(
         default=None,
         metadata={
             "help": "Micro-batches whose contexts are made at once, all of an optimizer step by default. Fewer take "
             "less memory and more time; the contexts are the same."
-        },
-    )
-    cuda_graphs: bool = field(
-        default=True,
-        metadata={
-            "help": "On an NVIDIA GPU, replay context passes as CUDA graphs, which keep the K/V of a step's contexts "
-            "and up to 2 GiB of other results from step to step."
         },
     )
     reuse_passes: bool = field(
@@ -151,8 +182,6 @@ class BSSConfig(RowOptions, MaskOptions, TrainingArguments):
         super().__post_init__()
         for name in ("self_prob", "self_prob_start"):
             check_probability(name, getattr(self, name))
-        if not 0.0 <= self.sampling_temperature < float("inf"):
-            raise ValueError(f"sampling_temperature is {self.sampling_temperature}; it must be a finite number >= 0")
         if self.self_prob_schedule not in SCHEDULES:
             raise ValueError(f"self_prob_schedule is {self.self_prob_schedule!r}; accepted: {', '.join(SCHEDULES)}")
         if not 0.0 <= self.self_prob_warmup < float("inf"):
@@ -165,31 +194,16 @@ class BSSConfig(RowOptions, MaskOptions, TrainingArguments):
             raise ValueError(f"kl_weight is {self.kl_weight}; it must be a finite number >= 0")
         if self.kl_model and not self.kl_weight:
             raise ValueError(f"kl_model is {self.kl_model!r}, but kl_weight is 0; set kl_weight to use it")
-        _ = self.masks  # which checks the rest of them
-        if self.context_method not in METHODS:
-            raise ValueError(f"context_method is {self.context_method!r}; accepted: {', '.join(METHODS)}")
-        for name in ("token_budget", "context_micro_batches"):
+        self.check_generator()
+        for name in ("context_micro_batches",):
             if getattr(self, name) is not None and getattr(self, name) < 1:
                 raise ValueError(f"{name} is {getattr(self, name)}; it must be at least 1")
-        if self.balance is not None and not 0.0 < self.balance < float("inf"):
-            raise ValueError(f"balance is {self.balance}; it must be a finite number > 0")
         if self.max_length < 2:
             raise ValueError(f"max_length is {self.max_length}; a prompt and an answer need at least 2 tokens")
         if self.remove_unused_columns:
             raise ValueError(
                 "remove_unused_columns must stay False: the collator needs the columns sample_id, prompt_ids"
             )
-
-    def generator(self, model: torch.nn.Module) -> ContextGenerator:
-        """What makes the contexts of ``model`` as these arguments ask for."""
-        return ContextGenerator(
-            model,
-            temperature=self.sampling_temperature,
-            token_budget=self.token_budget,
-            balance=self.balance,
-            masks=self.masks,
-            cuda_graphs=self.cuda_graphs,
-        )
 
     def self_prob_at(self, step: int, max_steps: int, schedule: Schedule | None = None) -> float:
         """Self-probability of optimizer step ``step`` (0-based) of ``max_steps``, by ``schedule`` or the named one."""

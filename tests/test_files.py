@@ -1,0 +1,63 @@
+"""Files that one process writes at a time, as a whole; what tells two records of settings apart."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+
+import pytest
+
+from selfgen.files import alone, write_whole
+from selfgen.provenance import differences
+from selfgen.stored_contexts import OfflineError
+
+HOLD = "import sys, pathlib, selfgen.files as f\nwith f.alone(pathlib.Path(sys.argv[1])): print(flush=True); input()"
+
+
+@pytest.mark.parametrize("name", ["folder", "file"])
+def test_another_process_keeps_out(tmp_path, name):
+    """Until it dies, whatever it dies of."""
+    (tmp_path / "folder").mkdir()
+    path = tmp_path / name
+    other = subprocess.Popen([sys.executable, "-c", HOLD, path], stdin=subprocess.PIPE, stdout=subprocess.PIPE)
+    assert other.stdout.readline()
+    with pytest.raises(OfflineError, match=f"another process is writing {path}: wait"), alone(path, OfflineError):
+        pass
+    with pytest.raises(ValueError, match="another process"), alone(path):
+        pass
+    other.kill()
+    other.communicate()
+    with alone(path):
+        pass
+
+
+def test_an_error_inside_ends_the_lock(tmp_path):
+    with pytest.raises(KeyError), alone(tmp_path):
+        raise KeyError
+    with alone(tmp_path):
+        pass
+
+
+def test_a_file_that_fails_leaves_the_one_before(tmp_path):
+    file = tmp_path / "file"
+    write_whole(file, lambda stream: stream.write(b"before"))
+
+    def fail(stream):
+        stream.write(b"half")
+        raise KeyError
+
+    with pytest.raises(KeyError):
+        write_whole(file, fail)
+    assert file.read_bytes() == b"before"
+
+
+def test_differences_are_named():
+    before = {"seed": 3, "name": "a", "gone": None, "curve": [1, 2]}
+    assert differences(before, {"seed": 3, "name": "a", "curve": (1, 2)}) == []  # as JSON gives it back
+    now = {"seed": 4, "name": "b", "new": 0.5}
+    assert differences(before, now, ignore=["curve"]) == [
+        "seed was 3, is 4",
+        "name was 'a', is 'b'",
+        "new was None, is 0.5",
+    ]
+    assert differences(before, now, ignore=now.keys() | before.keys()) == []

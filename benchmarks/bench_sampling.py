@@ -18,8 +18,8 @@ from torch.nn.functional import pad
 from transformers import LogitsProcessorList, TemperatureLogitsWarper, TopKLogitsWarper, TopPLogitsWarper
 
 from selfgen_kernels import sample_mix
-from selfgen_kernels.backends.reference.sampling import GROUP_SIZE
 from selfgen_kernels.backends.reference.sampling import sample_mix as reference_sample_mix
+from selfgen_kernels.call import GROUP_SIZE
 from tools.real_parts import DEVICE, recorded_head
 
 ROWS = (1, 8, 64, 512)

@@ -5,9 +5,10 @@ of `backends/` compute the same faster. Only torch is needed: a missing compiler
 """
 
 from selfgen_kernels.ops.attention import kv_append, ragged_attention
+from selfgen_kernels.ops.head import combine_shards, linear_sample_mix, linear_sample_shard
 from selfgen_kernels.ops.noise import gumbel_noise, self_mask
 from selfgen_kernels.ops.passes import commit_pass, plan_pass
-from selfgen_kernels.ops.sampling import combine_shards, linear_sample_mix, linear_sample_shard, sample_mix
+from selfgen_kernels.ops.sampling import sample_mix
 
 from selfgen_kernels import backends  # isort: skip  (kernels register for schemas that the ops above have defined)
 

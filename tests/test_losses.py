@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from functools import partial
+from inspect import signature
 
 import pytest
 import torch
@@ -11,6 +12,7 @@ from helpers.training import losses_of, make_trainer, rows
 from models import VOCAB, tiny_model
 from peft import LoraConfig, get_peft_model
 from transformers import BartConfig, BartForCausalLM
+from transformers.trainer_pt_utils import LabelSmoother
 
 from selfgen.data import Collator
 from selfgen.training import losses
@@ -164,6 +166,9 @@ def test_logits_never_lie_in_memory_as_a_whole(monkeypatch):
 @pytest.mark.parametrize("reuse", [True, False])
 @pytest.mark.parametrize("change", [{}, {"label_smoothing_factor": 0.1}, {"kl_weight": 0.5}])
 def test_lean_training_is_plain_training(tmp_path, reuse, change):
+    counts = "num_items_in_batch" in signature(LabelSmoother.__call__).parameters
+    if "label_smoothing_factor" in change and not counts:
+        pytest.skip("this Trainer smooths without regard to gradient accumulation")
     runs = [
         losses_of(make_trainer(tmp_path, learning_rate=1e-3, reuse_passes=reuse, lean_loss=lean, **change))
         for lean in (True, False)

@@ -11,7 +11,7 @@ import torch
 import torch.distributed as dist
 from helpers.processes import WORLD, in_ranks
 from helpers.training import make_trainer, rows, weights
-from models import CONFIGS, tiny_model
+from models import CHECKPOINTING, CONFIGS, tiny_model
 from torch.nn.parallel import DistributedDataParallel
 from transformers import AutoModelForCausalLM, TrainerCallback
 
@@ -98,8 +98,7 @@ def test_contexts_of_some_micro_batches_at_a_time(tmp_path, count):
 def test_the_users_checkpointing(tmp_path, reentrant):
     check(
         tmp_path,
-        activation_checkpointing=True,
-        activation_checkpointing_kwargs={"use_reentrant": reentrant},
+        **{CHECKPOINTING: True, f"{CHECKPOINTING}_kwargs": {"use_reentrant": reentrant}},
     )
 
 
@@ -218,7 +217,7 @@ def lora(**settings):
     return peft.get_peft_model(model, peft.LoraConfig(init_lora_weights=False, **settings))
 
 
-@pytest.mark.parametrize("changes", [{}, {"activation_checkpointing": True}], ids=str)
+@pytest.mark.parametrize("changes", [{}, {CHECKPOINTING: True}], ids=str)
 @pytest.mark.parametrize(
     "settings",
     [
@@ -329,7 +328,7 @@ def ddp_worker(rank, folder):
     for changes in (
         {},
         {"context_micro_batches": 1, "gradient_accumulation_steps": 3},
-        {"activation_checkpointing": True},  # then the Trainer lets DDP look for no unused parameters
+        {CHECKPOINTING: True},  # then the Trainer lets DDP look for no unused parameters
         {"ddp_find_unused_parameters": False, "ddp_bucket_cap_mb": 1},
     ):
         check_ddp(folder, changes)

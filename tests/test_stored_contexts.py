@@ -344,9 +344,7 @@ def test_contexts_then_training(arguments, writing, caplog, capsys):
     idle = {"span_length": 3.0, "sampling_temperature": 0.5, "context_method": "sequential"}
     caplog.clear()
     assert run(["train", *flags({**options, "max_steps": 1, **idle})], capsys)[0] == 0
-    assert (
-        "trained on as they are: span_length, sampling_temperature, context_method would make contexts" in caplog.text
-    )
+    assert f"trained on as they are: {', '.join([*idle, 'token_budget', 'balance'])} would make contexts" in caplog.text
     (log,) = history(arguments["output_dir"])
     assert log["self_share"] == pytest.approx(record["statistics"]["self_share"])
     assert AutoModelForCausalLM.from_pretrained(arguments["output_dir"])

@@ -9,7 +9,7 @@ import torch
 from datasets import Dataset, DatasetDict, concatenate_datasets
 from helpers.data import ROWS, TEMPLATE, make_tokenizer
 from helpers.training import Tokenizer, config, make_trainer, rows, weights
-from models import tiny_model
+from models import CHECKPOINTING, OPTIONS, tiny_model
 from torch.nn.functional import cross_entropy
 from transformers import AutoModelForCausalLM, Trainer, TrainingArguments
 
@@ -200,7 +200,7 @@ def test_the_last_step_of_an_epoch_may_have_fewer_batches(tmp_path):
 def test_contexts_under_bf16_autocast_are_made_in_it(tmp_path):
     """Mixed precision and activation checkpointing: the contexts equal the sequential ones under the same autocast."""
     trainers = [
-        make_trainer(tmp_path, activation_checkpointing=True, bf16=True, max_steps=2, context_method=method)
+        make_trainer(tmp_path, **{CHECKPOINTING: True}, bf16=True, max_steps=2, context_method=method)
         for method in ("fixed_point", "sequential")
     ]
     mixed = []
@@ -354,7 +354,8 @@ def test_every_split_is_evaluated(tmp_path):
 
 @pytest.mark.parametrize("format", [None, "torch"])
 def test_rows_of_one_length_can_be_trained_together(tmp_path, format):
-    options = config(tmp_path, train_sampling_strategy="group_by_length", max_steps=2)
+    strategy = {"train_sampling_strategy": "group_by_length"}
+    options = config(tmp_path, max_steps=2, **(strategy if strategy.keys() <= OPTIONS else {"group_by_length": True}))
     trainer = BSSTrainer(
         tiny_model("llama"), options, train_dataset=rows().with_format(format), processing_class=make_tokenizer()
     )

@@ -81,12 +81,12 @@ class Report:
 
     target: str
     name: str
-    registers: int = 0  # a thread; on AMD vector registers, accumulation ones included
-    scalar_registers: int = 0  # a wavefront; AMD only
+    registers: int = 0  # per thread; on AMD vector registers, accumulation ones included
+    scalar_registers: int = 0  # per wavefront; AMD only
     spill_stores: int = 0  # on CUDA the instructions that write local memory; on AMD the registers spilled
     spill_loads: int = 0  # the instructions that read local memory
-    local_bytes: int = 0  # a thread: stack and local memory
-    shared_bytes: int = 0  # a block
+    local_bytes: int = 0  # per thread: stack and local memory
+    shared_bytes: int = 0  # per block
     warps: int = 0  # a multiprocessor holds at most this many
     tensor_core_instructions: int = 0
     wide_loads: int = 0
@@ -128,7 +128,7 @@ def inspect(configuration: Configuration, target: str) -> Report:
     blocks = [chip.blocks, min(chip.warps, by_registers) // metadata.num_warps]
     if metadata.shared:
         blocks.append(chip.shared // (metadata.shared + reserved))
-    if getattr(metadata, "tmem_size", 0):  # 512 columns of tensor memory a multiprocessor (PTX ISA, tcgen05)
+    if getattr(metadata, "tmem_size", 0):  # 512 columns of tensor memory per multiprocessor (PTX ISA, tcgen05)
         blocks.append(512 // metadata.tmem_size)
     loops = (
         (count_matching(loop, chip.wide_load), count_matching(loop, chip.narrow_load))
@@ -159,7 +159,7 @@ def faults(report: Report, configuration: Configuration) -> Iterable[str]:
     if report.spill_stores or report.spill_loads:
         yield f"spills registers: {report.spill_stores} stores, {report.spill_loads} loads"
     if report.local_bytes:
-        yield f"{report.local_bytes} bytes of local memory a thread"
+        yield f"{report.local_bytes} bytes of local memory per thread"
     if report.shared_bytes > chip.shared_per_block:
         yield f"{report.shared_bytes} bytes of shared memory, {report.target} has {chip.shared_per_block}"
     if report.warps == 0:
@@ -173,7 +173,7 @@ def faults(report: Report, configuration: Configuration) -> Iterable[str]:
 def narrow_streams(report: Report) -> Iterable[str]:
     """What is streamed is loaded in loops, all of it by 128 bits; ids, biases and thresholds are loaded outside.
 
-    Beside its streams a kernel may search, by one narrow load a round in a loop of its own. What has no loop streams by
+    Beside its streams a kernel may search, by one narrow load per round in a separate loop. What has no loop streams by
     all its loads: most must be wide.
     """
     if not report.wide_loads:

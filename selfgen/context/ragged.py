@@ -87,6 +87,8 @@ class RaggedLayer(CacheLayerMixin):
     def get_max_length(self) -> int:
         return self.cache.num_slots
 
+    get_max_cache_shape = get_max_length  # as transformers calls it before 5.14
+
 
 class RaggedCache(Cache):
     """One ``RaggedLayer`` a decoder layer; ``current`` is the pass being computed."""

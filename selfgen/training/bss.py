@@ -14,7 +14,7 @@ from pathlib import Path
 import torch
 from datasets import Dataset, DatasetDict
 from torch import Tensor
-from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, Trainer
+from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, Trainer, TrainingArguments
 
 from ..context import ContextStats, MixedContext
 from ..context.hidden_states import ReuseError, decoder_layers
@@ -347,8 +347,8 @@ class BSSTrainer(Trainer):
         if rows is None or (isinstance(rows, str) and isinstance(self.eval_dataset, dict)):  # one of several, by name
             return rows
         rows = tokenized(name, rows, self.processing_class, self.args, self._longest_row(name))
-        column, by_length = self.args.length_column_name, ("group_by_length", "batch_rebalance")
-        if self.args.train_sampling_strategy in by_length and column not in rows.column_names:
+        column = self.args.length_column_name
+        if sorts_by_length(self.args) and column not in rows.column_names:
             plain = rows.with_format(None)
             lengths = plain.map(lengths_of, batched=True, remove_columns=rows.column_names, desc="Lengths")
             rows = plain.add_column(column, lengths["length"][:])
@@ -426,6 +426,12 @@ def tokenized(name: str, rows, tokenizer, args: BSSConfig, max_length: int) -> D
     dataset, report = args.tokenize(load_rows(rows), tokenizer, max_length)
     logger.log(report.level, "%s data: %s", name, report)
     return dataset
+
+
+def sorts_by_length(args: TrainingArguments) -> bool:
+    """Whether the Trainer asks for the rows' lengths: by a switch in old versions of transformers."""
+    strategy = getattr(args, "train_sampling_strategy", None)
+    return strategy in ("group_by_length", "batch_rebalance") or getattr(args, "group_by_length", False)
 
 
 def check_processes(world_size: int) -> None:

@@ -98,7 +98,8 @@ class AnswerLoss:
         head = self.model.get_output_embeddings()
         chunk = _chunk(head.out_features)
         full_precision = head.weight.dtype == torch.float32 and not torch.is_autocast_enabled(states.device.type)
-        if smoothing == 0 and full_precision:  # autocast would be passed by
+        known = hasattr(F, "linear_cross_entropy")  # since torch 2.13
+        if smoothing == 0 and full_precision and known:  # autocast would be passed by
             options = nn.LinearCrossEntropyOptions(batch_chunk_size=chunk)
             return F.linear_cross_entropy(
                 states, head.weight, targets, linear_bias=head.bias, reduction="sum", options=options

@@ -9,6 +9,8 @@ with a stand-in; it has not run on hardware.
 import torch
 from torch import Tensor
 
+from selfgen_kernels.ops.attention import IMPLEMENTATIONS
+
 _OFFERED = "bf16 or fp16 CUDA tensors, head_dim a multiple of 8 up to 256, and no sinks"
 
 
@@ -67,6 +69,9 @@ def ragged_attention(
     )
     padding = torch.arange(queries, device=query.device) >= cu_seqlens_q[-1]
     return output.masked_fill(padding[:, None, None], 0)
+
+
+IMPLEMENTATIONS["flash_attn"] = ragged_attention
 
 
 def _device_type(query: Tensor) -> str:

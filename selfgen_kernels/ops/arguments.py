@@ -16,9 +16,6 @@ from selfgen_kernels.torch_internals import is_traced
 FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 INTEGERS = (torch.int64, torch.int32)
 
-GREEDY_BELOW = 1e-5
-"""Temperatures under this are greedy: argmax, no noise."""
-
 
 def values_visible(*tensors: Tensor) -> bool:
     """Whether Python may look at the values of all `tensors` without a device synchronisation or a graph break."""
@@ -49,26 +46,6 @@ def check_tensor(
         )
 
 
-def signed_seed(seed: int) -> int:
-    """Any 64-bit integer, signed or unsigned, as the int64 of the same bits."""
-    if isinstance(seed, bool) or not isinstance(seed, int | torch.SymInt):
-        raise TypeError(f"seed must be an int, got {type(seed).__name__}; pass int(seed)")
-    if not -(2**63) <= seed < 2**64:
-        raise ValueError(f"seed={seed} does not fit in 64 bits; pass -2**63 <= seed < 2**64, such as seed % 2**64")
-    return seed - 2**64 if seed >= 2**63 else seed
-
-
-def check_keys(sample_ids: Tensor, positions: Tensor, rows: int | str, device: torch.device | None) -> None:
-    """Check the two tensors [N] that name each row's random numbers."""
-    check_tensor("sample_ids", sample_ids, (rows,), INTEGERS, device)
-    check_tensor("positions", positions, (sample_ids.shape[0],), INTEGERS, sample_ids.device)
-    if values_visible(positions) and not ((positions >= 0) & (positions.long() < 2**32)).all():
-        wrong = positions[(positions < 0) | (positions.long() >= 2**32)][0].item()
-        raise ValueError(
-            f"positions holds {wrong}, accepted are 0 <= position < 2**32; count from the first answer token"
-        )
-
-
 def check_number(
     name: str, value: Any, accepted: str, is_valid: Callable[[Any], Any], *, whole: bool = False, or_else: str = "None"
 ) -> None:
@@ -93,32 +70,3 @@ def check_factor(name: str, factor: Any, *, or_else: str) -> None:
     """Raise unless `factor` is a number that fp32, in which it is applied, holds: not as inf, nor as 0 what is not."""
     accepted = "0 or a float with 2**-126 <= abs < 2**127"
     check_number(name, factor, accepted, lambda x: x == 0 or 2**-126 <= abs(x) < 2**127, or_else=or_else)
-
-
-def per_row(
-    name: str, value: Any, like: Tensor, dtype: torch.dtype, accepted: str, is_valid: Callable[[Any], Any]
-) -> Tensor:
-    """A number or a tensor [N] as a tensor [N] of `dtype` beside `like` [N, ...]; `accepted` is `is_valid` in words."""
-    whole = not dtype.is_floating_point
-    if isinstance(value, Tensor):
-        check_tensor(name, value, (like.shape[0],), INTEGERS if whole else FLOATS, like.device)
-        if values_visible(value) and not is_valid(value).all():
-            wrong = value[~is_valid(value)][0].item()
-            raise ValueError(f"{name} holds {wrong}, accepted is {accepted}; correct that row")
-        return value.to(dtype)
-    check_number(name, value, accepted, is_valid, whole=whole, or_else="a tensor [N]")
-    return like.new_full((like.shape[0],), value, dtype=dtype)  # fake if `like` is
-
-
-def mask_threshold(self_prob: float | Tensor, like: Tensor) -> Tensor:
-    """The probability p [N] as int64 [N]: a row is the model's own if its uint32 random number is below p * 2^32."""
-    prob = per_row("self_prob", self_prob, like, torch.float64, "0 <= p <= 1", lambda p: (p >= 0) & (p <= 1))
-    return (prob * 2**32).round().long()
-
-
-def inverse_temperature(temperature: float | Tensor, like: Tensor) -> Tensor:
-    """1 / temperature as fp32 [N]; +inf stands for greedy, NaN for a temperature that no one could accept."""
-    accepted = "a finite temperature >= 0 (0 is greedy)"
-    value = per_row("temperature", temperature, like, torch.float64, accepted, lambda t: (t >= 0) & (t < float("inf")))
-    inverse = (1 / value).clamp(min=2**-126)  # 0 would make NaN of -inf
-    return inverse.masked_fill(value < GREEDY_BELOW, torch.inf).masked_fill(value < 0, torch.nan).float()

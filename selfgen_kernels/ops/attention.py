@@ -1,11 +1,11 @@
 """A flat K/V cache: appending to its slots, and attention of many short chunks of queries over ranges of them."""
 
+from collections.abc import Callable
 from typing import Literal
 
 import torch
 from torch import Tensor
 
-from selfgen_kernels.ops import batching
 from selfgen_kernels.ops.arguments import (
     FLOATS,
     check_factor,
@@ -14,35 +14,33 @@ from selfgen_kernels.ops.arguments import (
     check_tensor,
     is_traced,
 )
+from selfgen_kernels.ops.registration import define
 from selfgen_kernels.torch_internals import has_tangent, storage_of
 
-torch.library.define(
-    "selfgen::kv_append",
+IMPLEMENTATIONS: dict[str, Callable[..., Tensor]] = {}
+"""What `ragged_attention` offers by name besides the operator's kernels; the backends enter theirs."""
+
+
+@define(
+    "kv_append",
     "(Tensor(a!) key_cache, Tensor(b!) value_cache, Tensor key, Tensor value, Tensor slots) -> ()",
 )
-torch.library.define(
-    "selfgen::ragged_attention",
-    "(Tensor query, Tensor key, Tensor value, Tensor cu_seqlens_q, Tensor kv_ranges, float scale, "
-    "SymInt? sliding_window, float? softcap, Tensor? sinks) -> Tensor",
-)
-
-
-@torch.library.register_fake("selfgen::kv_append")
 def _(key_cache, value_cache, key, value, slots):
     return None
 
 
-@torch.library.register_fake("selfgen::ragged_attention")
+@define(
+    "ragged_attention",
+    "(Tensor query, Tensor key, Tensor value, Tensor cu_seqlens_q, Tensor kv_ranges, float scale, "
+    "SymInt? sliding_window, float? softcap, Tensor? sinks) -> Tensor",
+)
 def _(query, *rest):
     return query.new_empty(query.shape)
 
 
-batching.register("kv_append", "ragged_attention")
-
-
 @torch.library.impl("selfgen::kv_append", "Negative")
 def _(key_cache, value_cache, *states):
-    """Views with their negative bit set; torch's own fallback corrupts memory where an operator returns nothing."""
+    """Views with their negative bit set; torch's fallback corrupts memory where an operator returns nothing."""
     for name, cache in (("key_cache", key_cache), ("value_cache", value_cache)):
         if cache.is_neg():
             raise ValueError(
@@ -131,7 +129,7 @@ def ragged_attention(
         scale: factor on the logits, finite in fp32; head_dim ** -0.5 if None.
         sliding_window: >= 1: a query sees this many positions, itself included.
         softcap: > 0: logits become softcap * tanh(logits / softcap), as in Gemma 2 (arXiv 2408.00118).
-        sinks: floating [heads], a logit a head that takes probability and has no value, as in gpt-oss.
+        sinks: floating [heads], a logit per head that takes probability and has no value, as in gpt-oss.
         implementation: None for this library's kernels, "flash_attn" for the one of flash-attn (see
             `backends/flash_attn.py` for what it offers).
 
@@ -178,11 +176,10 @@ def ragged_attention(
     args = query, key, value, cu_seqlens_q, kv_ranges, scale, sliding_window, softcap, sinks
     if implementation is None:
         return torch.ops.selfgen.ragged_attention(*args)
-    if implementation != "flash_attn":
-        raise ValueError(f'implementation={implementation!r} is not accepted; pass None or "flash_attn"')
-    from selfgen_kernels.backends import flash_attn
-
-    return flash_attn.ragged_attention(*args)
+    if not isinstance(implementation, str) or implementation not in IMPLEMENTATIONS:
+        accepted = " or ".join(["None", *(f'"{name}"' for name in IMPLEMENTATIONS)])
+        raise ValueError(f"implementation={implementation!r} is not accepted; pass {accepted}")
+    return IMPLEMENTATIONS[implementation](*args)
 
 
 def _refuse_grad(op: str, *tensors: Tensor | None) -> None:

@@ -3,28 +3,18 @@
 import torch
 from torch import Tensor
 
-from selfgen_kernels.ops import batching
-from selfgen_kernels.ops.arguments import check_keys, mask_threshold, signed_seed
-
-torch.library.define(
-    "selfgen::gumbel_noise", "(SymInt seed, Tensor sample_ids, Tensor positions, SymInt size, int stream) -> Tensor"
-)
-torch.library.define(
-    "selfgen::self_mask", "(SymInt seed, Tensor sample_ids, Tensor positions, Tensor threshold) -> Tensor"
-)
+from selfgen_kernels.ops.registration import define
+from selfgen_kernels.ops.rows import check_keys, mask_threshold, signed_seed
 
 
-@torch.library.register_fake("selfgen::gumbel_noise")
+@define("gumbel_noise", "(SymInt seed, Tensor sample_ids, Tensor positions, SymInt size, int stream) -> Tensor")
 def _(seed, sample_ids, positions, size, stream):
     return sample_ids.new_empty((sample_ids.shape[0], size), dtype=torch.float32)
 
 
-@torch.library.register_fake("selfgen::self_mask")
+@define("self_mask", "(SymInt seed, Tensor sample_ids, Tensor positions, Tensor threshold) -> Tensor")
 def _(seed, sample_ids, positions, threshold):
     return sample_ids.new_empty((sample_ids.shape[0],), dtype=torch.bool)
-
-
-batching.register("gumbel_noise", "self_mask")
 
 
 def gumbel_noise(
@@ -38,7 +28,7 @@ def gumbel_noise(
 ) -> Tensor:
     """Standard Gumbel noise, `size` numbers for each (sample id, position), the same on every device and in any batch.
 
-    The noise behind sampling by Gumbel-max: `sample_mix` takes one number a vocabulary group from stream 1 and one a
+    The noise of sampling by Gumbel-max: `sample_mix` takes one number per vocabulary group from stream 1 and one per
     token of the winning group from stream 2. The generator is specified in `backends/reference/philox.py`
     (Philox4x32-10: Salmon et al., "Parallel Random Numbers: As Easy as 1, 2, 3", SC 2011).
 
@@ -46,7 +36,7 @@ def gumbel_noise(
         seed: any 64-bit integer, signed or unsigned.
         sample_ids: int32 or int64 [N], any values.
         positions: int32 or int64 [N], 0 <= position < 2^32.
-        size: numbers a row, 0 <= size <= 2^30.
+        size: numbers per row, 0 <= size <= 2^30.
         stream: which of the 16 independent streams; 0 is the mask's, 1 the groups', 2 the tokens'.
         device: where to make the noise; where `sample_ids` are if None.
 
@@ -74,7 +64,7 @@ def gumbel_noise(
 
 
 def self_mask(seed: int, sample_ids: Tensor, positions: Tensor, self_prob: float | Tensor) -> Tensor:
-    """Which positions take the model's own token: independent Bernoulli(self_prob) draws, the m_t of the mixed context.
+    """Which positions take a self token: independent Bernoulli(self_prob) draws, the m_t of the mixed context.
 
     From scheduled sampling (Bengio et al., arXiv 1506.03099), with Philox stream 0 as the only source of chance.
 
@@ -82,7 +72,7 @@ def self_mask(seed: int, sample_ids: Tensor, positions: Tensor, self_prob: float
         seed: any 64-bit integer, signed or unsigned.
         sample_ids: int32 or int64 [N], any values.
         positions: int32 or int64 [N], 0 <= position < 2^32.
-        self_prob: a probability, or floating [N] with one a row. 0 is never, 1 always; the resolution is 2^-32.
+        self_prob: a probability, or floating [N] with one per row. 0 is never, 1 always; the resolution is 2^-32.
 
     Returns:
         bool [N], on the device of `sample_ids`.

@@ -1,8 +1,8 @@
 """The passes of a fixed-point iteration over ragged rows: which tokens to compute next, and what they settled.
 
 Rows lie one after the other: row r, position i has the *slot* row_starts[r] + i, for tokens and K/V alike. A *guess* of
-all tokens is given; at some positions, the self positions, the model puts its own token. A pass computes a *window* of
-consecutive slots a row; where the slot before a self position is computed, the model's token there becomes known.
+all tokens is given; at some positions, the self positions, the model puts a self token. A pass computes a *window* of
+consecutive slots per row; where the slot before a self position is computed, the model's token there becomes known.
 
 Nothing here waits for the device: with kernels that do not either, planning, computing and committing a pass can be
 captured in one CUDA graph and replayed until every row is done.
@@ -11,34 +11,28 @@ captured in one CUDA graph and replayed until every row is done.
 import torch
 from torch import Tensor
 
-from selfgen_kernels.ops import batching
 from selfgen_kernels.ops.arguments import check_number, check_tensor, values_visible
+from selfgen_kernels.ops.registration import define
 
-torch.library.define(
-    "selfgen::plan_pass",
+
+@define(
+    "plan_pass",
     "(Tensor final, Tensor row_starts, Tensor next_self, Tensor log_chance, SymInt token_budget, "
     "Tensor? least_log_chance=None) -> (Tensor, Tensor, Tensor)",
 )
-torch.library.define(
-    "selfgen::commit_pass",
-    "(Tensor(a!) tokens, Tensor(b!) final, Tensor slots, Tensor cu_seqlens_q, Tensor next_self, Tensor sampled) "
-    "-> (Tensor, Tensor)",
-)
-
-
-@torch.library.register_fake("selfgen::plan_pass")
 def _(final, row_starts, next_self, log_chance, token_budget, least_log_chance=None):
     rows = final.shape[0]
     cu_seqlens_q = final.new_empty((rows + 1,), dtype=torch.int32)
     return final.new_empty((token_budget,)), cu_seqlens_q, final.new_empty((rows, 2))
 
 
-@torch.library.register_fake("selfgen::commit_pass")
+@define(
+    "commit_pass",
+    "(Tensor(a!) tokens, Tensor(b!) final, Tensor slots, Tensor cu_seqlens_q, Tensor next_self, Tensor sampled) "
+    "-> (Tensor, Tensor)",
+)
 def _(tokens, final, slots, cu_seqlens_q, next_self, sampled):
     return tuple(slots.new_empty(slots.shape, dtype=torch.bool) for _ in range(2))
-
-
-batching.register("plan_pass", "commit_pass")
 
 
 def plan_pass(
@@ -71,7 +65,7 @@ def plan_pass(
         final: int64 [R], the slot of each row's first position whose K/V is not final. Row r is done if
             next_self[final[r]] == final[r].
         row_starts: int64 [R], the first slot of each row.
-        next_self: int64 [S], the slot of the first self position behind slot s in the same row; s if there is none.
+        next_self: int64 [S], the slot of the first self position after slot s in the same row; s if there is none.
         log_chance: fp32 [S], <= 0: log of the chance that the guess at a self position is right. Other slots are not
             looked at.
         token_budget: 1 <= token_budget < 2^31.

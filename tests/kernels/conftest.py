@@ -1,4 +1,4 @@
-"""Every backend of the ops behind one fixture; Triton's kernels run in its interpreter where there is no GPU."""
+"""Every backend of the ops from one fixture; Triton's kernels run in its interpreter where there is no GPU."""
 
 from __future__ import annotations
 
@@ -122,7 +122,7 @@ def reference() -> Backend:
 
 @pytest.fixture(params=["cpp", _TRITON])
 def fast(request) -> Backend:
-    """A backend to be held against the reference."""
+    """A backend to be compared with the reference."""
     return _FAST[request.param]()
 
 

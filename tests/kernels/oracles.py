@@ -1,9 +1,9 @@
-"""What tests hold tokens against when two computations of the same logits may round apart."""
+"""What tests compare tokens with when two computations of the same logits may round apart."""
 
 import torch
 
 from selfgen_kernels.backends.reference.philox import GROUP, TOKEN, gumbel_noise
-from selfgen_kernels.backends.reference.sampling import GROUP_SIZE
+from selfgen_kernels.call import GROUP_SIZE
 
 CLOSE = 1e-4
 """Scores, some tens at most, are this close or closer in a near tie: a few hundred units in the last place."""

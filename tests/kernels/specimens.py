@@ -52,7 +52,7 @@ def add_kernel(x, y, out, x_stride, y_stride, SIZE: tl.constexpr):
 
 @triton.jit
 def softmax_kernel(x, out, STRIDE: tl.constexpr, SIZE: tl.constexpr):
-    """Softmax of SIZE numbers a program, which are read STRIDE apart and held in registers."""
+    """Softmax of SIZE numbers per program, which are read STRIDE apart and held in registers."""
     index = tl.program_id(0).to(tl.int64) * SIZE + tl.arange(0, SIZE)
     z = tl.load(x + index * STRIDE)
     weight = tl.exp(z - tl.max(z))

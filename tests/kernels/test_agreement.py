@@ -62,7 +62,7 @@ def test_the_third_known_answer_far_into_a_row():
 
 @pytest.mark.parametrize("stream", [philox.MASK, philox.GROUP, philox.TOKEN, 15])
 def test_a_quarter_million_noise_values_agree(fast, reference, stream):
-    """To a few ulp: the words behind them are the same, since another word gives another number."""
+    """To a few ulp: the words that they come from are the same, since another word gives another number."""
     ids, positions = torch.tensor([-(2**63), -1, 2**40 + 5, 7]), torch.tensor([2**32 - 1, 0, 77, 2**31])
     got, want = (b.gumbel_noise(-(2**63) + 11, ids, positions, 2**14, stream) for b in (fast, reference))
     assert ((got - want).abs() / want.abs().clamp(min=1)).max() < 4 * 2**-23

@@ -43,7 +43,7 @@ def _triton_ops():
 
 
 def interpreted(op) -> bool:
-    """Whether `op` is Triton's and runs in its interpreter, which takes a millisecond a block."""
+    """Whether `op` is Triton's and runs in its interpreter, which takes a millisecond per block."""
     return op.__module__.endswith("triton.attention")
 
 
@@ -518,7 +518,7 @@ def test_append_names_the_mistake(change, error, message):
 def test_append_takes_two_caches_of_one_tensor(layout):
     *_, key, value, slots = append_problem()
     storage = torch.zeros(2, 20, 3, 16)
-    if layout == "buffer":  # K and V of the new tokens lie behind the caches
+    if layout == "buffer":  # K and V of the new tokens lie after the caches
         buffer = torch.zeros(2 * 20 * 48 + 2 * 7 * 48)
         storage = buffer[: 2 * 20 * 48].view(2, 20, 3, 16)
         key, value = buffer[2 * 20 * 48 :].view(2, 7, 3, 16).copy_(torch.stack([key, value]))

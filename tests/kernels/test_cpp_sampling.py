@@ -6,8 +6,10 @@ from conftest import require_cpp
 from hypothesis import given
 from hypothesis import strategies as st
 
+from selfgen_kernels.backends.reference import head as reference_head
 from selfgen_kernels.backends.reference import sampling as reference
 from selfgen_kernels.backends.reference.scaling import filter_cutoff
+from selfgen_kernels.call import Sampling
 
 require_cpp()
 
@@ -85,7 +87,7 @@ def test_the_cutoff_itself():
     for filters in ({"top_k": 3}, {"top_k": 7}, {"top_k": 8}, {"top_k": 40}, {"top_p": 0.00451}, {"top_p": 0.03}):
         rows = rows_of(n, **filters)
         tokens = ops.sample_mix(logits.expand(n, -1), torch.full((n,), -1), *rows)[0]
-        cutoff = filter_cutoff(logits, *(None if row is None else row[:1] for row in rows[4:]))
+        cutoff = filter_cutoff(logits, Sampling(*rows).select(slice(1)))
         assert set(tokens.tolist()) == set((logits[0] >= cutoff).nonzero()[:, 0].tolist())
 
 
@@ -127,7 +129,7 @@ def some_rows(n, **filters):
 
 def assert_same_tokens(head, rows):
     references = torch.arange(len(head[0])) + 10**6
-    got, want = (module.linear_sample_mix(*head, references, *rows) for module in (ops, reference))
+    got, want = (module.linear_sample_mix(*head, references, *rows) for module in (ops, reference_head))
     assert_same(got, want)
 
 
@@ -153,7 +155,7 @@ def test_tokens_are_those_of_the_reference(dtype, n, width, vocab_size, plain):
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_candidates_of_a_shard_are_those_of_the_reference(first_id, size, dtype):
     args = *a_head(9, 3, size, dtype), first_id, *some_rows(9)[:5]
-    assert_close_candidates(ops.linear_sample_shard(*args), reference.linear_sample_shard(*args))
+    assert_close_candidates(ops.linear_sample_shard(*args), reference_head.linear_sample_shard(*args))
 
 
 def test_any_strides():
@@ -204,7 +206,7 @@ def test_bad_logits(bad, where, softcap):
     for filters in ({}, {"top_k": 9, "top_p": 0.91234}):
         assert_same_tokens(head, some_rows(9, **filters))
     args = *head, 100, *some_rows(9)[:5]
-    assert_close_candidates(ops.linear_sample_shard(*args), reference.linear_sample_shard(*args))
+    assert_close_candidates(ops.linear_sample_shard(*args), reference_head.linear_sample_shard(*args))
 
 
 def test_softcap_over_the_whole_range():

@@ -11,6 +11,7 @@ import torch
 from conftest import require_cpp
 
 from examples import CALLS, EXAMPLES, Recorder, call, copied
+from selfgen_kernels.ops import OPS as TABLE
 
 require_cpp()
 
@@ -27,7 +28,7 @@ FITS = {
     ("linear_reference_log_prob", "weight", "shorter"),
 }
 """What has a meaning: (operator, argument, change)."""
-TORCH_ONLY = ("selfgen::combine_shards",)
+TORCH_ONLY = [f"selfgen::{name}" for name, op in TABLE.items() if not op.kernels]
 """Torch code on every device, to which a dtype is no matter of memory."""
 
 

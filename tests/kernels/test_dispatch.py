@@ -1,6 +1,5 @@
 """The ops as torch sees them: opcheck, torch.compile, and a machine that has neither Triton nor a compiler."""
 
-import doctest
 import os
 import shutil
 import subprocess
@@ -12,7 +11,9 @@ import torch
 from torch._dynamo.testing import CompileCounterWithBackend
 
 from selfgen_kernels import backends, linear_sample_mix, sample_mix
-from selfgen_kernels.ops import noise, passes, sampling
+from selfgen_kernels.call import Mask, Sampling
+from selfgen_kernels.ops import OPS, in_records
+from selfgen_kernels.ops.registration import define
 
 N, V, D = 5, 130, 8
 IDS = torch.arange(N)
@@ -42,6 +43,32 @@ SAMPLING = IDS, FULL, 3, IDS, IDS, torch.ones(N)
 )
 def test_opcheck(op, args):
     torch.library.opcheck(getattr(torch.ops.selfgen, op).default, args)
+
+
+def test_a_call_in_records_takes_the_arguments_of_its_schema():
+    assert Sampling._fields[: len(Mask._fields)] == Mask._fields
+    how = Sampling(*SAMPLING[1:], *FILTERS)
+    assert how[: len(how.draw)] == how.draw
+    assert how[: len(how.mask)] == how.mask
+    for name, op in OPS.items():
+        if op.arguments:
+            names = [parameter.split()[1] for parameter in op.parameters.split(", ")]
+            assert names == [argument.name for argument in getattr(torch.ops.selfgen, name).default._schema.arguments]
+
+    @in_records
+    def reference_log_prob(logits, reference, mask):
+        return logits, reference, mask
+
+    logits, reference, mask = reference_log_prob("logits", "reference", *SAMPLING[1:5])
+    assert (logits, reference) == ("logits", "reference")
+    assert mask == Mask(*SAMPLING[1:5])
+    with pytest.raises(TypeError, match="reference_log_prob takes 6 arguments, got 7"):
+        reference_log_prob("logits", "reference", *SAMPLING[1:])
+
+
+def test_an_op_without_a_line_in_the_table_is_refused():
+    with pytest.raises(KeyError, match="no_such_op is not in"):
+        define("no_such_op", "(Tensor x) -> Tensor")
 
 
 def test_compiles_as_one_graph_whatever_the_seed():
@@ -84,31 +111,14 @@ def test_linear_compiles_as_one_graph():
         assert not got.requires_grad
 
 
-@pytest.mark.parametrize(
-    "op",
-    [
-        "gumbel_noise",
-        "self_mask",
-        "sample_mix",
-        "reference_log_prob",
-        "linear_sample_mix",
-        "linear_sample_shard",
-        "plan_pass",
-        "commit_pass",
-        "kv_append",
-        "ragged_attention",
-    ],
-)
-def test_a_gpu_has_kernels_of_its_own(op):
+@pytest.mark.parametrize("op", OPS)
+def test_an_op_has_the_kernels_of_its_line_in_the_table(op):
+    """And the torch reference on all other devices."""
     pytest.importorskip("triton")
-    assert torch._C._dispatch_has_kernel_for_dispatch_key(f"selfgen::{op}", "CUDA")
-
-
-@pytest.mark.parametrize("module", [noise, passes, sampling])
-def test_examples_of_the_docstrings_run(module):
-    result = doctest.testmod(module)
-    assert result.attempted > 0
-    assert result.failed == 0
+    keys = {"cpu": "CPU", "triton": "CUDA"}
+    has = {name: torch._C._dispatch_has_kernel_for_dispatch_key(f"selfgen::{op}", key) for name, key in keys.items()}
+    assert [name for name in has if has[name]] == list(OPS[op].kernels)
+    assert torch._C._dispatch_has_kernel_for_dispatch_key(f"selfgen::{op}", "CompositeExplicitAutograd")
 
 
 @pytest.mark.gpu

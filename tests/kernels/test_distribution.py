@@ -4,7 +4,7 @@ Seeds are fixed, so the verdict is the same every time: a p-value under 1e-4 mea
 a hundred p-values are looked at here, so a right sampler with fresh seeds fails one of them in a hundred runs.
 
 Ten million draws are those of the public ops (C++ on CPU, on a GPU Triton) and, marked slow, of the torch reference.
-Triton's interpreter takes milliseconds a row: that its numbers and tokens are the reference's, and so have its
+Triton's interpreter takes milliseconds per row: that its numbers and tokens are the reference's, and so have its
 distribution, is shown on fewer rows in test_noise_ops.py and test_agreement.py.
 """
 
@@ -26,7 +26,7 @@ from selfgen_kernels import (
     self_mask,
 )
 from selfgen_kernels.backends.reference import sampling as reference_sampling
-from selfgen_kernels.ops.arguments import inverse_temperature
+from selfgen_kernels.ops.rows import inverse_temperature
 
 DRAWS = 1_000_000
 SMALLEST_P = 1e-4
@@ -227,7 +227,7 @@ def p_value_of_counts(counts, probs):
 def test_ten_million_draws(tailed):
     counts, probs = count(by_logits, tailed, MANY, {}), filtered_softmax(tailed)
     rare = (probs < 1e-5) & (probs * MANY >= 5)
-    assert rare.sum() >= 39  # the claim about rare tokens rests on bins of their own
+    assert rare.sum() >= 39  # the claim about rare tokens depends on bins of their own
     assert p_value_of_counts(counts, probs) > SMALLEST_P
     among = probs[rare] / probs[rare].sum() * counts[rare].sum()
     assert stats.chisquare(counts[rare], among).pvalue > SMALLEST_P

@@ -98,15 +98,10 @@ def test_sample_mix_by_the_public_function(device, logits):
     assert torch.equal(near, got)
 
 
-REFERENCE_MODULES = {"head": "sampling"}  # where its name is not that of the Triton module
-
-
 def function_of(backend, module, op):
     """The op of a backend."""
     if backend.name == "cpp":
         return getattr(torch.ops.selfgen, op)
-    if backend.name == "reference":
-        module = REFERENCE_MODULES.get(module, module)
     return getattr(import_module(f"selfgen_kernels.backends.{backend.name}.{module}"), op)
 
 

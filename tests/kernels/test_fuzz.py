@@ -31,8 +31,9 @@ from selfgen_kernels.backends.reference import attention as reference_attention
 from selfgen_kernels.backends.reference import passes as reference_passes
 from selfgen_kernels.backends.reference import philox
 from selfgen_kernels.backends.reference import sampling as reference_sampling
-from selfgen_kernels.backends.reference.sampling import Sampling, scaled_and_filtered
-from selfgen_kernels.ops.arguments import inverse_temperature, signed_seed
+from selfgen_kernels.backends.reference.sampling import scaled_and_filtered
+from selfgen_kernels.call import Sampling
+from selfgen_kernels.ops.rows import inverse_temperature, signed_seed
 
 INF, NAN = float("inf"), float("nan")
 FLOATS = st.sampled_from([torch.float32, torch.bfloat16, torch.float16, torch.float64])
@@ -139,7 +140,7 @@ def scalar_or_rows(value, n, dtype):
 
 
 def check_mixed(result, status, logits, reference, self_prob, how):
-    """Hold (tokens, is_self) and the count of invalid rows against the reference on dense copies of all arguments."""
+    """Compare (tokens, is_self) and the count of invalid rows with the reference on dense copies of all arguments."""
     n, vocab_size = logits.shape
     tokens, is_self = result
     assert tokens.dtype == torch.int64
@@ -393,7 +394,7 @@ def test_ragged_attention_of_special_values(data, length, dtype):
 
 @given(st.data(), st.integers(0, 12), st.integers(0, 9), st.integers(1, 3), st.sampled_from([1, 3, 8, 64]), FLOATS)
 def test_kv_append(data, slots, tokens, heads, head_dim, dtype):
-    """What is no slot's own, and what lies around a cache in memory, stays as it was."""
+    """What belongs to no slot, and what lies around a cache in memory, stays as it was."""
     tokens = min(tokens, slots)
     order = data.draw(st.permutations(range(slots)))[:tokens]
     where = torch.tensor([data.draw(st.sampled_from([slot, slot, -1, -(2**63)])) for slot in order], dtype=torch.int64)

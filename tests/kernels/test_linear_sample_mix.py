@@ -11,7 +11,9 @@ from conftest import require_cpp
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from selfgen_kernels import linear_sample_mix, sample_mix
+from selfgen_kernels.backends.reference import head as reference_head
 from selfgen_kernels.backends.reference import sampling as reference_sampling
+from selfgen_kernels.call import Mask
 
 N, D, V = 24, 32, 9001
 FILTERS = [{}, {"top_k": 20}, {"top_p": 0.8}, {"top_k": 500, "top_p": 0.9, "min_p": 0.01}]
@@ -68,10 +70,10 @@ def test_sizes_of_blocks_do_not_matter(head, workspace, filters, monkeypatch):
     rows = torch.full((N,), 2**32), 5, torch.arange(N), torch.zeros(N, dtype=torch.int64), torch.ones(N)
     top_k = None if filters is None else torch.full((N,), filters)
     args = *head.values(), None, 1.0, torch.zeros(N, dtype=torch.int64), *rows, top_k, None, None
-    want, *_ = reference_sampling.linear_sample_mix(*args)
-    monkeypatch.setattr(reference_sampling, "WORKSPACE", workspace)
-    monkeypatch.setattr(reference_sampling, "FILTER_WORKSPACE", workspace)
-    got, *_ = reference_sampling.linear_sample_mix(*args)
+    want, *_ = reference_head.linear_sample_mix(*args)
+    monkeypatch.setattr(reference_head, "WORKSPACE", workspace)
+    monkeypatch.setattr(reference_head, "FILTER_WORKSPACE", workspace)
+    got, *_ = reference_head.linear_sample_mix(*args)
     assert (got != want).sum() <= 1
 
 
@@ -97,14 +99,14 @@ def test_invalid_rows_keep_their_reference_and_are_counted(head):
 @pytest.mark.parametrize("softcap", [None, 5.0])
 def test_min_reference_prob_is_that_of_the_logits(head, softcap, workspace, monkeypatch):
     """In chunks of any size; a reference in any of them, or in none."""
-    monkeypatch.setattr(reference_sampling, "WORKSPACE", workspace)
+    monkeypatch.setattr(reference_head, "WORKSPACE", workspace)
     logits = torch.nn.functional.linear(*head.values()).double()
     if softcap is not None:
         logits = softcap * torch.tanh(logits / softcap)
     reference = torch.linspace(0, V - 1, N).long()
     reference[3], reference[4] = -1, V
     rows = torch.full((N,), 2**31), *keys().values()
-    is_self = reference_sampling.unscaled(*rows).is_self
+    is_self = reference_sampling.is_self_of(Mask(*rows))
     got = torch.ops.selfgen.linear_reference_log_prob(*head.values(), softcap, 1.0, reference, *rows)
     want = logits.log_softmax(1).gather(1, reference.clamp(0, V - 1)[:, None])[:, 0].float()
     want[3:5] = -torch.inf
@@ -131,7 +133,7 @@ def test_log_probs_of_any_size_and_dtype(dtype, n, vocab_size):
     ids, threads = torch.arange(n), torch.get_num_threads()
     how = None, None, 0.5, ids % vocab_size, torch.full((n,), 2**32), 0, ids, ids
     got = torch.ops.selfgen.linear_reference_log_prob(hidden, weight, *how)
-    want = reference_sampling.linear_reference_log_prob(hidden, weight, *how)
+    want = reference_head.linear_reference_log_prob(hidden, weight, *how)
     torch.testing.assert_close(got, want, rtol=1e-2 if dtype.itemsize == 2 else 1e-5, atol=1e-5)
     for row in range(0, n, 13):
         some = [value[row : row + 1] if isinstance(value, torch.Tensor) else value for value in how]
@@ -194,10 +196,10 @@ def test_the_reference_takes_an_eighth_of_the_logits(filters, dtype):
     sampling = zeros + 2**32, 0, torch.arange(n), zeros, torch.ones(n), *values
     logits_bytes = n * vocab_size * dtype.itemsize
     with PeakMemory(hidden, weight, *(value for value in sampling if isinstance(value, torch.Tensor))) as peak:
-        reference_sampling.linear_sample_mix(hidden, weight, None, 30.0, 1.0, zeros, *sampling)
+        reference_head.linear_sample_mix(hidden, weight, None, 30.0, 1.0, zeros, *sampling)
         assert 0 < peak.bytes <= logits_bytes // 8
         if not filters:
-            reference_sampling.linear_reference_log_prob(hidden, weight, None, 30.0, 1.0, zeros, *sampling[:4])
+            reference_head.linear_reference_log_prob(hidden, weight, None, 30.0, 1.0, zeros, *sampling[:4])
     assert peak.bytes <= logits_bytes // 8
     with PeakMemory(weight) as peak:
         reference_sampling.sample_mix(hidden @ weight.T, zeros, *sampling)

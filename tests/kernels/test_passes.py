@@ -212,7 +212,7 @@ def test_commit_place_by_place(state, token_budget, seed):
 
 
 def toy_states(states_before, tokens):
-    """A toy model: its state [...] after a token is a hash of the state before, its own token the state mod 3."""
+    """A toy model: its state [...] after a token is a hash of the state before, its self token the state mod 3."""
     return (states_before * 31 + tokens * 7 + 11) % 10007
 
 

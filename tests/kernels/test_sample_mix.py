@@ -8,8 +8,9 @@ from hypothesis import strategies as st
 
 from selfgen_kernels import sample_mix
 from selfgen_kernels.backends.reference.philox import GROUP, TOKEN, gumbel_noise
-from selfgen_kernels.backends.reference.sampling import Sampling, scaled_and_filtered
+from selfgen_kernels.backends.reference.sampling import scaled_and_filtered
 from selfgen_kernels.backends.reference.scaling import filter_cutoff
+from selfgen_kernels.call import Sampling, unscaled
 
 INF = float("inf")
 FILTERS = [{}, {"top_k": 20}, {"top_p": 0.8}, {"min_p": 0.05}, {"top_k": 50, "top_p": 0.9, "min_p": 0.01}]
@@ -20,7 +21,7 @@ def random_logits(n, vocab_size, dtype=torch.float32, seed=0):
 
 
 def draw(logits, **kwargs):
-    """Tokens [N] of the public function with every row the model's own."""
+    """Tokens [N] of the public function with every row a self row."""
     n = len(logits)
     keys = {"seed": 0, "sample_ids": torch.arange(n), "positions": torch.zeros(n, dtype=torch.int64)}
     return sample_mix(logits, torch.full((n,), -7), 1.0, **(keys | kwargs))[0]
@@ -262,7 +263,8 @@ def test_top_p_is_exact_on_a_large_vocabulary():
     descending = logits.double().sort(descending=True).values
     probs = descending.softmax(0)
     kept = [int((probs.cumsum(0) - probs < p).sum()) for p in top_p]
-    cutoff = filter_cutoff(logits.expand(16, -1), torch.ones(16), None, top_p, None)
+    ids = torch.arange(16)
+    cutoff = filter_cutoff(logits.expand(16, -1), unscaled(ids, 0, ids, ids)._replace(top_p=top_p))
     assert cutoff.tolist() == [descending[n - 1].item() for n in kept]
 
 

@@ -41,7 +41,7 @@ def test_no_value_is_looked_at_where_tracing_cannot_be_told(owner, name, monkeyp
 
 def test_vmap_over_a_shared_status_is_refused_by_torch(monkeypatch):
     module = under_a_torch_without(torch._C._functorch, "is_batchedtensor", monkeypatch)
-    monkeypatch.setattr("selfgen_kernels.ops.sampling.is_batchedtensor", module.is_batchedtensor)
+    monkeypatch.setattr("selfgen_kernels.ops.rows.is_batchedtensor", module.is_batchedtensor)
     arguments = {**EXAMPLES["sample_mix"][1], "status": torch.zeros((), dtype=torch.int64)}
     references = torch.stack([arguments["reference"]] * 2)
     with pytest.raises(RuntimeError, match=r"vmap: inplace|match the broadcast shape"):

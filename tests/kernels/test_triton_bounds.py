@@ -3,6 +3,7 @@
 A kernel joins with its name in `LAUNCHES`, next to a function that draws arguments and launches it.
 """
 
+import contextlib
 from importlib import import_module
 from unittest import mock
 
@@ -21,8 +22,8 @@ from guard import guarded
 from test_passes import next_self_of
 from triton.runtime.errors import InterpreterError
 
-from selfgen_kernels.backends.reference.sampling import Sampling
-from selfgen_kernels.backends.triton import attention, filters, head, noise, passes, sampling
+from selfgen_kernels.backends.triton import attention, filters, head, head_log_prob, noise, passes, products, sampling
+from selfgen_kernels.call import Sampling
 from tools.aot import shipped_modules
 
 pytestmark = pytest.mark.filterwarnings("ignore::RuntimeWarning:triton.runtime.interpreter")
@@ -51,7 +52,7 @@ def spoilt(draw, x):
 
 
 def how_of(draw, n, *names):
-    """A `Sampling` of n rows with the filters `names`: some rows are the model's own, some greedy."""
+    """A `Sampling` of n rows with the filters `names`: some rows are self rows, some greedy."""
     values = {"top_k": [-1, 1, 5, 2**40], "top_p": [1e-9, 0.9, 1.0], "min_p": [0.0, 0.1, 1.0]}
     dtypes = {"top_k": torch.int64, "top_p": torch.float64, "min_p": torch.float64}
     cuts = {name: torch.full((n,), draw(st.sampled_from(values[name])), dtype=dtypes[name]) for name in names}
@@ -113,11 +114,12 @@ def a_head(draw, n):
     return spoilt(draw, hidden), weight, bias, draw(st.sampled_from([None, 5.0])), draw(st.sampled_from([1.0, 0.3]))
 
 
+@contextlib.contextmanager
 def small_steps(draw):
     """The head's kernels look at fewer rows and candidates at a time, or at as many as ever."""
-    small, usual = (16, 2), (head.ROWS, head.PIECES)
-    rows, pieces = draw(st.sampled_from([small, usual]))
-    return mock.patch.multiple(head, ROWS=rows, _PICK={"PIECES": pieces, "SLOTS": head.SLOTS})
+    rows, pieces = draw(st.sampled_from([(16, 2), (products.ROWS, products.REDUCTION["PIECES"])]))
+    with mock.patch.object(products, "ROWS", rows), mock.patch.dict(products.REDUCTION, PIECES=pieces):
+        yield
 
 
 def linear_sample_mix(draw):
@@ -139,7 +141,7 @@ def linear_reference_log_prob(draw):
 def linear_sample_shard(draw):
     n, first_id = draw(ROWS), draw(st.sampled_from([0, 64, 128, 2**20]) | st.integers(0, 300))
     with small_steps(draw):
-        return head.linear_sample_shard(*a_head(draw, n), first_id, *how_of(draw, n))
+        return head.linear_sample_shard(*a_head(draw, n), first_id, *how_of(draw, n).draw)
 
 
 def a_batch(draw):
@@ -237,7 +239,7 @@ def commit_pass(draw):
     return passes.commit_pass(tokens, final, slots, cu_seqlens_q, next_self, sampled)
 
 
-HEAD = [noise.gumbel_noise_kernel, head.select_rows_kernel, head.score_tile_kernel]
+HEAD = [noise.gumbel_noise_kernel, products.select_rows_kernel, head.score_tile_kernel]
 LAUNCHES = {
     gumbel_noise: [noise.gumbel_noise_kernel],
     self_mask: [noise.self_mask_kernel],
@@ -246,7 +248,11 @@ LAUNCHES = {
     filter_cutoff: [filters.filter_cutoff_kernel],
     linear_sample_mix: [*HEAD, head.pick_token_kernel, head.logits_kernel, sampling.best_group_kernel],
     linear_sample_shard: [*HEAD, head.pick_candidates_kernel],
-    linear_reference_log_prob: [head.select_rows_kernel, head.tile_mass_kernel, head.log_prob_kernel],
+    linear_reference_log_prob: [
+        products.select_rows_kernel,
+        head_log_prob.tile_mass_kernel,
+        head_log_prob.log_prob_kernel,
+    ],
     ragged_attention: [attention.ragged_attention_kernel],
     ragged_attention_of_nonsense: [attention.ragged_attention_kernel],
     kv_append: [attention.kv_append_kernel],

@@ -28,7 +28,7 @@ def run_compiled(*command):
 
 
 def compiled(folder, *arguments):
-    """Reports of `tools.aot`, which tells the rules and holds kernels against them."""
+    """Reports of `tools.aot`, which has the rules and checks kernels by them."""
     result = folder / "reports.json"
     run_compiled("-m", "tools.aot", "--json", result, *arguments)
     reports = json.loads(result.read_text())
@@ -83,12 +83,12 @@ def test_offsets_do_not_wrap():
 SIZES_OF_A_PASS = """
 import importlib, json
 from selfgen_kernels.backends.triton.configuration import TARGETS
+from tools.aot import shipped_modules
 
 SIZES = "capacity chunks first_slot num_slots places queries rows size slots token_budget tokens".split()
-modules = ("attention", "filters", "head", "noise", "passes", "sampling")
 found = {}
-for module in modules:
-    for one in importlib.import_module(f"selfgen_kernels.backends.triton.{module}").configurations(TARGETS[0]):
+for module in shipped_modules():
+    for one in importlib.import_module(module).configurations(TARGETS[0]):
         for parameter in one.kernel.params:
             if parameter.name in SIZES and one.types.get(parameter.name, "*")[0] != "*":
                 found[f"{one.kernel.__name__}: {parameter.name}"] = parameter.do_not_specialize

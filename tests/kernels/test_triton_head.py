@@ -6,8 +6,10 @@ import pytest
 import torch
 from conftest import DEVICE, TRITON_MARKS, moved
 
-from selfgen_kernels.backends.reference import sampling as reference
-from selfgen_kernels.backends.reference.sampling import Sampling
+from selfgen_kernels.backends.reference import head as reference
+from selfgen_kernels.backends.reference.sampling import is_self_of, sample_mix
+from selfgen_kernels.backends.reference.scaling import filter_cutoff as reference_cutoff
+from selfgen_kernels.call import Sampling
 
 pytest.importorskip("triton")
 pytestmark = TRITON_MARKS
@@ -111,13 +113,13 @@ def test_no_rows_in_a_shard():
 
 @pytest.mark.parametrize("tile", [(16, 64, 16), (32, 128, 32), (64, 256, 16)])
 def test_tiles_do_not_matter(tile, monkeypatch):
-    from selfgen_kernels.backends.triton import head
+    from selfgen_kernels.backends.triton import products
 
     names = "BLOCK_M", "BLOCK_N", "BLOCK_K"
     options = {"num_warps": 4, "num_stages": 2}
-    monkeypatch.setattr(head, "tile_constants", lambda *_: (dict(zip(names, tile, strict=True)), options))
-    monkeypatch.setattr(head, "ROWS", 16)
-    monkeypatch.setattr(head, "_PICK", {"PIECES": 2, "SLOTS": 16})
+    monkeypatch.setattr(products, "tile_constants", lambda *_: (dict(zip(names, tile, strict=True)), options))
+    monkeypatch.setattr(products, "ROWS", 16)
+    monkeypatch.setitem(products.REDUCTION, "PIECES", 2)
     assert_same_tokens(a_head(35, 20, 700), rows_of(35))
     assert_same_log_probs(a_head(35, 20, 700), rows_of(35))
     assert_same_candidates(a_head(9, 3, 400), 70, rows_of(9))
@@ -136,11 +138,11 @@ def test_any_strides():
 
 @pytest.mark.parametrize("filters", [{}, {"top_k": 3, "top_p": 0.9, "min_p": 0.1}], ids=["plain", "filtered"])
 def test_rows_that_keep_their_reference_do_no_harm(filters):
-    """Their hidden states may hold anything, and all or none may be the model's own."""
+    """Their hidden states may hold anything, and all or none may be self rows."""
     head = a_head(8, 5, 100)
     for prob, least, most in ((0.0, 0, 0), (0.5, 1, 7), (1.0, 8, 8)):
         rows = rows_of(8, prob, **filters)
-        is_self = Sampling(*rows).is_self
+        is_self = is_self_of(Sampling(*rows).mask)
         assert least <= is_self.sum() <= most
         head[0][~is_self] = torch.nan
         assert not assert_same_tokens(head, rows)[2].any()
@@ -190,7 +192,7 @@ def test_cutoffs_are_those_of_the_reference(dtype, vocab_size, filters):
     logits[3] = -INF
     rows = rows_of(5, 1.0, **filters)
     rows[4][4] = 100.0
-    want = Sampling(*rows).cutoff(logits)
+    want = reference_cutoff(logits, Sampling(*rows))
     got = filter_cutoff(logits.to(DEVICE), Sampling(*moved(rows, DEVICE))).cpu()
     assert torch.equal(got, want)
 
@@ -202,7 +204,7 @@ def test_top_p_is_exact_up_to_the_rounding_of_its_sum():
     logits = torch.randn(n, 600, generator=torch.Generator().manual_seed(1)) * 2
     rows = list(rows_of(n, 1.0, top_p=0.5))
     rows[6] = torch.rand(n, generator=torch.Generator().manual_seed(2), dtype=torch.float64)
-    want = Sampling(*rows).cutoff(logits)
+    want = reference_cutoff(logits, Sampling(*rows))
     got = filter_cutoff(logits.to(DEVICE), Sampling(*moved(rows, DEVICE))).cpu()
     z = logits.double() * rows[4].double().where(rows[4] < INF, 1.0)[:, None]
     probs = z.softmax(1)
@@ -214,7 +216,7 @@ def test_top_p_is_exact_up_to_the_rounding_of_its_sum():
 
 
 @pytest.mark.parametrize("bad", [torch.nan, INF])
-def test_bad_rows_stay_invalid_behind_filters(bad):
+def test_bad_rows_stay_invalid_after_filters(bad):
     from selfgen_kernels.backends.triton import sampling
 
     logits = torch.randn(4, 100)
@@ -222,4 +224,4 @@ def test_bad_rows_stay_invalid_behind_filters(bad):
     args = torch.arange(4) + 500, *rows_of(4, 1.0, top_k=5, top_p=0.9, min_p=0.1)
     tokens, _, invalid = (result.cpu() for result in sampling.sample_mix(*moved((logits, *args), DEVICE)))
     assert invalid.tolist() == [True, False, True, False]
-    assert torch.equal(tokens, reference.sample_mix(logits, *args)[0])
+    assert torch.equal(tokens, sample_mix(logits, *args)[0])

@@ -5,9 +5,11 @@ import torch
 from oracles import assert_same_tokens
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from selfgen_kernels.backends.reference import sampling as reference
-from selfgen_kernels.backends.reference.sampling import Sampling, head_logits
+from selfgen_kernels.backends.reference import head as reference
+from selfgen_kernels.backends.reference.head import head_logits
+from selfgen_kernels.backends.reference.sampling import is_self_of
 from selfgen_kernels.backends.reference.scaling import scaled
+from selfgen_kernels.call import Head, Sampling
 
 pytest.importorskip("triton")
 ON_GPU = torch.cuda.is_available()
@@ -61,7 +63,7 @@ def test_logits_are_rounded_as_those_of_the_reference(dtype, inv_temperature, wi
     if inv_temperature == INF:
         assert torch.equal(got, want)  # noise has no part in it
     else:
-        z = scaled(head_logits(*head), rows[4])
+        z = scaled(head_logits(Head(*head)), rows[4])
         keys = {"seed": rows[1], "sample_ids": rows[2], "positions": rows[3]}
         assert assert_same_tokens(got, want, z, **keys) <= NEAR_TIES * n
 
@@ -75,7 +77,7 @@ def test_a_filter_that_keeps_all_changes_nothing(dtype, offset):
     hidden[:, 0] = weight[:, 0] = offset
     head, kept = (hidden, weight, *rest), torch.zeros(n, dtype=torch.int64)
     exact = hidden.double() @ weight.double().T
-    assert (exact != head_logits(*head)).double().mean() > 0.2
+    assert (exact != head_logits(Head(*head))).double().mean() > 0.2
     for inv_temperature in (1.0, INF):
         plain = in_triton(*head, kept, *rows_of(n, inv_temperature=inv_temperature))
         want = reference.linear_sample_mix(*head, kept, *rows_of(n, inv_temperature=inv_temperature))
@@ -143,7 +145,7 @@ def test_hidden_states_of_other_rows_are_not_read(filters, selected):
     assert launches
     with UntouchedByTorch(head[0]):
         in_triton(*head, kept, *rows)
-    assert Sampling(*rows).is_self.sum() == len(selected)
+    assert is_self_of(Sampling(*rows).mask).sum() == len(selected)
     assert all(torch.equal(ours, theirs) for ours, theirs in zip(got, want, strict=True))
     if selected:  # the measure itself does see it
         with (
@@ -157,7 +159,7 @@ def test_hidden_states_of_other_rows_are_not_read(filters, selected):
 
 
 @pytest.mark.parametrize("filters", FILTERS, ids=lambda f: "+".join(f) or "none")
-def test_noise_is_made_for_the_models_own_rows_only(filters, monkeypatch):
+def test_noise_is_made_for_self_rows_only(filters, monkeypatch):
     from selfgen_kernels.backends.triton import head
 
     made, gumbel_noise = [], head.gumbel_noise
@@ -177,4 +179,4 @@ def test_noise_is_made_for_the_models_own_rows_only(filters, monkeypatch):
     assert len(made) == (0 if filters else 1)
     for noise in made:
         written = ~noise.isnan().all(1).cpu()
-        assert 0 < written.sum() == Sampling(*rows).is_self.sum() < n
+        assert 0 < written.sum() == is_self_of(Sampling(*rows).mask).sum() < n

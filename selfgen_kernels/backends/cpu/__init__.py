@@ -10,12 +10,13 @@ of bf16 heads count as 0. A level that the machine does not have is never used.
 import os
 import warnings
 from functools import cache
+from importlib import import_module
 from importlib.util import find_spec
-from types import ModuleType
 
 import torch
 
 from selfgen_kernels.backends import reference
+from selfgen_kernels.ops import OPS
 
 LEVELS = ("avx512_bf16", "avx512", "avx2", "default")
 
@@ -44,10 +45,12 @@ def _warn_once() -> None:
     )
 
 
-def _register(op: str, module: ModuleType) -> None:
+def _stand_in(op: str, module: str) -> None:
+    """Register the reference's kernel of `op`, with the warning."""
+
     def kernel(*args):
         _warn_once()
-        return getattr(module, op)(*args)
+        return getattr(import_module(f"{reference.__name__}.{module}"), op)(*args)
 
     torch.library.impl(f"selfgen::{op}", "CPU", kernel)
 
@@ -56,17 +59,6 @@ missing = _load()
 """Why the C++ kernels are not in use, or None if they are."""
 
 if missing is not None:
-    for _module, _ops in {
-        reference.attention: ("kv_append", "ragged_attention"),
-        reference.passes: ("plan_pass", "commit_pass"),
-        reference.philox: ("gumbel_noise", "self_mask"),
-        reference.sampling: (
-            "sample_mix",
-            "reference_log_prob",
-            "linear_sample_mix",
-            "linear_sample_shard",
-            "linear_reference_log_prob",
-        ),
-    }.items():
-        for _op in _ops:
-            _register(_op, _module)
+    for _name, _op in OPS.items():
+        if "cpu" in _op.kernels:
+            _stand_in(_name, _op.module)

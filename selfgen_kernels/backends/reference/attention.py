@@ -109,7 +109,7 @@ def _attend_capped(query, key, value, visible, scale, softcap, sinks):
         logits = torch.tanh(logits / softcap) * softcap
     if visible is not None:
         logits = logits.masked_fill(~visible, -torch.inf)
-    if sinks is not None:  # one more logit to give probability to, with no value behind it
+    if sinks is not None:  # one more logit to give probability to, with no value to it
         logits = torch.cat([logits, sinks.to(dtype)[:, None, None].expand(-1, queries, 1)], dim=-1)
     weights = torch.softmax(logits, dim=-1)[..., : len(key)]
     return torch.einsum("hqk,khd->qhd", weights, value).to(query.dtype)

@@ -63,7 +63,7 @@ def commit_pass(
         changed[places] = sampled[places] != tokens[at]
         tokens[at] = sampled[places]
         wrong = changed[begin:end].nonzero()[:, 0]
-        last = begin + int(wrong[0]) if len(wrong) else end - 1  # the place behind which the row is not final
+        last = begin + int(wrong[0]) if len(wrong) else end - 1  # the place after which the row is not final
         observed[places] = places <= last
         final[row] = slots[last] + 1
     return changed, observed

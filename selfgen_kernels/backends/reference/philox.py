@@ -11,7 +11,7 @@ Counter         c0 = stream * 2^28 + index // 4      0 <= stream < 16, 0 <= inde
 Round           (c0, c1, c2, c3) <- (hi(M1 * c2) ^ c1 ^ k0, lo(M1 * c2), hi(M0 * c0) ^ c3 ^ k1, lo(M0 * c0)), then
                 k0 <- k0 + W0, k1 <- k1 + W1 (mod 2^32); ten times.
 Random number   r(index) = word index % 4 of the output, a uint32.
-Streams         0 MASK: is row (sample_id, position) the model's own; only index 0 is used.
+Streams         0 MASK: is row (sample_id, position) a self row; only index 0 is used.
                 1 GROUP: the Gumbel noise of vocabulary group `index`.
                 2 TOKEN: the Gumbel noise of the token at offset `index` inside the winning group.
 Bernoulli(p)    r < round(p * 2^32), rounded to the nearest integer in fp64. p = 0 is never, p = 1 always.

@@ -1,4 +1,4 @@
-"""From logits to z: temperature, then top_k, top_p and min_p, each as one number a row, the cutoff of what stays.
+"""From logits to z: temperature, then top_k, top_p and min_p, each as one number per row, the cutoff of what stays.
 
 All three keep "everything at least as likely as some token", so they keep or drop equal logits together, and a backend
 needs no filtered copy of the logits: it compares z with `filter_cutoff`. Order and meaning are those of transformers'
@@ -9,25 +9,25 @@ logits processors: temperature, top_k (Fan et al., arXiv 1805.04833), top_p (Hol
 import torch
 from torch import Tensor
 
+from selfgen_kernels.call import Sampling
+
 
 def scaled(logits: Tensor, inv_temperature: Tensor) -> Tensor:
     """logits / temperature, fp32 [N, V]; a greedy row (inv_temperature [N] is +inf) keeps its logits."""
     return logits.float() * torch.where(inv_temperature.isposinf(), 1.0, inv_temperature)[:, None]
 
 
-def filter_cutoff(
-    logits: Tensor, inv_temperature: Tensor, top_k: Tensor | None, top_p: Tensor | None, min_p: Tensor | None
-) -> Tensor:
-    """fp32 [N]: the smallest scaled logit of each row of logits [N, V] that the filters, each [N], keep."""
-    z = scaled(logits, inv_temperature)  # [N, V]
+def filter_cutoff(logits: Tensor, how: Sampling) -> Tensor:
+    """fp32 [N]: the smallest scaled logit of each row of logits [N, V] that the filters keep."""
+    z = scaled(logits, how.inv_temperature)  # [N, V]
     cutoff = z.new_full((len(z),), -torch.inf)
-    if top_k is not None and len(z):
-        cutoff = _top_k_cutoff(z, top_k)
-    if top_p is not None:
-        cutoff = torch.maximum(cutoff, _top_p_cutoff(z, cutoff, top_p))
-    if min_p is not None:
-        cutoff = torch.maximum(cutoff, z.amax(1) + min_p.log().float())  # p_v >= min_p * max p
-    return torch.where(inv_temperature.isposinf(), -torch.inf, cutoff)
+    if how.top_k is not None and len(z):
+        cutoff = _top_k_cutoff(z, how.top_k)
+    if how.top_p is not None:
+        cutoff = torch.maximum(cutoff, _top_p_cutoff(z, cutoff, how.top_p))
+    if how.min_p is not None:
+        cutoff = torch.maximum(cutoff, z.amax(1) + how.min_p.log().float())  # p_v >= min_p * max p
+    return torch.where(how.greedy, -torch.inf, cutoff)
 
 
 def _top_k_cutoff(z: Tensor, top_k: Tensor) -> Tensor:

@@ -9,19 +9,7 @@ from importlib.util import find_spec
 
 import torch
 
-_MODULE_OF_OP = {
-    "gumbel_noise": "noise",
-    "self_mask": "noise",
-    "sample_mix": "sampling",
-    "reference_log_prob": "sampling",
-    "plan_pass": "passes",
-    "commit_pass": "passes",
-    "linear_sample_mix": "head",
-    "linear_sample_shard": "head",
-    "linear_reference_log_prob": "head",
-    "kv_append": "attention",
-    "ragged_attention": "attention",
-}
+from selfgen_kernels.ops import OPS
 
 
 def _register(op: str, module: str) -> None:
@@ -34,5 +22,6 @@ def _register(op: str, module: str) -> None:
 
 
 if find_spec("triton") is not None:
-    for _op, _module in _MODULE_OF_OP.items():
-        _register(_op, _module)
+    for _name, _op in OPS.items():
+        if "triton" in _op.kernels:
+            _register(_name, _op.module)

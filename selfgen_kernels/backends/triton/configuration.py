@@ -1,7 +1,7 @@
 """What a kernel needs besides its code to be compiled: the choices that ship, one `Configuration` for each.
 
 Every module of this folder lists its own in `configurations(target)`. The launchers take their tile sizes and warps
-from the same tables, so what `tools/aot.py` shows and the tests hold is what runs.
+from the same tables, so what `tools/aot.py` shows and the tests check is what runs.
 """
 
 from dataclasses import dataclass

@@ -12,9 +12,9 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from selfgen_kernels.backends.reference.sampling import Sampling
 from selfgen_kernels.backends.triton.configuration import Configuration, current_target
 from selfgen_kernels.backends.triton.noise import OPTIONS, in_mask
+from selfgen_kernels.call import Sampling
 
 BLOCK = 2048  # logits at a time
 
@@ -92,7 +92,7 @@ def filter_cutoff_kernel(
     cutoffs, vocab_size,
     BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """One program a row writes the smallest z that the filters keep, if the row is the model's own."""
+    """One program per row writes the smallest z that the filters keep, if it is a self row."""
     row = tl.program_id(0).to(tl.int64)
     if not in_mask(seed, tl.load(sample_ids + row), tl.load(positions + row), tl.load(thresholds + row)):
         return
@@ -131,7 +131,7 @@ def filter_cutoff_kernel(
 
 
 def filter_cutoff(logits: Tensor, how: Sampling) -> Tensor:
-    """fp32 [N]: `scaling.filter_cutoff` of the rows of logits [N, V] that are the model's own; any number of others."""
+    """fp32 [N]: `scaling.filter_cutoff` of the self rows of logits [N, V]; any number of others."""
     cutoffs = logits.new_empty(len(logits), dtype=torch.float32)
     top_k, top_p, min_p = (None if value is None else value.contiguous() for value in (how.top_k, how.top_p, how.min_p))
     if len(logits):

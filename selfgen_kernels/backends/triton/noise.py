@@ -12,7 +12,7 @@ MASK, GROUP, TOKEN = tl.constexpr(philox.MASK), tl.constexpr(philox.GROUP), tl.c
 
 # A fused multiply-add rounds once where the specification rounds twice.
 OPTIONS = {"num_warps": 4, "enable_fp_fusion": False}
-BLOCK = 1024  # random numbers a program
+BLOCK = 1024  # random numbers per program
 
 
 @triton.jit
@@ -42,7 +42,7 @@ def gumbel(word):
 
 @triton.jit
 def in_mask(seed, sample_id, position, threshold):
-    """Whether a row is the model's own; for rows [M], sample_id and position are [M, 1] and threshold is [M]."""
+    """Whether a row is a self row; for rows [M], sample_id and position are [M, 1] and threshold is [M]."""
     word = tl.max(tl.where(tl.arange(0, 4) == 0, random_words(seed, sample_id, position, 0, 4, MASK), 0), -1)
     return word.to(tl.int64) < threshold
 
@@ -69,7 +69,7 @@ def gumbel_noise_kernel(
 
 @triton.jit(do_not_specialize=["seed"])
 def self_mask_kernel(out, seed, sample_ids, positions, threshold):
-    """One program a row."""
+    """One program per row."""
     row = tl.program_id(0).to(tl.int64)
     is_self = in_mask(seed, tl.load(sample_ids + row), tl.load(positions + row), tl.load(threshold + row))
     tl.store(out + row, is_self)

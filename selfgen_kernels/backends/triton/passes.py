@@ -162,7 +162,7 @@ def many_windows_kernel(
 
 @triton.jit(do_not_specialize=["rows", "token_budget"])
 def slots_kernel(final, cu_seqlens_q, slots, rows, token_budget, BLOCK: tl.constexpr):
-    """One program a row writes its window's slots, and a last one the padding."""
+    """One program per row writes its window's slots, and a last one the padding."""
     row = tl.program_id(0)
     is_row = row < rows
     begin = tl.load(cu_seqlens_q + row)
@@ -177,12 +177,12 @@ def slots_kernel(final, cu_seqlens_q, slots, rows, token_budget, BLOCK: tl.const
 def commit_pass_kernel(
     tokens, final, slots, cu_seqlens_q, next_self, sampled, changed, observed, num_slots, places, BLOCK: tl.constexpr
 ):  # fmt: skip
-    """One program a row."""
+    """One program per row."""
     row = tl.program_id(0)
     begin = tl.maximum(tl.load(cu_seqlens_q + row), 0)
     end = tl.minimum(tl.load(cu_seqlens_q + row + 1), places)
     if begin < end:
-        last = end - 1  # the place behind which the row is not final
+        last = end - 1  # the place after which the row is not final
         for start in range(begin, end, BLOCK):
             place = start + tl.arange(0, BLOCK)
             exists = place < end

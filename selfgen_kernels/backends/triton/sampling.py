@@ -11,15 +11,16 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from selfgen_kernels.backends.reference import sampling as reference_sampling
-from selfgen_kernels.backends.reference.sampling import Mixed, Sampling
+from selfgen_kernels import call
 from selfgen_kernels.backends.triton.configuration import Configuration
 from selfgen_kernels.backends.triton.filters import filter_cutoff
 from selfgen_kernels.backends.triton.noise import GROUP, OPTIONS, TOKEN, gumbel, in_mask, random_words
+from selfgen_kernels.call import Mask, Mixed, Sampling
+from selfgen_kernels.ops import in_records
 
-GROUP_SIZE = tl.constexpr(reference_sampling.GROUP_SIZE)
+GROUP_SIZE = tl.constexpr(call.GROUP_SIZE)
 TILE = 32  # groups that a program scores at a time
-SPAN = 128  # groups a program
+SPAN = 128  # groups per program
 
 
 @triton.jit
@@ -80,7 +81,7 @@ def pick_token_kernel(
     best_scores, best_groups, vocab_size, spans, reference, tokens, is_selfs, invalids,
     SPANS: tl.constexpr,
 ):  # fmt: skip
-    """One program a row: the best span's group, the best token in it, and the row's place in the three results."""
+    """One program per row: the best span's group, the best token in it, and the row's place in the three results."""
     row = tl.program_id(0).to(tl.int64)
     sample_id, position = tl.load(sample_ids + row), tl.load(positions + row)
     is_self = in_mask(seed, sample_id, position, tl.load(thresholds + row))
@@ -108,9 +109,9 @@ def pick_token_kernel(
     tl.store(invalids + row, invalid)
 
 
-def sample_mix(logits: Tensor, reference: Tensor, *sampling) -> Mixed:
-    """Tokens int64 [N], is_self bool [N], invalid bool [N] from logits [N, V], reference [N] and a `Sampling`."""
-    how = Sampling(*sampling)
+@in_records
+def sample_mix(logits: Tensor, reference: Tensor, how: Sampling) -> Mixed:
+    """Tokens int64 [N], is_self bool [N], invalid bool [N] from logits [N, V] and reference [N]."""
     rows, vocab_size = logits.shape
     tokens = torch.empty_like(reference, memory_format=torch.contiguous_format)  # [N]
     is_self, invalid = (torch.empty_like(tokens, dtype=torch.bool) for _ in range(2))  # [N]
@@ -172,7 +173,7 @@ def log_prob_kernel(
     logits, row_stride, thresholds, seed, sample_ids, positions, peaks, masses, vocab_size, spans, reference, log_probs,
     SPANS: tl.constexpr,
 ):  # fmt: skip
-    """One program a row: the reference's log probability from the masses of all spans."""
+    """One program per row: the reference's log probability from the masses of all spans."""
     row = tl.program_id(0).to(tl.int64)
     log_prob = 0.0
     if in_mask(seed, tl.load(sample_ids + row), tl.load(positions + row), tl.load(thresholds + row)):
@@ -190,9 +191,8 @@ def log_prob_kernel(
     tl.store(log_probs + row, log_prob)
 
 
-def reference_log_prob(
-    logits: Tensor, reference: Tensor, threshold: Tensor, seed: int, sample_ids: Tensor, positions: Tensor
-) -> Tensor:
+@in_records
+def reference_log_prob(logits: Tensor, reference: Tensor, mask: Mask) -> Tensor:
     """log softmax(logits)[reference] fp32 [N] of the rows that the mask selects, 0 of others; logits are [N, V]."""
     rows, vocab_size = logits.shape
     log_probs = logits.new_empty(rows, dtype=torch.float32)
@@ -202,7 +202,7 @@ def reference_log_prob(
         logits = logits.contiguous()
     spans = triton.cdiv(vocab_size, SPAN * GROUP_SIZE.value)
     peaks, masses = (log_probs.new_empty(rows, spans) for _ in range(2))
-    keys = threshold.contiguous(), seed, sample_ids.contiguous(), positions.contiguous()
+    keys = mask.threshold.contiguous(), mask.seed, mask.sample_ids.contiguous(), mask.positions.contiguous()
     inputs = logits, logits.stride(0), *keys, peaks, masses, vocab_size
     mass_kernel[(rows, spans)](*inputs, TILE=TILE, SPAN=SPAN, **OPTIONS)
     outputs = reference.contiguous(), log_probs

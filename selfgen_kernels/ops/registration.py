@@ -1,4 +1,4 @@
-"""torch.func.vmap over the ops: call after call, each as it would be alone."""
+"""What torch is told of each operator when its contract is imported: schema, fake kernel, and what vmap makes of it."""
 
 from collections.abc import Callable
 from typing import Any
@@ -6,10 +6,28 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from selfgen_kernels.ops import OPS
 
-def _rule(op: Any, written: list[str]) -> Callable[..., Any]:
-    """The batching rule of `op`, which writes to its arguments `written`."""
-    names = [argument.name for argument in op._schema.arguments]
+
+def define(name: str, schema: str) -> Callable[[Callable[..., Any]], None]:
+    """Define the operator `name`, one of `OPS`; decorates its fake kernel, which tells shapes and dtypes of results."""
+    if name not in OPS:
+        raise KeyError(f"{name} is not in selfgen_kernels.ops.OPS, the table of operators; give it a line there")
+    parameters, _, _ = schema.rpartition(" -> ")
+    torch.library.define(f"selfgen::{name}", schema)
+
+    def register(fake: Callable[..., Any]) -> None:
+        torch.library.register_fake(f"selfgen::{name}")(fake)
+        torch.library.register_vmap(f"selfgen::{name}", _call_after_call(name, parameters[1:-1].split(", ")))
+
+    return register
+
+
+def _call_after_call(name: str, parameters: list[str]) -> Callable[..., Any]:
+    """The batching rule of torch.func.vmap: call after call, each as it would be alone."""
+    op = getattr(torch.ops.selfgen, name).default
+    names = [parameter.split()[1].partition("=")[0] for parameter in parameters]
+    written = [name for name, parameter in zip(names, parameters, strict=True) if "!" in parameter.split()[0]]
 
     def rule(info: Any, in_dims: tuple[int | None, ...], *args: Any) -> tuple[Any, Any]:
         for name, dim in zip(names, in_dims, strict=False):  # defaults at the end are not handed over
@@ -34,11 +52,3 @@ def _rule(op: Any, written: list[str]) -> Callable[..., Any]:
         return tuple(torch.stack(results) for results in zip(*calls, strict=True)), (0,) * len(calls[0])
 
     return rule
-
-
-def register(*names: str) -> None:
-    """Teach vmap the operators `names` of this library."""
-    for name in names:
-        op = getattr(torch.ops.selfgen, name).default
-        written = [arg.name for arg in op._schema.arguments if arg.alias_info is not None and arg.alias_info.is_write]
-        torch.library.register_vmap(f"selfgen::{name}", _rule(op, written))

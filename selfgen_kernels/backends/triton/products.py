@@ -1,0 +1,173 @@
+"""The products of an LM head, which all kernels on heads share: the rows that are multiplied, a tile of it, its size.
+
+Only self rows are multiplied: `select_rows_kernel` packs them, so that tiles are full and the others cost nothing. The
+host knows no number of rows; all is launched for N of them, and what lies after the selected ones returns at once.
+"""
+
+from typing import Any
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from selfgen_kernels.backends.triton.configuration import Configuration, current_target
+from selfgen_kernels.backends.triton.dot import factor_of_dot, rounded
+from selfgen_kernels.backends.triton.noise import OPTIONS, in_mask
+from selfgen_kernels.call import Head, Mask
+
+DTYPES = {torch.float32: "fp32", torch.bfloat16: "bf16", torch.float16: "fp16"}
+SELECTED = {"rows": "*i32", "count": "*i32"}  # what select_rows gives, as types of arguments
+FEW_ROWS = 64  # at most these: a smaller tile
+ROWS = 1024  # that select_rows_kernel looks at at a time
+SLOTS = 16  # rows per program of a reduction over tiles
+REDUCTION = {"PIECES": 64, "SLOTS": SLOTS}  # and the tiles' results that it looks at at a time
+
+
+@triton.jit(do_not_specialize=["seed", "size"])
+def select_rows_kernel(
+    thresholds, seed, sample_ids, positions, size, rows, count, reference, tokens, is_selfs, invalids,
+    ROWS: tl.constexpr,
+):  # fmt: skip
+    """One program writes which rows are self rows, then which are not, how many are, and the others' results."""
+    selected = 0
+    for start in range(0, size, ROWS):
+        row = start + tl.arange(0, ROWS)
+        exists = row < size
+        sample_id = tl.load(sample_ids + row, mask=exists, other=0)[:, None]
+        position = tl.load(positions + row, mask=exists, other=0)[:, None]
+        threshold = tl.load(thresholds + row, mask=exists, other=-1)
+        is_self = in_mask(seed, sample_id, position, threshold)  # [ROWS]
+        before = selected + tl.cumsum(is_self.to(tl.int32), 0) - is_self.to(tl.int32)  # [ROWS] selected ones
+        tl.store(rows + tl.where(is_self, before, size - 1 - (row - before)), row, mask=exists)
+        selected += tl.sum(is_self.to(tl.int32))
+        if tokens is not None:
+            tl.store(tokens + row, tl.load(reference + row, mask=exists), mask=exists)
+            tl.store(is_selfs + row, is_self, mask=exists)
+            tl.store(invalids + row, tl.zeros_like(is_self), mask=exists)
+    tl.store(count, selected)
+
+
+@triton.jit
+def multiply_tile(
+    hidden, hidden_stride, weight, weight_stride, bias, hidden_size, logit_scale, softcap,
+    row, is_row, column, is_column, BLOCK_K: tl.constexpr,
+):  # fmt: skip
+    """fp32 [M, N]: the head's logits of `row` [M] at `column` [N], rounded to its dtype as those of a linear layer."""
+    k = tl.arange(0, BLOCK_K)
+    hidden_tile = hidden + row[:, None] * hidden_stride + k[None, :]  # [M, BLOCK_K]
+    weight_tile = weight + column[None, :] * weight_stride + k[:, None]  # [BLOCK_K, N]
+    logits = tl.zeros([row.shape[0], column.shape[0]], tl.float32)
+    for first_k in range(0, hidden_size, BLOCK_K):
+        is_k = first_k + k < hidden_size
+        left = tl.load(hidden_tile + first_k, mask=is_row[:, None] & is_k[None, :], other=0.0)
+        right = tl.load(weight_tile + first_k, mask=is_column[None, :] & is_k[:, None], other=0.0)
+        logits = tl.dot(factor_of_dot(left), factor_of_dot(right), logits, input_precision="ieee")
+    if bias is not None:
+        logits += tl.load(bias + column, mask=is_column, other=0.0).to(tl.float32)[None, :]
+    logits = rounded(logits, weight.dtype.element_ty).to(tl.float32) * logit_scale
+    if softcap is not None:
+        logits = softcap * tanh(logits / softcap)
+    return logits
+
+
+@triton.jit
+def tanh(x):
+    """tanh with the absolute precision of fp32, in two instructions of the special function unit."""
+    decay = tl.exp(-2.0 * tl.abs(x))
+    size = (1.0 - decay) / (1.0 + decay)
+    return tl.where(x < 0, -size, size)
+
+
+def tile_constants(target: str, dtype: str, rows: int, aligned: bool) -> tuple[dict, dict]:
+    """Tile and launch options of the products, for `dtype` and at most `rows` self rows.
+
+    `aligned`: its sizes and strides are divisible by 16. If not, loads are narrow and take more registers.
+    """
+    if dtype == "fp32":  # no tensor cores
+        tile, warps, stages = ((64, 64, 32), 8, 2) if target == "gfx942" else ((64, 64, 16), 4, 2)
+    elif not aligned:
+        tile, warps, stages = (64, 128, 32), 8, 2
+    else:
+        few = rows <= FEW_ROWS
+        tile, warps = (64 if few else 128, 128, 64), 4 if few else 8
+        stages = 2 if target == "gfx942" else 3  # 64 KiB of shared memory
+    names = "BLOCK_M", "BLOCK_N", "BLOCK_K"
+    return dict(zip(names, tile, strict=True)), OPTIONS | {"num_warps": warps, "num_stages": stages}
+
+
+def select_rows(mask: Mask, reference=None, tokens=None, is_self=None, invalid=None) -> tuple[Tensor, Tensor]:
+    """All rows int32 [N], first the self rows, their count [1]; sets the results of the others if they are given."""
+    size = len(mask.threshold)
+    rows = torch.empty_like(mask.threshold, dtype=torch.int32, memory_format=torch.contiguous_format)
+    count = rows.new_empty(1)
+    select_rows_kernel[(1,)](
+        mask.threshold.contiguous(), mask.seed, mask.sample_ids.contiguous(), mask.positions.contiguous(), size, rows,
+        count, reference, tokens, is_self, invalid, ROWS=ROWS, **OPTIONS,
+    )  # fmt: skip
+    return rows, count
+
+
+def factors(head: Head) -> Head:
+    """`head` as kernels take it."""
+    hidden, weight, bias, softcap, logit_scale = head
+    if hidden.dtype == torch.float64:
+        hidden, weight, bias = hidden.float(), weight.float(), None if bias is None else bias.float()
+    hidden, weight = (x if x.stride(1) == 1 else x.contiguous() for x in (hidden, weight))
+    return Head(hidden, weight, None if bias is None else bias.contiguous(), softcap, logit_scale)
+
+
+def product_arguments(head: Head) -> tuple[Any, ...]:
+    """The arguments of `multiply_tile` that are of the head, which `factors` has made ready."""
+    hidden, weight, bias, softcap, logit_scale = head
+    return (
+        hidden, hidden.stride(0), weight, weight.stride(0), bias, hidden.shape[1], logit_scale, softcap,
+    )  # fmt: skip
+
+
+def tile_of(head: Head, rows: int) -> tuple[dict, dict]:
+    """`tile_constants` for at most `rows` self rows."""
+    hidden, weight, *_ = head
+    sizes = hidden.shape[1], hidden.stride(0), weight.stride(0)
+    aligned = all(size % 16 == 0 for size in sizes)  # as Triton tells them apart
+    return tile_constants(current_target(), DTYPES[hidden.dtype], rows, aligned)
+
+
+def configurations(target: str) -> list[Configuration]:
+    """What ships for `target`, whatever is made of the products."""
+    mask = {"thresholds": "*i64", "seed": "i64", "sample_ids": "*i64", "positions": "*i64", "size": "i32"}
+    outputs = {"reference": "*i64", "tokens": "*i64", "is_selfs": "*i1", "invalids": "*i1"}
+    types, nothing = mask | SELECTED, dict.fromkeys(outputs)
+    return [
+        Configuration("select_rows", select_rows_kernel, types | outputs, {"ROWS": ROWS}, OPTIONS),
+        Configuration("select_rows[shard]", select_rows_kernel, types, nothing | {"ROWS": ROWS}, OPTIONS),
+    ]
+
+
+def product_configurations(
+    target: str, name: str, kernel: Any, types: dict[str, str], sizes: tuple[str, ...] = (), out: str | None = None
+) -> list[Configuration]:
+    """`kernel` with each tile, dtype and head: `types` of its other arguments, of which `sizes` may be aligned.
+
+    `out` is an argument of the head's dtype, or fp32 with a softcap.
+    """
+    ships = []
+    for dtype in DTYPES.values():
+        product = {
+            "hidden": f"*{dtype}", "hidden_stride": "i64", "weight": f"*{dtype}", "weight_stride": "i64",
+            "hidden_size": "i32", "logit_scale": "fp32", **SELECTED,
+        }  # fmt: skip
+        optional = {"bias": f"*{dtype}", "softcap": "fp32"}
+        few = [("few rows", FEW_ROWS, True)] if dtype != "fp32" else []
+        for label, rows_at_most, aligned in (*few, ("many rows", FEW_ROWS + 1, True), ("odd sizes", 1, False)):
+            for extra, present, absent in (("", {}, dict.fromkeys(optional)), (", bias, softcap", optional, {})):
+                constants, options = tile_constants(target, dtype, rows_at_most, aligned)
+                divisible = ("hidden_stride", "weight_stride", "hidden_size", *sizes) if aligned else ()
+                results = {} if out is None else {out: "*fp32" if extra else f"*{dtype}"}
+                ships.append(
+                    Configuration(
+                        f"{name}[{dtype}, {label}{extra}]", kernel, product | types | results | present,
+                        absent | constants, options, divisible, streams=aligned, tensor_cores=dtype != "fp32",
+                    )
+                )  # fmt: skip
+    return ships

@@ -1,0 +1,141 @@
+"""The rows of a call that draws: who their random numbers belong to, how they are drawn, and what became of them.
+
+What users hand to sampling and noise ops for each row, checked and packed into the records of `call.py`.
+"""
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from selfgen_kernels.call import Mixed, Sampling
+from selfgen_kernels.ops.arguments import FLOATS, INTEGERS, check_number, check_tensor, values_visible
+from selfgen_kernels.torch_internals import is_batchedtensor
+
+GREEDY_BELOW = 1e-5
+"""Temperatures under this are greedy: argmax, no noise."""
+
+
+def signed_seed(seed: int) -> int:
+    """Any 64-bit integer, signed or unsigned, as the int64 of the same bits."""
+    if isinstance(seed, bool) or not isinstance(seed, int | torch.SymInt):
+        raise TypeError(f"seed must be an int, got {type(seed).__name__}; pass int(seed)")
+    if not -(2**63) <= seed < 2**64:
+        raise ValueError(f"seed={seed} does not fit in 64 bits; pass -2**63 <= seed < 2**64, such as seed % 2**64")
+    return seed - 2**64 if seed >= 2**63 else seed
+
+
+def check_keys(sample_ids: Tensor, positions: Tensor, rows: int | str, device: torch.device | None) -> None:
+    """Check the two tensors [N] that name each row's random numbers."""
+    check_tensor("sample_ids", sample_ids, (rows,), INTEGERS, device)
+    check_tensor("positions", positions, (sample_ids.shape[0],), INTEGERS, sample_ids.device)
+    if values_visible(positions) and not ((positions >= 0) & (positions.long() < 2**32)).all():
+        wrong = positions[(positions < 0) | (positions.long() >= 2**32)][0].item()
+        raise ValueError(
+            f"positions holds {wrong}, accepted are 0 <= position < 2**32; count from the first answer token"
+        )
+
+
+def per_row(
+    name: str, value: Any, like: Tensor, dtype: torch.dtype, accepted: str, is_valid: Callable[[Any], Any]
+) -> Tensor:
+    """A number or a tensor [N] as a tensor [N] of `dtype` beside `like` [N, ...]; `accepted` is `is_valid` in words."""
+    whole = not dtype.is_floating_point
+    if isinstance(value, Tensor):
+        check_tensor(name, value, (like.shape[0],), INTEGERS if whole else FLOATS, like.device)
+        if values_visible(value) and not is_valid(value).all():
+            wrong = value[~is_valid(value)][0].item()
+            raise ValueError(f"{name} holds {wrong}, accepted is {accepted}; correct that row")
+        return value.to(dtype)
+    check_number(name, value, accepted, is_valid, whole=whole, or_else="a tensor [N]")
+    return like.new_full((like.shape[0],), value, dtype=dtype)  # fake if `like` is
+
+
+def mask_threshold(self_prob: float | Tensor, like: Tensor) -> Tensor:
+    """The probability p [N] as int64 [N]: a row is a self row if its uint32 random number is below p * 2^32."""
+    prob = per_row("self_prob", self_prob, like, torch.float64, "0 <= p <= 1", lambda p: (p >= 0) & (p <= 1))
+    return (prob * 2**32).round().long()
+
+
+def inverse_temperature(temperature: float | Tensor, like: Tensor) -> Tensor:
+    """1 / temperature as fp32 [N]; +inf stands for greedy, NaN for a temperature that no one could accept."""
+    accepted = "a finite temperature >= 0 (0 is greedy)"
+    value = per_row("temperature", temperature, like, torch.float64, accepted, lambda t: (t >= 0) & (t < float("inf")))
+    inverse = (1 / value).clamp(min=2**-126)  # 0 would make NaN of -inf
+    return inverse.masked_fill(value < GREEDY_BELOW, torch.inf).masked_fill(value < 0, torch.nan).float()
+
+
+def sampling_of(
+    like: Tensor,
+    self_prob: float | Tensor,
+    seed: int,
+    sample_ids: Tensor,
+    positions: Tensor,
+    temperature: float | Tensor,
+    top_k: int | Tensor | None = None,
+    top_p: float | Tensor | None = None,
+    min_p: float | Tensor | None = None,
+) -> Sampling:
+    """How the rows of `like` [N, ...] are drawn, checked."""
+    check_keys(sample_ids, positions, like.shape[0], like.device)
+    threshold = mask_threshold(self_prob, like)  # [N]
+    keys = signed_seed(seed), sample_ids, positions
+    inv_temperature = inverse_temperature(temperature, like)  # [N]
+    return Sampling(threshold, *keys, inv_temperature, *_filters(like, top_k, top_p, min_p))
+
+
+def _filters(like: Tensor, top_k: Any, top_p: Any, min_p: Any) -> list[Tensor | None]:
+    """The filters as tensors [N] beside `like` [N, ...], checked."""
+    return [
+        None if value is None else per_row(name, value, like, dtype, accepted, is_valid)
+        for name, value, dtype, accepted, is_valid in (
+            ("top_k", top_k, torch.int64, "an int >= 1", lambda k: k >= 1),
+            ("top_p", top_p, torch.float64, "0 < top_p <= 1", lambda p: (p > 0) & (p <= 1)),
+            ("min_p", min_p, torch.float64, "0 <= min_p <= 1", lambda p: (p >= 0) & (p <= 1)),
+        )
+    ]
+
+
+def where_confident(how: Sampling, min_reference_prob: Any, log_prob_of: Any, *given: Any) -> Sampling:
+    """`how` with a threshold of 0 where `log_prob_of` the `given` finds the reference less likely than that."""
+    if min_reference_prob is None:
+        return how
+    least = per_row(
+        "min_reference_prob", min_reference_prob, given[0], torch.float64, "0 <= p <= 1", lambda p: (p >= 0) & (p <= 1)
+    )
+    log_prob = log_prob_of(*given, *how.mask)  # [N]
+    log_least = least.log().float()
+    rounding = 4 * torch.finfo(torch.float32).eps * (1 + log_least.abs())  # what is as likely as asked for is enough
+    return how._replace(threshold=how.threshold.masked_fill(~(log_prob >= log_least - rounding), 0))
+
+
+def check_vocabulary(vocab_size: int) -> None:
+    if vocab_size == 0:
+        raise ValueError("the vocabulary is empty (V = 0); pass logits or weight with V >= 1")
+
+
+def check_reference(reference: Tensor, status: Tensor | None, rows: int, device: torch.device) -> Tensor:
+    """`reference` as int64 [N], checked, and `status` with it."""
+    check_tensor("reference", reference, (rows,), INTEGERS, device)
+    if status is not None:
+        one_element = (1,) if isinstance(status, Tensor) and status.dim() else ()
+        check_tensor("status", status, one_element, (torch.int64,), device)
+    return reference.long()
+
+
+def report(invalid: Tensor, status: Tensor | None) -> None:
+    """Add the number of invalid rows to `status`."""
+    if status is not None:
+        if is_batchedtensor(invalid) and not is_batchedtensor(status):
+            raise ValueError(
+                "status is one tensor for all the calls that torch.func.vmap makes; give each its own, by a status "
+                "with the batch dimension and in_dims, or leave it out"
+            )
+        status.add_(invalid.sum())
+
+
+def mixed_like(reference: Tensor) -> Mixed:
+    """Tokens, is_self and invalid as tensors without values: what fake kernels give for a reference [N]."""
+    is_self, invalid = (torch.empty_like(reference, dtype=torch.bool) for _ in range(2))
+    return torch.empty_like(reference), is_self, invalid

@@ -193,10 +193,10 @@ class BSSTrainer(Trainer):
         """
         self_prob = self.args.self_prob_at(self.state.global_step, self.state.max_steps, self.schedule)
         rows = [rows_of(batch) for batch in batches]
-        unique = unique_rows([row for part in rows for row in part])
         if self_prob == 0.0:
             lengths = ([len(row.prompt), len(row.reference)] for part in rows for row in part)
             return ContextStats.untouched(*zip(*lengths, strict=True)), None
+        unique = unique_rows([row for part in rows for row in part])
         mixed = self.make_contexts(unique, self_prob)
         place = {row.sample_id: index for index, row in enumerate(unique)}
         for batch, part in zip(batches, rows, strict=True):

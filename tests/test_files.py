@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
-import subprocess
-import sys
+import time
 
 import pytest
+from helpers.processes import begun
 
 from selfgen.files import alone, write_whole
 from selfgen.provenance import differences
 from selfgen.stored_contexts import OfflineError
 
-HOLD = "import sys, pathlib, selfgen.files as f\nwith f.alone(pathlib.Path(sys.argv[1])): print(flush=True); input()"
+
+def hold(ready, path):
+    with alone(path):
+        ready.set()
+        time.sleep(120)
 
 
 @pytest.mark.parametrize("name", ["folder", "file"])
@@ -19,14 +23,13 @@ def test_another_process_keeps_out(tmp_path, name):
     """Until it dies, whatever it dies of."""
     (tmp_path / "folder").mkdir()
     path = tmp_path / name
-    other = subprocess.Popen([sys.executable, "-c", HOLD, path], stdin=subprocess.PIPE, stdout=subprocess.PIPE)
-    assert other.stdout.readline()
+    other = begun(hold, path)
     with pytest.raises(OfflineError, match=f"another process is writing {path}: wait"), alone(path, OfflineError):
         pass
     with pytest.raises(ValueError, match="another process"), alone(path):
         pass
     other.kill()
-    other.communicate()
+    other.join()
     with alone(path):
         pass
 

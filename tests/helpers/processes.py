@@ -77,6 +77,15 @@ def kill_command(arguments: list[str], when: Callable[[], bool]) -> None:
     assert process.exitcode == -signal.SIGKILL
 
 
+def begun(function: Callable, *arguments) -> multiprocessing.process.BaseProcess:
+    """The process of ``function(ready, ...)``, once it has set the event ``ready``."""
+    ready = _SERVED.Event()
+    process = _SERVED.Process(target=function, args=(ready, *arguments), daemon=True)
+    process.start()
+    assert ready.wait(120)
+    return process
+
+
 def _command(arguments: list[str], cache: str) -> None:
     from selfgen.cli import main
 

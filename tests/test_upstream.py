@@ -71,6 +71,7 @@ def forward_of_a_model(_) -> bool:
     )
 
 
+UNSEEN = "the kernels take every call for a traced one, and do not look at values (torch_internals.is_traced)"
 UPSTREAM = [
     # Passes over the ragged cache
     ("transformers:PreTrainedModel._supports_attention_backend", exists, "every model is refused by fixed_point"),
@@ -173,11 +174,13 @@ UPSTREAM = [
     ("torch.nn:Module.register_forward_pre_hook", mentions("self._forward_pre_hooks"), "graphs miss a new hook"),
     ("torch.nn:Module.register_forward_hook", mentions("self._forward_hooks"), "graphs miss a new hook"),
     # Kernels
-    ("torch._C._functorch:is_batchedtensor", exists, "ops under vmap are not refused or split"),
-    ("torch._C._functorch:is_functorch_wrapped_tensor", exists, "the checks of the ops run under transforms"),
-    ("torch._C:DispatchKey.Python", exists, "the checks of the ops run under tracing"),
-    ("torch._C:_dispatch_tls_is_dispatch_key_included", exists, "the checks of the ops run under tracing"),
-    ("torch._C:_len_torch_dispatch_stack", exists, "the checks of the ops run under tracing"),
+    ("torch._C:DispatchKey.PreDispatch", exists, UNSEEN),
+    ("torch._C:_dispatch_tls_is_dispatch_key_included", exists, UNSEEN),
+    ("torch._C:_len_torch_dispatch_stack", exists, UNSEEN),
+    ("torch._C._functorch:is_functorch_wrapped_tensor", exists, UNSEEN),
+    ("torch._C._functorch:is_batchedtensor", exists, "ops under vmap are refused in torch's words, not ours"),
+    ("torch.autograd.forward_ad:_current_level", exists, "asking each tensor for its tangent makes calls slower"),
+    ("torch:UntypedStorage._cdata", exists, "comparing the storages of tensors makes calls slower"),
     ("torch.distributed.tensor:DTensor.placements", exists, "sharded weights are not refused by name"),
     # Adapters
     ("peft:PeftModel.get_base_model", exists, "the model inside an adapter's is not found"),

@@ -16,7 +16,7 @@ STAMP  := $(VENV)/.installed
 GPU_BENCHMARKS := $(patsubst %,benchmarks/bench_%.py,contexts generation step memory head attention sampling)
 # Processes that tests are run in, of one thread each; 0 runs them in this one, with as many threads as it likes.
 WORKERS ?= 2
-PYTEST := $(BIN)/python -m pytest -n $(WORKERS) --dist loadgroup
+PYTEST := $(BIN)/python -m pytest -n $(WORKERS)
 # What is imported is compiled when it first is, and not all of torch beforehand.
 PIP    := $(BIN)/python -m pip install --quiet --disable-pip-version-check --no-compile --constraint constraints.txt
 

@@ -24,12 +24,20 @@ settings.register_profile("explore", max_examples=300, **_COMMON)
 settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "fixed"))
 
 
-@pytest.hookimpl(tryfirst=True)  # before pytest-xdist, which reads the groups
-def pytest_collection_modifyitems(items):
-    """What needs the real model is run by one worker: it is converted, and loaded, once."""
-    for item in items:
-        if "smollm2_folder" in item.fixturenames:
-            item.add_marker(pytest.mark.xdist_group("smollm2"))
+# What tests that share one of these in their names set up takes seconds: one worker does it, for all of them.
+TOGETHER = ("smollm2", "test_gpu_run.py", "test_cpu_levels.py", "test_triton_launch.py")
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_make_scheduler(config, log):
+    """Give a worker that is idle the next test, or the next that belong together."""
+    from xdist.scheduler import LoadScopeScheduling
+
+    class Scheduling(LoadScopeScheduling):
+        def _split_scope(self, nodeid):
+            return next((name for name in TOGETHER if name in nodeid), nodeid)
+
+    return Scheduling(config, log)
 
 
 def pytest_collection_finish():

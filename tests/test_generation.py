@@ -212,7 +212,7 @@ def test_corrections_answer_the_conversation(tokenizer):
     assert torch.equal(found.corrected[0], want)
 
 
-def test_the_cue_is_the_templates(smollm2_folder):
+def test_the_cue_is_that_of_smollm2s_template(smollm2_folder):
     """Prompt, answer and cue are the ids of the rendered conversation."""
     tokenizer = AutoTokenizer.from_pretrained(smollm2_folder)
     turns = [

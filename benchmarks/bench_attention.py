@@ -2,7 +2,7 @@
 
     make bench            (or: pytest benchmarks/bench_attention.py)
 
-SDPA's side is given its padded, transposed tensors and its mask for free; making them would be part of its cost in use.
+SDPA gets its padded, transposed tensors and its mask for free, although making them is part of its cost in use.
 """
 
 from __future__ import annotations

@@ -37,7 +37,7 @@ class Generation:
         return self.generator.contexts(prompts, references, 0.25, seed=0, sample_ids=sample_ids, method=method)
 
     def packed_sequential(self) -> MixedContext:
-        """The loop with the products of the fast path: what is left of the gain is the algorithm's."""
+        """The loop with the packed products of the fast path: what then is left of the gain is due to the algorithm."""
         with packed_linears(self.generator.model):
             return self("sequential")
 

@@ -2,8 +2,8 @@
 
     make bench            (or: pytest benchmarks/bench_generation.py)
 
-SmolLM2-135M-Instruct in fp32, GSM8K test prompts, greedy. 32 rows at a time; twice as many show what the places of
-ended rows are worth.
+SmolLM2-135M-Instruct in fp32, GSM8K test prompts, greedy. 32 rows at a time; with twice as many rows, it shows what
+reusing the places of ended rows gains.
 """
 
 from __future__ import annotations

@@ -3,8 +3,8 @@
     make bench            (or: pytest benchmarks/bench_head.py)
 
 On a CPU, SmolLM2-135M's head and hidden states at the answer tokens of GSM8K. On a GPU, random weights in the shape of
-Qwen3-8B's head, the one that FlashSampling (arXiv 2603.15854) was measured at; its Table 3 stands
-beside for comparison.
+Qwen3-8B's head, at which FlashSampling (arXiv 2603.15854) was measured; its Table 3 is
+shown for comparison.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Contexts of the same rows made by what else one could use, each alternating with ours in one run.
+"""Contexts of the same rows by other methods, each alternating with ours in one run.
 
     make bench            (or: pytest benchmarks/bench_methods.py)
 
@@ -27,7 +27,7 @@ SHORT_ROWS, SHORT_ANSWER = 2, 48  # full recompute is cubic in the length
 
 
 class Setting:
-    """The rows, ours, and the contexts of the sequential loop, which are made once a probability."""
+    """The rows, our generator, and the contexts of the sequential loop, which are made once per probability."""
 
     def __init__(self) -> None:
         self.model, tokenizer = load_smollm2()
@@ -122,7 +122,8 @@ def test_parallel_scheduled_sampling(setting, against, passes):
 def test_trl(setting, against, report, monkeypatch):
     """What ``GKDTrainer`` of TRL calls in each step at ``lmbda=1`` (arXiv 2306.13649): ``generate`` on the prompts.
 
-    Each row gets as many new tokens as the longest reference has, without an end before; p = 1 is the same of ours.
+    Each row gets as many new tokens as the longest reference has, and does not end before that; ours does the same at p
+    = 1.
     """
     if find_spec("trl") is None:
         report("left out: TRL is not installed (pip install '.[peers]')", [])

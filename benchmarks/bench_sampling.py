@@ -1,4 +1,4 @@
-"""Sampling from logits with a real model's spread: `sample_mix` against what else can be had, alternating in one run.
+"""Sampling from the logits of a real model: `sample_mix` compared with other samplers, alternating in one run.
 
     make bench            (or: pytest benchmarks/bench_sampling.py)
 
@@ -75,7 +75,7 @@ def two_level(logits: Tensor):
 
 
 def two_level_draw(logits: Tensor) -> Tensor:
-    """The same draw, but for its noise from torch's generator: what a compiler can fuse of it."""
+    """The same draw with noise from torch's generator: what a compiler can fuse of it."""
     z = pad(logits.float(), (0, -logits.shape[1] % GROUP_SIZE), value=-torch.inf).unflatten(1, (-1, GROUP_SIZE))
     group_score = z.logsumexp(2)  # [N, G]
     group = (group_score - torch.empty_like(group_score).exponential_().log()).argmax(1)  # [N]

@@ -44,7 +44,7 @@ def smollm2() -> tuple[ContextGenerator, PreTrainedTokenizerBase]:
 
 
 def ready(generator: ContextGenerator) -> ContextGenerator:
-    """Its budget is measured and its model probed, which happens once, before the clock starts."""
+    """A generator whose budget is measured and whose model is probed: both happen once, before the clock starts."""
     generator.contexts([[1, 2]], [[3, 4]], 1.0, seed=0, sample_ids=[0])
     return generator
 
@@ -56,9 +56,9 @@ def tokenized(data: Dataset) -> Rows:
 
 @cache
 def long_rows() -> Rows:
-    """Text of any length, problems and solutions one after the other, to be continued from a few tokens on.
+    """Text of any length: problems and solutions, one after the other; all but the first few tokens are the answer.
 
-    The prompts are short, as what is asked is what an answer's length costs.
+    The prompts are short, as this measures what the length of an answer costs.
     """
     texts = []
     for row in range(LENGTH_ROWS):
@@ -165,7 +165,7 @@ _by_length: dict[int, dict] = {}
 
 @pytest.mark.parametrize("length", LENGTHS)
 def test_answer_length(cost, training, length):
-    """The depth is the passes where each may compute all: the chain of corrections, not the tokens over the budget."""
+    """The depth is the number of passes when each may compute all tokens: the length of the chain of corrections."""
     generator, _ = smollm2()
     rows = long_rows().shortened(LENGTH_ROWS, length)
     everything = ContextGenerator(generator.model, token_budget=1_000_000, balance=125000)
@@ -177,7 +177,7 @@ def test_answer_length(cost, training, length):
 
 @pytest.fixture
 def growth() -> list[dict]:
-    """Of the depth and of the time a token, from the shortest answers on."""
+    """Growth of the depth and of the time per token, from the shortest answers on."""
     if _by_length.keys() != set(LENGTHS):
         pytest.skip("growth is told from every length, and -k left some out; run the sweep as a whole")
     shortest = _by_length[LENGTHS[0]]
@@ -250,7 +250,7 @@ def among_zeros(model: PreTrainedModel, shape: Shape) -> LlamaForCausalLM:
 
 
 def random_weights(shape: Shape) -> tuple[ContextGenerator, Rows]:
-    """A random-weight Llama and text of its own, at a temperature at which it agrees as SmolLM2 does with GSM8K."""
+    """A random-weight Llama and its own text, at a temperature at which it agrees as often as SmolLM2 with GSM8K."""
     model = shaped(smollm2()[0].model, shape)
     prompts = torch.randint(3, model.config.vocab_size, (SIZE_ROWS, SIZE_PROMPT)).tolist()
     ids, nothing = list(range(SIZE_ROWS)), [[0] * SIZE_ANSWER] * SIZE_ROWS

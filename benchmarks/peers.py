@@ -1,4 +1,4 @@
-"""What else makes mixed contexts: written for the comparison, with our noise, so that tokens can be compared.
+"""Other methods of making mixed contexts, written for the comparison, with our noise, so that tokens can be compared.
 
 The sequential loop over a KV cache is `selfgen`'s own (``method="sequential"``), TRL's generation is TRL's.
 """

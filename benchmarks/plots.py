@@ -1,4 +1,4 @@
-"""Figures of the benchmarks' JSON, one a question, as PNG files beside it.
+"""Plots of the benchmarks' JSON, one per question, as PNG files next to it.
 
 python -m benchmarks.plots outputs/bench.json
 """
@@ -73,7 +73,7 @@ def by_method(entries: list[Entry]) -> Figure:
 
 
 def by_sweep(entries: list[Entry], label: str) -> Figure:
-    """Milliseconds a context token of the contexts and of one teacher-forced forward; their ratio at the points."""
+    """Milliseconds per context token of the contexts and of one teacher-forced forward; their ratio at the points."""
     figure, axes = plt.subplots(figsize=(6, 4), layout="constrained")
     values = [entry["value"] for entry in entries]
     numbers = all(isinstance(value, int | float) for value in values)

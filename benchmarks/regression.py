@@ -1,4 +1,4 @@
-"""Did ours get slower against the peers? Compares ratios, which a busy or faster machine moves less than seconds.
+"""Did ours get slower compared with the peers? This compares ratios, which depend on the machine less than seconds do.
 
     python -m benchmarks.regression outputs/bench.json [--update]
 
@@ -34,7 +34,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("results", type=Path, help="what pytest --benchmark-json wrote")
     parser.add_argument("--baseline", type=Path, default=BASELINE)
     parser.add_argument("--tolerance", type=float, default=TOLERANCE)
-    parser.add_argument("--update", action="store_true", help="write the measured ratios into the baseline")
+    parser.add_argument("--update", action="store_true", help="replace the baseline by the measured ratios")
     options = parser.parse_args(arguments)
 
     results = json.loads(options.results.read_text())
@@ -54,7 +54,9 @@ def main(arguments: list[str] | None = None) -> int:
     print(f"{found.compared} ratios compared, {len(found.worse)} worse by more than {options.tolerance:.0%}")
     print(*(f"  {line}" for line in found.worse), sep="\n")
     if machine != baseline["machine"]:
-        print(f"the baseline is of another machine ({baseline['machine']}; this is {machine}), so nothing fails here")
+        print(
+            f"the baseline comes from another machine ({baseline['machine']}; this is {machine}), so nothing fails here"
+        )
         return 0
     return 1 if found.worse else 0
 

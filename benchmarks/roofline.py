@@ -10,10 +10,10 @@ The formula is the docstring of ``costs.py``. What goes into it:
   the model agrees with the reference, not on the device. A model of 70B is assumed to agree as often as SmolLM2 does.
 - The token budget is what ``measure_budget`` finds if a forward takes what the formula says, and the passes
   are those of the nearest budget measured.
-- `--achievable` of the data sheet's FLOP rate and of its bandwidth; it cancels out where the host's time is 0.
-- `--layer-host-us` of host time a layer and forward: about 40 launches of 10 microseconds each through Python and eager
+- `--achievable` of the data sheet's FLOP rate and of its bandwidth; it cancels out where the host's time is 0. -
+`--layer-host-us` of host time per layer and forward: about 40 launches of 10 microseconds each through Python and eager
   torch, an assumption. Passes captured in a CUDA graph would have next to none: the table is printed with 0, too.
-- Weights, gradients and AdamW's state (16 bytes a parameter) lie on the fewest GPUs that hold them, in perfect tensor
+- Weights, gradients and AdamW's state (16 bytes per parameter) lie on the fewest GPUs that hold them, in perfect tensor
   parallelism: each has its share of all FLOPs and bytes. Communication costs nothing, activations take no memory.
 - Rows of a step are trained on in micro-batches of 8 without padding. It would add to all but the passes.
 """
@@ -101,14 +101,14 @@ def recorded(model: nn.Module) -> Iterator[list[Pass]]:
 
 
 def load_rows(rows: int) -> tuple[nn.Module, list[list]]:
-    """SmolLM2 and the columns that ``generate`` takes."""
+    """SmolLM2 and the columns that ``ContextGenerator.contexts`` takes."""
     model, tokenizer = load_smollm2()
     tokenized, _ = tokenize_rows(gsm8k("train", 1000, 1000 + rows), tokenizer, max_length=1024)
     return model, [list(tokenized[name]) for name in ("prompt_ids", "answer_ids", "sample_id")]
 
 
 def measure() -> str:
-    """Run the engine at each probability and budget and count what its passes carry: JSON, a run a line."""
+    """Run the engine at each probability and budget and count what its passes carry: JSON, one run per line."""
     model, (prompts, references, ids) = load_rows(ROWS)
     runs = []
     for p, budget in itertools.product(SELF_PROBS, BUDGETS):
@@ -205,10 +205,15 @@ def table(rows: list[dict[str, Any]]) -> str:
 
 def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.roofline", description=(__doc__ or "").split("\n\n")[0])
-    parser.add_argument("--achievable", type=float, default=0.6, help="of data sheets' rates and bandwidths")
-    parser.add_argument("--layer-host-us", type=float, default=400.0, help="host time a layer and pass, microseconds")
+    parser.add_argument(
+        "--achievable",
+        type=float,
+        default=0.6,
+        help="share of data sheets' rates and bandwidths that is reached, 0 to 1",
+    )
+    parser.add_argument("--layer-host-us", type=float, default=400.0, help="host time per layer and pass, microseconds")
     parser.add_argument("--measure", action="store_true", help=f"count the passes anew and write {PASSES.name}")
-    parser.add_argument("--check", action="store_true", help="hold the formula against this CPU")
+    parser.add_argument("--check", action="store_true", help="compare the formula with this CPU")
     parser.add_argument("--bench", type=Path, help="with --check: pytest-benchmark's JSON of bench_step")
     parser.add_argument("--json", type=Path, help="also write the tables to this file")
     args = parser.parse_args(argv)

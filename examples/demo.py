@@ -1,10 +1,10 @@
-"""The demo: train SmolLM2-135M-Instruct online on its own tokens, against plain fine-tuning, on a laptop.
+"""The demo: train SmolLM2-135M-Instruct online on its own tokens, and compare with plain fine-tuning, on a laptop.
 
     python -m examples.demo            (or: make demo)
 
-Two runs with the same data, order, seed and steps: SFT (every context token is the reference's) and online
-batch-scheduled sampling. Held-out problems are scored before, while and after, under reference contexts and under the
-model's own mixed contexts. Everything printed is measured in this run.
+Two runs have the same data, order, seed and steps: SFT (every context token is a reference token) and online
+batch-scheduled sampling (BSS). Held-out problems are scored before, during and after training, under reference contexts
+and under mixed contexts of the model. Everything printed is measured in this run.
 """
 
 from __future__ import annotations
@@ -53,12 +53,14 @@ def main(argv: list[str] | None = None) -> None:
 def parse(argv: list[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--steps", type=int, default=14, help="optimizer steps of each run")
-    parser.add_argument("--batch", type=int, default=4, help="rows a step")
+    parser.add_argument("--batch", type=int, default=4, help="rows per step")
     parser.add_argument("--held-out", type=int, default=8, help="held-out problems")
-    parser.add_argument("--self-prob", type=float, default=0.5, help="share of self tokens in the mixed contexts")
-    parser.add_argument("--learning-rate", type=float, default=5e-5)
-    parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--output-dir", default="outputs/demo")
+    parser.add_argument(
+        "--self-prob", type=float, default=0.5, help="probability of a self token in mixed contexts: 0 to 1"
+    )
+    parser.add_argument("--learning-rate", type=float, default=5e-5, help="learning rate of both runs")
+    parser.add_argument("--seed", type=int, default=0, help="seed of data, order and contexts")
+    parser.add_argument("--output-dir", default="outputs/demo", help="folder for checkpoints, plot and figures")
     return parser.parse_args(argv)
 
 
@@ -77,7 +79,7 @@ def data(tokenizer: PreTrainedTokenizerBase, arguments: argparse.Namespace) -> t
 
 
 class HeldOutLoss(TrainerCallback):
-    """Scores the held-out rows before the first step, half way and at the end."""
+    """Scores the held-out rows before the first step, halfway and at the end."""
 
     def __init__(self, generator: ContextGenerator, rows: Dataset, arguments: argparse.Namespace):
         self.generator, self.rows, self.arguments = generator, rows, arguments
@@ -102,7 +104,7 @@ def train_run(
     """Train from the same start; returns the figures of the run."""
     set_seed(arguments.seed)
     self_prob = arguments.self_prob if name == "BSS" else 0.0
-    print(f"\n{name}: self-probability {self_prob}, {arguments.steps} steps of {arguments.batch} rows", flush=True)
+    print(f"\n{name}: self_prob {self_prob}, {arguments.steps} steps of {arguments.batch} rows", flush=True)
     folder = Path(arguments.output_dir) / name
     config = BSSConfig(
         str(folder),
@@ -132,9 +134,9 @@ def mean(log: list[dict], key: str) -> float:
 
 
 def table(results: dict[str, dict], arguments: argparse.Namespace) -> str:
-    """SFT against BSS after the same steps, and where both began."""
+    """SFT and BSS after the same steps, and where both began."""
     before = results["SFT"]["held_out"][0]
-    own = f"own (p={arguments.self_prob})"
+    own = f"mixed (p={arguments.self_prob})"
     lines = [
         f"{'':8}{'held-out loss under':^30}  {'wall time of a step':^36}",
         f"{'':8}{'reference':>14}{own:>16}  {'total':>12}{'contexts':>12}{'training':>12}",
@@ -148,8 +150,8 @@ def table(results: dict[str, dict], arguments: argparse.Namespace) -> str:
     log = results["BSS"]["log"]
     lines.append(
         f"\nBSS contexts: {mean(log, 'self_share'):.0%} self tokens, {mean(log, 'agreement'):.0%} of them equal to the "
-        f"reference, {mean(log, 'passes'):.1f} passes a step, {mean(log, 'computed_per_token'):.2f} tokens computed a "
-        "context token"
+        f"reference, {mean(log, 'passes'):.1f} passes a step, {mean(log, 'computed_per_token'):.2f} tokens computed "
+        "per context token"
     )
     return "\n" + "\n".join(lines)
 
@@ -216,8 +218,8 @@ def plot(results: dict[str, dict], arguments: argparse.Namespace, file: Path) ->
     axes[2].bar(list(results), training, label="training", color="tab:gray")
     axes[2].bar(list(results), context, bottom=training, label="contexts", color="tab:green")
     titles = (
-        ("training loss (on each run's own contexts)", "step", "nats a token"),
-        (f"held-out loss, {arguments.held_out} problems", "step", "nats a token"),
+        ("training loss (on each run's own contexts)", "step", "nats per token"),
+        (f"held-out loss, {arguments.held_out} problems", "step", "nats per token"),
         ("wall time of a step", "", "seconds"),
     )
     for axis, (title, x, y) in zip(axes, titles, strict=True):

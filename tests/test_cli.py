@@ -213,7 +213,7 @@ def test_errors_are_one_line_and_exit_code_2(arguments, changes, words, tmp_path
         ("- a\n", "must map options to values"),
         ("a: [\n", "is not valid YAML"),
         ("max_steps: 1.5\n", "--max_steps"),
-        ("max_length: null\n", "max_length has no value; remove the line for its default, 1024"),
+        ("max_length: null\n", "max_length has no value; give one, or remove the line: default 1024"),
         ("context_method: magic\n", "magic"),
         (None, "there is no configuration file"),
     ],
@@ -233,7 +233,8 @@ def test_missing_arguments_and_commands(capsys):
     assert "--model" in err
     code, _, err = run(["brew"], capsys)
     assert code == 2
-    assert err == f"selfgen: error: unknown command 'brew'; there is: {', '.join(COMMANDS)}\n"
+    accepted = f"accepted: {', '.join(COMMANDS)} (selfgen --help tells what they do)"
+    assert err == f"selfgen: error: unknown command 'brew'; {accepted}\n"
 
 
 def test_tokenizer_without_eos_and_pad(arguments, model_dir, tmp_path, capsys):

@@ -106,7 +106,7 @@ def test_a_mask_does_not_depend_on_what_follows():
         ({"span_length": 0.5}, ">= 1"),
         ({"span_length": math.nan}, ">= 1"),
         ({"curve": "falling"}, "accepted: flat, rising"),
-        ({"granularity": "sequence", "curve": "rising"}, "one coin"),
+        ({"granularity": "sequence", "curve": "rising"}, "draws once"),
         ({"min_reference_prob": 1.5}, r"in \[0, 1\]"),
     ],
 )

@@ -182,7 +182,7 @@ def router_logits(tmp_path):
 )
 def test_refused_with_a_reason_in_the_log(tmp_path, caplog, make, reason):
     trainer = make(tmp_path)
-    assert "no reuse of passes, the training pass computes its own forward: " in caplog.text
+    assert "passes are not reused, and the training step computes its own forward: " in caplog.text
     assert reason in caplog.text
     assert not trainer._reuses
     trainer.train()

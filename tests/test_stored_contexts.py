@@ -344,7 +344,7 @@ def test_contexts_then_training(arguments, writing, caplog, capsys):
     idle = {"span_length": 3.0, "sampling_temperature": 0.5, "context_method": "sequential"}
     caplog.clear()
     assert run(["train", *flags({**options, "max_steps": 1, **idle})], capsys)[0] == 0
-    assert f"trained on as they are: {', '.join([*idle, 'token_budget', 'balance'])} would make contexts" in caplog.text
+    assert f"have no effect: {', '.join([*idle, 'token_budget', 'balance'])}\n" in caplog.text
     (log,) = history(arguments["output_dir"])
     assert log["self_share"] == pytest.approx(record["statistics"]["self_share"])
     assert AutoModelForCausalLM.from_pretrained(arguments["output_dir"])
@@ -373,14 +373,14 @@ def test_killed_contexts_go_on(writing, tmp_path, capsys):
         ("contexts", {"dataset": "nowhere.jsonl"}, "nowhere.jsonl"),
         ("contexts", {"max_length": "2"}, "no row is left"),
         ("train", {"method": "cash"}, "'cash'"),
-        ("train", {"rounds": "2"}, "contexts and rounds go with --method bash, but method is 'bss'"),
-        ("train", {"contexts": "DIR"}, "contexts and rounds go with --method bash, but method is 'bss'"),
-        ("train", {"method": "bash", "contexts": "DIR"}, "give no dataset and no rounds with them"),
+        ("train", {"rounds": "2"}, "contexts and rounds need --method bash, but method is 'bss'"),
+        ("train", {"contexts": "DIR"}, "contexts and rounds need --method bash, but method is 'bss'"),
+        ("train", {"method": "bash", "contexts": "DIR"}, "give no --dataset and no --rounds"),
         ("train", {"method": "bash", "rounds": "17"}, "16 rows can be split for 1 to 16 rounds"),
         ("train", {"method": "bash", "model": "nowhere/model"}, "nowhere/model"),
         ("train", {"method": "bash", "dataset": None}, "there is no data: give --dataset"),
         ("train", {"method": "bash", "dataset": None, "contexts": "nowhere"}, "nowhere holds no contexts"),
-        ("train", {"method": "bash", "dataset": None, "contexts": "x", "eval_split": "test"}, "give eval_dataset"),
+        ("train", {"method": "bash", "dataset": None, "contexts": "x", "eval_split": "test"}, "give --eval-dataset"),
     ],
 )
 def test_errors_are_one_line_and_exit_code_2(arguments, writing, command, changes, words, capsys):

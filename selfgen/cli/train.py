@@ -68,14 +68,27 @@ class TrainingData:
     _argument_group_name = "data"
 
     dataset: str | None = field(
-        default=None, metadata={"help": "Training data: a .jsonl/.json/.parquet/.arrow file, a folder, or the hub."}
+        default=None,
+        metadata={
+            "help": "Training data: a .jsonl, .json, .parquet or .arrow file, a folder of such files, or a name on the "
+            "hub. Required, except with --contexts."
+        },
     )
-    dataset_config: str | None = field(default=None, metadata={"help": "Configuration of a data set on the hub."})
-    dataset_split: str = field(default="train", metadata={"help": "Split to train on, for example train[:1000]."})
-    eval_dataset: str | None = field(default=None, metadata={"help": "Evaluation data; by default dataset's."})
+    dataset_config: str | None = field(
+        default=None, metadata={"help": "Configuration of a data set on the hub, for example main for openai/gsm8k."}
+    )
+    dataset_split: str = field(
+        default="train", metadata={"help": "Split to train on, or a slice of one, for example train[:1000]."}
+    )
+    eval_dataset: str | None = field(
+        default=None, metadata={"help": "Evaluation data, given as --dataset is; by default the same data set."}
+    )
     eval_split: str | None = field(
         default=None,
-        metadata={"help": "Split to evaluate on, at the end or as eval_strategy says; none by default."},
+        metadata={
+            "help": "Split to evaluate on, at the end of training or as --eval-strategy says. By default there is no "
+            "evaluation, but with --eval-dataset the split is train."
+        },
     )
 
     def load(self) -> tuple[Dataset | None, Dataset | None]:
@@ -87,7 +100,9 @@ class TrainingData:
             return train_rows, None
         name = self.eval_dataset or self.dataset
         if not name:
-            raise ValueError(f"eval_split is {self.eval_split!r}, but there is no data set: give eval_dataset")
+            raise ValueError(
+                f"eval_split is {self.eval_split!r}, but there is no data set to take it from: give --eval-dataset"
+            )
         config = self.dataset_config if name == self.dataset else None
         return train_rows, load_rows(name, split=self.eval_split or "train", config_name=config)
 
@@ -101,34 +116,49 @@ class MethodArguments:
     method: Literal["bss", "bash", "rac"] = field(
         default="bss",
         metadata={
-            "help": "bss makes contexts in the training step. bash trains on contexts that were written before: in "
-            "rounds over parts of the data set, or by selfgen contexts. rac trains on corrections of own answers "
-            "(selfgen train --method rac --help has its options)."
+            "help": "bss makes contexts in the training step. bash trains on contexts that were written beforehand: by "
+            "selfgen contexts, or in rounds over parts of the data set. rac trains on corrections of the model's own "
+            "answers (its options: selfgen train --method rac --help)."
         },
     )
     contexts: str | None = field(
         default=None,
-        metadata={"help": "For --method bash: a folder that selfgen contexts wrote, in place of a data set."},
+        metadata={"help": "For --method bash: a folder that selfgen contexts wrote; it takes the place of --dataset."},
     )
     rounds: int = field(
         default=1,
         metadata={
-            "help": "For --method bash: number of parts of the data set. The contexts of each are written with the "
-            "model that was trained on the parts before. Epochs, steps and learning rate are those of a round."
+            "help": "For --method bash without --contexts: number of parts that the data set is cut into, one per "
+            "round. Each round writes the contexts of its part with the model of the round before, and trains on "
+            "them. Epochs, steps and the learning-rate schedule count for one round. With 1, all contexts are those "
+            "of --model."
         },
     )
-    shard_rows: int = field(default=512, metadata={"help": "For --method bash: rows per file of contexts."})
+    shard_rows: int = field(
+        default=512,
+        metadata={
+            "help": "For --method bash without --contexts: rows per file of contexts, at least 1. A kill loses at "
+            "most the work on one file."
+        },
+    )
     context_batch_size: int = field(
-        default=32, metadata={"help": "For --method bash: rows whose contexts are made at once."}
+        default=32,
+        metadata={
+            "help": "For --method bash without --contexts: rows whose contexts are made at once, at least 1. Fewer "
+            "take less memory and more passes."
+        },
     )
 
     def check(self, data: TrainingData) -> None:
         if self.method != "bash" and (self.contexts or self.rounds != 1):
-            raise ValueError(f"contexts and rounds go with --method bash, but method is {self.method!r}")
+            raise ValueError(f"contexts and rounds need --method bash, but method is {self.method!r}")
         if self.method != "bash" and (self.shard_rows, self.context_batch_size) != (512, 32):
-            raise ValueError(f"shard_rows and context_batch_size go with --method bash, but method is {self.method!r}")
+            raise ValueError(f"shard_rows and context_batch_size need --method bash, but method is {self.method!r}")
         if self.contexts and (data.dataset or self.rounds != 1):
-            raise ValueError("contexts are data to train on in one round: give no dataset and no rounds with them")
+            raise ValueError(
+                "--contexts takes the place of --dataset, and is trained on in one round: give no --dataset and no "
+                "--rounds"
+            )
         if not self.contexts and not data.dataset:
             raise ValueError("there is no data: give --dataset (or --method bash and --contexts)")
 
@@ -155,7 +185,7 @@ def run(arguments: list[str]) -> int:
 def _prepare(
     model_arguments: TrainedModelArguments, data: TrainingData, method: MethodArguments, config: BSSConfig
 ) -> Callable[[], None]:
-    """Everything that can be wrong before the first step; returns the training."""
+    """Do all that can fail before the first step; returns a function that trains."""
     if method.contexts:
         _warn_of_what_has_no_effect(config, method.contexts)
     train_rows, eval_rows = data.load()
@@ -179,11 +209,11 @@ def _prepare(
 
 
 def _warn_of_what_has_no_effect(config: BSSConfig, contexts: str) -> None:
-    """Options that make contexts, where these have been made."""
+    """Name the options for making contexts that were given with contexts that are made already."""
     idle = [f.name for f in fields(config) if f.name in MAKE_CONTEXTS and getattr(config, f.name) != f.default]
     if idle:
         logger.warning(
-            "The contexts in %s are trained on as they are: %s would make contexts, and have no effect here",
+            "the contexts in %s are trained on as they are, so these options for making contexts have no effect: %s",
             contexts,
             ", ".join(idle),
         )
@@ -221,7 +251,7 @@ def _prepare_rounds(
 
 
 def _checkpoint(config: BSSConfig) -> str | None:
-    """Where to continue from. "last" is the newest checkpoint that was written to its end, or the start."""
+    """The checkpoint to continue from, or None. "last" is the newest one that is complete, or None if there is none."""
     asked, last = config.resume_from_checkpoint, last_checkpoint(config.output_dir)
     if asked is None and last:
         raise ValueError(
@@ -229,7 +259,9 @@ def _checkpoint(config: BSSConfig) -> str | None:
             "give another output_dir"
         )
     if asked and asked != "last" and not (Path(asked) / "trainer_state.json").is_file():
-        raise FileNotFoundError(f"resume_from_checkpoint is {asked!r}: no checkpoint there (last finds the newest)")
+        raise FileNotFoundError(
+            f"resume_from_checkpoint is {asked!r}: no checkpoint there; give the folder of one, or last for the newest"
+        )
     found = last if asked == "last" else asked
     if found:
         check_resumed(found, config)
@@ -237,7 +269,7 @@ def _checkpoint(config: BSSConfig) -> str | None:
 
 
 def method_of(arguments: list[str]) -> str | None:
-    """The method that is asked for, by a flag or in the file; which options there are depends on it."""
+    """The method that a flag or the file asks for; it decides which options there are."""
     for place in range(len(arguments) - 1, -1, -1):
         flag, _, value = arguments[place].partition("=")
         if flag == "--method":

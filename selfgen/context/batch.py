@@ -1,4 +1,4 @@
-"""What goes into a context generation and what comes out of it: checked inputs, results, statistics."""
+"""The checked inputs of a context generation, its results, and their statistics."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ class ContextStats:
 
     @classmethod
     def untouched(cls, prompt_lengths: Sequence[int], answer_lengths: Sequence[int]) -> ContextStats:
-        """Of contexts that are the reference: nothing was computed."""
+        """The statistics of contexts that are the reference: nothing was computed."""
         return cls(
             rows=len(answer_lengths),
             passes=0,
@@ -62,8 +62,8 @@ class MixedContext:
     """Mixed contexts of a batch (arXiv 2410.14655, batch-scheduled sampling).
 
     ``tokens[i]`` int64 [T_i] holds the context of row i's answer: the reference token where ``is_self[i]`` (bool [T_i])
-    is false, a self token where it is true. Both lie on the model's device. ``hidden_states``, where they were to be
-    kept, are those of a forward over the contexts; their slots are the rows' tokens, prompts first, one after another.
+    is false, a self token where it is true. Both lie on the model's device. ``hidden_states``, if they were asked for,
+    are those of a forward over the contexts; their slots are the tokens of one row after another, prompts first.
     """
 
     tokens: list[Tensor]
@@ -220,7 +220,8 @@ def _check_vocabulary(name: str, rows: list[Tensor], vocab_size: int) -> None:
         wrong = row[(row < 0) | (row >= vocab_size)]
         if len(wrong):
             raise ValueError(
-                f"{name}[{index}] holds token id {int(wrong[0])}; the model's vocabulary has ids 0 to {vocab_size - 1}"
+                f"{name}[{index}] holds token id {int(wrong[0])}; the model's vocabulary has ids 0 to "
+                f"{vocab_size - 1}: use the tokenizer of the model"
             )
 
 

@@ -34,7 +34,7 @@ def measure_budget(model: PreTrainedModel, *, forward: Forward | None = None, re
     """Measure the model's cost curve; the cap is 8 times its balance point.
 
     A forward over n tokens costs about ``fixed + n * per_token`` seconds: the weights are streamed once, whatever n is.
-    The balance point is the n at which both parts are equal; beyond a few times of it a larger pass gains no more. n is
+    The balance point is the n at which both parts are equal; above a few times that, a larger pass gains no more. n is
     doubled until the forward takes four times as long as that of a single token, and the last doubling shows what a
     token costs. ``forward``, if given, is what runs the passes; otherwise the model does, with an attention of its own.
     """

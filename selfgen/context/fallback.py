@@ -1,8 +1,8 @@
 """Free-running answers of models that the ragged path refuses, by transformers' ``generate``.
 
-Tokens are drawn from the same noise, inside ``generate``. What such a model makes of padding, of other rows and of its
-cache is not known beforehand, so the first batches are compared with its own forward over each row alone, and where
-they differ a slower strategy is taken.
+Tokens are drawn from the same noise, inside ``generate``. It is not known beforehand how such a model treats padding,
+other rows and its cache. So the first batches are compared with its own forward over each row alone, and where they
+differ a slower strategy is taken.
 """
 
 from __future__ import annotations
@@ -43,16 +43,16 @@ _STRATEGIES = (
 )
 _RECOMPUTE = _Strategy(False, True, False)  # right where only the length of a row counts
 _FAULTS = (AttributeError, IndexError, KeyError, RuntimeError, TypeError, ValueError)
-_ENOUGH = 64  # tokens after the first of their answers, which show how a model takes a strategy
+_ENOUGH = 64  # tokens, those that begin answers aside, which show whether a strategy suits a model
 
 
 class Fallback:
-    """Runs of one model, which remember the strategy that suits it."""
+    """Answers of one model by ``generate``, with the strategy that was found to suit it."""
 
     def __init__(self, model: PreTrainedModel):
         self.model = model
         self._strategies = list(_STRATEGIES)
-        self._shown = 0  # tokens that the first of these ways has computed rightly
+        self._shown = 0  # tokens that the first of these strategies has computed rightly
 
     def __call__(
         self,
@@ -63,7 +63,7 @@ class Fallback:
         *,
         recompute: bool = False,
     ) -> Work:
-        """As ``free_running``; ``recompute`` is for models whose cache depends on how long a row gets."""
+        """As ``free_running``; ``recompute`` is for models whose cache depends on the final length of a row."""
         waiting = dict.fromkeys(range(len(prompts.tokens)))
         passes = tokens_computed = 0
         own, self.model.generation_config = self.model.generation_config, GenerationConfig()  # without its filters
@@ -81,7 +81,7 @@ class Fallback:
                     continue
                 passes, tokens_computed = passes + sampler.passes, tokens_computed + sampler.tokens_computed
                 if not recompute and not self._suits(rows, prompts, answers, sampler.logits):
-                    self._next_strategy("logits differ from those of each row's own forward")
+                    self._next_strategy("logits differ from those of a forward over each row alone")
                     continue
                 for row, answer in zip(rows, answers, strict=True):
                     finish(row, answer)
@@ -111,7 +111,7 @@ class Fallback:
     def _next_strategy(self, reason: object) -> None:
         del self._strategies[0]
         logger.warning(
-            "%s: answers are computed %s from now on, which is slower: %s",
+            "%s: answers are computed %s from now on, which is slower, because of this: %s",
             type(self.model).__name__,
             self._strategies[0],
             reason,

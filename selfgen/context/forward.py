@@ -31,7 +31,9 @@ class Forward:
             RuntimeError: passes of another generation are being run.
         """
         if self._busy:
-            raise RuntimeError("the generator is at work already, in another thread or inside a pass: use a second one")
+            raise RuntimeError(
+                "this ContextGenerator is at work already, in another thread or inside a pass: use a second one"
+            )
         self._busy, self.hidden_states = True, hidden_states
         kept = nullcontext() if hidden_states is None else captured(hidden_states.layers, self._target)
         try:

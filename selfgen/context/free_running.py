@@ -42,7 +42,7 @@ class Work(NamedTuple):
 
 @dataclass
 class FreeRun:
-    """The state of one generation, on the model's device; only which row is where is known to the host.
+    """The state of one generation, on the model's device; the host knows only which row has which place.
 
     A place holds ``computed`` tokens in the cache and ``new`` ones after them that the next pass computes: a prompt,
     then one token per pass, and none where no row is.
@@ -164,7 +164,7 @@ def free_running(
     batch_size: int,
     finish: Callable[[int, Tensor], None],
 ) -> Work:
-    """Run every row to its end, and hand its number and its answer, int64 [T], to ``finish`` when it is there.
+    """Run every row to its end, and pass its number and its answer, int64 [T], to ``finish`` when it has ended.
 
     ``sampling`` is what ``sample_mix`` takes beside rows and positions: seed, temperature, filters, status.
     """

@@ -51,12 +51,12 @@ class ContextGenerator:
             contexts are made it is in eval mode (no dropout) and without gradients.
         temperature: of self tokens; 0 is greedy. At least 0.
         token_budget: most tokens computed in one pass of ``method="fixed_point"``, at least 1: a cap on memory.
-        balance: how many tokens cost as much as a pass by itself, above 0; speculation is weighed by it. What is not
-            given of these two is measured on the model's device, once. They change the cost; the tokens only where
-            rounding turns a near tie, which takes a low precision (docs/exactness.md).
+        balance: how many tokens cost as much as a pass by itself, above 0; it decides how many guesses are computed
+            ahead. If one of these two is not given, it is measured on the model's device, once. They change the cost,
+            and the tokens only where rounding in a low precision turns a near tie (docs/exactness.md).
         masks: how the positions of self tokens are drawn; single tokens by default.
-        cuda_graphs: on an NVIDIA GPU, replay passes as CUDA graphs. Between generations they keep the K/V of one, and
-            the hidden states and logits of a pass (up to 2 GiB together), until `release`. Python code in the model,
+        cuda_graphs: on an NVIDIA GPU, replay passes as CUDA graphs. Until `release` they keep the K/V of a generation,
+            and the hidden states and logits of a pass (up to 2 GiB together). Python code in the model,
             such as a hook that counts, does not run in a replay.
 
     Raises:
@@ -105,12 +105,12 @@ class ContextGenerator:
 
     @property
     def budget(self) -> PassBudget:
-        """How large passes may be; what was not given is measured at the first use."""
+        """How large passes may be, and the balance; what was not given is measured at the first use."""
         if self._budget is None:
             tokens, balance = self._token_budget, self._balance
             if tokens is None or balance is None:
                 measured = self._measured()
-                logger.info("measured: up to %d tokens per pass, balance %.1f", measured.tokens, measured.balance)
+                logger.info("measured on the device: token budget %d, balance %.1f", measured.tokens, measured.balance)
                 tokens, balance = tokens or measured.tokens, balance or measured.balance
             self._budget = PassBudget(tokens, balance)
         return self._budget
@@ -130,8 +130,8 @@ class ContextGenerator:
     def computing(self) -> Iterator[None]:
         """Eval mode, no gradients, and the precision of the model's own forward.
 
-        Accelerate leaves autocast inside the forward of a model that it prepared for mixed precision; of an adapter's
-        model that is the outer one, which generation passes by.
+        Accelerate puts autocast inside the forward of a model that it prepares for mixed precision. Of a PEFT model
+        that is the outer forward, which generation does not call.
         """
         device = self.model.device.type
         with inference(self.model):
@@ -145,7 +145,7 @@ class ContextGenerator:
 
     @property
     def precision(self) -> torch.dtype:
-        """What products are computed in."""
+        """The dtype that matrix products are computed in."""
         device = self.model.device.type
         with self.computing():
             return torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else self.model.dtype
@@ -169,11 +169,11 @@ class ContextGenerator:
             prompts: R rows of token ids, [P_i] int64/int32 tensors or lists, each at least one token.
             references: R rows of reference answers, [T_i], likewise.
             self_prob: probability of a self token, in [0, 1]; one number, or one per row. What it is a
-                probability of, tokens, spans or answers, is up to ``masks``.
+                probability of (tokens, spans or answers) is set by ``masks``.
             seed: any 64-bit integer. With the sample id and the position it fixes all randomness.
             sample_ids: [R] int64/int32, unique: the identity of each row.
             method: "fixed_point" (few parallel passes) or "sequential" (token by token, works with every model).
-            keep_hidden_states: of "fixed_point", keep what the passes computed for `MixedContext.hidden_states`, so
+            keep_hidden_states: with "fixed_point", keep what the passes computed as `MixedContext.hidden_states`, so
                 that a training step can reuse it.
 
         Returns:
@@ -182,13 +182,14 @@ class ContextGenerator:
         Raises:
             ValueError: values out of range, empty rows, lengths that don't match or exceed the model's positions.
             TypeError: wrong types or dtypes.
-            UnsupportedModelError: (a ValueError) the model has a feature that "fixed_point" can't honour; it is named.
-            ReuseError: (a ValueError) hidden states are to be kept, and its passes can't be reused.
+            UnsupportedModelError: (a ValueError) the model has a feature, which is named, that "fixed_point" does not
+                support.
+            ReuseError: (a ValueError) ``keep_hidden_states`` is given, but the model's passes can't be reused.
         """
         if method not in METHODS:
             raise ValueError(f'method is {method!r}; it must be "fixed_point" or "sequential"')
         if keep_hidden_states and method != "fixed_point":
-            raise ReuseError(f'keep_hidden_states goes with method="fixed_point", not {method!r}')
+            raise ReuseError(f'keep_hidden_states goes with method="fixed_point", but method is {method!r}')
         started = time.perf_counter()
         batch = Batch.of(
             prompts,
@@ -207,8 +208,8 @@ class ContextGenerator:
         if method == "fixed_point":
             if support.missing:
                 raise UnsupportedModelError(
-                    f"{type(self.model).__name__} uses {'; '.join(support.missing)}: the ragged path can't honour it. "
-                    'Use method="sequential" (--context-method sequential).'
+                    f"{type(self.model).__name__} uses {'; '.join(support.missing)}: the ragged path of "
+                    'method="fixed_point" does not support it. Use method="sequential" (--context-method sequential).'
                 )
             budget = self.budget
             with self.computing():
@@ -224,7 +225,7 @@ class ContextGenerator:
             passes, tokens_computed, hidden_states = result.passes, result.tokens_computed, None
 
         if invalid:
-            logger.warning("%d self tokens kept the reference: their logits were not finite", invalid)
+            logger.warning("%d self tokens kept the reference, as their logits were not finite (NaN or inf)", invalid)
         mask, context, reference = torch.cat(is_self), torch.cat(tokens), torch.cat(batch.references)
         self_tokens = int(mask.sum())
         agreeing = int((mask & (context == reference)).sum())
@@ -257,13 +258,13 @@ class ContextGenerator:
     ) -> Answers:
         """Let the model answer by itself: a context with p = 1 that ends where the model ends it.
 
-        Rows are decoded together; when one has ended, the next prompt takes its place (models that the ragged path
-        refuses run by transformers' ``generate``). A row's answer depends on its prompt, its sample id and the seed
-        alone.
+        Rows are decoded together; when one has ended, the next prompt takes its place. (Models that the ragged path
+        does not support run by transformers' ``generate``.) A row's answer depends on its prompt, its sample id and the
+        seed alone.
 
         Args:
             prompts: R rows of token ids, [P_i] int64/int32 tensors or lists, each at least one token.
-            max_new_tokens: longest answer, at least 1; less where the model has no more positions.
+            max_new_tokens: most tokens of an answer, at least 1; answers also end where the model's positions do.
             seed: any 64-bit integer.
             sample_ids: [R] int64/int32, unique; the numbers of the rows by default.
             top_k, top_p, min_p: filters, as in ``selfgen_kernels.sample_mix``.
@@ -310,17 +311,19 @@ class ContextGenerator:
                 work = free_running(self._forward(), what, sampling, batch_size, finish)
         ended = [bool(torch.isin(answer[-1], stop_ids)) for answer in answers]
         if status:
-            logger.warning("%d tokens of answers are arbitrary: their logits were not finite", int(status))
+            logger.warning(
+                "%d tokens of answers are arbitrary, as their logits were not finite (NaN or inf)", int(status)
+            )
         seconds = time.perf_counter() - started
         return Answers(answers, ended, work.passes, work.tokens_computed, int(status), seconds)
 
     @property
     def eos_token_ids(self) -> list[int]:
-        """What ends the model's answers, by its generation configuration, else by its own."""
+        """The ids that end the model's answers, by its generation configuration, else by its own configuration."""
         return eos_token_ids_of(self.model)
 
     def release(self) -> None:
-        """Free what CUDA graphs keep on the GPU for the next generation, which then makes it anew."""
+        """Free what CUDA graphs keep on the GPU; the next generation makes it anew."""
         if self._passes is not None:
             self._passes.release()
 
@@ -334,7 +337,7 @@ class ContextGenerator:
         return self._passes
 
     def _verify(self) -> None:
-        """Once for each generator: the model computes over the ragged cache what it computes by itself."""
+        """Check, once per generator, that the model computes over the ragged cache what it computes by itself."""
         if not self._verified:
             verify_model(self.model)
             self._verified = True

@@ -1,7 +1,8 @@
 """The forward of a generation's passes as CUDA graphs.
 
-A pass over few tokens is some thousand small kernels, which take the host several times as long to launch as a GPU to
-run. ``GraphedForward`` records them once for each size of a pass, and replays them for the price of one launch.
+A pass over few tokens is about a thousand small kernels. The host takes several times as long to launch them as a GPU
+takes to run them. ``GraphedForward`` records them once for each size of a pass, and replays them for the price of one
+launch.
 """
 
 from __future__ import annotations
@@ -152,7 +153,10 @@ class GraphedForward(Forward):
         if self._off:
             super()._end()
         elif self._state is not None and _bytes_of(self.cache) > MOST_KV * _memory_of(self.device):
-            self._turn_off(f"the K/V of a generation are {_bytes_of(self.cache) / 1e9:.1f} GB, too much to keep")
+            self._turn_off(
+                f"the K/V of one generation take {_bytes_of(self.cache) / 1e9:.1f} GB, too much to keep between "
+                "generations"
+            )
             super()._end()
 
     def release(self) -> None:

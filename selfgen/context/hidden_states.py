@@ -17,25 +17,27 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 
 
 class ReuseError(ValueError):
-    """The passes of the model can't be reused; the ordinary training pass works for it."""
+    """The passes of the model can't be reused; a training step that computes its own forward works for it."""
 
 
 def decoder_layers(model: PreTrainedModel) -> list[GradientCheckpointingLayer]:
     """The decoder layers of ``model`` in order.
 
     Raises:
-        ReuseError: they can't be told, or a training pass computes something else in them than inference does.
+        ReuseError: they can't be found, or a training pass computes something else in them than inference does.
     """
     config = model.config.get_text_config(decoder=True)
     layers = [module for module in model.modules() if isinstance(module, GradientCheckpointingLayer)]
     if len(layers) != config.num_hidden_layers:
         raise ReuseError(
-            f"{type(model).__name__} has {len(layers)} layers that gradient checkpointing knows of, and "
-            f"{config.num_hidden_layers} decoder layers"
+            f"{type(model).__name__} has {config.num_hidden_layers} decoder layers, but {len(layers)} that support "
+            "gradient checkpointing"
         )
     for name in ("output_router_logits", "output_attentions", "output_hidden_states"):
         if getattr(config, name, False):
-            raise ReuseError(f"{name} is on, which needs more of a layer than its output")
+            raise ReuseError(
+                f"{name} is on, which needs more of a layer than the hidden states that are kept; switch it off"
+            )
     noise = _noise(model)
     if noise is not None:
         raise ReuseError(f"{noise}: training and inference compute different things; set it to 0")
@@ -43,7 +45,7 @@ def decoder_layers(model: PreTrainedModel) -> list[GradientCheckpointingLayer]:
 
 
 def _noise(model: nn.Module) -> str | None:
-    """What makes a model random in training, in its layers or before them; None if nothing does."""
+    """A dropout or jitter that makes the model random in training; None if there is none."""
     for name, module in model.named_modules():
         if isinstance(module, nn.modules.dropout._DropoutNd) and module.p > 0:
             return f"{name} is a dropout of {module.p}"

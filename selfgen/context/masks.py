@@ -1,4 +1,4 @@
-"""Which positions of an answer hold self tokens: single tokens, spans or whole answers, more of them later or not.
+"""Which positions of an answer hold self tokens: single tokens, spans or whole answers, evenly or more of them later.
 
 A mask is drawn before any forward, from the coins of ``selfgen_kernels.self_mask``: a pure function of (seed, sample
 id, position). Only confidence has to wait for the model (``min_reference_prob``); it takes positions away, never adds.
@@ -48,12 +48,12 @@ class Masks:
         granularity: "token", a coin per token (scheduled sampling, Bengio et al. 2015, arXiv 1506.03099); "span", runs
             of self tokens of geometric length; "sequence", a coin per answer (GKD's lambda, Agarwal et al. 2023, arXiv
             2306.13649, for each row).
-        span_length: mean tokens of a span, at least 1. Where single tokens at that probability already make longer
-            runs, 1 / (1 - p), these are what comes. The share of self tokens is p in any case.
+        span_length: mean number of tokens per span, at least 1. Single tokens already make runs of 1 / (1 - p) tokens
+            on average; a ``span_length`` below that has no effect. The share of self tokens is p in any case.
         curve: of the probability over an answer, "flat", "rising", or a function (see `Curve`). Not with "sequence".
         min_reference_prob: a token is a self token only where the model gives the reference at least this
             probability, in [0, 1], at temperature 1 and under the context so far (confidence-aware scheduled sampling,
-            Liu et al. 2021, arXiv 2107.10427). 0 is no such condition.
+            Liu et al. 2021, arXiv 2107.10427). 0 means no condition.
 
     Raises:
         ValueError: an argument out of range.
@@ -72,11 +72,13 @@ class Masks:
         if not callable(self.curve) and self.curve not in CURVES:
             raise ValueError(f"curve is {self.curve!r}; accepted: {', '.join(CURVES)}, or a function")
         if self.granularity == "sequence" and self.curve != "flat":
-            raise ValueError('a curve goes over the tokens of an answer; granularity="sequence" has one coin for all')
+            raise ValueError(
+                'a curve needs granularity="token" or "span": granularity="sequence" draws once for the whole answer'
+            )
         check_probability("min_reference_prob", self.min_reference_prob)
 
     def describe(self) -> dict[str, Any]:
-        """For the record: what masks are drawn by, in words and numbers."""
+        """How masks are drawn, in words and numbers, for the provenance of contexts."""
         curve = self.curve if isinstance(self.curve, str) else getattr(self.curve, "__qualname__", repr(self.curve))
         return asdict(self) | {"curve": curve}
 

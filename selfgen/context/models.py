@@ -1,6 +1,6 @@
-"""What can be asked of any model of transformers, an adapter of PEFT or a wrapper of accelerate around it or not.
+"""What can be asked of any model of transformers, with or without an adapter of PEFT or a wrapper of accelerate.
 
-Every private name of these libraries that says something about a model is used here, with why.
+Every private name of these libraries that says something about a model is used in this module, with the reason.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ def cache_argument(model: PreTrainedModel) -> str:
 
 
 def vocab_size_of(model: PreTrainedModel) -> int:
-    """How many ids the embedding has, an adapter around it or not."""
+    """How many ids the embedding has, with or without an adapter."""
     return model.get_input_embeddings().weight.shape[0]
 
 
@@ -49,7 +49,7 @@ def room_for_answers(model: PreTrainedModel, prompts: Sequence[Sized], cue_lengt
 
 
 def eos_token_ids_of(model: PreTrainedModel) -> list[int]:
-    """What ends the model's answers, by its generation configuration, else by its own."""
+    """The ids that end the model's answers, by its generation configuration, else by its own configuration."""
     ids = getattr(model.generation_config, "eos_token_id", None)
     ids = model.config.eos_token_id if ids is None else ids
     if ids is None:

@@ -32,8 +32,8 @@ def can_pack() -> bool:
 def packed_linears(model: nn.Module) -> Iterator[None]:
     """Inside, the fp32 ``nn.Linear`` modules of ``model`` on the CPU multiply packed copies of their weights.
 
-    The copies take as much memory as the weights and are gone afterwards. Modules whose ``forward`` somebody else has
-    replaced are left alone, and so are all under autocast, which the packed products would pass by.
+    The copies take as much memory as the weights, and are freed afterwards. Modules whose ``forward`` has been replaced
+    already are left alone. So are all modules under autocast, which the packed products would ignore.
     """
     linears = [
         module

@@ -1,10 +1,10 @@
-"""Policy: what the next pass had better compute.
+"""Policy: what the next pass should compute.
 
 A pass is a flat batch of tokens, as serving engines batch them: each unfinished row brings one *window* of consecutive
 positions, and all windows together fill a *token budget*. What must be computed comes first, and what is left goes to
 speculation, in the order of the chance that it turns out final, as far as that chance is worth its price.
-``selfgen_kernels.plan_pass`` does the filling; here is what it goes by. Everything is a tensor on the model's device,
-and nothing waits for it.
+``selfgen_kernels.plan_pass`` fills the budget; this module computes the chances and prices that it uses. Everything is
+a tensor on the model's device, and nothing waits for it.
 """
 
 from __future__ import annotations
@@ -28,10 +28,10 @@ def least_log_chance(required: Tensor, self_left: Tensor, balance: float) -> Ten
     """[R] fp32: the log of the least chance that is worth speculation in each row.
 
     ``required`` is int64 [R], the tokens that a pass computes of each row anyway, ``self_left`` int64 [R] how many self
-    positions are left. A pass over n tokens costs as much as ``balance + n`` tokens alone, so n that turn out final
-    are n / (balance + n) for the price of one, and one more pays if its chance is larger. But it makes an end sooner
-    only if all rows that have as much left get on, too. These rows' n counts: the longest row speculates most, and one
-    that will be done before the others hardly at all.
+    positions are left. A pass over n tokens costs as much as ``balance + n`` tokens alone, so n that turn out final are
+    n / (balance + n) for the price of one, and one more pays if its chance is larger. But it shortens the whole
+    generation only if all rows that have as much left advance, too. So n counts the tokens of these rows: the longest
+    row speculates most, and one that ends before the others hardly at all.
     """
     as_long = self_left >= 0.9 * self_left[:, None]  # [R, R]
     n = (as_long * required).sum(1)
@@ -41,8 +41,8 @@ def least_log_chance(required: Tensor, self_left: Tensor, balance: float) -> Ten
 class Speculation:
     """Chance that a guess is right, by what is known of it; the rates follow what the passes show.
 
-    The first guess is the reference, later ones are the model's own last token. One that did not change when it was
-    computed again will hardly change any more, one that just has may well do so again.
+    The first guess is the reference, later ones are what the model sampled last. A guess that did not change when it
+    was computed again is unlikely to change later; one that just changed may well change again.
     """
 
     FIRST, CHANGED, KEPT, KEPT_AGAIN, GIVEN = range(5)

@@ -32,7 +32,7 @@ _WARNING = "warn_if_padding_and_no_attention_mask"
 
 
 class UnsupportedModelError(ValueError):
-    """The model has a feature that the ragged path can't honour; ``method="sequential"`` works for it."""
+    """The model has a feature that the ragged path does not support; ``method="sequential"`` works for it."""
 
 
 @dataclass
@@ -91,7 +91,7 @@ class RaggedLayer(CacheLayerMixin):
 
 
 class RaggedCache(Cache):
-    """One ``RaggedLayer`` a decoder layer; ``current`` is the pass being computed."""
+    """One ``RaggedLayer`` per decoder layer; ``current`` is the pass being computed."""
 
     current: RaggedPass
 
@@ -140,14 +140,15 @@ def _attention(
 ) -> tuple[Tensor, None]:
     """The attention of one layer over the ragged cache, under the contract of transformers' ``AttentionInterface``.
 
-    Versions of transformers add keywords, and one that says nothing must not shut every model out: what is None, False
-    (a switch that is off) or listed in ``_IGNORED`` is passed over. Any other unknown keyword may change the result, so
-    it is refused by name. Should one that is passed over change it after all, ``verify_model`` finds other logits.
+    New versions of transformers add keywords, and one that changes nothing must not rule out every model. So a keyword
+    that is None, False (a switch that is off) or listed in ``_IGNORED`` is ignored. Any other unknown keyword may
+    change the result, and is refused by name. If an ignored one changes it after all, ``verify_model`` finds other
+    logits.
     """
     name = type(module).__name__
     if ragged_pass is None or key.dim() != 3:
         raise UnsupportedModelError(
-            f'{name} does not hand keyword arguments or its KV cache to the attention function; use method="sequential"'
+            f'{name} does not pass keyword arguments or its KV cache to the attention function; use method="sequential"'
         )
     unknown = sorted(
         keyword
@@ -185,7 +186,7 @@ AttentionInterface.register(ATTENTION, _attention)
 
 @contextmanager
 def ragged_model(model: PreTrainedModel) -> Iterator[None]:
-    """Run ``model`` with the ragged attention inside; its own ``attn_implementation`` is back afterwards.
+    """Run ``model`` with the ragged attention inside; its own ``attn_implementation`` is restored afterwards.
 
     Without an attention mask, some models look for padding to warn of, and wait for the device.
     """

@@ -1,9 +1,9 @@
 """The oracle: one token at a time, as a language model is run.
 
-This is the definition of a mixed context (scheduled sampling, Bengio et al. 2015; arXiv 2410.14655) written down as it
-stands: sample the next token given the context so far, and let it enter the context where it may. Which positions
-may hold a self token is drawn beforehand. It works with every causal language model of transformers, and the fast path
-is tested against it.
+This is the definition of a mixed context (scheduled sampling, Bengio et al. 2015; arXiv 2410.14655), written down
+literally: sample the next token given the context so far, and put it into the context where a self token may be. The
+positions that may hold a self token are drawn beforehand. It works with every causal language model of transformers,
+and the fast path is tested against it.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Which models the ragged path computes rightly: what a configuration tells, and a probe for the rest."""
+"""Which models the ragged path computes correctly: by their configuration, and by a probe for the rest."""
 
 from __future__ import annotations
 
@@ -15,11 +15,11 @@ from .ragged import RaggedCache, RaggedPass, UnsupportedModelError, ragged_logit
 
 @dataclass(frozen=True)
 class Support:
-    """What the ragged path can't honour in a model, and what else has to be done in its place."""
+    """What the ragged path does not support in a model, and how the model has to be run instead."""
 
     missing: list[str] = field(default_factory=list)
     isolate_rows: bool = False  # decode rows one by one
-    recompute: bool = False  # a cache is not valid, as what is in it depends on how long a row gets
+    recompute: bool = False  # no cache is valid, as its content depends on the final length of a row
 
 
 def inspect_model(model: PreTrainedModel, longest_row: int) -> Support:
@@ -36,7 +36,7 @@ def inspect_model(model: PreTrainedModel, longest_row: int) -> Support:
         missing.append("a state that is not a transformers KV cache")
         isolate = True
     if "position_ids" not in accepted:
-        missing.append("positions that can't be given")
+        missing.append("positions that can't be given (its forward takes no position_ids)")
         isolate = True
     if config.is_encoder_decoder or getattr(config, "add_cross_attention", False):
         missing.append("cross-attention (encoder-decoder)")
@@ -68,9 +68,9 @@ def inspect_model(model: PreTrainedModel, longest_row: int) -> Support:
 def verify_model(model: PreTrainedModel) -> None:
     """Compare the ragged path with the model's own forward on a probe, for what ``inspect_model`` can't know.
 
-    Two rows, one of them in two passes. A model that computes something else over the ragged cache is off by as much as
-    its logits vary, rounding by far less than the tolerance. In half precision, rounding alone may put a few positions
-    off as far as that, so there it is the median of a window that counts.
+    The probe is two rows, one of them in two passes. A model that computes something else over the ragged cache is off
+    by as much as its logits vary; rounding is off by far less than the tolerance. In half precision, rounding alone may
+    put a few positions off as far as that, so there the median of a window counts.
     """
     vocab_size, device = vocab_size_of(model), model.device
     rows = [torch.arange(length, device=device) % vocab_size for length in (21, 6)]

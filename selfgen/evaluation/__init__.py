@@ -1,4 +1,4 @@
-"""How good a model is where it runs on its own tokens: losses by context, answers, self-corrections."""
+"""How good a model is when it runs on its own tokens: losses by context, answers, self-corrections."""
 
 from .answers import Share, exact_match, extract_answer, rouge
 from .corrections import Corrections

@@ -79,7 +79,7 @@ class Share:
 
     @property
     def value(self) -> float | None:
-        """None of nothing."""
+        """``count / total``; None if ``total`` is 0."""
         return self.count / self.total if self.total else None
 
     @property

@@ -1,4 +1,4 @@
-"""Self-correction (RAC, arXiv 2410.14655): what looking again makes of right and of wrong answers."""
+"""Self-correction (RAC, arXiv 2410.14655): what becomes of right and of wrong answers."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ class Corrections:
 
     @property
     def shares(self) -> dict[str, Share]:
-        """Accuracies ``before`` and ``after``, of all rows; the rest of those whose first answer was of that kind."""
+        """The accuracies ``before`` and ``after`` are of all rows, the others of those that began right, or wrong."""
         right, wrong = self.stayed_right + self.right_to_wrong, self.stayed_wrong + self.wrong_to_right
         return {
             "before": Share(right, right + wrong),

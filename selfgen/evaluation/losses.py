@@ -1,8 +1,8 @@
-"""Held-out loss of reference answers under contexts whose tokens are, with chance p, self tokens: the gap BSS works on.
+"""Held-out loss of reference answers under contexts whose tokens are self tokens with probability p.
 
-p = 0 is teacher forcing, p = 1 a context that the model made alone, its own context. A model that was only ever shown
-references gets worse along its own ones (exposure bias: Ranzato et al. 2015, arXiv 1511.06732), so losses are kept by
-position.
+p = 0 is teacher forcing; at p = 1 the model has made the whole context, which is called its own. A model that was
+trained on references only gets worse along its own contexts (exposure bias: Ranzato et al. 2015, arXiv 1511.06732), so
+losses are kept by position.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ class PositionLoss:
         """From the losses of each row's tokens, [T_i]."""
         losses = [torch.as_tensor(row, dtype=torch.float64) for row in rows]
         if not losses:
-            raise ValueError("there are no rows to evaluate on")
+            raise ValueError("there are no rows to evaluate on; give at least one")
         lengths = torch.tensor([len(row) for row in losses])  # [R]
         sums = pad_sequence(losses, batch_first=True).sum(0)  # [T]
         return cls(sums, (torch.arange(len(sums)) < lengths[:, None]).sum(0))
@@ -65,10 +65,10 @@ def held_out_losses(
     """Evaluate ``generator.model`` on tokenized rows (columns of ``tokenize_rows``) under several kinds of contexts.
 
     Args:
-        generator: of the model to evaluate; it is run in eval mode.
+        generator: the generator of the model to evaluate, which is run in eval mode.
         rows: with ``sample_id``, ``prompt_ids`` and ``answer_ids``.
-        self_probs: a name -> the probability that a context token is the model's own, in [0, 1].
-        seed: of the contexts; the same for all models that are compared.
+        self_probs: a name -> the probability that a context token is a self token, in [0, 1].
+        seed: of the contexts; give the same for all models that are compared.
         batch_size: rows per forward.
         method: of the contexts, as in ``ContextGenerator.contexts``.
         progress: show a bar with the time left.
@@ -121,7 +121,7 @@ def _token_losses(generator: ContextGenerator, rows: Sequence[dict[str, Any]], c
 
 
 def exposure_bias(reference: PositionLoss, own: PositionLoss, width: int | None = None) -> list[dict[str, float]]:
-    """The losses under reference and own contexts along the answer, in buckets of ``width`` positions.
+    """The losses under reference contexts and under own contexts along the answer, in buckets of ``width`` positions.
 
     Each bucket has its ``first`` and ``last`` position, the number of ``tokens`` there, the mean losses ``reference``
     and ``own``, and their ``gap``. Weighted by ``tokens``, the losses average to ``PositionLoss.mean``. By default

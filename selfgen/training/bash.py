@@ -1,7 +1,7 @@
 """``BASHTrainer``: training on contexts that were written beforehand, as they are (arXiv 2410.14655, BASH).
 
-Where the paper leaves freedom, this is chosen: a row has one context, however often it is trained on; and the loss is
-that of the online variant, the reference being the target at every answer token, also where the context before it has
+Where the paper leaves freedom, these are our choices. A row has one context, however often it is trained on. The loss
+is that of the online variant: the reference is the target at every answer token, also where the context before it has
 self tokens.
 """
 
@@ -30,7 +30,7 @@ from .config import BSSConfig
 class ContextCollator(Collator):
     """``Collator`` for rows that have contexts: ``input_ids`` hold the context in place of the answer.
 
-    ``labels`` are the reference's still, and ``is_self`` (bool [B, L]) is true on self tokens. Rows without
+    ``labels`` are still those of the reference, and ``is_self`` (bool [B, L]) is true on self tokens. Rows without
     contexts give the batch of ``Collator``.
     """
 
@@ -47,8 +47,8 @@ class ContextCollator(Collator):
 class BASHTrainer(BSSTrainer):
     """Fine-tune on contexts that were written beforehand (arXiv 2410.14655, Batch-scheduled Sampling).
 
-    The step is that of ``BSSTrainer`` with these contexts: nothing is generated, and what ``BSSConfig`` has for making
-    contexts has no effect. Logs have the same figures; ``passes`` and ``computed_per_token`` are 0.
+    The step is that of ``BSSTrainer`` with these contexts. Nothing is generated, and the options of ``BSSConfig`` for
+    making contexts have no effect. Logs have the same figures; ``passes`` and ``computed_per_token`` are 0.
 
     Args:
         model, args, **kwargs: as of ``BSSTrainer``. Evaluation rows that have contexts are evaluated under these.
@@ -105,7 +105,7 @@ class BASHTrainer(BSSTrainer):
 
 
 def _check_fit(rows: Dataset, model: PreTrainedModel, max_length: int) -> None:
-    """Contexts may be of another model, and of another tokenizer."""
+    """Raise ValueError if ``model`` can't read the contexts, which may come from a model with another tokenizer."""
     longest = highest = 0
     columns = ["prompt_ids", "answer_ids", "context_ids"]
     for part in rows.select_columns(columns).with_format("arrow").iter(10_000):
@@ -115,7 +115,7 @@ def _check_fit(rows: Dataset, model: PreTrainedModel, max_length: int) -> None:
     if highest >= vocab_size_of(model):
         raise ValueError(
             f"the contexts have the token id {highest}, but the model has {vocab_size_of(model)} ids; write them "
-            "with a model of the same tokenizer"
+            "with a model that has the same tokenizer"
         )
     if longest > max_length:
         raise ValueError(f"the longest row of the contexts has {longest} tokens; raise max_length ({max_length})")

@@ -13,7 +13,11 @@ from ..data.batches import IGNORE_INDEX, Row
 
 
 def unique_rows(rows: list[Row]) -> list[Row]:
-    """Each row once, as a sampler may repeat one; two different rows can't share an id."""
+    """Each row once, as a sampler may repeat rows.
+
+    Raises:
+        ValueError: two different rows have the same id.
+    """
     unique: dict[int, Row] = {}
     for row in rows:
         known = unique.setdefault(row.sample_id, row)
@@ -28,7 +32,7 @@ def unique_rows(rows: list[Row]) -> list[Row]:
 
 
 def learn_after_self(labels: Tensor, is_self: Tensor) -> None:
-    """Take out of an answer's ``labels`` [T] those that have no self token before them."""
+    """Ignore those of an answer's ``labels`` [T] that have no self token before them."""
     own = is_self.long()
     labels[own.cumsum(0) == own] = IGNORE_INDEX
 
@@ -56,7 +60,7 @@ class Step:
 
 
 class RowSlots:
-    """The hidden states of a generation, and where in them its rows are."""
+    """The hidden states that one context generation left, and where in them its rows are."""
 
     def __init__(self, hidden_states: HiddenStates, rows: list[Row]):
         self.hidden_states = hidden_states

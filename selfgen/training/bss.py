@@ -37,24 +37,25 @@ _BOOKKEEPING = (*ROWS, "loss_weight")  # columns that are not the model's
 class BSSTrainer(Trainer):
     """Fine-tune a causal language model on contexts that are partly its own (arXiv 2410.14655, section on BSS).
 
-    Before each optimizer step the contexts of the whole accumulated batch are made at once, with the current weights;
-    then the Trainer runs its ordinary step: inputs are the mixed contexts, labels the reference answers. Where the
-    model allows it, the forward of that step is what making the contexts has computed (``training.reuse``).
+    Before each optimizer step the contexts of the whole accumulated batch are made at once, with the current weights.
+    Then the Trainer runs its ordinary step: inputs are the mixed contexts, labels the reference answers. Where the
+    model allows it, the forward of that step takes what making the contexts has computed (``training.reuse``).
 
     Args:
         model: a transformers causal language model, a PEFT model around one, or a name for ``from_pretrained``, whose
-            weights are then fp32: in bf16, small updates are rounded away (``args.bf16`` is for the computing).
+            weights are then fp32: in bf16, small updates are rounded away (``args.bf16`` computes in mixed precision).
         args: ``BSSConfig``.
         train_dataset, eval_dataset: rows as ``tokenize_rows`` takes them (``prompt``/``completion`` or ``messages``),
             or as it returns them. Evaluation is teacher-forced: under reference contexts.
-        processing_class: the tokenizer; loaded beside the model by default.
-        schedule: self-probability over training in place of ``args.self_prob_schedule``: a function of
-            (self_prob_start, self_prob, progress in [0, 1]).
+        processing_class: the tokenizer; by default it is loaded from where the model came from.
+        schedule: a function (self_prob_start, self_prob, progress in [0, 1]) -> self-probability, in place of
+            ``args.self_prob_schedule``.
         **kwargs: of ``transformers.Trainer``.
 
-    Every training log has, over the steps since the last one, of the process that logs: ``self_share`` (self tokens /
-    answer tokens), ``agreement`` (self tokens equal to the reference / self tokens), ``computed_per_token`` (tokens
-    computed / context tokens), and as means over the steps ``passes``, ``context_seconds`` and ``training_seconds``.
+    Every training log has figures of the steps since the last one, in the process that logs: ``self_share`` (self
+    tokens / answer tokens), ``agreement`` (self tokens equal to the reference / self tokens), ``computed_per_token``
+    (tokens computed / context tokens), and, as means per step, ``passes``, ``context_seconds`` and
+    ``training_seconds``.
 
     Example:
         >>> config = BSSConfig("outputs/bss", self_prob=0.25, max_steps=100)
@@ -89,7 +90,7 @@ class BSSTrainer(Trainer):
             processing_class = AutoTokenizer.from_pretrained(self.generator.model.name_or_path)
         limit = max_positions(self.generator.model)
         if limit is not None and args.max_length > limit:
-            raise ValueError(f"max_length is {args.max_length}, but the model has {limit} positions")
+            raise ValueError(f"max_length is {args.max_length}, but the model has {limit} positions; lower max_length")
 
         # _prepare reads these; the Trainer's constructor sets them again.
         self.processing_class, self.args, self.eval_dataset = processing_class, args, None
@@ -104,13 +105,13 @@ class BSSTrainer(Trainer):
         )
         if self.is_fsdp_enabled or self.is_deepspeed_enabled:  # in a way that check_parallelism has not seen
             raise ValueError(
-                "weights sharded by FSDP or DeepSpeed can't make contexts yet; train with DDP or one device"
+                "contexts can't be made with weights that FSDP or DeepSpeed shards yet; train with DDP or on one device"
             )
         self._end_answers_where_rows_end()
         check_processes(self.args.world_size)
         if not any(parameter.requires_grad for parameter in self.model.parameters()):
             raise ValueError(
-                "the model has no parameter that is trained; adapters are loaded frozen: give "
+                "the model has no trainable parameter; PEFT loads adapters frozen: load them with "
                 "PeftModel.from_pretrained(..., is_trainable=True), or merge them into the model"
             )
         self._step = Step()
@@ -122,9 +123,9 @@ class BSSTrainer(Trainer):
         self.add_callback(StepTimer(self.meter))
 
     def _end_answers_where_rows_end(self) -> None:
-        """What the trained model generates ends with what its training rows end with, also where it is loaded later.
+        """Make the trained model end its answers as its training rows do, also when it is loaded later.
 
-        (The folder of an adapter has no generation configuration; ``selfgen`` asks the tokenizer, too.)
+        (The folder of an adapter has no generation configuration; there ``selfgen`` asks the tokenizer.)
         """
         config = getattr(self.generator.model, "generation_config", None)
         known = self.generator.eos_token_ids
@@ -133,7 +134,7 @@ class BSSTrainer(Trainer):
             config.eos_token_id = [*known, *more]
 
     def get_batch_samples(self, epoch_iterator, num_batches, device):
-        """All micro-batches of one optimizer step; those that are trained on first have their mixed contexts."""
+        """All micro-batches of one optimizer step, with mixed contexts in those that are trained on first."""
         batches, num_items = super().get_batch_samples(epoch_iterator, num_batches, device)
         self.meter.step_begin()
         batches = self.prepare_batches(batches)
@@ -170,9 +171,10 @@ class BSSTrainer(Trainer):
             self._mix_next()
         if self._step.ready == 0:
             raise RuntimeError(
-                "training_step got a micro-batch without contexts: transformers' Trainer did not hand this step's "
-                "micro-batches to get_batch_samples, where they are made. It would train on references alone; install "
-                "a version of transformers that selfgen supports, or call get_batch_samples before training_step"
+                "training_step got a micro-batch without contexts, and would train on references alone: transformers' "
+                "Trainer did not hand this step's micro-batches to get_batch_samples, which makes the contexts. "
+                "Install a version of transformers that selfgen supports, or call get_batch_samples before "
+                "training_step"
             )
         try:
             return super().training_step(model, inputs, num_items_in_batch)
@@ -189,7 +191,7 @@ class BSSTrainer(Trainer):
     def mix(self, batches: list[dict[str, Tensor]]) -> tuple[ContextStats, RowSlots | None]:
         """Write mixed contexts over the answers in ``input_ids``, for all micro-batches at once; labels stay.
 
-        Returns what they are like and what they cost, and what their passes computed, where the step may reuse it.
+        Returns what the contexts are like and cost, and, if the step may reuse it, what their passes computed.
         """
         self_prob = self.args.self_prob_at(self.state.global_step, self.state.max_steps, self.schedule)
         rows = [rows_of(batch) for batch in batches]
@@ -207,10 +209,10 @@ class BSSTrainer(Trainer):
         return mixed.stats, None if mixed.hidden_states is None else RowSlots(mixed.hidden_states, unique)
 
     def make_contexts(self, rows: list[Row], self_prob: float) -> MixedContext:
-        """The mixed contexts of a step's rows, each of another sample id, with the current weights.
+        """The mixed contexts of a step's rows, whose sample ids all differ, with the current weights.
 
-        A subclass may make them in another way. Where it keeps hidden states, they are those of a forward over the
-        contexts under the weights of this step.
+        A subclass may make them in another way. If it keeps hidden states, these must be those of a forward over the
+        contexts with the weights of this step.
         """
 
         def contexts() -> MixedContext:
@@ -232,7 +234,7 @@ class BSSTrainer(Trainer):
                 return contexts()
 
     def _may_reuse(self) -> bool:
-        """Whether to try: what only a pass can show is found out later."""
+        """Whether to try to reuse passes; some reasons against it show only in a pass, later."""
         if not self.args.reuse_passes:
             return False
         reasons = {
@@ -251,12 +253,12 @@ class BSSTrainer(Trainer):
         return True
 
     def _reuse_off(self, reason: object) -> bool:
-        logger.warning("no reuse of passes, the training pass computes its own forward: %s", reason)
+        logger.warning("passes are not reused, and the training step computes its own forward: %s", reason)
         self._reuses, self._step.passes = False, None
         return False
 
     def _make_loss(self) -> AnswerLoss | None:
-        """None where the Trainer's own loss does."""
+        """The loss that the arguments ask for; None where it is the Trainer's own."""
         args = self.args
         lean = (args.self_prob > 0 or self._lean_by_default) if args.lean_loss is None else args.lean_loss
         asked = [name for name in ("kl_weight", "lean_loss") if getattr(args, name)]
@@ -269,7 +271,9 @@ class BSSTrainer(Trainer):
         }
         for other, holds in others.items():
             if holds and asked:
-                raise ValueError(f"{other} takes the place of the loss that {', '.join(asked)} would change")
+                raise ValueError(
+                    f"{other} takes the place of the loss that {', '.join(asked)} would change: give one or the other"
+                )
             if holds:
                 return None
         if not (lean or asked or args.loss_on != "all"):
@@ -283,7 +287,7 @@ class BSSTrainer(Trainer):
             sizes = [model.get_output_embeddings().weight.shape[0] for model in (frozen, self.generator.model)]
             if sizes[0] != sizes[1]:
                 raise ValueError(
-                    f"kl_model has {sizes[0]} ids, but the model has {sizes[1]}: give one of its tokenizer"
+                    f"kl_model has {sizes[0]} ids, but the model has {sizes[1]}: give one with the same tokenizer"
                 )
         elif args.kl_weight:
             frozen = self.generator.model if self._adapters() else copy.deepcopy(self.generator.model)
@@ -298,11 +302,11 @@ class BSSTrainer(Trainer):
         )
         if loss.not_lean:
             level = logging.WARNING if args.lean_loss else logging.INFO  # asked for, or a default
-            logger.log(level, "the loss is not lean, logits of all positions are in memory: %s", loss.not_lean)
+            logger.log(level, "the loss is not lean, so the logits of all positions are in memory: %s", loss.not_lean)
         return loss
 
     def _keep_loss_of_model(self, needed: list[str]) -> None:
-        """Where the model's loss can't be replaced: fall back to it, or refuse what has to change it."""
+        """The model's own loss can't be replaced: use it, or refuse the options ``needed`` that must change it."""
         name = type(self.generator.model).__name__
         needed = [option for option in needed if option != "lean_loss"]
         if needed:
@@ -311,7 +315,8 @@ class BSSTrainer(Trainer):
                 "change it: leave these out"
             )
         logger.warning(
-            "the loss is not lean, but that of %s itself: it does not compute it through transformers' loss_function",
+            "the loss is not lean, but that of %s itself: the model does not compute it through transformers' "
+            "loss_function, where it could be replaced",
             name,
         )
 
@@ -332,7 +337,7 @@ class BSSTrainer(Trainer):
         return super().evaluate(self._prepare("eval", eval_dataset), *args, **kwargs)
 
     def evaluate_at_the_end(self) -> None:
-        """Where there is evaluation data, and ``eval_strategy`` has never used it."""
+        """Evaluate, if there is evaluation data that ``eval_strategy`` has never used."""
         if self.eval_dataset is not None and self.args.eval_strategy == "no":
             self.evaluate()
             self.save_state()
@@ -341,7 +346,7 @@ class BSSTrainer(Trainer):
         return super().predict(self._prepare("test", test_dataset), *args, **kwargs)
 
     def _prepare(self, name: str, rows):
-        """Tokenize what is not tokenized yet: a data set, or several by name."""
+        """The rows tokenized, if they are not yet: a data set, or several by name."""
         if isinstance(rows, dict) and (name.startswith("eval") or not isinstance(rows, DatasetDict)):
             return {key: self._prepare(f"{name} {key}", part) for key, part in rows.items()}
         if rows is None or (isinstance(rows, str) and isinstance(self.eval_dataset, dict)):  # one of several, by name
@@ -394,13 +399,13 @@ class BSSTrainer(Trainer):
             return self._reuse_off(reason)
         layers = len(decoder_layers(self.generator.model))
         if sorted(reused) != list(range(layers)):  # equal losses would show nothing
-            return self._reuse_off(f"{len(set(reused))} of {layers} decoder layers took what the passes computed")
+            return self._reuse_off(f"only {len(set(reused))} of {layers} decoder layers took what the passes computed")
         if isinstance(ordinary, tuple):  # with outputs
             ordinary, found = ordinary[0], found[0]
         difference = float((found.detach() - ordinary).abs() / ordinary.abs())
         full_precision = self.generator.model.dtype == torch.float32 and self.accelerator.mixed_precision == "no"
         if not difference <= (1e-4 if full_precision else 2e-2):  # NaN is a difference, too
-            return self._reuse_off(f"the loss would be off by {difference:.1e} of itself")
+            return self._reuse_off(f"the loss would be off by {difference:.1e} of its value in an ordinary forward")
         return True
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
@@ -410,15 +415,15 @@ class BSSTrainer(Trainer):
 
 
 def step_seed(seed: int, step: int, stream: int = 0) -> int:
-    """One 64-bit key for each (seed, optimizer step): contexts change from step to step, a resumed run repeats them.
+    """One 64-bit seed for each (seed, optimizer step): contexts change with the step, and a resumed run repeats them.
 
-    ``stream`` 1 is for what a step draws beside its contexts.
+    ``stream`` 1 is for what a step draws besides its contexts.
     """
     return (seed & 0xFFFFFFFF) << 32 | (stream & 1) << 31 | (step & 0x7FFFFFFF)
 
 
 def tokenized(name: str, rows, tokenizer, args: BSSConfig, max_length: int) -> Dataset:
-    """``rows`` as ``tokenize_rows`` returns them, and a line about what became of them."""
+    """``rows`` as ``tokenize_rows`` returns them; a log line says how many were kept, cut and dropped."""
     rows = load_rows(rows) if isinstance(rows, DatasetDict) else rows
     if hasattr(rows, "column_names") and {"sample_id", "prompt_ids", "answer_ids"} <= set(rows.column_names):
         check_sample_ids(rows)
@@ -435,7 +440,9 @@ def sorts_by_length(args: TrainingArguments) -> bool:
 
 
 def check_processes(world_size: int) -> None:
-    """Raise ValueError in a process of several that would train alone: accelerate puts CPUs together only if asked."""
+    """Raise ValueError in one of several processes that would train alone: accelerate joins CPUs only if asked to."""
     started = int(os.environ.get("WORLD_SIZE", "1"))
     if world_size < started:
-        raise ValueError(f"this is one of {started} processes, but each would train alone: on CPUs, add --use-cpu")
+        raise ValueError(
+            f"this is one of {started} processes, but each would train alone; to train together on CPUs, give --use-cpu"
+        )

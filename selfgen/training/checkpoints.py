@@ -46,6 +46,6 @@ def check_resumed(checkpoint: str | Path, args: BSSConfig) -> None:
     other = differences(before, now, ignore=before.keys() ^ now.keys())  # another version may have other ones
     if other:
         raise ValueError(
-            f"{checkpoint} is of a run with other settings ({'; '.join(other)}): resume with the same, or start "
-            "another run, with the checkpoint as its model"
+            f"{checkpoint} comes from a run with other settings ({'; '.join(other)}): resume with the former "
+            "ones, or start another run with the checkpoint as its model"
         )

@@ -1,4 +1,4 @@
-"""``BSSConfig``: the Trainer's arguments and the few that batch-scheduled sampling adds."""
+"""``BSSConfig``: the Trainer's arguments, and those that batch-scheduled sampling adds."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from .schedules import SCHEDULES, Schedule
 
 LOSS_ON = ("all", "after_self")
 RENAMED = {"replay": "reuse_passes"}
-"""Fields that had another name before -> their name now."""
+"""Former names of fields -> their names now."""
 
 
 @dataclass
@@ -28,18 +28,29 @@ class MaskOptions:
     granularity: str = field(
         default="token",
         metadata={
-            "help": "What self_prob is a probability of: a token, a token in a span (runs of geometric length), or a "
-            "sequence (whole answers)."
+            "help": "What self_prob is a probability of: token (each token is drawn by itself), span (runs of self "
+            "tokens, of geometric length), or sequence (the whole answer of a row)."
         },
     )
-    span_length: float = field(default=8.0, metadata={"help": "Mean tokens of a span, at least 1."})
+    span_length: float = field(
+        default=8.0,
+        metadata={
+            "help": "For granularity=span: mean number of tokens per span, at least 1. 1 gives single tokens, a large "
+            "value few long runs; the share of self tokens stays self_prob."
+        },
+    )
     self_prob_curve: str = field(
-        default="flat", metadata={"help": "Over an answer: flat, or rising (more self tokens later, the same in all)."}
+        default="flat",
+        metadata={
+            "help": "Probability along an answer: flat (the same everywhere), or rising (few self tokens at the "
+            "beginning, more at the end, with self_prob as the mean; not with granularity=sequence)."
+        },
     )
     min_reference_prob: float = field(
         default=0.0,
         metadata={
-            "help": "A token is a self token only where the model gives the reference at least this probability."
+            "help": "Keep the reference token where the model gives it less than this probability, in [0, 1]. 0 is no "
+            "such condition; near 1 there are hardly any self tokens."
         },
     )
 
@@ -55,26 +66,38 @@ class GeneratorOptions(MaskOptions):
 
     _argument_group_name = "how contexts are made"
 
-    sampling_temperature: float = field(default=1.0, metadata={"help": "Temperature of self tokens; 0 is greedy."})
+    sampling_temperature: float = field(
+        default=1.0,
+        metadata={
+            "help": "Temperature of self tokens: 0 is greedy, 1 is the model's own distribution, and more adds noise."
+        },
+    )
     context_method: Method = field(
         default="fixed_point",
-        metadata={"help": "fixed_point (fast), or sequential (token by token, for models that the fast one refuses)."},
+        metadata={
+            "help": "How contexts are made: fixed_point (few parallel passes), or sequential (one token at a time, "
+            "which is slower, for models that fixed_point refuses). Both give the same contexts."
+        },
     )
     token_budget: int | None = field(
-        default=None, metadata={"help": "Most tokens computed in one context pass; measured on the device by default."}
+        default=None,
+        metadata={
+            "help": "Most tokens computed in one context pass, at least 1. Fewer take less memory and more passes. By "
+            "default the number is measured on the device."
+        },
     )
     balance: float | None = field(
         default=None,
         metadata={
-            "help": "Tokens that cost as much as a context pass by itself, by which speculation is weighed; measured "
-            "on the device by default."
+            "help": "Number of tokens that cost as much as a context pass by itself, above 0. The larger it is, the "
+            "more guesses are computed ahead, and the fewer passes there are. By default it is measured on the device."
         },
     )
     cuda_graphs: bool = field(
         default=True,
         metadata={
-            "help": "On an NVIDIA GPU, replay context passes as CUDA graphs, which keep the K/V of a step's contexts "
-            "and up to 2 GiB of other results from step to step."
+            "help": "On an NVIDIA GPU, replay context passes as CUDA graphs, which is faster. The graphs keep the K/V "
+            "of the contexts made at once, and up to 2 GiB of other results, in GPU memory between uses."
         },
     )
 
@@ -120,61 +143,89 @@ class BSSConfig(RowOptions, GeneratorOptions, TrainingArguments):
     self_prob: float = field(
         default=0.25,
         metadata={
-            "help": "Probability that a context token is a self token, sampled by the model, in [0, 1]. 0 is plain "
-            "fine-tuning."
+            "help": "Probability that a context token is a self token, which the model samples, in [0, 1]. 0 is plain "
+            "fine-tuning; 1 is a free run of the model, as long as the reference."
         },
     )
     self_prob_schedule: str = field(
         default="constant",
         metadata={
-            "help": "From self_prob_start to self_prob over the training: constant (self_prob throughout), linear, "
-            "cosine, exponential or inverse_sigmoid."
+            "help": "How the self-probability goes from self_prob_start to self_prob during training: constant "
+            "(self_prob throughout), linear, cosine, exponential or inverse_sigmoid."
         },
     )
     self_prob_start: float = field(
-        default=0.0, metadata={"help": "Self-probability at the first step of a schedule that is not constant."}
+        default=0.0,
+        metadata={
+            "help": "Self-probability at the first step, in [0, 1], of a schedule that is not constant. If it is above "
+            "self_prob, the schedule falls."
+        },
     )
     self_prob_warmup: float = field(
         default=0.0,
-        metadata={"help": "Steps of plain fine-tuning before the schedule begins; below 1, a share of all steps."},
+        metadata={
+            "help": "Number of steps of plain fine-tuning before the schedule begins: 0 is none, and a number below 1 "
+            "is a share of all steps."
+        },
     )
     context_micro_batches: int | None = field(
         default=None,
         metadata={
-            "help": "Micro-batches whose contexts are made at once, all of an optimizer step by default. Fewer take "
-            "less memory and more time; the contexts are the same."
+            "help": "Number of micro-batches whose contexts are made at once, at least 1; by default all of an "
+            "optimizer step. Fewer take less memory and more time. The contexts are the same. Not with "
+            "loss_on=after_self."
         },
     )
     reuse_passes: bool = field(
         default=True,
         metadata={
-            "help": "Train on what the context passes computed in place of another forward, as gradient checkpointing "
-            "would. Where a model does not allow it the log says why, and the ordinary training pass runs."
+            "help": "Take what the context passes computed as the forward of the training step; the backward computes "
+            "each layer again, as gradient checkpointing does. Where a model does not allow that, the log says why, "
+            "and the training step computes its own forward."
         },
     )
     loss_on: str = field(
         default="all",
         metadata={
-            "help": "Answer tokens that are learned: all, or after_self (those with a self token somewhere before them "
-            "in the answer; all of them where self_prob is 0)."
+            "help": "Answer tokens that are learned: all, or after_self (only those with a self token somewhere before "
+            "them in the answer; all of them where self_prob is 0)."
         },
     )
     kl_weight: float = field(
-        default=0.0, metadata={"help": "Weight of KL(model || frozen model) at every learned position; 0 is none."}
+        default=0.0,
+        metadata={
+            "help": "Weight of KL(model || frozen model) at every learned position, added to the loss. 0 is no such "
+            "term; a large weight keeps the model near the frozen one."
+        },
     )
     kl_model: str | None = field(
-        default=None, metadata={"help": "The frozen model: a folder or a hub name; by default the model as it begins."}
+        default=None,
+        metadata={
+            "help": "Frozen model for kl_weight: a folder, or a name on the hub, with the same tokenizer. By default "
+            "it is the model as it is before training."
+        },
     )
     lean_loss: bool | None = field(
         default=None,
         metadata={
-            "help": "Compute the loss chunk by chunk at learned positions, without logits of all of them in memory; by "
-            "default where contexts are mixed or answers corrected, and the model allows it. Equal up to rounding."
+            "help": "Compute the loss chunk by chunk at learned positions, so that the logits of all positions are "
+            "never in memory at once; the loss is equal up to rounding. By default this is done where contexts are "
+            "mixed or answers are corrected, and the model allows it."
         },
     )
-    logging_steps: float = field(default=10, metadata={"help": "Log every so many steps; below 1, a share of all."})
+    logging_steps: float = field(
+        default=10, metadata={"help": "Number of steps between log lines; a number below 1 is a share of all steps."}
+    )
     remove_unused_columns: bool | None = field(
-        default=False, metadata={"help": "Leave as it is: the collator needs the columns that the model does not."}
+        default=False, metadata={"help": "Leave this False: the collator needs columns that the model does not take."}
+    )
+    resume_from_checkpoint: str | None = field(
+        default=None,
+        metadata={
+            "help": "Checkpoint that selfgen train continues from: its folder, or last for the newest complete one in "
+            "output_dir (the start, if there is none). By default a new run starts, which needs an output_dir without "
+            "checkpoints."
+        },
     )
 
     def __post_init__(self):
@@ -185,11 +236,16 @@ class BSSConfig(RowOptions, GeneratorOptions, TrainingArguments):
         if self.self_prob_schedule not in SCHEDULES:
             raise ValueError(f"self_prob_schedule is {self.self_prob_schedule!r}; accepted: {', '.join(SCHEDULES)}")
         if not 0.0 <= self.self_prob_warmup < float("inf"):
-            raise ValueError(f"self_prob_warmup is {self.self_prob_warmup}; give steps, or a share of them below 1")
+            raise ValueError(
+                f"self_prob_warmup is {self.self_prob_warmup}; give a number of steps >= 0, or a share of them below 1"
+            )
         if self.loss_on not in LOSS_ON:
             raise ValueError(f"loss_on is {self.loss_on!r}; accepted: {', '.join(LOSS_ON)}")
         if self.loss_on == "after_self" and self.context_micro_batches:
-            raise ValueError("loss_on=after_self counts tokens over the whole step: leave out context_micro_batches")
+            raise ValueError(
+                "loss_on=after_self counts tokens over the whole step: leave out context_micro_batches, or give "
+                "loss_on=all"
+            )
         if not 0.0 <= self.kl_weight < float("inf"):
             raise ValueError(f"kl_weight is {self.kl_weight}; it must be a finite number >= 0")
         if self.kl_model and not self.kl_weight:
@@ -202,7 +258,7 @@ class BSSConfig(RowOptions, GeneratorOptions, TrainingArguments):
             raise ValueError(f"max_length is {self.max_length}; a prompt and an answer need at least 2 tokens")
         if self.remove_unused_columns:
             raise ValueError(
-                "remove_unused_columns must stay False: the collator needs the columns sample_id, prompt_ids"
+                "remove_unused_columns must stay False: the collator needs columns that the model does not take"
             )
 
     def self_prob_at(self, step: int, max_steps: int, schedule: Schedule | None = None) -> float:

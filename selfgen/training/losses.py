@@ -31,9 +31,9 @@ class AnswerLoss:
     Args:
         model: a transformers causal language model.
         label_smoothing: share of the target that is spread evenly over the vocabulary, in [0, 1].
-        kl_weight: of KL(model || frozen) at each position, under the same context.
-        frozen: the model to stay near to; ``model`` itself is meant where a context switches its adapters off.
-        lean: leave logits out where the model allows it; ``not_lean`` says why it does not.
+        kl_weight: the weight of KL(model || frozen) at each position, under the same context.
+        frozen: the model to stay near; it may be ``model`` itself, if the caller switches its adapters off meanwhile.
+        lean: never have all logits in memory, if the model allows it; ``not_lean`` says why it does not.
     """
 
     def __init__(
@@ -66,7 +66,7 @@ class AnswerLoss:
         if not called:
             raise ValueError(
                 f"{type(self.model).__name__} does not compute its loss through transformers' loss_function, which "
-                "lean_loss, kl_weight and row weights need; set lean_loss to False and kl_weight to 0"
+                "lean_loss, kl_weight and direct_weight need; set lean_loss to False, and the weights to 0"
             )
 
     def frozen_states(self, inputs: dict[str, Tensor]) -> Tensor:
@@ -148,7 +148,10 @@ def _groups(row_weights: Tensor | None, learned: Tensor) -> list[tuple[float, Te
 
 
 def why_not_lean(model: PreTrainedModel) -> str | None:
-    """None if the model's logits are its head's product and nothing else, and its loss is replaced; asks the model."""
+    """Why a lean loss can't be had, found out by running the model.
+
+    None if its logits are nothing but the product of its head, and its loss can be replaced.
+    """
     head, name = model.get_output_embeddings(), type(model).__name__
     if type(head) is not nn.Linear or "forward" in vars(head):
         return f"the head of {name} is a {type(head).__name__} with a forward of its own (an adapter's, a hook's, ...)"

@@ -1,4 +1,4 @@
-"""What the steps of a training cost and what their contexts were like, for its log."""
+"""What training steps cost, and what their contexts were like: the figures of the log."""
 
 from __future__ import annotations
 

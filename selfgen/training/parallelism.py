@@ -1,4 +1,4 @@
-"""Weights and rows that are split over processes are refused by name, before anything is loaded."""
+"""Refuses, by name and before anything is loaded, to train weights or rows that are split over processes."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ _LAUNCHED = {  # what `accelerate launch` asks for in the environment
 def check_parallelism(args: TrainingArguments) -> None:
     """Raise ValueError if ``args``, or accelerate's launcher, ask for more than plain data parallelism.
 
-    Also where Accelerate would ignore it: on CPUs it trains with DDP, whatever was asked for, and says nothing.
+    This includes what Accelerate would ignore: on CPUs it trains with DDP, whatever was asked for, and says nothing.
     """
     asked = [name for name in ("fsdp", "deepspeed") if getattr(args, name, None)]
     asked += [f"{kind} ({name})" for name, kind in _LAUNCHED.items() if _is_true(name)]

@@ -1,7 +1,7 @@
 """``RACTrainer``: reference-answer-based correction (arXiv 2410.14655, section on RAC).
 
-Each row becomes: the prompt, the model's own answer, a cue that asks for a correction, and the reference as what is to
-be learned. At inference the model answers, is asked, and corrects itself, with no oracle (``generate_corrected``).
+Each row becomes: the prompt, the model's own answer, a cue that asks for a correction, and the reference, which is
+learned. At inference the model answers, gets the cue, and corrects itself, with no oracle (``generate_corrected``).
 """
 
 from __future__ import annotations
@@ -29,36 +29,61 @@ _DIRECT = 1 << 62  # the bit of a sample id that tells the row without a correct
 class RACConfig(BSSConfig):
     """Arguments of ``RACTrainer``: those of ``BSSConfig``, and the fields below.
 
-    ``self_prob`` is 0 by default: the reference is learned under the reference. Above 0 its contexts are mixed, too,
-    which makes the method RAC and BSS at once.
+    ``self_prob`` is 0 by default: the correction is learned under its reference tokens. Above 0 its context is mixed,
+    too, which makes the method RAC and BSS at once.
     """
 
     self_prob: float = field(
         default=0.0,
-        metadata={"help": "Probability that a context token of the correction is a self token; 0 is plain RAC."},
+        metadata={
+            "help": "Probability that a context token of the correction is a self token, in [0, 1]. 0 is plain RAC; "
+            "above 0 the method is RAC and BSS at once."
+        },
     )
     own_answer: str = field(
         default="generated",
         metadata={
-            "help": "Where own answers come from: generated (the current weights, running freely), mixed (a context of "
-            "reference and self tokens), or column (made before, in the data set)."
+            "help": "Where the model's own answers come from: generated (a free run of the current weights), mixed (a "
+            "context of reference and self tokens), or column (made beforehand, in a column of the data set)."
         },
     )
     own_answer_self_prob: float = field(
-        default=1.0, metadata={"help": "Probability of a self token in own_answer=mixed, in [0, 1]."}
+        default=1.0,
+        metadata={
+            "help": "For own_answer=mixed: probability of a self token in an own answer, in [0, 1]. 0 is the "
+            "reference, 1 is a free run as long as the reference."
+        },
     )
     own_answer_column: str = field(
-        default="own_answer", metadata={"help": "Column with own answers (text) for own_answer=column."}
+        default="own_answer", metadata={"help": "For own_answer=column: name of the column with own answers, as text."}
     )
-    max_new_tokens: int = field(default=256, metadata={"help": "Longest generated answer, in tokens."})
+    max_new_tokens: int = field(
+        default=256,
+        metadata={
+            "help": "For own_answer=generated: most tokens of an own answer, at least 1. Fewer are cheaper, but long "
+            "answers are broken off."
+        },
+    )
     own_answer_batch_size: int = field(
         default=32,
-        metadata={"help": "Most rows that are answered at a time; each has keys and values for the longest of all."},
+        metadata={
+            "help": "For own_answer=generated: most rows that are answered at a time, at least 1. Fewer take less "
+            "memory (each row has K/V for the longest of all) and more passes."
+        },
     )
-    correction_cue: str = field(default=DEFAULT_CUE, metadata={"help": "What asks for a correction."})
+    correction_cue: str = field(
+        default=DEFAULT_CUE,
+        metadata={
+            "help": "Text that asks for a correction: the user's next turn in the chat template, or a paragraph of "
+            "its own if there is no template."
+        },
+    )
     direct_weight: float = field(
         default=0.0,
-        metadata={"help": "Weight of the loss on the reference right after the prompt, beside that on the correction."},
+        metadata={
+            "help": "Weight of the loss on the reference right after the prompt, in addition to that on the "
+            "correction. 0 trains on corrections only; 1 gives both the same weight, with twice the rows."
+        },
     )
 
     def __post_init__(self):
@@ -80,13 +105,13 @@ class RACTrainer(BSSTrainer):
 
     Before each optimizer step the own answers of the whole accumulated batch are made at once, with the current
     weights. They depend on the seed, the step and the row's sample id, so a resumed run has the same ones. Prompt, own
-    answer, cue and reference together have at most ``max_length`` tokens: an own answer is cut to what is left, and the
-    logs have the share of those as ``own_answers_cut``.
+    answer, cue and reference together have at most ``max_length`` tokens: an own answer is cut to what is left, and
+    ``own_answers_cut`` in the logs is the share of own answers that were cut.
 
     Args:
         model, args, train_dataset, eval_dataset, processing_class, **kwargs: as in ``BSSTrainer``; ``args`` is an
-            ``RACConfig``. With ``own_answer="column"`` the training rows have their own answers in a column. Evaluation
-            is that of the answer right after the prompt.
+            ``RACConfig``. With ``own_answer="column"`` the training rows have a column with own answers. What is
+            evaluated is the answer right after the prompt, without a correction.
     """
 
     _lean_by_default = True  # its rows are the longest
@@ -95,7 +120,7 @@ class RACTrainer(BSSTrainer):
         if not isinstance(args, RACConfig):
             raise TypeError(f"args is a {type(args).__name__}; RACTrainer takes an RACConfig")
         if data_collator is not None:
-            raise ValueError("RACTrainer makes its batches anew with selfgen's collator; leave data_collator out")
+            raise ValueError("RACTrainer makes its batches with selfgen's collator; leave data_collator out")
         self._own_answers: dict[int, list[int]] = {}
         self._shown = self._cut = 0  # own answers since the last log
         self._known_cue: CorrectionCue | None = None
@@ -126,7 +151,7 @@ class RACTrainer(BSSTrainer):
         return longest - cue
 
     def prepare_batches(self, batches: list[dict[str, Tensor]]) -> list[dict[str, Tensor]]:
-        """Micro-batches of correction rows; after them, where they have a weight, the rows as they were."""
+        """Micro-batches of correction rows, followed by the rows as they were where these have a weight."""
         if not batches:
             return batches
         rows = [rows_of(batch) for batch in batches]
@@ -146,7 +171,7 @@ class RACTrainer(BSSTrainer):
         return batches, num_items
 
     def _get_num_items_in_batch(self, batch_samples, device):
-        """What is learned is counted in corrections: the first half of the rows, where the others stand after them."""
+        """Learned tokens are counted in corrections only: the first half of the rows, where direct rows follow them."""
         first = [_half(batch, 0) if "loss_weight" in batch else batch for batch in batch_samples]
         return super()._get_num_items_in_batch(first, device)
 
@@ -165,7 +190,7 @@ class RACTrainer(BSSTrainer):
         return batch
 
     def _correction_prompt(self, row: Row, own: list[int]) -> Tensor:
-        """Prompt, own answer and cue, int64 [P]; of the answer what there is room for."""
+        """Prompt, own answer and cue, int64 [P]; the answer is cut to the room that there is."""
         prompt, answer, cue = len(row.prompt), len(row.reference), len(self._cue.ids)
         room = self.args.max_length - prompt - cue - answer
         if room < 0:
@@ -222,13 +247,15 @@ class RACTrainer(BSSTrainer):
         column = self.args.own_answer_column
         if not isinstance(rows, datasets.Dataset) or column not in rows.column_names:
             raise ValueError(
-                f"own_answer=column, but the training data has no column {column!r} with own answers; name it with "
-                "own_answer_column, or write one with `selfgen generate`"
+                f"own_answer=column, but the training data has no column {column!r} with own answers; give the name of "
+                "the column as own_answer_column, or write one with `selfgen generate`"
             )
         texts = list(rows[column])
         wrong = next((index for index, text in enumerate(texts) if not isinstance(text, str)), None)
         if wrong is not None:
-            raise TypeError(f"row {wrong}: {column} is {texts[wrong]!r}; an own answer must be text")
+            raise TypeError(
+                f"row {wrong}: {column} is {texts[wrong]!r}; own answers must be text, so fill or drop the row"
+            )
         ids = rows["sample_id"] if "sample_id" in rows.column_names else range(len(rows))
         tokens = self.processing_class(texts, add_special_tokens=False).input_ids
         return dict(zip(ids, tokens, strict=True))

@@ -1,9 +1,9 @@
 """The passes are the forward: training on a mixed context without computing its forward again.
 
-The hidden states that the passes leave (``context.hidden_states``) are just what gradient checkpointing (Chen et al.
+The hidden states that the passes leave (``context.hidden_states``) are exactly what gradient checkpointing (Chen et al.
 2016, arXiv 1604.06174) would save. So the training pass *reuses* them: a layer's forward returns what is kept, and its
-backward computes the layer again from what entered it, as any checkpointed layer's does. transformers' models offer the
-place for it, the checkpointing function of ``GradientCheckpointingLayer``, so a model needs no change.
+backward computes the layer again from what entered it, as that of any checkpointed layer does. This is done in the
+checkpointing function of transformers' ``GradientCheckpointingLayer``, so a model needs no change.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from ..context.hidden_states import HiddenStates, ReuseError
 def reuse_passes(kept: HiddenStates, slots: Tensor) -> Iterator[list[int]]:
     """Inside, training forwards over [B, L] tokens whose slots are ``slots`` [B, L] reuse what is ``kept``.
 
-    Their backward may come later, outside. What is yielded gets the number of each layer that has reused its passes.
+    Their backward may come later, outside. The yielded list gets the number of each layer that has reused its passes.
     """
     reused: list[int] = []
     before = [{name: value for name, value in vars(layer).items() if name in _SWITCHES} for layer in kept.layers]

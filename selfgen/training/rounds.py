@@ -1,12 +1,12 @@
 """The offline variant in rounds: write contexts with the model as it is, train on them, continue with the new model.
 
-arXiv 2410.14655 (Algorithm 1: a pre-trained model and a training data set go in) is followed with these choices: the
-rows are shuffled once and cut into one part a round, so that each row is trained on in one round, under contexts of
-the model that this round begins with; the self-probability of a schedule that is not constant goes from round to round.
+This follows arXiv 2410.14655 (Algorithm 1, whose inputs are a pre-trained model and a training data set) with these
+choices. The rows are shuffled once and cut into one part per round, so that each row is trained on in one round, under
+contexts of the model that this round begins with. A self-probability schedule advances once per round.
 
-Each round is a training of its own: optimizer, warm-up and learning-rate schedule begin anew, and ``num_train_epochs``
-and ``max_steps`` count for one round. So the model that writes the next contexts is one that is trained to its end,
-not one in the middle of a high learning rate, and a round is resumed as any training is.
+Each round is a training run of its own: optimizer, warm-up and learning-rate schedule start over, and
+``num_train_epochs`` and ``max_steps`` count for one round. So the model that writes the next contexts has been trained
+to the end of its learning-rate schedule, and a round is resumed as any training run is.
 """
 
 from __future__ import annotations
@@ -59,9 +59,9 @@ def train_rounds(
 ) -> None:
     """Train ``model`` offline in ``rounds`` rounds.
 
-    Round k leaves ``round-k/contexts``, ``round-k/checkpoint-*``, ``round-k/trainer_state.json`` and ``round-k/model``
-    in ``config.output_dir``; the last model is there, too, as after any training. With
-    ``config.resume_from_checkpoint="last"`` a run that was killed continues where it was: with the next shard of
+    Round k writes ``round-k/contexts``, ``round-k/checkpoint-*``, ``round-k/trainer_state.json`` and ``round-k/model``
+    to ``config.output_dir``, which at the end also holds the last model, as after any training. With
+    ``config.resume_from_checkpoint="last"`` a run that was killed continues where it stopped: with the next shard of
     contexts, from the newest checkpoint of a round, or with the next round.
 
     Args:
@@ -72,12 +72,12 @@ def train_rounds(
         config: of every round. ``self_prob`` and its schedule, ``seed``, ``sampling_temperature``, ``context_method``
             and ``token_budget`` are those of the contexts.
         processing_class: the tokenizer, which is saved with every model.
-        eval_dataset, schedule: as of ``BSSTrainer``; here the schedule goes from round to round.
-        shard_rows, batch_size, provenance: as of ``write_contexts``.
+        eval_dataset, schedule: as in ``BSSTrainer``; here the schedule advances once per round.
+        shard_rows, batch_size, provenance: as in ``write_contexts``.
 
     Raises:
-        OfflineError: (a ValueError) the output folder has rounds, and this is not to continue them; or they are of
-            other settings or rows; or the rounds can't be had as asked for.
+        OfflineError: (a ValueError) the output folder has rounds, and ``config`` does not ask to continue them; its
+            rounds have other settings or rows; or there can't be such rounds.
     """
     output, resume = Path(config.output_dir), config.resume_from_checkpoint
     if config.world_size > 1:
@@ -87,8 +87,8 @@ def train_rounds(
         )
     if config.self_prob_warmup >= 1:
         raise OfflineError(
-            f"self_prob_warmup is {config.self_prob_warmup}; a schedule goes from round to round here, so give it as a "
-            "share of the rounds below 1"
+            f"self_prob_warmup is {config.self_prob_warmup}; here the schedule advances once per round, so give "
+            "the warm-up as a share of the rounds, below 1"
         )
     if resume not in (None, "last"):
         raise OfflineError(f'resume_from_checkpoint is {resume!r}; rounds continue from "last" only')

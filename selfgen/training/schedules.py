@@ -1,7 +1,7 @@
-"""Self-probability over training: how fast the context turns from the reference's to the model's own.
+"""Self-probability over training: how fast reference tokens in a context give way to self tokens.
 
-The shapes are those of Bengio et al. 2015 (arXiv 1506.03099, section 2.4), there decays of the reference's share over
-steps; here they go over the progress of a training run, from a start to an end, whatever its length.
+The shapes are those of Bengio et al. 2015 (arXiv 1506.03099, section 2.4). There they are decays of the share of
+reference tokens over steps; here they lead from a start to an end over the progress of a training run of any length.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ def cosine(start: float, end: float, progress: float) -> float:
 
 
 def exponential(start: float, end: float, progress: float) -> float:
-    """Fast at first: what is left to ``end`` decays exponentially."""
+    """Fast at first: the distance to ``end`` decays exponentially."""
     return linear(start, end, math.expm1(-_DECAYS * progress) / math.expm1(-_DECAYS))
 
 

@@ -343,8 +343,8 @@ class Job(NamedTuple):
 
 
 def jobs(modules: Iterable[str], targets: Iterable[str], kernel: str, quick: bool) -> list[Job]:
-    """Every configuration whose name holds `kernel`. If `quick`, one or two of each kernel: its first configuration on
-    one target and its last on another, by turns, so that every kernel and every target has its part."""
+    """Every configuration whose name holds `kernel`. If `quick`, one of each kernel: its first or its last one and one
+    target after the other, by turns, so that every kernel and every target has its part."""
     targets = list(targets)
     chosen, turn = [], 0
     for module in modules:
@@ -354,9 +354,8 @@ def jobs(modules: Iterable[str], targets: Iterable[str], kernel: str, quick: boo
             functions = dict.fromkeys(every[job.target][job.place].kernel.__name__ for job in found)
             for function in functions:
                 mine = [job for job in found if every[job.target][job.place].kernel.__name__ == function]
-                for place, offset in ((0, 0), (-1, len(targets) // 2)):
-                    target = targets[(turn + offset) % len(targets)]
-                    chosen += [job for job in mine if job.target == target][place:][:1]
+                target = targets[turn % len(targets)]
+                chosen += [[job for job in mine if job.target == target][-(turn // len(targets) % 2)]]
                 turn += 1
         else:
             chosen += found
@@ -398,7 +397,7 @@ def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m tools.aot", description=(__doc__ or "").split("\n\n")[0])
     parser.add_argument("--target", nargs="+", choices=TARGETS, default=TARGETS)
     parser.add_argument("--kernel", default="", help="only configurations whose name holds this text")
-    parser.add_argument("--quick", action="store_true", help="only one or two configurations of each kernel")
+    parser.add_argument("--quick", action="store_true", help="only one configuration of each kernel")
     parser.add_argument("--module", nargs="+", help="modules with configurations(target); default: all that ship")
     parser.add_argument("--processes", type=int, default=min(2, os.cpu_count() or 1))
     parser.add_argument("--json", type=Path, help="also write the reports to this file")

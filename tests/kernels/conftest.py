@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Callable
 from dataclasses import dataclass
+from importlib.util import find_spec
 from typing import Any
 
 import pytest
 import torch
+from filelock import FileLock
 
 from selfgen_kernels import backends
 from selfgen_kernels.backends.reference import philox
@@ -16,8 +19,11 @@ from selfgen_kernels.backends.reference import sampling as reference_sampling
 ON_GPU = torch.cuda.is_available()
 DEVICE = "cuda" if ON_GPU else "cpu"
 """Where Triton's tensors are."""
-if not ON_GPU:
+if not ON_GPU and find_spec("triton"):
     os.environ.setdefault("TRITON_INTERPRET", "1")  # read when triton is imported, which no import above does
+    from interpreting import remap_once_per_launch
+
+    remap_once_per_launch()
 
 
 def moved(values, device):
@@ -81,6 +87,18 @@ class Backend:
         ids = torch.arange(len(logits))
         args = logits, ids if reference is None else reference, torch.full_like(ids, threshold), 0, ids, ids * 0
         return self.sampling.reference_log_prob(*moved(args, self.device)).cpu()
+
+
+def once_per_run(tmp_path_factory, name: str, make: Callable[[], str]) -> str:
+    """What `make` returns, made by the first of pytest-xdist's workers to ask, or by the one process that there is."""
+    folder = tmp_path_factory.getbasetemp()
+    if "PYTEST_XDIST_WORKER" in os.environ:
+        folder = folder.parent  # that of all workers
+    made = folder / name
+    with FileLock(folder / f"{name}.lock"):
+        if not made.exists():
+            made.write_text(make())
+    return made.read_text()
 
 
 def triton_backend() -> Backend:

@@ -1,5 +1,7 @@
 """Launches of every Triton kernel with small sizes, compiled as for a GPU: prints {case: {kernel: error}} as JSON.
 
+An argument `one` or `more` asks for the cases with sizes of one only, or for the others.
+
 The compiler takes an integer argument of 1 for a constant, which is no tensor: what works for two rows may not compile
 for one. The interpreter does not show it, nor does compiling what `configurations` lists. Here launchers run on CPU
 tensors, Triton believes in an H100, and each launch ends when its kernel is compiled.
@@ -7,6 +9,7 @@ tensors, Triton believes in an H100, and each launch ends when its kernel is com
 
 import contextlib
 import json
+import sys
 from unittest import mock
 
 import specimens
@@ -110,9 +113,11 @@ CASES = {
 }
 
 if __name__ == "__main__":
-    found = {}
+    found, asked = {}, sys.argv[1:]
     with compiling_only() as errors:
         for case, launch in CASES.items():
+            if asked and ("one" if " one " in case else "more") not in asked:
+                continue
             errors.clear()
             launch()
             found[case] = dict(errors)

@@ -1,4 +1,4 @@
-"""Whether the offsets of Triton kernels can wrap: prints {module: {configuration: [products]}} as JSON.
+"""Whether the offsets of Triton kernels can wrap, for `compiling.py`.
 
 The compiler types an integer argument by its value, so a stride below 2^31 arrives as i32 and a product with it is i32
 unless the kernel widens a factor first. Every configuration is lowered to TTIR with all its integers as i32. What is
@@ -8,7 +8,6 @@ wrapped product afterwards does not hide it. A product of a constant and an inde
 for: its result is bounded by the size that it counts up to.
 """
 
-import json
 import re
 from importlib import import_module
 
@@ -99,7 +98,8 @@ def narrow_products(text: str) -> list[str]:
     return found
 
 
-if __name__ == "__main__":
+def all_products() -> dict[str, dict[str, list[str]]]:
+    """{module: {configuration: its narrow products}}"""
     found: dict[str, dict[str, list[str]]] = {}
     for module in (*shipped_modules(), "specimens"):
         done, found[module] = set(), {}
@@ -109,4 +109,4 @@ if __name__ == "__main__":
             if (key := (configuration.kernel.__name__, scalars, tuple(configuration.constants))) not in done:
                 done.add(key)
                 found[module][configuration.name] = narrow_products(ttir(configuration))
-    print(json.dumps(found))
+    return found

@@ -55,9 +55,11 @@ def test_opcheck(example):
         torch.library.opcheck(func, args)
 
 
-@pytest.mark.parametrize("dynamic", [False, True])
-def test_compiles_as_one_graph(example, dynamic):
-    name, arguments = example
+def test_compiles_as_one_graph(example):
+    check_compiled(*example, dynamic=False)
+
+
+def check_compiled(name, arguments, dynamic):
     compiled = torch.compile(call, fullgraph=True, dynamic=dynamic, backend="aot_eager")
     want_arguments = copied(arguments)
     want = call(name, **want_arguments)
@@ -81,20 +83,30 @@ ROWS = (
 )
 
 
+OF_ROWS = [(name, i) for name, i in CALLS if "sample_ids" in EXAMPLES[name][i] and name != "combine_shards"]
+ids_of_calls = {"ids": lambda call: f"{call[0]}-{call[1]}"}
+
+
 @pytest.mark.parametrize(
-    "example",
-    [(name, i) for name, i in CALLS if "sample_ids" in EXAMPLES[name][i] and name != "combine_shards"],
-    ids=lambda call: f"{call[0]}-{call[1]}",
-    indirect=True,
+    "example", [call for call in CALLS if call not in OF_ROWS or call[1] == 1], **ids_of_calls, indirect=True
 )
+def test_compiles_as_one_dynamic_graph(example):
+    """One of each op of rows: the next test has them all."""
+    check_compiled(*example, dynamic=True)
+
+
+@pytest.mark.parametrize("example", OF_ROWS, **ids_of_calls, indirect=True)
 def test_a_few_dynamic_graphs_serve_any_number_of_rows(example):
     """Symbolic sizes and seeds: a size equal to another number, or a sign, may add one graph or two, batches do not."""
     name, arguments = example
-    counter = torch._dynamo.testing.CompileCounterWithBackend("aot_eager")
+    counter = torch._dynamo.testing.CompileCounterWithBackend("eager")
     compiled = torch.compile(call, fullgraph=True, dynamic=True, backend=counter)
-    for n, seed in ((5, 3), (4, -7), (3, 2**62), (2, 99), (5, -1), (4, 17), (3, 0), (2, -(2**63))):
+    for n, seed in ((5, 3), (4, -7), (3, 2**62), (2, -(2**63)), (5, 0)):
         some = {k: v[:n] if k in ROWS and isinstance(v, torch.Tensor) else v for k, v in copied(arguments).items()}
-        assert_equal(compiled(name, **some | {"seed": seed}), call(name, **copied(some) | {"seed": seed}))
+        same = copied(some)
+        assert_equal(compiled(name, **some | {"seed": seed}), call(name, **same | {"seed": seed}))
+        if "status" in some:
+            assert torch.equal(some["status"], same["status"])
     assert counter.frame_count <= 3
 
 
@@ -278,8 +290,9 @@ def test_autocast_changes_the_product_of_a_head_and_nothing_else(example, dtype)
     want = call(name, **lowered)
     with torch.autocast("cpu", dtype):
         assert_equal(call(name, **copied(arguments)), want)
-        compiled = torch.compile(call, fullgraph=True, backend="aot_eager")
-        assert_equal(compiled(name, **copied(arguments)), want)
+        if dtype == torch.bfloat16:
+            compiled = torch.compile(call, fullgraph=True, backend="aot_eager")
+            assert_equal(compiled(name, **copied(arguments)), want)
 
 
 # ---- Wrong arguments -------------------------------------------------------------------------------------------------

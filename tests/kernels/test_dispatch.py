@@ -185,42 +185,62 @@ def test_without_triton_and_compiler_it_imports_runs_and_says_so_once():
     assert done.returncode == 0, done.stderr
 
 
-@pytest.mark.parametrize("state", ["missing", "broken"])
-@pytest.mark.parametrize(
-    "absent", [("triton",), ("flash_attn",), ("_C",), ("triton", "flash_attn", "_C")], ids="+".join
-)
-def test_importing_needs_torch_only(absent, state):
-    """Each optional part not installed, or installed and failing when imported; and none is imported too early."""
-    script = f"""
-        import importlib.abc, importlib.util, sys
+IMPORTED_WITHOUT = """
+import importlib.abc, importlib.util, os, sys, traceback
+import torch
 
-        class Absent(importlib.abc.MetaPathFinder, importlib.abc.Loader):
-            def find_spec(self, name, path=None, target=None):
-                if name.split(".")[0] in {absent} or name.endswith("._C") and "selfgen" in name and "_C" in {absent}:
-                    if {state!r} == "missing":
-                        raise ModuleNotFoundError(name)
-                    return importlib.util.spec_from_loader(name, self)
+PARTS = ("triton", "flash_attn", "_C")
+CASES = [(state, absent) for state in ("missing", "broken") for absent in (*((part,) for part in PARTS), PARTS)]
 
-            def exec_module(self, module):
-                raise ImportError("undefined symbol")
+def check(state, absent):
+    class Absent(importlib.abc.MetaPathFinder, importlib.abc.Loader):
+        def find_spec(self, name, path=None, target=None):
+            if name.split(".")[0] in absent or name.endswith("._C") and "selfgen" in name and "_C" in absent:
+                if state == "missing":
+                    raise ModuleNotFoundError(name)
+                return importlib.util.spec_from_loader(name, self)
 
-        import torch
-        before = set(sys.modules)
-        sys.meta_path.insert(0, Absent())
-        found = importlib.util.find_spec
+        def exec_module(self, module):
+            raise ImportError("undefined symbol")
 
-        def find_spec(name, *rest):
-            try:
-                return found(name, *rest)
-            except ModuleNotFoundError:
-                return None
+    before = set(sys.modules)
+    sys.meta_path.insert(0, Absent())
+    found = importlib.util.find_spec
 
-        importlib.util.find_spec = find_spec
-        import selfgen_kernels
-        assert not {{"triton", "flash_attn"}} & (set(sys.modules) - before)
-        ids = torch.arange(4)
-        tokens, is_self = selfgen_kernels.sample_mix(torch.randn(4, 9), ids, 1.0, seed=0, sample_ids=ids, positions=ids)
-        assert is_self.all() and ((tokens >= 0) & (tokens < 9)).all()
+    def find_spec(name, *rest):
+        try:
+            return found(name, *rest)
+        except ModuleNotFoundError:
+            return None
+
+    importlib.util.find_spec = find_spec
+    import selfgen_kernels
+    assert not {"triton", "flash_attn"} & (set(sys.modules) - before)
+    ids = torch.arange(4)
+    tokens, is_self = selfgen_kernels.sample_mix(torch.randn(4, 9), ids, 1.0, seed=0, sample_ids=ids, positions=ids)
+    assert is_self.all() and ((tokens >= 0) & (tokens < 9)).all()
+
+for case in CASES:
+    child = os.fork()
+    if child == 0:
+        try:
+            check(*case)
+        except BaseException:
+            traceback.print_exc()
+            os._exit(1)
+        os._exit(0)
+    print(*case, "failed" if os.waitpid(child, 0)[1] else "passed", flush=True)
+"""
+
+
+def test_importing_needs_torch_only():
+    """Each optional part not installed, or installed and failing when imported; and none is imported too early.
+
+    In a child of one process that has imported torch for each case.
     """
-    done = subprocess.run([sys.executable, "-c", textwrap.dedent(script)], capture_output=True, text=True, check=False)
-    assert done.returncode == 0, done.stderr
+    command = [sys.executable, "-c", IMPORTED_WITHOUT]
+    done = subprocess.run(
+        command, capture_output=True, text=True, check=True, env=os.environ | {"OMP_NUM_THREADS": "1"}
+    )
+    assert "failed" not in done.stdout, done.stdout + done.stderr
+    assert done.stdout.count("passed") == 8

@@ -1,5 +1,7 @@
 """The head over several processes (gloo): gathered by the caller from FSDP, or split by vocabulary."""
 
+from multiprocessing import set_forkserver_preload
+
 import pytest
 import torch
 import torch.distributed as dist
@@ -84,4 +86,5 @@ def worker(rank, file):
 
 
 def test_processes_agree_with_one(tmp_path):
-    multiprocessing.spawn(worker, (tmp_path / "rendezvous",), nprocs=WORLD)
+    set_forkserver_preload([__name__, "torch.distributed.fsdp"])  # the ranks need not import torch each
+    multiprocessing.start_processes(worker, (tmp_path / "rendezvous",), nprocs=WORLD, start_method="forkserver")

@@ -122,6 +122,7 @@ def heap_plan(final, row_starts, next_self, log_chance, token_budget, least):
     return list(zip(final, ends, strict=True))
 
 
+@settings(max_examples=settings().max_examples // 2)
 @given(state=states(), token_budget=BUDGETS, least=LEAST)
 def test_plan_is_that_of_a_heap(backend, state, token_budget, least):
     final, row_starts, *_ = state
@@ -138,6 +139,7 @@ def test_plan_is_that_of_a_heap(backend, state, token_budget, least):
     assert kv_ranges.shape == (len(final), 2)
 
 
+@settings(max_examples=settings().max_examples // 2)
 @given(state=states(), token_budget=BUDGETS)
 def test_plan_keeps_the_budget_and_leaves_no_work_waiting(backend, state, token_budget):
     final, _, next_self, _ = state
@@ -156,14 +158,15 @@ def test_plan_keeps_the_budget_and_leaves_no_work_waiting(backend, state, token_
         assert torch.equal(next_self[ends], ends)
 
 
-@pytest.mark.parametrize("rows", [0, 1, 64, 65, 700, 2049, 5000])
+@pytest.mark.parametrize("rows", [0, 1, 64, 65, 700, 2049, pytest.param(5000, marks=pytest.mark.slow)])
 def test_plan_of_many_rows(fast, rows):
     generator = torch.Generator().manual_seed(rows)
-    masks = (torch.rand(rows, 9, generator=generator) < 0.4).tolist()
+    size = 9 if rows < 100 else 5
+    masks = (torch.rand(rows, size, generator=generator) < 0.4).tolist()
     next_self, row_starts = (x.long() for x in next_self_of(masks))
-    final = row_starts + torch.randint(0, 9, (rows,), generator=generator)
-    log_chance = torch.tensor([0.6, 0.7, 0.75])[torch.randint(0, 3, (9 * rows,), generator=generator)].log()
-    for token_budget in (1, 2 * rows + 1, 20 * rows + 1) if rows < 100 else (3 * rows,):
+    final = row_starts + torch.randint(0, size, (rows,), generator=generator)
+    log_chance = torch.tensor([0.6, 0.7, 0.75])[torch.randint(0, 3, (size * rows,), generator=generator)].log()
+    for token_budget in (1, 2 * rows + 1, 20 * rows + 1) if rows < 100 else (2 * rows,):
         args = final, row_starts, next_self, log_chance
         for got, want in zip(
             fast.plan_pass(*args, token_budget=token_budget), reference.plan_pass(*args, token_budget), strict=True

@@ -36,7 +36,7 @@ def assert_same_tokens(got, want):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("filters", FILTERS, ids=lambda f: "+".join(f) or "none")
 def test_backends_agree(fast, reference, dtype, filters):
-    n = 6 if fast.name == "triton" and fast.device == "cpu" else 200
+    n = 5 if fast.name == "triton" and fast.device == "cpu" else 200
     logits = random_logits(n, 3001, dtype)
     inv_temperature = torch.ones(n)
     inv_temperature[::3], inv_temperature[1::3] = INF, 1.25  # a third greedy
@@ -58,11 +58,13 @@ def test_any_vocabulary_size(backend, reference, vocab_size):
 
 
 @pytest.mark.parametrize("fast", [_TRITON], indirect=True)
-@pytest.mark.parametrize(("tile", "span", "block"), [(4, 4, 64), (8, 32, 256), (16, 48, 4096), (64, 64, 1024)])
+@pytest.mark.parametrize(
+    ("tile", "span", "block"), [(4, 4, 64), (64, 64, 4096), pytest.param(8, 16, 256, marks=pytest.mark.slow)]
+)
 def test_sizes_of_tiles_do_not_matter(fast, reference, tile, span, block, monkeypatch):
     from selfgen_kernels.backends.triton import filters, sampling
 
-    logits = random_logits(4, 4200)  # 66 groups, in one span of the sizes that ship
+    logits = random_logits(4, 1100)  # 18 groups, in one tile of the sizes that ship
     how = {"inv_temperature": torch.tensor([1.0, 0.1, 2.0, INF]), "seed": 3}
     cases = [(logits, {}), (logits.bfloat16(), {"top_k": 60, "top_p": 0.9, "min_p": 0.001})]
     shipped = [fast.sample_mix(x, **how, **case) for x, case in cases]

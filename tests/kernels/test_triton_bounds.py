@@ -9,7 +9,7 @@ from unittest import mock
 
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 pytest.importorskip("triton")
@@ -27,11 +27,31 @@ from selfgen_kernels.call import Sampling
 from tools.aot import shipped_modules
 
 pytestmark = pytest.mark.filterwarnings("ignore::RuntimeWarning:triton.runtime.interpreter")
-SIZES = st.one_of(st.sampled_from([1, 63, 64, 65, 4096, 8191, 8192, 8193]), st.integers(1, 9000))
 DTYPES = st.sampled_from([torch.float32, torch.bfloat16, torch.float16])
 GAPS = st.sampled_from([0, 1, 3, 16])
 BAD = st.sampled_from([torch.nan, torch.inf, -torch.inf])
 FAR = st.sampled_from([-(2**63), -(2**40), -2, -1, 2**31, 2**62, 2**63 - 1])
+
+
+@contextlib.contextmanager
+def small_constants():
+    """Tiles and steps so small that small tensors have several: the interpreter takes its time for each."""
+    names = "BLOCK_M", "BLOCK_N", "BLOCK_K"
+    tile = dict(zip(names, (16, 64, 16), strict=True)), {"num_warps": 4, "num_stages": 2}
+    with (
+        mock.patch.multiple(sampling, TILE=4, SPAN=8),
+        mock.patch.object(filters, "BLOCK", 128),
+        mock.patch.object(products, "tile_constants", return_value=tile),
+        mock.patch.object(products, "ROWS", 16),
+        mock.patch.dict(products.REDUCTION, PIECES=2),
+    ):
+        yield
+
+
+def vocabulary_of(draw):
+    """Up to a little more than a program of `sampling` looks at."""
+    span = sampling.SPAN * 64
+    return draw(st.sampled_from([1, 63, 64, 65, span // 2, span - 1, span, span + 1]) | st.integers(1, span * 9 // 8))
 
 
 def padded(draw, shape, dtype):
@@ -77,30 +97,29 @@ def self_mask(draw):
 
 def sample_mix(draw):
     n = draw(st.integers(0, 3))
-    logits = spoilt(draw, padded(draw, (n, draw(SIZES)), draw(DTYPES)))
-    tile, span = draw(st.sampled_from([(4, 12), (sampling.TILE, sampling.SPAN)]))
-    with mock.patch.multiple(sampling, TILE=tile, SPAN=span):
-        return sampling.sample_mix(logits, torch.arange(n), *how_of(draw, n, *some_filters(draw)))
+    logits = spoilt(draw, padded(draw, (n, vocabulary_of(draw)), draw(DTYPES)))
+    return sampling.sample_mix(logits, torch.arange(n), *how_of(draw, n, *some_filters(draw)))
 
 
 def reference_log_prob(draw):
     n = draw(st.integers(0, 3))
-    logits = spoilt(draw, padded(draw, (n, draw(SIZES)), draw(DTYPES)))
+    logits = spoilt(draw, padded(draw, (n, vocabulary_of(draw)), draw(DTYPES)))
     ids = st.integers(0, logits.shape[1] - 1) | st.just(logits.shape[1]) | FAR
     tokens = torch.tensor(draw(st.lists(ids, min_size=n, max_size=n)), dtype=torch.int64)
-    tile, span = draw(st.sampled_from([(4, 12), (sampling.TILE, sampling.SPAN)]))
-    with mock.patch.multiple(sampling, TILE=tile, SPAN=span):
-        return sampling.reference_log_prob(logits, tokens, *how_of(draw, n)[:4])
+    return sampling.reference_log_prob(logits, tokens, *how_of(draw, n).mask)
 
 
 def filter_cutoff(draw):
     n = draw(st.integers(0, 2))
-    logits = spoilt(draw, padded(draw, (n, draw(SIZES)), draw(DTYPES)))
+    logits = spoilt(draw, padded(draw, (n, vocabulary_of(draw)), draw(DTYPES)))
     for names in (["top_k"], ["top_p"], ["min_p"], ["top_k", "top_p", "min_p"]):
         filters.filter_cutoff(logits, how_of(draw, n, *names))
 
 
-ROWS = st.integers(0, 9) | st.sampled_from([16, 17, 64, 65])
+def rows_of(draw):
+    """None, a few, or around as many as a tile has."""
+    tile = products.tile_constants("sm_80", "fp32", 1, True)[0]["BLOCK_M"]
+    return draw(st.integers(0, 9) | st.sampled_from([16, 17, tile, tile + 1]))
 
 
 def a_head(draw, n):
@@ -114,34 +133,23 @@ def a_head(draw, n):
     return spoilt(draw, hidden), weight, bias, draw(st.sampled_from([None, 5.0])), draw(st.sampled_from([1.0, 0.3]))
 
 
-@contextlib.contextmanager
-def small_steps(draw):
-    """The head's kernels look at fewer rows and candidates at a time, or at as many as ever."""
-    rows, pieces = draw(st.sampled_from([(16, 2), (products.ROWS, products.REDUCTION["PIECES"])]))
-    with mock.patch.object(products, "ROWS", rows), mock.patch.dict(products.REDUCTION, PIECES=pieces):
-        yield
-
-
 def linear_sample_mix(draw):
     names = some_filters(draw) if draw(st.integers(0, 3)) == 0 else []
-    n = draw(st.integers(0, 9) if names else ROWS)
-    with small_steps(draw):
-        return head.linear_sample_mix(*a_head(draw, n), torch.arange(n), *how_of(draw, n, *names))
+    n = draw(st.integers(0, 9)) if names else rows_of(draw)
+    return head.linear_sample_mix(*a_head(draw, n), torch.arange(n), *how_of(draw, n, *names))
 
 
 def linear_reference_log_prob(draw):
-    n = draw(ROWS)
+    n = rows_of(draw)
     given = a_head(draw, n)
     ids = st.integers(0, len(given[1])) | FAR
     tokens = torch.tensor(draw(st.lists(ids, min_size=n, max_size=n)), dtype=torch.int64)
-    with small_steps(draw):
-        return head.linear_reference_log_prob(*given, tokens, *how_of(draw, n)[:4])
+    return head.linear_reference_log_prob(*given, tokens, *how_of(draw, n).mask)
 
 
 def linear_sample_shard(draw):
-    n, first_id = draw(ROWS), draw(st.sampled_from([0, 64, 128, 2**20]) | st.integers(0, 300))
-    with small_steps(draw):
-        return head.linear_sample_shard(*a_head(draw, n), first_id, *how_of(draw, n).draw)
+    n, first_id = rows_of(draw), draw(st.sampled_from([0, 64, 128, 2**20]) | st.integers(0, 300))
+    return head.linear_sample_shard(*a_head(draw, n), first_id, *how_of(draw, n).draw)
 
 
 def a_batch(draw):
@@ -266,14 +274,16 @@ def name_of(kernel):
     return f"{kernel.fn.__module__}.{kernel.fn.__name__}"
 
 
+@pytest.mark.parametrize("constants", ["small", pytest.param("shipped", marks=pytest.mark.slow)])
 @pytest.mark.parametrize("launch", LAUNCHES, ids=lambda launch: launch.__name__)
-def test_kernels_stay_within_their_tensors(launch):
-    watched = set()
+def test_kernels_stay_within_their_tensors(launch, constants):
+    watched, usual = set(), settings()
 
+    @settings(usual, max_examples=usual.max_examples * 3 // 8 if constants == "small" else usual.max_examples)
     @given(st.data())
     def run(data):
         torch.manual_seed(0)
-        with guarded() as launches:
+        with small_constants() if constants == "small" else contextlib.nullcontext(), guarded() as launches:
             launch(data.draw)
         watched.update(name for name, tensors in launches if tensors)
 

@@ -3,6 +3,7 @@
 import json
 
 import pytest
+from conftest import once_per_run
 
 pytest.importorskip("triton")
 from test_triton_compile import FOLDER, run_compiled
@@ -22,15 +23,12 @@ KERNELS = {
 }
 
 
-@pytest.fixture(scope="module")
-def launched():
-    return json.loads(run_compiled(FOLDER / "launches.py"))
-
-
-@pytest.mark.parametrize("one", [True, False])
+@pytest.mark.parametrize("sizes", ["one", pytest.param("more", marks=pytest.mark.slow)])
 @pytest.mark.parametrize("module", KERNELS)
-def test_launches_compile(launched, module, one):
-    cases = {case: errors for case, errors in launched.items() if case.startswith(module) and (" one " in case) == one}
+def test_launches_compile(tmp_path_factory, module, sizes):
+    """The slow ones are of sizes as those that `tools.aot` compiles for."""
+    run = once_per_run(tmp_path_factory, f"launched {sizes}.json", lambda: run_compiled(FOLDER / "launches.py", sizes))
+    cases = {case: errors for case, errors in json.loads(run).items() if case.startswith(module)}
     assert cases
     for case, errors in cases.items():
         assert errors.keys() >= KERNELS[module], case

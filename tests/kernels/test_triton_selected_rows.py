@@ -53,7 +53,7 @@ def in_triton(*args):
 @pytest.mark.parametrize("with_bias", [False, True])
 def test_logits_are_rounded_as_those_of_the_reference(dtype, inv_temperature, with_bias):
     """To the head's dtype, after the bias."""
-    n, vocab_size = 128, 512
+    n, vocab_size = 64, 256
     bias = torch.randn(vocab_size, generator=torch.Generator().manual_seed(1)).to(dtype) if with_bias else None
     settings = {"bias": bias, "softcap": 30.0, "logit_scale": 0.9} if with_bias else {}
     head = random_head(n, 64, vocab_size, dtype, **settings)
@@ -127,13 +127,16 @@ class UntouchedByTorch(TorchDispatchMode):
 
 
 @INTERPRETED
-@pytest.mark.parametrize("filters", FILTERS, ids=lambda f: "+".join(f) or "none")
-@pytest.mark.parametrize("selected", [(), (3,), (0, 4, 8), range(9)], ids=len)
+@pytest.mark.parametrize(
+    ("filters", "selected"),
+    [*((some, rows) for some in FILTERS[::2] for rows in ((), (3,), (0, 2, 4), range(5))), (FILTERS[1], (0, 2, 4))],
+    ids=lambda value: "+".join(map(str, value)) or "none",
+)
 def test_hidden_states_of_other_rows_are_not_read(filters, selected):
     from guard import disowned, guarded
     from triton.runtime.errors import InterpreterError
 
-    n = 9
+    n = 5
     threshold = torch.zeros(n, dtype=torch.int64)
     threshold[list(selected)] = 2**32
     head, kept = random_head(n, 32, 150, torch.float32), torch.arange(n) + 1000
@@ -169,7 +172,7 @@ def test_noise_is_made_for_self_rows_only(filters, monkeypatch):
         return made[-1]
 
     monkeypatch.setattr(head, "gumbel_noise", spy)
-    n = 40
+    n = 16
     rows = rows_of(n, 2**31, **filters)
     torch.use_deterministic_algorithms(True, warn_only=True)  # what is not written is NaN
     try:

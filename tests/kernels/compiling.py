@@ -1,0 +1,47 @@
+"""What tests of compiled kernels look at, made in one process: prints it as JSON.
+
+quick: reports of `tools.aot` on one configuration of each kernel. specimens: those on kernels with a fault each, for
+SOME_TARGETS. offsets: see `offsets.py`. sizes of a pass: of each argument that changes from pass to pass, whether
+kernels are never specialized on it.
+"""
+
+import dataclasses
+import json
+from importlib import import_module
+
+SOME_TARGETS = ("sm_90", "gfx942")
+"""One of each compiler; the test on the others is a slow one."""
+SIZES = (
+    "capacity", "chunks", "first_slot", "num_slots", "places", "queries", "rows", "size", "slots", "token_budget",
+    "tokens",
+)  # fmt: skip
+
+
+def sizes_of_a_pass():
+    from tools.aot import shipped_modules
+
+    found = {}
+    for module in shipped_modules():
+        for one in import_module(module).configurations("sm_80"):
+            for parameter in one.kernel.params:
+                if parameter.name in SIZES and one.types.get(parameter.name, "*")[0] != "*":
+                    found[f"{one.kernel.__name__}: {parameter.name}"] = parameter.do_not_specialize
+    return found
+
+
+if __name__ == "__main__":
+    from offsets import all_products
+
+    from selfgen_kernels.backends.triton.configuration import TARGETS
+    from tools.aot import compile_all, jobs, shipped_modules
+
+    quick = jobs(shipped_modules(), TARGETS, "", quick=True)
+    wrong = jobs(["specimens"], SOME_TARGETS, "", quick=False) + jobs(["specimens"], ["sm_80"], "spills", quick=False)
+    reports = [dataclasses.asdict(report) for report in compile_all(quick + wrong, processes=1)]
+    found = {
+        "quick": reports[: len(quick)],
+        "specimens": reports[len(quick) :],
+        "offsets": all_products(),
+        "sizes of a pass": sizes_of_a_pass(),
+    }
+    print(json.dumps(found))

@@ -21,9 +21,9 @@ DEVICE = "cuda" if ON_GPU else "cpu"
 """Where Triton's tensors are."""
 if not ON_GPU and find_spec("triton"):
     os.environ.setdefault("TRITON_INTERPRET", "1")  # read when triton is imported, which no import above does
-    from interpreting import remap_once_per_launch
+    from interpreting import hurry
 
-    remap_once_per_launch()
+    hurry()
 
 
 def moved(values, device):

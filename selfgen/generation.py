@@ -111,7 +111,7 @@ def _prompt_rows(
 ) -> list[list[int]]:
     """Token ids of the prompts; texts become what training makes of them."""
     if isinstance(prompts, str):
-        raise TypeError("prompts is one text; give a list of them")
+        raise TypeError("prompts is one text; give a list of texts")
     rows = [prompt for prompt in prompts if not isinstance(prompt, str)]
     texts = [prompt for prompt in prompts if isinstance(prompt, str)]
     if rows and texts:

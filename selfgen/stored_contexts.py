@@ -68,11 +68,11 @@ def write_contexts(
     needs the same ``token_budget`` and ``batch_size``: docs/exactness.md).
 
     Args:
-        generator: of the model whose tokens the contexts have.
+        generator: of the model that samples the self tokens.
         rows: tokenized, with ``sample_id``, ``prompt_ids`` and ``answer_ids``; their order is that of the data set.
         folder: for ``data/train-*.parquet``, columns ``sample_id``, ``prompt_ids``, ``answer_ids``, ``context_ids`` and
             ``is_self``, and for ``provenance.json``. One process at a time may write it.
-        self_prob: probability that a token is the model's own, in [0, 1].
+        self_prob: probability that a context token is a self token, in [0, 1].
         seed: of the contexts, any 64-bit integer.
         batch_size: rows whose contexts are made at once.
         shard_rows: rows per file.
@@ -130,7 +130,7 @@ def _checked(rows: Dataset, generator: ContextGenerator, batch_size: int, shard_
     if missing:
         raise ValueError(f"the rows lack {', '.join(missing)}; tokenize them with selfgen.data.tokenize_rows")
     if len(rows) == 0:
-        raise ValueError("there are no rows to write contexts of")
+        raise ValueError("there are no rows to write contexts of; give at least one")
     for name, value in (("batch_size", batch_size), ("shard_rows", shard_rows)):
         if value < 1:
             raise ValueError(f"{name} is {value}; it must be at least 1")

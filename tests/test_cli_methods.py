@@ -99,7 +99,7 @@ def test_options_of_corrections_go_with_them(generation, capsys):
     for option in ({"rounds": 2}, {"correction_cue": "Again"}):
         code, _, err = run(["generate", *flags(generation | option)], capsys)
         assert code == 2
-        assert "go with --correct" in err
+        assert "need --correct" in err
 
 
 def test_prompts_need_no_references(generation, capsys):

@@ -472,11 +472,11 @@ def test_a_killed_evaluation_goes_on(arguments, capsys):
 @pytest.mark.parametrize(
     ("changes", "words"),
     [
-        ({"seed": 1}, "answers.jsonl holds rows of other settings (seed was 0, is 1): give the former"),
+        ({"seed": 1}, "answers.jsonl holds rows that were made with other settings (seed was 0, is 1)"),
         ({"max_new_tokens": 9}, "(max_new_tokens was 8, is 9)"),
         ({"temperature": 0.5}, "(temperature was 0.0, is 0.5)"),
         ({"limit": 3}, "(limit was None, is 3; rows was"),
-        ({"self_prob": 0.5}, "losses.jsonl holds rows of other settings (self_prob was 0.25, is 0.5)"),
+        ({"self_prob": 0.5}, "losses.jsonl holds rows that were made with other settings (self_prob was 0.25, is 0.5)"),
     ],
 )
 def test_other_settings_need_another_folder(changes, words, arguments, monkeypatch, capsys):

@@ -1,4 +1,4 @@
-"""``selfgen contexts``."""
+"""``selfgen contexts``: mixed contexts as a data set, for BASH."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ class ContextArguments:
     self_prob: float = field(
         default=0.25, metadata={"help": "Probability that a context token is a self token, in [0, 1]."}
     )
-    seed: int = field(default=0, metadata={"help": "Seed of the contexts."})
+    seed: int = field(default=0, metadata={"help": "Seed of the contexts; another one gives other self tokens."})
     shard_rows: int = field(default=512, metadata={"help": "Rows per file; a kill loses at most the work on one file."})
     batch_size: int = field(default=32, metadata={"help": "Rows whose contexts are made at once."})
     use_cpu: bool = field(default=False, metadata={"help": "Run on the CPU even if there is an accelerator."})

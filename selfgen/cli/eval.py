@@ -72,20 +72,22 @@ class EvalArguments:
         },
     )
     self_prob: float = field(
-        default=0.25, metadata={"help": "Probability that a token of a mixed context is the model's own."}
+        default=0.25, metadata={"help": "Probability that a token of a mixed context is a self token, in [0, 1]."}
     )
-    max_new_tokens: int = field(default=256, metadata={"help": "Longest free-running answer, in tokens."})
+    max_new_tokens: int = field(
+        default=256, metadata={"help": "Most tokens of a free-running answer; longer ones are broken off."}
+    )
     temperature: float = field(default=0.0, metadata={"help": "Temperature of the answers; 0 is greedy."})
     sampling_temperature: float = field(
-        default=1.0, metadata={"help": "Temperature of the model's own tokens in contexts, as in training."}
+        default=1.0, metadata={"help": "Temperature of self tokens in contexts, as in training; 0 is greedy."}
     )
     context_method: Method = field(
         default="fixed_point",
         metadata={"help": "How contexts are made: fixed_point (fast), or sequential (for models that it refuses)."},
     )
-    rounds: int = field(default=1, metadata={"help": "Number of corrections, each of the answer before it."})
+    rounds: int = field(default=1, metadata={"help": "For correction: how often, each time of the answer before it."})
     correction_cue: str = field(
-        default=DEFAULT_CUE, metadata={"help": "Text that asks for a correction, as in training."}
+        default=DEFAULT_CUE, metadata={"help": "For correction: the text that asks for it, as in training."}
     )
     batch_size: int | None = field(
         default=None, metadata={"help": "Rows at a time; by default 32 for answers, 8 for losses."}
@@ -93,7 +95,9 @@ class EvalArguments:
     seed: int = field(
         default=0, metadata={"help": "Seed of all that is sampled; use one seed for models that are compared."}
     )
-    limit: int | None = field(default=None, metadata={"help": "Evaluate on the first so many rows only."})
+    limit: int | None = field(
+        default=None, metadata={"help": "Evaluate on this many rows, the first ones; by default all."}
+    )
     use_cpu: bool = field(default=False, metadata={"help": "Run on the CPU even if there is an accelerator."})
 
     def __post_init__(self) -> None:
@@ -111,7 +115,7 @@ class EvalArguments:
             if getattr(self, name) is not None and getattr(self, name) < 1:
                 raise ValueError(f"{name} is {getattr(self, name)}; it must be at least 1")
         if "correction" not in self.metrics and (self.rounds, self.correction_cue) != (1, DEFAULT_CUE):
-            raise ValueError("rounds and correction_cue go with the metric correction")
+            raise ValueError("rounds and correction_cue need the metric correction: add it, or leave them out")
 
     @property
     def files(self) -> list[str]:

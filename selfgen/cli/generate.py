@@ -32,24 +32,24 @@ class GenerateArguments:
         }
     )
     correct: bool = field(default=False, metadata={"help": "Let the model correct its own answers (RAC)."})
-    rounds: int = field(default=1, metadata={"help": "Number of corrections, each of the answer before it."})
+    rounds: int = field(default=1, metadata={"help": "For --correct: how often, each time of the answer before it."})
     correction_cue: str = field(
-        default=DEFAULT_CUE, metadata={"help": "Text that asks for a correction, as in training."}
+        default=DEFAULT_CUE, metadata={"help": "For --correct: the text that asks for it, as in training."}
     )
-    max_new_tokens: int = field(default=256, metadata={"help": "Longest answer, in tokens."})
+    max_new_tokens: int = field(default=256, metadata={"help": "Most tokens of an answer; longer ones are broken off."})
     temperature: float = field(default=0.0, metadata={"help": "Temperature of the answers; 0 is greedy."})
     top_k: int | None = field(default=None, metadata={"help": "Sample from the k most likely tokens only."})
     top_p: float | None = field(
         default=None, metadata={"help": "Sample from the most likely tokens, up to this total probability, only."}
     )
-    batch_size: int = field(default=32, metadata={"help": "How many rows are answered at a time."})
+    batch_size: int = field(default=32, metadata={"help": "Rows that are answered at a time. Fewer take less memory."})
     chunk_rows: int = field(default=256, metadata={"help": "Rows written at a time; a kill loses at most these."})
     seed: int = field(default=0, metadata={"help": "Seed of the answers."})
     use_cpu: bool = field(default=False, metadata={"help": "Run on the CPU even if there is an accelerator."})
 
     def __post_init__(self) -> None:
         if not self.correct and (self.rounds, self.correction_cue) != (1, DEFAULT_CUE):
-            raise ValueError("rounds and correction_cue go with --correct")
+            raise ValueError("rounds and correction_cue need --correct: add it, or leave them out")
 
 
 def run(arguments: list[str]) -> int:

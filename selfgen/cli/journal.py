@@ -48,8 +48,8 @@ class Journal:
             _settings_of(file).write_text(json.dumps(settings, indent=1) + "\n")
         elif other := differences(read(file)[0], settings, ignore=NAMES):
             raise ValueError(
-                f"{file} holds rows of other settings ({'; '.join(other)}): give the former ones, or another file or "
-                "folder, or remove it"
+                f"{file} holds rows that were made with other settings ({'; '.join(other)}): give the former ones, or "
+                "another file or folder, or remove it"
             )
 
     def _cut_off_half_line(self) -> None:

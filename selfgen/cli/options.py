@@ -140,6 +140,9 @@ class HelpFormatter(argparse.ArgumentDefaultsHelpFormatter):
     def __init__(self, prog: str):
         super().__init__(prog, max_help_position=34, width=min(120, shutil.get_terminal_size().columns))
 
+    def _get_help_string(self, action: argparse.Action) -> str | None:
+        return action.help if action.default is None else super()._get_help_string(action)  # the help says what none is
+
     def _format_action_invocation(self, action: argparse.Action) -> str:
         flag = max(action.option_strings, key=lambda one: (len(one), "_" not in one))
         return flag if action.nargs == 0 else f"{flag} {'|'.join(action.choices) if action.choices else '…'}"

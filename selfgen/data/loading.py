@@ -48,7 +48,7 @@ def _load(name_or_path: str | Path, config_name: str | None) -> datasets.Dataset
         return _load_local(path, config_name)
     missing = f"{str(name_or_path)!r} is neither a file or folder here nor could it be loaded from the Hub"
     if path.is_absolute() or path.suffix in _BUILDERS:  # not the name of a data set: do not wait for the network
-        raise FileNotFoundError(f"{missing} (it is no data set name); check the path, relative to {Path.cwd()}")
+        raise FileNotFoundError(f"{missing} (it can't be a data set's name); check the path, relative to {Path.cwd()}")
     try:
         return datasets.load_dataset(str(name_or_path), config_name)
     except (FileNotFoundError, ConnectionError) as error:

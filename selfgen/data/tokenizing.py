@@ -68,7 +68,7 @@ def tokenize_rows(
 
     With a chat template, texts become a user and an assistant turn, and the answer ends with the EOS or the special
     token that the template ends it with (`answer_ends`). Without one, the prompt gets the tokenizer's own special
-    tokens (a BOS, never an EOS). An answer that nothing ends gets an EOS. One that does not fit into `max_length` loses
+    tokens (a BOS, never an EOS). An answer with no such end gets an EOS. One that does not fit into `max_length` loses
     its right end, EOS included. Rows with an empty answer, an empty prompt, a prompt of `max_length` tokens or more, or
     no assistant turn at the end are dropped and counted.
 
@@ -116,7 +116,7 @@ def tokenize_prompts(
 
     A row holds a prompt, a text or a list of messages, or a conversation, which is a prompt without the assistant's
     turn at its end. Where a prompt and its completion are both messages, those before the last are of the prompt, too;
-    other completions are not looked at. Rows with an empty prompt, or one of `max_length` tokens or more, are dropped
+    other completions are ignored. Rows with an empty prompt, or one of `max_length` tokens or more, are dropped
     and counted.
 
     Args:
@@ -380,7 +380,7 @@ class RowOptions:
         metadata={"help": "Column with a conversation whose last assistant turn is the reference answer."},
     )
     apply_chat_template: bool | None = field(
-        default=None, metadata={"help": "Use the tokenizer's chat template; by default if it has one."}
+        default=None, metadata={"help": "Whether to apply the tokenizer's chat template; by default if it has one."}
     )
 
     def tokenize(

@@ -1,4 +1,4 @@
-"""What all public ops have in common, over the calls in `examples.py`: opcheck, torch.compile and the other
+"""What all public ops have in common, over the calls in `calls.py`: opcheck, torch.compile and the other
 tracers, vmap, inference mode, autocast, the names in errors, runnable docstrings."""
 
 import doctest
@@ -12,11 +12,11 @@ from importlib import import_module
 import pytest
 import torch
 import torch._dynamo.testing
+from calls import CALLS, EXAMPLES, Recorder, as_tuple, call, copied
 from torch._subclasses import FakeTensorMode
 from torch.fx.experimental.proxy_tensor import make_fx
 
 import selfgen_kernels
-from examples import CALLS, EXAMPLES, Recorder, as_tuple, call, copied
 from selfgen_kernels import ops
 from selfgen_kernels.ops.arguments import values_visible
 

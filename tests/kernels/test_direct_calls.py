@@ -8,9 +8,9 @@ import re
 
 import pytest
 import torch
+from calls import CALLS, EXAMPLES, Recorder, call, copied
 from conftest import require_cpp
 
-from examples import CALLS, EXAMPLES, Recorder, call, copied
 from selfgen_kernels.ops import OPS as TABLE
 
 require_cpp()

@@ -9,9 +9,9 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from calls import CALLS, EXAMPLES, as_tuple, call, copied
 from torch.autograd import forward_ad
 
-from examples import CALLS, EXAMPLES, as_tuple, call, copied
 from selfgen_kernels import torch_internals
 
 NEEDED_TO_LOOK = [
@@ -75,7 +75,7 @@ for name in ("DispatchKey", "_dispatch_tls_is_dispatch_key_included", "_len_torc
     delattr(torch._C, name)
 for name in ("is_functorch_wrapped_tensor", "is_batchedtensor"):
     delattr(_functorch, name)
-from examples import CALLS, EXAMPLES, call, copied
+from calls import CALLS, EXAMPLES, call, copied
 results = []
 for name, i in CALLS:
     arguments = copied(EXAMPLES[name][i])

@@ -150,7 +150,7 @@ def table(results: dict[str, dict], arguments: argparse.Namespace) -> str:
     log = results["BSS"]["log"]
     lines.append(
         f"\nBSS contexts: {mean(log, 'self_share'):.0%} self tokens, {mean(log, 'agreement'):.0%} of them equal to the "
-        f"reference, {mean(log, 'passes'):.1f} passes a step, {mean(log, 'computed_per_token'):.2f} tokens computed "
+        f"reference, {mean(log, 'passes'):.1f} passes per step, {mean(log, 'computed_per_token'):.2f} tokens computed "
         "per context token"
     )
     return "\n" + "\n".join(lines)

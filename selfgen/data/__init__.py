@@ -9,11 +9,12 @@
 
 from .batches import IGNORE_INDEX, Collator, pad_token_id, rows_of, write_contexts_into
 from .loading import load_rows
-from .templates import answer_ends, text_after_answer
-from .tokenizing import DataReport, RowOptions, check_sample_ids, tokenize_prompts, tokenize_rows
+from .templates import ChatTemplate, answer_ends, text_after_answer
+from .tokenizing import DataReport, RowOptions, check_sample_ids, sample_ids_of, tokenize_prompts, tokenize_rows
 
 __all__ = [
     "IGNORE_INDEX",
+    "ChatTemplate",
     "Collator",
     "DataReport",
     "RowOptions",
@@ -22,6 +23,7 @@ __all__ = [
     "load_rows",
     "pad_token_id",
     "rows_of",
+    "sample_ids_of",
     "text_after_answer",
     "tokenize_prompts",
     "tokenize_rows",

@@ -1,104 +1,275 @@
 """Rows as token ids of a prompt and of an answer, or of a prompt alone; what can't be used is dropped and counted."""
 
+import json
 import logging
-from collections import Counter
-from collections.abc import Callable, Sequence
+from collections import Counter, defaultdict
+from collections.abc import Sequence
 from dataclasses import dataclass, field
+from datetime import datetime
 from typing import Any
 
 import datasets
 from datasets import Dataset
 from transformers import PreTrainedTokenizerBase
 
+from .conversations import EXTRAS, NOT_TEXT, RowFault
+from .encoding import Encoder
 from .loading import require_map_style
-from .templates import answer_ends, check_turns, render, render_prompt
+from .reading import EMPTY_ANSWER, EMPTY_PROMPT, RowReader, Texts
+from .templates import ChatTemplate, answer_ends, control_tokens
 
 # What becomes of a row: one of these two, or a reason to drop it.
 _KEPT = "kept"
 _TRUNCATED = "truncated"
-_EMPTY_ANSWER = "empty answer"
-_EMPTY_PROMPT = "empty prompt"
-_NO_ASSISTANT = "no assistant turn at the end"
 _PROMPT_FILLS = "prompt fills max_length"
 
+_VERSION = 2  # of what is made of a row; `datasets` keeps what it has mapped, also where this code has changed
+_NAMED = 3  # rows per reason that a report names
 _IDS = datasets.List(datasets.Value("int64"))
+_MASK = datasets.List(datasets.Value("bool"))
+ASSISTANT_TURNS = ("last", "all")
 
 
 @dataclass(frozen=True)
 class DataReport:
-    """What became of rows: `dropped` maps each reason to its number of rows, and `kept` includes `truncated`."""
+    """What became of rows: `dropped` maps each reason to its number of rows, and `kept` includes `truncated`.
+
+    ``control_tokens`` counts kept rows whose text spells control tokens, which are ordinary text there, and
+    ``incomplete`` kept rows of which the chat template leaves something out. ``named`` maps reasons to the first rows.
+    """
 
     rows: int
     kept: int
     truncated: int
     dropped: dict[str, int]
     max_length: int | None
+    control_tokens: int = 0
+    incomplete: int = 0
+    named: dict[str, list[str]] = field(default_factory=dict, compare=False)
 
     @property
     def level(self) -> int:
-        """Of logging: rows that are dropped or cut are worth a warning."""
-        return logging.WARNING if self.dropped or self.truncated else logging.INFO
+        """Of logging: rows that are dropped, cut or not what they seem are worth a warning."""
+        noted = self.dropped or self.truncated or self.control_tokens or self.incomplete
+        return logging.WARNING if noted else logging.INFO
 
     def __str__(self) -> str:
         parts = [f"{self.rows} rows: {self.kept} kept"]
         if self.truncated:
             parts.append(f"{self.truncated} answers truncated to {self.max_length} tokens")
+        if self.control_tokens:
+            parts.append(f"{self.control_tokens} spell special tokens in their text (read as ordinary text)")
+        if self.incomplete:
+            parts.append(f"{self.incomplete} kept although {self._name('incomplete', 'the chat template leaves a part out')}")
         if self.dropped:
-            reasons = ", ".join(f"{count} {reason}" for reason, count in self.dropped.items())
+            reasons = ", ".join(f"{count} {self._name(reason, reason)}" for reason, count in self.dropped.items())
             parts.append(f"{sum(self.dropped.values())} dropped ({reasons})")
         return ", ".join(parts)
+
+    def _name(self, reason: str, text: str) -> str:
+        rows = self.named.get(reason, [])
+        return f"{text}: {', '.join(rows)}" if rows else text
+
+
+@dataclass
+class RowOptions:
+    """Which columns of a data set are prompts and answers, and what becomes of them; see ``tokenize_rows``."""
+
+    max_length: int | None = field(
+        default=1024,
+        metadata={
+            "help": "Longest row in tokens, prompt included; longer answers are cut and counted. In Python, None is no "
+            "limit but that of the model."
+        },
+    )
+    prompt_column: str = field(default="prompt", metadata={"help": "Column with the prompt (text or messages)."})
+    completion_column: str = field(
+        default="completion", metadata={"help": "Column with the reference answer (text or messages)."}
+    )
+    messages_column: str = field(
+        default="messages",
+        metadata={"help": "Column with a conversation whose last assistant turn is the reference answer."},
+    )
+    apply_chat_template: bool | None = field(
+        default=None, metadata={"help": "Whether to apply the tokenizer's chat template; by default if it has one."}
+    )
+    chat_template_kwargs: dict | str | None = field(
+        default=None,
+        metadata={
+            "help": "Variables for the chat template, as JSON, for example '{\"enable_thinking\": false}'. A row's "
+            "column chat_template_kwargs wins over them."
+        },
+    )
+    tools: list | str | None = field(
+        default=None,
+        metadata={
+            "help": "Tools that the chat template describes, as a JSON list of functions, in rows that have no column "
+            "tools."
+        },
+    )
+    add_generation_prompt: bool = field(
+        default=True,
+        metadata={
+            "help": "Whether the prompt includes the beginning of the assistant's turn. Without it, that beginning "
+            "belongs to the answer: a way to train with templates that write it differently once an answer follows."
+        },
+    )
+    template_date: str | None = field(
+        default=None,
+        metadata={
+            "help": "Date, such as 2026-01-31, that chat templates print as today's. By default it is 2024-07-26, as "
+            "rows must not change from day to day."
+        },
+    )
+    split_special_tokens: bool | None = field(
+        default=None,
+        metadata={
+            "help": "Whether special tokens that are spelled in a row's text are ordinary text there. By default they "
+            "are, except with apply_chat_template=False, by which texts are taken as a template has made them."
+        },
+    )
+    assistant_turns: str = field(
+        default="last",
+        metadata={
+            "help": "Assistant turns of a row that are learned: last, or all (those of weight 0 excepted). Only learned "
+            "turns get self tokens."
+        },
+    )
+    values_as_text: bool = field(
+        default=False,
+        metadata={"help": "Whether numbers, booleans and class labels in prompts and completions are taken as text."},
+    )
+    keep_incomplete_rows: bool = field(
+        default=False,
+        metadata={
+            "help": "Keep rows of which the chat template leaves something out, such as the reasoning of earlier turns. "
+            "They are counted. By default they are dropped and counted."
+        },
+    )
+    strict_data: bool = field(
+        default=False, metadata={"help": "Make it an error that a row is dropped, whatever the reason."}
+    )
+
+    def check_rows(self) -> None:
+        """Raise ValueError if an option is out of its range; JSON text becomes what it stands for."""
+        if self.max_length is not None and self.max_length < 2:
+            raise ValueError(
+                f"max_length={self.max_length} has no room for a prompt and an answer; give at least 2"
+            )
+        if self.assistant_turns not in ASSISTANT_TURNS:
+            raise ValueError(f"assistant_turns is {self.assistant_turns!r}; accepted: {', '.join(ASSISTANT_TURNS)}")
+        for name, kind, wanted in (("chat_template_kwargs", dict, "an object"), ("tools", list, "a list of objects")):
+            value = getattr(self, name)
+            try:
+                value = json.loads(value) if isinstance(value, str) else value
+            except ValueError as error:
+                raise ValueError(f"{name} is {value!r:.80}, which is no JSON ({error}); give {wanted}") from error
+            if value is not None and not isinstance(value, kind):
+                raise ValueError(f"{name} is {value!r:.80}; give {wanted}, in JSON")
+            setattr(self, name, value)
+        if self.template_date is not None:
+            try:
+                datetime.strptime(self.template_date, "%Y-%m-%d")
+            except ValueError as error:
+                raise ValueError(f"template_date is {self.template_date!r}; give a date as 2026-01-31") from error
+
+    def template(self, tokenizer: PreTrainedTokenizerBase) -> ChatTemplate | None:
+        """The tokenizer's chat template with what these options hand to it; None if none is applied.
+
+        Raises:
+            ValueError: there is none, though it is asked for; an option that needs one.
+        """
+        self.check_rows()
+        if self.apply_chat_template and not tokenizer.chat_template:
+            raise ValueError("apply_chat_template=True, but the tokenizer has none; set tokenizer.chat_template")
+        if self.apply_chat_template is not False and tokenizer.chat_template:
+            return ChatTemplate(
+                tokenizer,
+                self.chat_template_kwargs or {},
+                self.tools,
+                add_generation_prompt=self.add_generation_prompt,
+                date=self.template_date,
+            )
+        defaults = {item.name: item.default for item in RowOptions.__dataclass_fields__.values()}
+        needs = ("chat_template_kwargs", "tools", "add_generation_prompt", "template_date")
+        if given := [name for name in needs if getattr(self, name) != defaults[name]]:
+            raise ValueError(f"{', '.join(given)} is for a chat template, but none is applied; leave it out")
+        if self.assistant_turns == "all":
+            raise ValueError("assistant_turns=all needs messages and a chat template; none is applied")
+        return None
+
+    def encoder(self, tokenizer: PreTrainedTokenizerBase, template: ChatTemplate | None) -> Encoder:
+        """What makes ids of texts as these options ask for."""
+        split = self.split_special_tokens
+        if split is None:  # texts that are given instead of a template have its tokens
+            split = not (self.apply_chat_template is False and tokenizer.chat_template)
+        return Encoder(tokenizer, control_tokens(tokenizer, template) if split else (), strict=template is not None)
+
+    def tokenize(
+        self,
+        rows: Dataset,
+        tokenizer: PreTrainedTokenizerBase,
+        max_length: int | None = None,
+        *,
+        answers: bool = True,
+        num_proc: int | None = None,
+    ) -> tuple[Dataset, DataReport]:
+        """``rows`` as ``tokenize_rows`` returns them, or as ``tokenize_prompts`` does without ``answers``."""
+        require_map_style(rows)
+        plain = {name: getattr(self, name) for name in RowOptions.__dataclass_fields__}
+        options = RowOptions(**plain | ({"max_length": max_length} if max_length is not None else {}))
+        return _tokenize(rows, tokenizer, options, answers, num_proc)
+
+    def tokenize_prompts(
+        self, rows: Dataset, tokenizer: PreTrainedTokenizerBase, num_proc: int | None = None
+    ) -> tuple[Dataset, DataReport]:
+        """``rows`` as ``tokenize_prompts`` returns them."""
+        return self.tokenize(rows, tokenizer, answers=False, num_proc=num_proc)
 
 
 def tokenize_rows(
     dataset: datasets.Dataset,
     tokenizer: PreTrainedTokenizerBase,
     *,
-    max_length: int,
-    prompt_column: str = "prompt",
-    completion_column: str = "completion",
-    messages_column: str = "messages",
-    apply_chat_template: bool | None = None,
+    max_length: int | None,
     num_proc: int | None = None,
+    **options: Any,
 ) -> tuple[datasets.Dataset, DataReport]:
     """Tokenize every row into a prompt and an answer.
 
     A row holds a prompt and a completion, each a text or a list of `{"role", "content"}` messages (a text completion of
     a message prompt is an assistant turn), or one list of messages. In messages the last turn must be the assistant's:
-    it is the answer, and all before it is the prompt. If a data set has both forms, prompt and completion are used.
+    it is the answer, and all before it is the prompt. A prompt that ends with an assistant turn is the beginning of the
+    answer's turn. If a data set has both forms, prompt and completion are used. docs/data.md lists all forms.
 
     With a chat template, texts become a user and an assistant turn, and the answer ends with the EOS or the special
     token that the template ends it with (`answer_ends`). Without one, the prompt gets the tokenizer's own special
     tokens (a BOS, never an EOS). An answer with no such end gets an EOS. One that does not fit into `max_length` loses
-    its right end, EOS included. Rows with an empty answer, an empty prompt, a prompt of `max_length` tokens or more, or
-    no assistant turn at the end are dropped and counted.
+    its right end, EOS included. The columns `tools`, `documents` and `chat_template_kwargs` go to the template.
+
+    Rows that can't be used are dropped and counted: those with an empty answer or prompt, without an assistant turn at
+    the end, whose prompt alone fills `max_length`, that the template rejects, whose content is not text, and those of
+    which the template leaves something out. Special tokens that a row's text spells are ordinary text.
 
     Args:
-        max_length: the most tokens of prompt and answer together, at least 2.
-        apply_chat_template: None applies `tokenizer.chat_template` if there is one; False never does.
+        max_length: the most tokens of prompt and answer together, at least 2; None is no limit.
         num_proc: the number of processes of `Dataset.map`.
+        **options: the other fields of `RowOptions`, such as `prompt_column` and `chat_template_kwargs`.
 
     Returns:
         The data set of the kept rows, in order, and the report. Columns: `sample_id` (int64: the data set's own
         `sample_id`, or else the number of the row in `dataset`), `prompt_ids` and `answer_ids` (lists of int64, never
-        empty, of at most `max_length` together). The result is cached by `datasets`, as every `map` is.
+        empty, of at most `max_length` together). With `assistant_turns="all"`, `answer_ids` are all that follows the
+        first prompt, and `is_learned` (list of bool) tells the tokens of assistant turns. The result is cached by
+        `datasets`, as every `map` is.
 
     Raises:
-        ValueError: columns are missing; messages without a chat template; a template that rejects a row or that is not
-            prefix preserving; a tokenizer without EOS (a pad token is not needed: pad with EOS, the `Collator` masks
-            it); a `sample_id` column that is not unique integers; no row left.
-        TypeError: a cell that is None or neither text nor messages, named by row and column; a streaming data set.
+        ValueError: columns are missing; options out of their range; a tokenizer without EOS (a pad token is not needed:
+            pad with EOS, the `Collator` masks it); a `sample_id` column that is not unique integers; no row left; with
+            `strict_data`, a row that is dropped.
+        TypeError: a streaming data set.
     """
-    require_map_style(dataset)
-    _check(tokenizer, max_length, apply_chat_template)
-    names = (prompt_column, completion_column, messages_column)
-    options = {
-        "tokenizer": tokenizer,
-        "ends": sorted(answer_ends(tokenizer)),  # rows that were cached without them are others
-        "columns": _find_columns(dataset.column_names, *names),
-        "use_template": apply_chat_template is not False and bool(tokenizer.chat_template),
-        "max_length": max_length,
-    }
-    return _tokenize(dataset, _tokenize_batch, options, {"prompt_ids": _IDS, "answer_ids": _IDS}, num_proc)
+    return RowOptions(max_length=max_length, **options).tokenize(dataset, tokenizer, num_proc=num_proc)
 
 
 def tokenize_prompts(
@@ -106,11 +277,8 @@ def tokenize_prompts(
     tokenizer: PreTrainedTokenizerBase,
     *,
     max_length: int | None = None,
-    prompt_column: str = "prompt",
-    completion_column: str = "completion",
-    messages_column: str = "messages",
-    apply_chat_template: bool | None = None,
     num_proc: int | None = None,
+    **options: Any,
 ) -> tuple[datasets.Dataset, DataReport]:
     """Tokenize the prompt of every row, token for token as `tokenize_rows` does; there may be no answer to it.
 
@@ -122,81 +290,108 @@ def tokenize_prompts(
     Args:
         dataset: rows, or a list of texts, which are the prompts.
         max_length: the most tokens of prompt and answer together, at least 2; None is no limit.
+        num_proc, **options: as of `tokenize_rows`.
 
     Returns, raises: as `tokenize_rows`, without `answer_ids` and what is wrong with answers.
     """
+    chosen = RowOptions(max_length=max_length, **options)
     if isinstance(dataset, Sequence) and not isinstance(dataset, str):
-        dataset = datasets.Dataset.from_dict({prompt_column: list(dataset)})
-    require_map_style(dataset)
-    _check(tokenizer, max_length, apply_chat_template)
-    names = (prompt_column, completion_column, messages_column)
-    columns = _find_columns(dataset.column_names, *names, answers=False)
-    options = {
-        "tokenizer": tokenizer,
-        "columns": columns,
-        "is_conversation": columns[0] != prompt_column,
-        "use_template": apply_chat_template is not False and bool(tokenizer.chat_template),
-        "max_length": max_length,
-    }
-    return _tokenize(dataset, _tokenize_prompt_batch, options, {"prompt_ids": _IDS}, num_proc)
-
-
-def _check(tokenizer: PreTrainedTokenizerBase, max_length: int | None, apply_chat_template: bool | None) -> None:
-    if max_length is not None and max_length < 2:
-        raise ValueError(f"max_length={max_length} has no room for a prompt and an answer; give at least 2")
-    if tokenizer.eos_token_id is None:
-        raise ValueError("the tokenizer has no EOS token, so an answer could not end; set tokenizer.eos_token")
-    if apply_chat_template and not tokenizer.chat_template:
-        raise ValueError("apply_chat_template=True, but the tokenizer has none; set tokenizer.chat_template")
+        dataset = datasets.Dataset.from_dict({chosen.prompt_column: list(dataset)})
+    return chosen.tokenize_prompts(dataset, tokenizer, num_proc)
 
 
 def _tokenize(
-    dataset: datasets.Dataset,
-    tokenize_batch: Callable[..., dict[str, list]],
-    options: dict[str, Any],
-    features: dict[str, Any],
-    num_proc: int | None,
-) -> tuple[datasets.Dataset, DataReport]:
-    """The rows that `tokenize_batch` keeps, with `sample_id` and the columns of `features`, and the report."""
-    dataset, max_length = dataset.with_format(None), options["max_length"]
+    dataset: Dataset, tokenizer: PreTrainedTokenizerBase, options: RowOptions, answers: bool, num_proc: int | None
+) -> tuple[Dataset, DataReport]:
+    """The rows that are kept, with `sample_id` and their ids, and the report."""
+    dataset = dataset.with_format(None)
     check_sample_ids(dataset)
+    features = {"sample_id": datasets.Value("int64"), "prompt_ids": _IDS}
+    features |= {"answer_ids": _IDS} if answers else {}
+    features |= {"is_learned": _MASK} if answers and options.assistant_turns == "all" else {}
+    notes = {"outcome": datasets.Value("string"), "note": datasets.Value("string"), "spells": datasets.Value("bool")}
     tokenized = dataset.map(
-        tokenize_batch,
+        _tokenize_batch,
         batched=True,
         with_indices=True,
-        fn_kwargs=options,
+        fn_kwargs=batch_arguments(dataset.column_names, dataset.features, tokenizer, options, answers),
         remove_columns=dataset.column_names,
-        features=datasets.Features(sample_id=datasets.Value("int64"), **features, outcome=datasets.Value("string")),
+        features=datasets.Features(**features, **notes),
         num_proc=num_proc,
         desc="Tokenizing",
     )
+    report = _report(tokenized, options)
+    if not report.kept:
+        raise ValueError(f"no row is left; {report}. Check the columns and max_length={options.max_length}")
+    if options.strict_data and report.dropped:
+        raise ValueError(f"strict_data allows no row to be dropped; {report}")
+    kept = [row for row, outcome in enumerate(tokenized["outcome"][:]) if outcome in (_KEPT, _TRUNCATED)]
+    tokenized = tokenized.remove_columns(list(notes))
+    return (tokenized if len(kept) == len(tokenized) else tokenized.select(kept)), report
 
-    outcomes = tokenized["outcome"][:]
-    kept = [row for row, outcome in enumerate(outcomes) if outcome in (_KEPT, _TRUNCATED)]
+
+def _report(tokenized: Dataset, options: RowOptions) -> DataReport:
+    outcomes, notes = tokenized["outcome"][:], tokenized["note"][:]
     counts = Counter(outcomes)
-    report = DataReport(
+    named: dict[str, list[str]] = defaultdict(list)
+    for row, (outcome, note) in enumerate(zip(outcomes, notes, strict=True)):
+        reason = outcome if outcome not in (_KEPT, _TRUNCATED) else "incomplete" if note else None
+        if reason and len(named[reason]) < _NAMED:
+            named[reason].append(f"row {row} ({note})" if note else f"row {row}")
+    kept = [(outcome in (_KEPT, _TRUNCATED)) for outcome in outcomes]
+    return DataReport(
         rows=len(outcomes),
-        kept=len(kept),
+        kept=sum(kept),
         truncated=counts[_TRUNCATED],
         dropped={reason: n for reason, n in counts.most_common() if reason not in (_KEPT, _TRUNCATED)},
-        max_length=max_length,
+        max_length=options.max_length,
+        control_tokens=sum(one and spells for one, spells in zip(kept, tokenized["spells"][:], strict=True)),
+        incomplete=sum(bool(one and note) for one, note in zip(kept, notes, strict=True)),
+        named={reason: rows for reason, rows in named.items() if rows},
     )
-    if not kept:
-        raise ValueError(f"no row is left; {report}. Check the columns and max_length={max_length}")
-    tokenized = tokenized.remove_columns("outcome")
-    return (tokenized if len(kept) == len(outcomes) else tokenized.select(kept)), report
+
+
+def batch_arguments(
+    column_names: list[str],
+    features: datasets.Features | None,
+    tokenizer: PreTrainedTokenizerBase,
+    options: RowOptions,
+    answers: bool,
+) -> dict[str, Any]:
+    """What `_tokenize_batch` needs besides rows; an error if these columns or options can't be used."""
+    if tokenizer.eos_token_id is None:
+        raise ValueError("the tokenizer has no EOS token, so an answer could not end; set tokenizer.eos_token")
+    template = options.template(tokenizer)
+    prompt, completion, messages = _find_columns(column_names, options, answers=answers)
+    features = features or {}
+    classes = {name: feature.names for name, feature in features.items() if isinstance(feature, datasets.ClassLabel)}
+    exact = (datasets.Value, getattr(datasets, "Json", datasets.Value))  # columns without keys of Arrow's own
+    return {
+        "tokenizer": tokenizer,
+        "ends": sorted(answer_ends(tokenizer, (), template)),  # rows that were cached without them are others
+        "columns": (prompt, completion, messages),
+        "options": options,
+        "answers": answers,
+        "arrow": sorted(name for name, feature in features.items() if not isinstance(feature, exact)),
+        "classes": {name: names for name, names in classes.items() if name in (prompt, completion)},
+        "version": _VERSION,
+    }
 
 
 def _find_columns(
-    present: list[str], prompt: str, completion: str, messages: str, *, answers: bool = True
-) -> tuple[str, ...]:
-    """(prompt, completion) or (messages,), whichever `present` has; without `answers` (prompt,) does, too."""
+    present: list[str], options: RowOptions, *, answers: bool
+) -> tuple[str | None, str | None, str | None]:
+    """(prompt, completion, None) or (None, None, messages), whichever `present` has.
+
+    Without `answers` the completion may be missing.
+    """
+    prompt, completion, messages = options.prompt_column, options.completion_column, options.messages_column
     if {prompt, completion} <= set(present):
-        return prompt, completion
+        return prompt, completion, None
     if prompt in present and not answers:
-        return (prompt,)
+        return prompt, None, None
     if messages in present:
-        return (messages,)
+        return None, None, messages
     wanted = f"{prompt!r} and {completion!r} (each text or messages)" if answers else f"{prompt!r} (text or messages)"
     raise ValueError(
         f"the data set has the columns {', '.join(present)}, but neither {wanted} nor {messages!r} (a conversation); "
@@ -218,191 +413,106 @@ def check_sample_ids(dataset: datasets.Dataset) -> None:
         )
 
 
+def signed(sample_id: int) -> int:
+    """A 64-bit sample id as int64: the upper half of unsigned ones is negative."""
+    return sample_id - (1 << 64) if sample_id >= 1 << 63 else sample_id
+
+
+def sample_ids_of(dataset: datasets.Dataset) -> list[int]:
+    """The sample id of every row of a data set as ``tokenize_rows`` gives it."""
+    return [signed(one) for one in dataset["sample_id"]] if "sample_id" in dataset.column_names else [*range(len(dataset))]
+
+
 def _tokenize_batch(
     batch: Any,
     rows: list[int],
     *,
     tokenizer: PreTrainedTokenizerBase,
     ends: list[int],
-    columns: tuple[str, ...],
-    use_template: bool,
-    max_length: int,
+    columns: tuple[str | None, str | None, str | None],
+    options: RowOptions,
+    answers: bool,
+    arrow: list[str],
+    classes: dict[str, list[str]],
+    version: int,
 ) -> dict[str, list]:
-    """A batch of `Dataset.map`: the output columns of `tokenize_rows`, and the `outcome` of each row."""
-    cells = zip(*(batch[column] for column in columns), strict=True)
-    texts = [
-        _read_row(row, dict(zip(columns, values, strict=True)), tokenizer, use_template)
-        for row, values in zip(rows, cells, strict=True)
-    ]
-    prompts, answers, outcomes = map(list, zip(*texts, strict=True))
-    all_prompt_ids = _prompt_ids(prompts, tokenizer, use_template)
-    all_answer_ids = tokenizer(answers, add_special_tokens=False, verbose=False).input_ids
+    """A batch of `Dataset.map`: the ids of each row, what became of it, and a note on it."""
+    template = options.template(tokenizer)
+    encoder = options.encoder(tokenizer, template)
+    reader = RowReader(
+        encoder,
+        template,
+        columns,
+        ends={tokenizer.added_tokens_decoder[one].content for one in ends if one in tokenizer.added_tokens_decoder},
+        all_turns=options.assistant_turns == "all",
+        arrow=frozenset(arrow),
+        classes=classes,
+        values_as_text=options.values_as_text,
+    )
+    read = reader.answered if answers else reader.asked
+    used = [name for name in (*columns, *EXTRAS, *NOT_TEXT) if name in batch]
+    texts, outcomes, notes = [], [], []
+    for cells in zip(*(batch[name] for name in used), strict=True):
+        try:
+            found = read(dict(zip(used, cells, strict=True)))
+            lost = found.lost and f"{found.lost} is not in what the chat template makes of the row"
+            fault = RowFault(lost) if lost and not options.keep_incomplete_rows else None
+        except RowFault as error:
+            found, lost, fault = Texts(""), None, error
+        texts.append(found if fault is None else Texts(""))
+        outcomes.append(_KEPT if fault is None else fault.reason)
+        notes.append((lost if fault is None else fault.detail) or "")
 
-    eos = tokenizer.eos_token_id
-    for i, (prompt_ids, answer_ids) in enumerate(zip(all_prompt_ids, all_answer_ids, strict=True)):
-        end = next((place for place, token in enumerate(answer_ids) if token in ends), None)
-        if use_template and end is not None:
-            del answer_ids[end + 1 :]  # templates write "\n" after the end of a turn, or an EOS at the end of all
-        elif answer_ids and answer_ids[-1] != eos:
-            answer_ids.append(eos)
+    prompt_ids = encoder.texts([one.prompt for one in texts]) if template else encoder.prompts([one.prompt for one in texts])
+    columns_of_answers: dict[str, list] = {}
+    if answers:
+        answer_ids, is_learned = _answers(texts, encoder, tokenizer.eos_token_id)
+        columns_of_answers = {"answer_ids": answer_ids}
+        if options.assistant_turns == "all":
+            columns_of_answers["is_learned"] = is_learned
+    for i, prompt in enumerate(prompt_ids):
         if outcomes[i] == _KEPT:
-            outcomes[i] = _judge_lengths(len(prompt_ids), len(answer_ids), max_length)
-            del answer_ids[max(max_length - len(prompt_ids), 0) :]
-
+            length = len(answer_ids[i]) if answers else None
+            outcomes[i] = _judge_lengths(len(prompt), length, options.max_length)
+        for column in columns_of_answers.values():
+            del column[i][max(options.max_length - len(prompt), 0) if options.max_length is not None else len(column[i]) :]
     return {
-        "sample_id": batch.get("sample_id", rows),
-        "prompt_ids": all_prompt_ids,
-        "answer_ids": all_answer_ids,
+        "sample_id": [signed(one) for one in batch["sample_id"]] if "sample_id" in batch else rows,
+        "prompt_ids": prompt_ids,
+        **columns_of_answers,
         "outcome": outcomes,
+        "note": notes,
+        "spells": [one.control_tokens for one in texts],
     }
 
 
-def _tokenize_prompt_batch(
-    batch: Any,
-    rows: list[int],
-    *,
-    tokenizer: PreTrainedTokenizerBase,
-    columns: tuple[str, ...],
-    is_conversation: bool,
-    use_template: bool,
-    max_length: int | None,
-) -> dict[str, list]:
-    """A batch of `Dataset.map`: the output columns of `tokenize_prompts`, and the `outcome` of each row."""
-    cells = zip(*(batch[column] for column in columns), strict=True)
-    prompts = [
-        _read_prompt(row, dict(zip(columns, values, strict=True)), tokenizer, use_template, is_conversation)
-        for row, values in zip(rows, cells, strict=True)
-    ]
-    all_prompt_ids = _prompt_ids(prompts, tokenizer, use_template)
-    outcomes = [_judge_prompt(len(prompt_ids), max_length) for prompt_ids in all_prompt_ids]
-    return {"sample_id": batch.get("sample_id", rows), "prompt_ids": all_prompt_ids, "outcome": outcomes}
+def _answers(texts: list[Texts], encoder: Encoder, eos: int) -> tuple[list[list[int]], list[list[bool]]]:
+    """Ids of what follows each prompt, and which of them are learned; answers that do not end get an EOS."""
+    before, after, owner = [], [], []
+    for row, one in enumerate(texts):
+        written = one.prompt
+        for segment, learned in one.segments:
+            before.append(written)
+            after.append(segment)
+            owner.append((row, learned))
+            written += segment
+    ids: list[list[int]] = [[] for _ in texts]
+    is_learned: list[list[bool]] = [[] for _ in texts]
+    for (row, learned), found in zip(owner, encoder.after(before, after), strict=True):
+        ids[row] += found
+        is_learned[row] += [learned] * len(found)
+    for row, one in enumerate(texts):
+        if one.segments and not one.ended and ids[row][-1:] != [eos]:
+            ids[row].append(eos)
+            is_learned[row].append(True)
+    return ids, is_learned
 
 
-def _prompt_ids(prompts: list[str], tokenizer: PreTrainedTokenizerBase, use_template: bool) -> list[list[int]]:
-    """Ids of texts; one without a template gets the tokenizer's special tokens, but no EOS at its end."""
-    ids = tokenizer(prompts, add_special_tokens=not use_template, verbose=False).input_ids
-    if not use_template and tokenizer("a").input_ids[-1:] == [tokenizer.eos_token_id]:
-        return [one[:-1] for one in ids]
-    return ids
-
-
-def _judge_lengths(prompt_length: int, answer_length: int, max_length: int) -> str:
-    if answer_length == 0:
-        return _EMPTY_ANSWER
-    outcome = _judge_prompt(prompt_length, max_length)
-    return _TRUNCATED if outcome == _KEPT and prompt_length + answer_length > max_length else outcome
-
-
-def _judge_prompt(length: int, max_length: int | None) -> str:
-    if length == 0:
-        return _EMPTY_PROMPT
-    return _PROMPT_FILLS if max_length is not None and length >= max_length else _KEPT
-
-
-def _read_row(
-    row: int, cells: dict[str, Any], tokenizer: PreTrainedTokenizerBase, use_template: bool
-) -> tuple[str, str, str]:
-    """(prompt text, answer text, outcome) of a row given as column -> cell."""
-    match list(cells.values()):
-        case [str(prompt), str(answer)] if not use_template:
-            return (prompt, answer, _KEPT) if answer.strip() else ("", "", _EMPTY_ANSWER)
-        case [str(prompt), str(answer)]:
-            turns = [{"role": "user", "content": prompt}, {"role": "assistant", "content": answer}]
-        case [list(prompt), str(answer)]:
-            turns = [*prompt, {"role": "assistant", "content": answer}]
-        case [list(prompt), list(completion)]:
-            turns = prompt + completion
-        case [list(turns)]:
-            pass
-        case _:
-            given = " and ".join(f"{column!r} is {type(cell).__name__}" for column, cell in cells.items())
-            raise TypeError(
-                f"row {row}: {given}; accepted are a prompt and a completion that are both text or both lists of "
-                "messages, a list of messages and a text, or one conversation as a list of messages"
-            )
-    turns = _checked_turns(row, list(cells), turns, use_template)
-    if not turns or turns[-1]["role"] != "assistant":
-        return "", "", _NO_ASSISTANT
-    if not isinstance(turns[-1]["content"], str):
-        where = f"row {row}, column {' or '.join(map(repr, cells))}"
-        raise TypeError(f"{where}: the content of the answer must be text, not {turns[-1]['content']!r}")
-    if not turns[-1]["content"].strip():
-        return "", "", _EMPTY_ANSWER
-    if len(turns) == 1:
-        return "", "", _EMPTY_PROMPT
-    return *render(row, turns, tokenizer), _KEPT
-
-
-def _read_prompt(
-    row: int, cells: dict[str, Any], tokenizer: PreTrainedTokenizerBase, use_template: bool, is_conversation: bool
-) -> str:
-    """The prompt's text of a row given as column -> cell; none if there are no turns."""
-    match list(cells.values()):
-        case [str(prompt), *_] if not is_conversation:
-            if not use_template:
-                return prompt
-            turns = [{"role": "user", "content": prompt}]
-        case [list(prompt), list(completion)] if all(isinstance(turn, dict) for turn in completion):
-            turns = prompt + completion[:-1]
-        case [list(turns), *_]:
-            pass
-        case [cell, *_]:
-            accepted = "a conversation as a list of messages" if is_conversation else "text, or a list of messages"
-            raise TypeError(f"row {row}: {next(iter(cells))!r} is {type(cell).__name__}; accepted is {accepted}")
-    turns = _checked_turns(row, list(cells), turns, use_template)
-    if is_conversation and turns and turns[-1]["role"] == "assistant":
-        turns = turns[:-1]
-    return render_prompt(row, turns, tokenizer) if turns else ""
-
-
-def _checked_turns(row: int, columns: list[str], turns: list[Any], use_template: bool) -> list[dict[str, Any]]:
-    if not use_template:
-        raise ValueError(
-            f"row {row} holds messages, which need a chat template: set tokenizer.chat_template (and leave "
-            "apply_chat_template unset), or give prompt and completion as text"
-        )
-    return check_turns(row, columns, turns)
-
-
-@dataclass
-class RowOptions:
-    """Which columns of a data set are prompts and answers, and what becomes of them; see ``tokenize_rows``."""
-
-    max_length: int = field(
-        default=1024, metadata={"help": "Longest row in tokens, prompt included; longer answers are cut and counted."}
-    )
-    prompt_column: str = field(default="prompt", metadata={"help": "Column with the prompt (text or messages)."})
-    completion_column: str = field(
-        default="completion", metadata={"help": "Column with the reference answer (text or messages)."}
-    )
-    messages_column: str = field(
-        default="messages",
-        metadata={"help": "Column with a conversation whose last assistant turn is the reference answer."},
-    )
-    apply_chat_template: bool | None = field(
-        default=None, metadata={"help": "Whether to apply the tokenizer's chat template; by default if it has one."}
-    )
-
-    def tokenize(
-        self, rows: Dataset, tokenizer: PreTrainedTokenizerBase, max_length: int | None = None
-    ) -> tuple[Dataset, DataReport]:
-        return tokenize_rows(
-            rows,
-            tokenizer,
-            max_length=self.max_length if max_length is None else max_length,
-            prompt_column=self.prompt_column,
-            completion_column=self.completion_column,
-            messages_column=self.messages_column,
-            apply_chat_template=self.apply_chat_template,
-        )
-
-    def tokenize_prompts(self, rows: Dataset, tokenizer: PreTrainedTokenizerBase) -> tuple[Dataset, DataReport]:
-        return tokenize_prompts(
-            rows,
-            tokenizer,
-            max_length=self.max_length,
-            prompt_column=self.prompt_column,
-            completion_column=self.completion_column,
-            messages_column=self.messages_column,
-            apply_chat_template=self.apply_chat_template,
-        )
+def _judge_lengths(prompt: int, answer: int | None, max_length: int | None) -> str:
+    if answer == 0:
+        return EMPTY_ANSWER
+    if prompt == 0:
+        return EMPTY_PROMPT
+    if max_length is not None and prompt >= max_length:
+        return _PROMPT_FILLS
+    return _TRUNCATED if answer and max_length is not None and prompt + answer > max_length else _KEPT

@@ -1,0 +1,231 @@
+"""A row's cells as one conversation, whatever form they came in: what is given to a chat template, and what is asked.
+
+A row that can't be used is a `RowFault`, whose reason is counted. Nothing here knows tokenizers.
+"""
+
+import json
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any
+
+REASONING = ("reasoning_content", "reasoning", "thinking")  # keys of a message that hold text besides its content
+EXTRAS = ("tools", "documents", "chat_template_kwargs")  # columns of a row that go to the chat template
+_TEXT_PARTS = ("text", "input_text", "output_text")
+NOT_TEXT = ("image", "images", "video", "videos", "audio", "audios", "refusal")  # keys and columns that are no text
+_ROLES = {  # of ShareGPT
+    "human": "user",
+    "gpt": "assistant",
+    "chatgpt": "assistant",
+    "bot": "assistant",
+    "model": "assistant",
+    "observation": "tool",
+    "function_response": "tool",
+}
+
+
+class RowFault(Exception):
+    """Why a row can't be used: ``reason`` is counted, ``detail`` says more of this row."""
+
+    def __init__(self, reason: str, detail: str = ""):
+        super().__init__(reason, detail)
+        self.reason, self.detail = reason, detail
+
+
+@dataclass
+class Conversation:
+    """What a row gives to a chat template, in the form that templates expect: contents are text, arguments objects."""
+
+    turns: list[dict[str, Any]]
+    prefix: str = ""  # the beginning of the last turn's content, which belongs to the prompt
+    tools: list[Any] | None = None
+    documents: list[Any] | None = None
+    kwargs: dict[str, Any] = field(default_factory=dict)  # more variables of the template
+
+    def said(self, turn: int) -> list[tuple[str, str]]:
+        """What a turn says, each with what it is, in the order in which templates write it: reasoning, content, calls."""
+        message = self.turns[turn]
+        whose = f"of a turn of role {message['role']!r}"
+        said = [(f"the {key} {whose}", message[key]) for key in REASONING if message.get(key)]
+        said.append((f"the text {whose}", message["content"]))
+        for call in message.get("tool_calls") or ():
+            texts = [call["function"]["name"], *leaves(call["function"].get("arguments"))]
+            said += [(f"tool_calls {whose}", text) for text in texts]
+        return [(what, text) for what, text in said if text.strip()]
+
+    def described(self) -> list[tuple[str, str]]:
+        """What tools and documents say: names, descriptions and parameters; titles and texts."""
+        said = []
+        for tool in self.tools or ():
+            function = tool.get("function", tool)
+            said += [function.get("name"), function.get("description")]
+            parameters = function.get("parameters")
+            said += list((parameters.get("properties") or {}) if isinstance(parameters, dict) else ())
+        of_documents = [text for document in self.documents or () for text in document.values()]
+        pairs = [("'tools'", text) for text in said] + [("'documents'", text) for text in of_documents]
+        return [(what, text) for what, text in pairs if isinstance(text, str) and text.strip()]
+
+    def map(self, change: Callable[[str], str]) -> "Conversation":
+        """The conversation with every text in it changed."""
+        given = (self.turns, self.prefix, self.tools, self.documents, self.kwargs)
+        return Conversation(*(map_text(one, change) for one in given))
+
+    def is_empty(self, turn: int) -> bool:
+        return not self.said(turn)
+
+
+def leaves(value: Any) -> list[str]:
+    """Keys and values of nested lists and objects, as JSON writes them without quotes."""
+    if isinstance(value, dict):
+        return [text for key, one in value.items() for text in (str(key), *leaves(one))]
+    if isinstance(value, list | tuple):
+        return [text for one in value for text in leaves(one)]
+    return [value if isinstance(value, str) else json.dumps(value, default=str)]
+
+
+def map_text(value: Any, change: Callable[[str], str]) -> Any:
+    """``value`` with every text in it changed, those of keys excepted."""
+    if isinstance(value, str):
+        return change(value)
+    if isinstance(value, dict):
+        return {key: map_text(one, change) for key, one in value.items()}
+    return [map_text(one, change) for one in value] if isinstance(value, list) else value  # None, numbers
+
+
+def without_none(value: Any) -> Any:
+    """Objects without the keys whose value is None: Arrow gives every object the keys of all."""
+    if isinstance(value, dict):
+        return {key: without_none(one) for key, one in value.items() if one is not None}
+    return [without_none(one) for one in value] if isinstance(value, list) else value
+
+
+def read_turns(cell: Any, column: str, arrow: bool) -> list[dict[str, Any]]:
+    """The messages in a cell: a list, JSON text of one, or an object of lists, as `datasets` makes of sequences.
+
+    ``arrow`` tells that None stands for keys that a message does not have.
+
+    Raises:
+        RowFault: they are no messages.
+    """
+    if isinstance(cell, str):
+        cell, arrow = _parsed(cell, list), False
+    if isinstance(cell, dict) and all(isinstance(values, list) for values in cell.values()):
+        cell = [dict(zip(cell, values, strict=False)) for values in zip(*cell.values(), strict=False)]
+    if not isinstance(cell, list):
+        raise RowFault(f"{column!r} is no list of messages", f"it is {cell!r:.60}")
+    if cell and all(isinstance(one, dict) and "role" not in one and "type" in one for one in cell):
+        cell = [{"role": "user" if column != "completion" else "assistant", "content": cell}]  # parts of one message
+    return [_message(one, column, arrow) for one in cell]
+
+
+def _message(message: Any, column: str, arrow: bool) -> dict[str, Any]:
+    if isinstance(message, dict) and "role" not in message and isinstance(message.get("from"), str):  # ShareGPT
+        message = {("role" if key == "from" else "content" if key == "value" else key): message[key] for key in message}
+        if message["role"] == "function_call":
+            message = {"role": "assistant", "content": None, "tool_calls": message["content"]}
+        message["role"] = _ROLES.get(message["role"], message["role"])
+    if not isinstance(message, dict) or not isinstance(message.get("role"), str):
+        raise RowFault(
+            f"{column!r} holds something that is no message", f"a message has 'role' and 'content': {message!r:.80}"
+        )
+    message = without_none(message) if arrow else {k: v for k, v in message.items() if v is not None}
+    for key in NOT_TEXT:
+        if message.get(key):
+            raise RowFault(f"a message with {key!r}, which is not text")
+    turn = dict(message)
+    turn["content"], reasoning = _text_of(message.get("content"))
+    if reasoning:
+        turn["reasoning_content"] = turn.get("reasoning_content", "") + reasoning
+    for key in REASONING:
+        if not isinstance(turn.get(key, ""), str):
+            raise RowFault(f"{key!r} of a message is no text", f"it is {turn[key]!r:.60}")
+    if call := turn.pop("function_call", None):
+        turn["tool_calls"] = [call]
+    if "tool_calls" in turn:
+        turn["tool_calls"] = _calls(turn["tool_calls"])
+        if not turn["tool_calls"]:
+            del turn["tool_calls"]
+    return turn
+
+
+def _text_of(content: Any) -> tuple[str, str]:
+    """(text, reasoning) of a message's content: text, or text parts, which are joined."""
+    if content is None or isinstance(content, str):
+        return content or "", ""
+    parts = [content] if isinstance(content, dict) else content
+    if not isinstance(parts, list):
+        raise RowFault(f"the content of a message is {type(content).__name__}, not text")
+    texts, reasoning = [], []
+    for part in parts:
+        kind = part.get("type", "text") if isinstance(part, dict) else type(part).__name__
+        text = part if isinstance(part, str) else part.get("text") if isinstance(part, dict) else None
+        if kind in ("thinking", "reasoning"):
+            given = text or next((part[key] for key in REASONING if part.get(key)), None)
+            reasoning.append(_text_of(given)[0])
+        elif isinstance(text, str) and (isinstance(part, str) or kind in _TEXT_PARTS):
+            texts.append(text)
+        else:
+            raise RowFault(f"a content part of type {kind!r}, which is not text")
+    return "".join(texts), "".join(reasoning)
+
+
+def _calls(calls: Any) -> list[dict[str, Any]]:
+    """Tool calls as objects with ``function``, its ``name`` and ``arguments``, which are objects."""
+    found = []
+    calls = _parsed(calls, (list, dict)) if isinstance(calls, str) else calls
+    for call in [calls] if isinstance(calls, dict) else calls:
+        call = _parsed(call, dict) if isinstance(call, str) else call
+        function = call.get("function", call) if isinstance(call, dict) else None
+        if not isinstance(function, dict) or not isinstance(function.get("name"), str):
+            raise RowFault("a tool call without a function's name", f"{call!r:.80}")
+        arguments = function.get("arguments", function.get("parameters", {}))
+        if isinstance(arguments, str):
+            parsed = _parsed(arguments, dict)
+            arguments = parsed if isinstance(parsed, dict) else arguments
+        rest = {key: value for key, value in call.items() if key != "function"} if call is not function else {}
+        more = {key: value for key, value in function.items() if key not in ("arguments", "parameters")}
+        found.append({"type": "function", **rest, "function": more | {"arguments": arguments}})
+    return found
+
+
+def _parsed(text: str, kind: type | tuple[type, ...]) -> Any:
+    """The JSON value in ``text``, where it is of this kind; else the text."""
+    try:
+        value = json.loads(text)
+    except ValueError:
+        return text
+    return value if isinstance(value, kind) else text
+
+
+def read_extras(cells: dict[str, Any], arrow: set[str]) -> dict[str, Any]:
+    """``tools``, ``documents`` and ``kwargs`` of a row, as far as it has any; ``arrow`` names columns as above."""
+    for name in NOT_TEXT:
+        if cells.get(name):
+            raise RowFault(f"the column {name!r}, which is not text")
+    found = {}
+    for name in EXTRAS:
+        value = cells.get(name)
+        kind = dict if name == "chat_template_kwargs" else list
+        if isinstance(value, str):
+            value = _parsed(value, kind) if value.strip() not in ("", "null") else None
+        elif name in arrow:
+            value = without_none(value)
+        if not value:
+            continue
+        if kind is list and isinstance(value, list):
+            value = [_parsed(one, dict) if isinstance(one, str) else one for one in value]
+        if not isinstance(value, kind) or (kind is list and not all(isinstance(one, dict) for one in value)):
+            wanted = "an object" if kind is dict else "a list of objects"
+            raise RowFault(f"{name!r} is not {wanted}, or JSON text of one", f"it is {value!r:.80}")
+        found["kwargs" if kind is dict else name] = value
+    return found
+
+
+def weights_of(turns: list[dict[str, Any]]) -> list[bool]:
+    """Per turn, whether it may be learned: its ``weight`` (or ``train``) is not 0."""
+    learned = []
+    for turn in turns:
+        weight = turn.get("weight", turn.get("train", 1))
+        if weight not in (0, 1):
+            raise RowFault("a message with another weight than 0 or 1", f"it is {weight!r}")
+        learned.append(bool(weight))
+    return learned

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 
 from transformers import PreTrainedTokenizerBase
 
-from .data import answer_ends, text_after_answer
+from .data import RowOptions, text_after_answer
 
 DEFAULT_CUE = "Check your answer. If something in it is wrong, correct it; otherwise give it again."
 
@@ -30,20 +30,25 @@ class CorrectionCue:
         cue: str = DEFAULT_CUE,
         *,
         stop_ids: Iterable[int] = (),
-        apply_chat_template: bool | None = None,
+        options: RowOptions | None = None,
     ) -> CorrectionCue:
         """The cue as the user's next turn if the tokenizer has a chat template, else as a paragraph of its own.
 
         ``stop_ids`` end the model's answers, as does what the tokenizer ends them with (`data.answer_ends`).
+        ``options`` are those by which rows become prompts, such as variables of the template.
 
         Raises:
             ValueError: an empty cue; a chat template that rewrites earlier turns when more follow.
         """
         if not cue.strip():
             raise ValueError("the correction cue is empty; give a text that asks for a correction")
-        use_template = bool(tokenizer.chat_template) if apply_chat_template is None else apply_chat_template
-        text = text_after_answer(tokenizer, cue) if use_template else f"\n\n{cue}\n\n"
-        return cls(tokenizer(text, add_special_tokens=False).input_ids, answer_ends(tokenizer, stop_ids))
+        options = options or RowOptions()
+        template = options.template(tokenizer)
+        encoder = options.encoder(tokenizer, template)
+        asked = encoder.mark(cue)
+        text = text_after_answer(template, asked) if template else f"\n\n{asked}\n\n"
+        (ids,) = encoder.after(["\n"], [text])
+        return cls(ids, options.answer_ends(tokenizer, stop_ids))
 
     def prompt(self, prompt: list[int], answer: list[int]) -> list[int]:
         """The correction prompt of one row; of the answer, what comes before its end."""

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from datasets import Dataset
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
@@ -14,7 +15,7 @@ from .context import Answers, ContextGenerator
 from .context.batch import TokenRow
 from .context.models import room_for_answers
 from .correction import DEFAULT_CUE, CorrectionCue
-from .data import tokenize_prompts
+from .data import RowOptions
 
 logger = logging.getLogger(__name__)
 
@@ -56,7 +57,7 @@ def generate_corrected(
     *,
     rounds: int = 1,
     cue: str | None = None,
-    apply_chat_template: bool | None = None,
+    row_options: RowOptions | None = None,
     max_new_tokens: int = 256,
     **options: Any,
 ) -> Corrected:
@@ -68,7 +69,8 @@ def generate_corrected(
         prompts: R texts, or R rows of token ids as ``tokenize_rows`` makes them.
         rounds: corrections, at least 1; each sees the answer of the one before it.
         cue: the text that asks for a correction, as in training; ``correction.DEFAULT_CUE`` by default.
-        apply_chat_template: to the texts and the cue; by default if the tokenizer has one.
+        row_options: how the texts and the cue become tokens, as in training: a `data.RowOptions`, whose
+            ``apply_chat_template``, ``chat_template_kwargs`` and the like count.
         max_new_tokens: longest answer of a round, at least 1.
         **options: of `answer`; every round has noise of its own. Answers also end with the tokenizer's EOS.
 
@@ -80,7 +82,8 @@ def generate_corrected(
     """
     if not isinstance(rounds, int) or rounds < 1:
         raise ValueError(f"rounds is {rounds!r}; it must be an integer >= 1")
-    rows = _prompt_rows(tokenizer, prompts, apply_chat_template)
+    row_options = row_options or RowOptions(max_length=None)
+    rows = _prompt_rows(tokenizer, prompts, row_options)
     temperature = options.pop("temperature", 0.0)
     generator = model if isinstance(model, ContextGenerator) else ContextGenerator(model, temperature=temperature)
     stop_ids = options.pop("eos_token_ids", None)
@@ -88,7 +91,7 @@ def generate_corrected(
         tokenizer,
         DEFAULT_CUE if cue is None else cue,
         stop_ids=generator.eos_token_ids if stop_ids is None else stop_ids,
-        apply_chat_template=apply_chat_template,
+        options=row_options,
     )
     options |= {"eos_token_ids": sorted(between.stop_ids), "max_new_tokens": max_new_tokens}
     left = room_for_answers(generator.model, rows, len(between.ids))
@@ -107,7 +110,7 @@ def generate_corrected(
 
 
 def _prompt_rows(
-    tokenizer: PreTrainedTokenizerBase, prompts: Sequence[str] | Sequence[TokenRow], apply_chat_template: bool | None
+    tokenizer: PreTrainedTokenizerBase, prompts: Sequence[str] | Sequence[TokenRow], row_options: RowOptions
 ) -> list[list[int]]:
     """Token ids of the prompts; texts become what training makes of them."""
     if isinstance(prompts, str):
@@ -118,7 +121,7 @@ def _prompt_rows(
         raise TypeError("some prompts are text and some are token ids; give one or the other")
     if not texts:
         return [prompt.tolist() if isinstance(prompt, Tensor) else list(prompt) for prompt in rows]
-    data, _ = tokenize_prompts(texts, tokenizer, apply_chat_template=apply_chat_template)
+    data, report = row_options.tokenize_prompts(Dataset.from_dict({row_options.prompt_column: texts}), tokenizer)
     if len(data) < len(texts):
-        raise ValueError(f"{len(texts) - len(data)} of {len(texts)} prompts are empty; leave them out")
+        raise ValueError(f"not all prompts can be answered ({report}); leave the dropped ones out")
     return list(data["prompt_ids"])

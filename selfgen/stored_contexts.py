@@ -129,6 +129,8 @@ def _checked(rows: Dataset, generator: ContextGenerator, batch_size: int, shard_
     missing = [name for name in ROW_COLUMNS if name not in rows.column_names]
     if missing:
         raise ValueError(f"the rows lack {', '.join(missing)}; tokenize them with selfgen.data.tokenize_rows")
+    if "is_learned" in rows.column_names:
+        raise ValueError("stored contexts are of one answer per row: tokenize the rows with assistant_turns=last")
     if len(rows) == 0:
         raise ValueError("there are no rows to write contexts of; give at least one")
     for name, value in (("batch_size", batch_size), ("shard_rows", shard_rows)):

@@ -8,6 +8,7 @@ from helpers.data import EOS, ID, ROWS, TEMPLATE, make_tokenizer, write_jsonl
 from transformers import AutoTokenizer
 
 from selfgen.data import (
+    ChatTemplate,
     Collator,
     DataReport,
     answer_ends,
@@ -262,10 +263,10 @@ def test_a_models_own_ends_join_the_tokenizers(plain):
 
 
 def test_text_between_two_answers(chat):
-    assert text_after_answer(chat, "h g") == " <eos> <nl> <user> h g <eos> <nl> <assistant> "
+    assert text_after_answer(ChatTemplate(chat), "h g") == " <eos> <nl> <user> h g <eos> <nl> <assistant> "
     drops = TEMPLATE.replace("{{ m['content'] }}", "{% if loop.last %}{{ m['content'] }}{% endif %}")
     with pytest.raises(ValueError, match="renders an answer in another way when a turn follows it"):
-        text_after_answer(make_tokenizer(drops), "h g")
+        text_after_answer(ChatTemplate(make_tokenizer(drops)), "h g")
 
 
 def test_rows_are_tokenized_again_where_other_tokens_end_answers(monkeypatch):
@@ -274,7 +275,7 @@ def test_rows_are_tokenized_again_where_other_tokens_end_answers(monkeypatch):
     tokenizer.add_tokens(["<end>"])
     rows = datasets.Dataset.from_list([{"prompt": "a", "completion": "b"}])
     with monkeypatch.context() as patch:
-        patch.setattr("selfgen.data.tokenizing.answer_ends", lambda tokenizer: frozenset({EOS}))
+        patch.setattr("selfgen.data.tokenizing.answer_ends", lambda *_: frozenset({EOS}))
         assert tokenize(rows, tokenizer)[0][0]["answer_ids"][-1] == EOS
     assert tokenize(rows, tokenizer)[0][0]["answer_ids"][-1] != EOS
 
@@ -343,7 +344,7 @@ def test_a_formatted_data_set_gives_the_same_examples(plain):
 def test_tokenizing_again_reads_the_cache(chat, tmp_path, monkeypatch):
     write_jsonl(tmp_path / "rows.jsonl")
     first, _ = tokenize(load_rows(tmp_path / "rows.jsonl"), chat)
-    monkeypatch.setattr("selfgen.data.tokenizing._read_row", lambda *_, **__: pytest.fail("tokenized again"))
+    monkeypatch.setattr("selfgen.data.reading.RowReader.answered", lambda *_: pytest.fail("tokenized again"))
     second, _ = tokenize(load_rows(tmp_path / "rows.jsonl"), make_tokenizer(TEMPLATE))
     assert second.to_list() == first.to_list()
     assert second._fingerprint == first._fingerprint
@@ -359,15 +360,20 @@ TURNS = [{"messages": [user("a"), assistant("b")]}]
         ([{"question": "a", "answer": "b"}], {}, ValueError, ["columns question, answer", "--prompt-column question"]),
         (ROWS, {"prompt_column": "x"}, ValueError, ["'x' and 'completion'", "'messages'"]),
         (ROWS, {"max_length": 1}, ValueError, ["max_length=1", "at least 2"]),
-        (ROWS, {"max_length": 2}, ValueError, ["no row is left", "2 dropped (2 prompt fills max_length)"]),
-        (MIXED, {}, TypeError, ["row 1", "'completion' is NoneType"]),
-        ([{"prompt": 1, "completion": "b"}], {}, TypeError, ["row 0", "'prompt' is int"]),
-        ([{"prompt": "a", "completion": [assistant("b")]}], {}, TypeError, ["row 0", "'completion' is list"]),
-        ([{"messages": ["a", "b"]}], {}, TypeError, ["row 0", "'messages'", "'role' and 'content', not 'a'"]),
-        ([{"messages": [user("a"), assistant(None)]}], {}, TypeError, ["row 0", "'messages'", "must be text"]),
+        (ROWS, {"max_length": 2}, ValueError, ["no row is left", "2 dropped (2 prompt fills max_length: row 0, row 1"]),
+        (MIXED, {"strict_data": True}, ValueError, ["row 1", "'completion' is empty (None)", "strict_data"]),
+        ([{"prompt": 1, "completion": "b"}], {}, ValueError, ["row 0", "'prompt' is int", "values_as_text"]),
+        ([{"messages": ["a", "b"]}], {}, ValueError, ["row 0", "'messages'", "'role' and 'content': 'a'"]),
+        ([{"messages": [user("a"), assistant(None)]}], {}, ValueError, ["1 empty answer: row 0"]),
         (TURNS, {"apply_chat_template": False}, ValueError, ["row 0", "set tokenizer.chat_template"]),
-        ([{"messages": [user(None), assistant("b")]}], {"template": "{{ 'a' + messages[0]['content'] }}"}, ValueError,
+        ([{"messages": [user("c"), assistant("b")]}], {"template": "{{ 1 + messages[0]['content'] }}"}, ValueError,
          ["row 0", "rejects"]),
+        (ROWS, {"assistant_turns": "some"}, ValueError, ["assistant_turns is 'some'", "last, all"]),
+        (ROWS, {"template_date": "tomorrow"}, ValueError, ["template_date is 'tomorrow'"]),
+        (ROWS, {"chat_template_kwargs": "[1"}, ValueError, ["chat_template_kwargs", "no JSON"]),
+        (ROWS, {"chat_template_kwargs": {"messages": 1}}, ValueError, ["can't have messages"]),
+        (ROWS, {"tools": "{}"}, ValueError, ["tools is {}", "list of objects"]),
+        (ROWS, {"template": None, "tools": [{"name": "f"}]}, ValueError, ["tools is for a chat template"]),
         (TURNS, {"template": "a {{ messages | length }}"}, ValueError, ["row 0", "prefix preserving", "after 2"]),
         (ROWS, {"template": None, "apply_chat_template": True}, ValueError, ["set tokenizer.chat_template"]),
         (ROWS, {"eos_token": None}, ValueError, ["set tokenizer.eos_token"]),
@@ -407,7 +413,7 @@ def test_prompts_are_those_of_rows(template, special, form):
     }[form]
     tokenizer = make_tokenizer(template, special=special)
     if form != "text" and template is None:
-        with pytest.raises(ValueError, match="row 0 holds messages, which need a chat template"):
+        with pytest.raises(ValueError, match="messages, which need a chat template: row 0"):
             tokenize_prompts(datasets.Dataset.from_list(alone[:1]), tokenizer)
         return
     want = tokenize([rows], tokenizer)[0]["prompt_ids"][:]
@@ -426,13 +432,13 @@ def test_prompts_that_are_dropped_are_counted(plain, chat):
     assert tokenize_prompts(["", "a"], plain)[0]["prompt_ids"][:] == [ids("<bos>"), ids("<bos> a")]
     examples, report = tokenize_prompts(["", "a"], make_tokenizer(special="$A"))
     assert examples.to_list() == [{"sample_id": 1, "prompt_ids": ids("a")}]
-    assert str(report) == "2 rows: 1 kept, 1 dropped (1 empty prompt)"
+    assert str(report) == "2 rows: 1 kept, 1 dropped (1 empty prompt: row 0)"
 
 
 def test_prompts_are_read_from_the_cache(chat, tmp_path, monkeypatch):
     write_jsonl(tmp_path / "rows.jsonl")
     first, _ = tokenize_prompts(load_rows(tmp_path / "rows.jsonl"), chat)
-    monkeypatch.setattr("selfgen.data.tokenizing._read_prompt", lambda *_, **__: pytest.fail("tokenized again"))
+    monkeypatch.setattr("selfgen.data.reading.RowReader.asked", lambda *_: pytest.fail("tokenized again"))
     assert tokenize_prompts(load_rows(tmp_path / "rows.jsonl"), chat)[0]._fingerprint == first._fingerprint
 
 
@@ -440,9 +446,9 @@ def test_prompts_are_read_from_the_cache(chat, tmp_path, monkeypatch):
     ("rows", "error", "words"),
     [
         ([{"question": "a"}], ValueError, ["columns question", "'prompt' (text or messages) nor 'messages'"]),
-        ([{"prompt": None}, {"prompt": "a"}], TypeError, ["row 0", "'prompt' is NoneType", "text, or a list of mes"]),
-        ([{"messages": "a"}], TypeError, ["row 0", "'messages' is str", "a conversation"]),
-        ([{"prompt": ["a"]}], TypeError, ["row 0", "'prompt'", "'role' and 'content', not 'a'"]),
+        ([{"prompt": None}], ValueError, ["row 0", "'prompt' is empty (None)"]),
+        ([{"messages": "a"}], ValueError, ["row 0", "'messages' is no list of messages"]),
+        ([{"prompt": ["a"]}], ValueError, ["row 0", "'prompt'", "'role' and 'content': 'a'"]),
         ([{"prompt": []}], ValueError, ["no row is left", "1 empty prompt"]),
         ([{"prompt": "a", "sample_id": 1}] * 2, ValueError, ["'sample_id' (int64, 2 rows)"]),
     ],

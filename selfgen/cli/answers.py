@@ -7,7 +7,7 @@ from typing import Any
 from transformers import PreTrainedTokenizerBase
 
 from ..context import ContextGenerator
-from ..data import answer_ends
+from ..data import RowOptions
 from ..generation import answer, generate_corrected
 
 
@@ -15,21 +15,25 @@ def answer_rows(
     generator: ContextGenerator,
     tokenizer: PreTrainedTokenizerBase,
     rows: list[dict[str, Any]],
+    row_options: RowOptions,
     correction: dict[str, Any] | None = None,
     **options: Any,
 ) -> dict[str, list]:
     """The answer to each row's prompt as ``own_answer``, and whether the last one ended by itself as ``finished``.
 
     With ``correction``, the options of `generate_corrected`, there is also what the model made of its own answer, as
-    ``corrected``. Rows have noise of their own; ``options`` are those of `answer`.
+    ``corrected``. Rows have noise of their own; ``options`` are those of `answer`, and ``row_options`` those by
+    which the rows became prompts.
     """
     prompts, sample_ids = ([row[name] for row in rows] for name in ("prompt_ids", "sample_id"))
     if correction is None:
-        ends = sorted(answer_ends(tokenizer, generator.eos_token_ids))
+        ends = sorted(row_options.answer_ends(tokenizer, generator.eos_token_ids))
         answers = answer(generator, prompts, sample_ids=sample_ids, eos_token_ids=ends, **options)
         tokens, finished = {"own_answer": answers.tokens}, answers.finished
     else:
-        found = generate_corrected(generator, tokenizer, prompts, sample_ids=sample_ids, **correction, **options)
+        found = generate_corrected(
+            generator, tokenizer, prompts, sample_ids=sample_ids, row_options=row_options, **correction, **options
+        )
         tokens, finished = {"own_answer": found.first, "corrected": found.corrected}, found.finished
     texts = {name: tokenizer.batch_decode(ids, skip_special_tokens=True) for name, ids in tokens.items()}
     return {**texts, "finished": finished}

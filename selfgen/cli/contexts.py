@@ -42,6 +42,8 @@ def run(arguments: list[str]) -> int:
     try:
         model_arguments, data, options, how = parse(parser, arguments)
         how.check_generator()
+        if data.assistant_turns != "last":
+            raise ValueError("assistant_turns=all is for selfgen train --method bss: stored contexts are of one answer")
         rows = data.load()
         model, tokenizer = model_arguments.load()
         rows, report = data.tokenize(rows, tokenizer)

@@ -153,13 +153,15 @@ def evaluate(model_arguments: ModelArguments, data: DataArguments, how: EvalArgu
     """All numbers, with those of earlier commands on this folder, and what they were made with."""
     if "rouge" in how.metrics:
         rouge("", "")  # a missing package shows here, not after hours
+    if data.assistant_turns != "last":
+        raise ValueError("assistant_turns=all is for training: the answer that is evaluated is the last turn")
     dataset = data.load()
     model, tokenizer = model_arguments.load()
     model.to(device(how.use_cpu))
     rows, report = data.tokenize(dataset.select(range(min(how.limit or len(dataset), len(dataset)))), tokenizer)
     logger.log(report.level, "data: %s", report)
     limit = max_positions(model)
-    if limit is not None and data.max_length > limit:
+    if limit is not None and data.max_length is not None and data.max_length > limit:
         raise ValueError(f"max_length is {data.max_length}, but the model has {limit} positions")
     if report.truncated and how.files != ["losses"]:
         raise ValueError(
@@ -230,8 +232,8 @@ def corrections(
     rows: list[dict],
 ) -> list[dict[str, Any]]:
     """Answers of some rows, before and after the model has looked at them again."""
-    correction = {"rounds": how.rounds, "cue": how.correction_cue, "apply_chat_template": data.apply_chat_template}
-    found = answer_rows(generator, tokenizer, rows, correction, **_sampling(how))
+    correction = {"rounds": how.rounds, "cue": how.correction_cue}
+    found = answer_rows(generator, tokenizer, rows, data, correction, **_sampling(how))
     lines = []
     for row, first, corrected in zip(rows, found["own_answer"], found["corrected"], strict=True):
         line = _asked(tokenizer, row)

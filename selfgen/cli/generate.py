@@ -8,6 +8,7 @@ from pathlib import Path
 
 from ..context import ContextGenerator
 from ..correction import DEFAULT_CUE
+from ..data import sample_ids_of
 from ..provenance import rows_hash, weights_hash
 from .answers import answer_rows
 from .journal import Journal
@@ -72,8 +73,7 @@ def answer(model_arguments: ModelArguments, data: DataArguments, how: GenerateAr
     model, tokenizer = model_arguments.load()
     given = data.load()
     rows, report = data.tokenize_prompts(given, tokenizer)
-    ids = given["sample_id"] if "sample_id" in given.column_names else range(len(given))
-    place_of = {sample_id: place for place, sample_id in enumerate(ids)}
+    place_of = {sample_id: place for place, sample_id in enumerate(sample_ids_of(given))}
     logger.log(report.level, "data: %s", report)
     settings = asdict(model_arguments) | asdict(data)
     settings |= {name: value for name, value in asdict(how).items() if name not in _MAY_CHANGE}
@@ -81,11 +81,11 @@ def answer(model_arguments: ModelArguments, data: DataArguments, how: GenerateAr
     journal = Journal(Path(how.output_file), settings)
     generator = ContextGenerator(model.to(device(how.use_cpu)), temperature=how.temperature)
 
-    correction = {"rounds": how.rounds, "cue": how.correction_cue, "apply_chat_template": data.apply_chat_template}
+    correction = {"rounds": how.rounds, "cue": how.correction_cue}
     sampling = {name: getattr(how, name) for name in ("max_new_tokens", "seed", "batch_size", "top_k", "top_p")}
 
     def lines_of(part: list[dict]) -> list[dict]:
-        columns = answer_rows(generator, tokenizer, part, correction if how.correct else None, **sampling)
+        columns = answer_rows(generator, tokenizer, part, data, correction if how.correct else None, **sampling)
         found = (dict(zip(columns, values, strict=True)) for values in zip(*columns.values(), strict=True))
         ids = [row["sample_id"] for row in part]
         return [given[place_of[one]] | {"sample_id": one} | line for one, line in zip(ids, found, strict=True)]

@@ -117,6 +117,9 @@ class DataArguments(RowOptions):
         default="train", metadata={"help": "Split, or a slice of one, for example test or train[:1000]."}
     )
 
+    def __post_init__(self) -> None:
+        self.check_rows()
+
     def load(self) -> Dataset:
         """The rows as they are."""
         return load_rows(self.dataset, split=self.dataset_split, config_name=self.dataset_config)

@@ -113,6 +113,7 @@ class Batch:
         model: PreTrainedModel,
         temperature: float,
         masks: Masks,
+        may_be_self: Sequence[Tensor | Sequence[bool]] | None = None,
     ) -> Batch:
         """Check what was given and draw the candidates, which need no forward.
 
@@ -134,10 +135,16 @@ class Batch:
                 raise ValueError(f"row {index} has {length} tokens; the model has {limit} positions: shorten the row")
         probs = _check_self_prob(self_prob, len(prompts), device)
         ids = check_sample_ids(sample_ids, len(prompts), device)
+        candidates = masks.draw(seed, ids, [len(reference) for reference in references], probs) if prompts else []
+        if may_be_self is not None:
+            allowed = [torch.as_tensor(row, dtype=torch.bool, device=device) for row in may_be_self]
+            if [len(row) for row in allowed] != [len(reference) for reference in references]:
+                raise ValueError("may_be_self must have one bool per token of each reference")
+            candidates = [drawn & may for drawn, may in zip(candidates, allowed, strict=True)]
         return cls(
             prompts=prompts,
             references=references,
-            candidates=masks.draw(seed, ids, [len(reference) for reference in references], probs) if prompts else [],
+            candidates=candidates,
             sample_ids=ids,
             seed=seed,
             temperature=temperature,

@@ -159,6 +159,7 @@ class ContextGenerator:
         seed: int,
         sample_ids: Tensor | Sequence[int],
         method: Method = "fixed_point",
+        may_be_self: Sequence[Tensor | Sequence[bool]] | None = None,
         keep_hidden_states: bool = False,
     ) -> MixedContext:
         """Make the mixed context of every row.
@@ -173,6 +174,8 @@ class ContextGenerator:
             seed: any 64-bit integer. With the sample id and the position it fixes all randomness.
             sample_ids: [R] int64/int32, unique: the identity of each row.
             method: "fixed_point" (few parallel passes) or "sequential" (token by token, works with every model).
+            may_be_self: R rows of bool, [T_i]: where it is false, the context has the reference token. By default a
+                self token may be anywhere.
             keep_hidden_states: with "fixed_point", keep what the passes computed as `MixedContext.hidden_states`, so
                 that a training step can reuse it.
 
@@ -200,6 +203,7 @@ class ContextGenerator:
             model=self.model,
             temperature=self.temperature,
             masks=self.masks,
+            may_be_self=may_be_self,
         )
         if not batch.prompts:
             return MixedContext([], [], ContextStats.untouched([], []))

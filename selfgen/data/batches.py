@@ -21,7 +21,8 @@ class Collator:
     Returns a dict of int64 tensors:
         `input_ids` [B, L]: prompt, answer, padding;
         `attention_mask` [B, L]: 1 on prompt and answer, 0 on padding;
-        `labels` [B, L]: the answer's ids in place, -100 on prompt and padding;
+        `labels` [B, L]: the answer's ids in place, -100 on prompt and padding, and where `is_learned` is false in rows
+            that have it;
         `sample_id`, `prompt_length`, `answer_length` [B].
     """
 
@@ -29,7 +30,12 @@ class Collator:
 
     def __call__(self, features: list[dict[str, Any]]) -> dict[str, Tensor]:
         prompts, answers = ([torch.as_tensor(f[name]) for f in features] for name in ("prompt_ids", "answer_ids"))
-        return self.pad(prompts, answers, [f["sample_id"] for f in features])
+        batch = self.pad(prompts, answers, [f["sample_id"] for f in features])
+        for labels, row, prompt in zip(batch["labels"], features, prompts, strict=True):
+            if row.get("is_learned") is not None:
+                learned = torch.as_tensor(row["is_learned"], device=labels.device)
+                labels[len(prompt) :][: len(learned)][~learned] = IGNORE_INDEX
+        return batch
 
     def pad(self, prompts: list[Tensor], answers: list[Tensor], sample_ids: list[int]) -> dict[str, Tensor]:
         """The batch of B rows that are prompts [P_i] and answers [T_i], int64 on one device."""
@@ -58,7 +64,12 @@ class Row:
     sample_id: int
     prompt: Tensor  # [P]
     answer: Tensor  # [T]: what ``input_ids`` have there, the reference or a mixed context
-    reference: Tensor  # [T]: the labels
+    labels: Tensor  # [T]: the reference, or -100 where it is not learned
+
+    @property
+    def reference(self) -> Tensor:
+        """[T]: where tokens are not learned, contexts have the reference, too."""
+        return torch.where(self.labels == IGNORE_INDEX, self.answer, self.labels)
 
 
 def rows_of(batch: dict[str, Tensor]) -> list[Row]:
@@ -68,8 +79,8 @@ def rows_of(batch: dict[str, Tensor]) -> list[Row]:
         raise ValueError(f"the collated batch lacks {', '.join(missing)}; use selfgen.data.Collator or extend it")
     places = torch.arange(batch["labels"].shape[1], device=batch["labels"].device)
     first, learned = batch["prompt_length"][:, None], batch["labels"] != IGNORE_INDEX
-    answers = (places >= first) & (places < first + batch["answer_length"][:, None])
-    if ((answers & ~learned) | ((places == first - 1) & learned)).any():
+    ends = (places == first) | (places == first + batch["answer_length"][:, None] - 1)  # what is between may be unlearned
+    if ((ends & ~learned) | ((places == first - 1) & learned)).any():
         raise ValueError("the collated batch has no answer where its prompt_length ends: pad on the right only")
     rows = []
     bounds = zip(*(batch[name].tolist() for name in ROWS), strict=True)

@@ -23,11 +23,11 @@ _ROLES = {  # of ShareGPT
 }
 
 
-class RowFault(Exception):
+class RowFault(ValueError):
     """Why a row can't be used: ``reason`` is counted, ``detail`` says more of this row."""
 
     def __init__(self, reason: str, detail: str = ""):
-        super().__init__(reason, detail)
+        super().__init__(f"{reason}: {detail}" if detail else reason)
         self.reason, self.detail = reason, detail
 
 

@@ -3,7 +3,7 @@
 import json
 import logging
 from collections import Counter, defaultdict
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from datetime import datetime
 from typing import Any
@@ -198,6 +198,10 @@ class RowOptions:
             raise ValueError("assistant_turns=all needs messages and a chat template; none is applied")
         return None
 
+    def answer_ends(self, tokenizer: PreTrainedTokenizerBase, known: Iterable[int] = ()) -> frozenset[int]:
+        """Ids that end an answer, ``known`` ones of the model among them; see `data.answer_ends`."""
+        return answer_ends(tokenizer, known, self.template(tokenizer))
+
     def encoder(self, tokenizer: PreTrainedTokenizerBase, template: ChatTemplate | None) -> Encoder:
         """What makes ids of texts as these options ask for."""
         split = self.split_special_tokens
@@ -361,14 +365,14 @@ def batch_arguments(
     """What `_tokenize_batch` needs besides rows; an error if these columns or options can't be used."""
     if tokenizer.eos_token_id is None:
         raise ValueError("the tokenizer has no EOS token, so an answer could not end; set tokenizer.eos_token")
-    template = options.template(tokenizer)
+    options.check_rows()
     prompt, completion, messages = _find_columns(column_names, options, answers=answers)
     features = features or {}
     classes = {name: feature.names for name, feature in features.items() if isinstance(feature, datasets.ClassLabel)}
     exact = (datasets.Value, getattr(datasets, "Json", datasets.Value))  # columns without keys of Arrow's own
     return {
         "tokenizer": tokenizer,
-        "ends": sorted(answer_ends(tokenizer, (), template)),  # rows that were cached without them are others
+        "ends": sorted(options.answer_ends(tokenizer)),  # rows that were cached without them are others
         "columns": (prompt, completion, messages),
         "options": options,
         "answers": answers,

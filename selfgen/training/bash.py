@@ -92,7 +92,7 @@ class BASHTrainer(BSSTrainer):
         if self.args.loss_on == "after_self" and self._has_self_tokens:
             for batch in batches:
                 for row, is_self in zip(rows_of(batch), batch["is_self"], strict=True):
-                    learn_after_self(row.reference, is_self[len(row.prompt) :][: len(row.reference)])
+                    learn_after_self(row.labels, is_self[len(row.prompt) :][: len(row.labels)])
         agreement = agreeing / self_tokens if self_tokens else 1.0
         return replace(ContextStats.untouched(*lengths), self_tokens=self_tokens, agreement=agreement), None
 
@@ -104,7 +104,7 @@ class BASHTrainer(BSSTrainer):
         return False  # there are no passes whose work could be used
 
 
-def _check_fit(rows: Dataset, model: PreTrainedModel, max_length: int) -> None:
+def _check_fit(rows: Dataset, model: PreTrainedModel, max_length: int | None) -> None:
     """Raise ValueError if ``model`` can't read the contexts, which may come from a model with another tokenizer."""
     longest = highest = 0
     columns = ["prompt_ids", "answer_ids", "context_ids"]
@@ -117,5 +117,5 @@ def _check_fit(rows: Dataset, model: PreTrainedModel, max_length: int) -> None:
             f"the contexts have the token id {highest}, but the model has {vocab_size_of(model)} ids; write them "
             "with a model that has the same tokenizer"
         )
-    if longest > max_length:
+    if max_length is not None and longest > max_length:
         raise ValueError(f"the longest row of the contexts has {longest} tokens; raise max_length ({max_length})")

@@ -23,7 +23,7 @@ def unique_rows(rows: list[Row]) -> list[Row]:
         known = unique.setdefault(row.sample_id, row)
         if known is row:
             continue
-        if not (torch.equal(known.prompt, row.prompt) and torch.equal(known.reference, row.reference)):
+        if not (torch.equal(known.prompt, row.prompt) and torch.equal(known.labels, row.labels)):
             raise ValueError(
                 f"two different rows have the sample id {row.sample_id}; ids tell rows apart: number the rows of the "
                 "data set anew, or remove its column sample_id before tokenizing"

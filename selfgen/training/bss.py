@@ -19,8 +19,8 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, T
 from ..context import ContextStats, MixedContext
 from ..context.hidden_states import ReuseError, decoder_layers
 from ..context.models import max_positions
-from ..data import Collator, answer_ends, check_sample_ids, load_rows, pad_token_id, rows_of, write_contexts_into
-from ..data.batches import ROWS, Row, lengths_of
+from ..data import Collator, check_sample_ids, load_rows, pad_token_id, rows_of, write_contexts_into
+from ..data.batches import IGNORE_INDEX, ROWS, Row, lengths_of
 from .batches import RowSlots, Step, learn_after_self, unique_rows
 from .checkpoints import SETTINGS, check_resumed, resumed_settings
 from .config import BSSConfig
@@ -89,6 +89,8 @@ class BSSTrainer(Trainer):
         if processing_class is None:
             processing_class = AutoTokenizer.from_pretrained(self.generator.model.name_or_path)
         limit = max_positions(self.generator.model)
+        if args.max_length is None:
+            args.max_length = limit
         if limit is not None and args.max_length > limit:
             raise ValueError(f"max_length is {args.max_length}, but the model has {limit} positions; lower max_length")
 
@@ -129,7 +131,7 @@ class BSSTrainer(Trainer):
         """
         config = getattr(self.generator.model, "generation_config", None)
         known = self.generator.eos_token_ids
-        more = sorted(answer_ends(self.processing_class) - set(known))
+        more = sorted(self.args.answer_ends(self.processing_class) - set(known))
         if config is not None and more:
             config.eos_token_id = [*known, *more]
 
@@ -205,7 +207,7 @@ class BSSTrainer(Trainer):
             write_contexts_into(batch, [mixed.tokens[place[row.sample_id]] for row in part])
             if self.args.loss_on == "after_self":
                 for row in part:
-                    learn_after_self(row.reference, mixed.is_self[place[row.sample_id]])
+                    learn_after_self(row.labels, mixed.is_self[place[row.sample_id]])
         return mixed.stats, None if mixed.hidden_states is None else RowSlots(mixed.hidden_states, unique)
 
     def make_contexts(self, rows: list[Row], self_prob: float) -> MixedContext:
@@ -223,6 +225,7 @@ class BSSTrainer(Trainer):
                 seed=step_seed(self.args.seed, self.state.global_step),
                 sample_ids=[row.sample_id for row in rows],
                 method=self.args.context_method,
+                may_be_self=[row.labels != IGNORE_INDEX for row in rows],
                 keep_hidden_states=self._reuses,
             )
 
@@ -359,8 +362,8 @@ class BSSTrainer(Trainer):
             rows = plain.add_column(column, lengths["length"][:])
         return rows
 
-    def _longest_row(self, name: str) -> int:
-        """Most tokens of a row of the data set ``name``, before a method adds to it."""
+    def _longest_row(self, name: str) -> int | None:
+        """Most tokens of a row of the data set ``name``, before a method adds to it; None is no limit."""
         return self.args.max_length
 
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
@@ -422,7 +425,7 @@ def step_seed(seed: int, step: int, stream: int = 0) -> int:
     return (seed & 0xFFFFFFFF) << 32 | (stream & 1) << 31 | (step & 0x7FFFFFFF)
 
 
-def tokenized(name: str, rows, tokenizer, args: BSSConfig, max_length: int) -> Dataset:
+def tokenized(name: str, rows, tokenizer, args: BSSConfig, max_length: int | None) -> Dataset:
     """``rows`` as ``tokenize_rows`` returns them; a log line says how many were kept, cut and dropped."""
     rows = load_rows(rows) if isinstance(rows, DatasetDict) else rows
     if hasattr(rows, "column_names") and {"sample_id", "prompt_ids", "answer_ids"} <= set(rows.column_names):

@@ -231,6 +231,7 @@ class BSSConfig(RowOptions, GeneratorOptions, TrainingArguments):
     def __post_init__(self):
         check_parallelism(self)
         super().__post_init__()
+        self.check_rows()
         for name in ("self_prob", "self_prob_start"):
             check_probability(name, getattr(self, name))
         if self.self_prob_schedule not in SCHEDULES:
@@ -254,8 +255,6 @@ class BSSConfig(RowOptions, GeneratorOptions, TrainingArguments):
         for name in ("context_micro_batches",):
             if getattr(self, name) is not None and getattr(self, name) < 1:
                 raise ValueError(f"{name} is {getattr(self, name)}; it must be at least 1")
-        if self.max_length < 2:
-            raise ValueError(f"max_length is {self.max_length}; a prompt and an answer need at least 2 tokens")
         if self.remove_unused_columns:
             raise ValueError(
                 "remove_unused_columns must stay False: the collator needs columns that the model does not take"

@@ -8,14 +8,13 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field, replace
 
-import datasets
 import torch
 from torch import Tensor
 
 from ..context import Answers, ContextStats
 from ..context.masks import check_probability
 from ..correction import DEFAULT_CUE, CorrectionCue
-from ..data import Collator, pad_token_id, rows_of
+from ..data import Collator, load_rows, pad_token_id, rows_of, sample_ids_of
 from ..data.batches import Row
 from .batches import unique_rows
 from .bss import BSSTrainer, step_seed
@@ -94,6 +93,8 @@ class RACConfig(BSSConfig):
         for name in ("max_new_tokens", "own_answer_batch_size"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} is {getattr(self, name)}; it must be at least 1")
+        if self.assistant_turns != "last":
+            raise ValueError("assistant_turns=all is not for RAC, which corrects one answer per row: the last turn")
         if self.own_answer != "mixed" and self.own_answer_self_prob != 1.0:
             raise ValueError(f"own_answer_self_prob goes with own_answer=mixed, but own_answer is {self.own_answer!r}")
         if not 0.0 <= self.direct_weight < float("inf"):
@@ -136,13 +137,15 @@ class RACTrainer(BSSTrainer):
                 self.processing_class,
                 self.args.correction_cue,
                 stop_ids=self.generator.eos_token_ids,
-                apply_chat_template=self.args.apply_chat_template,
+                options=self.args,
             )
         return self._known_cue
 
-    def _longest_row(self, name: str) -> int:
+    def _longest_row(self, name: str) -> int | None:
         """Training rows leave room for the cue."""
         longest, cue = super()._longest_row(name), len(self._cue.ids) if name == "train" else 0
+        if longest is None:
+            return None
         if longest - cue < 2:
             raise ValueError(
                 f"max_length is {longest}, of which the cue takes {cue} tokens and a prompt and an answer at least 2: "
@@ -192,7 +195,7 @@ class RACTrainer(BSSTrainer):
     def _correction_prompt(self, row: Row, own: list[int]) -> Tensor:
         """Prompt, own answer and cue, int64 [P]; the answer is cut to the room that there is."""
         prompt, answer, cue = len(row.prompt), len(row.reference), len(self._cue.ids)
-        room = self.args.max_length - prompt - cue - answer
+        room = len(own) if self.args.max_length is None else self.args.max_length - prompt - cue - answer
         if room < 0:
             raise ValueError(
                 f"row {row.sample_id} has no room for the cue of {cue} tokens within max_length="
@@ -245,7 +248,8 @@ class RACTrainer(BSSTrainer):
 
     def _read_own_answers(self, rows) -> dict[int, list[int]]:
         column = self.args.own_answer_column
-        if not isinstance(rows, datasets.Dataset) or column not in rows.column_names:
+        rows = load_rows(rows)
+        if column not in rows.column_names:
             raise ValueError(
                 f"own_answer=column, but the training data has no column {column!r} with own answers; give the name of "
                 "the column as own_answer_column, or write one with `selfgen generate`"
@@ -256,9 +260,9 @@ class RACTrainer(BSSTrainer):
             raise TypeError(
                 f"row {wrong}: {column} is {texts[wrong]!r}; own answers must be text, so fill or drop the row"
             )
-        ids = rows["sample_id"] if "sample_id" in rows.column_names else range(len(rows))
-        tokens = self.processing_class(texts, add_special_tokens=False).input_ids
-        return dict(zip(ids, tokens, strict=True))
+        encoder = self.args.encoder(self.processing_class, self.args.template(self.processing_class))
+        tokens = encoder.after(["\n"] * len(texts), [encoder.mark(text) for text in texts])
+        return dict(zip(sample_ids_of(rows), tokens, strict=True))
 
 
 def _half(batch: dict[str, Tensor], which: int) -> dict[str, Tensor]:

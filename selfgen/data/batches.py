@@ -79,7 +79,8 @@ def rows_of(batch: dict[str, Tensor]) -> list[Row]:
         raise ValueError(f"the collated batch lacks {', '.join(missing)}; use selfgen.data.Collator or extend it")
     places = torch.arange(batch["labels"].shape[1], device=batch["labels"].device)
     first, learned = batch["prompt_length"][:, None], batch["labels"] != IGNORE_INDEX
-    ends = (places == first) | (places == first + batch["answer_length"][:, None] - 1)  # what is between may be unlearned
+    last = first + batch["answer_length"][:, None] - 1
+    ends = (places == first) | (places == last)  # what is between them need not be learned
     if ((ends & ~learned) | ((places == first - 1) & learned)).any():
         raise ValueError("the collated batch has no answer where its prompt_length ends: pad on the right only")
     rows = []

@@ -42,7 +42,7 @@ class Conversation:
     kwargs: dict[str, Any] = field(default_factory=dict)  # more variables of the template
 
     def said(self, turn: int) -> list[tuple[str, str]]:
-        """What a turn says, each with what it is, in the order in which templates write it: reasoning, content, calls."""
+        """What a turn says, each with what it is, as templates order it: reasoning, content, calls."""
         message = self.turns[turn]
         whose = f"of a turn of role {message['role']!r}"
         said = [(f"the {key} {whose}", message[key]) for key in REASONING if message.get(key)]

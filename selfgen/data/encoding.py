@@ -76,10 +76,12 @@ class Encoder:
     def texts(self, texts: Sequence[str]) -> list[list[int]]:
         """Ids of texts by themselves, without special tokens around them."""
         found = self._plain(["" if self.is_marked(text) else text for text in texts])
-        return [self._ids_of_marked(text) if self.is_marked(text) else ids for text, ids in zip(texts, found, strict=True)]
+        return [
+            self._ids_of_marked(text) if self.is_marked(text) else ids for text, ids in zip(texts, found, strict=True)
+        ]
 
     def prompts(self, texts: Sequence[str]) -> list[list[int]]:
-        """Ids of prompts that no template made: with the tokenizer's special tokens around them, but no EOS at the end."""
+        """Ids of prompts that no template made: with the tokenizer's special tokens, but no EOS at the end."""
         before, after = self._around
         return [[*before, *ids, *after] for ids in self.texts(texts)]
 
@@ -146,7 +148,9 @@ class Encoder:
         ids = self._split(text) if first else self._split_after_new_line(text)
         if not self._control_ids.intersection(ids):
             return ids
-        pieces = self._spelled.split(text)  # not all control tokens are special ones, which tokenizers can split
+        pieces = (
+            self._spelled.split(text) if self._spelled else [text]
+        )  # not all control tokens are special ones, which tokenizers can split
         parts = [part for i, piece in enumerate(pieces) for part in ((piece[:1], piece[1:]) if i % 2 else (piece,))]
         return [token for part in parts if part for token in self._split_after_new_line(part)]
 

@@ -9,8 +9,8 @@ _TAG = re.compile(r"<[^<>\s]{1,40}>|\[/?[A-Z_]{1,40}\]")  # <think>, [/THINK]: t
 _TAKEN = "\0"
 
 
-def first_lost(text: str, given: Sequence[tuple[str, str]]) -> str | None:
-    """What the first of the ``given`` (what it is, its text) is that ``text`` does not have, or None.
+def first_lost(text: str, given: Sequence[tuple[str, str]]) -> tuple[str, str] | None:
+    """The first of the ``given`` (what it is, its text) that ``text`` does not have, or None.
 
     Each needs a place of its own. Blanks around it may be lost, and it may be escaped as in JSON or HTML, or written
     line by line.
@@ -27,7 +27,7 @@ def first_lost(text: str, given: Sequence[tuple[str, str]]) -> str | None:
     for what, piece in sorted(given, key=lambda one: len(one[1]), reverse=True):  # short ones may be parts of long ones
         left = _take(text, piece)
         if left is None:
-            return what
+            return what, piece
         text = left
     return None
 

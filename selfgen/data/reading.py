@@ -4,13 +4,12 @@ from __future__ import annotations
 
 import re
 from dataclasses import dataclass, field, replace
-from os.path import commonprefix
 from typing import Any
 
 from .conversations import Conversation, RowFault, read_extras, read_turns, weights_of
 from .encoding import NOT_MARKED, Encoder
 from .found import end_of, first_lost
-from .templates import ChatTemplate, after
+from .templates import ChatTemplate, after, common_prefix
 
 EMPTY_ANSWER = "empty answer"
 EMPTY_PROMPT = "empty prompt"
@@ -22,8 +21,8 @@ NEEDS_TEMPLATE = "messages, which need a chat template"
 class Texts:
     """A row as text. After the prompt come ``segments``, each a text and whether it is learned, none without answers.
 
-    ``ended`` tells that the last of them ends as answers do, ``control_tokens`` that content spells some, and ``lost``
-    what the template leaves out of the row.
+    ``ended`` tells that the last of them ends as answers do, ``control_tokens`` that content spells some, ``lost``
+    what the template leaves out of the row, and ``lost_text`` its text.
     """
 
     prompt: str
@@ -31,6 +30,7 @@ class Texts:
     ended: bool = False
     control_tokens: bool = False
     lost: str | None = None
+    lost_text: str = ""
 
 
 class RowReader:
@@ -137,8 +137,8 @@ class RowReader:
         """A cell with text or messages."""
         cell = cells.get(column)  # type: ignore[arg-type]
         if self.values_as_text and isinstance(cell, int | float):
-            names = self.classes.get(column or "")
-            return names[int(cell)] if names and not isinstance(cell, bool) and 0 <= int(cell) < len(names) else str(cell)
+            names = None if isinstance(cell, bool) else self.classes.get(column or "")
+            return names[int(cell)] if names and 0 <= cell < len(names) else str(cell)
         if isinstance(cell, str | list | dict):
             return cell
         kind = "empty (None)" if cell is None else f"{type(cell).__name__}, neither text nor messages"
@@ -154,10 +154,7 @@ class RowReader:
                 turns = turns[:-1]
             return Conversation(turns, **extras)
         turns = self._turns_of(cells, self.prompt, "user")
-        if answers:
-            told = self._turns_of(cells, self.completion, "assistant")
-        else:
-            told = self._turns_of_completion(cells)[:-1]
+        told = self._turns_of(cells, self.completion, "assistant") if answers else self._turns_told(cells)
         prefix = ""
         if turns and turns[-1]["role"] == "assistant" and not turns[-1].get("tool_calls"):  # the answer's beginning
             begun = turns[-1]["content"]
@@ -175,10 +172,10 @@ class RowReader:
             return [{"role": role, "content": cell}]
         return read_turns(cell, column or "", column in self.arrow)
 
-    def _turns_of_completion(self, cells: dict[str, Any]) -> list[dict[str, Any]]:
-        """Those of the completion, where it has any: of a prompt alone it may be anything."""
+    def _turns_told(self, cells: dict[str, Any]) -> list[dict[str, Any]]:
+        """Those of the completion before its last, where it has any: of a prompt alone it may be anything."""
         try:
-            return self._turns_of(cells, self.completion, "assistant") if self.completion else []
+            return self._turns_of(cells, self.completion, "assistant")[:-1] if self.completion else []
         except RowFault:
             return []
 
@@ -191,9 +188,11 @@ class RowReader:
         assert self.template is not None
         last = len(conversation.turns) - 1
         prompt, rest = self.template.split(conversation)
-        said = conversation.said(last)
+        told = conversation.said(last)
+        said = [(what.replace("a turn of role 'assistant'", "the answer"), text) for what, text in told]
         if conversation.prefix:
-            said = [("the text of the answer", conversation.turns[last]["content"].strip()[len(conversation.prefix.lstrip()) :])]
+            content = conversation.turns[last]["content"].strip()
+            said = [("the text of the answer", content[len(conversation.prefix.lstrip()) :])]
         answer, ended = self._cut(rest, end_of(rest, said))
         before = conversation.described() + [one for turn in range(last) for one in conversation.said(turn)]
         return self._checked(Texts(prompt, [(answer, True)], ended), conversation, [(prompt, before), (answer, said)])
@@ -208,7 +207,7 @@ class RowReader:
             before = self.template.render(conversation, turn, generation_prompt=True)
             rest = after(before, full)
             answer, ended = self._cut(rest, end_of(rest, conversation.said(turn)))
-            bound = len(commonprefix([self.template.render(conversation, turn + 1), full])) - len(before)
+            bound = len(common_prefix(self.template.render(conversation, turn + 1), full)) - len(before)
             if turn != told[-1] and not (ended and len(answer) <= bound):
                 answer = rest[:bound]
             if not written:
@@ -243,7 +242,9 @@ class RowReader:
         shape = self.template.shape(conversation)
         if shape not in self._known:
             self._known[shape] = self.template.lost_variables(conversation) or self.template.lost_by_shape(conversation)
-        lost = self._known[shape] or next(filter(None, (first_lost(text, said) for text, said in given)), None)
+        by_shape = self._known[shape]
+        found = (by_shape, "") if by_shape else next(filter(None, (first_lost(*one) for one in given)), None)
+        lost, text = found or (None, "")
         every = (texts.prompt, *(text for text, _ in texts.segments))
-        return replace(texts, lost=lost, control_tokens=any(map(self.encoder.is_marked, every)))
-
+        spells = any(map(self.encoder.is_marked, every))
+        return replace(texts, lost=lost, lost_text=text, control_tokens=spells)

@@ -9,7 +9,7 @@ import re
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 from datetime import datetime
-from os.path import commonprefix
+from functools import cache
 from typing import Any
 
 from transformers import PreTrainedTokenizerBase
@@ -84,16 +84,15 @@ class ChatTemplate:
             turns = [turn | {"content": [{"type": "text", "text": turn["content"]}]} for turn in turns]
         tools, documents = conversation.tools or self.tools, conversation.documents or self.documents
         try:
-            variables = self.kwargs | conversation.kwargs
-            if "strftime_now" in self.source(tools):
-                variables |= {"strftime_now": datetime.strptime(self.date or DATE, "%Y-%m-%d").strftime}
+            source = self.source(tools)
             return self.tokenizer.apply_chat_template(
                 turns,
+                chat_template=_dated(source, self.date or DATE) if "strftime_now" in source else source,
                 tokenize=False,
                 tools=tools,
                 documents=documents,
                 add_generation_prompt=generation_prompt and self.add_generation_prompt,
-                **variables,
+                **(self.kwargs | conversation.kwargs),
             )
         except Exception as error:  # a template may raise anything
             raise RowFault("the chat template rejects the messages", f"{error}: {turns!r:.200}") from error
@@ -128,7 +127,7 @@ class ChatTemplate:
         """``full`` before and after the prefix of its last turn's content."""
         content = conversation.turns[-1]["content"].strip()
         before = self.render(conversation, -1, generation_prompt=True) if len(conversation.turns) > 1 else ""
-        start = full.find(content, len(commonprefix([before, full])))
+        start = full.find(content, len(common_prefix(before, full)))
         if start < 0:
             raise RowFault("the chat template leaves out text of an assistant turn that is continued")
         prefix = conversation.prefix.lstrip()
@@ -140,12 +139,12 @@ class ChatTemplate:
         source = self.source(conversation.tools)
         given = {name for name in ("tools", "documents") if getattr(conversation, name) or getattr(self, name)}
         if lost := next((name for name in sorted(given) if not _mentions(source, name)), None):
-            return f"{lost!r}, which the chat template does not know"
+            return f"the column {lost!r}"
         if wrong := sorted(RESERVED & set(conversation.kwargs)):
             return f"chat_template_kwargs {', '.join(wrong)}, which selfgen sets itself"
         variables = sorted(self.kwargs | conversation.kwargs)
         if unknown := [name for name in variables if not _mentions(source, name)]:
-            return f"chat_template_kwargs {', '.join(unknown)}, which the chat template does not know"
+            return f"chat_template_kwargs {', '.join(unknown)}"
         return None
 
     def lost_by_shape(self, conversation: Conversation) -> str | None:
@@ -183,8 +182,24 @@ def _extras(conversation: Conversation) -> tuple:
     return conversation.tools, conversation.documents, conversation.kwargs
 
 
+@cache
+def _dated(source: str, date: str) -> str:
+    """A template in which today is ``date``: it defines strftime_now itself, for the formats that it has."""
+    day = datetime.strptime(date, "%Y-%m-%d")
+    formats = dict.fromkeys(found[1] for found in re.findall(r"""(["'])([^"']*%[^"']*)\1""", source))
+    cases = "".join(f"{{%- elif format == {text!r} -%}}{{{{ {day.strftime(text)!r} }}}}" for text in formats)
+    unknown = "{%- else -%}{{ raise_exception('strftime_now is called with a format that is not in the template') }}"
+    body = f"{{%- if false -%}}{cases}{unknown}{{%- endif -%}}"
+    return f"{{%- macro strftime_now(format) -%}}{body}{{%- endmacro %}}{{{{ '' }}}}{source}"
+
+
 def _mentions(source: str, variable: str) -> bool:
     return re.search(rf"\b{re.escape(variable)}\b", source) is not None
+
+
+def common_prefix(one: str, other: str) -> str:
+    same = next((i for i, (a, b) in enumerate(zip(one, other, strict=False)) if a != b), min(len(one), len(other)))
+    return one[:same]
 
 
 def after(prompt: str, full: str) -> str:
@@ -195,7 +210,7 @@ def after(prompt: str, full: str) -> str:
     """
     if full.startswith(prompt):
         return full[len(prompt) :]
-    same = next((i for i, (a, b) in enumerate(zip(prompt, full, strict=False)) if a != b), min(len(prompt), len(full)))
+    same = len(common_prefix(prompt, full))
     raise RowFault(
         "the chat template is not prefix preserving",
         f"after {same} characters the prompt alone has {prompt[same : same + 60]!r}, but the prompt with its answer "
@@ -246,4 +261,3 @@ def text_after_answer(template: ChatTemplate, question: str) -> str:
             f"for after it. {_WAY_OUT}"
         )
     return text[place + len(_ANSWER) :]
-

@@ -60,7 +60,9 @@ class DataReport:
         if self.control_tokens:
             parts.append(f"{self.control_tokens} spell special tokens in their text (read as ordinary text)")
         if self.incomplete:
-            parts.append(f"{self.incomplete} kept although {self._name('incomplete', 'the chat template leaves a part out')}")
+            parts.append(
+                f"{self.incomplete} kept of which {self._name('incomplete', 'the template leaves out a part')}"
+            )
         if self.dropped:
             reasons = ", ".join(f"{count} {self._name(reason, reason)}" for reason, count in self.dropped.items())
             parts.append(f"{sum(self.dropped.values())} dropped ({reasons})")
@@ -131,8 +133,8 @@ class RowOptions:
     assistant_turns: str = field(
         default="last",
         metadata={
-            "help": "Assistant turns of a row that are learned: last, or all (those of weight 0 excepted). Only learned "
-            "turns get self tokens."
+            "help": "Assistant turns of a row that are learned: last, or all (but those of weight 0). Only "
+            "learned turns get self tokens."
         },
     )
     values_as_text: bool = field(
@@ -142,8 +144,8 @@ class RowOptions:
     keep_incomplete_rows: bool = field(
         default=False,
         metadata={
-            "help": "Keep rows of which the chat template leaves something out, such as the reasoning of earlier turns. "
-            "They are counted. By default they are dropped and counted."
+            "help": "Keep rows of which the chat template leaves something out, such as reasoning of earlier "
+            "turns, and count them. By default they are dropped and counted."
         },
     )
     strict_data: bool = field(
@@ -153,9 +155,7 @@ class RowOptions:
     def check_rows(self) -> None:
         """Raise ValueError if an option is out of its range; JSON text becomes what it stands for."""
         if self.max_length is not None and self.max_length < 2:
-            raise ValueError(
-                f"max_length={self.max_length} has no room for a prompt and an answer; give at least 2"
-            )
+            raise ValueError(f"max_length={self.max_length} has no room for a prompt and an answer; give at least 2")
         if self.assistant_turns not in ASSISTANT_TURNS:
             raise ValueError(f"assistant_turns is {self.assistant_turns!r}; accepted: {', '.join(ASSISTANT_TURNS)}")
         for name, kind, wanted in (("chat_template_kwargs", dict, "an object"), ("tools", list, "a list of objects")):
@@ -180,13 +180,14 @@ class RowOptions:
             ValueError: there is none, though it is asked for; an option that needs one.
         """
         self.check_rows()
-        if self.apply_chat_template and not tokenizer.chat_template:
+        known = getattr(tokenizer, "chat_template", None)
+        if self.apply_chat_template and not known:
             raise ValueError("apply_chat_template=True, but the tokenizer has none; set tokenizer.chat_template")
-        if self.apply_chat_template is not False and tokenizer.chat_template:
+        if self.apply_chat_template is not False and known:
             return ChatTemplate(
                 tokenizer,
-                self.chat_template_kwargs or {},
-                self.tools,
+                self.chat_template_kwargs or {},  # type: ignore[arg-type]
+                self.tools,  # type: ignore[arg-type]
                 add_generation_prompt=self.add_generation_prompt,
                 date=self.template_date,
             )
@@ -206,7 +207,7 @@ class RowOptions:
         """What makes ids of texts as these options ask for."""
         split = self.split_special_tokens
         if split is None:  # texts that are given instead of a template have its tokens
-            split = not (self.apply_chat_template is False and tokenizer.chat_template)
+            split = not (self.apply_chat_template is False and getattr(tokenizer, "chat_template", None))
         return Encoder(tokenizer, control_tokens(tokenizer, template) if split else (), strict=template is not None)
 
     def tokenize(
@@ -424,7 +425,9 @@ def signed(sample_id: int) -> int:
 
 def sample_ids_of(dataset: datasets.Dataset) -> list[int]:
     """The sample id of every row of a data set as ``tokenize_rows`` gives it."""
-    return [signed(one) for one in dataset["sample_id"]] if "sample_id" in dataset.column_names else [*range(len(dataset))]
+    if "sample_id" not in dataset.column_names:
+        return list(range(len(dataset)))
+    return [signed(one) for one in dataset["sample_id"]]
 
 
 def _tokenize_batch(
@@ -454,32 +457,33 @@ def _tokenize_batch(
         values_as_text=options.values_as_text,
     )
     read = reader.answered if answers else reader.asked
-    used = [name for name in (*columns, *EXTRAS, *NOT_TEXT) if name in batch]
-    texts, outcomes, notes = [], [], []
+    used = [name for name in (*columns, *EXTRAS, *NOT_TEXT) if name and name in batch]
+    texts, outcomes, notes = [], [], []  # type: list[Texts], list[str], list[str]
     for cells in zip(*(batch[name] for name in used), strict=True):
         try:
             found = read(dict(zip(used, cells, strict=True)))
-            lost = found.lost and f"{found.lost} is not in what the chat template makes of the row"
-            fault = RowFault(lost) if lost and not options.keep_incomplete_rows else None
+            lost = found.lost and f"{found.lost} is not in the chat template's text"
+            piece = repr(found.lost_text[:60]) if found.lost_text else ""
+            fault = RowFault(lost, piece) if lost and not options.keep_incomplete_rows else None
         except RowFault as error:
             found, lost, fault = Texts(""), None, error
         texts.append(found if fault is None else Texts(""))
         outcomes.append(_KEPT if fault is None else fault.reason)
         notes.append((lost if fault is None else fault.detail) or "")
 
-    prompt_ids = encoder.texts([one.prompt for one in texts]) if template else encoder.prompts([one.prompt for one in texts])
+    prompt_ids = (encoder.texts if template else encoder.prompts)([one.prompt for one in texts])
     columns_of_answers: dict[str, list] = {}
     if answers:
         answer_ids, is_learned = _answers(texts, encoder, tokenizer.eos_token_id)
         columns_of_answers = {"answer_ids": answer_ids}
         if options.assistant_turns == "all":
             columns_of_answers["is_learned"] = is_learned
-    for i, prompt in enumerate(prompt_ids):
-        if outcomes[i] == _KEPT:
-            length = len(answer_ids[i]) if answers else None
-            outcomes[i] = _judge_lengths(len(prompt), length, options.max_length)
-        for column in columns_of_answers.values():
-            del column[i][max(options.max_length - len(prompt), 0) if options.max_length is not None else len(column[i]) :]
+    for row, prompt in enumerate(prompt_ids):
+        if outcomes[row] == _KEPT:
+            length = len(answer_ids[row]) if answers else None
+            outcomes[row] = _judge_lengths(len(prompt), length, options.max_length)
+        if answers and options.max_length is not None:
+            _cut(answer_ids[row], is_learned[row], max(options.max_length - len(prompt), 0))
     return {
         "sample_id": [signed(one) for one in batch["sample_id"]] if "sample_id" in batch else rows,
         "prompt_ids": prompt_ids,
@@ -510,6 +514,13 @@ def _answers(texts: list[Texts], encoder: Encoder, eos: int) -> tuple[list[list[
             ids[row].append(eos)
             is_learned[row].append(True)
     return ids, is_learned
+
+
+def _cut(ids: list[int], is_learned: list[bool], length: int) -> None:
+    """Cut what follows a prompt to this length, and then what is not learned at its end."""
+    del ids[length:], is_learned[length:]
+    while is_learned and not is_learned[-1]:
+        del ids[-1], is_learned[-1]
 
 
 def _judge_lengths(prompt: int, answer: int | None, max_length: int | None) -> str:

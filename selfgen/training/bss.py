@@ -91,7 +91,7 @@ class BSSTrainer(Trainer):
         limit = max_positions(self.generator.model)
         if args.max_length is None:
             args.max_length = limit
-        if limit is not None and args.max_length > limit:
+        elif limit is not None and args.max_length > limit:
             raise ValueError(f"max_length is {args.max_length}, but the model has {limit} positions; lower max_length")
 
         # _prepare reads these; the Trainer's constructor sets them again.

@@ -11,11 +11,11 @@ from pathlib import Path
 from typing import Literal
 
 import yaml
-from datasets import Dataset
+from datasets import Dataset, IterableDataset
 from transformers import PreTrainedModel, TrainingArguments
 
 from ..context import UnsupportedModelError
-from ..data import load_rows
+from ..data import DataError, load_rows
 from ..stored_contexts import OfflineError
 from ..training.bash import BASHTrainer
 from ..training.bss import BSSTrainer
@@ -23,6 +23,7 @@ from ..training.checkpoints import check_resumed, last_checkpoint
 from ..training.config import BSSConfig, GeneratorOptions
 from ..training.rac import RACConfig, RACTrainer
 from ..training.rounds import train_rounds
+from ..training.streams import check_stream
 from .options import Parser, TrainedModelArguments, fail, make_parser, parse, show_log, source_of, wants_everything
 
 logger = logging.getLogger(__name__)
@@ -80,6 +81,13 @@ class TrainingData:
     dataset_split: str = field(
         default="train", metadata={"help": "Split to train on, or a slice of one, for example train[:1000]."}
     )
+    streaming: bool = field(
+        default=False,
+        metadata={
+            "help": "Read rows while they are trained on, as data that don't fit into memory or on disk need it, for "
+            "evaluation, too. The length of a stream is not known: give --max-steps. Not with --method bash."
+        },
+    )
     eval_dataset: str | None = field(
         default=None, metadata={"help": "Evaluation data, given as --dataset is; by default the same data set."}
     )
@@ -91,11 +99,11 @@ class TrainingData:
         },
     )
 
-    def load(self) -> tuple[Dataset | None, Dataset | None]:
+    def load(self) -> tuple[Dataset | IterableDataset | None, Dataset | IterableDataset | None]:
         """Rows to train and to evaluate on."""
-        train_rows = None
+        train_rows, how = None, {"streaming": True} if self.streaming else {}
         if self.dataset:
-            train_rows = load_rows(self.dataset, split=self.dataset_split, config_name=self.dataset_config)
+            train_rows = load_rows(self.dataset, split=self.dataset_split, config_name=self.dataset_config, **how)
         if not self.eval_dataset and not self.eval_split:
             return train_rows, None
         name = self.eval_dataset or self.dataset
@@ -104,7 +112,7 @@ class TrainingData:
                 f"eval_split is {self.eval_split!r}, but there is no data set to take it from: give --eval-dataset"
             )
         config = self.dataset_config if name == self.dataset else None
-        return train_rows, load_rows(name, split=self.eval_split or "train", config_name=config)
+        return train_rows, load_rows(name, split=self.eval_split or "train", config_name=config, **how)
 
 
 @dataclass
@@ -159,6 +167,8 @@ class MethodArguments:
                 "--contexts takes the place of --dataset, and is trained on in one round: give no --dataset and no "
                 "--rounds"
             )
+        if self.method == "bash" and data.streaming:
+            raise ValueError("--method bash writes the contexts of all rows beforehand: leave out --streaming")
         if not self.contexts and not data.dataset:
             raise ValueError("there is no data: give --dataset (or --method bash and --contexts)")
 
@@ -176,7 +186,7 @@ def run(arguments: list[str]) -> int:
         fail(error, PROG)
     try:
         train()
-    except (UnsupportedModelError, OfflineError) as error:
+    except (UnsupportedModelError, OfflineError, DataError) as error:
         fail(error, PROG)
     print(f"model and tokenizer are in {config.output_dir}")
     return 0
@@ -188,6 +198,8 @@ def _prepare(
     """Do all that can fail before the first step; returns a function that trains."""
     if method.contexts:
         _warn_of_what_has_no_effect(config, method.contexts)
+    if data.streaming:
+        check_stream(config)
     train_rows, eval_rows = data.load()
     model, tokenizer = model_arguments.load()
     trainer = TRAINERS[method.method](

@@ -13,7 +13,7 @@ from typing import Any
 
 import pyarrow.compute as pc
 import torch
-from datasets import Dataset
+from datasets import Dataset, IterableDataset, IterableDatasetDict
 from torch import Tensor
 from transformers import PreTrainedModel
 
@@ -70,6 +70,8 @@ class BASHTrainer(BSSTrainer):
     ):
         if isinstance(train_dataset, str | Path):
             train_dataset = load_contexts(train_dataset)
+        if isinstance(train_dataset, IterableDataset | IterableDatasetDict):
+            raise ValueError("BASH trains on contexts that are written already: give their folder, not a stream")
         if train_dataset is not None:
             missing = [name for name in (*ROW_COLUMNS, *CONTEXT_COLUMNS) if name not in train_dataset.column_names]
             if missing:

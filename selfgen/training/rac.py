@@ -9,6 +9,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field, replace
 
 import torch
+from datasets import IterableDataset, IterableDatasetDict
 from torch import Tensor
 
 from ..context import Answers, ContextStats
@@ -122,6 +123,11 @@ class RACTrainer(BSSTrainer):
             raise TypeError(f"args is a {type(args).__name__}; RACTrainer takes an RACConfig")
         if data_collator is not None:
             raise ValueError("RACTrainer makes its batches with selfgen's collator; leave data_collator out")
+        if args.own_answer == "column" and isinstance(train_dataset, IterableDataset | IterableDatasetDict):
+            raise ValueError(
+                "own_answer=column needs the column of all rows, which a stream does not have: leave out streaming, or "
+                "give another own_answer"
+            )
         self._own_answers: dict[int, list[int]] = {}
         self._shown = self._cut = 0  # own answers since the last log
         self._known_cue: CorrectionCue | None = None

@@ -17,6 +17,7 @@ from .tokenizing import TOKENIZED, DataError, DataReport, RowOptions, columns_of
 
 logger = logging.getLogger(__name__)
 
+_PATIENCE = 20  # epochs without a usable row, of a reader of some of the shards: each epoch may give it others
 _ROW = (*sorted(TOKENIZED), "is_learned")
 
 
@@ -100,7 +101,7 @@ class StreamedRows(torch.utils.data.IterableDataset):
         reader, readers = (worker.id, worker.num_workers) if worker else (0, 1)
         rows = self.rows.with_format(None)  # with an epoch of its own, which workers would share otherwise
         total = since = DataReport(0, 0, 0, {}, self.options.max_length)
-        place = kept = 0
+        place = kept = in_vain = 0
         for epoch in count() if self.endless else range(1):
             rows.set_epoch(epoch)
             before = kept
@@ -118,13 +119,16 @@ class StreamedRows(torch.utils.data.IterableDataset):
                     }
                     place = after
                 since = DataReport(0, 0, 0, {}, self.options.max_length)
-            if kept == before:
+            in_vain = 0 if kept > before else in_vain + 1
+            if in_vain == (1 if readers == 1 and (self.processes == 1 or self.step > 1) else _PATIENCE):
                 fault = f"the {self.name} data has no usable row: {total}"
+                if readers == 1 and kept:
+                    raise DataError(f"the {self.name} data has no usable row when it is read again (epoch {epoch})")
                 if readers == 1:
                     raise DataError(f"{fault}. Check the columns and max_length={self.options.max_length}")
                 logger.warning("what reader %d of %d reads of %s", reader + 1, readers, fault)
                 return
-            if self.endless and self.rank == 0:
+            if self.endless and self.rank == 0 and not in_vain:
                 logger.info(
                     "%s data: epoch %d of the stream ends after %d usable rows", self.name, epoch, kept - before
                 )

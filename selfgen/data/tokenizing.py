@@ -260,8 +260,7 @@ class RowOptions:
         """``rows`` as ``tokenize_rows`` returns them, or as ``tokenize_prompts`` does without ``answers``."""
         options = self.of_rows(max_length)
         if isinstance(rows, IterableDataset):
-            usable = tokenize_stream(rows, tokenizer, options, answers).filter(_Usable(options))
-            return usable.select_columns(list(_columns(options, answers))), None
+            return tokenize_stream(rows, tokenizer, options, answers, usable=True), None
         require_map_style(rows)
         return _tokenize(rows, tokenizer, options, answers, num_proc)
 
@@ -411,9 +410,13 @@ def _report(
 
 
 def tokenize_stream(
-    stream: IterableDataset, tokenizer: PreTrainedTokenizerBase, options: RowOptions, answers: bool
+    stream: IterableDataset,
+    tokenizer: PreTrainedTokenizerBase,
+    options: RowOptions,
+    answers: bool,
+    usable: bool = False,
 ) -> IterableDataset:
-    """Every row of a stream tokenized when it is read, also those that can't be used (`report_of` tells).
+    """Every row of a stream tokenized when it is read, also those that can't be used (`report_of` tells), or the others.
 
     A row without a `sample_id` gets a hash of its tokens: its place identifies nothing, as `shuffle`, workers and
     resuming count rows anew.
@@ -426,11 +429,16 @@ def tokenize_stream(
     arguments = batch_arguments(names, stream.features, tokenizer, options, answers)
     if stream.features is None and _comes_from_arrow(stream):
         arguments["arrow"] = sorted(names)
-    features = datasets.Features(**_columns(options, answers), **_NOTES, called=datasets.Value("string"))
+    columns = _columns(options, answers)
+    features = datasets.Features(**columns, **_NOTES, called=datasets.Value("string"))
     tokenized = stream.map(
-        _tokenize_streamed, batched=True, with_indices=True, features=features, fn_kwargs={"arguments": arguments}
+        _Usable(options) if usable else _tokenize_streamed,
+        batched=True,
+        with_indices=True,
+        features=features,
+        fn_kwargs={"arguments": arguments},
     )
-    return tokenized.select_columns(list(features))
+    return tokenized.select_columns(list(columns if usable else features))
 
 
 def report_of(row: dict[str, Any], max_length: int | None) -> DataReport:
@@ -463,13 +471,18 @@ def _comes_from_arrow(stream: IterableDataset) -> bool:
 
 
 class _Usable:
-    """Of rows of `tokenize_stream`, those that are kept; the first few of the others are named in a warning."""
+    """As `_tokenize_streamed`, of rows that can be used; the first few of the others are named in a warning."""
 
     def __init__(self, options: RowOptions):
         self.options = options
         self.named: Counter[str] = Counter()
 
-    def __call__(self, row: dict[str, Any]) -> bool:
+    def __call__(self, batch: dict[str, list], rows: list[int], *, arguments: dict[str, Any]) -> dict[str, list]:
+        found = _tokenize_streamed(batch, rows, arguments=arguments)
+        kept = [row for row in range(len(rows)) if self._keeps({name: cells[row] for name, cells in found.items()})]
+        return {name: [cells[row] for row in kept] for name, cells in found.items()}
+
+    def _keeps(self, row: dict[str, Any]) -> bool:
         report = report_of(row, self.options.max_length)
         report.check(self.options.strict_data)
         for reason in report.dropped:

@@ -378,6 +378,12 @@ class BSSTrainer(Trainer):
         with self.accelerator.autocast(), nullcontext() if adapters is None else adapters.disable_adapter():
             return loss.frozen_states(inputs)
 
+    def prediction_step(self, model, inputs, *args, **kwargs):
+        loader = self.accelerator.gradient_state.active_dataloader
+        if isinstance(getattr(loader, "dataset", None), StreamedRows):  # whose last batch weighs as many rows as it has
+            loader.remainder = len(inputs["labels"])
+        return super().prediction_step(model, inputs, *args, **kwargs)
+
     def evaluate(self, eval_dataset=None, *args, **kwargs):
         return super().evaluate(self._prepare("eval", eval_dataset), *args, **kwargs)
 

@@ -30,6 +30,11 @@ def stream(data=TEXTS, shards: int = 1) -> IterableDataset:
     return Dataset.from_list(data).to_iterable_dataset(num_shards=shards)
 
 
+def of_generator(data) -> IterableDataset:
+    """Whose features are not known."""
+    return IterableDataset.from_generator(lambda: iter(data))
+
+
 def text_trainer(folder, data, **changes) -> BSSTrainer:
     return BSSTrainer(
         tiny_model("llama"), config(folder, **changes), train_dataset=data, processing_class=make_tokenizer(TEMPLATE)
@@ -73,13 +78,11 @@ def test_ids_are_of_the_tokens_and_not_of_the_place():
     assert ids(stream(TEXTS[:2] * 2)) == plain[:2] * 2
     assert plain[0] == 3354530505470916544  # as on any machine, by any version
     named = [{**row, "sample_id": number} for row, number in zip(TEXTS, [5, (1 << 64) - 1], strict=False)]
-    assert ids(IterableDataset.from_generator(lambda: iter(named))) == [5, -1]
+    assert ids(of_generator(named)) == [5, -1]
 
 
 def test_ids_that_are_none_drop_the_row(caplog):
-    data = IterableDataset.from_generator(
-        lambda: ({**row, "sample_id": one} for row, one in zip(TEXTS, [3, "x", None]))
-    )
+    data = of_generator([{**row, "sample_id": one} for row, one in zip(TEXTS[:3], [3, "x", None], strict=True)])
     found, _ = tokenize_rows(data, make_tokenizer(TEMPLATE), max_length=16)
     assert [row["sample_id"] for row in found][:1] == [3]
     assert len(list(found)) == 2
@@ -89,12 +92,10 @@ def test_ids_that_are_none_drop_the_row(caplog):
 def test_columns_may_come_late():
     """Rows of JSON bring the keys that they have; features are not known."""
     late = [*TEXTS[:3], {**TEXTS[3], "extra": 1}, {"completion": "a"}, TEXTS[4]]
-    found, _ = tokenize_rows(
-        IterableDataset.from_generator(lambda: iter(late)), make_tokenizer(TEMPLATE), max_length=16
-    )
+    found, _ = tokenize_rows(of_generator(late), make_tokenizer(TEMPLATE), max_length=16)
     assert len(list(found)) == 5
     with pytest.raises(ValueError, match="neither 'prompt' and 'completion'"):
-        tokenize_rows(IterableDataset.from_generator(lambda: iter([{"text": "a"}])), make_tokenizer(), max_length=16)
+        tokenize_rows(of_generator([{"text": "a"}]), make_tokenizer(), max_length=16)
 
 
 @pytest.mark.parametrize("known", [True, False], ids=["features", "no features"])
@@ -117,7 +118,7 @@ def test_keys_that_arrow_adds_are_no_content(tmp_path, known):
         files = str(tmp_path / "rows.parquet")
         arrow = load_dataset("parquet", data_files=files, split="train", streaming=True).map(None)
         assert arrow.features is None
-    exact = IterableDataset.from_generator(lambda: iter([row({"d": None, "f": "e"})]))
+    exact = of_generator([row({"d": None, "f": "e"})])
     options = {"max_length": 32, "keep_incomplete_rows": True}
     for one, keys in ((arrow, 1), (exact, 2)):
         found = next(iter(tokenize_rows(one, make_tokenizer(template), **options)[0]))
@@ -130,7 +131,7 @@ def test_what_is_dropped_is_named_and_strict_data_ends_it(caplog):
     assert len(list(found)) == 2
     assert caplog.text.count("empty answer: {'prompt': 'a', 'completion': ''}") == 3
     found, _ = tokenize_rows(data, make_tokenizer(TEMPLATE), max_length=16, strict_data=True)
-    with pytest.raises(DataError, match="no row to be dropped; .*1 empty answer: {'prompt': 'a'"):
+    with pytest.raises(DataError, match=r"no row to be dropped; .*1 empty answer: {'prompt': 'a'"):
         list(found)
 
 
@@ -202,7 +203,7 @@ def test_a_stream_that_changed_is_no_stream_to_go_on_with(tmp_path, caplog):
     def resume(data, **changes):
         text_trainer(tmp_path, data, **{"max_steps": 4, **changes}).train(resume_from_checkpoint=checkpoint)
 
-    with pytest.raises(DataError, match="gives other rows than .* give its shuffle a seed"):
+    with pytest.raises(DataError, match=r"gives other rows than .* give its shuffle a seed"):
         resume(stream().shuffle(buffer_size=40))
     with pytest.raises(DataError, match="gradient_accumulation_steps was 2, is 1"):
         resume(stream(), gradient_accumulation_steps=1)
@@ -237,7 +238,7 @@ def test_every_dropped_row_is_counted(tmp_path, workers, caplog):
 def test_strict_data_ends_a_run_at_the_row(tmp_path, workers):
     data = stream([*TEXTS[:9], EMPTY, *TEXTS[9:]])
     trainer = text_trainer(tmp_path, data, strict_data=True, dataloader_num_workers=workers, max_steps=8)
-    with pytest.raises(DataError, match="^strict_data allows no row to be dropped; .*1 empty answer: {'prompt': 'a'"):
+    with pytest.raises(DataError, match=r"^strict_data allows no row to be dropped; .*1 empty answer: {'prompt': 'a'"):
         trainer.train()
 
 
@@ -251,14 +252,14 @@ def test_more_workers_than_files(tmp_path, caplog):
 def test_streams_without_usable_rows_end(tmp_path, workers):
     trainer = text_trainer(tmp_path, stream([EMPTY] * 4, shards=2), dataloader_num_workers=workers)
     nothing = (DataError, UnboundLocalError) if workers else DataError  # accelerate 1.6 needs a batch
-    with pytest.raises(nothing, match="the train data has no usable row|current_batch"):
+    with pytest.raises(nothing, match=r"the train data has no usable row|current_batch"):
         trainer.train()
     once = iter([*TEXTS[:6]])
     again = IterableDataset.from_generator(lambda: once, features=Dataset.from_list(TEXTS).features)
     with pytest.raises(DataError, match="no usable row when it is read again"):
         text_trainer(tmp_path, again).train()
     with pytest.raises(DataError, match="the stream has no rows"):
-        text_trainer(tmp_path, IterableDataset.from_generator(lambda: iter(())))
+        text_trainer(tmp_path, of_generator([]))
 
 
 def test_a_reader_without_usable_rows_leaves_it_to_the_others(tmp_path):
@@ -408,7 +409,8 @@ def test_faults_of_streams_are_one_line(arguments, capsys, rows, changes, messag
 
 
 def test_commands_that_need_all_rows_have_no_streaming(model_dir, tmp_path, capsys):
-    for command in ("contexts", "generate", "eval"):
-        code, _, err = run([command, "--model", str(model_dir), "--dataset", "x", "--streaming"], capsys)
+    for command, output in (("contexts", "output_dir"), ("generate", "output_file"), ("eval", "output_dir")):
+        given = {"model": model_dir, "dataset": "x", output: tmp_path / command}
+        code, _, err = run([command, *flags(given), "--streaming"], capsys)
         assert code == 2
         assert "unknown option '--streaming'" in err

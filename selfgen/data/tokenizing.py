@@ -416,7 +416,7 @@ def tokenize_stream(
     answers: bool,
     usable: bool = False,
 ) -> IterableDataset:
-    """Every row of a stream tokenized when it is read, also those that can't be used (`report_of` tells), or the others.
+    """Every row of a stream, tokenized when it is read: also those that can't be used (`report_of` tells), or `usable`.
 
     A row without a `sample_id` gets a hash of its tokens: its place identifies nothing, as `shuffle`, workers and
     resuming count rows anew.

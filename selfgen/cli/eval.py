@@ -180,7 +180,7 @@ def evaluate(model_arguments: ModelArguments, data: DataArguments, how: EvalArgu
     mixing = ContextGenerator(model, temperature=how.sampling_temperature)
     chunk = (how.batch_size or 32) * _CHUNK_BATCHES
     make: dict[str, tuple[int, Callable[[list[dict]], list[dict]]]] = {
-        "answers": (chunk, partial(answers, free, tokenizer, how)),
+        "answers": (chunk, partial(answers, free, tokenizer, data, how)),
         "corrections": (chunk, partial(corrections, free, tokenizer, data, how)),
         "losses": (how.batch_size or 8, partial(losses, mixing, how)),
     }
@@ -213,10 +213,14 @@ def _results(folder: Path) -> dict[str, Any]:
 
 
 def answers(
-    generator: ContextGenerator, tokenizer: PreTrainedTokenizerBase, how: EvalArguments, rows: list[dict]
+    generator: ContextGenerator,
+    tokenizer: PreTrainedTokenizerBase,
+    data: DataArguments,
+    how: EvalArguments,
+    rows: list[dict],
 ) -> list[dict[str, Any]]:
     """Free-running answers of some rows."""
-    found = answer_rows(generator, tokenizer, rows, **_sampling(how))
+    found = answer_rows(generator, tokenizer, rows, data, **_sampling(how))
     lines = []
     for row, text, finished in zip(rows, found["own_answer"], found["finished"], strict=True):
         line = _asked(tokenizer, row)

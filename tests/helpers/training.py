@@ -34,6 +34,9 @@ class Tokenizer:
     pad_token_id = 0
     eos_token_id = 2
 
+    def get_vocab(self):
+        return {str(number): number for number in range(VOCAB)}
+
     def save_pretrained(self, folder, **kwargs):
         return ()
 
@@ -67,7 +70,7 @@ def make_rac_trainer(folder, data=OWN_ANSWERS, model=None, **changes) -> RACTrai
         model or tiny_model("llama"),
         RACConfig(str(folder), **{**SMALL, **defaults, **changes}),
         train_dataset=Dataset.from_list(data),
-        processing_class=make_tokenizer(TEMPLATE),
+        processing_class=make_tokenizer(TEMPLATE, size=VOCAB),
     )
 
 

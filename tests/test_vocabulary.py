@@ -9,7 +9,7 @@ from datasets import Dataset
 from helpers.cli import flags, run, save_model
 from helpers.contexts import assert_equal, batch
 from helpers.data import ROWS, TEMPLATE, WORDS, make_tokenizer, write_jsonl
-from helpers.training import config, losses_of, make_rac_trainer, make_trainer, rows
+from helpers.training import Tokenizer, config, losses_of, make_rac_trainer, rows
 from models import VOCAB, tiny_model
 from test_generation import REFUSED
 
@@ -118,6 +118,7 @@ def test_ids_are_counted_up_to_the_highest():
     assert unpadded_vocab_size(model, Ids(*range(99))) == 99
     assert unpadded_vocab_size(model, Ids(0, 70, 3)) == 71  # fewer tokens than that: there are holes
     assert unpadded_vocab_size(model, Ids(VOCAB - 1)) is None
+    assert unpadded_vocab_size(model, Tokenizer()) is None  # does not tell
     message = (
         r"'<131>' of the tokenizer has id 131, .* 131 rows \(ids 0 to 130\): call .*resize_token_embeddings\(132\)"
     )
@@ -153,7 +154,10 @@ def test_own_answers_have_none_either(tmp_path, own_answer):
 
 
 def test_nothing_is_said_of_an_embedding_without_padding(tmp_path, caplog):
-    assert make_trainer(tmp_path).generator.vocab_size is None
+    trainer = BSSTrainer(
+        tiny_model("llama"), config(tmp_path), train_dataset=rows(), processing_class=make_tokenizer(size=VOCAB)
+    )
+    assert trainer.generator.vocab_size is None
     assert "padding" not in caplog.text
 
 

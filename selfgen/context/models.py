@@ -26,13 +26,16 @@ def vocab_size_of(model: PreTrainedModel) -> int:
 def unpadded_vocab_size(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> int | None:
     """The ``vocab_size`` of a ``ContextGenerator``: how many ids the tokenizer has, if the embedding has more rows.
 
-    Those rows are padding. None, if there are none. Ids are counted up to the highest one; an id below it that no token
-    has, a hole, is not told from a token.
+    Those rows are padding. None, if there are none, or if the tokenizer is a stand-in without ``get_vocab``. Ids are
+    counted up to the highest one: a hole, an id below it that no token has, is sampled like any other.
 
     Raises:
         ValueError: a token has no row; the one with the highest id is named.
     """
-    token, last = max(tokenizer.get_vocab().items(), key=lambda item: item[1])
+    ids = tokenizer.get_vocab() if hasattr(tokenizer, "get_vocab") else {}
+    if not ids:
+        return None
+    token, last = max(ids.items(), key=lambda item: item[1])
     rows = vocab_size_of(model)
     if last >= rows:
         raise ValueError(

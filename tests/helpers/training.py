@@ -34,9 +34,6 @@ class Tokenizer:
     pad_token_id = 0
     eos_token_id = 2
 
-    def get_vocab(self):
-        return {str(number): number for number in range(VOCAB)}
-
     def save_pretrained(self, folder, **kwargs):
         return ()
 

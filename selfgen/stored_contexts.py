@@ -97,6 +97,7 @@ def write_contexts(
         "seed": int(seed),
         "temperature": generator.temperature,
         "masks": generator.masks.describe(),
+        "vocab_size": generator.vocab_size,
         "precision": str(generator.precision).removeprefix("torch."),
         "weights": weights_hash(generator.model),
         "rows": rows_hash(rows),

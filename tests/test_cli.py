@@ -166,7 +166,10 @@ def test_data_report_is_shown(arguments, tmp_path):
         cwd=ROOT,
         check=True,
     )
-    assert "train data: 4 rows: 3 kept, 1 answers truncated to 32 tokens, 1 dropped (1 empty answer: row 2)" in result.stderr
+    assert (
+        "train data: 4 rows: 3 kept, 1 answers truncated to 32 tokens, 1 dropped (1 empty answer: row 2)"
+        in result.stderr
+    )
 
 
 BROKEN = '{"prompt": "a", "completion": "b"}\n{"prompt": "a", \n'

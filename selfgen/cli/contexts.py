@@ -46,10 +46,11 @@ def run(arguments: list[str]) -> int:
             raise ValueError("assistant_turns=all is for selfgen train --method bss: stored contexts are of one answer")
         rows = data.load()
         model, tokenizer = model_arguments.load()
+        generator = how.generator(model.to(device(options.use_cpu)), tokenizer)
         rows, report = data.tokenize(rows, tokenizer)
         logger.log(report.level, "data: %s", report)
         record = write_contexts(
-            how.generator(model.to(device(options.use_cpu))),
+            generator,
             rows,
             options.output_dir,
             self_prob=options.self_prob,

@@ -17,7 +17,7 @@ from transformers import PreTrainedTokenizerBase
 from ..context import ContextGenerator
 from ..context.generator import METHODS, Method
 from ..context.masks import check_probability
-from ..context.models import max_positions
+from ..context.models import max_positions, unpadded_vocab_size
 from ..correction import DEFAULT_CUE
 from ..evaluation import (
     Corrections,
@@ -157,6 +157,7 @@ def evaluate(model_arguments: ModelArguments, data: DataArguments, how: EvalArgu
         raise ValueError("assistant_turns=all is for training: the answer that is evaluated is the last turn")
     dataset = data.load()
     model, tokenizer = model_arguments.load()
+    vocab_size = unpadded_vocab_size(model, tokenizer)
     model.to(device(how.use_cpu))
     rows, report = data.tokenize(dataset.select(range(min(how.limit or len(dataset), len(dataset)))), tokenizer)
     logger.log(report.level, "data: %s", report)
@@ -170,14 +171,14 @@ def evaluate(model_arguments: ModelArguments, data: DataArguments, how: EvalArgu
         )
 
     what = asdict(model_arguments) | asdict(data) | {"limit": how.limit}
-    what |= {"weights": weights_hash(model), "rows": rows_hash(rows)}
+    what |= {"weights": weights_hash(model), "rows": rows_hash(rows), "vocab_size": vocab_size}
     made = {name: {key: getattr(how, key) for key in keys} for name, keys in _SETTINGS.items()}
     folder = Path(how.output_dir)
     # All of them first, so that an error shows before hours of work.
     journals = {name: Journal(folder / f"{name}.jsonl", what | made[name]) for name in how.files}
 
-    free = ContextGenerator(model, temperature=how.temperature)
-    mixing = ContextGenerator(model, temperature=how.sampling_temperature)
+    free = ContextGenerator(model, temperature=how.temperature, vocab_size=vocab_size)
+    mixing = ContextGenerator(model, temperature=how.sampling_temperature, vocab_size=vocab_size)
     chunk = (how.batch_size or 32) * _CHUNK_BATCHES
     make: dict[str, tuple[int, Callable[[list[dict]], list[dict]]]] = {
         "answers": (chunk, partial(answers, free, tokenizer, data, how)),

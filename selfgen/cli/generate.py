@@ -7,6 +7,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
 from ..context import ContextGenerator
+from ..context.models import unpadded_vocab_size
 from ..correction import DEFAULT_CUE
 from ..data import sample_ids_of
 from ..provenance import rows_hash, weights_hash
@@ -71,15 +72,17 @@ def run(arguments: list[str]) -> int:
 
 def answer(model_arguments: ModelArguments, data: DataArguments, how: GenerateArguments) -> None:
     model, tokenizer = model_arguments.load()
+    vocab_size = unpadded_vocab_size(model, tokenizer)
     given = data.load()
     rows, report = data.tokenize_prompts(given, tokenizer)
     place_of = {sample_id: place for place, sample_id in enumerate(sample_ids_of(given))}
     logger.log(report.level, "data: %s", report)
     settings = asdict(model_arguments) | asdict(data)
     settings |= {name: value for name, value in asdict(how).items() if name not in _MAY_CHANGE}
-    settings |= {"weights": weights_hash(model), "rows": rows_hash(rows)}
+    settings |= {"weights": weights_hash(model), "rows": rows_hash(rows), "vocab_size": vocab_size}
     journal = Journal(Path(how.output_file), settings)
-    generator = ContextGenerator(model.to(device(how.use_cpu)), temperature=how.temperature)
+    model = model.to(device(how.use_cpu))
+    generator = ContextGenerator(model, temperature=how.temperature, vocab_size=vocab_size)
 
     correction = {"rounds": how.rounds, "cue": how.correction_cue}
     sampling = {name: getattr(how, name) for name in ("max_new_tokens", "seed", "batch_size", "top_k", "top_p")}

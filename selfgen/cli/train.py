@@ -15,6 +15,7 @@ from datasets import Dataset
 from transformers import PreTrainedModel, TrainingArguments
 
 from ..context import UnsupportedModelError
+from ..context.models import unpadded_vocab_size
 from ..data import load_rows
 from ..stored_contexts import OfflineError
 from ..training.bash import BASHTrainer
@@ -227,8 +228,10 @@ def _prepare_rounds(
 
     def load(name: str) -> PreTrainedModel:
         try:
-            return replace(model_arguments, model=name).load()[0]
-        except OSError as error:
+            model = replace(model_arguments, model=name).load()[0]
+            unpadded_vocab_size(model, tokenizer)  # checks that each token has a row
+            return model
+        except (OSError, ValueError) as error:
             fail(error, PROG)
 
     return partial(

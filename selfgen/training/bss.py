@@ -18,7 +18,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, T
 
 from ..context import ContextStats, MixedContext
 from ..context.hidden_states import ReuseError, decoder_layers
-from ..context.models import max_positions
+from ..context.models import max_positions, transformers_model, vocab_size_of
 from ..data import Collator, check_sample_ids, load_rows, pad_token_id, rows_of, write_contexts_into
 from ..data.batches import IGNORE_INDEX, ROWS, Row, lengths_of
 from .batches import RowSlots, Step, learn_after_self, unique_rows
@@ -57,6 +57,11 @@ class BSSTrainer(Trainer):
     (tokens computed / context tokens), and, as means per step, ``passes``, ``context_seconds`` and
     ``training_seconds``.
 
+    Only ids of the tokenizer are sampled. Where the model's embedding is padded with more rows, a warning says so.
+
+    Raises:
+        ValueError: arguments that don't go together, such as a token without a row in the model's embedding.
+
     Example:
         >>> config = BSSConfig("outputs/bss", self_prob=0.25, max_steps=100)
         >>> BSSTrainer("HuggingFaceTB/SmolLM2-135M-Instruct", config, train_dataset=rows).train()
@@ -82,12 +87,14 @@ class BSSTrainer(Trainer):
             raise TypeError(f"args is a {type(args).__name__}; BSSTrainer takes a BSSConfig")
         if isinstance(model, str):
             model = AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32)
-        self.generator = args.generator(model)
-        self.schedule = schedule
-        if processing_class is None and not self.generator.model.name_or_path:
+        name = transformers_model(model).name_or_path
+        if processing_class is None and not name:
             raise ValueError("the model was not loaded by name, so its tokenizer can't be found: give processing_class")
         if processing_class is None:
-            processing_class = AutoTokenizer.from_pretrained(self.generator.model.name_or_path)
+            processing_class = AutoTokenizer.from_pretrained(name)
+        self.generator = args.generator(model, processing_class)
+        self._tell_of_padding()
+        self.schedule = schedule
         limit = max_positions(self.generator.model)
         if args.max_length is None:
             args.max_length = limit
@@ -123,6 +130,18 @@ class BSSTrainer(Trainer):
         self._label_smoother = self.label_smoother  # type: ignore[has-type]
         self.meter = Meter()
         self.add_callback(StepTimer(self.meter))
+
+    def _tell_of_padding(self) -> None:
+        tokens, rows = self.generator.vocab_size, vocab_size_of(self.generator.model)
+        if tokens is not None:
+            logger.warning(
+                "the model has %d embedding rows for %d ids of the tokenizer: the ids %d to %d are padding and never "
+                "sampled",
+                rows,
+                tokens,
+                tokens,
+                rows - 1,
+            )
 
     def _end_answers_where_rows_end(self) -> None:
         """Make the trained model end its answers as its training rows do, also when it is loaded later.

@@ -5,11 +5,12 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 
 import torch
-from transformers import TrainingArguments
+from transformers import PreTrainedTokenizerBase, TrainingArguments
 
 from ..context import ContextGenerator
 from ..context.generator import METHODS, Method
 from ..context.masks import Masks, check_probability
+from ..context.models import transformers_model, unpadded_vocab_size
 from ..data import RowOptions
 from .parallelism import check_parallelism
 from .schedules import SCHEDULES, Schedule
@@ -113,8 +114,12 @@ class GeneratorOptions(MaskOptions):
         if self.balance is not None and not 0.0 < self.balance < float("inf"):
             raise ValueError(f"balance is {self.balance}; it must be a finite number > 0")
 
-    def generator(self, model: torch.nn.Module) -> ContextGenerator:
-        """What makes the contexts of ``model`` as these options ask for."""
+    def generator(self, model: torch.nn.Module, tokenizer: PreTrainedTokenizerBase | None = None) -> ContextGenerator:
+        """What makes the contexts of ``model`` as these options ask for, of the ids of ``tokenizer`` if it is given.
+
+        Raises:
+            ValueError: a token without a row in the model's embedding, and as of ``ContextGenerator``.
+        """
         return ContextGenerator(
             model,
             temperature=self.sampling_temperature,
@@ -122,6 +127,7 @@ class GeneratorOptions(MaskOptions):
             balance=self.balance,
             masks=self.masks,
             cuda_graphs=self.cuda_graphs,
+            vocab_size=None if tokenizer is None else unpadded_vocab_size(transformers_model(model), tokenizer),
         )
 
 

@@ -108,7 +108,7 @@ def train_rounds(
             continue
         logger.info("round %d of %d: %d rows", number + 1, rounds, len(part))
         current = load(models[number]).to(config.device)
-        generator = config.generator(current)
+        generator = config.generator(current, processing_class)
         with _autocast(config):
             write_contexts(
                 generator,

@@ -188,10 +188,10 @@ def _load_kind(kind: str, files: list[Path], columns: Sequence[str] | None, stre
         cache_folder()  # `datasets` makes it for a stream, too
         arguments = {"files": [str(file) for file in files], "columns": columns and tuple(columns)}
         return datasets.IterableDataset.from_generator(_stream_rows, gen_kwargs=arguments)
-    schemas = [_schema(kind, file) for file in files]
-    chosen = (
-        {} if columns is None or kind != "parquet" else {"columns": _present(str(files[0]), schemas[0].names, columns)}
-    )
+    schemas = [_schema(kind, file) for file in files]  # so that a broken file is named
+    chosen = {}
+    if columns is not None and kind == "parquet":
+        chosen["columns"] = _present(str(files[0]), schemas[0].names, columns)
     cache_folder()
     escaped = [glob.escape(str(file)) for file in files]
     try:

@@ -232,14 +232,20 @@ def _values_with_a_dash(parser: Parser, arguments: list[str]) -> list[str]:
     return joined
 
 
-def json_object(text: str) -> str:
-    """``text``, which must be a JSON object."""
+def json_object(text: str) -> dict[str, Any]:
+    """The JSON object that ``text`` is."""
     try:
         found = json.loads(text)
     except ValueError as error:
         raise argparse.ArgumentTypeError(f"{text!r} is no JSON object such as '{{\"key\": 1}}' ({error})") from None
     if not isinstance(found, dict):
         raise argparse.ArgumentTypeError(f"{text!r} is no JSON object such as '{{\"key\": 1}}'")
+    return found
+
+
+def json_text(text: str) -> str:
+    """``text``, which must be a JSON object."""
+    json_object(text)
     return text
 
 
@@ -303,7 +309,7 @@ def make_parser(groups: Iterable[type], prog: str, usage: str, description: str,
         if kind == "either":
             action.nargs = "+"
         elif kind == "dict" and action.dest not in PATHS:  # where it may be a file
-            action.type = json_object
+            action.type = json_text if action.type is str else json_object
     return parser
 
 

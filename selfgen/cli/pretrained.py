@@ -6,8 +6,14 @@ import json
 from pathlib import Path
 from typing import Any
 
+import tokenizers
 from safetensors import SafetensorError, safe_open
 from transformers.utils.hub import cached_file
+
+_FILES = (
+    "config.json", "generation_config.json", "adapter_config.json", "tokenizer.json", "tokenizer_config.json",
+    "special_tokens_map.json", "added_tokens.json", "vocab.json", "*.index.json", "*.safetensors",
+)  # fmt: skip
 
 
 def from_pretrained(auto_class: Any, name: str, **options: Any) -> Any:
@@ -42,13 +48,18 @@ def from_pretrained(auto_class: Any, name: str, **options: Any) -> Any:
 def _fault(name: str, revision: str | None) -> str | None:
     """The first file of a model that can't be read, and why."""
     folder = _folder_of(name, revision)
-    for file in sorted(folder.iterdir()) if folder else []:
+    for file in sorted(file for pattern in _FILES for file in folder.glob(pattern)) if folder else []:
         try:
-            if file.suffix == ".json":
-                json.loads(file.read_text(encoding="utf-8"))
-            elif file.suffix == ".safetensors":
+            if file.suffix == ".safetensors":
                 with safe_open(file, framework="pt"):
-                    pass
+                    continue
+            found = json.loads(file.read_text(encoding="utf-8"))
+            if not isinstance(found, dict):
+                return f"{file} is no JSON object"
+            if file.name.endswith(".index.json") and not isinstance(found.get("weight_map"), dict):
+                return f"{file} has no weight_map"
+            if file.name == "tokenizer.json":
+                tokenizers.Tokenizer.from_file(str(file))
         except json.JSONDecodeError as error:
             return f"{file}, line {error.lineno}: broken JSON ({error.msg})"
         except UnicodeDecodeError as error:
@@ -56,7 +67,9 @@ def _fault(name: str, revision: str | None) -> str | None:
         except SafetensorError as error:
             return f"{file} holds no whole weights ({error})"
         except OSError as error:
-            return f"{file} can't be read ({error.strerror})"
+            return f"{file} can't be read ({error.strerror or error})"
+        except Exception as error:  # tokenizers has no class of its own
+            return f"{file} can't be read ({error})"
     return None
 
 

@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import yaml
+from transformers.hf_argparser import string_to_bool
 
 from ..files import at_home
 
@@ -132,8 +133,8 @@ def _scalar(file: str, where: str, node: yaml.Node, action: argparse.Action) -> 
     if number and plain:
         text = {".inf": "inf", "-.inf": "-inf", "+.inf": "inf", ".nan": "nan"}.get(text.lower(), text)
     choices = action.choices
-    is_bool = not number and action.type not in (None, str) and choices is None and _takes_yes(action)
-    if plain and text.lower() in _YES + _NO and (is_bool or (choices is not None and text not in choices)):
+    is_switch = action.type is string_to_bool or (choices is not None and text not in choices)
+    if plain and is_switch and text.lower() in _YES + _NO:
         text = "yes" if text.lower() in _YES else "no"  # the words of YAML, where the option knows these two
     if action.type is None:
         return text
@@ -153,13 +154,6 @@ def _refuse_ambiguous(where: str, text: str) -> None:
             f"{where} is {text}, which some programs read as an octal, binary, hexadecimal or sexagesimal number, and "
             "others do not: write it as a decimal number, or text in quotes"
         )
-
-
-def _takes_yes(action: argparse.Action) -> bool:
-    try:
-        return action.type("yes") is True  # type: ignore[operator, misc]
-    except (ValueError, TypeError, argparse.ArgumentTypeError):
-        return False
 
 
 def _name(action: argparse.Action) -> str:

@@ -1,4 +1,4 @@
-"""Files and folders as users give them: paths with ~, YAML values, folders with something in them, broken files."""
+"""Files and folders as users give them: paths with ~, folders with something in them, broken files, odd numbers."""
 
 from __future__ import annotations
 

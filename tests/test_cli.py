@@ -152,7 +152,7 @@ def test_a_broken_checkpoint_of_the_model(arguments, model_dir, tmp_path, capsys
     (folder / "model.safetensors").write_bytes(b"no tensors in here")
     code, _, err = run(["train", *flags({**arguments, "model": str(folder)})], capsys)
     assert code == 2
-    assert "neither a folder with a checkpoint" in err
+    assert "model.safetensors holds no whole weights" in err
 
 
 def test_data_report_is_shown(arguments, tmp_path):

@@ -5,9 +5,21 @@ from __future__ import annotations
 import logging
 from dataclasses import dataclass, field
 
+from ..context.masks import check_probability
 from ..stored_contexts import write_contexts
 from ..training.config import GeneratorOptions
-from .options import DataArguments, ModelArguments, device, fail, make_parser, parse, show_log, source_of
+from .options import (
+    DataArguments,
+    ModelArguments,
+    check_least,
+    check_seed,
+    device,
+    fail,
+    make_parser,
+    parse,
+    show_log,
+    source_of,
+)
 
 logger = logging.getLogger(__name__)
 
@@ -28,6 +40,11 @@ class ContextArguments:
     shard_rows: int = field(default=512, metadata={"help": "Rows per file; a kill loses at most the work on one file."})
     batch_size: int = field(default=32, metadata={"help": "Rows whose contexts are made at once."})
     use_cpu: bool = field(default=False, metadata={"help": "Run on the CPU even if there is an accelerator."})
+
+    def __post_init__(self) -> None:
+        check_probability("self_prob", self.self_prob)
+        check_seed(self.seed)
+        check_least(self, 1, "shard_rows", "batch_size")
 
 
 def run(arguments: list[str]) -> int:

@@ -30,11 +30,22 @@ from ..evaluation import (
     row_losses,
 )
 from ..evaluation.report import table, write_plots
-from ..files import write_whole
+from ..files import write_json
 from ..provenance import differences, rows_hash, versions, weights_hash
 from .answers import answer_rows
 from .journal import NAMES, Journal, read
-from .options import DataArguments, ModelArguments, device, fail, make_parser, parse, show_log
+from .options import (
+    DataArguments,
+    ModelArguments,
+    check_least,
+    check_seed,
+    check_temperature,
+    device,
+    fail,
+    make_parser,
+    parse,
+    show_log,
+)
 
 logger = logging.getLogger(__name__)
 
@@ -106,14 +117,11 @@ class EvalArguments:
             said = " ".join(unknown) or "none"
             raise ValueError(f"metrics are {said}; accepted: {', '.join(METRICS)} (with spaces between them)")
         check_probability("self_prob", self.self_prob)
-        for name in ("temperature", "sampling_temperature"):
-            if not 0.0 <= getattr(self, name) < float("inf"):
-                raise ValueError(f"{name} is {getattr(self, name)}; it must be a finite number >= 0")
+        check_temperature(self, "temperature", "sampling_temperature")
+        check_seed(self.seed)
         if self.context_method not in METHODS:
             raise ValueError(f"context_method is {self.context_method!r}; accepted: {', '.join(METHODS)}")
-        for name in ("max_new_tokens", "rounds", "batch_size", "limit"):
-            if getattr(self, name) is not None and getattr(self, name) < 1:
-                raise ValueError(f"{name} is {getattr(self, name)}; it must be at least 1")
+        check_least(self, 1, "max_new_tokens", "rounds", "batch_size", "limit")
         if "correction" not in self.metrics and (self.rounds, self.correction_cue) != (1, DEFAULT_CUE):
             raise ValueError("rounds and correction_cue need the metric correction: add it, or leave them out")
 
@@ -137,8 +145,7 @@ def run(arguments: list[str]) -> int:
     except (ValueError, TypeError, OSError, ImportError) as error:
         fail(error, PROG)
     folder = Path(how.output_dir)
-    content = json.dumps(results, indent=1).encode() + b"\n"
-    write_whole(folder / "results.json", lambda file: file.write(content))
+    write_json(folder / "results.json", results)
     print(table(results))
     try:
         plots = write_plots(results, folder)
@@ -174,6 +181,7 @@ def evaluate(model_arguments: ModelArguments, data: DataArguments, how: EvalArgu
     what |= {"weights": weights_hash(model), "rows": rows_hash(rows), "vocab_size": vocab_size}
     made = {name: {key: getattr(how, key) for key in keys} for name, keys in _SETTINGS.items()}
     folder = Path(how.output_dir)
+    before = _results(folder)
     # All of them first, so that an error shows before hours of work.
     journals = {name: Journal(folder / f"{name}.jsonl", what | made[name]) for name in how.files}
 
@@ -192,7 +200,6 @@ def evaluate(model_arguments: ModelArguments, data: DataArguments, how: EvalArgu
         settings, found = read(folder / f"{name}.jsonl")
         if len(found) == len(rows) and not differences(settings, settings | what, ignore=NAMES):
             lines[name], made[name] = found, {key: settings[key] for key in _SETTINGS[name]}
-    before = _results(folder)
     asked = {*how.metrics, *before.get("metrics", [])}
     metrics = [name for name in METRICS if name in asked & set().union(*(_MEASURED[kind] for kind in lines))]
     commands = before.get("commands", []) if set(metrics) - set(how.metrics) else []
@@ -207,10 +214,17 @@ def evaluate(model_arguments: ModelArguments, data: DataArguments, how: EvalArgu
 
 
 def _results(folder: Path) -> dict[str, Any]:
-    try:
-        return json.loads((folder / "results.json").read_text())
-    except (OSError, ValueError):
+    """What an earlier command has left; ValueError if the file is of another program."""
+    file = folder / "results.json"
+    if not file.exists():
         return {}
+    try:
+        found = json.loads(file.read_text(encoding="utf-8"))
+    except ValueError:
+        found = None
+    if not isinstance(found, dict) or not {"metrics", "commands", "settings"} <= found.keys():
+        raise ValueError(f"selfgen eval did not write {file}, and would write over it: give another output_dir")
+    return found
 
 
 def answers(
@@ -274,7 +288,7 @@ def measure(lines: dict[str, list[dict[str, Any]]], metrics: list[str], self_pro
         ).to_dict()
     if made := lines.get("losses"):
         self_probs = _self_probs(self_prob)
-        found = {name: PositionLoss.of(line[name] for line in made) for name in self_probs}
+        found = {name: PositionLoss.of(_numbers(line[name]) for line in made) for name in self_probs}
         if "loss" in metrics:
             results["loss"] = {
                 name: {"self_prob": self_prob, "loss": found[name].mean, "tokens": found[name].tokens}
@@ -283,6 +297,11 @@ def measure(lines: dict[str, list[dict[str, Any]]], metrics: list[str], self_pro
         if "curve" in metrics:
             results["curve"] = exposure_bias(found["reference"], found["own"])
     return results
+
+
+def _numbers(losses: list[float | None]) -> list[float]:
+    """Losses as they were before they were JSON, which has no NaN."""
+    return [float("nan") if loss is None else loss for loss in losses]
 
 
 def _self_probs(self_prob: float) -> dict[str, float]:

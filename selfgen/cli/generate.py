@@ -13,7 +13,18 @@ from ..data import sample_ids_of
 from ..provenance import rows_hash, weights_hash
 from .answers import answer_rows
 from .journal import Journal
-from .options import DataArguments, ModelArguments, device, fail, make_parser, parse, show_log
+from .options import (
+    DataArguments,
+    ModelArguments,
+    check_least,
+    check_seed,
+    check_temperature,
+    device,
+    fail,
+    make_parser,
+    parse,
+    show_log,
+)
 
 logger = logging.getLogger(__name__)
 
@@ -50,6 +61,11 @@ class GenerateArguments:
     use_cpu: bool = field(default=False, metadata={"help": "Run on the CPU even if there is an accelerator."})
 
     def __post_init__(self) -> None:
+        check_least(self, 1, "rounds", "max_new_tokens", "top_k", "batch_size", "chunk_rows")
+        check_temperature(self, "temperature")
+        check_seed(self.seed)
+        if self.top_p is not None and not 0.0 < self.top_p <= 1.0:
+            raise ValueError(f"top_p is {self.top_p}; it must be above 0 and at most 1")
         if not self.correct and (self.rounds, self.correction_cue) != (1, DEFAULT_CUE):
             raise ValueError("rounds and correction_cue need --correct: add it, or leave them out")
 

@@ -12,7 +12,7 @@ from .conversations import RowFault
 
 _OPEN, _CLOSE = "\ufdd0", "\ufdd1"  # noncharacters, around a control token that is ordinary text
 _MARKED = f"{_OPEN}.*?{_CLOSE}"
-_TAIL = 64  # characters
+_TAIL = 16  # characters
 NOT_MARKED = f"(?<!{_OPEN})"  # of a pattern of control tokens
 
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import json
 import logging
 import os
 from collections.abc import Callable
@@ -12,7 +11,7 @@ from functools import partial
 from pathlib import Path
 
 import torch
-from datasets import Dataset, DatasetDict
+from datasets import Dataset, DatasetDict, IterableDataset, IterableDatasetDict
 from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, Trainer, TrainingArguments
 
@@ -21,11 +20,13 @@ from ..context.hidden_states import ReuseError, decoder_layers
 from ..context.models import max_positions, transformers_model, vocab_size_of
 from ..data import Collator, check_sample_ids, load_rows, pad_token_id, rows_of, write_contexts_into
 from ..data.batches import IGNORE_INDEX, ROWS, Row, lengths_of
+from ..files import at_home, to_json
 from .batches import RowSlots, Step, learn_after_self, unique_rows
 from .checkpoints import SETTINGS, check_resumed, resumed_settings
 from .config import BSSConfig
 from .losses import AnswerLoss, calls_loss_function
 from .meter import Meter, StepTimer
+from .processes import once_per_machine
 from .reuse import reuse_passes
 from .schedules import Schedule
 
@@ -50,6 +51,7 @@ class BSSTrainer(Trainer):
         processing_class: the tokenizer; by default it is loaded from where the model came from.
         schedule: a function (self_prob_start, self_prob, progress in [0, 1]) -> self-probability, in place of
             ``args.self_prob_schedule``.
+        trust_remote_code: run the code that comes with a ``model`` given by name, its tokenizer and ``args.kl_model``.
         **kwargs: of ``transformers.Trainer``.
 
     Every training log has figures of the steps since the last one, in the process that logs: ``self_share`` (self
@@ -81,17 +83,21 @@ class BSSTrainer(Trainer):
         processing_class=None,
         data_collator=None,
         schedule: Schedule | None = None,
+        trust_remote_code: bool = False,
         **kwargs,
     ):
         if not isinstance(args, BSSConfig):
             raise TypeError(f"args is a {type(args).__name__}; BSSTrainer takes a BSSConfig")
-        if isinstance(model, str):
-            model = AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32)
+        self._trust_remote_code = trust_remote_code
+        if isinstance(model, str | Path):
+            model = AutoModelForCausalLM.from_pretrained(
+                at_home(model), dtype=torch.float32, trust_remote_code=trust_remote_code
+            )
         name = transformers_model(model).name_or_path
         if processing_class is None and not name:
             raise ValueError("the model was not loaded by name, so its tokenizer can't be found: give processing_class")
         if processing_class is None:
-            processing_class = AutoTokenizer.from_pretrained(name)
+            processing_class = AutoTokenizer.from_pretrained(name, trust_remote_code=trust_remote_code)
         self.generator = args.generator(model, processing_class)
         self._tell_of_padding()
         self.schedule = schedule
@@ -144,10 +150,7 @@ class BSSTrainer(Trainer):
             )
 
     def _end_answers_where_rows_end(self) -> None:
-        """Make the trained model end its answers as its training rows do, also when it is loaded later.
-
-        (The folder of an adapter has no generation configuration; there ``selfgen`` asks the tokenizer.)
-        """
+        """Make the trained model end its answers as its training rows do, also when it is loaded later."""
         config = getattr(self.generator.model, "generation_config", None)
         known = self.generator.eos_token_ids
         more = sorted(self.args.answer_ends(self.processing_class) - set(known))
@@ -169,19 +172,21 @@ class BSSTrainer(Trainer):
         """What a method does to the micro-batches of a step before their contexts are mixed: nothing, here."""
         return batches
 
-    def train(self, *args, **kwargs):
+    def train(self, resume_from_checkpoint=None, *args, **kwargs):
         try:
-            return super().train(*args, **kwargs)
+            return super().train(at_home(resume_from_checkpoint), *args, **kwargs)
         finally:
             self._step = Step()  # where the last one failed or was broken off
             self.generator.release()
 
     def _save(self, output_dir=None, state_dict=None):
+        output_dir = at_home(output_dir or self.args.output_dir)
         super()._save(output_dir, state_dict)
         if not self.args.should_save:  # every process is here
             return
-        folder = Path(output_dir or self.args.output_dir)
-        (folder / SETTINGS).write_text(json.dumps(resumed_settings(self.args), indent=1) + "\n")
+        (Path(output_dir) / SETTINGS).write_text(f"{to_json(resumed_settings(self.args), indent=1)}\n")
+        if self._adapters() and (config := getattr(self.generator.model, "generation_config", None)):
+            config.to_json_file(Path(output_dir) / "generation_config.json")  # where answers end; PEFT writes none
 
     def _load_from_checkpoint(self, resume_from_checkpoint, model=None):
         check_resumed(resume_from_checkpoint, self.args)
@@ -305,7 +310,9 @@ class BSSTrainer(Trainer):
             return None
         frozen = None
         if args.kl_model:
-            frozen = AutoModelForCausalLM.from_pretrained(args.kl_model, dtype=self.generator.model.dtype)
+            frozen = AutoModelForCausalLM.from_pretrained(
+                args.kl_model, dtype=self.generator.model.dtype, trust_remote_code=self._trust_remote_code
+            )
             sizes = [model.get_output_embeddings().weight.shape[0] for model in (frozen, self.generator.model)]
             if sizes[0] != sizes[1]:
                 raise ValueError(
@@ -450,9 +457,13 @@ def tokenized(name: str, rows, tokenizer, args: BSSConfig, max_length: int | Non
     if hasattr(rows, "column_names") and {"sample_id", "prompt_ids", "answer_ids"} <= set(rows.column_names):
         check_sample_ids(rows)
         return rows
-    dataset, report = args.tokenize(load_rows(rows), tokenizer, max_length)
-    logger.log(report.level, "%s data: %s", name, report)
-    return dataset
+
+    def tokenize() -> Dataset:
+        dataset, report = args.tokenize(load_rows(rows), tokenizer, max_length)
+        logger.log(report.level, "%s data: %s", name, report)
+        return dataset
+
+    return tokenize() if isinstance(rows, IterableDataset | IterableDatasetDict) else once_per_machine(tokenize)
 
 
 def sorts_by_length(args: TrainingArguments) -> bool:

@@ -260,7 +260,7 @@ TURNS = [{"messages": [user("a"), assistant("b")]}]
     [
         ([{"question": "a", "answer": "b"}], {}, ValueError, ["columns question, answer", "--prompt-column question"]),
         (ROWS, {"prompt_column": "x"}, ValueError, ["'x' and 'completion'", "'messages'"]),
-        (ROWS, {"max_length": 1}, ValueError, ["max_length=1", "at least 2"]),
+        (ROWS, {"max_length": 1}, ValueError, ["max_length is 1", "at least 2"]),
         (ROWS, {"max_length": 2}, ValueError, ["no row is left", "2 dropped (2 prompt fills max_length: row 0, row 1"]),
         (MIXED, {"strict_data": True}, ValueError, ["row 1", "'completion' is empty (None)", "strict_data"]),
         ([{"prompt": 1, "completion": "b"}], {}, ValueError, ["row 0", "'prompt' is int", "values_as_text"]),

@@ -155,7 +155,7 @@ class RowOptions:
     def check_rows(self) -> None:
         """Raise ValueError if an option is out of its range; JSON text becomes what it stands for."""
         if self.max_length is not None and self.max_length < 2:
-            raise ValueError(f"max_length={self.max_length} has no room for a prompt and an answer; give at least 2")
+            raise ValueError(f"max_length is {self.max_length}; it must be at least 2, for a prompt and an answer")
         if self.assistant_turns not in ASSISTANT_TURNS:
             raise ValueError(f"assistant_turns is {self.assistant_turns!r}; accepted: {', '.join(ASSISTANT_TURNS)}")
         for name, kind, wanted in (("chat_template_kwargs", dict, "an object"), ("tools", list, "a list of objects")):

@@ -12,7 +12,7 @@ from models import tiny_model
 
 from selfgen import ContextGenerator, RACConfig, RACTrainer
 from selfgen.correction import CorrectionCue
-from selfgen.data import tokenize_rows
+from selfgen.data import RowOptions, tokenize_rows
 from selfgen.training.bss import step_seed
 from selfgen.training.rac import _DIRECT
 
@@ -289,3 +289,27 @@ def test_own_answers_must_be_text(tmp_path):
     data = [row | {"own_answer": None} for row in OWN_ANSWERS]
     with pytest.raises(TypeError, match="own_answer is None"):
         make_rac_trainer(tmp_path, data=data, own_answer="column")
+
+
+@pytest.mark.parametrize("begins", [True, False])
+def test_answers_as_text_are_answers_as_ids(begins):
+    """With or without the beginning of the assistant's turn, which then belongs to the answer."""
+    tokenizer = make_tokenizer(TEMPLATE.replace("<assistant> {% endif %}", "<assistant> h {% endif %}"))
+    options = RowOptions(max_length=64, add_generation_prompt=begins)
+    (ids,) = options.answer_ids(tokenizer, ["a b"])
+    assert tokenizer.convert_ids_to_tokens(ids) == ["a", "b"] if begins else ["<assistant>", "a", "b"]
+    assert options.answer_texts(tokenizer, [[*ids, 2]]) == ["a b"]
+
+
+def test_a_cue_follows_the_options_of_the_template():
+    """A template whose generation prompt is not what a finished conversation has."""
+    thinks = TEMPLATE.replace(
+        "<assistant> {% endif %}", "<assistant> {% if think | default(true) %}h {% endif %}{% endif %}"
+    )
+    tokenizer = make_tokenizer(thinks)
+    with pytest.raises(ValueError, match="renders an answer in another way when a turn follows it"):
+        CorrectionCue.of(tokenizer, "g")
+    cue = CorrectionCue.of(tokenizer, "g", options=RowOptions(add_generation_prompt=False))
+    assert tokenizer.convert_ids_to_tokens(cue.ids) == ["<eos>", "<nl>", "<user>", "g", "<eos>", "<nl>"]
+    cue = CorrectionCue.of(tokenizer, "g", options=RowOptions(chat_template_kwargs={"think": False}))
+    assert tokenizer.convert_ids_to_tokens(cue.ids) == ["<eos>", "<nl>", "<user>", "g", "<eos>", "<nl>", "<assistant>"]

@@ -238,7 +238,7 @@ def answers(
     found = answer_rows(generator, tokenizer, rows, data, **_sampling(how))
     lines = []
     for row, text, finished in zip(rows, found["own_answer"], found["finished"], strict=True):
-        line = _asked(tokenizer, row)
+        line = _asked(tokenizer, data, row)
         lines.append(line | _judged("generated", text, line["reference"]) | {"finished": finished})
     return lines
 
@@ -255,7 +255,7 @@ def corrections(
     found = answer_rows(generator, tokenizer, rows, data, correction, **_sampling(how))
     lines = []
     for row, first, corrected in zip(rows, found["own_answer"], found["corrected"], strict=True):
-        line = _asked(tokenizer, row)
+        line = _asked(tokenizer, data, row)
         judged = _judged("first", first, line["reference"]) | _judged("corrected", corrected, line["reference"])
         lines.append(line | judged)
     return lines
@@ -313,9 +313,9 @@ def _sampling(how: EvalArguments) -> dict[str, Any]:
     return {"max_new_tokens": how.max_new_tokens, "seed": how.seed, "batch_size": batch_size, "progress": True}
 
 
-def _asked(tokenizer: PreTrainedTokenizerBase, row: dict) -> dict[str, Any]:
+def _asked(tokenizer: PreTrainedTokenizerBase, data: DataArguments, row: dict) -> dict[str, Any]:
     """What a row asks, as the model reads it, and what it should say."""
-    reference = tokenizer.decode(row["answer_ids"], skip_special_tokens=True)
+    (reference,) = data.answer_texts(tokenizer, [row["answer_ids"]])
     return {
         "sample_id": row["sample_id"],
         "prompt": tokenizer.decode(row["prompt_ids"]),

@@ -260,8 +260,7 @@ class RACTrainer(BSSTrainer):
             raise TypeError(
                 f"row {wrong}: {column} is {texts[wrong]!r}; own answers must be text, so fill or drop the row"
             )
-        encoder = self.args.encoder(self.processing_class, self.args.template(self.processing_class))
-        tokens = encoder.after(["\n"] * len(texts), [encoder.mark(text) for text in texts])
+        tokens = self.args.answer_ids(self.processing_class, texts)
         return dict(zip(sample_ids_of(rows), tokens, strict=True))
 
 

@@ -1,14 +1,58 @@
-"""Files that one process writes at a time, and as a whole or not at all."""
+"""Paths as they are given, and files that one process writes at a time, as a whole or not at all, in strict JSON."""
 
 from __future__ import annotations
 
+import json
+import math
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
-from typing import BinaryIO
+from typing import Any, BinaryIO
 
 from filelock import FileLock, Timeout
+
+PATHS = (
+    "model", "dataset", "eval_dataset", "contexts", "output_dir", "output_file", "kl_model", "resume_from_checkpoint",
+    "logging_dir", "accelerator_config", "fsdp_config", "deepspeed",
+)  # fmt: skip
+"""Options whose values are paths, or may be: a name on the hub never begins with ``~``."""
+
+
+def expand_home(options: object) -> None:
+    """Put the home folder in place of a ``~`` at the beginning of every option of ``options`` that is a path."""
+    for name in PATHS:
+        value = getattr(options, name, None)
+        if isinstance(value, list):
+            setattr(options, name, [at_home(one) for one in value])
+        elif isinstance(value, str | Path):
+            setattr(options, name, at_home(value))
+
+
+def at_home(path: Any) -> Any:
+    """``path`` with the home folder in place of a ``~`` at its beginning; what is no path stays as it is."""
+    if isinstance(path, Path):
+        return path.expanduser()
+    return os.path.expanduser(path) if isinstance(path, str) else path
+
+
+def to_json(value: Any, indent: int | None = None) -> str:
+    """``value`` as JSON that any reader takes: NaN and infinities are null, and what JSON does not have is text."""
+    return json.dumps(_plain(value), indent=indent, allow_nan=False)
+
+
+def _plain(value: Any) -> Any:
+    if value is None or isinstance(value, str | int):
+        return value
+    if isinstance(value, float):
+        return value if math.isfinite(value) else None
+    if isinstance(value, Mapping):
+        return {key if isinstance(key, str | int | None) else str(key): _plain(one) for key, one in value.items()}
+    if isinstance(value, list | tuple):
+        return [_plain(one) for one in value]
+    if hasattr(value, "tolist"):  # an array or a number of NumPy, a tensor
+        return _plain(value.tolist())
+    return value.decode(errors="backslashreplace") if isinstance(value, bytes) else str(value)
 
 
 @contextmanager
@@ -24,7 +68,7 @@ def alone(path: Path, error: type[ValueError] = ValueError) -> Iterator[None]:
     try:
         held = lock.acquire(blocking=False)
     except Timeout:
-        raise error(f"another process is writing {path}: wait for it to end") from None
+        raise error(f"another process is writing {path}: wait for it to end, or give another place") from None
     with held:
         yield
 
@@ -37,3 +81,9 @@ def write_whole(file: Path, write: Callable[[BinaryIO], object]) -> None:
         stream.flush()
         os.fsync(stream.fileno())
     partial.replace(file)
+
+
+def write_json(file: Path, value: Any) -> None:
+    """Write ``value`` as a whole, as ``to_json`` gives it."""
+    content = f"{to_json(value, indent=1)}\n".encode()
+    write_whole(file, lambda stream: stream.write(content))

@@ -13,7 +13,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from .context import Answers, ContextGenerator
 from .context.batch import TokenRow
-from .context.models import room_for_answers
+from .context.models import room_for_answers, transformers_model, unpadded_vocab_size
 from .correction import DEFAULT_CUE, CorrectionCue
 from .data import RowOptions
 
@@ -21,14 +21,21 @@ logger = logging.getLogger(__name__)
 
 
 def answer(
-    model: PreTrainedModel | ContextGenerator, prompts: Sequence[TokenRow], *, temperature: float = 0.0, **options: Any
+    model: PreTrainedModel | ContextGenerator,
+    prompts: Sequence[TokenRow],
+    *,
+    temperature: float = 0.0,
+    vocab_size: int | None = None,
+    **options: Any,
 ) -> Answers:
     """Answers of the model running freely, over the engine that makes contexts; greedy by default.
 
     Args:
-        model: a causal language model of transformers, or a generator around one, whose temperature then counts.
+        model: a causal language model of transformers, or a generator around one, whose temperature and ``vocab_size``
+            then count.
         prompts: R rows of token ids, [P_i] int64/int32 tensors or lists, each at least one token.
         temperature: of the sampling; 0 is greedy.
+        vocab_size: of ``ContextGenerator``: ``len(tokenizer)`` where the model's embedding is padded.
         **options: of ``ContextGenerator.answer``, such as ``max_new_tokens``, 256 by default.
 
     Example:
@@ -36,7 +43,10 @@ def answer(
         >>> answers = answer(model, prompts, max_new_tokens=8)
         >>> tokenizer.batch_decode(answers.tokens, skip_special_tokens=True)
     """
-    generator = model if isinstance(model, ContextGenerator) else ContextGenerator(model, temperature=temperature)
+    if isinstance(model, ContextGenerator):
+        generator = model
+    else:
+        generator = ContextGenerator(model, temperature=temperature, vocab_size=vocab_size)
     return generator.answer(prompts, **options)
 
 
@@ -72,20 +82,26 @@ def generate_corrected(
         row_options: how the texts and the cue become tokens, as in training: a `data.RowOptions`, whose
             ``apply_chat_template``, ``chat_template_kwargs`` and the like count.
         max_new_tokens: longest answer of a round, at least 1.
-        **options: of `answer`; every round has noise of its own. Answers also end with the tokenizer's EOS.
+        **options: of `answer`; every round has noise of its own. Answers also end with the tokenizer's EOS. Only ids of
+            the tokenizer are sampled, unless ``model`` is a generator.
 
     An answer is shown as far as there are positions for it: ``max_new_tokens`` of them, or half of what the prompt and
     the cue leave, are kept for the correction.
 
     Raises:
-        ValueError: values out of range, empty prompts, or prompts that leave no position after the cue.
+        ValueError: values out of range, empty prompts, prompts that leave no position after the cue, or a token that
+            has no row in the model's embedding.
     """
     if not isinstance(rounds, int) or rounds < 1:
         raise ValueError(f"rounds is {rounds!r}; it must be an integer >= 1")
+    temperature, vocab_size = options.pop("temperature", 0.0), options.pop("vocab_size", None)
+    if isinstance(model, ContextGenerator):
+        generator = model
+    else:
+        known = unpadded_vocab_size(transformers_model(model), tokenizer)
+        generator = ContextGenerator(model, temperature=temperature, vocab_size=vocab_size or known)
     row_options = row_options or RowOptions(max_length=None)
     rows = _prompt_rows(tokenizer, prompts, row_options)
-    temperature = options.pop("temperature", 0.0)
-    generator = model if isinstance(model, ContextGenerator) else ContextGenerator(model, temperature=temperature)
     stop_ids = options.pop("eos_token_ids", None)
     between = CorrectionCue.of(
         tokenizer,

@@ -13,6 +13,8 @@ import torch
 from datasets import Dataset
 from transformers import PreTrainedModel
 
+from .files import to_json
+
 
 def weights_hash(model: PreTrainedModel) -> str:
     """SHA-256 of the names, dtypes, shapes and values of all weights."""
@@ -38,7 +40,7 @@ def differences(before: Mapping[str, Any], now: Mapping[str, Any], ignore: Colle
 
     ``before`` was read from JSON, so ``now`` is compared as JSON gives it back. What ``ignore`` names may differ.
     """
-    now = json.loads(json.dumps(now))
+    now = json.loads(to_json(now))
     return [
         f"{name} was {before.get(name)!r}, is {now.get(name)!r}"
         for name in {**before, **now}

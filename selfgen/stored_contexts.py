@@ -25,7 +25,7 @@ from .context import ContextGenerator
 from .context.generator import Method
 from .context.models import max_positions
 from .data import check_sample_ids, load_rows
-from .files import alone, write_whole
+from .files import alone, write_json, write_whole
 from .provenance import differences, rows_hash, versions, weights_hash
 
 PROVENANCE = "provenance.json"
@@ -89,7 +89,7 @@ def write_contexts(
         OfflineError: (a ValueError) the folder holds something else, or another process is writing it.
         ValueError: rows without the columns, or longer than the model's positions; values out of range.
     """
-    folder = Path(folder)
+    folder = Path(folder).expanduser()
     rows = _checked(rows, generator, batch_size, shard_rows)
     generator.contexts([], [], self_prob, seed=seed, sample_ids=[], method=method)  # checks these values
     settings = {
@@ -97,15 +97,17 @@ def write_contexts(
         "seed": int(seed),
         "temperature": generator.temperature,
         "masks": generator.masks.describe(),
+        "vocab_size": generator.vocab_size,
         "precision": str(generator.precision).removeprefix("torch."),
         "weights": weights_hash(generator.model),
         "rows": rows_hash(rows),
         "num_rows": len(rows),
         "shard_rows": shard_rows,
     }
-    (folder / "data").mkdir(parents=True, exist_ok=True)
+    folder.mkdir(parents=True, exist_ok=True)
     with alone(folder, OfflineError):
         record = _begin(folder, settings, {"model": generator.model.name_or_path, **(provenance or {})})
+        (folder / "data").mkdir(exist_ok=True)
         shards = _shards(folder, settings)
         missing = [(shard, places) for shard, places in shards if not shard.exists()]
         if missing:
@@ -193,10 +195,16 @@ def read_provenance(folder: str | Path) -> dict[str, Any]:
     Raises:
         OfflineError: there are no contexts.
     """
-    file = Path(folder) / PROVENANCE
+    file = Path(folder).expanduser() / PROVENANCE
     if not file.is_file():
         raise OfflineError(f"{folder} holds no contexts (it has no {PROVENANCE}); write them with `selfgen contexts`")
-    return json.loads(file.read_text())
+    try:
+        record = json.loads(file.read_text(encoding="utf-8"))
+    except ValueError:
+        record = None
+    if not isinstance(record, dict) or "settings" not in record:
+        raise OfflineError(f"{file} is no record of contexts that selfgen wrote: remove it, or give another folder")
+    return record
 
 
 def check_settings(folder: str | Path, settings: Mapping[str, Any]) -> dict[str, Any]:
@@ -221,7 +229,7 @@ def load_contexts(folder: str | Path) -> Dataset:
         OfflineError: there are no contexts, or they are not complete.
     """
     record = read_provenance(folder)
-    shards = [shard.exists() for shard, _ in _shards(Path(folder), record["settings"])]
+    shards = [shard.exists() for shard, _ in _shards(Path(folder).expanduser(), record["settings"])]
     if "statistics" not in record or not all(shards):
         raise OfflineError(
             f"the contexts in {folder} are not complete ({sum(shards)} of {len(shards)} shards); run the command that "
@@ -244,8 +252,14 @@ def _begin(folder: Path, settings: dict[str, Any], source: dict[str, Any]) -> di
     """The provenance of a folder, which must have these settings; it is written where there is none yet."""
     if (folder / PROVENANCE).exists():
         return check_settings(folder, settings)
-    if any((folder / "data").iterdir()):
-        raise OfflineError(f"{folder / 'data'} holds other files, and no contexts; give another folder")
+    data = folder / "data"
+    there = [file.relative_to(folder) for file in (*folder.iterdir(), *data.glob("*")) if file != data]
+    others = sorted(str(file) for file in there if not file.name.startswith("."))
+    if others:
+        raise OfflineError(
+            f"{folder} holds other files, and no contexts ({', '.join(others[:3])}{', ...' * (len(others) > 3)}); give "
+            "another folder"
+        )
     record: dict[str, Any] = {"settings": settings, "source": source, "versions": []}
     _write_record(folder, record)
     return record
@@ -259,5 +273,4 @@ def _note_versions(folder: Path, record: dict[str, Any]) -> None:
 
 
 def _write_record(folder: Path, record: dict[str, Any]) -> None:
-    content = json.dumps(record, indent=1).encode() + b"\n"
-    write_whole(folder / PROVENANCE, lambda file: file.write(content))
+    write_json(folder / PROVENANCE, record)

@@ -67,6 +67,9 @@ def test_generate(method, changes, error, message):
         ({"balance": float("nan")}, ValueError, "balance is nan"),
         ({"token_budget": True}, ValueError, "token_budget is True"),
         ({"token_budget": 2.5}, ValueError, r"token_budget is 2\.5"),
+        ({"vocab_size": 0}, ValueError, "vocab_size is 0; it must be an integer from 1 to 131, the number of rows"),
+        ({"vocab_size": 132}, ValueError, "vocab_size is 132"),
+        ({"vocab_size": 2.0}, ValueError, r"vocab_size is 2\.0"),
     ],
 )
 def test_generator(arguments, error, message):

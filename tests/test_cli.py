@@ -152,7 +152,7 @@ def test_a_broken_checkpoint_of_the_model(arguments, model_dir, tmp_path, capsys
     (folder / "model.safetensors").write_bytes(b"no tensors in here")
     code, _, err = run(["train", *flags({**arguments, "model": str(folder)})], capsys)
     assert code == 2
-    assert "neither a folder with a checkpoint" in err
+    assert "model.safetensors holds no whole weights" in err
 
 
 def test_data_report_is_shown(arguments, tmp_path):
@@ -166,7 +166,10 @@ def test_data_report_is_shown(arguments, tmp_path):
         cwd=ROOT,
         check=True,
     )
-    assert "train data: 4 rows: 3 kept, 1 answers truncated to 32 tokens, 1 dropped (1 empty answer)" in result.stderr
+    assert (
+        "train data: 4 rows: 3 kept, 1 answers truncated to 32 tokens, 1 dropped (1 empty answer: row 2)"
+        in result.stderr
+    )
 
 
 BROKEN = '{"prompt": "a", "completion": "b"}\n{"prompt": "a", \n'
@@ -183,7 +186,7 @@ BROKEN = '{"prompt": "a", "completion": "b"}\n{"prompt": "a", \n'
         ({"dataset": BROKEN}, "line 2: broken JSON"),
         ({"dataset": '{"question": "a", "answer": "b"}\n'}, "columns question, answer"),
         ({"dataset": '{"prompt": "a", "completion": ""}\n'}, "no row is left"),
-        ({"dataset": '{"prompt": "a", "completion": null}\n{"prompt": "a", "completion": "b"}\n'}, "row 0"),
+        ({"dataset": '{"prompt": "a", "completion": null}\n'}, "'completion' is empty (None): row 0"),
         ({"dataset_split": "validation"}, "no split 'validation'"),
         ({"model": "nowhere/model"}, "nowhere/model"),
         ({"dtype": "int8"}, "dtype is 'int8'; accepted: auto"),

@@ -196,7 +196,7 @@ def test_nothing_to_do():
 
 @pytest.fixture(scope="module")
 def tokenizer():
-    return make_tokenizer(TEMPLATE)
+    return make_tokenizer(TEMPLATE, size=VOCAB)
 
 
 def test_corrections_answer_the_conversation(tokenizer):

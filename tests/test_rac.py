@@ -12,7 +12,7 @@ from models import tiny_model
 
 from selfgen import ContextGenerator, RACConfig, RACTrainer
 from selfgen.correction import CorrectionCue
-from selfgen.data import tokenize_rows
+from selfgen.data import RowOptions, tokenize_rows
 from selfgen.training.bss import step_seed
 from selfgen.training.rac import _DIRECT
 
@@ -285,7 +285,36 @@ def test_bad_arguments(tmp_path, change, message):
         make_rac_trainer(tmp_path, **change)
 
 
-def test_own_answers_must_be_text(tmp_path):
-    data = [row | {"own_answer": None} for row in OWN_ANSWERS]
-    with pytest.raises(TypeError, match="own_answer is None"):
-        make_rac_trainer(tmp_path, data=data, own_answer="column")
+def test_own_answers_must_be_text(tmp_path, caplog):
+    """A row without one is dropped and named; it ends a run only where none is left."""
+    data = [OWN_ANSWERS[0] | {"own_answer": None}, *OWN_ANSWERS[1:]]
+    trainer = make_rac_trainer(tmp_path, data=data, own_answer="column")
+    assert trainer.train_dataset["sample_id"][:] == [1, 2, 3]
+    assert "1 of 4 rows have no text in 'own_answer': row 0" in caplog.text
+    for changes in ({"strict_data": True}, {"data": [row | {"own_answer": None} for row in OWN_ANSWERS]}):
+        with pytest.raises(ValueError, match="own answers must be text, so fill or drop these rows"):
+            make_rac_trainer(tmp_path, **{"data": data, "own_answer": "column"} | changes)
+
+
+@pytest.mark.parametrize("begins", [True, False])
+def test_answers_as_text_are_answers_as_ids(begins):
+    """With or without the beginning of the assistant's turn, which then belongs to the answer."""
+    tokenizer = make_tokenizer(TEMPLATE.replace("<assistant> {% endif %}", "<assistant> h {% endif %}"))
+    options = RowOptions(max_length=64, add_generation_prompt=begins)
+    (ids,) = options.answer_ids(tokenizer, ["a b"])
+    assert tokenizer.convert_ids_to_tokens(ids) == ["a", "b"] if begins else ["<assistant>", "a", "b"]
+    assert options.answer_texts(tokenizer, [[*ids, 2]]) == ["a b"]
+
+
+def test_a_cue_follows_the_options_of_the_template():
+    """A template whose generation prompt is not what a finished conversation has."""
+    thinks = TEMPLATE.replace(
+        "<assistant> {% endif %}", "<assistant> {% if think | default(true) %}h {% endif %}{% endif %}"
+    )
+    tokenizer = make_tokenizer(thinks)
+    with pytest.raises(ValueError, match="renders an answer in another way when a turn follows it"):
+        CorrectionCue.of(tokenizer, "g")
+    cue = CorrectionCue.of(tokenizer, "g", options=RowOptions(add_generation_prompt=False))
+    assert tokenizer.convert_ids_to_tokens(cue.ids) == ["<eos>", "<nl>", "<user>", "g", "<eos>", "<nl>"]
+    cue = CorrectionCue.of(tokenizer, "g", options=RowOptions(chat_template_kwargs={"think": False}))
+    assert tokenizer.convert_ids_to_tokens(cue.ids) == ["<eos>", "<nl>", "<user>", "g", "<eos>", "<nl>", "<assistant>"]

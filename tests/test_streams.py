@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import inspect
 import logging
 from pathlib import Path
 
@@ -18,7 +17,7 @@ from models import OPTIONS, tiny_model
 from torch.utils.data import SequentialSampler
 
 from selfgen import BASHTrainer, BSSTrainer, RACTrainer
-from selfgen.data import DataError, load_rows, tokenize_rows
+from selfgen.data import DataError, tokenize_rows
 from selfgen.training.rounds import train_rounds
 
 LETTERS = "abcdefgh"
@@ -363,12 +362,6 @@ def test_processes_share_a_stream(tmp_path):
 # Commands
 
 
-streams_files = pytest.mark.skipif(
-    "streaming" not in inspect.signature(load_rows).parameters, reason="load_rows does not stream yet"
-)
-
-
-@streams_files
 def test_a_killed_command_goes_on(arguments, tmp_path, capsys):
     """SIGKILL in the middle of a stream of two files, then `--resume_from_checkpoint last`."""
     folder = tmp_path / "data"
@@ -390,7 +383,6 @@ def test_a_killed_command_goes_on(arguments, tmp_path, capsys):
     assert ours[-1]["rows_dropped"] > 0
 
 
-@streams_files
 @pytest.mark.parametrize(
     ("rows", "changes", "message"),
     [

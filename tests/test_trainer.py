@@ -9,7 +9,7 @@ import torch
 from datasets import Dataset, DatasetDict, concatenate_datasets
 from helpers.data import ROWS, TEMPLATE, make_tokenizer
 from helpers.training import Tokenizer, config, make_trainer, rows, weights
-from models import CHECKPOINTING, OPTIONS, tiny_model
+from models import CHECKPOINTING, OPTIONS, VOCAB, tiny_model
 from torch.nn.functional import cross_entropy
 from transformers import AutoModelForCausalLM, Trainer, TrainingArguments
 
@@ -356,9 +356,8 @@ def test_every_split_is_evaluated(tmp_path):
 def test_rows_of_one_length_can_be_trained_together(tmp_path, format):
     strategy = {"train_sampling_strategy": "group_by_length"}
     options = config(tmp_path, max_steps=2, **(strategy if strategy.keys() <= OPTIONS else {"group_by_length": True}))
-    trainer = BSSTrainer(
-        tiny_model("llama"), options, train_dataset=rows().with_format(format), processing_class=make_tokenizer()
-    )
+    tokenizer, data = make_tokenizer(size=VOCAB), rows().with_format(format)
+    trainer = BSSTrainer(tiny_model("llama"), options, train_dataset=data, processing_class=tokenizer)
     data = trainer.train_dataset
     pairs = zip(data["prompt_ids"], data["answer_ids"], strict=True)
     assert data["length"][:] == [len(prompt) + len(answer) for prompt, answer in pairs]
@@ -403,7 +402,7 @@ def test_lora(tmp_path):
         ({"self_prob_schedule": "cubic"}, "'cubic'; accepted: constant, linear"),
         ({"context_method": "magic"}, "'magic'; accepted: fixed_point, sequential"),
         ({"token_budget": 0}, "token_budget is 0; it must be at least 1"),
-        ({"max_length": 1}, "max_length is 1"),
+        ({"max_length": 1}, "max_length is 1; it must be at least 2"),
         ({"remove_unused_columns": True}, "remove_unused_columns must stay False"),
     ],
 )

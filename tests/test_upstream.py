@@ -182,6 +182,8 @@ UPSTREAM = [
     ("torch.autograd.forward_ad:_current_level", exists, "asking each tensor for its tangent makes calls slower"),
     ("torch:UntypedStorage._cdata", exists, "comparing the storages of tensors makes calls slower"),
     ("torch.distributed.tensor:DTensor.placements", exists, "sharded weights are not refused by name"),
+    # Several processes
+    ("datasets.table:MemoryMappedTable.__getstate__", mentions("self.path"), "processes get rows and not their file"),
     # Adapters
     ("peft:PeftModel.get_base_model", exists, "the model inside an adapter's is not found"),
     ("peft:PeftModel.disable_adapter", exists, "kl_weight compares an adapted model with itself"),
@@ -191,6 +193,11 @@ UPSTREAM = [
     # The command line
     ("transformers.hf_argparser:string_to_bool", exists, "YAML files can't set switches"),
     ("transformers:HfArgumentParser", mentions("_argument_group_name"), "--help has no groups"),
+    (
+        "transformers.integrations.integration_utils",
+        mentions("INTEGRATION_TO_CALLBACK = {", "def is_wandb_available", "def is_azureml_available"),
+        "a reporter without its package is not refused by name",
+    ),
     ("argparse:ArgumentParser.add_argument_group", mentions("self._action_groups"), "--help has no groups"),
     ("transformers.utils.hub:cached_file", exists, "provenance.json has no commit of a model"),
     ("transformers.utils.hub:extract_commit_hash", exists, "provenance.json has no commit of a model"),
@@ -206,7 +213,7 @@ def test_what_we_lean_on(path, check, breaks):
         pytest.importorskip("peft")
     found = importlib.import_module(module)
     try:
-        for part in name.split("."):
+        for part in filter(None, name.split(".")):
             found = inspect.getattr_static(found, part) if inspect.isclass(found) else getattr(found, part)
         found = getattr(found, "__func__", found)
     except AttributeError:

@@ -103,7 +103,7 @@ class OfflineTrainer(BSSTrainer):
         elif now > self._round:
             self._round = now
             snapshot = copy.deepcopy(self.accelerator.unwrap_model(self.model))
-            self.generator = self.args.generator(snapshot)
+            self.generator = self.args.generator(snapshot, self.processing_class)
         return super().make_contexts(rows, self_prob)
 
 

@@ -13,6 +13,7 @@ import re
 from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import ClassVar
 
 from datasets import Dataset
 from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM, PreTrainedModel
@@ -32,9 +33,11 @@ class Tokenizer:
     """What trainers ask of a tokenizer where rows are token ids: a cue of two separators, whatever its text."""
 
     pad_token_id, eos_token_id, chat_template = PAD, EOS, None
+    added_tokens_decoder: ClassVar[dict] = {}
 
     def __call__(self, text, **_):
-        return type("Encoding", (), {"input_ids": [SEP, SEP]})()
+        ids = [[SEP, SEP] if one.strip() else [] for one in ([text] if isinstance(text, str) else text)]
+        return type("Encoding", (), {"input_ids": ids[0] if isinstance(text, str) else ids})()
 
     def save_pretrained(self, *_, **__):
         return ()

@@ -35,5 +35,5 @@ def answer_rows(
             generator, tokenizer, prompts, sample_ids=sample_ids, row_options=row_options, **correction, **options
         )
         tokens, finished = {"own_answer": found.first, "corrected": found.corrected}, found.finished
-    texts = {name: tokenizer.batch_decode(ids, skip_special_tokens=True) for name, ids in tokens.items()}
+    texts = {name: row_options.answer_texts(tokenizer, ids) for name, ids in tokens.items()}
     return {**texts, "finished": finished}

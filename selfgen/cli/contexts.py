@@ -5,9 +5,21 @@ from __future__ import annotations
 import logging
 from dataclasses import dataclass, field
 
+from ..context.masks import check_probability
 from ..stored_contexts import write_contexts
 from ..training.config import GeneratorOptions
-from .options import DataArguments, ModelArguments, device, fail, make_parser, parse, show_log, source_of
+from .options import (
+    DataArguments,
+    ModelArguments,
+    check_least,
+    check_seed,
+    device,
+    fail,
+    make_parser,
+    parse,
+    show_log,
+    source_of,
+)
 
 logger = logging.getLogger(__name__)
 
@@ -29,6 +41,11 @@ class ContextArguments:
     batch_size: int = field(default=32, metadata={"help": "Rows whose contexts are made at once."})
     use_cpu: bool = field(default=False, metadata={"help": "Run on the CPU even if there is an accelerator."})
 
+    def __post_init__(self) -> None:
+        check_probability("self_prob", self.self_prob)
+        check_seed(self.seed)
+        check_least(self, 1, "shard_rows", "batch_size")
+
 
 def run(arguments: list[str]) -> int:
     show_log()
@@ -46,10 +63,11 @@ def run(arguments: list[str]) -> int:
             raise ValueError("assistant_turns=all is for selfgen train --method bss: stored contexts are of one answer")
         rows = data.load()
         model, tokenizer = model_arguments.load()
+        generator = how.generator(model.to(device(options.use_cpu)), tokenizer)
         rows, report = data.tokenize(rows, tokenizer)
         logger.log(report.level, "data: %s", report)
         record = write_contexts(
-            how.generator(model.to(device(options.use_cpu))),
+            generator,
             rows,
             options.output_dir,
             self_prob=options.self_prob,

@@ -17,7 +17,7 @@ from transformers import PreTrainedTokenizerBase
 from ..context import ContextGenerator
 from ..context.generator import METHODS, Method
 from ..context.masks import check_probability
-from ..context.models import max_positions
+from ..context.models import max_positions, unpadded_vocab_size
 from ..correction import DEFAULT_CUE
 from ..evaluation import (
     Corrections,
@@ -30,11 +30,22 @@ from ..evaluation import (
     row_losses,
 )
 from ..evaluation.report import table, write_plots
-from ..files import write_whole
+from ..files import write_json
 from ..provenance import differences, rows_hash, versions, weights_hash
 from .answers import answer_rows
 from .journal import NAMES, Journal, read
-from .options import DataArguments, ModelArguments, device, fail, make_parser, parse, show_log
+from .options import (
+    DataArguments,
+    ModelArguments,
+    check_least,
+    check_seed,
+    check_temperature,
+    device,
+    fail,
+    make_parser,
+    parse,
+    show_log,
+)
 
 logger = logging.getLogger(__name__)
 
@@ -106,14 +117,11 @@ class EvalArguments:
             said = " ".join(unknown) or "none"
             raise ValueError(f"metrics are {said}; accepted: {', '.join(METRICS)} (with spaces between them)")
         check_probability("self_prob", self.self_prob)
-        for name in ("temperature", "sampling_temperature"):
-            if not 0.0 <= getattr(self, name) < float("inf"):
-                raise ValueError(f"{name} is {getattr(self, name)}; it must be a finite number >= 0")
+        check_temperature(self, "temperature", "sampling_temperature")
+        check_seed(self.seed)
         if self.context_method not in METHODS:
             raise ValueError(f"context_method is {self.context_method!r}; accepted: {', '.join(METHODS)}")
-        for name in ("max_new_tokens", "rounds", "batch_size", "limit"):
-            if getattr(self, name) is not None and getattr(self, name) < 1:
-                raise ValueError(f"{name} is {getattr(self, name)}; it must be at least 1")
+        check_least(self, 1, "max_new_tokens", "rounds", "batch_size", "limit")
         if "correction" not in self.metrics and (self.rounds, self.correction_cue) != (1, DEFAULT_CUE):
             raise ValueError("rounds and correction_cue need the metric correction: add it, or leave them out")
 
@@ -137,8 +145,7 @@ def run(arguments: list[str]) -> int:
     except (ValueError, TypeError, OSError, ImportError) as error:
         fail(error, PROG)
     folder = Path(how.output_dir)
-    content = json.dumps(results, indent=1).encode() + b"\n"
-    write_whole(folder / "results.json", lambda file: file.write(content))
+    write_json(folder / "results.json", results)
     print(table(results))
     try:
         plots = write_plots(results, folder)
@@ -157,6 +164,7 @@ def evaluate(model_arguments: ModelArguments, data: DataArguments, how: EvalArgu
         raise ValueError("assistant_turns=all is for training: the answer that is evaluated is the last turn")
     dataset = data.load()
     model, tokenizer = model_arguments.load()
+    vocab_size = unpadded_vocab_size(model, tokenizer)
     model.to(device(how.use_cpu))
     rows, report = data.tokenize(dataset.select(range(min(how.limit or len(dataset), len(dataset)))), tokenizer)
     logger.log(report.level, "data: %s", report)
@@ -170,17 +178,18 @@ def evaluate(model_arguments: ModelArguments, data: DataArguments, how: EvalArgu
         )
 
     what = asdict(model_arguments) | asdict(data) | {"limit": how.limit}
-    what |= {"weights": weights_hash(model), "rows": rows_hash(rows)}
+    what |= {"weights": weights_hash(model), "rows": rows_hash(rows), "vocab_size": vocab_size}
     made = {name: {key: getattr(how, key) for key in keys} for name, keys in _SETTINGS.items()}
     folder = Path(how.output_dir)
+    before = _results(folder)
     # All of them first, so that an error shows before hours of work.
     journals = {name: Journal(folder / f"{name}.jsonl", what | made[name]) for name in how.files}
 
-    free = ContextGenerator(model, temperature=how.temperature)
-    mixing = ContextGenerator(model, temperature=how.sampling_temperature)
+    free = ContextGenerator(model, temperature=how.temperature, vocab_size=vocab_size)
+    mixing = ContextGenerator(model, temperature=how.sampling_temperature, vocab_size=vocab_size)
     chunk = (how.batch_size or 32) * _CHUNK_BATCHES
     make: dict[str, tuple[int, Callable[[list[dict]], list[dict]]]] = {
-        "answers": (chunk, partial(answers, free, tokenizer, how)),
+        "answers": (chunk, partial(answers, free, tokenizer, data, how)),
         "corrections": (chunk, partial(corrections, free, tokenizer, data, how)),
         "losses": (how.batch_size or 8, partial(losses, mixing, how)),
     }
@@ -191,7 +200,6 @@ def evaluate(model_arguments: ModelArguments, data: DataArguments, how: EvalArgu
         settings, found = read(folder / f"{name}.jsonl")
         if len(found) == len(rows) and not differences(settings, settings | what, ignore=NAMES):
             lines[name], made[name] = found, {key: settings[key] for key in _SETTINGS[name]}
-    before = _results(folder)
     asked = {*how.metrics, *before.get("metrics", [])}
     metrics = [name for name in METRICS if name in asked & set().union(*(_MEASURED[kind] for kind in lines))]
     commands = before.get("commands", []) if set(metrics) - set(how.metrics) else []
@@ -206,20 +214,31 @@ def evaluate(model_arguments: ModelArguments, data: DataArguments, how: EvalArgu
 
 
 def _results(folder: Path) -> dict[str, Any]:
-    try:
-        return json.loads((folder / "results.json").read_text())
-    except (OSError, ValueError):
+    """What an earlier command has left; ValueError if the file is of another program."""
+    file = folder / "results.json"
+    if not file.exists():
         return {}
+    try:
+        found = json.loads(file.read_text(encoding="utf-8"))
+    except ValueError:
+        found = None
+    if not isinstance(found, dict) or not {"metrics", "commands", "settings"} <= found.keys():
+        raise ValueError(f"selfgen eval did not write {file}, and would write over it: give another output_dir")
+    return found
 
 
 def answers(
-    generator: ContextGenerator, tokenizer: PreTrainedTokenizerBase, how: EvalArguments, rows: list[dict]
+    generator: ContextGenerator,
+    tokenizer: PreTrainedTokenizerBase,
+    data: DataArguments,
+    how: EvalArguments,
+    rows: list[dict],
 ) -> list[dict[str, Any]]:
     """Free-running answers of some rows."""
-    found = answer_rows(generator, tokenizer, rows, **_sampling(how))
+    found = answer_rows(generator, tokenizer, rows, data, **_sampling(how))
     lines = []
     for row, text, finished in zip(rows, found["own_answer"], found["finished"], strict=True):
-        line = _asked(tokenizer, row)
+        line = _asked(tokenizer, data, row)
         lines.append(line | _judged("generated", text, line["reference"]) | {"finished": finished})
     return lines
 
@@ -236,7 +255,7 @@ def corrections(
     found = answer_rows(generator, tokenizer, rows, data, correction, **_sampling(how))
     lines = []
     for row, first, corrected in zip(rows, found["own_answer"], found["corrected"], strict=True):
-        line = _asked(tokenizer, row)
+        line = _asked(tokenizer, data, row)
         judged = _judged("first", first, line["reference"]) | _judged("corrected", corrected, line["reference"])
         lines.append(line | judged)
     return lines
@@ -269,7 +288,7 @@ def measure(lines: dict[str, list[dict[str, Any]]], metrics: list[str], self_pro
         ).to_dict()
     if made := lines.get("losses"):
         self_probs = _self_probs(self_prob)
-        found = {name: PositionLoss.of(line[name] for line in made) for name in self_probs}
+        found = {name: PositionLoss.of(_numbers(line[name]) for line in made) for name in self_probs}
         if "loss" in metrics:
             results["loss"] = {
                 name: {"self_prob": self_prob, "loss": found[name].mean, "tokens": found[name].tokens}
@@ -278,6 +297,11 @@ def measure(lines: dict[str, list[dict[str, Any]]], metrics: list[str], self_pro
         if "curve" in metrics:
             results["curve"] = exposure_bias(found["reference"], found["own"])
     return results
+
+
+def _numbers(losses: list[float | None]) -> list[float]:
+    """Losses as they were before they were JSON, which has no NaN."""
+    return [float("nan") if loss is None else loss for loss in losses]
 
 
 def _self_probs(self_prob: float) -> dict[str, float]:
@@ -289,9 +313,9 @@ def _sampling(how: EvalArguments) -> dict[str, Any]:
     return {"max_new_tokens": how.max_new_tokens, "seed": how.seed, "batch_size": batch_size, "progress": True}
 
 
-def _asked(tokenizer: PreTrainedTokenizerBase, row: dict) -> dict[str, Any]:
+def _asked(tokenizer: PreTrainedTokenizerBase, data: DataArguments, row: dict) -> dict[str, Any]:
     """What a row asks, as the model reads it, and what it should say."""
-    reference = tokenizer.decode(row["answer_ids"], skip_special_tokens=True)
+    (reference,) = data.answer_texts(tokenizer, [row["answer_ids"]])
     return {
         "sample_id": row["sample_id"],
         "prompt": tokenizer.decode(row["prompt_ids"]),

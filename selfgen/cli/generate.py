@@ -7,12 +7,24 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
 from ..context import ContextGenerator
+from ..context.models import unpadded_vocab_size
 from ..correction import DEFAULT_CUE
 from ..data import sample_ids_of
 from ..provenance import rows_hash, weights_hash
 from .answers import answer_rows
 from .journal import Journal
-from .options import DataArguments, ModelArguments, device, fail, make_parser, parse, show_log
+from .options import (
+    DataArguments,
+    ModelArguments,
+    check_least,
+    check_seed,
+    check_temperature,
+    device,
+    fail,
+    make_parser,
+    parse,
+    show_log,
+)
 
 logger = logging.getLogger(__name__)
 
@@ -49,6 +61,11 @@ class GenerateArguments:
     use_cpu: bool = field(default=False, metadata={"help": "Run on the CPU even if there is an accelerator."})
 
     def __post_init__(self) -> None:
+        check_least(self, 1, "rounds", "max_new_tokens", "top_k", "batch_size", "chunk_rows")
+        check_temperature(self, "temperature")
+        check_seed(self.seed)
+        if self.top_p is not None and not 0.0 < self.top_p <= 1.0:
+            raise ValueError(f"top_p is {self.top_p}; it must be above 0 and at most 1")
         if not self.correct and (self.rounds, self.correction_cue) != (1, DEFAULT_CUE):
             raise ValueError("rounds and correction_cue need --correct: add it, or leave them out")
 
@@ -71,15 +88,17 @@ def run(arguments: list[str]) -> int:
 
 def answer(model_arguments: ModelArguments, data: DataArguments, how: GenerateArguments) -> None:
     model, tokenizer = model_arguments.load()
+    vocab_size = unpadded_vocab_size(model, tokenizer)
     given = data.load()
     rows, report = data.tokenize_prompts(given, tokenizer)
     place_of = {sample_id: place for place, sample_id in enumerate(sample_ids_of(given))}
     logger.log(report.level, "data: %s", report)
     settings = asdict(model_arguments) | asdict(data)
     settings |= {name: value for name, value in asdict(how).items() if name not in _MAY_CHANGE}
-    settings |= {"weights": weights_hash(model), "rows": rows_hash(rows)}
+    settings |= {"weights": weights_hash(model), "rows": rows_hash(rows), "vocab_size": vocab_size}
     journal = Journal(Path(how.output_file), settings)
-    generator = ContextGenerator(model.to(device(how.use_cpu)), temperature=how.temperature)
+    model = model.to(device(how.use_cpu))
+    generator = ContextGenerator(model, temperature=how.temperature, vocab_size=vocab_size)
 
     correction = {"rounds": how.rounds, "cue": how.correction_cue}
     sampling = {name: getattr(how, name) for name in ("max_new_tokens", "seed", "batch_size", "top_k", "top_p")}

@@ -11,11 +11,11 @@ from typing import Any
 from datasets import Dataset
 from tqdm.auto import tqdm
 
-from ..files import alone
+from ..files import alone, to_json, write_json
 from ..provenance import differences
 
-NAMES = {"model", "revision", "dataset", "dataset_config", "dataset_split"}
-"""Settings that name weights and rows, which may differ: hashes tell weights and rows apart."""
+NAMES = {"model", "revision", "trust_remote_code", "dataset", "dataset_config", "dataset_split"}
+"""Settings that lead to weights and rows, which may differ: hashes tell weights and rows apart."""
 
 
 def _settings_of(file: Path) -> Path:
@@ -25,27 +25,45 @@ def _settings_of(file: Path) -> Path:
 def read(file: Path) -> tuple[dict[str, Any], list[dict[str, Any]]]:
     """Settings and rows of a journal, as far as there are any."""
     settings = _settings_of(file)
-    content = file.read_text() if file.exists() else ""
-    lines = content[: content.rfind("\n") + 1].splitlines()
-    return json.loads(settings.read_text()) if settings.exists() else {}, [json.loads(line) for line in lines]
+    content = file.read_text(encoding="utf-8") if file.exists() else ""
+    lines = content[: content.rfind("\n") + 1].split("\n")[:-1]
+    found = _loads(settings, 1, settings.read_text(encoding="utf-8")) if settings.exists() else {}
+    return found, [_loads(file, number, line) for number, line in enumerate(lines, start=1)]
+
+
+def _loads(file: Path, line: int, text: str) -> dict[str, Any]:
+    try:
+        found = json.loads(text)
+    except ValueError as error:
+        raise ValueError(
+            f"{file}, line {line}: broken JSON ({error}); give another place, or remove the file"
+        ) from None
+    if not isinstance(found, dict):
+        raise ValueError(f"{file}, line {line}: not an object but {text:.40}; give another place, or remove the file")
+    return found
 
 
 class Journal:
     """A file of rows, written in order and in whole lines, with the settings that they were made with next to it.
 
     Args:
-        file: of JSON lines; what a kill left of a line is removed. Values that JSON does not have become text.
+        file: of JSON lines; what a kill left of a line is removed. Values that JSON does not have become text, and NaN
+            and infinities null.
         settings: what must be the same for more rows to be added; kept in ``FILE.settings.json``.
 
     Raises:
-        ValueError: the file holds rows of other settings.
+        ValueError: the file holds rows of other settings, or something else.
     """
 
     def __init__(self, file: Path, settings: dict[str, Any]):
         self.file = file
+        if file.is_dir():
+            raise ValueError(f"{file} is a folder: give the name of a file")
         file.parent.mkdir(parents=True, exist_ok=True)
         if not file.exists():
-            _settings_of(file).write_text(json.dumps(settings, indent=1) + "\n")
+            write_json(_settings_of(file), settings)
+        elif not _settings_of(file).exists():
+            raise ValueError(f"selfgen did not write {file}, and would add rows to it: give another file or folder")
         elif other := differences(read(file)[0], settings, ignore=NAMES):
             raise ValueError(
                 f"{file} holds rows that were made with other settings ({'; '.join(other)}): give the former ones, or "
@@ -77,6 +95,6 @@ class Journal:
 
     def append(self, rows: list[dict[str, Any]]) -> None:
         with self.file.open("a") as lines:
-            lines.write("".join(json.dumps(row, default=str) + "\n" for row in rows))
+            lines.write("".join(to_json(row) + "\n" for row in rows))
             lines.flush()
             os.fsync(lines.fileno())

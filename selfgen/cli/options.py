@@ -11,12 +11,11 @@ import sys
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, NoReturn
+from types import UnionType
+from typing import Any, NoReturn, Union, get_args, get_origin, get_type_hints
 
 import torch
-import yaml
 from datasets import Dataset
-from safetensors import SafetensorError
 from transformers import (
     AutoModelForCausalLM,
     AutoTokenizer,
@@ -24,11 +23,13 @@ from transformers import (
     PreTrainedModel,
     PreTrainedTokenizerBase,
 )
-from transformers.hf_argparser import string_to_bool
 from transformers.utils.hub import cached_file, extract_commit_hash
 
 from ..data import RowOptions, load_rows
+from ..files import PATHS, expand_home
 from ..training.config import RENAMED
+from .pretrained import from_pretrained
+from .yaml_file import read_file, value_of
 
 DTYPES = ("auto", "float32", "bfloat16", "float16")
 
@@ -52,6 +53,13 @@ class ModelArguments:
         },
     )
     revision: str = field(default="main", metadata={"help": "Branch, tag or commit of a model on the hub."})
+    trust_remote_code: bool = field(
+        default=False,
+        metadata={
+            "help": "Run the code that comes with a model or a tokenizer which transformers does not have. It can do "
+            "all that you can do: say yes to code that you have read."
+        },
+    )
 
     def __post_init__(self):
         if self.dtype not in DTYPES:
@@ -66,13 +74,9 @@ class ModelArguments:
         return self._from_pretrained(AutoTokenizer)
 
     def _from_pretrained(self, auto_class, **options):
-        try:
-            return auto_class.from_pretrained(self.model, revision=self.revision, **options)
-        except (OSError, SafetensorError) as error:
-            raise FileNotFoundError(
-                f"model {self.model!r} is neither a folder with a checkpoint, nor could it be loaded from the hub; "
-                f"check the path or name, the revision and the network: {error}"
-            ) from error
+        return from_pretrained(
+            auto_class, self.model, revision=self.revision, trust_remote_code=self.trust_remote_code, **options
+        )
 
     def commit(self) -> str | None:
         """The commit of a model from the hub, which the place of its files in the cache tells; None for a folder."""
@@ -131,10 +135,34 @@ def source_of(data: Any) -> dict[str, str | None]:
 
 
 class Parser(HfArgumentParser):
-    """One line and exit code 2 for an error, whatever the number of options."""
+    """Dataclasses as flags. One line and exit code 2 for an error, whatever the number of options.
+
+    ``~`` in a path is the home folder, and an option that takes text or a list of texts takes both.
+    """
 
     def error(self, message: str) -> NoReturn:
         fail(message, self.prog)
+
+    def parse_known_args(self, args=None, namespace=None):
+        args = _values_with_a_dash(self, list(sys.argv[1:] if args is None else args))
+        found, unknown = super().parse_known_args(args, namespace)
+        for name in (name for name, kind in self.kinds().items() if kind == "either"):
+            value = getattr(found, name)
+            if isinstance(value, list) and len(value) == 1:
+                setattr(found, name, value[0])
+        expand_home(found)
+        return found, unknown
+
+    def kinds(self) -> dict[str, str]:
+        """What each option takes: "one" value, a "list", "either" of them, a "dict", or "json", a list of anything."""
+        found = {}
+        for one in self.dataclass_types:
+            for name, hint in get_type_hints(one).items():
+                parts = get_args(hint) if get_origin(hint) in (Union, UnionType) else (hint,)
+                kinds = {get_origin(part) or part for part in parts}
+                kind = "one" if list not in kinds else "either" if {str, list[str]} <= {*parts} else "list"
+                found[name] = "dict" if dict in kinds else "json" if list in parts else kind
+        return found
 
 
 class HelpFormatter(argparse.ArgumentDefaultsHelpFormatter):
@@ -187,35 +215,59 @@ def _unknown(shown: str, parser: Parser, elsewhere: Mapping[str, str]) -> str:
     return f"unknown option {shown!r}{f'; did you mean {spelled(close[0])}?' if close else ''}"
 
 
-def from_yaml(parser: Parser, file: str, elsewhere: Mapping[str, str]) -> list[str]:
-    """The flags that a YAML file stands for."""
-    if not Path(file).is_file():
-        raise FileNotFoundError(
-            f"there is no configuration file {file!r}: give a YAML file that exists, or begin each option with --"
-        )
+def _values_with_a_dash(parser: Parser, arguments: list[str]) -> list[str]:
+    """Join options with values that begin with a dash, such as -1e-5, which argparse would take for options."""
+    one_value = {
+        flag for action in parser._actions if action.nargs is None and action.option_strings
+        for flag in action.option_strings
+    }  # fmt: skip
+    flags = {flag for action in parser._actions for flag in action.option_strings}
+    joined: list[str] = []
+    for argument in arguments:
+        is_value = argument.startswith("-") and not argument.startswith("--") and argument not in flags
+        if is_value and joined and joined[-1] in one_value:
+            joined[-1] += f"={argument}"
+        else:
+            joined.append(argument)
+    return joined
+
+
+def json_object(text: str) -> dict[str, Any]:
+    """The JSON object that ``text`` is."""
     try:
-        values = yaml.safe_load(Path(file).read_text())
-    except yaml.YAMLError as error:
-        raise ValueError(f"{file} is not valid YAML: {error}") from error
-    if not isinstance(values, dict):
-        raise ValueError(f"{file} must map options to values (one `option: value` per line)")
-    known = {action.dest: action for action in parser._actions}
-    flags = []
-    for written, value in values.items():
-        key = str(written).replace("-", "_")
-        if key not in known:
-            raise ValueError(f"{file}: {_unknown(str(written), parser, elsewhere)}")
-        if value is None:
-            if known[key].default is not None:
-                raise ValueError(
-                    f"{file}: {key} has no value; give one, or remove the line: default {known[key].default!r}"
-                )
-            continue
-        if isinstance(value, bool) and known[key].type is not string_to_bool:
-            value = "yes" if value else "no"  # YAML reads the words yes and no as booleans
-        values_of_key = value if isinstance(value, list) else [json.dumps(value) if isinstance(value, dict) else value]
-        flags += [f"--{key}", *map(str, values_of_key)]
-    return flags
+        found = json.loads(text)
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(f"{text!r} is no JSON object such as '{{\"key\": 1}}' ({error})") from None
+    if not isinstance(found, dict):
+        raise argparse.ArgumentTypeError(f"{text!r} is no JSON object such as '{{\"key\": 1}}'")
+    return found
+
+
+def json_text(text: str) -> str:
+    """``text``, which must be a JSON object."""
+    json_object(text)
+    return text
+
+
+def defaults_from_file(parser: Parser, file: str, elsewhere: Mapping[str, str]) -> None:
+    """Make the values of a YAML file the defaults of the parser, so that flags win over them."""
+    kinds = parser.kinds()
+    known = {action.dest: action for action in reversed(parser._actions) if action.dest in kinds}
+    values = {}
+    for name, entry in read_file(file).items():
+        if name not in known:
+            raise ValueError(f"{file}, line {entry.line}: {_unknown(entry.key, parser, elsewhere)}")
+        value = value_of(file, entry, known[name], kinds[name])
+        if value is not None:
+            values[name] = value
+        elif known[name].default is not None:
+            raise ValueError(
+                f"{file}, line {entry.line}: {name} has no value; give one, or remove the line: default "
+                f"{known[name].default!r}"
+            )
+    parser.set_defaults(**values)
+    for action in parser._actions:
+        action.required = action.required and action.dest not in values
 
 
 def parse(parser: Parser, arguments: list[str], elsewhere: Mapping[str, str] | None = None) -> tuple[Any, ...]:
@@ -228,7 +280,7 @@ def parse(parser: Parser, arguments: list[str], elsewhere: Mapping[str, str] | N
         raise SystemExit(0)
     if arguments and not arguments[0].startswith("-"):
         file, *arguments = arguments
-        arguments = from_yaml(parser, file, elsewhere or {}) + arguments  # the last one of two flags wins
+        defaults_from_file(parser, file, elsewhere or {})
     elif late := next((one for one in arguments if one.endswith((".yaml", ".yml")) and Path(one).is_file()), None):
         raise ValueError(f"give the configuration file {late} first, and the options after it")
     if old := next((one for one in arguments if _name_of(one) in RENAMED), None):
@@ -249,10 +301,37 @@ def make_parser(groups: Iterable[type], prog: str, usage: str, description: str,
     parser = Parser(
         tuple(groups), prog=prog, usage=usage, description=description, epilog=epilog, formatter_class=HelpFormatter
     )
+    kinds = parser.kinds()
     for action in parser._actions:
         if any(flag.startswith("--no_") for flag in action.option_strings):
             action.help = argparse.SUPPRESS
+        kind = kinds.get(action.dest)
+        if kind == "either":
+            action.nargs = "+"
+        elif kind == "dict" and action.dest not in PATHS:  # where it may be a file
+            action.type = json_text if action.type is str else json_object
     return parser
+
+
+def check_least(options: object, least: int, *names: str) -> None:
+    """Raise ValueError if one of these options is a number below ``least``; None is none."""
+    for name in names:
+        value = getattr(options, name)
+        if value is not None and not value >= least:
+            raise ValueError(f"{name} is {value}; it must be at least {least}")
+
+
+def check_temperature(options: object, *names: str) -> None:
+    """Raise ValueError if one of these options is no temperature."""
+    for name in names:
+        if not 0.0 <= getattr(options, name) < float("inf"):
+            raise ValueError(f"{name} is {getattr(options, name)}; it must be a finite number >= 0")
+
+
+def check_seed(seed: int) -> None:
+    """Raise ValueError unless ``seed`` has 64 bits, with or without a sign."""
+    if not -(2**63) <= seed < 2**64:
+        raise ValueError(f"seed is {seed}; it must be a 64-bit integer, from -2**63 to 2**64 - 1")
 
 
 def device(use_cpu: bool) -> torch.device:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import logging
 from collections.abc import Callable
+from contextlib import ExitStack
 from dataclasses import dataclass, field, fields, replace
 from functools import partial
 from pathlib import Path
@@ -15,16 +16,29 @@ from datasets import Dataset, IterableDataset
 from transformers import PreTrainedModel, TrainingArguments
 
 from ..context import UnsupportedModelError
+from ..context.models import unpadded_vocab_size
 from ..data import DataError, load_rows
 from ..stored_contexts import OfflineError
 from ..training.bash import BASHTrainer
-from ..training.bss import BSSTrainer
-from ..training.checkpoints import check_resumed, last_checkpoint
+from ..training.bss import BSSTrainer, check_processes
+from ..training.checkpoints import check_resumed, last_checkpoint, output_of, remove_model
 from ..training.config import BSSConfig, GeneratorOptions
+from ..training.processes import meet
 from ..training.rac import RACConfig, RACTrainer
 from ..training.rounds import train_rounds
 from ..training.streams import check_stream
-from .options import Parser, TrainedModelArguments, fail, make_parser, parse, show_log, source_of, wants_everything
+from .options import (
+    Parser,
+    TrainedModelArguments,
+    check_least,
+    fail,
+    make_parser,
+    parse,
+    show_log,
+    source_of,
+    wants_everything,
+)
+from .yaml_file import read_file
 
 logger = logging.getLogger(__name__)
 
@@ -101,9 +115,9 @@ class TrainingData:
 
     def load(self) -> tuple[Dataset | IterableDataset | None, Dataset | IterableDataset | None]:
         """Rows to train and to evaluate on."""
-        train_rows, how = None, {"streaming": True} if self.streaming else {}
+        train_rows, load = None, partial(load_rows, streaming=self.streaming)
         if self.dataset:
-            train_rows = load_rows(self.dataset, split=self.dataset_split, config_name=self.dataset_config, **how)
+            train_rows = load(self.dataset, split=self.dataset_split, config_name=self.dataset_config)
         if not self.eval_dataset and not self.eval_split:
             return train_rows, None
         name = self.eval_dataset or self.dataset
@@ -112,7 +126,7 @@ class TrainingData:
                 f"eval_split is {self.eval_split!r}, but there is no data set to take it from: give --eval-dataset"
             )
         config = self.dataset_config if name == self.dataset else None
-        return train_rows, load_rows(name, split=self.eval_split or "train", config_name=config, **how)
+        return train_rows, load(name, split=self.eval_split or "train", config_name=config)
 
 
 @dataclass
@@ -157,6 +171,17 @@ class MethodArguments:
         },
     )
 
+    overwrite_output_dir: bool = field(
+        default=False,
+        metadata={
+            "help": "Put the trained model in place of one that output_dir holds, which is refused otherwise, also "
+            "where that is the folder of --model. Checkpoints and rounds of an earlier run are never written over."
+        },
+    )
+
+    def __post_init__(self) -> None:
+        check_least(self, 1, "rounds", "shard_rows", "context_batch_size")
+
     def check(self, data: TrainingData) -> None:
         if self.method != "bash" and (self.contexts or self.rounds != 1):
             raise ValueError(f"contexts and rounds need --method bash, but method is {self.method!r}")
@@ -175,27 +200,49 @@ class MethodArguments:
 
 def run(arguments: list[str]) -> int:
     show_log()
-    try:
-        config_class = RACConfig if method_of(arguments) == "rac" else BSSConfig
-        of_rac = {f.name: "--method rac" for f in fields(RACConfig)}
-        options = parse(_parser(config_class, everything=wants_everything(arguments)), arguments, of_rac)
-        method, config = options[2:]
-        method.check(options[1])
-        train = _prepare_rounds(*options) if method.method == "bash" and not method.contexts else _prepare(*options)
-    except (ValueError, TypeError, OSError, ImportError) as error:
-        fail(error, PROG)
-    try:
-        train()
-    except (UnsupportedModelError, OfflineError, DataError) as error:
-        fail(error, PROG)
+    with ExitStack() as stack:
+        try:
+            config_class = RACConfig if method_of(arguments) == "rac" else BSSConfig
+            of_rac = {f.name: "--method rac" for f in fields(RACConfig)}
+            options = parse(_parser(config_class, everything=wants_everything(arguments)), arguments, of_rac)
+            method, config = options[2:]
+            method.check(options[1])
+            if method.method == "bash" and not method.contexts:
+                train = _prepare_rounds(*options)
+            else:
+                _take_folder(config, method.overwrite_output_dir, stack)
+                train = _prepare(*options)
+        except (ValueError, TypeError, OSError, ImportError) as error:
+            fail(error, PROG)
+        try:
+            train()
+        except (UnsupportedModelError, OfflineError, DataError) as error:
+            fail(error, PROG)
     print(f"model and tokenizer are in {config.output_dir}")
     return 0
+
+
+def _take_folder(config: BSSConfig, overwrite: bool, stack: ExitStack) -> None:
+    """Keep other runs out of the output folder until ``stack`` is closed.
+
+    Raises:
+        ValueError: in all processes of this run: another run is writing it, or it holds something else.
+    """
+    check_processes(config.world_size)
+    error: Exception | None = None
+    if config.process_index == 0:
+        try:
+            stack.enter_context(output_of(config, overwrite=overwrite))
+        except (ValueError, OSError) as reason:
+            error = reason
+    meet(error)
 
 
 def _prepare(
     model_arguments: TrainedModelArguments, data: TrainingData, method: MethodArguments, config: BSSConfig
 ) -> Callable[[], None]:
     """Do all that can fail before the first step; returns a function that trains."""
+    checkpoint = _checkpoint(config)
     if method.contexts:
         _warn_of_what_has_no_effect(config, method.contexts)
     if data.streaming:
@@ -208,11 +255,13 @@ def _prepare(
         train_dataset=method.contexts or train_rows,
         eval_dataset=eval_rows,
         processing_class=tokenizer,
+        trust_remote_code=model_arguments.trust_remote_code,
     )
-    checkpoint = _checkpoint(config)
 
     def train() -> None:
         trainer.train(resume_from_checkpoint=checkpoint)
+        if method.overwrite_output_dir and trainer.is_world_process_zero():
+            remove_model(config.output_dir)
         trainer.save_model()
         trainer.save_state()
         trainer.evaluate_at_the_end()
@@ -239,8 +288,10 @@ def _prepare_rounds(
 
     def load(name: str) -> PreTrainedModel:
         try:
-            return replace(model_arguments, model=name).load()[0]
-        except OSError as error:
+            model = replace(model_arguments, model=name).load()[0]
+            unpadded_vocab_size(model, tokenizer)  # checks that each token has a row
+            return model
+        except (OSError, ValueError) as error:
             fail(error, PROG)
 
     return partial(
@@ -254,6 +305,8 @@ def _prepare_rounds(
         eval_dataset=eval_rows,
         shard_rows=method.shard_rows,
         batch_size=method.context_batch_size,
+        overwrite=method.overwrite_output_dir,
+        trust_remote_code=model_arguments.trust_remote_code,
         provenance={
             "pretrained": model_arguments.model,
             "pretrained_revision": model_arguments.commit(),
@@ -264,17 +317,12 @@ def _prepare_rounds(
 
 def _checkpoint(config: BSSConfig) -> str | None:
     """The checkpoint to continue from, or None. "last" is the newest one that is complete, or None if there is none."""
-    asked, last = config.resume_from_checkpoint, last_checkpoint(config.output_dir)
-    if asked is None and last:
-        raise ValueError(
-            f"{config.output_dir} has checkpoints of an earlier run; continue it (--resume-from-checkpoint last), or "
-            "give another output_dir"
-        )
+    asked = config.resume_from_checkpoint
     if asked and asked != "last" and not (Path(asked) / "trainer_state.json").is_file():
         raise FileNotFoundError(
             f"resume_from_checkpoint is {asked!r}: no checkpoint there; give the folder of one, or last for the newest"
         )
-    found = last if asked == "last" else asked
+    found = last_checkpoint(config.output_dir) if asked == "last" else asked
     if found:
         check_resumed(found, config)
     return found
@@ -286,14 +334,13 @@ def method_of(arguments: list[str]) -> str | None:
         flag, _, value = arguments[place].partition("=")
         if flag == "--method":
             return value or next(iter(arguments[place + 1 :]), None)
-    file = Path(arguments[0]) if arguments else None
-    if file is None or arguments[0].startswith("-") or not file.is_file():
+    if not arguments or arguments[0].startswith("-"):
         return None
     try:
-        values = yaml.safe_load(file.read_text())
-    except yaml.YAMLError:  # which is reported where the file is read as a whole
+        entry = read_file(arguments[0]).get("method")
+    except (ValueError, OSError):  # which is reported where the file is read as a whole
         return None
-    return values.get("method") if isinstance(values, dict) else None
+    return entry.value.value if entry and isinstance(entry.value, yaml.ScalarNode) else None
 
 
 def _parser(config_class: type[BSSConfig], everything: bool) -> Parser:

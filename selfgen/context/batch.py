@@ -100,6 +100,7 @@ class Batch:
     seed: int
     temperature: float
     min_reference_prob: float | None = None  # below it, a candidate is the reference token after all
+    vocab_size: int | None = None  # only ids below it are sampled
 
     @classmethod
     def of(
@@ -113,6 +114,7 @@ class Batch:
         model: PreTrainedModel,
         temperature: float,
         masks: Masks,
+        vocab_size: int | None,
         may_be_self: Sequence[Tensor | Sequence[bool]] | None = None,
     ) -> Batch:
         """Check what was given and draw the candidates, which need no forward.
@@ -120,9 +122,9 @@ class Batch:
         Raises:
             ValueError, TypeError: as of ``ContextGenerator.contexts``.
         """
-        device, vocab_size, limit = model.device, vocab_size_of(model), max_positions(model)
-        prompts = check_token_rows("prompts", prompts, vocab_size, device)
-        references = check_token_rows("references", references, vocab_size, device)
+        device, ids_known, limit = model.device, vocab_size or vocab_size_of(model), max_positions(model)
+        prompts = check_token_rows("prompts", prompts, ids_known, device)
+        references = check_token_rows("references", references, ids_known, device)
         if len(prompts) != len(references):
             raise ValueError(f"{len(prompts)} prompts and {len(references)} references; give one reference per prompt")
         try:
@@ -149,6 +151,7 @@ class Batch:
             seed=seed,
             temperature=temperature,
             min_reference_prob=masks.min_reference_prob or None,
+            vocab_size=vocab_size,
         )
 
     @property
@@ -178,6 +181,7 @@ class Batch:
             self.seed,
             self.temperature,
             self.min_reference_prob,
+            self.vocab_size,
         )
 
 

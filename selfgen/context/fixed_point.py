@@ -136,6 +136,7 @@ class FixedPoint:
             positions=self.answer_positions[at],
             temperature=batch.temperature,
             min_reference_prob=batch.min_reference_prob,
+            vocab_size=batch.vocab_size,
             status=self.status,
         )
         return sampled, is_sampled

@@ -166,7 +166,7 @@ def free_running(
 ) -> Work:
     """Run every row to its end, and pass its number and its answer, int64 [T], to ``finish`` when it has ended.
 
-    ``sampling`` is what ``sample_mix`` takes beside rows and positions: seed, temperature, filters, status.
+    ``sampling`` is what ``sample_mix`` takes beside rows and positions: seed, temperature, filters, vocab_size, status.
     """
     state = FreeRun.start(prompts, batch_size)
     with forward.over(len(state.tokens)):

@@ -58,10 +58,14 @@ class ContextGenerator:
         cuda_graphs: on an NVIDIA GPU, replay passes as CUDA graphs. Until `release` they keep the K/V of a generation,
             and the hidden states and logits of a pass (up to 2 GiB together). Python code in the model,
             such as a hook that counts, does not run in a replay.
+        vocab_size: how many ids there are: only those below it are sampled, in contexts and in answers, and counted in
+            any probability. Give ``len(tokenizer)`` where the embedding has more rows, which are padding. Holes, ids
+            below it that no token has, are sampled. None: all rows of the embedding.
 
     Raises:
         TypeError: ``model`` is not a transformers model, or its weights have more than one dtype.
-        ValueError: ``temperature``, ``token_budget`` or ``balance`` out of range, or the model is split over processes.
+        ValueError: ``temperature``, ``token_budget``, ``balance`` or ``vocab_size`` out of range, or the model is split
+            over processes.
 
     Example:
         >>> generator = ContextGenerator(model)
@@ -78,6 +82,7 @@ class ContextGenerator:
         balance: float | None = None,
         masks: Masks | None = None,
         cuda_graphs: bool = True,
+        vocab_size: int | None = None,
     ):
         self.model = transformers_model(model)
         self._given: torch.nn.Module = model
@@ -92,7 +97,15 @@ class ContextGenerator:
             raise ValueError(f"token_budget is {token_budget!r}; it must be an integer >= 1, or None to measure it")
         if balance is not None and not (type(balance) in (int, float) and 0.0 < balance < float("inf")):
             raise ValueError(f"balance is {balance!r}; it must be a finite number > 0, or None to measure it")
+        if vocab_size is not None:
+            rows = vocab_size_of(self.model)
+            if type(vocab_size) is not int or not 1 <= vocab_size <= rows:
+                raise ValueError(
+                    f"vocab_size is {vocab_size!r}; it must be an integer from 1 to {rows}, the number of rows of the "
+                    "model's embedding, or None for all of them"
+                )
         self.temperature = float(temperature)
+        self.vocab_size = vocab_size
         self.masks = masks or Masks()
         self._token_budget, self._balance = token_budget, balance
         self._budget: PassBudget | None = None
@@ -203,6 +216,7 @@ class ContextGenerator:
             model=self.model,
             temperature=self.temperature,
             masks=self.masks,
+            vocab_size=self.vocab_size,
             may_be_self=may_be_self,
         )
         if not batch.prompts:
@@ -285,7 +299,8 @@ class ContextGenerator:
         for name, value in (("max_new_tokens", max_new_tokens), ("batch_size", batch_size)):
             if type(value) is not int or value < 1:
                 raise ValueError(f"{name} is {value!r}; it must be an integer >= 1")
-        rows = check_token_rows("prompts", prompts, vocab_size_of(self.model), self.model.device)
+        ids_known = self.vocab_size or vocab_size_of(self.model)
+        rows = check_token_rows("prompts", prompts, ids_known, self.model.device)
         ids = check_sample_ids(range(len(rows)) if sample_ids is None else sample_ids, len(rows), self.model.device)
         if not rows:
             return Answers([], [], 0, 0, 0, 0.0)
@@ -298,7 +313,7 @@ class ContextGenerator:
         status = torch.zeros(1, dtype=torch.int64, device=self.model.device)
         sampling = {
             "seed": seed, "temperature": self.temperature, "top_k": top_k, "top_p": top_p, "min_p": min_p,
-            "status": status,
+            "vocab_size": self.vocab_size, "status": status,
         }  # fmt: skip
         answers: list[Tensor] = [ids[:0]] * len(rows)
         support = inspect_model(self.model, max(len(row) + limit for row, limit in zip(rows, limits, strict=True)))

@@ -10,7 +10,7 @@ from collections.abc import Iterator, Sequence, Sized
 from contextlib import contextmanager
 
 import torch
-from transformers import PreTrainedModel
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 
 def cache_argument(model: PreTrainedModel) -> str:
@@ -21,6 +21,28 @@ def cache_argument(model: PreTrainedModel) -> str:
 def vocab_size_of(model: PreTrainedModel) -> int:
     """How many ids the embedding has, with or without an adapter."""
     return model.get_input_embeddings().weight.shape[0]
+
+
+def unpadded_vocab_size(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> int | None:
+    """The ``vocab_size`` of a ``ContextGenerator``: how many ids the tokenizer has, if the embedding has more rows.
+
+    Those rows are padding. None, if there are none, or if the tokenizer is a stand-in without ``get_vocab``. Ids are
+    counted up to the highest one: a hole, an id below it that no token has, is sampled like any other.
+
+    Raises:
+        ValueError: a token has no row; the one with the highest id is named.
+    """
+    ids = tokenizer.get_vocab() if hasattr(tokenizer, "get_vocab") else {}
+    if not ids:
+        return None
+    token, last = max(ids.items(), key=lambda item: item[1])
+    rows = vocab_size_of(model)
+    if last >= rows:
+        raise ValueError(
+            f"the token {token!r} of the tokenizer has id {last}, but the model's embedding has {rows} rows (ids 0 to "
+            f"{rows - 1}): call model.resize_token_embeddings({last + 1}) and save the model, or give its own tokenizer"
+        )
+    return last + 1 if last + 1 < rows else None
 
 
 def max_positions(model: PreTrainedModel) -> int | None:

@@ -86,6 +86,7 @@ def _decode(model: PreTrainedModel, batch: Batch, status: Tensor, *, use_cache: 
             positions=torch.full((rows,), step, device=batch.device),
             temperature=batch.temperature,
             min_reference_prob=batch.min_reference_prob,
+            vocab_size=batch.vocab_size,
             status=status,
         )
         coins.append(coin)

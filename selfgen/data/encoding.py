@@ -12,6 +12,7 @@ from .conversations import RowFault
 
 _OPEN, _CLOSE = "\ufdd0", "\ufdd1"  # noncharacters, around a control token that is ordinary text
 _MARKED = f"{_OPEN}.*?{_CLOSE}"
+_TAIL = 16  # characters
 NOT_MARKED = f"(?<!{_OPEN})"  # of a pattern of control tokens
 
 
@@ -107,10 +108,14 @@ class Encoder:
         return both[len(line) :] if both[: len(line)] == line else alone
 
     def _tail(self, text: str) -> str:
-        """The end of a text from its last added token on, since tokenizers split texts there first."""
-        start = 0
+        """The end of a text that tells how the next one is tokenized: from its last added token on, or some words.
+
+        Tokenizers split texts at added tokens first, and join no letters over several words.
+        """
+        start = max(text.rfind(" ", 0, -_TAIL), text.rfind("\n", 0, -_TAIL)) + 1 if len(text) > _TAIL else 0
+        start = 0 if self.is_marked(text) else start
         for found in self._marked_or_added.finditer(text) if self._marked_or_added else ():
-            start = start if self.is_marked(found[0]) else found.start()
+            start = start if self.is_marked(found[0]) else max(start, found.start())
         return text[start:]
 
     def _special_tokens_around_texts(self) -> tuple[list[int], list[int]]:

@@ -97,6 +97,13 @@ class ChatTemplate:
         except Exception as error:  # a template may raise anything
             raise RowFault("the chat template rejects the messages", f"{error}: {turns!r:.200}") from error
 
+    def answer_begins(self) -> str:
+        """What the template writes before an answer that is not in the prompt: nothing with a generation prompt."""
+        if self.add_generation_prompt:
+            return ""
+        before, text = self.of_short([_USER]) or "", self.of_short([_USER, _ASSISTANT]) or ""
+        return text[len(before) :].partition(_ANSWER)[0] if text.startswith(before) else ""
+
     def split(self, conversation: Conversation) -> tuple[str, str]:
         """The text of a conversation up to its last turn, which is the answer, and from there on.
 

@@ -193,7 +193,7 @@ class RowOptions:
     def check_rows(self) -> None:
         """Raise ValueError if an option is out of its range; JSON text becomes what it stands for."""
         if self.max_length is not None and self.max_length < 2:
-            raise ValueError(f"max_length={self.max_length} has no room for a prompt and an answer; give at least 2")
+            raise ValueError(f"max_length is {self.max_length}; it must be at least 2, for a prompt and an answer")
         if self.assistant_turns not in ASSISTANT_TURNS:
             raise ValueError(f"assistant_turns is {self.assistant_turns!r}; accepted: {', '.join(ASSISTANT_TURNS)}")
         for name, kind, wanted in (("chat_template_kwargs", dict, "an object"), ("tools", list, "a list of objects")):
@@ -247,6 +247,22 @@ class RowOptions:
         if split is None:  # texts that are given instead of a template have its tokens
             split = not (self.apply_chat_template is False and getattr(tokenizer, "chat_template", None))
         return Encoder(tokenizer, control_tokens(tokenizer, template) if split else (), strict=template is not None)
+
+    def answer_ids(self, tokenizer: PreTrainedTokenizerBase, texts: Sequence[str]) -> list[list[int]]:
+        """Ids of answers that are given as text, as they follow a prompt, without the token that ends them."""
+        template = self.template(tokenizer)
+        encoder = self.encoder(tokenizer, template)
+        begins = template.answer_begins() if template else ""
+        return encoder.after(["\n"] * len(texts), [begins + encoder.mark(text) for text in texts])
+
+    def answer_texts(self, tokenizer: PreTrainedTokenizerBase, answers: Sequence[Iterable[int]]) -> list[str]:
+        """What answers [T_i] say, without special tokens and without what the template writes before an answer."""
+        template = self.template(tokenizer)
+        begins = template.answer_begins() if template else ""
+        (header,) = self.encoder(tokenizer, template).after(["\n"], [begins])
+        rows = [[int(one) for one in ids] for ids in answers]
+        told = [ids[len(header) :] if ids[: len(header)] == header else ids for ids in rows]
+        return tokenizer.batch_decode(told, skip_special_tokens=True)
 
     def tokenize(
         self,

@@ -79,7 +79,8 @@ class BASHTrainer(BSSTrainer):
             self._has_self_tokens = any(any(row) for row in train_dataset["is_self"])
         super().__init__(model, args, train_dataset=train_dataset, **kwargs)
         if train_dataset is not None:
-            _check_fit(train_dataset, self.generator.model, args.max_length)
+            vocab_size = self.generator.vocab_size or vocab_size_of(self.generator.model)
+            _check_fit(train_dataset, vocab_size, args.max_length)
 
     def mix(self, batches: list[dict[str, Tensor]]) -> tuple[ContextStats, None]:
         """The contexts are in ``input_ids`` already; tell what they are like."""
@@ -106,18 +107,18 @@ class BASHTrainer(BSSTrainer):
         return False  # there are no passes whose work could be used
 
 
-def _check_fit(rows: Dataset, model: PreTrainedModel, max_length: int | None) -> None:
-    """Raise ValueError if ``model`` can't read the contexts, which may come from a model with another tokenizer."""
+def _check_fit(rows: Dataset, vocab_size: int, max_length: int | None) -> None:
+    """Raise ValueError if the contexts have other ids, as those of a model with another tokenizer, or are too long."""
     longest = highest = 0
     columns = ["prompt_ids", "answer_ids", "context_ids"]
     for part in rows.select_columns(columns).with_format("arrow").iter(10_000):
         ids = [part[name] for name in columns]
         longest = max(longest, pc.max(pc.add(*map(pc.list_value_length, ids[:2]))).as_py())
         highest = max(highest, *(pc.max(pc.list_flatten(column)).as_py() for column in ids))
-    if highest >= vocab_size_of(model):
+    if highest >= vocab_size:
         raise ValueError(
-            f"the contexts have the token id {highest}, but the model has {vocab_size_of(model)} ids; write them "
-            "with a model that has the same tokenizer"
+            f"the contexts have the token id {highest}, but the model has {vocab_size} ids; write them with a "
+            "model that has the same tokenizer"
         )
     if max_length is not None and longest > max_length:
         raise ValueError(f"the longest row of the contexts has {longest} tokens; raise max_length ({max_length})")

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import json
 import logging
 import os
 from collections.abc import Callable
@@ -19,16 +18,18 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, T
 
 from ..context import ContextStats, MixedContext
 from ..context.hidden_states import ReuseError, decoder_layers
-from ..context.models import max_positions
+from ..context.models import max_positions, transformers_model, vocab_size_of
 from ..data import Collator, DataError, check_sample_ids, load_rows, pad_token_id, rows_of, write_contexts_into
 from ..data.batches import IGNORE_INDEX, ROWS, Row, lengths_of
 from ..data.loading import require_map_style
 from ..data.streams import StreamedRows
+from ..files import at_home, to_json
 from .batches import RowSlots, Step, learn_after_self, unique_rows
 from .checkpoints import SETTINGS, check_resumed, resumed_settings
 from .config import BSSConfig
 from .losses import AnswerLoss, calls_loss_function
 from .meter import Meter, StepTimer
+from .processes import once_per_machine
 from .reuse import reuse_passes
 from .schedules import Schedule
 from .streams import StreamProgress, check_stream, message_of, sorts_by_length, stream_loader
@@ -55,6 +56,7 @@ class BSSTrainer(Trainer):
         processing_class: the tokenizer; by default it is loaded from where the model came from.
         schedule: a function (self_prob_start, self_prob, progress in [0, 1]) -> self-probability, in place of
             ``args.self_prob_schedule``.
+        trust_remote_code: run the code that comes with a ``model`` given by name, its tokenizer and ``args.kl_model``.
         **kwargs: of ``transformers.Trainer``.
 
     Every training log has figures of the steps since the last one, in the process that logs: ``self_share`` (self
@@ -62,6 +64,11 @@ class BSSTrainer(Trainer):
     (tokens computed / context tokens), and, as means per step, ``passes``, ``context_seconds`` and
     ``training_seconds``. On a stream they also have what was read so far, by all processes: ``rows_read``,
     ``rows_kept``, ``rows_truncated``, ``rows_dropped``, and ``rows_dropped/REASON``.
+
+    Only ids of the tokenizer are sampled. Where the model's embedding is padded with more rows, a warning says so.
+
+    Raises:
+        ValueError: arguments that don't go together, such as a token without a row in the model's embedding.
 
     Example:
         >>> config = BSSConfig("outputs/bss", self_prob=0.25, max_steps=100)
@@ -71,6 +78,7 @@ class BSSTrainer(Trainer):
     _weighs_rows = False  # whether batches have a column loss_weight
     _lean_by_default = False  # also where self_prob is 0
     collator_class = Collator
+    train_dataset: Any
 
     def __init__(
         self,
@@ -82,18 +90,24 @@ class BSSTrainer(Trainer):
         processing_class=None,
         data_collator=None,
         schedule: Schedule | None = None,
+        trust_remote_code: bool = False,
         **kwargs,
     ):
         if not isinstance(args, BSSConfig):
             raise TypeError(f"args is a {type(args).__name__}; BSSTrainer takes a BSSConfig")
-        if isinstance(model, str):
-            model = AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32)
-        self.generator = args.generator(model)
-        self.schedule = schedule
-        if processing_class is None and not self.generator.model.name_or_path:
+        self._trust_remote_code = trust_remote_code
+        if isinstance(model, str | Path):
+            model = AutoModelForCausalLM.from_pretrained(
+                at_home(model), dtype=torch.float32, trust_remote_code=trust_remote_code
+            )
+        name = transformers_model(model).name_or_path
+        if processing_class is None and not name:
             raise ValueError("the model was not loaded by name, so its tokenizer can't be found: give processing_class")
         if processing_class is None:
-            processing_class = AutoTokenizer.from_pretrained(self.generator.model.name_or_path)
+            processing_class = AutoTokenizer.from_pretrained(name, trust_remote_code=trust_remote_code)
+        self.generator = args.generator(model, processing_class)
+        self._tell_of_padding()
+        self.schedule = schedule
         limit = max_positions(self.generator.model)
         if args.max_length is None:
             args.max_length = limit
@@ -132,11 +146,20 @@ class BSSTrainer(Trainer):
         self.meter = Meter()
         self.add_callback(StepTimer(self.meter))
 
-    def _end_answers_where_rows_end(self) -> None:
-        """Make the trained model end its answers as its training rows do, also when it is loaded later.
+    def _tell_of_padding(self) -> None:
+        tokens, rows = self.generator.vocab_size, vocab_size_of(self.generator.model)
+        if tokens is not None:
+            logger.warning(
+                "the model has %d embedding rows for %d ids of the tokenizer: the ids %d to %d are padding and never "
+                "sampled",
+                rows,
+                tokens,
+                tokens,
+                rows - 1,
+            )
 
-        (The folder of an adapter has no generation configuration; there ``selfgen`` asks the tokenizer.)
-        """
+    def _end_answers_where_rows_end(self) -> None:
+        """Make the trained model end its answers as its training rows do, also when it is loaded later."""
         config = getattr(self.generator.model, "generation_config", None)
         known = self.generator.eos_token_ids
         more = sorted(self.args.answer_ends(self.processing_class) - set(known))
@@ -163,9 +186,9 @@ class BSSTrainer(Trainer):
         """What a method does to the micro-batches of a step before their contexts are mixed: nothing, here."""
         return batches
 
-    def train(self, *args, **kwargs):
+    def train(self, resume_from_checkpoint=None, *args, **kwargs):
         try:
-            output = super().train(*args, **kwargs)
+            output = super().train(at_home(resume_from_checkpoint), *args, **kwargs)
             if self._stream is not None:
                 self._stream.tell()
             return output
@@ -175,11 +198,13 @@ class BSSTrainer(Trainer):
             self.generator.release()
 
     def _save(self, output_dir=None, state_dict=None):
+        output_dir = at_home(output_dir or self.args.output_dir)
         super()._save(output_dir, state_dict)
         if not self.args.should_save:  # every process is here
             return
-        folder = Path(output_dir or self.args.output_dir)
-        (folder / SETTINGS).write_text(json.dumps(resumed_settings(self.args), indent=1) + "\n")
+        (Path(output_dir) / SETTINGS).write_text(f"{to_json(resumed_settings(self.args), indent=1)}\n")
+        if self._adapters() and (config := getattr(self.generator.model, "generation_config", None)):
+            config.to_json_file(Path(output_dir) / "generation_config.json")  # where answers end; PEFT writes none
 
     def _load_from_checkpoint(self, resume_from_checkpoint, model=None):
         check_resumed(resume_from_checkpoint, self.args)
@@ -328,7 +353,9 @@ class BSSTrainer(Trainer):
             return None
         frozen = None
         if args.kl_model:
-            frozen = AutoModelForCausalLM.from_pretrained(args.kl_model, dtype=self.generator.model.dtype)
+            frozen = AutoModelForCausalLM.from_pretrained(
+                args.kl_model, dtype=self.generator.model.dtype, trust_remote_code=self._trust_remote_code
+            )
             sizes = [model.get_output_embeddings().weight.shape[0] for model in (frozen, self.generator.model)]
             if sizes[0] != sizes[1]:
                 raise ValueError(
@@ -497,9 +524,13 @@ def tokenized(name: str, rows, tokenizer, args: BSSConfig, max_length: int | Non
     if hasattr(rows, "column_names") and {"sample_id", "prompt_ids", "answer_ids"} <= set(rows.column_names):
         check_sample_ids(rows)
         return rows
-    dataset, report = args.tokenize(load_rows(rows), tokenizer, max_length)
-    logger.log(report.level, "%s data: %s", name, report)
-    return dataset
+
+    def tokenize() -> Dataset:
+        dataset, report = args.tokenize(load_rows(rows), tokenizer, max_length)
+        logger.log(report.level, "%s data: %s", name, report)
+        return dataset
+
+    return once_per_machine(tokenize)
 
 
 def check_processes(world_size: int) -> None:

@@ -2,19 +2,44 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+import math
+from dataclasses import dataclass, field, fields
 
 import torch
-from transformers import TrainingArguments
+from transformers import PreTrainedTokenizerBase, TrainingArguments, integrations
 
 from ..context import ContextGenerator
 from ..context.generator import METHODS, Method
 from ..context.masks import Masks, check_probability
+from ..context.models import transformers_model, unpadded_vocab_size
 from ..data import RowOptions
+from ..files import expand_home
 from .parallelism import check_parallelism
 from .schedules import SCHEDULES, Schedule
 
 LOSS_ON = ("all", "after_self")
+_INFINITE = float("inf")
+_BETWEEN: dict[str, tuple[float, float]] = {
+    "per_device_train_batch_size": (1, _INFINITE),
+    "per_device_eval_batch_size": (1, _INFINITE),
+    "gradient_accumulation_steps": (1, _INFINITE),
+    "eval_accumulation_steps": (1, _INFINITE),
+    "dataloader_num_workers": (0, _INFINITE),
+    "context_micro_batches": (1, _INFINITE),
+    "max_length": (2, _INFINITE),
+    "learning_rate": (0, _INFINITE),
+    "weight_decay": (0, _INFINITE),
+    "adam_beta1": (0, 1),
+    "adam_beta2": (0, 1),
+    "adam_epsilon": (0, _INFINITE),
+    "max_grad_norm": (0, _INFINITE),
+    "warmup_steps": (0, _INFINITE),
+    "label_smoothing_factor": (0, 1),
+    "seed": (0, 2**32 - 1),  # NumPy's range
+}
+"""The least and the most value of numbers that torch or transformers check late, or not at all; None is no number."""
+_PACKAGES = {"azure_ml": ("azureml", "azureml-core"), "comet_ml": ("comet", "comet_ml"), "flyte": ("flytekit",) * 2}
+"""Names in ``report_to`` -> what transformers asks for, and what pip installs, where these are not the name itself."""
 RENAMED = {"replay": "reuse_passes"}
 """Former names of fields -> their names now."""
 
@@ -113,8 +138,12 @@ class GeneratorOptions(MaskOptions):
         if self.balance is not None and not 0.0 < self.balance < float("inf"):
             raise ValueError(f"balance is {self.balance}; it must be a finite number > 0")
 
-    def generator(self, model: torch.nn.Module) -> ContextGenerator:
-        """What makes the contexts of ``model`` as these options ask for."""
+    def generator(self, model: torch.nn.Module, tokenizer: PreTrainedTokenizerBase | None = None) -> ContextGenerator:
+        """What makes the contexts of ``model`` as these options ask for, of the ids of ``tokenizer`` if it is given.
+
+        Raises:
+            ValueError: a token without a row in the model's embedding, and as of ``ContextGenerator``.
+        """
         return ContextGenerator(
             model,
             temperature=self.sampling_temperature,
@@ -122,6 +151,7 @@ class GeneratorOptions(MaskOptions):
             balance=self.balance,
             masks=self.masks,
             cuda_graphs=self.cuda_graphs,
+            vocab_size=None if tokenizer is None else unpadded_vocab_size(transformers_model(model), tokenizer),
         )
 
 
@@ -130,7 +160,8 @@ class BSSConfig(RowOptions, GeneratorOptions, TrainingArguments):
     """Arguments of ``BSSTrainer``: everything of ``transformers.TrainingArguments``, and the fields below.
 
     Raises:
-        ValueError: a field out of its range, or FSDP, DeepSpeed or another parallelism than DDP is asked for.
+        ValueError: a field out of its range, a NaN, a name in ``report_to`` whose package is missing, or FSDP,
+            DeepSpeed or another parallelism than DDP is asked for.
     """
 
     _argument_group_name = "training (transformers.TrainingArguments)"
@@ -229,9 +260,12 @@ class BSSConfig(RowOptions, GeneratorOptions, TrainingArguments):
     )
 
     def __post_init__(self):
+        expand_home(self)
         check_parallelism(self)
+        self._check_numbers()
         super().__post_init__()
         self.check_rows()
+        check_reporters(self.report_to)
         for name in ("self_prob", "self_prob_start"):
             check_probability(name, getattr(self, name))
         if self.self_prob_schedule not in SCHEDULES:
@@ -252,13 +286,20 @@ class BSSConfig(RowOptions, GeneratorOptions, TrainingArguments):
         if self.kl_model and not self.kl_weight:
             raise ValueError(f"kl_model is {self.kl_model!r}, but kl_weight is 0; set kl_weight to use it")
         self.check_generator()
-        for name in ("context_micro_batches",):
-            if getattr(self, name) is not None and getattr(self, name) < 1:
-                raise ValueError(f"{name} is {getattr(self, name)}; it must be at least 1")
         if self.remove_unused_columns:
             raise ValueError(
                 "remove_unused_columns must stay False: the collator needs columns that the model does not take"
             )
+
+    def _check_numbers(self) -> None:
+        for one in fields(self):
+            value = getattr(self, one.name, None)
+            if isinstance(value, float) and math.isnan(value):
+                raise ValueError(f"{one.name} is nan; give a number")
+            least, most = _BETWEEN.get(one.name, (-_INFINITE, _INFINITE))
+            if isinstance(value, int | float) and not least <= value <= most:
+                limit = f"at least {least}" if most == _INFINITE else f"from {least} to {most}"
+                raise ValueError(f"{one.name} is {value}; it must be {limit}")
 
     def self_prob_at(self, step: int, max_steps: int, schedule: Schedule | None = None) -> float:
         """Self-probability of optimizer step ``step`` (0-based) of ``max_steps``, by ``schedule`` or the named one."""
@@ -272,3 +313,18 @@ class BSSConfig(RowOptions, GeneratorOptions, TrainingArguments):
         self_prob = schedule(self.self_prob_start, self.self_prob, progress)
         check_probability(f"the self-probability that the schedule gives for step {step}", self_prob)
         return self_prob
+
+
+def check_reporters(names: list[str]) -> None:
+    """Raise ValueError for a name in ``report_to`` that transformers does not know, or whose package is missing."""
+    for name in names:
+        asked, package = _PACKAGES.get(name, (name, name))
+        if name not in integrations.integration_utils.INTEGRATION_TO_CALLBACK:
+            known = ", ".join(integrations.integration_utils.INTEGRATION_TO_CALLBACK)
+            raise ValueError(f"report_to has {name!r}; accepted: none, all, {known}")
+        available = getattr(integrations.integration_utils, f"is_{asked}_available", None)
+        if available is not None and not available():
+            raise ValueError(
+                f"report_to has {name!r}, but the package {package} is not installed (or not set up): pip install "
+                f"{package}, or leave {name} out of report_to"
+            )

@@ -6,10 +6,11 @@ learned. At inference the model answers, gets the cue, and corrects itself, with
 
 from __future__ import annotations
 
+import logging
 from dataclasses import dataclass, field, replace
 
 import torch
-from datasets import IterableDataset, IterableDatasetDict
+from datasets import Dataset, IterableDataset, IterableDatasetDict
 from torch import Tensor
 
 from ..context import Answers, ContextStats
@@ -20,6 +21,8 @@ from ..data.batches import Row
 from .batches import unique_rows
 from .bss import BSSTrainer, step_seed
 from .config import BSSConfig
+
+logger = logging.getLogger(__name__)
 
 OWN_ANSWERS = ("generated", "mixed", "column")
 _DIRECT = 1 << 62  # the bit of a sample id that tells the row without a correction; negative ids may be the user's
@@ -135,6 +138,7 @@ class RACTrainer(BSSTrainer):
         super().__init__(model, args, train_dataset=train_dataset, **kwargs)
         if args.own_answer == "column":
             self._own_answers = self._read_own_answers(train_dataset)
+            self.train_dataset = self._rows_with_own_answers(self.train_dataset)
 
     @property
     def _cue(self) -> CorrectionCue:
@@ -260,15 +264,26 @@ class RACTrainer(BSSTrainer):
                 f"own_answer=column, but the training data has no column {column!r} with own answers; give the name of "
                 "the column as own_answer_column, or write one with `selfgen generate`"
             )
-        texts = list(rows[column])
-        wrong = next((index for index, text in enumerate(texts) if not isinstance(text, str)), None)
-        if wrong is not None:
-            raise TypeError(
-                f"row {wrong}: {column} is {texts[wrong]!r}; own answers must be text, so fill or drop the row"
-            )
-        encoder = self.args.encoder(self.processing_class, self.args.template(self.processing_class))
-        tokens = encoder.after(["\n"] * len(texts), [encoder.mark(text) for text in texts])
-        return dict(zip(sample_ids_of(rows), tokens, strict=True))
+        given = {
+            one: text for one, text in zip(sample_ids_of(rows), rows[column], strict=True) if isinstance(text, str)
+        }
+        tokens = self.args.answer_ids(self.processing_class, list(given.values()))
+        return dict(zip(given, tokens, strict=True))
+
+    def _rows_with_own_answers(self, rows: Dataset) -> Dataset:
+        """The tokenized rows whose own answer is text; others are dropped, and the log names them."""
+        ids = rows["sample_id"][:]
+        kept = [row for row, one in enumerate(ids) if one in self._own_answers]
+        if len(kept) == len(ids):
+            return rows
+        dropped = [one for one in ids if one not in self._own_answers]
+        said = (
+            f"{len(dropped)} of {len(ids)} rows have no text in {self.args.own_answer_column!r}: row {dropped[0]} first"
+        )
+        if not kept or self.args.strict_data:
+            raise ValueError(f"{said}; own answers must be text, so fill or drop these rows")
+        logger.warning("%s; they are dropped", said)
+        return rows.select(kept)
 
 
 def _half(batch: dict[str, Tensor], which: int) -> dict[str, Tensor]:

@@ -24,11 +24,12 @@ import torch
 from datasets import Dataset
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from ..files import at_home
 from ..provenance import rows_hash
 from ..stored_contexts import OfflineError, check_settings, write_contexts
 from .bash import BASHTrainer
 from .bss import tokenized
-from .checkpoints import last_checkpoint
+from .checkpoints import last_checkpoint, output_of, remove_model
 from .config import BSSConfig
 from .schedules import Schedule
 
@@ -56,6 +57,8 @@ def train_rounds(
     shard_rows: int = 512,
     batch_size: int = 32,
     provenance: Mapping[str, Any] | None = None,
+    overwrite: bool = False,
+    trust_remote_code: bool = False,
 ) -> None:
     """Train ``model`` offline in ``rounds`` rounds.
 
@@ -74,10 +77,13 @@ def train_rounds(
         processing_class: the tokenizer, which is saved with every model.
         eval_dataset, schedule: as in ``BSSTrainer``; here the schedule advances once per round.
         shard_rows, batch_size, provenance: as in ``write_contexts``.
+        overwrite: put the last model in place of one that the output folder holds.
+        trust_remote_code: as in ``BSSTrainer``, for ``config.kl_model``.
 
     Raises:
         OfflineError: (a ValueError) the output folder has rounds, and ``config`` does not ask to continue them; its
-            rounds have other settings or rows; or there can't be such rounds.
+            rounds have other settings or rows; it holds a model; another process is writing it; or there can't be such
+            rounds.
     """
     output, resume = Path(config.output_dir), config.resume_from_checkpoint
     if config.world_size > 1:
@@ -92,11 +98,43 @@ def train_rounds(
         )
     if resume not in (None, "last"):
         raise OfflineError(f'resume_from_checkpoint is {resume!r}; rounds continue from "last" only')
-    if resume is None and any(output.glob("round-*")):
-        raise OfflineError(
-            f"{output} has rounds already; continue them (--resume-from-checkpoint last), or give another output_dir"
+    with output_of(config, overwrite=overwrite, rounds=True, error=OfflineError):
+        parts = split_rows(tokenized("train", rows, processing_class, config, config.max_length), rounds, config.seed)
+        last = _train_parts(
+            load,
+            at_home(model),
+            parts,
+            config,
+            schedule,
+            writing={"batch_size": batch_size, "shard_rows": shard_rows},
+            provenance=provenance or {},
+            training={
+                "processing_class": processing_class,
+                "eval_dataset": eval_dataset,
+                "trust_remote_code": trust_remote_code,
+            },
         )
-    parts = split_rows(tokenized("train", rows, processing_class, config, config.max_length), rounds, config.seed)
+        if overwrite:
+            remove_model(output)
+        shutil.copytree(last, output, dirs_exist_ok=True)
+
+
+def _train_parts(
+    load: Callable[[str], PreTrainedModel],
+    model: str,
+    parts: list[Dataset],
+    config: BSSConfig,
+    schedule: Schedule | None,
+    *,
+    writing: Mapping[str, Any],
+    provenance: Mapping[str, Any],
+    training: Mapping[str, Any],
+) -> str:
+    """One round per part, as far as they are not there; returns the folder of the last model.
+
+    ``writing`` and ``provenance`` are of ``write_contexts``, ``training`` of ``BASHTrainer``.
+    """
+    output, rounds = Path(config.output_dir), len(parts)
     models = [model, *(str(output / f"round-{number}" / "model") for number in range(rounds))]
     for number, part in enumerate(parts):
         folder = output / f"round-{number}"
@@ -108,7 +146,7 @@ def train_rounds(
             continue
         logger.info("round %d of %d: %d rows", number + 1, rounds, len(part))
         current = load(models[number]).to(config.device)
-        generator = config.generator(current)
+        generator = config.generator(current, training["processing_class"])
         with _autocast(config):
             write_contexts(
                 generator,
@@ -116,25 +154,18 @@ def train_rounds(
                 folder / "contexts",
                 self_prob=self_prob,
                 seed=config.seed,
-                batch_size=batch_size,
-                shard_rows=shard_rows,
                 method=config.context_method,
-                provenance={**(provenance or {}), "round": number, "rounds": rounds},
+                provenance={**provenance, "round": number, "rounds": rounds},
                 progress=not config.disable_tqdm,
+                **writing,
             )
         own = copy(config)
         own.output_dir = str(folder)
-        trainer = BASHTrainer(
-            current,
-            own,
-            train_dataset=folder / "contexts",
-            eval_dataset=eval_dataset,
-            processing_class=processing_class,
-        )
+        trainer = BASHTrainer(current, own, train_dataset=folder / "contexts", **training)
         _train(trainer, folder)
         del current, trainer
         gc.collect()  # before the next model is loaded
-    shutil.copytree(models[-1], output, dirs_exist_ok=True)
+    return models[-1]
 
 
 def _train(trainer: BASHTrainer, folder: Path) -> None:

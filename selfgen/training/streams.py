@@ -10,13 +10,13 @@ from pathlib import Path
 from typing import Any
 
 from accelerate.data_loader import prepare_data_loader
-from accelerate.utils import gather_object
 from torch.utils.data import DataLoader
 from transformers import TrainingArguments
 
 from ..data import DataError, DataReport
 from ..data.streams import Read, StreamedRows
 from ..provenance import differences
+from .processes import meet
 
 logger = logging.getLogger(__name__)
 
@@ -90,7 +90,7 @@ class StreamProgress:
             "per_device_train_batch_size": batch_size,
             "gradient_accumulation_steps": args.gradient_accumulation_steps,
         }
-        if args.world_size > 1 and len(set(gather_object([rows.first()]))) > 1:
+        if args.world_size > 1 and len(set(meet(say=rows.first()))) > 1:
             raise DataError("the processes see different streams: give shuffle a seed, the same in all of them")
         if checkpoint and args.ignore_data_skip:
             logger.warning(
@@ -144,9 +144,7 @@ class StreamProgress:
 
     def gathered(self) -> DataReport:
         """Of all processes, which must all ask for it."""
-        if self.args.world_size == 1:
-            return self.report
-        first, *others = gather_object([self.report])
+        first, *others = meet(say=self.report)
         return sum(others, first)
 
     def save(self, folder: str | Path) -> None:

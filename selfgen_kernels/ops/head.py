@@ -53,6 +53,7 @@ def linear_sample_mix(
     top_p: float | Tensor | None = None,
     min_p: float | Tensor | None = None,
     min_reference_prob: float | Tensor | None = None,
+    vocab_size: int | None = None,
     status: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """`sample_mix` of `hidden @ weight.T + bias`, without the logits [N, V] ever in memory as a whole.
@@ -78,6 +79,8 @@ def linear_sample_mix(
         reference, self_prob, seed, sample_ids, positions, temperature, top_k, top_p, min_p, status: as in `sample_mix`.
         min_reference_prob: as in `sample_mix`; a second pass of the head, in which the logits are in memory no more
             than in the draw's: their maximum and sum of exponentials are, one each for at least 64 ids.
+        vocab_size: as in `sample_mix`; the result is that of weight[:vocab_size] and bias[:vocab_size], and the rest of
+            the head is not multiplied.
 
     Returns:
         tokens int64 [N], is_self bool [N].
@@ -96,7 +99,10 @@ def linear_sample_mix(
         True
     """
     head = _head_of(hidden, weight, bias, softcap, logit_scale)
-    reference = check_reference(reference, status, hidden.shape[0], hidden.device)
+    check_vocabulary(head.weight.shape[0], vocab_size)
+    if vocab_size is not None:
+        head = _below(vocab_size, head)
+    reference = check_reference(reference, status, hidden.shape[0], hidden.device, vocab_size)
     how = sampling_of(hidden, self_prob, seed, sample_ids, positions, temperature, top_k, top_p, min_p)
     given = *head, reference
     how = where_confident(how, min_reference_prob, torch.ops.selfgen.linear_reference_log_prob, *given)
@@ -118,6 +124,7 @@ def linear_sample_shard(
     sample_ids: Tensor,
     positions: Tensor,
     temperature: float | Tensor = 1.0,
+    vocab_size: int | None = None,
 ) -> tuple[Tensor, Tensor]:
     """One rank's part of `linear_sample_mix` when the LM head is split by vocabulary (tensor parallelism).
 
@@ -134,6 +141,8 @@ def linear_sample_shard(
         first_id: >= 0, the id of the shard's first row.
         bias: same dtype [V_shard], or None.
         self_prob, softcap, logit_scale, seed, sample_ids, positions, temperature: as in `linear_sample_mix`.
+        vocab_size: >= 1, of the whole head: only the ids below it exist, the same number on every rank; None: all. A
+            shard of ids that don't exist has no candidates.
 
     Returns:
         values fp32 [N, 3, 3], ids int64 [N, 3]: up to three candidates per row, whose meaning is in
@@ -160,6 +169,13 @@ def linear_sample_shard(
         "first_id", first_id, "0 <= first_id < 2**31", lambda i: 0 <= i < 2**31, whole=True, or_else="a SymInt"
     )
     how = sampling_of(hidden, self_prob, seed, sample_ids, positions, temperature)
+    if vocab_size is not None:
+        _check_vocab_size(vocab_size)
+        if vocab_size <= first_id:
+            n = hidden.shape[0]
+            values = hidden.new_full((n, 3, 3), -torch.inf, dtype=torch.float32)
+            return values, torch.full_like(values[:, :, 0], -1, dtype=torch.int64)
+        head = _below(vocab_size - first_id, head)
     return torch.ops.selfgen.linear_sample_shard(*head, first_id, *how.draw)
 
 
@@ -173,6 +189,7 @@ def combine_shards(
     sample_ids: Tensor,
     positions: Tensor,
     temperature: float | Tensor = 1.0,
+    vocab_size: int | None = None,
     status: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """The tokens from the gathered results of `linear_sample_shard` on R ranks, the same on every rank.
@@ -184,7 +201,7 @@ def combine_shards(
         values: fp32 [R, N, 3, 3], the ranks' values, in any order of the ranks, R >= 1.
         ids: int64 [R, N, 3], their ids in the same order.
         reference, status: as in `sample_mix`.
-        self_prob, seed, sample_ids, positions, temperature: what the shards were called with.
+        self_prob, seed, sample_ids, positions, temperature, vocab_size: what the shards were called with.
 
     Returns:
         tokens int64 [N], is_self bool [N], as `linear_sample_mix` returns them.
@@ -207,7 +224,9 @@ def combine_shards(
     check_tensor("values", values, (*ids.shape, 3), (torch.float32,), ids.device)
     if ids.shape[0] == 0:
         raise ValueError("ids and values are of no rank (R = 0); stack the results of at least one")
-    reference = check_reference(reference, status, ids.shape[1], ids.device)
+    if vocab_size is not None:
+        _check_vocab_size(vocab_size)
+    reference = check_reference(reference, status, ids.shape[1], ids.device, vocab_size)
     how = sampling_of(reference, self_prob, seed, sample_ids, positions, temperature)
     tokens, is_self, invalid = torch.ops.selfgen.combine_shards(values, ids, reference, *how.draw)
     report(invalid, status)
@@ -226,6 +245,16 @@ def _head_of(hidden: Tensor, weight: Tensor, bias: Tensor | None, softcap: float
     check_softcap(softcap)
     check_factor("logit_scale", logit_scale, or_else="an int")
     return Head(hidden.detach(), weight.detach(), bias, softcap, float(logit_scale))
+
+
+def _below(end: int, head: Head) -> Head:
+    """The part of the head for its first `end` ids, or all of it if it has fewer."""
+    return head._replace(weight=head.weight[:end], bias=None if head.bias is None else head.bias[:end])
+
+
+def _check_vocab_size(vocab_size: int) -> None:
+    """Check the size of a vocabulary of which nobody here has the whole head."""
+    check_number("vocab_size", vocab_size, "vocab_size >= 1", lambda ids: ids >= 1, whole=True)
 
 
 def _autocast(tensor: Any) -> Any:

@@ -110,14 +110,24 @@ def where_confident(how: Sampling, min_reference_prob: Any, log_prob_of: Any, *g
     return how._replace(threshold=how.threshold.masked_fill(~(log_prob >= log_least - rounding), 0))
 
 
-def check_vocabulary(vocab_size: int) -> None:
-    if vocab_size == 0:
+def check_vocabulary(size: int, vocab_size: int | None = None) -> None:
+    """Check that there are logits, `size` per row, and that they hold the `vocab_size` ids that exist."""
+    if size == 0:
         raise ValueError("the vocabulary is empty (V = 0); pass logits or weight with V >= 1")
+    if vocab_size is not None:
+        check_number("vocab_size", vocab_size, "1 <= vocab_size <= V", lambda ids: 1 <= ids <= size, whole=True)
 
 
-def check_reference(reference: Tensor, status: Tensor | None, rows: int, device: torch.device) -> Tensor:
+def check_reference(
+    reference: Tensor, status: Tensor | None, rows: int, device: torch.device, vocab_size: int | None
+) -> Tensor:
     """`reference` as int64 [N], checked, and `status` with it."""
     check_tensor("reference", reference, (rows,), INTEGERS, device)
+    if vocab_size is not None and values_visible(reference) and not (reference < vocab_size).all():
+        wrong = reference[reference >= vocab_size][0].item()
+        raise ValueError(
+            f"reference holds {wrong}, which does not exist with vocab_size={vocab_size}; pass ids below vocab_size"
+        )
     if status is not None:
         one_element = (1,) if isinstance(status, Tensor) and status.dim() else ()
         check_tensor("status", status, one_element, (torch.int64,), device)

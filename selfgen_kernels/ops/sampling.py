@@ -32,6 +32,7 @@ def sample_mix(
     top_p: float | Tensor | None = None,
     min_p: float | Tensor | None = None,
     min_reference_prob: float | Tensor | None = None,
+    vocab_size: int | None = None,
     status: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """One step of a mixed context: with probability `self_prob` a self token, drawn from the model, else the reference
@@ -44,7 +45,7 @@ def sample_mix(
 
     Args:
         logits: fp32, bf16, fp16 or fp64 [N, V], any strides, V >= 1; computed in fp32, no gradient flows.
-        reference: int32 or int64 [N], the tokens of the reference answer.
+        reference: int32 or int64 [N], the tokens of the reference answer, below `vocab_size` where that is given.
         self_prob: a probability, or floating [N].
         seed: any 64-bit integer, signed or unsigned.
         sample_ids: int32 or int64 [N], any values.
@@ -61,6 +62,10 @@ def sample_mix(
             without this, so that it is counted as invalid. A probability that is the threshold but for rounding, four
             ulp of its logarithm, is enough; where it is less by just that, backends may differ. None is no such
             condition.
+        vocab_size: 1 <= vocab_size <= V: only the ids below it exist, as where an embedding has padded rows; None: all
+            V. The result is bit for bit that of logits[:, :vocab_size], on every backend: the other logits may hold
+            anything, are never drawn, and count in no filter and no probability. An id below it that no token of the
+            tokenizer has is still drawn.
         status: int64 with one element on the same device; the number of invalid rows is added to it. A row is invalid
             if it is to be sampled and its scaled logits hold NaN, +inf, or nothing but -inf; it gets its reference.
 
@@ -82,8 +87,10 @@ def sample_mix(
         ([1, 0], [True, True])
     """
     check_tensor("logits", logits, ("N", "V"), FLOATS, None)
-    check_vocabulary(logits.shape[1])
-    reference = check_reference(reference, status, logits.shape[0], logits.device)
+    check_vocabulary(logits.shape[1], vocab_size)
+    if vocab_size is not None:
+        logits = logits[:, :vocab_size]  # a view, which kernels read with its strides
+    reference = check_reference(reference, status, logits.shape[0], logits.device, vocab_size)
     how = sampling_of(logits, self_prob, seed, sample_ids, positions, temperature, top_k, top_p, min_p)
     if logits.dtype == torch.float64:
         logits = logits.float()

@@ -41,6 +41,21 @@ def run(arguments: list[str], capsys) -> tuple[int, str, str]:
     return code, out, err
 
 
+def last_line(err: str) -> str:
+    return err.strip().splitlines()[-1]
+
+
+def refused(arguments: list, capsys) -> str:
+    """The one line by which ``selfgen`` refuses these arguments."""
+    code, out, err = run([str(part) for part in arguments], capsys)
+    assert code == 2, err
+    assert "Traceback" not in err
+    assert out == ""
+    line = last_line(err)
+    assert line.startswith(f"selfgen {arguments[0]}: error: ")
+    return line
+
+
 def history(folder) -> list[dict]:
     """The log entries of training steps."""
     return [e for e in json.loads((Path(folder) / "trainer_state.json").read_text())["log_history"] if "loss" in e]

@@ -23,9 +23,10 @@ TEMPLATE = (
 ROWS = [{"prompt": "a b", "completion": "c d"}, {"prompt": "e", "completion": "f g h"}]
 
 
-def make_tokenizer(chat_template=None, special="<bos> $A", eos_token="<eos>") -> PreTrainedTokenizerFast:
-    """One token per word of WORDS; `special` is how the tokenizer wraps a text."""
-    backend = Tokenizer(WordLevel(ID, unk_token="<pad>"))
+def make_tokenizer(chat_template=None, special="<bos> $A", eos_token="<eos>", size=0) -> PreTrainedTokenizerFast:
+    """One token per word of WORDS, and more up to `size` ids; `special` is how the tokenizer wraps a text."""
+    words = ID | {f"<{number}>": number for number in range(len(WORDS), size)}
+    backend = Tokenizer(WordLevel(words, unk_token="<pad>"))
     backend.pre_tokenizer = WhitespaceSplit()
     backend.post_processor = TemplateProcessing(single=special, special_tokens=[("<bos>", 1), ("<eos>", EOS)])
     return PreTrainedTokenizerFast(

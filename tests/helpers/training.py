@@ -67,7 +67,7 @@ def make_rac_trainer(folder, data=OWN_ANSWERS, model=None, **changes) -> RACTrai
         model or tiny_model("llama"),
         RACConfig(str(folder), **{**SMALL, **defaults, **changes}),
         train_dataset=Dataset.from_list(data),
-        processing_class=make_tokenizer(TEMPLATE),
+        processing_class=make_tokenizer(TEMPLATE, size=VOCAB),
     )
 
 

@@ -50,21 +50,21 @@ EXAMPLES = {
         {"logits": _normal(N, V), "reference": _REFERENCE, "self_prob": 0.5, **_KEYS},
         {"logits": _normal(N, V), "reference": _REFERENCE, "self_prob": 0.9, **_KEYS, **_FILTERS, "status": _STATUS},
         {"logits": _normal(N, V), "reference": _REFERENCE, "self_prob": _PROBS, **_KEYS, **_ROWS, **_FILTER_ROWS},
-        {"logits": _normal(N, V), **_CONFIDENT},
+        {"logits": _normal(N, V), **_CONFIDENT, "vocab_size": 100},
     ],
     "linear_sample_mix": [
         {**_HEAD, "reference": _REFERENCE, "self_prob": 0.5, **_KEYS},
         {**_HEAD, **_CAPPED, "reference": _REFERENCE, "self_prob": 0.9, **_KEYS, **_FILTERS, "status": _STATUS},
         {**_HEAD, "reference": _REFERENCE, "self_prob": _PROBS, **_KEYS, **_ROWS, **_FILTER_ROWS},
-        {**_HEAD, **_CAPPED, **_CONFIDENT},
+        {**_HEAD, **_CAPPED, **_CONFIDENT, "vocab_size": 100},
     ],
     "linear_sample_shard": [
-        {**_HEAD, "first_id": 77, "self_prob": 0.5, **_KEYS},
+        {**_HEAD, "first_id": 77, "self_prob": 0.5, **_KEYS, "vocab_size": 150},
         {**_HEAD, **_CAPPED, "first_id": 0, "self_prob": _PROBS, **_KEYS, **_ROWS},
     ],
     "combine_shards": [
         {**_PARTS, "self_prob": 0.5, **_KEYS, "status": _STATUS},
-        {**_PARTS, "self_prob": _PROBS, **_KEYS, **_ROWS},
+        {**_PARTS, "self_prob": _PROBS, **_KEYS, **_ROWS, "vocab_size": 200},
     ],
     "kv_append": [_APPEND],
     "plan_pass": [

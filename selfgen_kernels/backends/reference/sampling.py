@@ -8,6 +8,8 @@ from the streams GROUP and TOKEN of `philox`:
 
 P(group) P(token | group) = softmax(z)_token: an exact draw for one random number per group instead of one per token.
 Ties go to the lowest index. A greedy row knows no noise, temperature or filter: its token is the argmax of the logits.
+Which ids exist is told by the size of the logits, or of a head: a public function that is given a `vocab_size` hands
+over a view of that many. Noise belongs to an id, so the others' absence changes nothing else.
 
 A part of the vocabulary is summed up by three candidates, and parts are put together by choosing among theirs: that is
 how chunks of one head and shards of several ranks meet. A shard may begin and end inside of a group, so the candidates

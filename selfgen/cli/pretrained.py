@@ -1,0 +1,84 @@
+"""Models and tokenizers from a folder or the hub, with errors that name the file at fault."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import tokenizers
+from safetensors import SafetensorError, safe_open
+from transformers.utils.hub import cached_file
+
+_FILES = (
+    "config.json", "generation_config.json", "adapter_config.json", "tokenizer.json", "tokenizer_config.json",
+    "special_tokens_map.json", "added_tokens.json", "vocab.json", "*.index.json", "*.safetensors",
+)  # fmt: skip
+
+
+def from_pretrained(auto_class: Any, name: str, **options: Any) -> Any:
+    """``auto_class.from_pretrained(name, **options)``.
+
+    Raises:
+        FileNotFoundError: nothing of that name is here or on the hub.
+        ValueError: a file is broken, or something comes with code that is not trusted.
+        ImportError: a package is missing.
+    """
+    try:
+        return auto_class.from_pretrained(name, **options)
+    except ImportError:
+        raise
+    except Exception as error:  # broken files raise anything, tokenizers' a bare Exception
+        if fault := _fault(name, options.get("revision")):
+            raise ValueError(f"model {name!r} can't be loaded: {fault}; get the file again") from error
+        if isinstance(error, ValueError) and "trust_remote_code" in str(error):
+            raise ValueError(
+                f"model {name!r} comes with code of its own, which is not run by itself: read it, and give "
+                "--trust-remote-code yes"
+            ) from error
+        if isinstance(error, OSError | SafetensorError):
+            raise FileNotFoundError(
+                f"model {name!r} is neither a folder with a checkpoint, nor could it be loaded from the hub; "
+                f"check the path or name, the revision and the network: {error}"
+            ) from error
+        what = "tokenizer" if "Tokenizer" in auto_class.__name__ else "configuration or weights"
+        raise ValueError(f"the {what} of model {name!r} can't be loaded: {type(error).__name__}: {error}") from error
+
+
+def _fault(name: str, revision: str | None) -> str | None:
+    """The first file of a model that can't be read, and why."""
+    folder = _folder_of(name, revision)
+    for file in sorted(file for pattern in _FILES for file in folder.glob(pattern)) if folder else []:
+        try:
+            if file.suffix == ".safetensors":
+                with safe_open(file, framework="pt"):
+                    continue
+            found = json.loads(file.read_text(encoding="utf-8"))
+            if not isinstance(found, dict):
+                return f"{file} is no JSON object"
+            if file.name.endswith(".index.json") and not isinstance(found.get("weight_map"), dict):
+                return f"{file} has no weight_map"
+            if file.name == "tokenizer.json":
+                tokenizers.Tokenizer.from_file(str(file))
+        except json.JSONDecodeError as error:
+            return f"{file}, line {error.lineno}: broken JSON ({error.msg})"
+        except UnicodeDecodeError as error:
+            return f"{file} is not UTF-8 ({error.reason} at byte {error.start})"
+        except SafetensorError as error:
+            return f"{file} holds no whole weights ({error})"
+        except OSError as error:
+            return f"{file} can't be read ({error.strerror or error})"
+        except Exception as error:  # tokenizers has no class of its own
+            return f"{file} can't be read ({error})"
+    return None
+
+
+def _folder_of(name: str, revision: str | None) -> Path | None:
+    """Where the files of a model are, if they are here."""
+    if Path(name).is_dir():
+        return Path(name)
+    try:
+        file = cached_file(name, "config.json", revision=revision, local_files_only=True)
+    except OSError:
+        return None
+    return Path(file).parent if file else None

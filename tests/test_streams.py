@@ -9,6 +9,7 @@ import pytest
 import torch
 import torch.distributed as dist
 from datasets import Dataset, IterableDataset, IterableDatasetDict, load_dataset
+from datasets.distributed import split_dataset_by_node
 from helpers.cli import flags, history, run
 from helpers.data import TEMPLATE, make_tokenizer, write_jsonl
 from helpers.processes import WORLD, in_ranks, kill_command
@@ -16,8 +17,9 @@ from helpers.training import OWN_ANSWERS, Tokenizer, config, losses_of, make_rac
 from models import OPTIONS, tiny_model
 from torch.utils.data import SequentialSampler
 
-from selfgen import BASHTrainer, BSSTrainer, RACTrainer
-from selfgen.data import DataError, tokenize_rows
+from selfgen import BASHTrainer, BSSTrainer, ContextGenerator, RACTrainer, write_contexts
+from selfgen.data import DataError, tokenize_prompts, tokenize_rows
+from selfgen.evaluation import held_out_losses
 from selfgen.training.rounds import train_rounds
 
 LETTERS = "abcdefgh"
@@ -303,14 +305,21 @@ def test_what_streams_can_not_do(tmp_path):
         text_trainer(tmp_path, stream(), max_steps=-1)
     with pytest.raises(ValueError, match="can't be sorted by length"):
         text_trainer(tmp_path, stream(), **grouped)
-    with pytest.raises(ValueError, match="own_answer=column needs the column of all rows"):
+    with pytest.raises(TypeError, match="own answers of a column can't be of a stream"):
         RACTrainer(tiny_model("llama"), rac.args, train_dataset=stream(), processing_class=rac.processing_class)
-    with pytest.raises(ValueError, match="BASH trains on contexts that are written already"):
+    with pytest.raises(TypeError, match="stored contexts can't be of a stream"):
         BASHTrainer(tiny_model("llama"), config(tmp_path), train_dataset=stream(), processing_class=Tokenizer())
-    with pytest.raises(TypeError, match="streaming data set"):
+    with pytest.raises(TypeError, match="rounds can't be of a stream"):
         train_rounds(
             lambda name: tiny_model("llama"), "x", stream(), config(tmp_path), rounds=2, processing_class=Tokenizer()
         )
+    generator = ContextGenerator(tiny_model("llama"))
+    with pytest.raises(TypeError, match="stored contexts can't be of a stream"):
+        write_contexts(generator, stream(), tmp_path / "contexts", self_prob=0.5)
+    with pytest.raises(TypeError, match="losses can't be of a stream"):
+        held_out_losses(generator, stream(), {"reference": 0.0}, progress=False)
+    with pytest.raises(TypeError, match="streaming data set"):
+        tokenize_prompts(stream(), make_tokenizer())
 
 
 # Several processes
@@ -348,7 +357,13 @@ def ddp_worker(rank, folder):
         assert torch.equal(weights(resumed.model), weights(whole.model))
     with pytest.raises(DataError, match="give shuffle a seed"):
         text_trainer(folder / "unseeded", stream(TEXTS).shuffle(buffer_size=40), **options).train()
+    split = split_dataset_by_node(stream(TEXTS), rank, WORLD)
+    seen = [None] * WORLD
+    dist.all_gather_object(seen, ids_of(losses_of(text_trainer(folder / "split", split, **options))))
+    assert not set(seen[0]) & set(seen[1])
     evaluated = text_trainer(folder / "eval", stream(), **options)
+    with pytest.raises(DataError, match="give a stream as a whole"):
+        evaluated.evaluate(split)
     losses = [None] * WORLD
     dist.all_gather_object(losses, evaluated.evaluate(stream([*TEXTS[:5], EMPTY]))["eval_loss"])
     assert losses[0] == losses[1]
@@ -368,7 +383,7 @@ def test_a_killed_command_goes_on(arguments, tmp_path, capsys):
     folder.mkdir()
     for part in range(2):
         write_jsonl(folder / f"train-{part}.jsonl", [*TEXTS[part * 20 :][:19], EMPTY])
-    steps = {"max_steps": 40, "save_steps": 2, "lr_scheduler_type": "constant", "learning_rate": "1e-3"}
+    steps = {"max_steps": 30, "save_steps": 2, "lr_scheduler_type": "constant", "learning_rate": "1e-3"}
     options = {**arguments, **steps, "dataset": str(folder), "streaming": True, "dataloader_num_workers": 2}
     killed = tmp_path / "killed"
     command = ["train", *flags({**options, "output_dir": str(killed), "save_total_limit": 2})]

@@ -9,7 +9,7 @@ from itertools import count
 from typing import Any
 
 import torch
-from datasets import IterableDataset
+from datasets import IterableDataset, IterableDatasetDict
 from datasets.distributed import split_dataset_by_node
 from torch.utils.data import get_worker_info
 
@@ -72,8 +72,10 @@ class StreamedRows(torch.utils.data.IterableDataset):
         self.rank, self.step, self.processes = rank, 1, processes
         self.rows = stream.with_format(None)
         if not set(names) >= TOKENIZED:
-            self.rows = tokenize_stream(stream, tokenizer, options, answers=True)
-        self._whole = self.rows
+            self.rows = tokenize_stream(stream, tokenizer, options)
+        self._whole = None if self.rows._distributed else self.rows
+        if self.rows._distributed and not endless:
+            raise DataError(f"the {name} data is split over processes already: give a stream as a whole to evaluate on")
         if processes > 1 and not self.rows._distributed:
             if self.rows.num_shards % processes == 0:
                 self.rows = split_dataset_by_node(self.rows, rank, processes)
@@ -93,8 +95,11 @@ class StreamedRows(torch.utils.data.IterableDataset):
         return most
 
     def first(self) -> int | None:
-        """The sample id of the first row before the stream is split: the same in all processes if they share it."""
-        return next((row["sample_id"] for row in self._whole), None)
+        """The sample id of the first row before the stream is split: the same in all processes if they share it.
+
+        None if the stream came split.
+        """
+        return None if self._whole is None else next((row["sample_id"] for row in self._whole), None)
 
     def __iter__(self) -> Iterator[dict[str, Any]]:
         worker = get_worker_info()
@@ -140,6 +145,15 @@ class StreamedRows(torch.utils.data.IterableDataset):
         if "outcome" in row:
             return report_of(row, self.options.max_length)
         return DataReport(1, 1, 0, {}, self.options.max_length)  # of rows that were tokenized beforehand
+
+
+def refuse_stream(rows: Any, what: str) -> None:
+    """Raise TypeError if ``rows`` are a stream, of which ``what`` can't be."""
+    if isinstance(rows, IterableDataset | IterableDatasetDict):
+        raise TypeError(
+            f"{what} can't be of a stream, as they need all rows: leave out streaming, or keep a part of the rows with "
+            "datasets.Dataset.from_list(list(stream.take(n)))"
+        )
 
 
 def _next(place: int, sample_id: int) -> int:

@@ -275,8 +275,8 @@ class RowOptions:
     ) -> tuple[Any, Any]:
         """``rows`` as ``tokenize_rows`` returns them, or as ``tokenize_prompts`` does without ``answers``."""
         options = self.of_rows(max_length)
-        if isinstance(rows, IterableDataset):
-            return tokenize_stream(rows, tokenizer, options, answers, usable=True), None
+        if isinstance(rows, IterableDataset) and answers:
+            return tokenize_stream(rows, tokenizer, options, usable=True), None
         require_map_style(rows)
         return _tokenize(rows, tokenizer, options, answers, num_proc)
 
@@ -426,11 +426,7 @@ def _report(
 
 
 def tokenize_stream(
-    stream: IterableDataset,
-    tokenizer: PreTrainedTokenizerBase,
-    options: RowOptions,
-    answers: bool,
-    usable: bool = False,
+    stream: IterableDataset, tokenizer: PreTrainedTokenizerBase, options: RowOptions, usable: bool = False
 ) -> IterableDataset:
     """Every row of a stream, tokenized when it is read: also those that can't be used (`report_of` tells), or `usable`.
 
@@ -442,10 +438,10 @@ def tokenize_stream(
     """
     stream = stream.with_format(None)
     names = columns_of(stream)
-    arguments = batch_arguments(names, stream.features, tokenizer, options, answers)
+    arguments = batch_arguments(names, stream.features, tokenizer, options, answers=True)
     if stream.features is None and _comes_from_arrow(stream):
         arguments["arrow"] = sorted(names)
-    columns = _columns(options, answers)
+    columns = _columns(options, answers=True)
     features = datasets.Features(**columns, **_NOTES, called=datasets.Value("string"))
     tokenized = stream.map(
         _Usable(options) if usable else _tokenize_streamed,

@@ -21,8 +21,7 @@ from ..context.hidden_states import ReuseError, decoder_layers
 from ..context.models import max_positions, transformers_model, vocab_size_of
 from ..data import Collator, DataError, check_sample_ids, load_rows, pad_token_id, rows_of, write_contexts_into
 from ..data.batches import IGNORE_INDEX, ROWS, Row, lengths_of
-from ..data.loading import require_map_style
-from ..data.streams import StreamedRows
+from ..data.streams import StreamedRows, refuse_stream
 from ..files import at_home, to_json
 from .batches import RowSlots, Step, learn_after_self, unique_rows
 from .checkpoints import SETTINGS, check_resumed, resumed_settings
@@ -519,8 +518,7 @@ def step_seed(seed: int, step: int, stream: int = 0) -> int:
 def tokenized(name: str, rows, tokenizer, args: BSSConfig, max_length: int | None) -> Dataset:
     """``rows`` as ``tokenize_rows`` returns them; a log line says how many were kept, cut and dropped."""
     rows = load_rows(rows) if isinstance(rows, DatasetDict) else rows
-    if isinstance(rows, IterableDataset | IterableDatasetDict):
-        require_map_style(rows)
+    refuse_stream(rows, "rounds")
     if hasattr(rows, "column_names") and {"sample_id", "prompt_ids", "answer_ids"} <= set(rows.column_names):
         check_sample_ids(rows)
         return rows

@@ -10,7 +10,7 @@ import logging
 from dataclasses import dataclass, field, replace
 
 import torch
-from datasets import Dataset, IterableDataset, IterableDatasetDict
+from datasets import Dataset
 from torch import Tensor
 
 from ..context import Answers, ContextStats
@@ -18,6 +18,7 @@ from ..context.masks import check_probability
 from ..correction import DEFAULT_CUE, CorrectionCue
 from ..data import Collator, load_rows, pad_token_id, rows_of, sample_ids_of
 from ..data.batches import Row
+from ..data.streams import refuse_stream
 from .batches import unique_rows
 from .bss import BSSTrainer, step_seed
 from .config import BSSConfig
@@ -126,11 +127,8 @@ class RACTrainer(BSSTrainer):
             raise TypeError(f"args is a {type(args).__name__}; RACTrainer takes an RACConfig")
         if data_collator is not None:
             raise ValueError("RACTrainer makes its batches with selfgen's collator; leave data_collator out")
-        if args.own_answer == "column" and isinstance(train_dataset, IterableDataset | IterableDatasetDict):
-            raise ValueError(
-                "own_answer=column needs the column of all rows, which a stream does not have: leave out streaming, or "
-                "give another own_answer"
-            )
+        if args.own_answer == "column":
+            refuse_stream(train_dataset, "own answers of a column")
         self._own_answers: dict[int, list[int]] = {}
         self._shown = self._cut = 0  # own answers since the last log
         self._known_cue: CorrectionCue | None = None

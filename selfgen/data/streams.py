@@ -84,15 +84,7 @@ class StreamedRows(torch.utils.data.IterableDataset):
 
     def workers(self, asked: int) -> int:
         """How many workers can read at a time: one per shard at most."""
-        most = min(asked, self.rows.num_shards)
-        if most < asked and self.rank == 0:
-            logger.warning(
-                "dataloader_num_workers is %d, but the %s data can be read by %d at a time: one per file (shard)",
-                asked,
-                self.name,
-                most,
-            )
-        return most
+        return min(asked, self.rows.num_shards)
 
     def first(self) -> int | None:
         """The sample id of the first row before the stream is split: the same in all processes if they share it.
@@ -126,13 +118,15 @@ class StreamedRows(torch.utils.data.IterableDataset):
                 since = DataReport(0, 0, 0, {}, self.options.max_length)
             in_vain = 0 if kept > before else in_vain + 1
             if in_vain == (1 if readers == 1 and (self.processes == 1 or self.step > 1) else _PATIENCE):
-                fault = f"the {self.name} data has no usable row: {total}"
-                if readers == 1 and kept:
-                    raise DataError(f"the {self.name} data has no usable row when it is read again (epoch {epoch})")
-                if readers == 1:
-                    raise DataError(f"{fault}. Check the columns and max_length={self.options.max_length}")
-                logger.warning("what reader %d of %d reads of %s", reader + 1, readers, fault)
-                return
+                if readers > 1:  # the others may have some
+                    part = f"reader {reader + 1} of {readers}"
+                    logger.warning("%s data: no usable row is left for %s: %s", self.name, part, total)
+                    return
+                again = f" when it is read again (epoch {epoch})" if kept else ""
+                raise DataError(
+                    f"the {self.name} data has no usable row{again}: {total}. Check the columns and "
+                    f"max_length={self.options.max_length}"
+                )
             if self.endless and self.rank == 0 and not in_vain:
                 logger.info(
                     "%s data: epoch %d of the stream ends after %d usable rows", self.name, epoch, kept - before

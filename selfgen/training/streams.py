@@ -43,7 +43,11 @@ def stream_loader(rows: StreamedRows, args: TrainingArguments, batch_size: int, 
     Rows to evaluate on are dealt out batch by batch, so that all processes have as many; the last ones may be the first
     rows again.
     """
-    workers = rows.workers(args.dataloader_num_workers)
+    asked = args.dataloader_num_workers
+    workers = rows.workers(asked)
+    if workers < asked and args.process_index == 0:
+        files = "the %s data can be read by %d at a time: one per file (shard)"
+        logger.warning(f"dataloader_num_workers is %d, but {files}", asked, rows.name, workers)
     loader = DataLoader(
         rows,
         batch_size=batch_size,

@@ -383,7 +383,7 @@ def test_a_killed_command_goes_on(arguments, tmp_path, capsys):
     folder.mkdir()
     for part in range(2):
         write_jsonl(folder / f"train-{part}.jsonl", [*TEXTS[part * 20 :][:19], EMPTY])
-    steps = {"max_steps": 30, "save_steps": 2, "lr_scheduler_type": "constant", "learning_rate": "1e-3"}
+    steps = {"max_steps": 16, "save_steps": 4, "lr_scheduler_type": "constant", "learning_rate": "1e-3"}
     options = {**arguments, **steps, "dataset": str(folder), "streaming": True, "dataloader_num_workers": 2}
     killed = tmp_path / "killed"
     command = ["train", *flags({**options, "output_dir": str(killed), "save_total_limit": 2})]

@@ -77,7 +77,6 @@ class BSSTrainer(Trainer):
     _weighs_rows = False  # whether batches have a column loss_weight
     _lean_by_default = False  # also where self_prob is 0
     collator_class = Collator
-    train_dataset: Any
 
     def __init__(
         self,

@@ -136,7 +136,7 @@ class RACTrainer(BSSTrainer):
         super().__init__(model, args, train_dataset=train_dataset, **kwargs)
         if args.own_answer == "column":
             self._own_answers = self._read_own_answers(train_dataset)
-            self.train_dataset = self._rows_with_own_answers(self.train_dataset)
+            self.train_dataset = self._rows_with_own_answers(self.train_dataset)  # type: ignore[has-type]
 
     @property
     def _cue(self) -> CorrectionCue:

@@ -110,7 +110,7 @@ class DataArguments(RowOptions):
     dataset: str = field(
         kw_only=True,
         metadata={
-            "help": "Data: a .jsonl, .json, .parquet or .arrow file, a folder of such files, or a name on the hub. "
+            "help": "Data: a .jsonl, .json, .csv, .parquet or .arrow file, a folder of them, or a name on the hub. "
             "Required."
         },
     )

@@ -85,7 +85,7 @@ class TrainingData:
     dataset: str | None = field(
         default=None,
         metadata={
-            "help": "Training data: a .jsonl, .json, .parquet or .arrow file, a folder of such files, or a name on the "
+            "help": "Training data: a .jsonl, .json, .csv, .parquet or .arrow file, a folder of them, or a name on the "
             "hub. Required, except with --contexts."
         },
     )

@@ -5,7 +5,8 @@ import json
 import re
 from collections.abc import Iterator, Sequence
 
-_TAG = re.compile(r"<[^<>\s]{1,40}>|\[/?[A-Z_]{1,40}\]")  # <think>, [/THINK]: templates write them in ways of their own
+# <think>, [/THINK]: templates write them in ways of their own
+_TAG = re.compile(r"<[/|]*(?:think|thinking|thought|reasoning)\|?>|\[/?THINK\]", re.IGNORECASE)
 _TAKEN = "\0"
 
 
@@ -25,10 +26,12 @@ def first_lost(text: str, given: Sequence[tuple[str, str]]) -> tuple[str, str] |
     else:
         return None
     for what, piece in sorted(given, key=lambda one: len(one[1]), reverse=True):  # short ones may be parts of long ones
-        left = _take(text, piece)
-        if left is None:
+        spans = _spans(text, piece)
+        if spans is None:
             return what, piece
-        text = left
+        ends = [0, *(end for _, end in spans)]
+        kept = [text[end:start] for end, (start, _) in zip(ends, spans, strict=False)]
+        text = _TAKEN.join([*kept, text[ends[-1] :]])
     return None
 
 
@@ -36,27 +39,28 @@ def end_of(text: str, given: Sequence[tuple[str, str]]) -> int:
     """The place in ``text`` after the last of the ``given`` that is in it."""
     end = 0
     for _, piece in given:
-        for part in (piece, _TAG.split(piece)[-1], (piece.strip() or piece).splitlines()[-1]):
-            found = next((text.find(form, end) + len(form) for form in _forms(part) if form in text[end:]), None)
-            if found is not None and part.strip():
-                end = found
-                break
+        spans = _spans(text, piece, end)
+        end = spans[-1][1] if spans else end
     return end
 
 
-def _take(text: str, piece: str) -> str | None:
-    """``text`` without ``piece``, or None if it is not there."""
+def _spans(text: str, piece: str, start: int = 0) -> list[tuple[int, int]] | None:
+    """The places (start, end) in ``text`` of a piece's parts, in order: of the whole if it is there, or of its lines."""
     for form in _forms(piece):
-        if form in text:
-            return text.replace(form, _TAKEN, 1)
+        place = text.find(form, start)
+        if place >= 0:
+            return [(place, place + len(form))]
     for parts in (_TAG.split(piece), piece.splitlines()):
         if len(parts) < 2:
             continue
-        left: str | None = text
+        spans: list[tuple[int, int]] = []
         for part in filter(str.strip, parts):
-            left = _take(left, part) if left is not None else None
-        if left is not None:
-            return left
+            found = _spans(text, part, spans[-1][1] if spans else start)
+            if found is None:
+                break
+            spans += found
+        else:
+            return spans
     return None
 
 
@@ -64,8 +68,10 @@ def _forms(piece: str) -> Iterator[str]:
     """How a text may be written."""
     piece = piece.strip()
     yield piece
-    yield json.dumps(piece, ensure_ascii=False)[1:-1]
+    quoted = json.dumps(piece, ensure_ascii=False)[1:-1]
+    yield quoted
     yield json.dumps(piece)[1:-1]
+    yield json.dumps(quoted, ensure_ascii=False)[1:-1]  # arguments that are JSON text within JSON
     yield html.escape(piece)
     if piece in ("true", "false", "null"):  # of JSON, as Python writes them
         yield {"true": "True", "false": "False", "null": "None"}[piece]

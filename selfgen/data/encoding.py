@@ -32,10 +32,12 @@ class Encoder:
         spelled = frozenset(control_tokens).intersection(self._added)
         self._control_ids = {self._added[content][0] for content in spelled}
         self._spelled = _any_of(spelled)
-        self._marked_or_control = _any_of(spelled, _MARKED)
+        special = {content for content, (_, token) in self._added.items() if token.special}
+        self._marked_or_control = _any_of(spelled | special, _MARKED)
         self._marked_or_added = _any_of(frozenset(self._added), _MARKED)
         self._writable = cache(self._can_write)
         self._around = self._special_tokens_around_texts()
+        self._restarts = self._begins_anew_after(min(special, default=""))
 
     # -- what a row gave
 
@@ -119,6 +121,11 @@ class Encoder:
         before, after = whole[:start], whole[start + len(plain) :]
         return before, after[:-1] if after[-1:] == [self.tokenizer.eos_token_id] else after
 
+    def _begins_anew_after(self, token: str) -> bool:
+        """Whether texts after control tokens are tokenized as those with nothing before, as Llama 2's are."""
+        alone, after = self._plain(["a", f"{token}a"])
+        return after[-len(alone) :] == alone
+
     # -- marked texts
 
     def _ids_of_marked(self, text: str) -> list[int]:
@@ -137,7 +144,7 @@ class Encoder:
                 section = section.lstrip() if strips else section
                 section = section.rstrip() if token is not None and token.lstrip else section
                 ids += self._plain([clean])[0]
-                ids += self._ordinary(section, first=not ids)
+                ids += self._ordinary(section, first=self._restarts or not ids)
                 clean = section = ""
             clean, section, marked = clean + section + (piece or ""), "", False
             strips = token is not None and token.rstrip

@@ -41,7 +41,9 @@ def read_jsonl(path) -> list[dict]:
     return [json.loads(line) for line in Path(path).read_text().splitlines()]
 
 
-def make_byte_tokenizer(chat_template=None, *, special, eos, bos=None, added=(), rstrip=False) -> PreTrainedTokenizerFast:
+def make_byte_tokenizer(
+    chat_template=None, *, special, eos, bos=None, added=(), rstrip=False
+) -> PreTrainedTokenizerFast:
     """Byte-level BPE without merges: one token per byte, the special tokens, and the `added` ones, which are not."""
     vocab = {piece: number for number, piece in enumerate([*special, *sorted(ByteLevel.alphabet())])}
     backend = Tokenizer(BPE(vocab=vocab, merges=[]))

@@ -5,9 +5,9 @@ A tokenizer has one token per byte besides, so that every text can be told apart
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
-from functools import cache
+from dataclasses import dataclass, field, replace
+from functools import cached_property
+from typing import Any
 
 from transformers import PreTrainedTokenizerFast
 
@@ -54,8 +54,8 @@ LLAMA2 = """{% if messages[0].role == 'system' %}{% set system = messages[0].con
 {%- endfor %}"""
 
 # As above, but the system's text and the tools are in the last user turn, and calls need an id of nine characters.
-MISTRAL = """{% if messages[0].role == 'system' %}{% set system = messages[0].content %}{% set messages = messages[1:] %}
-{% endif %}{% set ns = namespace(last=-1, turn=0) %}
+MISTRAL = """{% if messages[0].role == 'system' %}{% set system = messages[0].content %}
+{% set messages = messages[1:] %}{% endif %}{% set ns = namespace(last=-1, turn=0) %}
 {%- for m in messages %}{% if m.role == 'user' %}{% set ns.last = loop.index0 %}{% endif %}
 {%- if (m.role == 'user' or m.role == 'assistant' and not m.tool_calls) %}
 {%- if (m.role == 'user') != (ns.turn % 2 == 0) %}{{ raise_exception('roles must alternate') }}{% endif %}
@@ -132,7 +132,8 @@ HARMONY = """{% macro system() %}{{ 'Current date: ' + strftime_now('%Y-%m-%d') 
 {%- if messages[0].role in ('developer', 'system') %}{% set instructions = messages[0].content %}
 {%- set messages = messages[1:] %}{% else %}{% set instructions = '' %}{% endif %}
 {%- if instructions or tools %}{{ '<|start|>developer<|message|>' + instructions }}
-{%- for tool in tools or [] %}{{ '\n// ' + (tool.function.description or '') + '\ntype ' + tool.function.name + ' = (_: ' }}
+{%- for tool in tools or [] %}{{ '\n// ' + (tool.function.description or '') }}
+{{- '\ntype ' + tool.function.name + ' = (_: ' }}
 {{- tool.function.parameters | tojson + ') => any;' }}{% endfor %}{{ '<|end|>' }}{% endif %}
 {%- for m in messages %}{% if m.role == 'assistant' %}
 {%- if m.tool_calls %}{% if m.content or m.thinking %}
@@ -166,17 +167,22 @@ ENDLESS = """{% for m in messages %}{{ '### ' + m.role | capitalize + ':\n' + m.
 EOS_LAST = ENDLESS.replace("{%- if add", "{%- if not add_generation_prompt %}{{ eos_token }}{% endif %}{% if add")
 
 # A system turn comes first; documents are listed in it.
-COMMAND = """{{ bos_token }}{% if messages[0].role != 'system' %}{{ raise_exception('a system turn is first') }}{% endif %}
+COMMAND = """{{ bos_token }}
+{%- if messages[0].role != 'system' %}{{ raise_exception('a system turn is first') }}{% endif %}
 {%- for m in messages %}{{ '<|START|><|' + m.role | upper + '|>' + m.content | trim }}
 {%- if loop.first and documents %}{{ '\n<results>' }}{% for document in documents %}
 {{- '\nDocument: ' ~ loop.index0 }}{% for key, value in document.items() %}{{ '\n' + key + ': ' ~ value }}{% endfor %}
-{%- endfor %}{{ '\n</results>' }}{% endif %}{{ '<|END|>' }}{% endfor %}
+{%- endfor %}{{ '\n</results>' }}{% endif %}{{ ('<|END_TEXT|>' if m.role == 'assistant' else '') + '<|END|>' }}
+{%- endfor %}
 {%- if add_generation_prompt %}{{ '<|START|><|ASSISTANT|>' }}{% endif %}"""
 
 
-@dataclass(frozen=True)
+@dataclass
 class Family:
-    """A chat template, and the tokens of its tokenizer: ``special`` ones, and ``added`` ones that are not special."""
+    """A chat template, and the tokens of its tokenizer: ``special`` ones, and ``added`` ones that are not special.
+
+    ``lacks`` are the kinds of rows of which the template leaves something out, or which it rejects.
+    """
 
     template: str
     special: tuple[str, ...]
@@ -185,8 +191,14 @@ class Family:
     added: tuple[str, ...] = ()
     rstrip: bool = False  # of special tokens
     sentencepiece: bool = False
+    lacks: frozenset[str] = frozenset()
+    options: dict[str, Any] = field(default_factory=dict)  # by which rows are read
 
-    @cache  # noqa: B019  (families live as long as the module)
+    @property
+    def name(self) -> str:
+        return next(name for name, one in FAMILIES.items() if one.template == self.template)
+
+    @cached_property
     def tokenizer(self) -> PreTrainedTokenizerFast:
         make = make_sentencepiece_tokenizer if self.sentencepiece else make_byte_tokenizer
         return make(
@@ -198,41 +210,64 @@ def _marks(*names: str) -> tuple[str, ...]:
     return tuple(f"<|{name}|>" for name in names)
 
 
-_IM: Sequence[str] = _marks("endoftext", "im_start", "im_end")
+def _brackets(*names: str) -> tuple[str, ...]:
+    return tuple(f"[{slash}{name}]" for name in names for slash in ("", "/"))
+
+
+_IM = _marks("endoftext", "im_start", "im_end")
 _THINK = ("<think>", "</think>")
 _TOOLS = ("<tool_call>", "</tool_call>", "<tool_response>", "</tool_response>")
 
+_PLAIN = frozenset({"calls", "tools", "documents", "reasoning", "enable_thinking", "date_string"})  # what ChatML lacks
+_ALTERNATING = _PLAIN | {"late system", "developer", "two answers"}
+
 FAMILIES = {
-    "chatml": Family(CHATML, (*_IM,), "<|im_end|>"),
-    "chatml, base model": Family(CHATML, (*_IM,), "<|endoftext|>"),
-    "strings": Family(STRINGS, (*_IM,), "<|im_end|>"),
-    "parts": Family(PARTS, (*_IM, "<end_of_utterance>", "<image>"), "<end_of_utterance>", "<|im_start|>"),
+    "chatml": Family(CHATML, _IM, "<|im_end|>", lacks=_PLAIN),
+    "chatml, base model": Family(CHATML, _IM, "<|endoftext|>", lacks=_PLAIN),
+    "strings": Family(STRINGS, _IM, "<|im_end|>", lacks=_PLAIN),
+    "parts": Family(
+        PARTS,
+        ("<|im_start|>", "<end_of_utterance>", "<image>"),
+        "<end_of_utterance>",
+        "<|im_start|>",
+        lacks=_PLAIN,
+    ),
     "llama3": Family(
         LLAMA3,
         _marks("begin_of_text", "end_of_text", "start_header_id", "end_header_id", "eot_id", "eom_id"),
         "<|eot_id|>",
         "<|begin_of_text|>",
+        lacks=_PLAIN - {"calls", "tools", "date_string"} | {"calls with text", "several calls"},
     ),
-    "llama2": Family(LLAMA2, ("<unk>", "<s>", "</s>"), "</s>", "<s>", sentencepiece=True),
+    "llama2": Family(LLAMA2, ("<unk>", "<s>", "</s>"), "</s>", "<s>", sentencepiece=True, lacks=_ALTERNATING),
     "mistral": Family(
         MISTRAL,
-        ("<unk>", "<s>", "</s>", "[INST]", "[/INST]", "[TOOL_CALLS]", "[AVAILABLE_TOOLS]", "[/AVAILABLE_TOOLS]")
-        + ("[TOOL_RESULTS]", "[/TOOL_RESULTS]"),
+        ("<unk>", "<s>", "</s>", "[INST]", "[/INST]", *_brackets("AVAILABLE_TOOLS", "TOOL_CALLS", "TOOL_RESULTS")),
         "</s>",
         "<s>",
         sentencepiece=True,
+        lacks=_ALTERNATING - {"calls", "tools"} | {"calls with text", "calls without id"},
     ),
     "gemma": Family(
-        GEMMA, ("<pad>", "<eos>", "<bos>", "<start_of_turn>", "<end_of_turn>"), "<eos>", "<bos>", ("\n\n", "  ")
+        GEMMA,
+        ("<pad>", "<eos>", "<bos>", "<start_of_turn>", "<end_of_turn>"),
+        "<eos>",
+        "<bos>",
+        ("\n\n", "  "),
+        lacks=_ALTERNATING | {"system"},
     ),
-    "qwen3": Family(QWEN3, (*_IM,), "<|im_end|>", None, (*_THINK, *_TOOLS)),
-    "qwen3, special tags": Family(QWEN3, (*_IM, *_THINK), "<|im_end|>", None, _TOOLS),
+    "qwen3": Family(
+        QWEN3,
+        _IM,
+        "<|im_end|>",
+        added=(*_THINK, *_TOOLS),
+        lacks=frozenset({"documents", "date_string", "developer", "earlier reasoning", "earlier tags", "two answers"}),
+    ),
     "glm": Family(
         GLM,
-        ("[gMASK]", "<sop>", *_marks("system", "user", "assistant", "endofturn", "tool", "developer")),
+        ("[gMASK]", "<sop>", *_marks("system", "user", "assistant", "endofturn", "tool", "developer"), *_THINK),
         "<|endofturn|>",
-        None,
-        _THINK,
+        lacks=_PLAIN - {"reasoning"} | {"open tags"},
     ),
     "r1": Family(
         R1,
@@ -240,21 +275,38 @@ FAMILIES = {
         "<|end▁of▁sentence|>",
         "<|begin▁of▁sentence|>",
         (*_marks("User", "Assistant", "tool_call", "tool_end", "tool_result"), *_THINK),
+        options={"add_generation_prompt": False},
+        lacks=_PLAIN - {"calls"} | {"calls with text", "developer", "tags", "earlier tags", "open tags"},
     ),
     "harmony": Family(
-        HARMONY, _marks("startoftext", "start", "message", "channel", "end", "return", "call"), "<|return|>"
+        HARMONY,
+        _marks("startoftext", "start", "message", "channel", "end", "return", "call"),
+        "<|return|>",
+        lacks=_PLAIN - {"calls", "tools", "reasoning"}
+        | {"late system", "several calls", "earlier reasoning", "calls continued", "odd tools"},
     ),
     "phi": Family(
-        PHI, _marks("endoftext", "system", "user", "assistant", "end", "tool", "developer"), "<|endoftext|>", rstrip=True
+        PHI,
+        _marks("endoftext", "end", "system", "user", "assistant", "tool", "developer"),
+        "<|endoftext|>",
+        rstrip=True,
+        lacks=_PLAIN,
     ),
-    "zephyr": Family(ZEPHYR, ("<unk>", "<s>", "</s>"), "</s>", "<s>"),
-    "generation": Family(GENERATION, (*_IM,), "<|im_end|>"),
-    "endless": Family(ENDLESS, ("<s>", "</s>"), "</s>", "<s>", ("\n\n",)),
-    "eos last": Family(EOS_LAST, ("<s>", "</s>"), "</s>", "<s>"),
+    "zephyr": Family(ZEPHYR, ("<unk>", "<s>", "</s>"), "</s>", lacks=_PLAIN),
+    "generation": Family(GENERATION, _IM, "<|im_end|>", lacks=_PLAIN),
+    "endless": Family(ENDLESS, ("<s>", "</s>"), "</s>", added=("\n\n",), lacks=_PLAIN),
+    "eos last": Family(EOS_LAST, ("<s>", "</s>"), "</s>", lacks=_PLAIN),
     "command": Family(
         COMMAND,
-        ("<bos>", "<eos>", *_marks("START", "END", "SYSTEM", "USER", "ASSISTANT", "TOOL", "DEVELOPER")),
+        ("<bos>", "<eos>", *_marks("START", "END_TEXT", "END", "SYSTEM", "USER", "ASSISTANT", "TOOL", "DEVELOPER")),
         "<|END|>",
         "<bos>",
+        lacks=_PLAIN - {"documents"} | {"no system"},
     ),
 }
+# Other ways to use them.
+FAMILIES |= {
+    f"{name}, no generation prompt": replace(FAMILIES[name], options={"add_generation_prompt": False})
+    for name in ("chatml", "llama2", "qwen3", "harmony", "phi", "eos last")
+}
+FAMILIES["qwen3, special tags"] = replace(FAMILIES["qwen3"], special=(*_IM, *_THINK), added=_TOOLS)

@@ -399,3 +399,67 @@ def test_smollm2_on_gsm8k(smollm2_folder):
         prompt = tokenizer.decode(example["prompt_ids"])
         assert prompt.endswith(f"<|im_start|>user\n{row['question']}<|im_end|>\n<|im_start|>assistant\n")
         assert tokenizer.decode(example["answer_ids"]) == row["answer"] + "<|im_end|>"
+
+
+# Columns of other trainers' formats
+
+
+SYSTEM = {"role": "system", "content": "h"}
+
+
+@pytest.mark.parametrize(
+    ("row", "options", "prompt"),
+    [
+        ({"system": "h", "messages": [user("a"), assistant("b")]}, {}, [SYSTEM, user("a")]),
+        ({"system": "h", "messages": [SYSTEM, user("a"), assistant("b")]}, {}, [SYSTEM, user("a")]),
+        ({"system": " ", "prompt": "a", "completion": "b"}, {}, [user("a")]),
+        (
+            {"system": "h", "history": [["c", "d"], ["e", "f"]], "query": "a", "response": "b"},
+            {"prompt_column": "query", "completion_column": "response"},
+            [SYSTEM, user("c"), assistant("d"), user("e"), assistant("f"), user("a")],
+        ),
+        ({"history": [], "prompt": "a", "completion": "b"}, {}, [user("a")]),
+        (
+            {"instruction": "a", "input": "c", "output": "b"},
+            {"prompt_column": "instruction", "completion_column": "output"},
+            [user("a\nc")],
+        ),
+        (
+            {"instruction": "a", "input": "", "output": "b"},
+            {"prompt_column": "instruction", "completion_column": "output"},
+            [user("a")],
+        ),
+        ({"input": "c", "prompt": "a", "completion": "b"}, {}, [user("a")]),
+    ],
+)
+def test_columns_beside_the_prompt(row, options, prompt, chat):
+    examples, _ = tokenize([row], chat, **options)
+    (want,) = tokenize_prompts(datasets.Dataset.from_list([{"prompt": prompt}]), chat)[0]["prompt_ids"]
+    assert examples[0]["prompt_ids"] == want
+    assert examples[0]["answer_ids"] == ids("b <eos>")
+    rows = datasets.Dataset.from_list([row])
+    assert tokenize_prompts(rows, chat, **options)[0]["prompt_ids"][:] == [want]
+
+
+def test_columns_beside_the_prompt_that_can_not_be_used(chat, plain):
+    other = {"system": "g", "messages": [SYSTEM, user("a"), assistant("b")]}
+    fine = {"system": "h", "messages": [SYSTEM, user("a"), assistant("b")]}
+    assert tokenize([other, fine], chat)[1].dropped == {"a column 'system' beside another system turn": 1}
+    rows = [{"system": "h", "prompt": "a", "completion": "b"}, {"system": None, "prompt": "a", "completion": "b"}]
+    dropped = tokenize(rows, plain)[1].dropped
+    assert dropped == {"a column 'system' or 'history', for which there is no chat template": 1}
+
+
+def test_rows_of_which_the_template_drops_something_are_kept_on_request():
+    """Only where it is the prompt that lacks something."""
+    silent = TEMPLATE.replace("{% for m in messages %}", "{% for m in messages if m['role'] != 'system' %}")
+    tokenizer = make_tokenizer(silent)
+    rows = [{"messages": [SYSTEM, user("a"), assistant("b")]}, {"messages": [user("a"), assistant("b")]}]
+    lost = "the text of a turn of role 'system' is not in the chat template's text"
+    assert tokenize(rows, tokenizer)[1].dropped == {lost: 1}
+    examples, report = tokenize(rows, tokenizer, keep_incomplete_rows=True)
+    assert (report.kept, report.incomplete) == (2, 1)
+    assert examples["prompt_ids"][0] == examples["prompt_ids"][1]
+    assert f"1 kept of which the template leaves out a part: row 0 ({lost})" in str(report)
+    rows = [{"messages": [user("a"), {**assistant("b"), "reasoning_content": "g h"}]}, rows[1]]
+    assert tokenize(rows, tokenizer, keep_incomplete_rows=True)[1].kept == 1

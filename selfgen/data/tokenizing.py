@@ -14,7 +14,7 @@ import numpy as np
 from datasets import Dataset, IterableDataset
 from transformers import PreTrainedTokenizerBase
 
-from .conversations import EXTRAS, NOT_TEXT, RowFault
+from .conversations import BESIDE, EXTRAS, NOT_TEXT, RowFault
 from .encoding import Encoder
 from .loading import require_map_style
 from .reading import EMPTY_ANSWER, EMPTY_PROMPT, RowReader, Texts
@@ -182,8 +182,8 @@ class RowOptions:
     keep_incomplete_rows: bool = field(
         default=False,
         metadata={
-            "help": "Keep rows of which the chat template leaves something out, such as reasoning of earlier "
-            "turns, and count them. By default they are dropped and counted."
+            "help": "Keep rows of which the chat template leaves something out of the prompt, such as reasoning of "
+            "earlier turns, and count them. By default they are dropped and counted."
         },
     )
     strict_data: bool = field(
@@ -632,14 +632,15 @@ def _tokenize_batch(
         values_as_text=options.values_as_text,
     )
     read = reader.answered if answers else reader.asked
-    used = [name for name in (*columns, *EXTRAS, *NOT_TEXT) if name and name in batch]
+    used = [name for name in (*columns, *EXTRAS, *BESIDE, *NOT_TEXT) if name and name in batch]
     texts, outcomes, notes = [], [], []  # type: list[Texts], list[str], list[str]
     for cells in zip(*(batch[name] for name in used), strict=True):
         try:
             found = read(dict(zip(used, cells, strict=True)))
             lost = found.lost and f"{found.lost} is not in the chat template's text"
             piece = repr(found.lost_text[:60]) if found.lost_text else ""
-            fault = RowFault(lost, piece) if lost and not options.keep_incomplete_rows else None
+            kept = options.keep_incomplete_rows and not found.answer_lost
+            fault = RowFault(lost, piece) if lost and not kept else None
         except RowFault as error:
             found, lost, fault = Texts(""), None, error
         texts.append(found if fault is None else Texts(""))

@@ -8,14 +8,55 @@ from __future__ import annotations
 import inspect
 from collections.abc import Iterator, Sequence, Sized
 from contextlib import contextmanager
+from typing import Any
 
 import torch
+from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 
 def cache_argument(model: PreTrainedModel) -> str:
     """What ``model.forward`` calls its KV cache: "cache" since transformers 5.24, "past_key_values" before."""
     return "cache" if "cache" in inspect.signature(model.forward).parameters else "past_key_values"
+
+
+def arguments_of(model: PreTrainedModel, **arguments) -> dict[str, Any]:
+    """Those of ``arguments`` that ``model.forward`` takes, and what keeps its losses of routers out of it."""
+    accepted = inspect.signature(model.forward).parameters
+    if getattr(model.config.get_text_config(decoder=True), "output_router_logits", False):
+        arguments["output_router_logits"] = False
+    return {name: value for name, value in arguments.items() if name in accepted}
+
+
+_MANY = 256  # logits of more positions are not all kept at a time
+
+
+def own_logits(model: PreTrainedModel, row: Tensor, at: Tensor) -> Tensor:
+    """Logits [M, V] at the places ``at`` [M] of ``row`` [N], by the model's own forward: no cache, no other row.
+
+    This is what a model computes by definition: no positions are given, as it has a first one of its own.
+    """
+    arguments = arguments_of(
+        model, input_ids=row[None], attention_mask=torch.ones_like(row)[None], use_cache=False, logits_to_keep=at
+    )
+    if len(row) > _MANY and "logits_to_keep" in arguments:
+        return model(**arguments).logits[0]
+    arguments.pop("logits_to_keep", None)
+    return model(**arguments).logits[0][at]
+
+
+@contextmanager
+def attention_function(model: PreTrainedModel, name: str) -> Iterator[None]:
+    """Run ``model`` with another attention of transformers' ``AttentionInterface`` inside."""
+    configs = {id(m.config): m.config for m in model.modules() if isinstance(m, PreTrainedModel)}.values()
+    before = [config._attn_implementation for config in configs]
+    try:
+        for config in configs:
+            config._attn_implementation = name
+        yield
+    finally:
+        for config, implementation in zip(configs, before, strict=True):
+            config._attn_implementation = implementation
 
 
 def vocab_size_of(model: PreTrainedModel) -> int:
@@ -47,7 +88,12 @@ def unpadded_vocab_size(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBa
 
 def max_positions(model: PreTrainedModel) -> int | None:
     """Most tokens in a row of ``model``; None if its configuration sets no limit."""
-    return getattr(model.config.get_text_config(decoder=True), "max_position_embeddings", None)
+    limit = getattr(model.config.get_text_config(decoder=True), "max_position_embeddings", None)
+    if limit is None:
+        return None
+    # RoBERTa's kinds count positions from the padding id + 1 on.
+    first = [m.padding_idx + 1 for m in model.modules() if hasattr(m, "create_position_ids_from_input_ids")]
+    return limit - max(first, default=0)
 
 
 def room_for_answers(model: PreTrainedModel, prompts: Sequence[Sized], cue_length: int = 0) -> list[int]:

@@ -23,6 +23,7 @@ from .graphs import GraphedForward, forward_of
 from .hidden_states import ReuseError
 from .masks import Masks
 from .models import (
+    active_adapters,
     check_dtypes,
     check_whole,
     dtype_inside,
@@ -110,7 +111,8 @@ class ContextGenerator:
         self.masks = masks or Masks()
         self._token_budget, self._balance = token_budget, balance
         self._budget: PassBudget | None = None
-        self._verification = Verification(self.model)
+        self._adapters = active_adapters(model)
+        self._verified = Verification(self.model, model)
         self._cuda_graphs = cuda_graphs
         self._passes: Forward | None = None
         self._fallback = Fallback(self.model)
@@ -361,6 +363,15 @@ class ContextGenerator:
         if self._passes is None or self._passes.device != self.model.device:
             self._passes = forward_of(self.model, cuda_graphs=self._cuda_graphs)
         return self._passes
+
+    @property
+    def _verification(self) -> Verification:
+        """What is known of the model with the adapters that are on."""
+        adapters = active_adapters(self._given)
+        if adapters != self._adapters:
+            transformers_model(self._given)  # refuses some of them
+            self._adapters, self._verified = adapters, Verification(self.model, self._given)
+        return self._verified
 
     def check_causal(self) -> None:
         """Raise UnsupportedModelError if the model sees tokens that come later; tried once."""

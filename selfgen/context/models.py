@@ -129,14 +129,40 @@ def transformers_model(model: torch.nn.Module) -> PreTrainedModel:
     """The transformers model itself: inside a PEFT model, adapters included."""
     base_model = getattr(model, "get_base_model", None)  # PEFT's
     if callable(base_model):
-        if getattr(getattr(model, "active_peft_config", None), "is_prompt_learning", False):
-            raise ValueError("prompt-learning adapters of PEFT add positions of their own; use LoRA or another adapter")
+        _check_adapters(model)
         model = base_model()
     if not isinstance(model, PreTrainedModel):
         raise TypeError(
             f"model is a {type(model).__name__}; give a transformers model (AutoModelForCausalLM) or PEFT's"
         )
     return model
+
+
+def active_adapters(model: torch.nn.Module) -> tuple[str, ...]:
+    """The names of PEFT's adapters that are on, as far as ``model`` is one of PEFT's."""
+    return tuple(getattr(model, "active_adapters", ())) if hasattr(model, "peft_config") else ()
+
+
+def _check_adapters(model: torch.nn.Module) -> None:
+    """Raise ValueError if an adapter that is on acts in the forward of PEFT's own model, which generation goes around.
+
+    ``verification`` finds what isn't known here.
+    """
+    for name in active_adapters(model):
+        config = model.peft_config.get(name)
+        kind = getattr(getattr(config, "peft_type", None), "value", None)
+        if getattr(config, "is_prompt_learning", False):
+            raise ValueError("prompt-learning adapters of PEFT add positions of their own; use LoRA or another adapter")
+        if getattr(config, "alora_invocation_tokens", None):
+            raise ValueError(
+                f"the adapter {name!r} is an activated LoRA (alora_invocation_tokens), which is on from a position that "
+                "depends on the row; train a LoRA without alora_invocation_tokens"
+            )
+        if kind in ("XLORA", "POLY", "ADAPTION_PROMPT", "SHADOW"):
+            raise ValueError(
+                f"the adapter {name!r} is of PEFT's type {kind}, which needs more of PEFT's own forward than the layers "
+                "that it puts into the model; use LoRA or another adapter"
+            )
 
 
 def dtype_inside(prepared: torch.nn.Module, model: PreTrainedModel) -> torch.dtype:

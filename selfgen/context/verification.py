@@ -48,8 +48,9 @@ class LooksAheadError(UnsupportedModelError):
 class Verification:
     """What has been found out of one model. Each method raises what it has found once, and then again at each call."""
 
-    def __init__(self, model: PreTrainedModel):
-        self.model = model
+    def __init__(self, model: PreTrainedModel, given: torch.nn.Module | None = None):
+        """``given`` is what the model is part of: a model of PEFT, or the model itself."""
+        self.model, self.given = model, given
         self._numbers = lengths_of(model)
         self._causal: UnsupportedModelError | bool = False
         self._ragged: dict[int, UnsupportedModelError | None] = {}  # by the length of the probe
@@ -58,10 +59,15 @@ class Verification:
         self._strategies: dict[int, Strategy] = {}  # by the length of the probe
 
     def check_causal(self) -> None:
-        """Raise LooksAheadError if other tokens at the end of a row change the logits before them."""
+        """Raise LooksAheadError if other tokens at the end of a row change the logits before them.
+
+        Raise UnsupportedModelError if the model can't be run on tokens alone, or not without PEFT's own forward.
+        """
         if not self._causal:
             try:
                 _check_causal(self.model)
+                if self.given not in (None, self.model):
+                    _check_adapter(self.model, self.given)
                 self._causal = True
             except UnsupportedModelError as error:
                 self._causal = error
@@ -78,6 +84,8 @@ class Verification:
         if error is not None:
             raise error
         try:
+            if self.given not in (None, self.model):
+                self.check_causal()
             self._check_masks(longest_row)
             if length not in self._ragged:
                 _compare_ragged(self.model, length)
@@ -223,8 +231,29 @@ def _check_causal(model: PreTrainedModel) -> None:
     if not difference <= _tolerance(model):
         raise LooksAheadError(
             f"{type(model).__name__} looks ahead: other tokens at the end of a row change its logits before them by "
-            f"{difference:.1%} of their standard deviation, so it would see the answer that it is to predict; give a "
-            "causal model (is_decoder=True, no use_bidirectional_attention)"
+            f"{difference:.1%} of their standard deviation, so it would see the answer that it learns to predict; give "
+            "a causal model (is_decoder=True, no use_bidirectional_attention, no adapter that mixes tokens)"
+        )
+
+
+def _check_adapter(model: PreTrainedModel, given: torch.nn.Module) -> None:
+    """Compare PEFT's own forward with that of the model inside, which is what contexts are made with."""
+    row = _probe_row(model, min(_SHORT, max_positions(model) or _SHORT))
+    own = own_logits(model, row, torch.arange(len(row), device=row.device))
+    try:
+        found = given(input_ids=row[None], attention_mask=torch.ones_like(row)[None]).logits[0]
+        difference = _difference(model, [found], [own])
+        reason = f"logits differ by {difference:.1%} of their standard deviation"
+    except _FAULTS as error:
+        if isinstance(error, torch.OutOfMemoryError):
+            raise
+        difference, reason = torch.inf, _one_line(error)
+    if not difference <= _tolerance(model):
+        configs = getattr(given, "peft_config", {})
+        kinds = sorted({str(getattr(config, "peft_type", None)).rpartition(".")[2] for config in configs.values()})
+        raise UnsupportedModelError(
+            f"the adapter ({', '.join(kinds)}) computes something else in the forward of {type(given).__name__} than in "
+            f"that of the model inside ({reason}); use LoRA or another adapter"
         )
 
 

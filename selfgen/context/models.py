@@ -8,6 +8,7 @@ from __future__ import annotations
 import inspect
 from collections.abc import Iterator, Sequence, Sized
 from contextlib import contextmanager
+from operator import attrgetter
 from typing import Any
 
 import torch
@@ -128,9 +129,12 @@ def eos_token_ids_of(model: PreTrainedModel) -> list[int]:
 def transformers_model(model: torch.nn.Module) -> PreTrainedModel:
     """The transformers model itself: inside a PEFT model, adapters included."""
     base_model = getattr(model, "get_base_model", None)  # PEFT's
-    if callable(base_model):
+    if hasattr(model, "peft_config"):
         _check_adapters(model)
+    if callable(base_model):
         model = base_model()
+    elif hasattr(model, "peft_config") and hasattr(model, "base_model"):  # PeftMixedModel
+        model = getattr(model.base_model, "model", model)
     if not isinstance(model, PreTrainedModel):
         raise TypeError(
             f"model is a {type(model).__name__}; give a transformers model (AutoModelForCausalLM) or PEFT's"
@@ -140,7 +144,8 @@ def transformers_model(model: torch.nn.Module) -> PreTrainedModel:
 
 def active_adapters(model: torch.nn.Module) -> tuple[str, ...]:
     """The names of PEFT's adapters that are on, as far as ``model`` is one of PEFT's."""
-    return tuple(getattr(model, "active_adapters", ())) if hasattr(model, "peft_config") else ()
+    names = getattr(model, "active_adapters", ()) if hasattr(model, "peft_config") else ()
+    return tuple(names() if callable(names) else names)
 
 
 def _check_adapters(model: torch.nn.Module) -> None:
@@ -148,9 +153,11 @@ def _check_adapters(model: torch.nn.Module) -> None:
 
     ``verification`` finds what isn't known here.
     """
-    for name in active_adapters(model):
-        config = model.peft_config.get(name)
+    configs = getattr(model, "peft_config", {})
+    for name, config in configs.items():
         kind = getattr(getattr(config, "peft_type", None), "value", None)
+        if name not in active_adapters(model) and kind != "XLORA":  # whose own name is never on
+            continue
         if getattr(config, "is_prompt_learning", False):
             raise ValueError("prompt-learning adapters of PEFT add positions of their own; use LoRA or another adapter")
         if getattr(config, "alora_invocation_tokens", None):
@@ -158,7 +165,7 @@ def _check_adapters(model: torch.nn.Module) -> None:
                 f"the adapter {name!r} is an activated LoRA (alora_invocation_tokens), which is on from a position that "
                 "depends on the row; train a LoRA without alora_invocation_tokens"
             )
-        if kind in ("XLORA", "POLY", "ADAPTION_PROMPT", "SHADOW"):
+        if kind in ("ADAPTION_PROMPT", "LILY", "POLY", "SHADOW", "XLORA"):
             raise ValueError(
                 f"the adapter {name!r} is of PEFT's type {kind}, which needs more of PEFT's own forward than the layers "
                 "that it puts into the model; use LoRA or another adapter"
@@ -191,7 +198,7 @@ def check_dtypes(model: PreTrainedModel) -> None:
         id(parameter)
         for module in model.modules()
         for layer in getattr(module, "adapter_layer_names", ())
-        for parameter in getattr(module, layer).parameters()
+        for parameter in attrgetter(layer)(module).parameters()  # the name may have dots
     }
     dtypes: dict[torch.dtype, str] = {}
     for name, parameter in model.named_parameters():

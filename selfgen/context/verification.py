@@ -20,6 +20,7 @@ from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedM
 
 from .batch import Batch
 from .models import attention_function, max_positions, own_logits, vocab_size_of
+from .packed import packed_linears
 from .ragged import RaggedCache, RaggedPass, UnsupportedModelError, ragged_logits, ragged_model
 from .sequential import ALONE, STRATEGIES, SequentialResult, Strategy, sequential
 from .support import lengths_of
@@ -271,7 +272,7 @@ def _compare_ragged(model: PreTrainedModel, length: int) -> None:
     first, second, short = (_some(begin, end, device) for begin, end in ((0, cut), (cut, length), (0, short_length)))
     found: list[Tensor] = []
     try:
-        with ragged_model(model):
+        with ragged_model(model), packed_linears(model):
             for windows, index in (
                 ([(0, 0, cut), (length, 0, short_length)], torch.cat([first, cut + short])),
                 ([(0, cut, length), (length, short_length, short_length)], second - cut),  # row start, begin, end

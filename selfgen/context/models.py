@@ -90,7 +90,7 @@ def unpadded_vocab_size(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBa
 def max_positions(model: PreTrainedModel) -> int | None:
     """Most tokens in a row of ``model``; None if its configuration sets no limit."""
     limit = getattr(model.config.get_text_config(decoder=True), "max_position_embeddings", None)
-    if limit is None:
+    if not isinstance(limit, int) or limit < 1:  # XLNet says -1
         return None
     # RoBERTa's kinds count positions from the padding id + 1 on.
     first = [m.padding_idx + 1 for m in model.modules() if hasattr(m, "create_position_ids_from_input_ids")]

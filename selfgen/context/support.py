@@ -38,8 +38,6 @@ def inspect_model(model: PreTrainedModel, longest_row: int) -> Support:
         isolate = True
     if config.is_encoder_decoder or getattr(config, "add_cross_attention", False):
         missing.append("cross-attention (encoder-decoder)")
-    if getattr(config, "use_bidirectional_attention", None):
-        missing.append("bidirectional attention")
     kinds = set(getattr(config, "layer_types", None) or ()) - {"full_attention", "sliding_attention"}
     if kinds:
         missing.append("layers of type " + ", ".join(sorted(kinds)))

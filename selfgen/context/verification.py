@@ -148,13 +148,17 @@ class Verification:
         if longest_row <= self._masks_seen:
             return
         if self._masks is None:
-            self._masks = _masks_of(self.model)
-        for layer in self._masks:
-            if layer.differs(longest_row):
-                raise UnsupportedModelError(
-                    f"{layer.name} restricts attention by its mask alone (a sliding window, chunks) in rows of "
-                    f'{longest_row} tokens, which the ragged path is not told of; use method="sequential"'
-                )
+            self._masks = _masks_of(self.model, 8)
+        try:
+            differing = [layer for layer in self._masks if layer.differs(longest_row)]
+        except _FAULTS:  # some hold numbers of each position of the row
+            self._masks = _masks_of(self.model, longest_row)
+            differing = [layer for layer in self._masks if layer.differs(longest_row)]
+        if differing:
+            raise UnsupportedModelError(
+                f"{differing[0].name} restricts attention by its mask alone (a sliding window, chunks) in rows of "
+                f'{longest_row} tokens, which the ragged path is not told of; use method="sequential"'
+            )
         self._masks_seen = longest_row
 
 
@@ -369,8 +373,9 @@ _layers: list[_LayerMask] = []
 
 
 def _record_mask(*args, mask_function: Callable, **kwargs) -> Tensor:
-    kwargs["allow_is_causal_skip"] = False
-    mask = AttentionMaskInterface()["sdpa"](*args, mask_function=mask_function, **kwargs)
+    mask = torch.ones(1, 1, 1, 1, dtype=torch.bool, device=kwargs.get("device"))
+    if isinstance(kwargs.get("q_length"), int) and isinstance(kwargs.get("kv_length"), int):
+        mask = mask.expand(-1, -1, kwargs["q_length"], kwargs["kv_length"])  # a shape, which takes no memory
     assert _made is not None
     _made.append((mask, mask_function))
     return mask
@@ -387,8 +392,9 @@ AttentionInterface.register(_RECORDING, _record_layer)
 AttentionMaskInterface.register(_RECORDING, _record_mask)
 
 
-def _masks_of(model: PreTrainedModel) -> list[_LayerMask]:
-    """What the layers' masks allow, where transformers makes them; none where it can't be found out.
+def _masks_of(model: PreTrainedModel, length: int) -> list[_LayerMask]:
+    """What the layers' masks allow in rows of ``length`` tokens, where transformers makes them; none where it can't be
+    found out.
 
     Attention is not computed: masks, and what the layers tell the attention function, depend on no hidden state.
     """
@@ -397,11 +403,11 @@ def _masks_of(model: PreTrainedModel) -> list[_LayerMask]:
     _layers.clear()
     try:
         with attention_function(model, _RECORDING):
-            own_logits(model, _probe_row(model, 8), torch.arange(1, device=model.device))
+            own_logits(model, _probe_row(model, length), torch.arange(1, device=model.device))
         unique = {(layer.name, id(layer.allows), layer.window): layer for layer in _layers}
         found = list(unique.values())
         for layer in found:
-            layer.differs(8)
+            layer.differs(length)
         return found
     except _FAULTS as error:
         logger.debug("%s: its masks can't be looked at: %s", type(model).__name__, error)

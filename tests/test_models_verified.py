@@ -10,6 +10,7 @@ import logging
 import pytest
 import torch
 import transformers as t
+from helpers.training import make_rac_trainer, make_trainer
 from models import BASE, tiny_model
 from zoo.definition import contexts, rows, wrong_tokens
 
@@ -232,3 +233,46 @@ def test_a_vocabulary_of_special_tokens_alone():
     model = make(t.LlamaConfig(**BASE | {"vocab_size": 3}))
     mixed = contexts(model, [torch.tensor([1, 2])], [torch.tensor([0, 1, 2])])
     assert len(mixed.tokens[0]) == 3
+
+
+@pytest.mark.parametrize("self_prob", [0.0, 0.5])
+@pytest.mark.parametrize("make_one", [make_trainer, make_rac_trainer])
+@pytest.mark.parametrize("family", ["bert", "doge", "not causal"])
+def test_models_that_look_ahead_are_not_trained(family, make_one, self_prob, tmp_path):
+    """Also on references alone: the loss of a model that sees the answer teaches nothing."""
+    with pytest.raises(UnsupportedModelError, match=r"looks ahead: .*see the answer that it learns to predict"):
+        make_one(tmp_path, model=make(AHEAD[family]()), self_prob=self_prob, max_length=64)
+
+
+def test_what_was_found_is_not_tried_again(monkeypatch):
+    model = make(phimoe(24))
+    generator = ContextGenerator(model, token_budget=16, balance=2)
+    arguments = {"self_prob": 0.5, "seed": 0, "sample_ids": [0]}
+    forwards: list[int] = []
+    model.register_forward_pre_hook(lambda *_: forwards.append(1))
+    for tried in (True, False):
+        forwards.clear()
+        with pytest.raises(UnsupportedModelError, match="mask alone"):
+            generator.contexts([[5] * 20], [[6] * 30], **arguments)
+        assert bool(forwards) == tried
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_model_of_nan_is_not_what_is_refused(dtype):
+    """Its contexts keep the reference, and count the tokens."""
+    model = tiny_model("llama").to(dtype)
+    with torch.no_grad():
+        model.lm_head.weight.fill_(torch.nan)
+    for method in ("fixed_point", "sequential"):
+        mixed = contexts(model, *rows([(5, 9)]), 1.0, method=method)
+        assert mixed.stats.invalid == 9
+
+
+def test_few_positions():
+    model = make(t.LlamaConfig(**BASE | {"max_position_embeddings": 8}))
+    gpt2 = make(t.GPT2Config(vocab_size=131, n_embd=32, n_layer=2, n_head=4, n_positions=8, initializer_range=0.3))
+    for one in (model, gpt2):
+        prompts, references = rows([(3, 5), (1, 1)])
+        for method in ("fixed_point", "sequential"):
+            mixed = contexts(one, prompts, references, method=method)
+            assert wrong_tokens(one, prompts, references, mixed) == 0

@@ -189,7 +189,8 @@ class ContextGenerator:
                 probability of (tokens, spans or answers) is set by ``masks``.
             seed: any 64-bit integer. With the sample id and the position it fixes all randomness.
             sample_ids: [R] int64/int32, unique: the identity of each row.
-            method: "fixed_point" (few parallel passes) or "sequential" (token by token, works with every model).
+            method: "fixed_point" (few parallel passes) or "sequential" (token by token, works with every model that
+                does not look ahead).
             may_be_self: R rows of bool, [T_i]: where it is false, the context has the reference token. By default a
                 self token may be anywhere.
             keep_hidden_states: with "fixed_point", keep what the passes computed as `MixedContext.hidden_states`, so
@@ -202,7 +203,7 @@ class ContextGenerator:
             ValueError: values out of range, empty rows, lengths that don't match or exceed the model's positions.
             TypeError: wrong types or dtypes.
             UnsupportedModelError: (a ValueError) the model has a feature, which is named, that "fixed_point" does not
-                support.
+                support, or it sees tokens that come later.
             ReuseError: (a ValueError) ``keep_hidden_states`` is given, but the model's passes can't be reused.
         """
         if method not in METHODS:
@@ -374,7 +375,7 @@ class ContextGenerator:
         return self._verified
 
     def check_causal(self) -> None:
-        """Raise UnsupportedModelError if the model sees tokens that come later; tried once."""
+        """Raise UnsupportedModelError if the model sees tokens that come later, or can't be run on tokens alone."""
         with self.computing():
             self._verification.check_causal()
 

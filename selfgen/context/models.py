@@ -120,7 +120,7 @@ def room_for_answers(model: PreTrainedModel, prompts: Sequence[Sized], cue_lengt
 def eos_token_ids_of(model: PreTrainedModel) -> list[int]:
     """The ids that end the model's answers, by its generation configuration, else by its own configuration."""
     ids = getattr(model.generation_config, "eos_token_id", None)
-    ids = model.config.eos_token_id if ids is None else ids
+    ids = getattr(model.config, "eos_token_id", None) if ids is None else ids  # RoCBert's has none
     if ids is None:
         return []
     return [ids] if isinstance(ids, int) else list(ids)
@@ -162,13 +162,13 @@ def _check_adapters(model: torch.nn.Module) -> None:
             raise ValueError("prompt-learning adapters of PEFT add positions of their own; use LoRA or another adapter")
         if getattr(config, "alora_invocation_tokens", None):
             raise ValueError(
-                f"the adapter {name!r} is an activated LoRA (alora_invocation_tokens), which is on from a position that "
-                "depends on the row; train a LoRA without alora_invocation_tokens"
+                f"the adapter {name!r} is an activated LoRA (alora_invocation_tokens), which is on from a position "
+                "on that depends on the row; train a LoRA without alora_invocation_tokens"
             )
         if kind in ("ADAPTION_PROMPT", "LILY", "POLY", "SHADOW", "XLORA"):
             raise ValueError(
-                f"the adapter {name!r} is of PEFT's type {kind}, which needs more of PEFT's own forward than the layers "
-                "that it puts into the model; use LoRA or another adapter"
+                f"the adapter {name!r} is of PEFT's type {kind}, which needs more of PEFT's own forward than the "
+                "layers that it puts into the model; use LoRA or another adapter"
             )
 
 

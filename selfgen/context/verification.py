@@ -257,8 +257,8 @@ def _check_adapter(model: PreTrainedModel, given: torch.nn.Module) -> None:
         configs = getattr(given, "peft_config", {})
         kinds = sorted({str(getattr(config, "peft_type", None)).rpartition(".")[2] for config in configs.values()})
         raise UnsupportedModelError(
-            f"the adapter ({', '.join(kinds)}) computes something else in the forward of {type(given).__name__} than in "
-            f"that of the model inside ({reason}); use LoRA or another adapter"
+            f"the adapter ({', '.join(kinds)}) computes something else in the forward of {type(given).__name__} than "
+            f"in that of the model inside ({reason}); use LoRA or another adapter"
         )
 
 

@@ -60,8 +60,14 @@ PARTICULAR: dict[str, dict[str, Any]] = {
     "axk2": LATENT | {"index_topk": WINDOW},
     "bailing_hybrid": LATENT | {"linear_head_dim": 8, "linear_num_heads": 4},
     "bamba": {"attn_layer_indices": [1]},
-    "cohere_compass_text": {"rope_parameters": {"full_attention": {"rope_type": "default", "rope_theta": 1e4}}},
-    "dbrx": {"attn_config": {"kv_n_heads": 2, "clip_qkv": 8.0, "rope_theta": 1e4}, "ffn_config": {"ffn_hidden_size": 48}},
+    "cohere_compass_text": {
+        "rope_parameters": {
+            kind: {"rope_type": "default", "rope_theta": 1e4} for kind in ("full_attention", "sliding_attention")
+        },
+    },
+    "dbrx": {
+        "attn_config": {"kv_n_heads": 2, "clip_qkv": 8.0, "rope_theta": 1e4}, "ffn_config": {"ffn_hidden_size": 48},
+    },
     "blt": {"encoder_hash_byte_group_vocab": 50, "encoder_hash_byte_group_size": [3]},
     "deepseek_v2": LATENT | {"num_experts_per_tok": 2},
     "deepseek_v3": LATENT,
@@ -71,6 +77,7 @@ PARTICULAR: dict[str, dict[str, Any]] = {
         "layer_types": ["sliding_attention", "full_attention", "sliding_attention"],
     },
     "dots1": {"n_routed_experts": 4, "n_shared_experts": 1, "num_experts_per_tok": 2, "max_window_layers": 1},
+    "dots3_note": {"adapter_in_dim": 32, "adapter_out_dim": 32},
     "dots3_note_text": LATENT | {"index_topk": WINDOW, "head_dim": 12, "shared_experts_intermediate_size": 24},
     "gemma3n_text": {
         "num_kv_shared_layers": 2, "num_hidden_layers": 4, "hidden_size_per_layer_input": 8,
@@ -119,7 +126,9 @@ PARTICULAR: dict[str, dict[str, Any]] = {
     "xlstm": {"num_heads": 4, "qk_dim_factor": 1.0, "chunk_size": 16},
     "xmod": {"default_language": "en_XX"},
     "youtu": LATENT,
-    "zamba": {"layers_block_type": ["linear_attention", "hybrid"], "attention_hidden_size": 64, "attention_head_dim": 16},
+    "zamba": {
+        "layers_block_type": ["linear_attention", "hybrid"], "attention_hidden_size": 64, "attention_head_dim": 16,
+    },
     "zamba2": {"layers_block_type": ["linear_attention", "hybrid"], "attention_hidden_size": 64, "n_mamba_heads": 8},
     "zaya": {"num_experts_per_tok": 1, "router_hidden_size": 8},
 }  # fmt: skip

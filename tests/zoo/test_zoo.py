@@ -104,6 +104,8 @@ def reuse(model) -> str:
     )
     log, logger = Lines(), logging.getLogger("selfgen.training.bss")
     logger.addHandler(log)
+    level = logger.level
+    logger.setLevel(logging.WARNING)
     try:
         after = []
         for on in (True, False):
@@ -118,6 +120,7 @@ def reuse(model) -> str:
         return f"not trained: {reason(error)}"
     finally:
         logger.removeHandler(log)
+        logger.setLevel(level)
     off = float((after[0] - after[1]).abs().max() / (after[1] - weights(model)).abs().max())
     if not off < 1e-3:
         return f"WRONG by {off:.1e}"
@@ -170,17 +173,18 @@ def document(entries: list[Entry]) -> str:
     lines = [
         "# Models",
         "",
-        "Every family of decoders in transformers that `AutoModelForCausalLM` knows, with options that change what is",
-        "computed. The table is written by a test (`pytest -m slow tests/zoo`), which makes tiny models of random weights",
-        "and compares contexts of ragged rows, longer than every window and chunk, with the model's own forward over each",
-        "prefix.",
+        "Every family of decoders in transformers that `AutoModelForCausalLM` knows, with options that change what",
+        "is computed. The table is written by a test (`make slow ARGS=tests/zoo`), which makes tiny models of random",
+        "weights and compares contexts of ragged rows, longer than every window and chunk, with the model's own",
+        "forward over each prefix.",
         "",
         "- **exact**: `fixed_point` and `sequential` give the same tokens, at every token budget.",
-        "- **sequential only**: `--context-method sequential` is exact; `fixed_point` refuses the model, and says why.",
+        "- **sequential only**: `--context-method sequential` is exact; `fixed_point` refuses the model and says why.",
         "- **refused**: no method makes contexts, and the trainer refuses the model, too.",
-        "- **not built**: the test could make no tiny model that runs on tokens alone. It says nothing of the family: any",
-        "  model is tried before its first contexts.",
-        "- **reuse**: whether a training step takes what the passes computed as its forward; its gradients were compared.",
+        "- **not built**: the test could make no tiny model that runs on tokens alone. That says nothing of the",
+        "  family: any model is tried before its first contexts.",
+        "- **reuse**: whether a training step takes what the passes computed as its forward. Its gradients were",
+        "  compared with those of a step that does not.",
         "",
         f"transformers {t.__version__}, {len(entries)} entries: {total}.",
         "",

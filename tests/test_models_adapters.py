@@ -170,6 +170,8 @@ def test_what_pefts_own_forward_does_is_found_where_it_is_not_known_by_name(meth
     monkeypatch.setattr(type(model), "forward", forward)
     with pytest.raises(UnsupportedModelError, match=r"adapter \(LORA\) computes something else in the forward of Peft"):
         contexts(model, *rows([(5, 9)]), method=method)
+    with pytest.raises(UnsupportedModelError, match=r"adapter \(LORA\)"):
+        ContextGenerator(model).answer([[5, 6]])
 
 
 def test_a_trainer_with_such_an_adapter(tmp_path):

@@ -246,6 +246,7 @@ class ContextGenerator:
         else:
             with self.computing():
                 self._verification.check_causal()
+                self._verification.check_adapter()
                 isolate = support.isolate_rows
                 result = sequential(self.model, batch, ALONE) if isolate else self._verification.sequential(batch)
             tokens, is_self, invalid = result.tokens, result.is_self, result.invalid
@@ -334,6 +335,7 @@ class ContextGenerator:
                 bar.update()
 
             what = Prompts(rows, ids, limits, stop_ids)
+            self._verification.check_adapter()
             if support.missing or not self._runs_ragged(longest):
                 work = self._fallback(what, sampling, batch_size, finish, recompute=support.recompute)
             else:

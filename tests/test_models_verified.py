@@ -26,6 +26,8 @@ EXPERTS = {"num_experts_per_tok": 2, "num_experts": 4, "num_local_experts": 4, "
 
 def make(config):
     torch.manual_seed(0)
+    if config.model_type == "paligemma":
+        return t.PaliGemmaForConditionalGeneration(config).eval()
     return t.AutoModelForCausalLM.from_config(config).eval()
 
 
@@ -192,6 +194,14 @@ AHEAD = {
     "gemma3": lambda: t.Gemma3TextConfig(**BASE, use_bidirectional_attention=True, sliding_window=7),
     "doge": lambda: t.DogeConfig(**NO_HEAD_DIM, is_moe=True, num_experts=16, num_experts_per_tok=4),
     "not causal": lambda: t.LlamaConfig(**BASE, is_causal=False),
+    "paligemma": lambda: t.PaliGemmaConfig(
+        text_config=t.GemmaConfig(**BASE).to_dict(),
+        vision_config={"hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2}
+        | {"image_size": 16, "patch_size": 8, "projection_dim": 32, "model_type": "siglip_vision_model"},
+        image_token_index=130,
+        projection_dim=32,
+        hidden_size=32,
+    ),
 }
 
 
@@ -237,7 +247,7 @@ def test_a_vocabulary_of_special_tokens_alone():
 
 @pytest.mark.parametrize("self_prob", [0.0, 0.5])
 @pytest.mark.parametrize("make_one", [make_trainer, make_rac_trainer])
-@pytest.mark.parametrize("family", ["bert", "doge", "not causal"])
+@pytest.mark.parametrize("family", ["bert", "doge", "not causal", "paligemma"])
 def test_models_that_look_ahead_are_not_trained(family, make_one, self_prob, tmp_path):
     """Also on references alone: the loss of a model that sees the answer teaches nothing."""
     with pytest.raises(UnsupportedModelError, match=r"looks ahead: .*see the answer that it learns to predict"):

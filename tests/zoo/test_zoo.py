@@ -174,7 +174,7 @@ def document(entries: list[Entry]) -> str:
         "# Models",
         "",
         "Every family of decoders in transformers that `AutoModelForCausalLM` knows, with options that change what",
-        "is computed. The table is written by a test (`make slow ARGS=tests/zoo`), which makes tiny models of random",
+        "is computed. The table is written by a slow test, tests/zoo/test_zoo.py, which makes tiny models of random",
         "weights and compares contexts of ragged rows, longer than every window and chunk, with the model's own",
         "forward over each prefix.",
         "",

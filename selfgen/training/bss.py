@@ -129,6 +129,7 @@ class BSSTrainer(Trainer):
             raise ValueError(
                 "contexts can't be made with weights that FSDP or DeepSpeed shards yet; train with DDP or on one device"
             )
+        self.generator.check_causal()  # the loss of a model that sees the answer teaches nothing
         self._end_answers_where_rows_end()
         check_processes(self.args.world_size)
         if not any(parameter.requires_grad for parameter in self.model.parameters()):

@@ -274,6 +274,9 @@ UNUSABLE = {  # under any template
 @dataclass
 class Example:
     outcome: str
+    "an answer of weight 0, by one of two": chat(Q, assistant("Nope.", weight=1, train=False)),
+    "an answer of weight 0, as training": chat(Q, assistant("Nope.", training=False)),
+    "a message with 'train_detail'": chat(Q, assistant("Yes.", train_detail=[{"begin_offset": 0, "train": False}])),
     note: str
     prompt: list[int]
     answer: list[int] | None = None

@@ -13,6 +13,10 @@ EXTRAS = ("tools", "documents", "chat_template_kwargs")  # columns of a row that
 _TEXT_PARTS = ("text", "input_text", "output_text")
 BESIDE = ("system", "history", "input")  # columns of other trainers' formats: first turn, earlier turns, more text
 NOT_TEXT = ("image", "images", "video", "videos", "audio", "audios", "refusal")  # keys and columns that are no text
+_MEDIA = (*NOT_TEXT, "image_url", "video_url", "audio_url", "input_audio")  # keys of messages and of parts
+_ELSEWHERE = ("value", "text", "parts")  # keys in which other formats have a message's content
+_WEIGHTS = ("weight", "train", "training", "loss")  # keys that tell whether a turn is learned
+_WEIGHTS_OF_PARTS = ("train_detail", "training_detail")
 ROLES = ("user", "assistant")
 _ROLES = {  # of ShareGPT
     "human": "user",
@@ -282,11 +286,13 @@ def turns_beside(cells: dict[str, Any], arrow: set[str], turns: list[dict[str, A
 
 
 def weights_of(turns: list[dict[str, Any]]) -> list[bool]:
-    """Per turn, whether it may be learned: its ``weight`` (or ``train``, ``loss``) is not 0."""
+    """Per turn, whether it may be learned: none of its ``weight``, ``train``, ``training`` and ``loss`` is 0."""
     learned = []
     for turn in turns:
-        weight = turn.get("weight", turn.get("train", turn.get("loss", 1)))
-        if weight not in (0, 1):
-            raise RowFault("a message with another weight than 0 or 1", f"it is {weight!r}")
-        learned.append(bool(weight))
+        weights = [turn[key] for key in _WEIGHTS if key in turn]
+        if wrong := [weight for weight in weights if weight not in (0, 1)]:
+            raise RowFault("a message with another weight than 0 or 1", f"it is {wrong[0]!r}")
+        if parts := next((key for key in _WEIGHTS_OF_PARTS if turn.get(key)), None):
+            raise RowFault(f"a message with {parts!r}: a turn is learned as a whole or not at all")
+        learned.append(all(weights))
     return learned

@@ -268,18 +268,23 @@ def read_extras(cells: dict[str, Any], arrow: set[str]) -> dict[str, Any]:
 def turns_beside(cells: dict[str, Any], arrow: set[str], turns: list[dict[str, Any]]) -> list[dict[str, Any]]:
     """The turns that the columns ``system`` and ``history`` put before those of a row.
 
-    ``history`` is a list of messages, or of pairs of question and answer.
+    ``history`` is a list of messages, or of pairs of question and answer, or JSON text of one.
     """
     before: list[dict[str, Any]] = []
     system, history = cells.get("system"), cells.get("history")
-    if isinstance(system, str) and system.strip():
+    if system and not isinstance(system, str):
+        raise RowFault("the column 'system' is not text", f"it is {system!r:.60}")
+    if system and system.strip():
         given = turns[0]["content"] if turns and turns[0]["role"] == "system" else None
         if given is None:
             before = [{"role": "system", "content": system}]
         elif given.strip() != system.strip():
             raise RowFault("a column 'system' beside another system turn")
-    if history and isinstance(history, list):
-        if all(isinstance(pair, list) and all(isinstance(one, str) for one in pair) for pair in history):
+    if isinstance(history, str):
+        history = _parsed(history, list) if history.strip() not in ("", "null") else None
+    if history:
+        pairs = history if isinstance(history, list) else [None]
+        if all(isinstance(pair, list) and all(isinstance(one, str) for one in pair) for pair in pairs):
             history = [{"role": ROLES[i % 2], "content": one} for pair in history for i, one in enumerate(pair)]
         before += read_turns(history, "history", "history" in arrow)
     return before

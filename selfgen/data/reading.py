@@ -156,7 +156,11 @@ class RowReader:
             names = None if isinstance(cell, bool) else self.classes.get(column or "")
             return names[int(cell)] if names and 0 <= cell < len(names) else str(cell)
         more = cells.get("input") if column == self.prompt == "instruction" else None
-        if isinstance(cell, str) and isinstance(more, str) and more.strip():
+        if self.values_as_text and isinstance(more, int | float):
+            more = str(more)
+        if more and not isinstance(more, str):
+            raise RowFault("the column 'input' is not text", f"it is {more!r:.60}")
+        if isinstance(cell, str) and more and more.strip():
             return f"{cell}\n{more}"
         if isinstance(cell, str | list | dict):
             return cell

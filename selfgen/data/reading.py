@@ -154,7 +154,9 @@ class RowReader:
         cell = cells.get(column)  # type: ignore[arg-type]
         if self.values_as_text and isinstance(cell, int | float):
             names = None if isinstance(cell, bool) else self.classes.get(column or "")
-            return names[int(cell)] if names and 0 <= cell < len(names) else str(cell)
+            if names and not 0 <= cell < len(names):  # -1 stands for no label
+                raise RowFault(f"{column!r} is a class label without a name", f"it is {cell}")
+            return names[int(cell)] if names else str(cell)
         more = cells.get("input") if column == self.prompt == "instruction" else None
         if self.values_as_text and isinstance(more, int | float):
             more = str(more)

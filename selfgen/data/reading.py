@@ -103,7 +103,7 @@ class RowReader:
             prefix = conversation.prefix if told[-1] == last else ""
             return self._turns(self._marked(replace(conversation, turns=turns[: told[-1] + 1], prefix=prefix)), told)
         if not turns or not roles[last]:
-            raise RowFault(NO_ASSISTANT)
+            raise RowFault(NO_ASSISTANT, f"the last turn is of role {turns[last]['role']!r}" if turns else "")
         if adds_nothing:
             raise RowFault(EMPTY_ANSWER)
         if last == 0 and not conversation.prefix:

@@ -260,9 +260,23 @@ UNUSABLE = {  # under any template
     "is no list of messages": other({"role": ["user", "assistant"], "content": ["a"]}),
     "content of a message is int": chat(user(7), A),
     "content of a message is an object": chat(user({"answer": 7}), A),
+    "'value' in place of 'content'": other([{"role": "user", "value": "Is it warm?"}, A]),
+    "'parts' in place of 'content'": other([{"role": "user", "parts": [{"text": "Is it warm?"}]}, A]),
+    "a user turn without content": other([{"role": "user", "content": None}, A]),
+    "an object with more than text": chat(Q, {"role": "tool", "content": {"text": "7", "score": 3}}, A),
+    "a content part with 'image_url'": chat(user([{"type": "text", "text": "What is it?", "image_url": "x.png"}]), A),
+    "part of type 'reasoning' without text": chat(
+        Q, assistant([{"type": "reasoning", "data": "7"}, *parts("Yes.")]), A
+    ),
+    "part of type 'summary_text'": chat(
+        Q, assistant([{"type": "reasoning", "summary": [{"type": "summary_text", "text": "July."}]}]), A
+    ),
     "a tool call without a function's name": chat(OSLO, assistant(tool_calls=7)),
     "'tools' is not a list": chat(Q, A, tools="weather"),
     "another weight": chat(Q, assistant("Yes.", weight=0.5)),
+    "an answer of weight 0, by one of two": chat(Q, assistant("Nope.", weight=1, train=False)),
+    "an answer of weight 0, as training": chat(Q, assistant("Nope.", training=False)),
+    "a message with 'train_detail'": chat(Q, assistant("Yes.", train_detail=[{"begin_offset": 0, "train": False}])),
     "something that is no message": other([Q, None]),
     "chat_template_kwargs tokenize": chat(Q, A, chat_template_kwargs={"tokenize": True}),
     "reasoning in an answer whose text has begun": pair(
@@ -274,9 +288,6 @@ UNUSABLE = {  # under any template
 @dataclass
 class Example:
     outcome: str
-    "an answer of weight 0, by one of two": chat(Q, assistant("Nope.", weight=1, train=False)),
-    "an answer of weight 0, as training": chat(Q, assistant("Nope.", training=False)),
-    "a message with 'train_detail'": chat(Q, assistant("Yes.", train_detail=[{"begin_offset": 0, "train": False}])),
     note: str
     prompt: list[int]
     answer: list[int] | None = None

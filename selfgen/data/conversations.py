@@ -166,9 +166,14 @@ def _message(message: Any, column: str, arrow: bool) -> dict[str, Any]:
             f"{column!r} holds something that is no message", f"a message has 'role' and 'content': {message!r:.80}"
         )
     message = without_none(message) if arrow else {k: v for k, v in message.items() if v is not None}
-    for key in NOT_TEXT:
+    for key in _MEDIA:
         if message.get(key):
             raise RowFault(f"a message with {key!r}, which is not text")
+    if "content" not in message:
+        if other := next((key for key in _ELSEWHERE if message.get(key)), None):
+            raise RowFault(f"a message with {other!r} in place of 'content'", f"{message!r:.80}")
+        if message["role"] == "user":
+            raise RowFault("a user turn without content")
     turn = dict(message)
     turn["content"], reasoning = _text_of(message.get("content"))
     for key in REASONING:
@@ -192,6 +197,9 @@ def _text_of(content: Any) -> tuple[str, str]:
     parts = content
     if isinstance(content, dict) and "text" in content:
         parts = _of_lists(content) if isinstance(content["text"], list) else [content]
+        more = [key for key in content if key not in ("type", "text") and content[key] is not None]
+        if more and isinstance(content["text"], str):
+            raise RowFault("the content of a message is an object with more than text", f"it has {', '.join(more)}")
     if not isinstance(parts, list):
         kind = "an object" if isinstance(parts, dict) else type(parts).__name__
         raise RowFault(f"the content of a message is {kind}, not text")
@@ -202,9 +210,13 @@ def _text_of(content: Any) -> tuple[str, str]:
         kind = (part.get("type") or "text") if isinstance(part, dict) else type(part).__name__
         text = part.get("text") if isinstance(part, dict) else None
         if kind in ("thinking", "reasoning"):
-            given = text or next((part[key] for key in REASONING if part.get(key)), None)
-            reasoning += _text_of(given)
+            known = [part[key] for key in ("text", *REASONING, "content", "summary") if part.get(key) is not None]
+            if not known:
+                raise RowFault(f"a content part of type {kind!r} without text")
+            reasoning += _text_of(next(filter(None, known), None))
         elif isinstance(text, str) and kind in _TEXT_PARTS:
+            if media := next((key for key in _MEDIA if part.get(key)), None):
+                raise RowFault(f"a content part with {media!r}, which is not text")
             texts.append(text)
         else:
             raise RowFault(f"a content part of type {kind!r}, which is not text")

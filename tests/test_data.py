@@ -491,6 +491,15 @@ def test_a_class_label_without_a_name_is_no_answer(plain):
     assert examples[0]["answer_ids"] == ids("d <eos>")
 
 
+def test_a_long_note_is_told_once():
+    """Such as that on templates which write prompts in two ways, with the way out."""
+    tokenizer = make_tokenizer(TEMPLATE.replace("<assistant> {% endif %}", "<assistant> <nl> {% endif %}"))
+    rows = datasets.Dataset.from_list([{"prompt": "a", "completion": "b"}] * 3)
+    with pytest.raises(ValueError, match=r"row 0 \(after .*\), row 1, row 2\)") as error:
+        tokenize_rows(rows, tokenizer, max_length=64)
+    assert str(error.value).count("add_generation_prompt") == 1
+
+
 def test_the_role_of_the_last_turn_is_told(chat):
     rows = [{"messages": [user("a"), {"role": role, "content": "b"}]} for role in ("Assistant", "assistant")]
     report = tokenize(rows, chat)[1]

@@ -75,6 +75,13 @@ def other(messages, asked=("Is it warm?",), told=("Yes, it is.",), needs=""):
     return Row({"messages": messages}, asked, told, _words(needs + ", no system"))
 
 
+def nested(depth):
+    value = {}
+    for _ in range(depth):
+        value = {"city": value}
+    return value
+
+
 def _words(needs):
     return set(filter(None, needs.split(", ")))
 
@@ -271,6 +278,16 @@ UNUSABLE = {  # under any template
     "part of type 'summary_text'": chat(
         Q, assistant([{"type": "reasoning", "summary": [{"type": "summary_text", "text": "July."}]}]), A
     ),
+    "a content part without text": chat(Q, {"role": "tool", "content": [{"temperature": 7}]}, A),
+    "'tool_call' in place of 'tool_calls'": chat(OSLO, assistant(tool_call={"name": "weather"}), A),
+    "no arguments, beside 'args'": chat(OSLO, assistant(tool_calls=[{"name": "weather", "args": {"city": "Oslo"}}])),
+    "no arguments, beside 'input'": chat(OSLO, assistant(tool_calls=[{"name": "weather", "input": {"city": "Oslo"}}])),
+    "no arguments, beside 'arguments'": chat(
+        OSLO, assistant(tool_calls=[{"function": {"name": "weather"}, "arguments": {"city": "Oslo"}}])
+    ),
+    "an object has a key twice": chat(OSLO, assistant(tool_calls=[call('{"city": "Oslo", "city": "Rome"}')])),
+    "nested too deep": chat(OSLO, assistant(tool_calls=[call(nested(2000))])),
+    "no list of messages, text": other("[" * 100_000),
     "a tool call without a function's name": chat(OSLO, assistant(tool_calls=7)),
     "'tools' is not a list": chat(Q, A, tools="weather"),
     "another weight": chat(Q, assistant("Yes.", weight=0.5)),
@@ -477,6 +494,14 @@ def test_unusable_rows_are_named(reason, name):
     assert reason.partition(",")[0] in f"{found.outcome} {found.note}"
     assert found.prompt == []
     assert fine.outcome == "kept"
+
+
+def test_blank_arguments_are_none():
+    """OpenAI's format has an empty text for a function without parameters, which is no JSON."""
+    rows = [chat(OSLO, assistant(tool_calls=[call(arguments)])).cells for arguments in ({}, "", " ", None)]
+    want, *others = read(rows, FAMILIES["qwen3"])
+    assert want.outcome == "kept"
+    assert others == [want] * 3
 
 
 @pytest.mark.parametrize("name", FAMILIES)

@@ -15,6 +15,8 @@ BESIDE = ("system", "history", "input")  # columns of other trainers' formats: f
 NOT_TEXT = ("image", "images", "video", "videos", "audio", "audios", "refusal")  # keys and columns that are no text
 _MEDIA = (*NOT_TEXT, "image_url", "video_url", "audio_url", "input_audio")  # keys of messages and of parts
 _ELSEWHERE = ("value", "text", "parts")  # keys in which other formats have a message's content
+_CALLS_ELSEWHERE = ("tool_call", "function_calls")  # and calls
+_ARGUMENTS_ELSEWHERE = ("args", "input", "arguments", "parameters")  # and arguments, or beside the function
 _WEIGHTS = ("weight", "train", "training", "loss")  # keys that tell whether a turn is learned
 _WEIGHTS_OF_PARTS = ("train_detail", "training_detail")
 ROLES = ("user", "assistant")
@@ -174,6 +176,8 @@ def _message(message: Any, column: str, arrow: bool) -> dict[str, Any]:
             raise RowFault(f"a message with {other!r} in place of 'content'", f"{message!r:.80}")
         if message["role"] == "user":
             raise RowFault("a user turn without content")
+    if other := next((key for key in _CALLS_ELSEWHERE if message.get(key)), None):
+        raise RowFault(f"a message with {other!r} in place of 'tool_calls'", f"{message!r:.80}")
     turn = dict(message)
     turn["content"], reasoning = _text_of(message.get("content"))
     for key in REASONING:
@@ -218,6 +222,8 @@ def _text_of(content: Any) -> tuple[str, str]:
             if media := next((key for key in _MEDIA if part.get(key)), None):
                 raise RowFault(f"a content part with {media!r}, which is not text")
             texts.append(text)
+        elif kind in _TEXT_PARTS:
+            raise RowFault("a content part without text", f"{part!r:.60}")
         else:
             raise RowFault(f"a content part of type {kind!r}, which is not text")
     return "".join(texts), "".join(reasoning)
@@ -233,22 +239,40 @@ def _calls(calls: Any) -> list[dict[str, Any]]:
         function = call.get("function", call) if isinstance(call, dict) else None
         if not isinstance(function, dict) or not isinstance(function.get("name"), str):
             raise RowFault("a tool call without a function's name", f"{call!r:.80}")
-        arguments = function.get("arguments", function.get("parameters", {}))
-        if isinstance(arguments, str):
-            parsed = _parsed(arguments, dict)
-            arguments = parsed if isinstance(parsed, dict) else arguments
-        arguments = {} if arguments is None else arguments
+        arguments = function.get("arguments", function.get("parameters"))
+        if isinstance(arguments, str):  # a blank one is of a function that takes none
+            arguments = _parsed(arguments, dict) if arguments.strip() else None
+        if arguments is None:
+            others = [(key, one.get(key)) for key in _ARGUMENTS_ELSEWHERE for one in (function, call)]
+            if other := next((key for key, value in others if value and str(value).strip()), None):
+                raise RowFault(f"a tool call whose function has no arguments, beside {other!r}", f"{call!r:.80}")
+            arguments = {}
         rest = {key: value for key, value in call.items() if key != "function"} if call is not function else {}
         more = {key: value for key, value in function.items() if key not in ("arguments", "parameters")}
         found.append({"type": "function", **rest, "function": more | {"arguments": arguments}})
     return found
 
 
+def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    found = dict(pairs)
+    if len(found) != len(pairs):
+        raise RowFault(
+            "JSON text in which an object has a key twice", f"the keys are {[key for key, _ in pairs]!r:.80}"
+        )
+    return found
+
+
 def _parsed(text: str, kind: type | tuple[type, ...]) -> Any:
-    """The JSON value in ``text``, where it is of this kind; else the text."""
+    """The JSON value in ``text``, where it is of this kind; else the text.
+
+    Raises:
+        RowFault: an object in it has a key twice, of which JSON readers keep one value.
+    """
     try:
-        value = json.loads(text)
-    except ValueError:
+        value = json.loads(text, object_pairs_hook=_unique)
+    except RowFault:
+        raise
+    except (ValueError, RecursionError):
         return text
     return value if isinstance(value, kind) else text
 

@@ -419,6 +419,12 @@ SYSTEM = {"role": "system", "content": "h"}
             [SYSTEM, user("c"), assistant("d"), user("e"), assistant("f"), user("a")],
         ),
         ({"history": [], "prompt": "a", "completion": "b"}, {}, [user("a")]),
+        ({"history": "", "prompt": "a", "completion": "b"}, {}, [user("a")]),
+        (
+            {"history": '[["c", "d"]]', "prompt": "a", "completion": "b"},
+            {},
+            [user("c"), assistant("d"), user("a")],
+        ),
         (
             {"instruction": "a", "input": "c", "output": "b"},
             {"prompt_column": "instruction", "completion_column": "output"},
@@ -448,6 +454,57 @@ def test_columns_beside_the_prompt_that_can_not_be_used(chat, plain):
     rows = [{"system": "h", "prompt": "a", "completion": "b"}, {"system": None, "prompt": "a", "completion": "b"}]
     dropped = tokenize(rows, plain)[1].dropped
     assert dropped == {"a column 'system' or 'history', for which there is no chat template": 1}
+
+
+@pytest.mark.parametrize(
+    ("beside", "reason"),
+    [
+        ({"system": ["h"]}, "the column 'system' is not text"),
+        ({"system": SYSTEM}, "the column 'system' is not text"),
+        ({"history": "c d"}, "'history' is no list of messages"),
+        ({"history": [["c", None]]}, "'history' holds something that is no message"),
+        ({"input": ["c"]}, "the column 'input' is not text"),
+        ({"input": 7}, "the column 'input' is not text"),
+    ],
+)
+def test_columns_beside_the_prompt_are_not_passed_over(beside, reason, chat):
+    row = {"instruction": "a", "output": "b"}
+    columns = {"prompt_column": "instruction", "completion_column": "output"}
+    rows = datasets.Dataset.from_list([row | beside, row])
+    assert tokenize(rows, chat, **columns)[1].dropped == {reason: 1}
+
+
+def test_a_number_beside_the_prompt_is_text_on_request(chat):
+    row = {"instruction": "a", "input": 7, "output": "b"}
+    columns = {"prompt_column": "instruction", "completion_column": "output"}
+    examples, _ = tokenize([row], chat, values_as_text=True, **columns)
+    wanted, _ = tokenize([row | {"input": "7"}], chat, **columns)
+    assert examples["prompt_ids"][:] == wanted["prompt_ids"][:]
+
+
+def test_a_class_label_without_a_name_is_no_answer(plain):
+    """`datasets` writes -1 where there is no label."""
+    features = datasets.Features(prompt=datasets.Value("string"), completion=datasets.ClassLabel(names=["c", "d"]))
+    rows = datasets.Dataset.from_list([{"prompt": "a", "completion": one} for one in (1, -1)], features=features)
+    examples, report = tokenize(rows, plain, values_as_text=True)
+    assert report.dropped == {"'completion' is a class label without a name": 1}
+    assert examples[0]["answer_ids"] == ids("d <eos>")
+
+
+def test_a_long_note_is_told_once():
+    """Such as that on templates which write prompts in two ways, with the way out."""
+    tokenizer = make_tokenizer(TEMPLATE.replace("<assistant> {% endif %}", "<assistant> <nl> {% endif %}"))
+    rows = datasets.Dataset.from_list([{"prompt": "a", "completion": "b"}] * 3)
+    with pytest.raises(ValueError, match=r"row 0 \(after .*\), row 1, row 2\)") as error:
+        tokenize_rows(rows, tokenizer, max_length=64)
+    assert str(error.value).count("add_generation_prompt") == 1
+
+
+def test_the_role_of_the_last_turn_is_told(chat):
+    rows = [{"messages": [user("a"), {"role": role, "content": "b"}]} for role in ("Assistant", "assistant")]
+    report = tokenize(rows, chat)[1]
+    assert report.dropped == {"no assistant turn at the end": 1}
+    assert "the last turn is of role 'Assistant'" in str(report)
 
 
 def test_rows_of_which_the_template_drops_something_are_kept_on_request():

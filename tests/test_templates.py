@@ -75,6 +75,13 @@ def other(messages, asked=("Is it warm?",), told=("Yes, it is.",), needs=""):
     return Row({"messages": messages}, asked, told, _words(needs + ", no system"))
 
 
+def nested(depth):
+    value = {}
+    for _ in range(depth):
+        value = {"city": value}
+    return value
+
+
 def _words(needs):
     return set(filter(None, needs.split(", ")))
 
@@ -260,9 +267,33 @@ UNUSABLE = {  # under any template
     "is no list of messages": other({"role": ["user", "assistant"], "content": ["a"]}),
     "content of a message is int": chat(user(7), A),
     "content of a message is an object": chat(user({"answer": 7}), A),
+    "'value' in place of 'content'": other([{"role": "user", "value": "Is it warm?"}, A]),
+    "'parts' in place of 'content'": other([{"role": "user", "parts": [{"text": "Is it warm?"}]}, A]),
+    "a user turn without content": other([{"role": "user", "content": None}, A]),
+    "an object with more than text": chat(Q, {"role": "tool", "content": {"text": "7", "score": 3}}, A),
+    "a content part with 'image_url'": chat(user([{"type": "text", "text": "What is it?", "image_url": "x.png"}]), A),
+    "part of type 'reasoning' without text": chat(
+        Q, assistant([{"type": "reasoning", "data": "7"}, *parts("Yes.")]), A
+    ),
+    "part of type 'summary_text'": chat(
+        Q, assistant([{"type": "reasoning", "summary": [{"type": "summary_text", "text": "July."}]}]), A
+    ),
+    "a content part without text": chat(Q, {"role": "tool", "content": [{"temperature": 7}]}, A),
+    "'tool_call' in place of 'tool_calls'": chat(OSLO, assistant(tool_call={"name": "weather"}), A),
+    "no arguments, beside 'args'": chat(OSLO, assistant(tool_calls=[{"name": "weather", "args": {"city": "Oslo"}}])),
+    "no arguments, beside 'input'": chat(OSLO, assistant(tool_calls=[{"name": "weather", "input": {"city": "Oslo"}}])),
+    "no arguments, beside 'arguments'": chat(
+        OSLO, assistant(tool_calls=[{"function": {"name": "weather"}, "arguments": {"city": "Oslo"}}])
+    ),
+    "an object has a key twice": chat(OSLO, assistant(tool_calls=[call('{"city": "Oslo", "city": "Rome"}')])),
+    "nested too deep": chat(OSLO, assistant(tool_calls=[call(nested(2000))])),
+    "no list of messages, text": other("[" * 100_000),
     "a tool call without a function's name": chat(OSLO, assistant(tool_calls=7)),
     "'tools' is not a list": chat(Q, A, tools="weather"),
     "another weight": chat(Q, assistant("Yes.", weight=0.5)),
+    "an answer of weight 0, by one of two": chat(Q, assistant("Nope.", weight=1, train=False)),
+    "an answer of weight 0, as training": chat(Q, assistant("Nope.", training=False)),
+    "a message with 'train_detail'": chat(Q, assistant("Yes.", train_detail=[{"begin_offset": 0, "train": False}])),
     "something that is no message": other([Q, None]),
     "chat_template_kwargs tokenize": chat(Q, A, chat_template_kwargs={"tokenize": True}),
     "reasoning in an answer whose text has begun": pair(
@@ -463,6 +494,14 @@ def test_unusable_rows_are_named(reason, name):
     assert reason.partition(",")[0] in f"{found.outcome} {found.note}"
     assert found.prompt == []
     assert fine.outcome == "kept"
+
+
+def test_blank_arguments_are_none():
+    """OpenAI's format has an empty text for a function without parameters, which is no JSON."""
+    rows = [chat(OSLO, assistant(tool_calls=[call(arguments)])).cells for arguments in ({}, "", " ", None)]
+    want, *others = read(rows, FAMILIES["qwen3"])
+    assert want.outcome == "kept"
+    assert others == [want] * 3
 
 
 @pytest.mark.parametrize("name", FAMILIES)

@@ -13,6 +13,12 @@ EXTRAS = ("tools", "documents", "chat_template_kwargs")  # columns of a row that
 _TEXT_PARTS = ("text", "input_text", "output_text")
 BESIDE = ("system", "history", "input")  # columns of other trainers' formats: first turn, earlier turns, more text
 NOT_TEXT = ("image", "images", "video", "videos", "audio", "audios", "refusal")  # keys and columns that are no text
+_MEDIA = (*NOT_TEXT, "image_url", "video_url", "audio_url", "input_audio")  # keys of messages and of parts
+_ELSEWHERE = ("value", "text", "parts")  # keys in which other formats have a message's content
+_CALLS_ELSEWHERE = ("tool_call", "function_calls")  # and calls
+_ARGUMENTS_ELSEWHERE = ("args", "input", "arguments", "parameters")  # and arguments, or beside the function
+_WEIGHTS = ("weight", "train", "training", "loss")  # keys that tell whether a turn is learned
+_WEIGHTS_OF_PARTS = ("train_detail", "training_detail")
 ROLES = ("user", "assistant")
 _ROLES = {  # of ShareGPT
     "human": "user",
@@ -162,9 +168,16 @@ def _message(message: Any, column: str, arrow: bool) -> dict[str, Any]:
             f"{column!r} holds something that is no message", f"a message has 'role' and 'content': {message!r:.80}"
         )
     message = without_none(message) if arrow else {k: v for k, v in message.items() if v is not None}
-    for key in NOT_TEXT:
+    for key in _MEDIA:
         if message.get(key):
             raise RowFault(f"a message with {key!r}, which is not text")
+    if "content" not in message:
+        if other := next((key for key in _ELSEWHERE if message.get(key)), None):
+            raise RowFault(f"a message with {other!r} in place of 'content'", f"{message!r:.80}")
+        if message["role"] == "user":
+            raise RowFault("a user turn without content")
+    if other := next((key for key in _CALLS_ELSEWHERE if message.get(key)), None):
+        raise RowFault(f"a message with {other!r} in place of 'tool_calls'", f"{message!r:.80}")
     turn = dict(message)
     turn["content"], reasoning = _text_of(message.get("content"))
     for key in REASONING:
@@ -188,6 +201,9 @@ def _text_of(content: Any) -> tuple[str, str]:
     parts = content
     if isinstance(content, dict) and "text" in content:
         parts = _of_lists(content) if isinstance(content["text"], list) else [content]
+        more = [key for key in content if key not in ("type", "text") and content[key] is not None]
+        if more and isinstance(content["text"], str):
+            raise RowFault("the content of a message is an object with more than text", f"it has {', '.join(more)}")
     if not isinstance(parts, list):
         kind = "an object" if isinstance(parts, dict) else type(parts).__name__
         raise RowFault(f"the content of a message is {kind}, not text")
@@ -198,10 +214,16 @@ def _text_of(content: Any) -> tuple[str, str]:
         kind = (part.get("type") or "text") if isinstance(part, dict) else type(part).__name__
         text = part.get("text") if isinstance(part, dict) else None
         if kind in ("thinking", "reasoning"):
-            given = text or next((part[key] for key in REASONING if part.get(key)), None)
-            reasoning += _text_of(given)
+            known = [part[key] for key in ("text", *REASONING, "content", "summary") if part.get(key) is not None]
+            if not known:
+                raise RowFault(f"a content part of type {kind!r} without text")
+            reasoning += _text_of(next(filter(None, known), None))
         elif isinstance(text, str) and kind in _TEXT_PARTS:
+            if media := next((key for key in _MEDIA if part.get(key)), None):
+                raise RowFault(f"a content part with {media!r}, which is not text")
             texts.append(text)
+        elif kind in _TEXT_PARTS:
+            raise RowFault("a content part without text", f"{part!r:.60}")
         else:
             raise RowFault(f"a content part of type {kind!r}, which is not text")
     return "".join(texts), "".join(reasoning)
@@ -217,22 +239,40 @@ def _calls(calls: Any) -> list[dict[str, Any]]:
         function = call.get("function", call) if isinstance(call, dict) else None
         if not isinstance(function, dict) or not isinstance(function.get("name"), str):
             raise RowFault("a tool call without a function's name", f"{call!r:.80}")
-        arguments = function.get("arguments", function.get("parameters", {}))
-        if isinstance(arguments, str):
-            parsed = _parsed(arguments, dict)
-            arguments = parsed if isinstance(parsed, dict) else arguments
-        arguments = {} if arguments is None else arguments
+        arguments = function.get("arguments", function.get("parameters"))
+        if isinstance(arguments, str):  # a blank one is of a function that takes none
+            arguments = _parsed(arguments, dict) if arguments.strip() else None
+        if arguments is None:
+            others = [(key, one.get(key)) for key in _ARGUMENTS_ELSEWHERE for one in (function, call)]
+            if other := next((key for key, value in others if value and str(value).strip()), None):
+                raise RowFault(f"a tool call whose function has no arguments, beside {other!r}", f"{call!r:.80}")
+            arguments = {}
         rest = {key: value for key, value in call.items() if key != "function"} if call is not function else {}
         more = {key: value for key, value in function.items() if key not in ("arguments", "parameters")}
         found.append({"type": "function", **rest, "function": more | {"arguments": arguments}})
     return found
 
 
+def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    found = dict(pairs)
+    if len(found) != len(pairs):
+        raise RowFault(
+            "JSON text in which an object has a key twice", f"the keys are {[key for key, _ in pairs]!r:.80}"
+        )
+    return found
+
+
 def _parsed(text: str, kind: type | tuple[type, ...]) -> Any:
-    """The JSON value in ``text``, where it is of this kind; else the text."""
+    """The JSON value in ``text``, where it is of this kind; else the text.
+
+    Raises:
+        RowFault: an object in it has a key twice, of which JSON readers keep one value.
+    """
     try:
-        value = json.loads(text)
-    except ValueError:
+        value = json.loads(text, object_pairs_hook=_unique)
+    except RowFault:
+        raise
+    except (ValueError, RecursionError):
         return text
     return value if isinstance(value, kind) else text
 
@@ -264,29 +304,36 @@ def read_extras(cells: dict[str, Any], arrow: set[str]) -> dict[str, Any]:
 def turns_beside(cells: dict[str, Any], arrow: set[str], turns: list[dict[str, Any]]) -> list[dict[str, Any]]:
     """The turns that the columns ``system`` and ``history`` put before those of a row.
 
-    ``history`` is a list of messages, or of pairs of question and answer.
+    ``history`` is a list of messages, or of pairs of question and answer, or JSON text of one.
     """
     before: list[dict[str, Any]] = []
     system, history = cells.get("system"), cells.get("history")
-    if isinstance(system, str) and system.strip():
+    if system and not isinstance(system, str):
+        raise RowFault("the column 'system' is not text", f"it is {system!r:.60}")
+    if system and system.strip():
         given = turns[0]["content"] if turns and turns[0]["role"] == "system" else None
         if given is None:
             before = [{"role": "system", "content": system}]
         elif given.strip() != system.strip():
             raise RowFault("a column 'system' beside another system turn")
-    if history and isinstance(history, list):
-        if all(isinstance(pair, list) and all(isinstance(one, str) for one in pair) for pair in history):
+    if isinstance(history, str):
+        history = _parsed(history, list) if history.strip() not in ("", "null") else None
+    if history:
+        pairs = history if isinstance(history, list) else [None]
+        if all(isinstance(pair, list) and all(isinstance(one, str) for one in pair) for pair in pairs):
             history = [{"role": ROLES[i % 2], "content": one} for pair in history for i, one in enumerate(pair)]
         before += read_turns(history, "history", "history" in arrow)
     return before
 
 
 def weights_of(turns: list[dict[str, Any]]) -> list[bool]:
-    """Per turn, whether it may be learned: its ``weight`` (or ``train``, ``loss``) is not 0."""
+    """Per turn, whether it may be learned: none of its ``weight``, ``train``, ``training`` and ``loss`` is 0."""
     learned = []
     for turn in turns:
-        weight = turn.get("weight", turn.get("train", turn.get("loss", 1)))
-        if weight not in (0, 1):
-            raise RowFault("a message with another weight than 0 or 1", f"it is {weight!r}")
-        learned.append(bool(weight))
+        weights = [turn[key] for key in _WEIGHTS if key in turn]
+        if wrong := [weight for weight in weights if weight not in (0, 1)]:
+            raise RowFault("a message with another weight than 0 or 1", f"it is {wrong[0]!r}")
+        if parts := next((key for key in _WEIGHTS_OF_PARTS if turn.get(key)), None):
+            raise RowFault(f"a message with {parts!r}: a turn is learned as a whole or not at all")
+        learned.append(all(weights))
     return learned

@@ -103,7 +103,7 @@ class RowReader:
             prefix = conversation.prefix if told[-1] == last else ""
             return self._turns(self._marked(replace(conversation, turns=turns[: told[-1] + 1], prefix=prefix)), told)
         if not turns or not roles[last]:
-            raise RowFault(NO_ASSISTANT)
+            raise RowFault(NO_ASSISTANT, f"the last turn is of role {turns[last]['role']!r}" if turns else "")
         if adds_nothing:
             raise RowFault(EMPTY_ANSWER)
         if last == 0 and not conversation.prefix:
@@ -154,9 +154,15 @@ class RowReader:
         cell = cells.get(column)  # type: ignore[arg-type]
         if self.values_as_text and isinstance(cell, int | float):
             names = None if isinstance(cell, bool) else self.classes.get(column or "")
-            return names[int(cell)] if names and 0 <= cell < len(names) else str(cell)
+            if names and not 0 <= cell < len(names):  # -1 stands for no label
+                raise RowFault(f"{column!r} is a class label without a name", f"it is {cell}")
+            return names[int(cell)] if names else str(cell)
         more = cells.get("input") if column == self.prompt == "instruction" else None
-        if isinstance(cell, str) and isinstance(more, str) and more.strip():
+        if self.values_as_text and isinstance(more, int | float):
+            more = str(more)
+        if more and not isinstance(more, str):
+            raise RowFault("the column 'input' is not text", f"it is {more!r:.60}")
+        if isinstance(cell, str) and more and more.strip():
             return f"{cell}\n{more}"
         if isinstance(cell, str | list | dict):
             return cell

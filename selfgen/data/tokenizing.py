@@ -25,7 +25,7 @@ _KEPT = "kept"
 _TRUNCATED = "truncated"
 _PROMPT_FILLS = "prompt fills max_length"
 
-_VERSION = 2  # of what is made of a row; `datasets` keeps what it has mapped, also where this code has changed
+_VERSION = 3  # of what is made of a row; `datasets` keeps what it has mapped, also where this code has changed
 _NAMED = 3  # rows per reason that a report names
 _SHOWN = 100  # characters of a row without an id by which a report names it
 _HASHED = ("prompt_ids", "answer_ids", "is_learned")
@@ -411,7 +411,8 @@ def _report(
     for name, outcome, note in zip(names, outcomes, notes, strict=True):
         reason = outcome if outcome not in (_KEPT, _TRUNCATED) else "incomplete" if note else None
         if reason and len(named[reason]) < _NAMED:
-            named[reason].append(f"{name} ({note})" if note else name)
+            told = note and (len(note) <= _SHOWN or not named[reason])  # a long one once
+            named[reason].append(f"{name} ({note})" if told else name)
     kept = [(outcome in (_KEPT, _TRUNCATED)) for outcome in outcomes]
     return DataReport(
         rows=len(outcomes),
@@ -643,6 +644,8 @@ def _tokenize_batch(
             fault = RowFault(lost, piece) if lost and not kept else None
         except RowFault as error:
             found, lost, fault = Texts(""), None, error
+        except RecursionError:
+            found, lost, fault = Texts(""), None, RowFault("a cell that is nested too deep")
         texts.append(found if fault is None else Texts(""))
         outcomes.append(_KEPT if fault is None else fault.reason)
         notes.append((lost if fault is None else fault.detail) or "")

@@ -24,7 +24,11 @@ def take_split(source: str, splits: Mapping[str, Any], split: str) -> datasets.D
     chosen = [(splits[names[part.splitname]], part) for part in taken]
     for rows, _ in chosen:
         refuse_transform(rows)  # concatenation would forget a transform
-    return datasets.concatenate_datasets([rows.select(range(part.from_, part.to)) for rows, part in chosen])
+    if not any(part.to > part.from_ for _, part in chosen):
+        raise ValueError(f"{source} has no rows in split {split!r}; at least one is needed")
+    return datasets.concatenate_datasets(
+        [rows.select(range(part.from_, part.to)) for rows, part in chosen if part.to > part.from_]
+    )
 
 
 def take_stream(source: str, splits: Mapping[str, Any], split: str) -> datasets.IterableDataset:

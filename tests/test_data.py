@@ -274,6 +274,7 @@ TURNS = [{"messages": [user("a"), assistant("b")]}]
         (ROWS, {"chat_template_kwargs": "[1"}, ValueError, ["chat_template_kwargs", "no JSON"]),
         (ROWS, {"chat_template_kwargs": {"messages": 1}}, ValueError, ["can't have messages"]),
         (ROWS, {"tools": "{}"}, ValueError, ["tools is {}", "list of objects"]),
+        (ROWS, {"tools": '["f"]'}, ValueError, ["tools is ['f']", "list of objects"]),
         (ROWS, {"template": None, "tools": [{"name": "f"}]}, ValueError, ["tools is for a chat template"]),
         (TURNS, {"template": "a {{ messages | length }}"}, ValueError, ["row 0", "prefix preserving", "after 2"]),
         (ROWS, {"template": None, "apply_chat_template": True}, ValueError, ["set tokenizer.chat_template"]),

@@ -608,3 +608,19 @@ def test_memory_does_not_grow_with_the_file(form, tmp_path, monkeypatch):
         peaks.append(tracemalloc.get_traced_memory()[1])
         tracemalloc.stop()
     assert peaks[1] < 1.5 * peaks[0] < 2_000_000
+
+
+@pytest.mark.parametrize("columns", [None, ["prompt", "tools"]])
+@pytest.mark.parametrize(
+    "later",
+    [{"prompt": "b", "tools": "[]"}, {"prompt": "b", "completion": 7}, {"prompt": ["b"]}],
+)
+def test_a_parquet_file_that_differs_is_named(later, columns, tmp_path):
+    """`datasets` reads one with the types of the first, and its columns alone if columns are chosen."""
+    datasets.Dataset.from_list([{"prompt": "a"}]).to_parquet(tmp_path / "a.parquet")
+    datasets.Dataset.from_list([later]).to_parquet(tmp_path / "b.parquet")
+    if columns and "completion" in later:  # which nobody asked for
+        assert load_rows(tmp_path, columns=columns)["prompt"][:] == ["a", "b"]
+        return
+    with pytest.raises(ValueError, match=r"b\.parquet has other columns or types than .*a\.parquet"):
+        load_rows(tmp_path, columns=columns)

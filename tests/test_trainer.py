@@ -419,3 +419,16 @@ def test_bad_trainer_arguments(tmp_path):
     trainer = make_trainer(tmp_path)
     with pytest.raises(ValueError, match="lacks sample_id"):
         trainer.mix([{"input_ids": torch.zeros(1, 4, dtype=torch.int64)}])
+
+
+def test_an_error_tells_which_data_set_it_is_of(tmp_path):
+    """There may be two, of which one has other columns."""
+    fine = Dataset.from_list([{"prompt": "a", "completion": "b"}] * 2)
+    other = fine.rename_column("prompt", "question")
+    sets = {"train_dataset": fine, "eval_dataset": other}
+    arguments = {"model": tiny_model("llama"), "args": config(tmp_path), "processing_class": make_tokenizer()}
+    with pytest.raises(ValueError, match=r"^eval data: the data set has the columns question, completion"):
+        BSSTrainer(**arguments, **sets)
+    empty = Dataset.from_list([{"prompt": "a", "completion": ""}])
+    with pytest.raises(ValueError, match=r"^train data: no row is left"):
+        BSSTrainer(**arguments, **sets | {"train_dataset": empty, "eval_dataset": fine})

@@ -40,7 +40,7 @@ logger = logging.getLogger(__name__)
 
 
 class DataError(ValueError):
-    """Rows that can't be trained on: all of them, or with `strict_data` one of them."""
+    """Rows that can't be used: all of them, or with `strict_data` one of them."""
 
 
 @dataclass(frozen=True)
@@ -203,6 +203,8 @@ class RowOptions:
             except ValueError as error:
                 raise ValueError(f"{name} is {value!r:.80}, which is no JSON ({error}); give {wanted}") from error
             if value is not None and not isinstance(value, kind):
+                raise ValueError(f"{name} is {value!r:.80}; give {wanted}, in JSON")
+            if kind is list and not all(isinstance(one, dict) or callable(one) for one in value or ()):
                 raise ValueError(f"{name} is {value!r:.80}; give {wanted}, in JSON")
             setattr(self, name, value)
         if self.template_date is not None:
@@ -574,7 +576,7 @@ def _find_columns(
     if messages in present:
         return None, None, messages
     wanted = f"{prompt!r} and {completion!r} (each text or messages)" if answers else f"{prompt!r} (text or messages)"
-    raise ValueError(
+    raise DataError(
         f"the data set has the columns {', '.join(present)}, but neither {wanted} nor {messages!r} (a conversation); "
         "name them with prompt_column and completion_column (GSM8K: --prompt-column question --completion-column "
         "answer), or with messages_column"
@@ -582,13 +584,13 @@ def _find_columns(
 
 
 def check_sample_ids(dataset: datasets.Dataset) -> None:
-    """Raise ValueError unless the column `sample_id`, if there is one, holds a different integer in every row."""
+    """Raise DataError unless the column `sample_id`, if there is one, holds a different integer in every row."""
     if "sample_id" not in dataset.column_names:
         return
     dtype = str(getattr(dataset.features["sample_id"], "dtype", "no number"))
     unique = set(dataset["sample_id"][:]) if dtype.startswith(("int", "uint")) else set()
     if len(unique) != len(dataset) or None in unique:
-        raise ValueError(
+        raise DataError(
             f"the column 'sample_id' ({dtype}, {len(dataset)} rows) must hold a different integer in every row; "
             "rename or remove it to number the rows instead"
         )

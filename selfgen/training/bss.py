@@ -524,7 +524,10 @@ def tokenized(name: str, rows, tokenizer, args: BSSConfig, max_length: int | Non
         return rows
 
     def tokenize() -> Dataset:
-        dataset, report = args.tokenize(load_rows(rows), tokenizer, max_length)
+        try:
+            dataset, report = args.tokenize(load_rows(rows), tokenizer, max_length)
+        except DataError as error:  # of which of several data sets
+            raise DataError(f"{name} data: {error}") from error
         logger.log(report.level, "%s data: %s", name, report)
         return dataset
 

@@ -191,13 +191,17 @@ def _load_kind(kind: str, files: list[Path], columns: Sequence[str] | None, stre
     schemas = [_schema(kind, file) for file in files]  # so that a broken file is named
     chosen = {}
     if columns is not None and kind == "parquet":
-        chosen["columns"] = _present(str(files[0]), schemas[0].names, columns)
+        there = list(dict.fromkeys(name for schema in schemas for name in schema.names))
+        chosen["columns"] = _present(str(files[0]), there, columns)
     cache_folder()
     escaped = [glob.escape(str(file)) for file in files]
     try:
         return datasets.load_dataset(kind, data_files=escaped, split="train", streaming=streaming, **chosen)
     except Exception as error:  # as above
         among = str(files[0]) if len(files) == 1 else f"{files[0]} and {len(files) - 1} more files of its split"
+        others = [file for file, schema in zip(files, schemas, strict=True) if not schema.equals(schemas[0])]
+        if others:
+            among = f"{others[0]} has other columns or types than {files[0]}, of the same split"
         raise ValueError(f"{among}: no rows that `datasets` can read: {error.__cause__ or error!r}") from error
 
 

@@ -496,7 +496,7 @@ def test_a_long_note_is_told_once():
     """Such as that on templates which write prompts in two ways, with the way out."""
     tokenizer = make_tokenizer(TEMPLATE.replace("<assistant> {% endif %}", "<assistant> <nl> {% endif %}"))
     rows = datasets.Dataset.from_list([{"prompt": "a", "completion": "b"}] * 3)
-    with pytest.raises(ValueError, match=r"row 0 \(after .*\), row 1, row 2\)") as error:
+    with pytest.raises(ValueError, match=r"row 0 \(after .*row 1.*row 2") as error:
         tokenize_rows(rows, tokenizer, max_length=64)
     assert str(error.value).count("add_generation_prompt") == 1
 
@@ -521,3 +521,33 @@ def test_rows_of_which_the_template_drops_something_are_kept_on_request():
     assert f"1 kept of which the template leaves out a part: row 0 ({lost})" in str(report)
     rows = [{"messages": [user("a"), {**assistant("b"), "reasoning_content": "g h"}]}, rows[1]]
     assert tokenize(rows, tokenizer, keep_incomplete_rows=True)[1].kept == 1
+
+
+def test_a_row_has_a_prompt_or_messages(chat):
+    rows = [
+        {"prompt": "a", "completion": "b", "messages": None},
+        {"prompt": None, "completion": None, "messages": [user("c"), assistant("d")]},
+        {"prompt": "e", "completion": "f", "messages": [user("g"), assistant("h")]},
+        {"prompt": None, "completion": None, "messages": None},
+    ]
+    examples, report = tokenize(rows, chat)
+    assert examples["answer_ids"][:] == [ids("b <eos>"), ids("d <eos>"), ids("f <eos>")]
+    assert report.dropped == {"'prompt' is empty (None)": 1}
+    prompts, _ = tokenize_prompts(datasets.Dataset.from_list(rows), chat)
+    assert prompts["prompt_ids"][:] == examples["prompt_ids"][:]
+
+
+def test_a_completion_may_begin_with_its_prompt(chat):
+    """As preference data has it."""
+    whole = [user("a"), assistant("b"), user("c"), assistant("d")]
+    rows = [{"prompt": whole[:3], "chosen": whole}, {"prompt": whole[:3], "chosen": whole[3:]}]
+    for row in (*rows, {"prompt": "a", "chosen": whole}):
+        examples, _ = tokenize([row], chat, completion_column="chosen")
+        want, _ = tokenize([{"messages": whole}], chat)
+        assert examples.to_list() == want.to_list()
+
+
+def test_a_slice_without_rows_is_named():
+    splits = datasets.DatasetDict(train=datasets.Dataset.from_list(ROWS))
+    with pytest.raises(ValueError, match=r"no rows in split 'train\[2:\]'"):
+        load_rows(splits, split="train[2:]")

@@ -15,6 +15,7 @@ from transformers.utils import chat_template_utils
 
 from selfgen.correction import CorrectionCue
 from selfgen.data import RowOptions, tokenize_rows, tokenizing
+from selfgen.data.templates import NOT_PREFIX
 
 TOOLS = [
     {
@@ -463,7 +464,7 @@ def test_all_turns_are_those_of_the_last(name):
     every = read(cells, family, assistant_turns="all")
     for row_name, given, last, found in zip(lasts, cells, read(cells, family), every, strict=True):
         if found.outcome != "kept":  # the system's turn or the tools are in the last turn of the user
-            assert found.outcome == "the chat template is not prefix preserving", (row_name, found)
+            assert found.outcome == NOT_PREFIX, (row_name, found)
             assert family.name == "mistral" or (family.name, row_name) == ("r1", "late system"), row_name
             continue
         assert found.prompt + found.answer == last.prompt + last.answer, row_name
@@ -521,7 +522,7 @@ def test_a_cue_continues_what_was_read(name, today):
 def test_a_template_that_opens_reasoning_names_the_way_out():
     family = replace(FAMILIES["r1"], options={})
     found = read([ROWS["plain"].cells], family)[0]
-    assert found.outcome == "the chat template is not prefix preserving"
+    assert found.outcome == NOT_PREFIX
     assert "add_generation_prompt=False" in found.note
     with pytest.raises(ValueError, match="add_generation_prompt=False"):
         CorrectionCue.of(family.tokenizer)

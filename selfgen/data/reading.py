@@ -125,9 +125,15 @@ class RowReader:
 
     # -- forms of rows
 
+    def _is_conversation(self, cells: dict[str, Any]) -> bool:
+        """Whether a row has messages in place of a prompt; a data set may have rows of both kinds."""
+        if self.messages is None or self.prompt is None:
+            return self.messages is not None
+        return cells.get(self.prompt) is None and cells.get(self.messages) is not None
+
     def _plain(self, cells: dict[str, Any], answers: bool = True) -> Texts:
         """A row of a data set without a chat template: texts."""
-        if self.messages is not None:
+        if self._is_conversation(cells):
             raise RowFault(NEEDS_TEMPLATE, "set tokenizer.chat_template, or give prompt and completion as text")
         if extras := read_extras(cells, set(self.arrow)):
             raise RowFault(f"{', '.join(sorted(extras))}, for which there is no chat template")
@@ -173,15 +179,16 @@ class RowReader:
     def _conversation(self, cells: dict[str, Any], answers: bool) -> Conversation:
         """A row as a conversation, with the answer as its last turn if ``answers``, else without it."""
         extras = read_extras(cells, set(self.arrow))
-        if self.messages is not None:
-            turns = read_turns(self._cell(cells, self.messages), self.messages, self.messages in self.arrow)
+        if self._is_conversation(cells):
+            turns = read_turns(self._cell(cells, self.messages), self.messages or "", self.messages in self.arrow)
             before = turns_beside(cells, set(self.arrow), turns)
             if not answers and turns and turns[-1]["role"] == "assistant":
                 turns = turns[:-1]
             return Conversation([*before, *turns] if turns else [], **extras)
         turns = self._turns_of(cells, self.prompt, "user")
-        turns = [*turns_beside(cells, set(self.arrow), turns), *turns] if turns else []
         told = self._turns_of(cells, self.completion, "assistant") if answers else self._turns_told(cells)
+        told = told[len(turns) :] if told[: len(turns)] == turns else told  # a completion may begin with its prompt
+        turns = [*turns_beside(cells, set(self.arrow), turns), *turns] if turns else []
         if answers and not told:
             raise RowFault(EMPTY_ANSWER)
         prefix = ""

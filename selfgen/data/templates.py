@@ -33,10 +33,12 @@ _CALL = {  # some templates want an id of nine characters
     "content": "",
     "tool_calls": [{"type": "function", "id": "selfgen01", "function": {"name": "f", "arguments": {"x": _ANSWER}}}],
 }
-_WAY_OUT = (
-    "Give what the template needs as chat_template_kwargs (for example enable_thinking: false), or "
-    "add_generation_prompt=False, by which the beginning of the assistant's turn belongs to the answer; or set "
-    "tokenizer.chat_template to one that renders both alike, or give text and apply_chat_template=False"
+NOT_PREFIX = "the chat template writes the prompt in another way when an answer follows (it is not prefix preserving)"
+WAY_OUT = (
+    "Give what the template needs as chat_template_kwargs (--chat-template-kwargs '{\"enable_thinking\": false}'), or "
+    "add_generation_prompt=False (--add-generation-prompt no), by which the beginning of the assistant's turn belongs "
+    "to the answer; or set tokenizer.chat_template to one that renders both alike, or give text and "
+    "apply_chat_template=False (--apply-chat-template no)"
 )
 
 
@@ -294,9 +296,9 @@ def after(prompt: str, full: str) -> str:
         return full[len(prompt) :]
     same = len(common_prefix(prompt, full))
     raise RowFault(
-        "the chat template is not prefix preserving",
+        NOT_PREFIX,
         f"after {same} characters the prompt alone has {prompt[same : same + 60]!r}, but the prompt with its answer "
-        f"{full[same : same + 60]!r}. {_WAY_OUT}",
+        f"{full[same : same + 60]!r}",
     )
 
 
@@ -357,13 +359,13 @@ def text_after_answer(template: ChatTemplate, question: str) -> str:
         eos = template.tokenizer.eos_token or ""
         before, text = ((one and one.removesuffix(eos)) for one in (before, text))
     if before is None or text is None:
-        raise ValueError(f"the chat template rejects a question after an answer. {_WAY_OUT}")
+        raise ValueError(f"the chat template rejects a question after an answer. {WAY_OUT}")
     place = text.find(_ANSWER, len(before))
     full = template.of_short([_USER, _ASSISTANT]) or ""
     begun = text.startswith(before) and (place == len(before) or full.startswith(text[:place]))
     if place < 0 or not begun:
         raise ValueError(
             "the chat template renders an answer in another way when a turn follows it, so a correction can't be asked "
-            f"for after it. {_WAY_OUT}"
+            f"for after it. {WAY_OUT}"
         )
     return text[place + len(_ANSWER) :]

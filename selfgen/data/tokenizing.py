@@ -18,7 +18,7 @@ from .conversations import BESIDE, EXTRAS, NOT_TEXT, RowFault
 from .encoding import Encoder
 from .loading import require_map_style
 from .reading import EMPTY_ANSWER, EMPTY_PROMPT, RowReader, Texts
-from .templates import ChatTemplate, answer_ends, control_tokens
+from .templates import NOT_PREFIX, WAY_OUT, ChatTemplate, answer_ends, control_tokens
 
 # What becomes of a row: one of these two, or a reason to drop it.
 _KEPT = "kept"
@@ -390,7 +390,7 @@ def _tokenize(
     outcomes = tokenized["outcome"][:]
     report = _report(outcomes, tokenized["note"][:], tokenized["spells"][:], names, options.max_length)
     if not report.kept:
-        raise DataError(f"no row is left; {report}. Check the columns and max_length={options.max_length}")
+        raise DataError(f"no row is left; {report}. {_remedy(report)}")
     report.check(options.strict_data)
     kept = [row for row, outcome in enumerate(outcomes) if outcome in (_KEPT, _TRUNCATED)]
     tokenized = tokenized.remove_columns(list(_NOTES))
@@ -561,25 +561,34 @@ def batch_arguments(
     }
 
 
+def _remedy(report: DataReport) -> str:
+    """What to do where no row is left."""
+    if NOT_PREFIX in report.dropped:
+        return WAY_OUT
+    lengths = f" and max_length={report.max_length}" if _PROMPT_FILLS in report.dropped else ""
+    return f"Check the columns{lengths}, or what the rows hold"
+
+
 def _find_columns(
     present: list[str], options: RowOptions, *, answers: bool
 ) -> tuple[str | None, str | None, str | None]:
-    """(prompt, completion, None) or (None, None, messages), whichever `present` has.
+    """(prompt, completion, messages or None) or (None, None, messages), whichever `present` has.
 
     Without `answers` the completion may be missing.
     """
     prompt, completion, messages = options.prompt_column, options.completion_column, options.messages_column
     if {prompt, completion} <= set(present):
-        return prompt, completion, None
+        return prompt, completion, messages if messages in present else None
     if prompt in present and not answers:
-        return prompt, None, None
+        return prompt, None, messages if messages in present else None
     if messages in present:
         return None, None, messages
     wanted = f"{prompt!r} and {completion!r} (each text or messages)" if answers else f"{prompt!r} (text or messages)"
+    likely = next((name for name in ("messages", "conversations", "conversation", "chosen") if name in present), None)
     raise DataError(
         f"the data set has the columns {', '.join(present)}, but neither {wanted} nor {messages!r} (a conversation); "
         "name them with prompt_column and completion_column (GSM8K: --prompt-column question --completion-column "
-        "answer), or with messages_column"
+        f"answer), or with messages_column{f' (--messages-column {likely})' if likely else ''}"
     )
 
 

@@ -26,6 +26,7 @@ from ..training.config import BSSConfig, GeneratorOptions
 from ..training.processes import meet
 from ..training.rac import RACConfig, RACTrainer
 from ..training.rounds import train_rounds
+from ..training.weights import DivergedError
 from .options import (
     Parser,
     TrainedModelArguments,
@@ -206,7 +207,7 @@ def run(arguments: list[str]) -> int:
             fail(error, PROG)
         try:
             train()
-        except (UnsupportedModelError, OfflineError) as error:
+        except (UnsupportedModelError, OfflineError, DivergedError) as error:
             fail(error, PROG)
     print(f"model and tokenizer are in {config.output_dir}")
     return 0

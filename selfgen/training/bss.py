@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import logging
+import math
 import os
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
@@ -29,6 +30,7 @@ from .meter import Meter, StepTimer
 from .processes import once_per_machine
 from .reuse import reuse_passes
 from .schedules import Schedule
+from .weights import check_finite, check_trainable, diverged, not_finite
 
 logger = logging.getLogger(__name__)
 
@@ -56,13 +58,16 @@ class BSSTrainer(Trainer):
 
     Every training log has figures of the steps since the last one, in the process that logs: ``self_share`` (self
     tokens / answer tokens), ``agreement`` (self tokens equal to the reference / self tokens), ``computed_per_token``
-    (tokens computed / context tokens), and, as means per step, ``passes``, ``context_seconds`` and
-    ``training_seconds``.
+    (tokens computed / context tokens), ``invalid`` (tokens that could not be sampled, as their logits were not finite),
+    and, as means per step, ``passes``, ``context_seconds`` and ``training_seconds``; with fp16 also ``skipped_steps``
+    (steps that the loss scaler left out, as gradients overflowed).
 
     Only ids of the tokenizer are sampled. Where the model's embedding is padded with more rows, a warning says so.
 
     Raises:
-        ValueError: arguments that don't go together, such as a token without a row in the model's embedding.
+        ValueError: arguments that don't go together, such as a token without a row in the model's embedding, or weights
+            that can't be trained: fp16, or not finite.
+        DivergedError: (by ``train``) a loss, a gradient or the weights are not finite any more; it names the step.
 
     Example:
         >>> config = BSSConfig("outputs/bss", self_prob=0.25, max_steps=100)
@@ -94,6 +99,7 @@ class BSSTrainer(Trainer):
                 at_home(model), dtype=torch.float32, trust_remote_code=trust_remote_code
             )
         name = transformers_model(model).name_or_path
+        check_trainable(model)
         if processing_class is None and not name:
             raise ValueError("the model was not loaded by name, so its tokenizer can't be found: give processing_class")
         if processing_class is None:
@@ -124,17 +130,13 @@ class BSSTrainer(Trainer):
             )
         self._end_answers_where_rows_end()
         check_processes(self.args.world_size)
-        if not any(parameter.requires_grad for parameter in self.model.parameters()):
-            raise ValueError(
-                "the model has no trainable parameter; PEFT loads adapters frozen: load them with "
-                "PeftModel.from_pretrained(..., is_trainable=True), or merge them into the model"
-            )
+        check_finite(self.model)
         self._step = Step()
         self._reuse_verified = False
         self._reuses = self._may_reuse()
         self._answer_loss = self._make_loss()
         self._label_smoother = self.label_smoother  # type: ignore[has-type]
-        self.meter = Meter()
+        self.meter = Meter(scales_loss=self.accelerator.scaler is not None)
         self.add_callback(StepTimer(self.meter))
 
     def _tell_of_padding(self) -> None:
@@ -174,7 +176,9 @@ class BSSTrainer(Trainer):
 
     def train(self, resume_from_checkpoint=None, *args, **kwargs):
         try:
-            return super().train(at_home(resume_from_checkpoint), *args, **kwargs)
+            result = super().train(at_home(resume_from_checkpoint), *args, **kwargs)
+            self._stop_unless_weights_finite()
+            return result
         finally:
             self._step = Step()  # where the last one failed or was broken off
             self.generator.release()
@@ -187,6 +191,10 @@ class BSSTrainer(Trainer):
         (Path(output_dir) / SETTINGS).write_text(f"{to_json(resumed_settings(self.args), indent=1)}\n")
         if self._adapters() and (config := getattr(self.generator.model, "generation_config", None)):
             config.to_json_file(Path(output_dir) / "generation_config.json")  # where answers end; PEFT writes none
+
+    def _save_checkpoint(self, *args, **kwargs):
+        self._stop_unless_weights_finite()
+        super()._save_checkpoint(*args, **kwargs)
 
     def _load_from_checkpoint(self, resume_from_checkpoint, model=None):
         check_resumed(resume_from_checkpoint, self.args)
@@ -203,9 +211,25 @@ class BSSTrainer(Trainer):
                 "training_step"
             )
         try:
-            return super().training_step(model, inputs, num_items_in_batch)
+            loss = super().training_step(model, inputs, num_items_in_batch)
         finally:
             self._step.trained()
+        self._stop_unless_finite(loss, "the loss")
+        return loss
+
+    def _get_grad_norm(self, model, grad_norm=None):
+        grad_norm = super()._get_grad_norm(model, grad_norm)
+        self._stop_unless_finite(grad_norm, "the norm of the gradients")
+        return grad_norm
+
+    def _stop_unless_finite(self, value: Tensor | float | None, what: str) -> None:
+        """Before the weights take it up. A loss scaler leaves such steps out, which the log counts."""
+        if value is not None and self.accelerator.scaler is None and not math.isfinite(float(value)):
+            raise diverged(self.state.global_step + 1, f"{what} is {float(value)}")
+
+    def _stop_unless_weights_finite(self) -> None:
+        if broken := not_finite(self.model, trainable_only=True):
+            raise diverged(self.state.global_step, f"{broken} has values that are not finite (NaN or inf)")
 
     def _mix_next(self) -> None:
         batches = self._step.take(self.args.context_micro_batches)

@@ -243,7 +243,7 @@ class RACTrainer(BSSTrainer):
                     batch_size=self.args.own_answer_batch_size,
                 )
                 tokens, cost = found.tokens, found
-        work = replace(work, passes=cost.passes, tokens_computed=cost.tokens_computed)
+        work = replace(work, passes=cost.passes, tokens_computed=cost.tokens_computed, invalid=cost.invalid)
         return {row: answer.tolist() for row, answer in zip(ids, tokens, strict=True)}, work
 
     def _read_own_answers(self, rows) -> dict[int, list[int]]:

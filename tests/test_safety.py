@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-import json
 import logging
 from pathlib import Path
 
 import pytest
 import torch
-from helpers.cli import flags, history, last_line, refused, run, save_model
+from helpers.cli import flags, last_line, refused, run, save_model
 from helpers.data import write_jsonl
-from helpers.training import config, make_rac_trainer, make_trainer, rows
+from helpers.training import config, make_trainer
 from models import tiny_model
 from peft import LoraConfig, get_peft_model
 from transformers import TrainerCallback
@@ -109,14 +108,14 @@ def test_weights_that_turn_nan_stop_the_run(tmp_path):
 def test_a_loss_that_is_not_finite_stops_the_run(tmp_path, self_prob):
     trainer = make_trainer(tmp_path, self_prob=self_prob)
     trainer.add_callback(Break(2))
-    with pytest.raises(DivergedError, match="^step 3: the loss is nan"):
+    with pytest.raises(DivergedError, match=r"^step 3: the loss is nan"):
         trainer.train()
 
 
 def test_weights_that_turn_nan_in_the_last_step(tmp_path):
     trainer = make_trainer(tmp_path)
     trainer.add_callback(Break(4))
-    with pytest.raises(DivergedError, match="^step 4"):
+    with pytest.raises(DivergedError, match=r"^step 4"):
         trainer.train()
 
 
@@ -124,7 +123,7 @@ def test_weights_that_turn_nan_in_the_last_step(tmp_path):
 def test_gradients_that_overflow_stop_the_run_before_the_weights_take_them(tmp_path, max_grad_norm):
     trainer = make_trainer(tmp_path, max_grad_norm=max_grad_norm)
     trainer.add_callback(Break(2, "gradients"))
-    with pytest.raises(DivergedError, match="^step 2: the norm of the gradients is (nan|inf)"):
+    with pytest.raises(DivergedError, match=r"^step 2: the norm of the gradients is (nan|inf)"):
         trainer.train()
     assert not_finite(trainer.model) is None
 
@@ -160,7 +159,7 @@ def test_self_tokens_that_could_not_be_sampled_are_counted(tmp_path, caplog):
     assert [entry["invalid"] for entry in _trained(trainer)] == [0]
     trainer = make_trainer(tmp_path, max_steps=1, self_prob=1.0, lean_loss=False)
     trainer.generator.model.lm_head.weight.data[5] = float("nan")
-    with caplog.at_level(logging.WARNING), pytest.raises(DivergedError, match="^step 1: the loss is nan"):
+    with caplog.at_level(logging.WARNING), pytest.raises(DivergedError, match=r"^step 1: the loss is nan"):
         trainer.train()
     assert "self tokens kept the reference, as their logits were not finite" in caplog.text
     figures = trainer.meter.flush()

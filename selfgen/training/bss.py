@@ -14,7 +14,9 @@ from pathlib import Path
 import torch
 from datasets import Dataset, DatasetDict, IterableDataset, IterableDatasetDict
 from torch import Tensor
-from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, Trainer, TrainingArguments
+from torch.utils.data import RandomSampler
+from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, Trainer
+from transformers.trainer_pt_utils import LengthGroupedSampler
 
 from ..context import ContextStats, MixedContext
 from ..context.hidden_states import ReuseError, decoder_layers
@@ -22,18 +24,29 @@ from ..context.models import max_positions, transformers_model, vocab_size_of
 from ..data import Collator, check_sample_ids, load_rows, pad_token_id, rows_of, write_contexts_into
 from ..data.batches import IGNORE_INDEX, ROWS, Row, lengths_of
 from ..files import at_home, to_json
+from ..provenance import columns_hash
 from .batches import RowSlots, Step, learn_after_self, unique_rows
-from .checkpoints import SETTINGS, check_resumed, resumed_settings
+from .checkpoints import (
+    SETTINGS,
+    check_resumed,
+    record_of,
+    resumed_checkpoint,
+    saving,
+    sorts_by_length,
+    whole_or_not_at_all,
+)
 from .config import BSSConfig
 from .losses import AnswerLoss, calls_loss_function
 from .meter import Meter, StepTimer
 from .processes import once_per_machine
 from .reuse import reuse_passes
+from .sampling import EpochOfSampler, SeededByEpoch
 from .schedules import Schedule
 from .weights import check_finite, check_trainable, diverged, not_finite
 
 logger = logging.getLogger(__name__)
 
+_ROW_COLUMNS = ("sample_id", "prompt_ids", "answer_ids", "is_learned", "context_ids", "is_self")
 _BOOKKEEPING = (*ROWS, "loss_weight")  # columns that are not the model's
 
 
@@ -132,12 +145,15 @@ class BSSTrainer(Trainer):
         check_processes(self.args.world_size)
         check_finite(self.model)
         self._step = Step()
+        self._known_rows_hash: str | None = None
+        self._checked: str | None = None  # a checkpoint that this run can go on from
         self._reuse_verified = False
         self._reuses = self._may_reuse()
         self._answer_loss = self._make_loss()
         self._label_smoother = self.label_smoother  # type: ignore[has-type]
         self.meter = Meter(scales_loss=self.accelerator.scaler is not None)
         self.add_callback(StepTimer(self.meter))
+        self.add_callback(EpochOfSampler())
 
     def _tell_of_padding(self) -> None:
         tokens, rows = self.generator.vocab_size, vocab_size_of(self.generator.model)
@@ -159,6 +175,13 @@ class BSSTrainer(Trainer):
         if config is not None and more:
             config.eos_token_id = [*known, *more]
 
+    def _get_train_sampler(self, *args, **kwargs):
+        sampler = super()._get_train_sampler(*args, **kwargs)
+        seeded = self.accelerator.dataloader_config.use_seedable_sampler  # by accelerate, if it is plainly random
+        if isinstance(sampler, LengthGroupedSampler) or (type(sampler) is RandomSampler and not seeded):
+            sampler = SeededByEpoch(sampler, self.args.seed if self.args.data_seed is None else self.args.data_seed)
+        return sampler
+
     def get_batch_samples(self, epoch_iterator, num_batches, device):
         """All micro-batches of one optimizer step, with mixed contexts in those that are trained on first."""
         batches, num_items = super().get_batch_samples(epoch_iterator, num_batches, device)
@@ -175,8 +198,10 @@ class BSSTrainer(Trainer):
         return batches
 
     def train(self, resume_from_checkpoint=None, *args, **kwargs):
+        asked = "last" if resume_from_checkpoint is True else at_home(resume_from_checkpoint)
+        checkpoint = resumed_checkpoint(asked, self.args.output_dir)
         try:
-            result = super().train(at_home(resume_from_checkpoint), *args, **kwargs)
+            result = super().train(checkpoint, *args, **kwargs)
             self._stop_unless_weights_finite()
             return result
         finally:
@@ -185,20 +210,39 @@ class BSSTrainer(Trainer):
 
     def _save(self, output_dir=None, state_dict=None):
         output_dir = at_home(output_dir or self.args.output_dir)
-        super()._save(output_dir, state_dict)
-        if not self.args.should_save:  # every process is here
-            return
-        (Path(output_dir) / SETTINGS).write_text(f"{to_json(resumed_settings(self.args), indent=1)}\n")
-        if self._adapters() and (config := getattr(self.generator.model, "generation_config", None)):
-            config.to_json_file(Path(output_dir) / "generation_config.json")  # where answers end; PEFT writes none
+        with saving(output_dir):
+            super()._save(output_dir, state_dict)
+            if not self.args.should_save:  # every process is here
+                return
+            record = to_json(record_of(self.args, self._rows_hash()), indent=1)
+            (Path(output_dir) / SETTINGS).write_text(f"{record}\n")
+            if self._adapters() and (config := getattr(self.generator.model, "generation_config", None)):
+                config.to_json_file(Path(output_dir) / "generation_config.json")  # where answers end; PEFT writes none
 
     def _save_checkpoint(self, *args, **kwargs):
         self._stop_unless_weights_finite()
-        super()._save_checkpoint(*args, **kwargs)
+        folder = Path(self.args.output_dir) / f"checkpoint-{self.state.global_step}"
+        with whole_or_not_at_all(folder) if self.args.should_save else saving(folder):
+            super()._save_checkpoint(*args, **kwargs)
 
     def _load_from_checkpoint(self, resume_from_checkpoint, model=None):
-        check_resumed(resume_from_checkpoint, self.args)
+        self.check_resumed(resume_from_checkpoint)
         super()._load_from_checkpoint(resume_from_checkpoint, model)
+
+    def check_resumed(self, checkpoint: str | Path) -> None:
+        """Raise ResumeError if this run can't go on from ``checkpoint``: broken, or of other settings or rows."""
+        if str(checkpoint) != self._checked:
+            check_resumed(checkpoint, self.args, self._rows_hash)
+            self._checked = str(checkpoint)
+
+    def _rows_hash(self) -> str | None:
+        """Of what training rows are; a stream has none."""
+        if not isinstance(self.train_dataset, Dataset):
+            return None
+        if self._known_rows_hash is None:
+            names = {*_ROW_COLUMNS, *([self.args.length_column_name] if sorts_by_length(self.args) else [])}
+            self._known_rows_hash = columns_hash(self.train_dataset, names)
+        return self._known_rows_hash
 
     def training_step(self, model, inputs, num_items_in_batch=None):
         if self._step.ready == 0:
@@ -488,12 +532,6 @@ def tokenized(name: str, rows, tokenizer, args: BSSConfig, max_length: int | Non
         return dataset
 
     return tokenize() if isinstance(rows, IterableDataset | IterableDatasetDict) else once_per_machine(tokenize)
-
-
-def sorts_by_length(args: TrainingArguments) -> bool:
-    """Whether the Trainer asks for the rows' lengths: by a switch in old versions of transformers."""
-    strategy = getattr(args, "train_sampling_strategy", None)
-    return strategy in ("group_by_length", "batch_rebalance") or getattr(args, "group_by_length", False)
 
 
 def check_processes(world_size: int) -> None:

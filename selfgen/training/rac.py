@@ -6,8 +6,10 @@ learned. At inference the model answers, gets the cue, and corrects itself, with
 
 from __future__ import annotations
 
+import hashlib
 from dataclasses import dataclass, field, replace
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -212,6 +214,16 @@ class RACTrainer(BSSTrainer):
             logs["own_answers_cut"] = self._cut / self._shown
             self._shown = self._cut = 0
         super().log(logs, start_time)
+
+    def _rows_hash(self) -> str | None:
+        """With own answers that are read."""
+        found = super()._rows_hash()
+        if found is None or not self._own_answers:
+            return found
+        digest = hashlib.sha256(found.encode())
+        for sample_id, answer in sorted(self._own_answers.items()):
+            digest.update(np.asarray([sample_id, len(answer), *answer], dtype="<i8").tobytes())
+        return digest.hexdigest()
 
     def _own(self, rows: list[Row]) -> tuple[dict[int, list[int]], ContextStats]:
         """Own answers by sample id, and what they cost."""

@@ -43,10 +43,9 @@ def not_finite(model: nn.Module, *, trainable_only: bool = False) -> str | None:
     """The first of the weights that has a NaN or an infinity."""
     names, found = [], []
     for name, parameter in model.named_parameters():
-        if parameter.dtype in _CHECKED and (parameter.requires_grad or not trainable_only):
-            if parameter.numel():
-                names.append(name)
-                found.append(torch.stack(torch.aminmax(parameter)).isfinite().all())  # NaN is both
+        if parameter.dtype in _CHECKED and parameter.numel() and (parameter.requires_grad or not trainable_only):
+            names.append(name)
+            found.append(torch.stack(torch.aminmax(parameter)).isfinite().all())  # NaN is both
     return next((name for name, fine in zip(names, _together(found), strict=True) if not fine), None)
 
 

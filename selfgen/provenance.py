@@ -52,9 +52,9 @@ def columns_hash(rows: Dataset, names: Collection[str]) -> str:
     return digest.hexdigest()
 
 
-def _numbers(column: pa.Array) -> memoryview:
+def _numbers(column: pa.Array) -> bytes:
     numbers = pc.fill_null(pc.cast(column, pa.int64()), -1).to_numpy(zero_copy_only=False)
-    return memoryview(np.ascontiguousarray(numbers, "<i8"))
+    return np.ascontiguousarray(numbers, "<i8").tobytes()
 
 
 def differences(before: Mapping[str, Any], now: Mapping[str, Any], ignore: Collection[str] = ()) -> list[str]:

@@ -14,6 +14,7 @@ from pathlib import Path
 import torch
 from datasets import Dataset, DatasetDict, IterableDataset, IterableDatasetDict
 from torch import Tensor
+from torch.nn.parallel import DistributedDataParallel
 from torch.utils.data import RandomSampler
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, Trainer
 from transformers.trainer_pt_utils import LengthGroupedSampler
@@ -36,7 +37,7 @@ from .checkpoints import (
     whole_or_not_at_all,
 )
 from .config import BSSConfig
-from .losses import AnswerLoss, calls_loss_function
+from .losses import AnswerLoss, TokenMean, calls_loss_function
 from .meter import Meter, StepTimer
 from .processes import once_per_machine
 from .reuse import reuse_passes
@@ -200,6 +201,9 @@ class BSSTrainer(Trainer):
     def train(self, resume_from_checkpoint=None, *args, **kwargs):
         asked = "last" if resume_from_checkpoint is True else at_home(resume_from_checkpoint)
         checkpoint = resumed_checkpoint(asked, self.args.output_dir)
+        if self.args.world_size > 1 and vars(self.model).pop("_is_accelerate_prepared", False):
+            # By an evaluation; accelerate would take it as it is, and each process would train alone.
+            self.accelerator.unwrap_model(self.model, keep_fp32_wrapper=False)
         try:
             result = super().train(checkpoint, *args, **kwargs)
             self._stop_unless_weights_finite()
@@ -253,6 +257,11 @@ class BSSTrainer(Trainer):
                 "Trainer did not hand this step's micro-batches to get_batch_samples, which makes the contexts. "
                 "Install a version of transformers that selfgen supports, or call get_batch_samples before "
                 "training_step"
+            )
+        if self.args.world_size > 1 and not isinstance(model, DistributedDataParallel):
+            raise RuntimeError(
+                f"this is one of {self.args.world_size} processes, but the model is not wrapped for them, so each "
+                "would train alone: make a new trainer, with a model that no other has prepared"
             )
         try:
             loss = super().training_step(model, inputs, num_items_in_batch)
@@ -430,6 +439,31 @@ class BSSTrainer(Trainer):
         with self.accelerator.autocast(), nullcontext() if adapters is None else adapters.disable_adapter():
             return loss.frozen_states(inputs)
 
+    def prediction_step(self, model, inputs, *args, **kwargs):
+        last, more = self.accelerator.gradient_state, inputs["labels"].shape[0] * self.accelerator.num_processes
+        if last.end_of_dataloader and 0 < last.remainder < more:  # the last batch is filled up with rows seen before
+            own = len(inputs["labels"])
+            real = min(own, max(0, last.remainder - self.accelerator.process_index * own))
+            inputs = {**inputs, "labels": inputs["labels"].clone()}
+            inputs["labels"][real:] = IGNORE_INDEX
+        loss, logits, labels = super().prediction_step(model, inputs, *args, **kwargs)
+        if loss is not None:
+            self._evaluated.add(loss, (inputs["labels"][:, 1:] != IGNORE_INDEX).sum())
+        return loss, logits, labels
+
+    def evaluation_loop(
+        self, dataloader, description, prediction_loss_only=None, ignore_keys=None, metric_key_prefix="eval"
+    ):
+        """The Trainer's, with a loss that is the mean over tokens; the Trainer's is a mean of the means of batches."""
+        self._evaluated = TokenMean()
+        output = super().evaluation_loop(
+            dataloader, description, prediction_loss_only, ignore_keys, metric_key_prefix=metric_key_prefix
+        )
+        name = f"{metric_key_prefix}_loss"
+        if name in (output.metrics or {}) and self.compute_loss_func is None and self.args.n_gpu <= 1:
+            output.metrics[name] = self._evaluated.over_all(self.accelerator)
+        return output
+
     def evaluate(self, eval_dataset=None, *args, **kwargs):
         return super().evaluate(self._prepare("eval", eval_dataset), *args, **kwargs)
 
@@ -462,6 +496,8 @@ class BSSTrainer(Trainer):
 
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
         passes = self._step.passes if model.training else None
+        if not model.training and self.compute_loss_func is None:
+            num_items_in_batch = None  # the mean over the tokens that this process has
         reusing = nullcontext if passes is None else partial(reuse_passes, passes.hidden_states, passes.slots(inputs))
         row_weights = inputs.get("loss_weight")
         inputs = {key: value for key, value in inputs.items() if key not in _BOOKKEEPING}

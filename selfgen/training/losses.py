@@ -15,6 +15,7 @@ from contextlib import contextmanager, nullcontext
 
 import torch
 import torch.nn.functional as F
+from accelerate import Accelerator
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 from transformers import PreTrainedModel
@@ -118,6 +119,27 @@ class AnswerLoss:
         for part, frozen_part in zip(states.split(chunk), frozen_states.split(chunk), strict=True):
             total = total + checkpoint(_kl, part, frozen_part, *heads, use_reentrant=False)
         return total
+
+
+class TokenMean:
+    """The mean over all tokens of what is known as means over some."""
+
+    def __init__(self) -> None:
+        self.means: list[Tensor] = []
+        self.counts: list[Tensor] = []
+
+    def add(self, mean: Tensor, count: Tensor) -> None:
+        """A mean over ``count`` tokens; over none it may be anything."""
+        self.means.append(mean.detach().float())
+        self.counts.append(count)
+
+    def over_all(self, accelerator: Accelerator) -> float:
+        """Over the tokens of all processes; all must call it."""
+        means, counts = (torch.stack(part).double().cpu() for part in (self.means, self.counts))
+        total = torch.where(counts > 0, means * counts, 0.0).sum()
+        sums = torch.stack([total, counts.sum()]).to(accelerator.device)
+        total, count = accelerator.reduce(sums, reduction="sum").tolist()
+        return total / count if count else float("nan")
 
 
 def _chunk(vocab_size: int) -> int:

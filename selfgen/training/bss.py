@@ -37,7 +37,7 @@ from .checkpoints import (
     whole_or_not_at_all,
 )
 from .config import BSSConfig
-from .losses import AnswerLoss, TokenMean, calls_loss_function
+from .losses import AnswerLoss, TokenMean, calls_loss_function, learns_its_input
 from .meter import Meter, StepTimer
 from .processes import once_per_machine
 from .reuse import reuse_passes
@@ -48,6 +48,7 @@ from .weights import check_finite, check_trainable, diverged, not_finite
 logger = logging.getLogger(__name__)
 
 _ROW_COLUMNS = ("sample_id", "prompt_ids", "answer_ids", "is_learned", "context_ids", "is_self")
+_LOOK_EVERY = 100  # steps between two looks at what a lean loss takes for granted
 _BOOKKEEPING = (*ROWS, "loss_weight")  # columns that are not the model's
 
 
@@ -91,6 +92,7 @@ class BSSTrainer(Trainer):
     _weighs_rows = False  # whether batches have a column loss_weight
     _lean_by_default = False  # also where self_prob is 0
     collator_class = Collator
+    compute_loss_func: Callable | None
 
     def __init__(
         self,
@@ -189,6 +191,7 @@ class BSSTrainer(Trainer):
         self.meter.step_begin()
         batches = self.prepare_batches(batches)
         self._step = Step(list(batches))
+        self._look_at_loss()
         self._mix_next()
         if self.args.loss_on != "all":
             num_items = self._get_num_items_in_batch(batches, device)
@@ -201,7 +204,7 @@ class BSSTrainer(Trainer):
     def train(self, resume_from_checkpoint=None, *args, **kwargs):
         asked = "last" if resume_from_checkpoint is True else at_home(resume_from_checkpoint)
         checkpoint = resumed_checkpoint(asked, self.args.output_dir)
-        if self.args.world_size > 1 and vars(self.model).pop("_is_accelerate_prepared", False):
+        if self.args.world_size > 1 and self.model.__dict__.pop("_is_accelerate_prepared", False):
             # By an evaluation; accelerate would take it as it is, and each process would train alone.
             self.accelerator.unwrap_model(self.model, keep_fp32_wrapper=False)
         try:
@@ -368,8 +371,12 @@ class BSSTrainer(Trainer):
         asked = [name for name in ("kl_weight", "lean_loss") if getattr(args, name)]
         if self._weighs_rows:
             asked.append("direct_weight")
+        name = type(self.generator.model).__name__
+        given = "_loss_function" in vars(self.generator.model)
+        outside = not (self.compute_loss_func is not None or given) and learns_its_input(self.generator.model)
         others = {
             "compute_loss_func": self.compute_loss_func is not None,
+            f"the loss_function that {name} was given": given,
             "use_liger_kernel": args.use_liger_kernel,
             "training on several GPUs in one process": args.n_gpu > 1,
         }
@@ -378,11 +385,11 @@ class BSSTrainer(Trainer):
                 raise ValueError(
                     f"{other} takes the place of the loss that {', '.join(asked)} would change: give one or the other"
                 )
-            if holds:
+            if holds and not outside:
                 return None
-        if not (lean or asked or args.loss_on != "all"):
+        if not (lean or asked or args.loss_on != "all" or outside):
             return None
-        if not calls_loss_function(self.generator.model):
+        if not outside and not calls_loss_function(self.generator.model):
             self._keep_loss_of_model([*asked, *(["loss_on"] if args.loss_on != "all" else [])])
             return None
         frozen = None
@@ -405,11 +412,24 @@ class BSSTrainer(Trainer):
             kl_weight=args.kl_weight,
             frozen=frozen,
             lean=lean,
+            outside=outside,
         )
+        if outside:
+            logger.warning(
+                "the loss of %s itself compares a position with its own token, not with the next one: it is not used, "
+                "and the cross-entropy of the next token is computed of the logits; it is not lean",
+                name,
+            )
+            self.compute_loss_func = loss.of_outputs
         if loss.not_lean:
             level = logging.WARNING if args.lean_loss else logging.INFO  # asked for, or a default
             logger.log(level, "the loss is not lean, so the logits of all positions are in memory: %s", loss.not_lean)
         return loss
+
+    @property
+    def _loss_is_users(self) -> bool:
+        ours = self._answer_loss is not None and self._answer_loss.outside
+        return self.compute_loss_func is not None and not ours
 
     def _keep_loss_of_model(self, needed: list[str]) -> None:
         """The model's own loss can't be replaced: use it, or refuse the options ``needed`` that must change it."""
@@ -425,6 +445,15 @@ class BSSTrainer(Trainer):
             "loss_function, where it could be replaced",
             name,
         )
+
+    def _look_at_loss(self) -> None:
+        """From time to time: what a model does to its logits may depend on weights, or on a setting that changed."""
+        step = self.state.global_step
+        early = step & (step - 1) == 0  # the first one, and powers of two
+        if self._answer_loss is None or not (early or step % _LOOK_EVERY == 0):
+            return
+        if self._answer_loss.look_again():
+            logger.warning("from step %d on the loss is not lean: %s", step + 1, self._answer_loss.not_lean)
 
     def _adapters(self):
         """The PEFT model whose adapters can be switched off, if it is one."""
@@ -451,16 +480,12 @@ class BSSTrainer(Trainer):
             self._evaluated.add(loss, (inputs["labels"][:, 1:] != IGNORE_INDEX).sum())
         return loss, logits, labels
 
-    def evaluation_loop(
-        self, dataloader, description, prediction_loss_only=None, ignore_keys=None, metric_key_prefix="eval"
-    ):
+    def evaluation_loop(self, *args, metric_key_prefix="eval", **kwargs):
         """The Trainer's, with a loss that is the mean over tokens; the Trainer's is a mean of the means of batches."""
         self._evaluated = TokenMean()
-        output = super().evaluation_loop(
-            dataloader, description, prediction_loss_only, ignore_keys, metric_key_prefix=metric_key_prefix
-        )
+        output = super().evaluation_loop(*args, metric_key_prefix=metric_key_prefix, **kwargs)
         name = f"{metric_key_prefix}_loss"
-        if name in (output.metrics or {}) and self.compute_loss_func is None and self.args.n_gpu <= 1:
+        if name in (output.metrics or {}) and not self._loss_is_users and self.args.n_gpu <= 1:
             output.metrics[name] = self._evaluated.over_all(self.accelerator)
         return output
 
@@ -496,7 +521,7 @@ class BSSTrainer(Trainer):
 
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
         passes = self._step.passes if model.training else None
-        if not model.training and self.compute_loss_func is None:
+        if not model.training and not self._loss_is_users:
             num_items_in_batch = None  # the mean over the tokens that this process has
         reusing = nullcontext if passes is None else partial(reuse_passes, passes.hidden_states, passes.slots(inputs))
         row_weights = inputs.get("loss_weight")
@@ -504,7 +529,7 @@ class BSSTrainer(Trainer):
         compute_loss = super().compute_loss
         own: Callable[[], AbstractContextManager] = nullcontext
         self.label_smoother = self._label_smoother
-        if self._answer_loss is not None and self.compute_loss_func is None and model.training:
+        if self._answer_loss is not None and not self._loss_is_users and model.training:
             self.label_smoother = None  # the smoothing is the loss's own; in evaluation it is the Trainer's
             own = partial(self._answer_loss.inside, row_weights, self._frozen_states(inputs))
 
@@ -514,8 +539,18 @@ class BSSTrainer(Trainer):
 
         if passes is not None and not self._reuse_verified:
             reusing = reusing if self._verify_reuse(model, loss, reusing) else nullcontext
-        with reusing():
-            return loss(model)
+        with reusing() as reused:
+            result = loss(model)
+        if reused is not None and not self._all_layers_in(reused):
+            result = loss(model)  # a layer that a training forward skips is none of the gradient's
+        return result
+
+    def _all_layers_in(self, reused: list[int]) -> bool:
+        """Whether each decoder layer took what the passes computed, once; where not, passes are reused no more."""
+        layers = len(decoder_layers(self.generator.model))
+        if sorted(reused) == list(range(layers)):
+            return True
+        return self._reuse_off(f"only {len(set(reused))} of {layers} decoder layers took what the passes computed")
 
     def _verify_reuse(self, model, loss, reusing) -> bool:
         """Once: the loss over reused passes is the ordinary one, for what no look at a model can tell."""
@@ -530,9 +565,8 @@ class BSSTrainer(Trainer):
                 found = loss(unwrapped)  # with gradients, as only these show what the layers must have one of
         except ReuseError as reason:
             return self._reuse_off(reason)
-        layers = len(decoder_layers(self.generator.model))
-        if sorted(reused) != list(range(layers)):  # equal losses would show nothing
-            return self._reuse_off(f"only {len(set(reused))} of {layers} decoder layers took what the passes computed")
+        if not self._all_layers_in(reused):  # equal losses would show nothing
+            return False
         if isinstance(ordinary, tuple):  # with outputs
             ordinary, found = ordinary[0], found[0]
         difference = float((found.detach() - ordinary).abs() / ordinary.abs())

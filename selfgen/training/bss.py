@@ -30,6 +30,7 @@ from .batches import RowSlots, Step, learn_after_self, unique_rows
 from .checkpoints import (
     SETTINGS,
     check_resumed,
+    check_savable,
     record_of,
     resumed_checkpoint,
     saving,
@@ -145,6 +146,8 @@ class BSSTrainer(Trainer):
                 "contexts can't be made with weights that FSDP or DeepSpeed shards yet; train with DDP or on one device"
             )
         self._end_answers_where_rows_end()
+        check_savable(self.generator.model, adapter=self._adapters() is not None)
+        self._check_best_metric()
         check_processes(self.args.world_size)
         check_finite(self.model)
         self._step = Step()
@@ -168,6 +171,22 @@ class BSSTrainer(Trainer):
                 tokens,
                 tokens,
                 rows - 1,
+            )
+
+    def _check_best_metric(self) -> None:
+        """Raise ValueError if the best checkpoint is chosen by a metric that no evaluation has."""
+        args, sets = self.args, self.eval_dataset
+        metric = args.metric_for_best_model
+        if metric is None or args.eval_strategy == "no" or self.compute_metrics is not None:
+            return
+        known = ["loss", "runtime", "samples_per_second", "steps_per_second"]
+        if isinstance(sets, dict):
+            known = [f"{one}_{of}" for one in sets for of in known]
+        if metric.removeprefix("eval_") not in known:
+            losses = ", ".join(f"eval_{one}" for one in known if one.endswith("loss"))
+            raise ValueError(
+                f"metric_for_best_model is {metric!r}, which no evaluation has; accepted: {losses}, or a metric of "
+                "compute_metrics"
             )
 
     def _end_answers_where_rows_end(self) -> None:

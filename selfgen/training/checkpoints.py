@@ -6,6 +6,7 @@ import json
 import logging
 import math
 import shutil
+import tempfile
 import zipfile
 from collections.abc import Callable, Collection, Iterator
 from contextlib import contextmanager
@@ -13,7 +14,7 @@ from dataclasses import fields
 from pathlib import Path
 
 from safetensors import SafetensorError, safe_open
-from transformers import TrainingArguments
+from transformers import GenerationConfig, PreTrainedModel, TrainingArguments
 
 from ..files import alone
 from ..provenance import differences
@@ -241,6 +242,63 @@ def whole_or_not_at_all(checkpoint: Path) -> Iterator[None]:
         if _step_of(checkpoint) is None:  # and not when removing older ones has failed
             shutil.rmtree(checkpoint, ignore_errors=True)
         raise
+
+
+def check_savable(model: PreTrainedModel, *, adapter: bool) -> None:
+    """Try to save the configurations of ``model``, before anything is trained.
+
+    transformers refuses to save a generation configuration with settings that have no effect, such as a temperature
+    without sampling, which published models have. They are taken out, and a warning names them.
+
+    Args:
+        adapter: only an adapter of the model is saved, without the model's own configuration.
+
+    Raises:
+        ValueError: a configuration can't be saved.
+    """
+    config = getattr(model, "generation_config", None)
+    idle = {} if config is None or _is_valid(config) else _idle_settings(config)
+    default = GenerationConfig()
+    for name in idle:
+        setattr(config, name, getattr(default, name, None))
+    if idle:
+        told = ", ".join(f"{name}={value!r}" for name, value in idle.items())
+        logger.warning("the generation configuration has settings without effect, which are left out: %s", told)
+    with tempfile.TemporaryDirectory() as folder:
+        for what, one in (("generation_config", config), ("config", None if adapter else model.config)):
+            try:
+                if one is not None:
+                    one.save_pretrained(folder)
+            except ValueError as error:
+                raise ValueError(
+                    f"transformers refuses to save model.{what} ({' '.join(str(error).split())}): change it before "
+                    "training"
+                ) from error
+
+
+_OF_SAMPLING = ("temperature", "top_p", "top_k", "min_p", "top_h", "typical_p", "epsilon_cutoff", "eta_cutoff")
+_OF_BEAMS = ("early_stopping", "length_penalty", "num_beam_groups", "diversity_penalty", "constraints")
+_OF_DICTS = ("output_attentions", "output_hidden_states", "output_scores", "output_logits")
+
+
+def _is_valid(config: GenerationConfig) -> bool:
+    try:
+        config.validate(strict=True)
+    except ValueError:
+        return False
+    return True
+
+
+def _idle_settings(config: GenerationConfig) -> dict[str, object]:
+    """Settings that have no effect, as others are off, and are not the default."""
+    names = [
+        *(() if config.do_sample else _OF_SAMPLING),
+        *(() if (config.num_beams or 1) > 1 else _OF_BEAMS),
+        *(() if config.return_dict_in_generate else _OF_DICTS),
+    ]
+    default = GenerationConfig()
+    found = {name: getattr(config, name, None) for name in names}
+    return {name: value for name, value in found.items() if value not in (None, getattr(default, name, None))}
 
 
 class SaveError(OSError):

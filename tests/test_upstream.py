@@ -142,8 +142,7 @@ UPSTREAM = [
         arguments("resume_from_checkpoint", "model"),
         "a run is resumed with other settings without an error",
     ),
-    ("transformers:Trainer._get_grad_norm", arguments("model", "grad_norm"), "a step with infinite gradients is taken"),
-    ("transformers:Trainer", mentions("self._get_grad_norm("), "a step with infinite gradients is taken"),
+    ("transformers:Trainer", mentions(".on_pre_optimizer_step("), "a step with infinite gradients is taken"),
     ("transformers:Trainer", mentions("self._save_checkpoint("), "a half-written checkpoint counts as one"),
     ("transformers:Trainer._get_train_sampler", exists, "rows sorted by length have another order in a resumed run"),
     (

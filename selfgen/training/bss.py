@@ -44,7 +44,7 @@ from .processes import once_per_machine
 from .reuse import reuse_passes
 from .sampling import EpochOfSampler, SeededByEpoch
 from .schedules import Schedule
-from .weights import check_finite, check_trainable, diverged, not_finite
+from .weights import StopAtBrokenGradients, check_finite, check_trainable, diverged, not_finite
 
 logger = logging.getLogger(__name__)
 
@@ -160,6 +160,8 @@ class BSSTrainer(Trainer):
         self.meter = Meter(scales_loss=self.accelerator.scaler is not None)
         self.add_callback(StepTimer(self.meter))
         self.add_callback(EpochOfSampler())
+        if self.accelerator.scaler is None:
+            self.add_callback(StopAtBrokenGradients())
 
     def _tell_of_padding(self) -> None:
         tokens, rows = self.generator.vocab_size, vocab_size_of(self.generator.model)
@@ -289,18 +291,9 @@ class BSSTrainer(Trainer):
             loss = super().training_step(model, inputs, num_items_in_batch)
         finally:
             self._step.trained()
-        self._stop_unless_finite(loss, "the loss")
+        if self.accelerator.scaler is None and not math.isfinite(float(loss)):  # it leaves such steps out
+            raise diverged(self.state.global_step + 1, f"the loss is {float(loss)}")
         return loss
-
-    def _get_grad_norm(self, model, grad_norm=None):
-        grad_norm = super()._get_grad_norm(model, grad_norm)
-        self._stop_unless_finite(grad_norm, "the norm of the gradients")
-        return grad_norm
-
-    def _stop_unless_finite(self, value: Tensor | float | None, what: str) -> None:
-        """Before the weights take it up. A loss scaler leaves such steps out, which the log counts."""
-        if value is not None and self.accelerator.scaler is None and not math.isfinite(float(value)):
-            raise diverged(self.state.global_step + 1, f"{what} is {float(value)}")
 
     def _stop_unless_weights_finite(self) -> None:
         if broken := not_finite(self.model, trainable_only=True):

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import math
+
 import torch
 from torch import Tensor, nn
+from transformers import TrainerCallback
 
 _CHECKED = (torch.float32, torch.bfloat16, torch.float16, torch.float64)  # others have no infinities, or are quantized
 
@@ -54,6 +57,16 @@ def _together(flags: list[Tensor]) -> list[Tensor]:
     devices = {flag.device for flag in flags}
     on_host = {device: iter(torch.stack([flag for flag in flags if flag.device == device]).cpu()) for device in devices}
     return [next(on_host[flag.device]) for flag in flags]
+
+
+class StopAtBrokenGradients(TrainerCallback):
+    """Stops a run before its weights take up gradients that are not finite."""
+
+    def on_pre_optimizer_step(self, args, state, control, model=None, **kwargs):
+        gradients = [parameter.grad for parameter in model.parameters() if parameter.grad is not None]
+        norm = float(nn.utils.get_total_norm(gradients))
+        if not math.isfinite(norm):
+            raise diverged(state.global_step + 1, f"the norm of the gradients is {norm}")
 
 
 def diverged(step: int, what: str) -> DivergedError:

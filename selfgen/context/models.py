@@ -120,7 +120,7 @@ def check_dtypes(model: PreTrainedModel) -> None:
         id(parameter)
         for module in model.modules()
         for layer in getattr(module, "adapter_layer_names", ())
-        for parameter in attrgetter(layer)(module).parameters()
+        for parameter in attrgetter(layer)(module).parameters()  # the name may have dots
     }
     dtypes: dict[torch.dtype, str] = {}
     for name, parameter in model.named_parameters():

@@ -25,6 +25,7 @@ from .context import ContextGenerator
 from .context.generator import Method
 from .context.models import max_positions
 from .data import check_sample_ids, load_rows
+from .data.streams import refuse_stream
 from .files import alone, write_json, write_whole
 from .provenance import differences, rows_hash, versions, weights_hash
 
@@ -128,6 +129,7 @@ def write_contexts(
 
 def _checked(rows: Dataset, generator: ContextGenerator, batch_size: int, shard_rows: int) -> Dataset:
     """The columns of ``rows`` that are needed; ValueError if these rows can't have contexts."""
+    refuse_stream(rows, "stored contexts")
     missing = [name for name in ROW_COLUMNS if name not in rows.column_names]
     if missing:
         raise ValueError(f"the rows lack {', '.join(missing)}; tokenize them with selfgen.data.tokenize_rows")

@@ -70,6 +70,9 @@ def from_yaml(tmp_path, content: str, *more: str):
          {"a": 1, "b": 1e-5, "c": {"d": [True, "2024-01-05", "010", 0.5, None]}}),
         ("lr_scheduler_kwargs: '{\"a\": 1e-5}'", {"a": 1e-5}),
         ("liger_kernel_config: {rope: false}", {"rope": False}),
+        ("chat_template_kwargs: {think: no, day: 2024-01-05}", {"think": False, "day": "2024-01-05"}),
+        ("tools: [{name: f, parameters: {n: 1}}]", [{"name": "f", "parameters": {"n": 1}}]),
+        ("tools: '[{\"name\": \"f\"}]'", [{"name": "f"}]),
     ],
 )  # fmt: skip
 def test_yaml_values(tmp_path, line, value):

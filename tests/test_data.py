@@ -280,7 +280,6 @@ TURNS = [{"messages": [user("a"), assistant("b")]}]
         (ROWS, {"eos_token": None}, ValueError, ["set tokenizer.eos_token"]),
         ([row | {"sample_id": 1} for row in ROWS], {}, ValueError, ["'sample_id' (int64, 2 rows)", "remove"]),
         ([row | {"sample_id": row["prompt"]} for row in ROWS], {}, ValueError, ["'sample_id' (string, 2 rows)"]),
-        (datasets.Dataset.from_list(ROWS).to_iterable_dataset(), {}, TypeError, ["streaming"]),
     ],
 )  # fmt: skip
 def test_tokenize_errors(rows, options, error, words):
@@ -400,3 +399,124 @@ def test_smollm2_on_gsm8k(smollm2_folder):
         prompt = tokenizer.decode(example["prompt_ids"])
         assert prompt.endswith(f"<|im_start|>user\n{row['question']}<|im_end|>\n<|im_start|>assistant\n")
         assert tokenizer.decode(example["answer_ids"]) == row["answer"] + "<|im_end|>"
+
+
+# Columns of other trainers' formats
+
+
+SYSTEM = {"role": "system", "content": "h"}
+
+
+@pytest.mark.parametrize(
+    ("row", "options", "prompt"),
+    [
+        ({"system": "h", "messages": [user("a"), assistant("b")]}, {}, [SYSTEM, user("a")]),
+        ({"system": "h", "messages": [SYSTEM, user("a"), assistant("b")]}, {}, [SYSTEM, user("a")]),
+        ({"system": " ", "prompt": "a", "completion": "b"}, {}, [user("a")]),
+        (
+            {"system": "h", "history": [["c", "d"], ["e", "f"]], "query": "a", "response": "b"},
+            {"prompt_column": "query", "completion_column": "response"},
+            [SYSTEM, user("c"), assistant("d"), user("e"), assistant("f"), user("a")],
+        ),
+        ({"history": [], "prompt": "a", "completion": "b"}, {}, [user("a")]),
+        ({"history": "", "prompt": "a", "completion": "b"}, {}, [user("a")]),
+        (
+            {"history": '[["c", "d"]]', "prompt": "a", "completion": "b"},
+            {},
+            [user("c"), assistant("d"), user("a")],
+        ),
+        (
+            {"instruction": "a", "input": "c", "output": "b"},
+            {"prompt_column": "instruction", "completion_column": "output"},
+            [user("a\nc")],
+        ),
+        (
+            {"instruction": "a", "input": "", "output": "b"},
+            {"prompt_column": "instruction", "completion_column": "output"},
+            [user("a")],
+        ),
+        ({"input": "c", "prompt": "a", "completion": "b"}, {}, [user("a")]),
+    ],
+)
+def test_columns_beside_the_prompt(row, options, prompt, chat):
+    examples, _ = tokenize([row], chat, **options)
+    (want,) = tokenize_prompts(datasets.Dataset.from_list([{"prompt": prompt}]), chat)[0]["prompt_ids"]
+    assert examples[0]["prompt_ids"] == want
+    assert examples[0]["answer_ids"] == ids("b <eos>")
+    rows = datasets.Dataset.from_list([row])
+    assert tokenize_prompts(rows, chat, **options)[0]["prompt_ids"][:] == [want]
+
+
+def test_columns_beside_the_prompt_that_can_not_be_used(chat, plain):
+    other = {"system": "g", "messages": [SYSTEM, user("a"), assistant("b")]}
+    fine = {"system": "h", "messages": [SYSTEM, user("a"), assistant("b")]}
+    assert tokenize([other, fine], chat)[1].dropped == {"a column 'system' beside another system turn": 1}
+    rows = [{"system": "h", "prompt": "a", "completion": "b"}, {"system": None, "prompt": "a", "completion": "b"}]
+    dropped = tokenize(rows, plain)[1].dropped
+    assert dropped == {"a column 'system' or 'history', for which there is no chat template": 1}
+
+
+@pytest.mark.parametrize(
+    ("beside", "reason"),
+    [
+        ({"system": ["h"]}, "the column 'system' is not text"),
+        ({"system": SYSTEM}, "the column 'system' is not text"),
+        ({"history": "c d"}, "'history' is no list of messages"),
+        ({"history": [["c", None]]}, "'history' holds something that is no message"),
+        ({"input": ["c"]}, "the column 'input' is not text"),
+        ({"input": 7}, "the column 'input' is not text"),
+    ],
+)
+def test_columns_beside_the_prompt_are_not_passed_over(beside, reason, chat):
+    row = {"instruction": "a", "output": "b"}
+    columns = {"prompt_column": "instruction", "completion_column": "output"}
+    rows = datasets.Dataset.from_list([row | beside, row])
+    assert tokenize(rows, chat, **columns)[1].dropped == {reason: 1}
+
+
+def test_a_number_beside_the_prompt_is_text_on_request(chat):
+    row = {"instruction": "a", "input": 7, "output": "b"}
+    columns = {"prompt_column": "instruction", "completion_column": "output"}
+    examples, _ = tokenize([row], chat, values_as_text=True, **columns)
+    wanted, _ = tokenize([row | {"input": "7"}], chat, **columns)
+    assert examples["prompt_ids"][:] == wanted["prompt_ids"][:]
+
+
+def test_a_class_label_without_a_name_is_no_answer(plain):
+    """`datasets` writes -1 where there is no label."""
+    features = datasets.Features(prompt=datasets.Value("string"), completion=datasets.ClassLabel(names=["c", "d"]))
+    rows = datasets.Dataset.from_list([{"prompt": "a", "completion": one} for one in (1, -1)], features=features)
+    examples, report = tokenize(rows, plain, values_as_text=True)
+    assert report.dropped == {"'completion' is a class label without a name": 1}
+    assert examples[0]["answer_ids"] == ids("d <eos>")
+
+
+def test_a_long_note_is_told_once():
+    """Such as that on templates which write prompts in two ways, with the way out."""
+    tokenizer = make_tokenizer(TEMPLATE.replace("<assistant> {% endif %}", "<assistant> <nl> {% endif %}"))
+    rows = datasets.Dataset.from_list([{"prompt": "a", "completion": "b"}] * 3)
+    with pytest.raises(ValueError, match=r"row 0 \(after .*\), row 1, row 2\)") as error:
+        tokenize_rows(rows, tokenizer, max_length=64)
+    assert str(error.value).count("add_generation_prompt") == 1
+
+
+def test_the_role_of_the_last_turn_is_told(chat):
+    rows = [{"messages": [user("a"), {"role": role, "content": "b"}]} for role in ("Assistant", "assistant")]
+    report = tokenize(rows, chat)[1]
+    assert report.dropped == {"no assistant turn at the end": 1}
+    assert "the last turn is of role 'Assistant'" in str(report)
+
+
+def test_rows_of_which_the_template_drops_something_are_kept_on_request():
+    """Only where it is the prompt that lacks something."""
+    silent = TEMPLATE.replace("{% for m in messages %}", "{% for m in messages if m['role'] != 'system' %}")
+    tokenizer = make_tokenizer(silent)
+    rows = [{"messages": [SYSTEM, user("a"), assistant("b")]}, {"messages": [user("a"), assistant("b")]}]
+    lost = "the text of a turn of role 'system' is not in the chat template's text"
+    assert tokenize(rows, tokenizer)[1].dropped == {lost: 1}
+    examples, report = tokenize(rows, tokenizer, keep_incomplete_rows=True)
+    assert (report.kept, report.incomplete) == (2, 1)
+    assert examples["prompt_ids"][0] == examples["prompt_ids"][1]
+    assert f"1 kept of which the template leaves out a part: row 0 ({lost})" in str(report)
+    rows = [{"messages": [user("a"), {**assistant("b"), "reasoning_content": "g h"}]}, rows[1]]
+    assert tokenize(rows, tokenizer, keep_incomplete_rows=True)[1].kept == 1

@@ -80,7 +80,7 @@ def test_what_would_change_a_loss_that_cannot_be_replaced_is_refused(tmp_path, c
 
 
 def test_each_slower_way_of_answers_is_told(monkeypatch, caplog):
-    monkeypatch.setattr(ContextGenerator, "_runs_ragged", lambda self: False)
+    monkeypatch.setattr(ContextGenerator, "_runs_ragged", lambda *_: False)
     monkeypatch.setattr(Fallback, "_suits", lambda self, *args: len(self._strategies) == 1)
     ContextGenerator(tiny_model("llama")).answer([[3, 4], [5]], max_new_tokens=3)
     slower = [record.message for record in caplog.records if "slower" in record.message]

@@ -19,8 +19,9 @@ import pytest
 from datasets.distributed import split_dataset_by_node
 from helpers.data import ROWS, make_tokenizer, write_jsonl
 
-from selfgen.data import load_rows, row_files, tokenize_rows
-from selfgen.data.row_files import format_of, read_rows
+from selfgen.data import load_rows, tokenize_rows
+from selfgen.data.loading import row_files
+from selfgen.data.loading.row_files import format_of, read_rows
 
 TURNS = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]
 CALL = {"role": "assistant", "content": None, "tool_calls": [{"name": "f", "arguments": {"lat": 6.7216, "n": 2**70}}]}
@@ -551,7 +552,7 @@ def test_a_file_is_read_again_only_when_it_has_changed(tmp_path, monkeypatch):
     file = write(tmp_path / "rows.jsonl", JSON)
     first = load_rows(file)
     with monkeypatch.context() as patch:
-        patch.setattr("selfgen.data.row_tables.read_rows", lambda file: pytest.fail("read again"))
+        patch.setattr("selfgen.data.loading.row_tables.read_rows", lambda file: pytest.fail("read again"))
         again = load_rows(file)
     assert again._fingerprint == first._fingerprint
     assert load_rows(file, columns=["prompt"])._fingerprint != first._fingerprint
@@ -570,7 +571,7 @@ def test_a_file_that_grows_while_it_is_read_is_refused(tmp_path, cache, monkeypa
             stream.write(JSON)
 
     with monkeypatch.context() as patch:
-        patch.setattr("selfgen.data.row_tables.read_rows", read_and_grow)
+        patch.setattr("selfgen.data.loading.row_tables.read_rows", read_and_grow)
         with pytest.raises(ValueError, match=r"rows\.jsonl changed while it was read"):
             load_rows(file)
     assert not list(cache.rglob("*.arrow"))
@@ -595,7 +596,7 @@ def test_several_processes_at_once(tmp_path, cache):
 @pytest.mark.parametrize("form", ["lines", "array"])
 def test_memory_does_not_grow_with_the_file(form, tmp_path, monkeypatch):
     monkeypatch.setattr(row_files, "_CHUNK", 1 << 16)
-    monkeypatch.setattr("selfgen.data.row_tables._BATCH_ROWS", 50)
+    monkeypatch.setattr("selfgen.data.loading.row_tables._BATCH_ROWS", 50)
     rows = [{"prompt": "x" * 1000, "messages": TURNS}]
     load_rows(write(tmp_path / "first.jsonl", lines(rows)))
     peaks = []

@@ -285,10 +285,15 @@ def test_bad_arguments(tmp_path, change, message):
         make_rac_trainer(tmp_path, **change)
 
 
-def test_own_answers_must_be_text(tmp_path):
-    data = [row | {"own_answer": None} for row in OWN_ANSWERS]
-    with pytest.raises(TypeError, match="own_answer is None"):
-        make_rac_trainer(tmp_path, data=data, own_answer="column")
+def test_own_answers_must_be_text(tmp_path, caplog):
+    """A row without one is dropped and named; it ends a run only where none is left."""
+    data = [OWN_ANSWERS[0] | {"own_answer": None}, *OWN_ANSWERS[1:]]
+    trainer = make_rac_trainer(tmp_path, data=data, own_answer="column")
+    assert trainer.train_dataset["sample_id"][:] == [1, 2, 3]
+    assert "1 of 4 rows have no text in 'own_answer': row 0" in caplog.text
+    for changes in ({"strict_data": True}, {"data": [row | {"own_answer": None} for row in OWN_ANSWERS]}):
+        with pytest.raises(ValueError, match="own answers must be text, so fill or drop these rows"):
+            make_rac_trainer(tmp_path, **{"data": data, "own_answer": "column"} | changes)
 
 
 @pytest.mark.parametrize("begins", [True, False])

@@ -193,6 +193,33 @@ UPSTREAM = [
         mentions("model.hf_device_map ="),
         "layers on several devices are not refused by name",
     ),
+    # Streams
+    (
+        "datasets:IterableDataset.__init__",
+        mentions("self._ex_iterable", "self._distributed", "self._epoch"),
+        "None in rows out of Arrow is taken for a key, a stream is split twice, or workers share an epoch",
+    ),
+    (
+        "datasets.iterable_dataset:ArrowExamplesIterable",
+        mentions("def iter_arrow"),
+        "None in rows of a stream out of Arrow is taken for a key",
+    ),
+    ("transformers:Trainer._save_rng_state", arguments("output_dir"), "checkpoints don't tell which rows were read"),
+    (
+        "transformers:Trainer",
+        mentions("skip_first_batches(", "self._save_rng_state(output_dir)", "self.get_train_dataloader()"),
+        "a run on a stream is resumed at another row",
+    ),
+    (
+        "accelerate.data_loader:prepare_data_loader",
+        arguments("device", "num_processes", "process_index", "put_on_device", "dispatch_batches"),
+        "batches of streams are on the wrong device, or shared out twice",
+    ),
+    (
+        "accelerate.state:GradientState",
+        mentions("active_dataloader", "remainder"),
+        "the last batch of an evaluation on a stream weighs as a whole one",
+    ),
     # Packed weights and graphs
     (
         "torch.nn:Module.__call__",

@@ -38,6 +38,7 @@ CORE = (
     "tests/test_losses.py",
     "tests/test_data.py",
     "tests/test_trainer.py",
+    "tests/test_streams.py",
     "tests/test_reuse.py",
     "tests/test_reuse_training.py",
     "tests/test_rac.py",

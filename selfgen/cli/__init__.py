@@ -47,7 +47,7 @@ The context of each training example mixes tokens of the reference answer with s
   selfgen eval --model out --dataset openai/gsm8k --dataset-config main --dataset-split test \\
       --prompt-column question --completion-column answer --output-dir out/eval
 
-Data: a .jsonl, .json, .parquet or .arrow file, a folder of such files, or a data set on the Hugging Face hub, with
+Data: a .jsonl, .json, .csv, .parquet or .arrow file, a folder of them, or a data set on the Hugging Face hub, with
 columns prompt and completion (text or messages), or messages. If the tokenizer has a chat template, it is applied.
 
 selfgen COMMAND --help     the options that most runs need

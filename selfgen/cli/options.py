@@ -110,7 +110,7 @@ class DataArguments(RowOptions):
     dataset: str = field(
         kw_only=True,
         metadata={
-            "help": "Data: a .jsonl, .json, .parquet or .arrow file, a folder of such files, or a name on the hub. "
+            "help": "Data: a .jsonl, .json, .csv, .parquet or .arrow file, a folder of them, or a name on the hub. "
             "Required."
         },
     )
@@ -154,14 +154,14 @@ class Parser(HfArgumentParser):
         return found, unknown
 
     def kinds(self) -> dict[str, str]:
-        """What each option takes: "one" value, a "list", "either" of them, or a "dict"."""
+        """What each option takes: "one" value, a "list", "either" of them, a "dict", or "json", a list of anything."""
         found = {}
         for one in self.dataclass_types:
             for name, hint in get_type_hints(one).items():
                 parts = get_args(hint) if get_origin(hint) in (Union, UnionType) else (hint,)
                 kinds = {get_origin(part) or part for part in parts}
                 kind = "one" if list not in kinds else "either" if {str, list[str]} <= {*parts} else "list"
-                found[name] = "dict" if dict in kinds else kind
+                found[name] = "dict" if dict in kinds else "json" if list in parts else kind
         return found
 
 

@@ -11,12 +11,12 @@ from functools import partial
 from typing import Literal
 
 import yaml
-from datasets import Dataset
+from datasets import Dataset, IterableDataset
 from transformers import PreTrainedModel, TrainingArguments
 
 from ..context import UnsupportedModelError
 from ..context.models import unpadded_vocab_size
-from ..data import load_rows
+from ..data import DataError, load_rows
 from ..stored_contexts import OfflineError
 from ..training.bash import BASHTrainer
 from ..training.bss import BSSTrainer, check_processes
@@ -25,6 +25,7 @@ from ..training.config import BSSConfig, GeneratorOptions
 from ..training.processes import meet
 from ..training.rac import RACConfig, RACTrainer
 from ..training.rounds import train_rounds
+from ..training.streams import check_stream
 from ..training.weights import DivergedError
 from .options import (
     Parser,
@@ -84,7 +85,7 @@ class TrainingData:
     dataset: str | None = field(
         default=None,
         metadata={
-            "help": "Training data: a .jsonl, .json, .parquet or .arrow file, a folder of such files, or a name on the "
+            "help": "Training data: a .jsonl, .json, .csv, .parquet or .arrow file, a folder of them, or a name on the "
             "hub. Required, except with --contexts."
         },
     )
@@ -93,6 +94,13 @@ class TrainingData:
     )
     dataset_split: str = field(
         default="train", metadata={"help": "Split to train on, or a slice of one, for example train[:1000]."}
+    )
+    streaming: bool = field(
+        default=False,
+        metadata={
+            "help": "Read rows while they are trained on, as data that don't fit into memory or on disk need it, for "
+            "evaluation, too. The length of a stream is not known: give --max-steps. Not with --method bash."
+        },
     )
     eval_dataset: str | None = field(
         default=None, metadata={"help": "Evaluation data, given as --dataset is; by default the same data set."}
@@ -105,11 +113,11 @@ class TrainingData:
         },
     )
 
-    def load(self) -> tuple[Dataset | None, Dataset | None]:
+    def load(self) -> tuple[Dataset | IterableDataset | None, Dataset | IterableDataset | None]:
         """Rows to train and to evaluate on."""
-        train_rows = None
+        train_rows, load = None, partial(load_rows, streaming=self.streaming)
         if self.dataset:
-            train_rows = load_rows(self.dataset, split=self.dataset_split, config_name=self.dataset_config)
+            train_rows = load(self.dataset, split=self.dataset_split, config_name=self.dataset_config)
         if not self.eval_dataset and not self.eval_split:
             return train_rows, None
         name = self.eval_dataset or self.dataset
@@ -118,7 +126,7 @@ class TrainingData:
                 f"eval_split is {self.eval_split!r}, but there is no data set to take it from: give --eval-dataset"
             )
         config = self.dataset_config if name == self.dataset else None
-        return train_rows, load_rows(name, split=self.eval_split or "train", config_name=config)
+        return train_rows, load(name, split=self.eval_split or "train", config_name=config)
 
 
 @dataclass
@@ -184,6 +192,8 @@ class MethodArguments:
                 "--contexts takes the place of --dataset, and is trained on in one round: give no --dataset and no "
                 "--rounds"
             )
+        if self.method == "bash" and data.streaming:
+            raise ValueError("--method bash writes the contexts of all rows beforehand: leave out --streaming")
         if not self.contexts and not data.dataset:
             raise ValueError("there is no data: give --dataset (or --method bash and --contexts)")
 
@@ -206,7 +216,7 @@ def run(arguments: list[str]) -> int:
             fail(error, PROG)
         try:
             train()
-        except (UnsupportedModelError, OfflineError, ResumeError, DivergedError, OSError) as error:
+        except (UnsupportedModelError, OfflineError, ResumeError, DivergedError, DataError, OSError) as error:
             fail(error, PROG)
     print(f"model and tokenizer are in {config.output_dir}")
     return 0
@@ -235,6 +245,8 @@ def _prepare(
     checkpoint = _checkpoint(config)
     if method.contexts:
         _warn_of_what_has_no_effect(config, method.contexts)
+    if data.streaming:
+        check_stream(config)
     train_rows, eval_rows = data.load()
     model, tokenizer = model_arguments.load()
     trainer = TRAINERS[method.method](

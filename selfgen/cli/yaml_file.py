@@ -92,13 +92,13 @@ def value_of(file: str, entry: Entry, action: argparse.Action, kind: str) -> Any
 
     Args:
         action: of the option.
-        kind: "one" value, "list", "either", or "dict", which is a mapping of YAML.
+        kind: "one" value, "list", "either", "dict", which is a mapping of YAML, or "json", a list of anything.
     """
     where = f"{file}, line {entry.line}: {entry.key}"
     node = entry.value
     if _is_null(file, node):
         return None
-    if kind == "dict" and isinstance(node, yaml.MappingNode):
+    if isinstance(node, {"dict": yaml.MappingNode, "json": yaml.SequenceNode}.get(kind, ())):
         try:
             return _plain(file, entry.key, node)
         except RecursionError:

@@ -8,6 +8,8 @@ differ a slower strategy is taken.
 from __future__ import annotations
 
 import logging
+from bisect import bisect_left
+from collections import Counter
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -19,6 +21,8 @@ import selfgen_kernels as kernels
 
 from .batch import left_pad
 from .free_running import Prompts, Work
+from .models import own_logits
+from .support import lengths_of
 
 logger = logging.getLogger(__name__)
 
@@ -35,11 +39,12 @@ class _Strategy(NamedTuple):
         return f"{rows if self.together else 'row by row'}, {'over a cache' if self.cache else 'without a cache'}"
 
 
+_ALONE = _Strategy(False, False, False)  # the model's own forward over each prefix: the definition itself
 _STRATEGIES = (
     _Strategy(True, True, True),
     _Strategy(False, True, True),
     _Strategy(False, False, True),
-    _Strategy(False, False, False),
+    _ALONE,
 )
 _RECOMPUTE = _Strategy(False, True, False)  # right where only the length of a row counts
 _FAULTS = (AttributeError, IndexError, KeyError, RuntimeError, TypeError, ValueError)
@@ -52,7 +57,9 @@ class Fallback:
     def __init__(self, model: PreTrainedModel):
         self.model = model
         self._strategies = list(_STRATEGIES)
-        self._shown = 0  # tokens that the first of these strategies has computed rightly
+        self._lengths = lengths_of(model)
+        self._shown: Counter[tuple[bool, int]] = Counter()  # tokens of each kind of batch that the first of these has
+        # computed rightly
 
     def __call__(
         self,
@@ -70,12 +77,19 @@ class Fallback:
         try:
             while waiting:
                 strategy = _RECOMPUTE if recompute else self._strategies[0]
+                if strategy == _ALONE:
+                    for row in list(waiting):
+                        answer = self._alone(row, prompts, sampling)
+                        passes += len(answer)
+                        tokens_computed += sum(range(len(prompts.tokens[row]), len(prompts.tokens[row]) + len(answer)))
+                        finish(row, answer)
+                    break
                 rows = _next_batch(prompts, list(waiting), strategy, batch_size)
                 sampler = _OwnSampling(rows, prompts, sampling, strategy)
                 try:
                     answers = self._answers(rows, prompts, sampler, strategy)
                 except _FAULTS as error:
-                    if recompute or len(self._strategies) == 1 or isinstance(error, torch.OutOfMemoryError):
+                    if recompute or isinstance(error, torch.OutOfMemoryError):
                         raise
                     self._next_strategy(error)
                     continue
@@ -108,6 +122,25 @@ class Fallback:
         ends = [torch.isin(answer, prompts.stop_ids).nonzero().flatten().tolist() for answer in found]
         return [answer[: end[0] + 1 if end else limit] for answer, end in zip(found, ends, strict=True)]
 
+    def _alone(self, row: int, prompts: Prompts, sampling: dict[str, Any]) -> Tensor:
+        """The answer of one row, int64 [T], by the model's own forward over every prefix."""
+        context = prompts.tokens[row]
+        first, one = len(context), slice(row, row + 1)
+        for _ in range(prompts.limits[row]):
+            logits = own_logits(self.model, context, context.new_tensor([len(context) - 1]))
+            token, _ = kernels.sample_mix(
+                logits,
+                context[-1:],
+                1.0,
+                sample_ids=prompts.sample_ids[one],
+                positions=context.new_tensor([len(context) - first]),
+                **sampling,
+            )
+            context = torch.cat([context, token])
+            if torch.isin(token, prompts.stop_ids):
+                break
+        return context[first:]
+
     def _next_strategy(self, reason: object) -> None:
         del self._strategies[0]
         logger.warning(
@@ -116,22 +149,26 @@ class Fallback:
             self._strategies[0],
             reason,
         )
-        self._shown = 0
+        self._shown.clear()
 
     def _suits(self, rows: list[int], prompts: Prompts, answers: list[Tensor], found: list[Tensor]) -> bool:
         """Whether ``found``, the logits [R] of the tokens of each pass, are those of each row's own forward."""
-        if self._shown >= _ENOUGH or len(self._strategies) == 1:
+        lengths = [len(prompts.tokens[row]) for row in rows]
+        longest = max(length + len(answer) for length, answer in zip(lengths, answers, strict=True))
+        kind = len(set(lengths)) > 1, bisect_left(self._lengths, longest)  # padded or not, beyond which numbers
+        if self._shown[kind] >= _ENOUGH:
             return True
         exact = self.model.dtype == torch.float32 and not torch.is_autocast_enabled(self.model.device.type)
         for index, (row, answer) in enumerate(zip(rows, answers, strict=True)):
             context = torch.cat([prompts.tokens[row], answer])
-            logits = self.model(input_ids=context[None], attention_mask=torch.ones_like(context)[None]).logits[0]
-            want = logits[-len(answer) - 1 : -1].gather(1, answer[:, None])[:, 0].float()
+            places = torch.arange(len(context) - len(answer) - 1, len(context) - 1, device=context.device)
+            logits = own_logits(self.model, context, places).float()
+            want = logits.gather(1, answer[:, None])[:, 0]
             own = torch.stack([of_rows[index] for of_rows in found[: len(answer)]])
-            usual = logits[logits.isfinite() & (logits.abs() < 1e30)].float()  # some models mask logits
+            usual = logits[logits.isfinite() & (logits.abs() < 1e30)]  # some models mask logits
             if not (own - want).abs().mean() <= (1e-3 if exact else 0.1) * usual.std():  # NaN is a difference, too
                 return False
-        self._shown += sum(len(answer) - 1 for answer in answers)
+        self._shown[kind] += sum(len(answer) - 1 for answer in answers)
         return True
 
 

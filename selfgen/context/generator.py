@@ -24,6 +24,7 @@ from .graphs import GraphedForward, forward_of
 from .hidden_states import ReuseError
 from .masks import Masks
 from .models import (
+    active_adapters,
     check_dtypes,
     check_here,
     check_whole,
@@ -36,8 +37,9 @@ from .models import (
 )
 from .packed import packed_linears
 from .ragged import UnsupportedModelError
-from .sequential import sequential
-from .support import inspect_model, verify_model
+from .sequential import ALONE, sequential
+from .support import inspect_model
+from .verification import Verification
 
 logger = logging.getLogger(__name__)
 
@@ -113,7 +115,8 @@ class ContextGenerator:
         self.masks = masks or Masks()
         self._token_budget, self._balance = token_budget, balance
         self._budget: PassBudget | None = None
-        self._verified = False
+        self._adapters = active_adapters(model)
+        self._verified = Verification(self.model, model)
         self._cuda_graphs = cuda_graphs
         self._passes: Forward | None = None
         self._fallback = Fallback(self.model)
@@ -138,7 +141,7 @@ class ContextGenerator:
         with self.computing(), packed_linears(self.model):
             if not isinstance(forward, GraphedForward):
                 return measure_budget(self.model)
-            self._verify()
+            self._verification.check_ragged(0)
             try:
                 return measure_budget(self.model, forward=forward)  # a pass takes another time than a forward
             finally:
@@ -191,7 +194,8 @@ class ContextGenerator:
                 probability of (tokens, spans or answers) is set by ``masks``.
             seed: any 64-bit integer. With the sample id and the position it fixes all randomness.
             sample_ids: [R] int64/int32, unique: the identity of each row.
-            method: "fixed_point" (few parallel passes) or "sequential" (token by token, works with every model).
+            method: "fixed_point" (few parallel passes) or "sequential" (token by token, works with every model that
+                does not look ahead).
             may_be_self: R rows of bool, [T_i]: where it is false, the context has the reference token. By default a
                 self token may be anywhere.
             keep_hidden_states: with "fixed_point", keep what the passes computed as `MixedContext.hidden_states`, so
@@ -204,7 +208,7 @@ class ContextGenerator:
             ValueError: values out of range, empty rows, lengths that don't match or exceed the model's positions.
             TypeError: wrong types or dtypes.
             UnsupportedModelError: (a ValueError) the model has a feature, which is named, that "fixed_point" does not
-                support.
+                support, or it sees tokens that come later.
             ReuseError: (a ValueError) ``keep_hidden_states`` is given, but the model's passes can't be reused.
         """
         if method not in METHODS:
@@ -229,21 +233,27 @@ class ContextGenerator:
         support = inspect_model(self.model, max(batch.lengths))
 
         if method == "fixed_point":
-            if support.missing:
-                raise UnsupportedModelError(
-                    f"{type(self.model).__name__} uses {'; '.join(support.missing)}: the ragged path of "
-                    'method="fixed_point" does not support it. Use method="sequential" (--context-method sequential).'
-                )
+            with self.computing():
+                if support.missing:
+                    self._verification.check_causal()  # says more
+                    raise UnsupportedModelError(
+                        f"{type(self.model).__name__} uses {'; '.join(support.missing)}: the ragged path of "
+                        'method="fixed_point" does not support it. Use method="sequential" (--context-method '
+                        "sequential)."
+                    )
+                self._verification.check_ragged(max(batch.lengths))
             budget = self.budget
             with self.computing():
-                self._verify()
                 state = fixed_point(self._forward(), batch, budget, keep_hidden_states=keep_hidden_states)
             tokens, is_self, invalid = state.contexts, state.masks, int(state.status)
             hidden_states = state.hidden_states
             passes, tokens_computed = state.passes, state.tokens_computed
         else:
             with self.computing():
-                result = sequential(self.model, batch, isolate_rows=support.isolate_rows)
+                self._verification.check_causal()
+                self._verification.check_adapter()
+                isolate = support.isolate_rows
+                result = sequential(self.model, batch, ALONE) if isolate else self._verification.sequential(batch)
             tokens, is_self, invalid = result.tokens, result.is_self, result.invalid
             passes, tokens_computed, hidden_states = result.passes, result.tokens_computed, None
 
@@ -321,7 +331,8 @@ class ContextGenerator:
             "vocab_size": self.vocab_size, "status": status,
         }  # fmt: skip
         answers: list[Tensor] = [ids[:0]] * len(rows)
-        support = inspect_model(self.model, max(len(row) + limit for row, limit in zip(rows, limits, strict=True)))
+        longest = max(len(row) + limit for row, limit in zip(rows, limits, strict=True))
+        support = inspect_model(self.model, longest)
         with self.computing(), tqdm(total=len(rows), desc="Answers", disable=not progress, leave=False) as bar:
 
             def finish(row: int, answer: Tensor) -> None:
@@ -329,7 +340,8 @@ class ContextGenerator:
                 bar.update()
 
             what = Prompts(rows, ids, limits, stop_ids)
-            if support.missing or not self._runs_ragged():
+            self._verification.check_adapter()
+            if support.missing or not self._runs_ragged(longest):
                 work = self._fallback(what, sampling, batch_size, finish, recompute=support.recompute)
             else:
                 work = free_running(self._forward(), what, sampling, batch_size, finish)
@@ -360,15 +372,23 @@ class ContextGenerator:
             self._passes = forward_of(self.model, cuda_graphs=self._cuda_graphs)
         return self._passes
 
-    def _verify(self) -> None:
-        """Check, once per generator, that the model computes over the ragged cache what it computes by itself."""
-        if not self._verified:
-            verify_model(self.model)
-            self._verified = True
+    @property
+    def _verification(self) -> Verification:
+        """What is known of the model with the adapters that are on."""
+        adapters = active_adapters(self._given)
+        if adapters != self._adapters:
+            transformers_model(self._given)  # refuses some of them
+            self._adapters, self._verified = adapters, Verification(self.model, self._given)
+        return self._verified
 
-    def _runs_ragged(self) -> bool:
+    def check_causal(self) -> None:
+        """Raise UnsupportedModelError if the model sees tokens that come later, or can't be run on tokens alone."""
+        with self.computing():
+            self._verification.check_causal()
+
+    def _runs_ragged(self, longest_row: int = 0) -> bool:
         try:
-            self._verify()
+            self._verification.check_ragged(longest_row)
         except UnsupportedModelError:
             return False
         return True

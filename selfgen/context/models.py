@@ -9,14 +9,55 @@ import inspect
 from collections.abc import Iterator, Sequence, Sized
 from contextlib import contextmanager
 from operator import attrgetter
+from typing import Any
 
 import torch
+from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 
 def cache_argument(model: PreTrainedModel) -> str:
     """What ``model.forward`` calls its KV cache: "cache" since transformers 5.24, "past_key_values" before."""
     return "cache" if "cache" in inspect.signature(model.forward).parameters else "past_key_values"
+
+
+def arguments_of(model: PreTrainedModel, **arguments) -> dict[str, Any]:
+    """Those of ``arguments`` that ``model.forward`` takes, and what keeps its losses of routers out of it."""
+    accepted = inspect.signature(model.forward).parameters
+    if getattr(model.config.get_text_config(decoder=True), "output_router_logits", False):
+        arguments["output_router_logits"] = False
+    return {name: value for name, value in arguments.items() if name in accepted}
+
+
+_MANY = 256  # logits of more positions are not all kept at a time
+
+
+def own_logits(model: PreTrainedModel, row: Tensor, at: Tensor) -> Tensor:
+    """Logits [M, V] at the places ``at`` [M] of ``row`` [N], by the model's own forward: no cache, no other row.
+
+    This is what a model computes by definition: no positions are given, as it has a first one of its own.
+    """
+    arguments = arguments_of(
+        model, input_ids=row[None], attention_mask=torch.ones_like(row)[None], use_cache=False, logits_to_keep=at
+    )
+    if len(row) > _MANY and "logits_to_keep" in arguments:
+        return model(**arguments).logits[0]
+    arguments.pop("logits_to_keep", None)
+    return model(**arguments).logits[0][at]
+
+
+@contextmanager
+def attention_function(model: PreTrainedModel, name: str) -> Iterator[None]:
+    """Run ``model`` with another attention of transformers' ``AttentionInterface`` inside."""
+    configs = {id(m.config): m.config for m in model.modules() if isinstance(m, PreTrainedModel)}.values()
+    before = [config._attn_implementation for config in configs]
+    try:
+        for config in configs:
+            config._attn_implementation = name
+        yield
+    finally:
+        for config, implementation in zip(configs, before, strict=True):
+            config._attn_implementation = implementation
 
 
 def vocab_size_of(model: PreTrainedModel) -> int:
@@ -48,7 +89,12 @@ def unpadded_vocab_size(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBa
 
 def max_positions(model: PreTrainedModel) -> int | None:
     """Most tokens in a row of ``model``; None if its configuration sets no limit."""
-    return getattr(model.config.get_text_config(decoder=True), "max_position_embeddings", None)
+    limit = getattr(model.config.get_text_config(decoder=True), "max_position_embeddings", None)
+    if not isinstance(limit, int) or limit < 1:  # XLNet says -1
+        return None
+    # RoBERTa's kinds count positions from the padding id + 1 on.
+    first = [m.padding_idx + 1 for m in model.modules() if hasattr(m, "create_position_ids_from_input_ids")]
+    return limit - max(first, default=0)
 
 
 def room_for_answers(model: PreTrainedModel, prompts: Sequence[Sized], cue_length: int = 0) -> list[int]:
@@ -74,7 +120,7 @@ def room_for_answers(model: PreTrainedModel, prompts: Sequence[Sized], cue_lengt
 def eos_token_ids_of(model: PreTrainedModel) -> list[int]:
     """The ids that end the model's answers, by its generation configuration, else by its own configuration."""
     ids = getattr(model.generation_config, "eos_token_id", None)
-    ids = model.config.eos_token_id if ids is None else ids
+    ids = getattr(model.config, "eos_token_id", None) if ids is None else ids  # RoCBert's has none
     if ids is None:
         return []
     return [ids] if isinstance(ids, int) else list(ids)
@@ -83,15 +129,47 @@ def eos_token_ids_of(model: PreTrainedModel) -> list[int]:
 def transformers_model(model: torch.nn.Module) -> PreTrainedModel:
     """The transformers model itself: inside a PEFT model, adapters included."""
     base_model = getattr(model, "get_base_model", None)  # PEFT's
+    if hasattr(model, "peft_config"):
+        _check_adapters(model)
     if callable(base_model):
-        if getattr(getattr(model, "active_peft_config", None), "is_prompt_learning", False):
-            raise ValueError("prompt-learning adapters of PEFT add positions of their own; use LoRA or another adapter")
         model = base_model()
+    elif hasattr(model, "peft_config") and hasattr(model, "base_model"):  # PeftMixedModel
+        model = getattr(model.base_model, "model", model)
     if not isinstance(model, PreTrainedModel):
         raise TypeError(
             f"model is a {type(model).__name__}; give a transformers model (AutoModelForCausalLM) or PEFT's"
         )
     return model
+
+
+def active_adapters(model: torch.nn.Module) -> tuple[str, ...]:
+    """The names of PEFT's adapters that are on, as far as ``model`` is one of PEFT's."""
+    names = getattr(model, "active_adapters", ()) if hasattr(model, "peft_config") else ()
+    return tuple(names() if callable(names) else names)
+
+
+def _check_adapters(model: torch.nn.Module) -> None:
+    """Raise ValueError if an adapter that is on acts in the forward of PEFT's own model, which generation goes around.
+
+    ``verification`` finds what isn't known here.
+    """
+    configs = getattr(model, "peft_config", {})
+    for name, config in configs.items():
+        kind = getattr(getattr(config, "peft_type", None), "value", None)
+        if name not in active_adapters(model) and kind != "XLORA":  # whose own name is never on
+            continue
+        if getattr(config, "is_prompt_learning", False):
+            raise ValueError("prompt-learning adapters of PEFT add positions of their own; use LoRA or another adapter")
+        if getattr(config, "alora_invocation_tokens", None):
+            raise ValueError(
+                f"the adapter {name!r} is an activated LoRA (alora_invocation_tokens), which is on from a position "
+                "on that depends on the row; train a LoRA without alora_invocation_tokens"
+            )
+        if kind in ("ADAPTION_PROMPT", "LILY", "POLY", "SHADOW", "XLORA"):
+            raise ValueError(
+                f"the adapter {name!r} is of PEFT's type {kind}, which needs more of PEFT's own forward than the "
+                "layers that it puts into the model; use LoRA or another adapter"
+            )
 
 
 def dtype_inside(prepared: torch.nn.Module, model: PreTrainedModel) -> torch.dtype:

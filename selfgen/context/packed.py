@@ -49,12 +49,14 @@ def packed_linears(model: nn.Module) -> Iterator[None]:
     try:
         for module in linears:
             packed = torch.ops.mkldnn._reorder_linear_weight(module.weight.detach(), _BATCH_HINT)
-            vars(module)["forward"] = partial(_multiply, packed, module.bias)
+            vars(module)["forward"] = partial(_multiply, module, packed, module.bias)
         yield
     finally:
         for module in linears:
             vars(module).pop("forward", None)
 
 
-def _multiply(packed: Tensor, bias: Tensor | None, hidden: Tensor) -> Tensor:
+def _multiply(module: nn.Linear, packed: Tensor, bias: Tensor | None, hidden: Tensor) -> Tensor:
+    if type(module) is not nn.Linear:  # torch's parametrize, as adapters of PEFT use it, while it changes the weight
+        return type(module).forward(module, hidden)
     return torch.ops.mkldnn._linear_pointwise(hidden, packed, bias, "none", [], "")

@@ -142,7 +142,7 @@ def _attention(
 
     New versions of transformers add keywords, and one that changes nothing must not rule out every model. So a keyword
     that is None, False (a switch that is off) or listed in ``_IGNORED`` is ignored. Any other unknown keyword may
-    change the result, and is refused by name. If an ignored one changes it after all, ``verify_model`` finds other
+    change the result, and is refused by name. If an ignored one changes it after all, ``verification`` finds other
     logits.
     """
     name = type(module).__name__

@@ -8,8 +8,9 @@ and the fast path is tested against it.
 
 from __future__ import annotations
 
-import inspect
+from collections.abc import Callable
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -18,7 +19,7 @@ from transformers import DynamicCache, PreTrainedModel
 from selfgen_kernels import sample_mix
 
 from .batch import Batch, left_pad
-from .models import cache_argument
+from .models import arguments_of, cache_argument, own_logits
 
 
 @dataclass
@@ -30,29 +31,55 @@ class SequentialResult:
     invalid: int
 
 
-def sequential(model: PreTrainedModel, batch: Batch, *, isolate_rows: bool = False) -> SequentialResult:
+class Strategy(NamedTuple):
+    """How rows are decoded."""
+
+    together: bool  # left-padded, with positions that are given
+    cache: bool
+
+    def __str__(self) -> str:
+        return f"{'together' if self.together else 'row by row'}, {'over a cache' if self.cache else 'without a cache'}"
+
+
+TOGETHER = Strategy(together=True, cache=True)
+ROW_BY_ROW = Strategy(together=False, cache=True)
+ALONE = Strategy(together=False, cache=False)  # the model's own forward over each prefix: the definition itself
+STRATEGIES = (TOGETHER, ROW_BY_ROW, ALONE)  # the fastest first
+
+
+def sequential(
+    model: PreTrainedModel,
+    batch: Batch,
+    strategy: Strategy = TOGETHER,
+    *,
+    observe: Callable[[Tensor], None] | None = None,
+) -> SequentialResult:
     """Generate mixed contexts token by token.
 
-    Rows are decoded together, left-padded, over transformers' own KV cache. ``isolate_rows`` decodes each row alone and
-    recomputes its whole context at every token: for models whose layers are not a function of one row's prefix alone
-    once padding or a cache is involved (frequencies that depend on the longest row, recurrent state, ...).
+    Rows are decoded together, left-padded, over transformers' own KV cache, or each alone: for models whose logits are
+    not a function of one row's prefix alone once padding, other rows or a cache are involved (positions that begin
+    elsewhere, frequencies that depend on the longest row, recurrent state, ...). ``verification`` finds out which
+    strategy is right for a model. ``observe`` gets the logits [rows, V] of each step.
     """
     status = torch.zeros(1, dtype=torch.int64, device=batch.device)
-    if isolate_rows:
-        parts = [_decode(model, batch.row(i), status, use_cache=False) for i in range(len(batch.prompts))]
-        return SequentialResult(
-            tokens=[part.tokens[0] for part in parts],
-            is_self=[part.is_self[0] for part in parts],
-            passes=sum(part.passes for part in parts),
-            tokens_computed=sum(part.tokens_computed for part in parts),
-            invalid=int(status),
-        )
-    result = _decode(model, batch, status, use_cache=True)
-    result.invalid = int(status)
-    return result
+    batches = [batch] if strategy.together else [batch.row(i) for i in range(len(batch.prompts))]
+    parts = [_decode(model, part, status, strategy, observe) for part in batches]
+    return SequentialResult(
+        tokens=[tokens for part in parts for tokens in part.tokens],
+        is_self=[is_self for part in parts for is_self in part.is_self],
+        passes=sum(part.passes for part in parts),
+        tokens_computed=sum(part.tokens_computed for part in parts),
+        invalid=int(status),
+    )
 
 
-def _decode(model: PreTrainedModel, batch: Batch, status: Tensor, *, use_cache: bool) -> SequentialResult:
+def _decode(
+    model: PreTrainedModel,
+    batch: Batch,
+    status: Tensor,
+    strategy: Strategy,
+    observe: Callable[[Tensor], None] | None,
+) -> SequentialResult:
     rows, steps = len(batch.prompts), max(batch.answer_lengths)
     context = left_pad(batch.prompts)  # [R, L] grows by one column a step
     mask = left_pad([torch.ones_like(prompt) for prompt in batch.prompts])  # [R, L]
@@ -61,22 +88,25 @@ def _decode(model: PreTrainedModel, batch: Batch, status: Tensor, *, use_cache: 
     last_position = torch.tensor(batch.lengths, device=batch.device) - 1  # [R]
     coins = []  # step x [R] bool
 
-    cache = DynamicCache(config=model.config) if use_cache else None
-    accepted = inspect.signature(model.forward).parameters
+    cache = DynamicCache(config=model.config) if strategy.cache else None
     new = context
     for step in range(steps):
-        # Rows that have ended keep their place; their positions stay inside the model's range.
-        position_ids = (mask.cumsum(-1) - 1).clamp(min=0).minimum(last_position[:, None])[:, -new.shape[1] :]
-        arguments = {
-            "input_ids": new,
-            "attention_mask": mask,
-            "position_ids": position_ids,
-            cache_argument(model): cache,
-            "use_cache": use_cache,
-            "logits_to_keep": 1,
-        }
-        output = model(**{name: value for name, value in arguments.items() if name in accepted})
-        logits = output.logits[:, -1]  # [R, V]
+        if strategy.cache:
+            arguments = {
+                "input_ids": new,
+                "attention_mask": mask,
+                cache_argument(model): cache,
+                "use_cache": True,
+                "logits_to_keep": 1,
+            }
+            if strategy.together:  # rows that have ended keep their place; their positions stay in the model's range
+                positions = (mask.cumsum(-1) - 1).clamp(min=0).minimum(last_position[:, None])
+                arguments["position_ids"] = positions[:, -new.shape[1] :]
+            logits = model(**arguments_of(model, **arguments)).logits[:, -1]  # [R, V]
+        else:
+            logits = own_logits(model, context[0], last_position.new_tensor([context.shape[1] - 1]))
+        if observe is not None:
+            observe(logits)
         column, coin = sample_mix(
             logits,
             reference[:, step],
@@ -92,11 +122,11 @@ def _decode(model: PreTrainedModel, batch: Batch, status: Tensor, *, use_cache: 
         coins.append(coin)
         context = torch.cat([context, column[:, None]], dim=1)
         mask = torch.cat([mask, mask.new_ones(rows, 1)], dim=1)
-        new = column[:, None] if use_cache else context
+        new = column[:, None]
 
     first = max(batch.prompt_lengths)
     tokens = [context[i, first : first + length] for i, length in enumerate(batch.answer_lengths)]
     is_self = [row[:length] for row, length in zip(torch.stack(coins, dim=1), batch.answer_lengths, strict=True)]
     width = range(first, first + steps)
-    tokens_computed = rows * (first + steps - 1 if use_cache else sum(width))
+    tokens_computed = rows * (first + steps - 1 if strategy.cache else sum(width))
     return SequentialResult(tokens, is_self, passes=steps, tokens_computed=tokens_computed, invalid=0)

@@ -1,16 +1,14 @@
-"""Which models the ragged path computes correctly: by their configuration, and by a probe for the rest."""
+"""Which models the ragged path computes correctly by their configuration; ``verification`` tries the rest."""
 
 from __future__ import annotations
 
 import inspect
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 
-import torch
-from torch import Tensor
 from transformers import PreTrainedModel
 
-from .models import cache_argument, vocab_size_of
-from .ragged import RaggedCache, RaggedPass, UnsupportedModelError, ragged_logits, ragged_model
+from .models import cache_argument
 
 
 @dataclass(frozen=True)
@@ -40,8 +38,6 @@ def inspect_model(model: PreTrainedModel, longest_row: int) -> Support:
         isolate = True
     if config.is_encoder_decoder or getattr(config, "add_cross_attention", False):
         missing.append("cross-attention (encoder-decoder)")
-    if getattr(config, "use_bidirectional_attention", None):
-        missing.append("bidirectional attention")
     kinds = set(getattr(config, "layer_types", None) or ()) - {"full_attention", "sliding_attention"}
     if kinds:
         missing.append("layers of type " + ", ".join(sorted(kinds)))
@@ -65,56 +61,34 @@ def inspect_model(model: PreTrainedModel, longest_row: int) -> Support:
     return Support(missing, isolate, recompute)
 
 
-def verify_model(model: PreTrainedModel) -> None:
-    """Compare the ragged path with the model's own forward on a probe, for what ``inspect_model`` can't know.
-
-    The probe is two rows, one of them in two passes. A model that computes something else over the ragged cache is off
-    by as much as its logits vary; rounding is off by far less than the tolerance. In half precision, rounding alone may
-    put a few positions off as far as that, so there the median of a window counts.
-    """
-    vocab_size, device = vocab_size_of(model), model.device
-    rows = [torch.arange(length, device=device) % vocab_size for length in (21, 6)]
-    tokens = torch.cat(rows)
-    cache = RaggedCache(model, len(tokens))
-    found = torch.empty(0)
-    try:
-        with ragged_model(model):
-            for windows in ([(0, 0, 13), (21, 0, 6)], [(0, 13, 21), (21, 6, 6)]):  # row start, begin, end
-                ragged_pass = RaggedPass(
-                    torch.cat([torch.arange(row + begin, row + end, device=device) for row, begin, end in windows]),
-                    torch.cat([torch.arange(begin, end, device=device) for _, begin, end in windows])[None],
-                    torch.tensor([0, *(end - begin for _, begin, end in windows)], device=device).cumsum(0).int(),
-                    torch.tensor([(row, end) for row, _, end in windows], device=device),
-                )
-                everything = torch.arange(ragged_pass.num_tokens, device=device)
-                logits = ragged_logits(model, cache, ragged_pass, tokens[ragged_pass.slots], everything).float()
-                if not len(found):
-                    found = logits.new_empty(len(tokens), logits.shape[1])
-                found[ragged_pass.slots] = logits
-    except UnsupportedModelError:
-        raise
-    except (AttributeError, IndexError, KeyError, RuntimeError, TypeError, ValueError) as error:
-        raise UnsupportedModelError(
-            f'{type(model).__name__} does not run over the ragged cache ({error}); use method="sequential"'
-        ) from error
-    own = torch.cat(
-        [model(input_ids=r[None], attention_mask=torch.ones_like(r)[None], use_cache=False).logits[0] for r in rows]
-    ).float()
-    usual = own.isfinite() & (own.abs() < 1e30)  # some models mask logits with -inf or the smallest number
-    if not usual.any():
-        return
-    off = (found - own).abs().where(usual, 0.0).sum(1) / usual.sum(1).clamp(min=1) / own[usual].std()
-    full_precision = model.dtype == torch.float32 and not torch.is_autocast_enabled(device.type)
-    summary, tolerance = (Tensor.mean, 1e-3) if full_precision else (Tensor.median, 0.1)
-    difference = float(torch.stack([summary(window) for window in off.split([13, 8, 6])]).max())
-    if not difference <= tolerance:  # NaN is a difference, too
-        raise UnsupportedModelError(
-            f"{type(model).__name__} computes something else over the ragged cache than in its own forward (logits "
-            f'differ by {difference:.1%} of their standard deviation); use method="sequential"'
-        )
-
-
 def _rope_parameters(config) -> list[dict]:
     parameters = getattr(config, "rope_parameters", None) or {}
     nested = [value for value in parameters.values() if isinstance(value, dict)]
     return nested or [parameters]
+
+
+def lengths_of(model: PreTrainedModel) -> list[int]:
+    """The numbers of the configuration that a row may grow beyond, in order: windows, chunks, switches of rope, ..."""
+    return sorted(set(_lengths_in(model.config.get_text_config(decoder=True).to_dict())))
+
+
+_NO_LENGTHS = (
+    "vocab", "token", "hidden", "intermediate", "head", "num_", "dim", "rank", "expert", "layer", "theta",
+    "embd", "ffn", "max_position", "id2label", "seed", "size",
+)  # fmt: skip
+_LENGTHS = ("window", "chunk", "block_size", "local", "original_max_position")
+
+
+def _lengths_in(config: object, key: str = "") -> Iterator[int]:
+    """All numbers but those whose name says that they count something else."""
+    if isinstance(config, dict):
+        for name, value in config.items():
+            yield from _lengths_in(value, str(name))
+    elif isinstance(config, list | tuple) and len(config) <= 64:
+        for value in config:
+            yield from _lengths_in(value, key)
+    elif isinstance(config, int | float) and not isinstance(config, bool) and 1 < config < 2**31:
+        is_length = any(part in key for part in _LENGTHS) and "layers" not in key
+        counts = key.startswith("n_") or any(part in key for part in _NO_LENGTHS)
+        if config == int(config) and (is_length or not counts):
+            yield int(config)

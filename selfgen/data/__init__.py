@@ -10,12 +10,21 @@
 from .batches import IGNORE_INDEX, Collator, pad_token_id, rows_of, write_contexts_into
 from .loading import load_rows
 from .templates import ChatTemplate, answer_ends, text_after_answer
-from .tokenizing import DataReport, RowOptions, check_sample_ids, sample_ids_of, tokenize_prompts, tokenize_rows
+from .tokenizing import (
+    DataError,
+    DataReport,
+    RowOptions,
+    check_sample_ids,
+    sample_ids_of,
+    tokenize_prompts,
+    tokenize_rows,
+)
 
 __all__ = [
     "IGNORE_INDEX",
     "ChatTemplate",
     "Collator",
+    "DataError",
     "DataReport",
     "RowOptions",
     "answer_ends",

@@ -2,6 +2,8 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import reduce
+from operator import add
 from typing import Any
 
 import torch
@@ -24,17 +26,21 @@ class Collator:
         `labels` [B, L]: the answer's ids in place, -100 on prompt and padding, and where `is_learned` is false in rows
             that have it;
         `sample_id`, `prompt_length`, `answer_length` [B].
+
+    With rows of a stream that is trained on, `read` tells what was read for this batch (`data.streams.Read`).
     """
 
     pad_token_id: int
 
-    def __call__(self, features: list[dict[str, Any]]) -> dict[str, Tensor]:
+    def __call__(self, features: list[dict[str, Any]]) -> dict[str, Any]:
         prompts, answers = ([torch.as_tensor(f[name]) for f in features] for name in ("prompt_ids", "answer_ids"))
         batch = self.pad(prompts, answers, [f["sample_id"] for f in features])
         for labels, row, prompt in zip(batch["labels"], features, prompts, strict=True):
             if row.get("is_learned") is not None:
                 learned = torch.as_tensor(row["is_learned"], device=labels.device)
                 labels[len(prompt) :][: len(learned)][~learned] = IGNORE_INDEX
+        if read := [row["read"] for row in features if "read" in row]:
+            batch["read"] = reduce(add, read)
         return batch
 
     def pad(self, prompts: list[Tensor], answers: list[Tensor], sample_ids: list[int]) -> dict[str, Tensor]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterable, Sequence
-from functools import cache
+from functools import cache, lru_cache
 
 from transformers import PreTrainedTokenizerBase
 
@@ -30,13 +30,15 @@ class Encoder:
     def __init__(self, tokenizer: PreTrainedTokenizerBase, control_tokens: Iterable[str] = (), strict: bool = True):
         self.tokenizer, self._strict = tokenizer, strict
         self._added = {token.content: (one, token) for one, token in tokenizer.added_tokens_decoder.items()}
-        spelled = set(control_tokens) & self._added.keys()
+        spelled = frozenset(control_tokens).intersection(self._added)
         self._control_ids = {self._added[content][0] for content in spelled}
         self._spelled = _any_of(spelled)
-        self._marked_or_control = _any_of(spelled, _MARKED)
-        self._marked_or_added = _any_of(self._added, _MARKED)
+        special = {content for content, (_, token) in self._added.items() if token.special}
+        self._marked_or_control = _any_of(spelled | special, _MARKED)
+        self._marked_or_added = _any_of(frozenset(self._added), _MARKED)
         self._writable = cache(self._can_write)
         self._around = self._special_tokens_around_texts()
+        self._restarts = self._begins_anew_after(min(special, default=""))
 
     # -- what a row gave
 
@@ -124,6 +126,11 @@ class Encoder:
         before, after = whole[:start], whole[start + len(plain) :]
         return before, after[:-1] if after[-1:] == [self.tokenizer.eos_token_id] else after
 
+    def _begins_anew_after(self, token: str) -> bool:
+        """Whether texts after control tokens are tokenized as those with nothing before, as Llama 2's are."""
+        alone, after = self._plain(["a", f"{token}a"])
+        return after[-len(alone) :] == alone
+
     # -- marked texts
 
     def _ids_of_marked(self, text: str) -> list[int]:
@@ -142,7 +149,7 @@ class Encoder:
                 section = section.lstrip() if strips else section
                 section = section.rstrip() if token is not None and token.lstrip else section
                 ids += self._plain([clean])[0]
-                ids += self._ordinary(section, first=not ids)
+                ids += self._ordinary(section, first=self._restarts or not ids)
                 clean = section = ""
             clean, section, marked = clean + section + (piece or ""), "", False
             strips = token is not None and token.rstrip
@@ -175,10 +182,26 @@ class Encoder:
             self._plain([""])  # fast tokenizers keep the setting, which would show in their fingerprint
 
 
-def _any_of(texts: Iterable[str], *patterns: str) -> re.Pattern[str] | None:
-    """A pattern, in a group, of the longest of the texts at a place, after the patterns; None if there are no texts."""
-    texts = sorted(filter(None, texts), key=len, reverse=True)
-    if not texts:
+@lru_cache(maxsize=8)  # tokenizers have up to 7,000 added tokens
+def _any_of(texts: frozenset[str], pattern: str = "") -> re.Pattern[str] | None:
+    """A pattern, in a group, of the longest of the texts at a place, after ``pattern``; None if there are no texts."""
+    tree: dict[str, dict] = {}
+    for text in filter(None, texts):
+        node = tree
+        for letter in text:
+            node = node.setdefault(letter, {})
+        node[""] = {}
+    if not tree:
         return None
-    firsts = "".join(sorted({re.escape(text[0]) for text in texts} | {_OPEN}))
-    return re.compile(f"(?=[{firsts}])({'|'.join([*patterns, *map(re.escape, texts)])})", re.DOTALL)
+    firsts = "".join(map(re.escape, sorted({_OPEN, *tree})))
+    return re.compile(f"(?=[{firsts}])({pattern}{'|' * bool(pattern)}{_pattern_of(tree)})", re.DOTALL)
+
+
+def _pattern_of(tree: dict[str, dict]) -> str:
+    """A pattern of the texts in a tree of their letters, in which "" ends one: long alternations would be slow."""
+    letters = ""
+    while len(tree) == 1 and "" not in tree:
+        ((letter, tree),) = tree.items()
+        letters += re.escape(letter)
+    branches = [re.escape(letter) + _pattern_of(below) for letter, below in sorted(tree.items()) if letter]
+    return letters + (f"(?:{'|'.join(branches)})" + "?" * ("" in tree) if branches else "")

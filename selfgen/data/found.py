@@ -5,7 +5,8 @@ import json
 import re
 from collections.abc import Iterator, Sequence
 
-_TAG = re.compile(r"<[^<>\s]{1,40}>|\[/?[A-Z_]{1,40}\]")  # <think>, [/THINK]: templates write them in ways of their own
+# <think>, [/THINK]: templates write them in ways of their own
+_TAG = re.compile(r"<[/|]*(?:think|thinking|thought|reasoning)\|?>|\[/?THINK\]", re.IGNORECASE)
 _TAKEN = "\0"
 
 
@@ -15,57 +16,80 @@ def first_lost(text: str, given: Sequence[tuple[str, str]]) -> tuple[str, str] |
     Each needs a place of its own. Blanks around it may be lost, and it may be escaped as in JSON or HTML, or written
     line by line.
     """
-    place = 0
-    for _, piece in given:  # in order, as nearly all templates write them
-        piece = piece.strip()
-        found = text.find(piece, place)
-        if found < 0:
-            break
-        place = found + len(piece)
-    else:
+    if _in_order(text, given) is not None:
         return None
     for what, piece in sorted(given, key=lambda one: len(one[1]), reverse=True):  # short ones may be parts of long ones
-        left = _take(text, piece)
-        if left is None:
+        spans = _spans(text, piece)
+        if spans is None:
             return what, piece
-        text = left
+        ends = [0, *(end for _, end in spans)]
+        kept = [text[end:start] for end, (start, _) in zip(ends, spans, strict=False)]
+        text = _TAKEN.join([*kept, text[ends[-1] :]])
     return None
 
 
 def end_of(text: str, given: Sequence[tuple[str, str]]) -> int:
-    """The place in ``text`` after the last of the ``given`` that is in it."""
+    """The place in ``text`` after all of the ``given``, in their order; 0 if it does not have them."""
+    return _in_order(text, given) or 0
+
+
+def _in_order(text: str, given: Sequence[tuple[str, str]]) -> int | None:
     end = 0
     for _, piece in given:
-        for part in (piece, _TAG.split(piece)[-1], (piece.strip() or piece).splitlines()[-1]):
-            found = next((text.find(form, end) + len(form) for form in _forms(part) if form in text[end:]), None)
-            if found is not None and part.strip():
-                end = found
-                break
+        spans = _spans(text, piece, end)
+        if spans is None:
+            return None
+        end = spans[-1][1] if spans else end
     return end
 
 
-def _take(text: str, piece: str) -> str | None:
-    """``text`` without ``piece``, or None if it is not there."""
+def _spans(text: str, piece: str, start: int = 0) -> list[tuple[int, int]] | None:
+    """The places (start, end) in ``text`` of a piece, or of its parts around tags, in order."""
+    if span := _span(text, piece, start):
+        return [span]
+    parts = _TAG.split(piece)
+    spans: list[tuple[int, int]] = []
+    for part in filter(str.strip, parts):
+        span = _span(text, part, spans[-1][1] if spans else start)
+        if span is None or len(parts) == 1:
+            return None
+        spans.append(span)
+    return spans
+
+
+def _span(text: str, piece: str, start: int) -> tuple[int, int] | None:
+    """The place of a piece, in one of its forms, or with something before each of its lines."""
     for form in _forms(piece):
-        if form in text:
-            return text.replace(form, _TAKEN, 1)
-    for parts in (_TAG.split(piece), piece.splitlines()):
-        if len(parts) < 2:
-            continue
-        left: str | None = text
-        for part in filter(str.strip, parts):
-            left = _take(left, part) if left is not None else None
-        if left is not None:
-            return left
+        place = text.find(form, start)
+        if place >= 0:
+            return place, place + len(form)
+    *before, last = (line.rstrip() for line in piece.strip().splitlines())
+    if not before or before[0] not in text:
+        return None
+    written = text[start:].splitlines(keepends=True)
+    for number in range(len(written) - len(before)):
+        end = written[number + len(before)].find(last)
+        if end >= 0 and all(_ends_with(written[number + n], line) for n, line in enumerate(before)):
+            first, length = sum(map(len, written[:number])), sum(map(len, written[number : number + len(before)]))
+            return start + first + written[number].rindex(before[0]), start + first + length + end + len(last)
     return None
+
+
+def _ends_with(written: str, line: str) -> bool:
+    """Whether a line has another one, with its indentation, at its end; blank lines are blank."""
+    written = written.rstrip()
+    return written.endswith(line) and bool(line) == bool(written)
 
 
 def _forms(piece: str) -> Iterator[str]:
     """How a text may be written."""
     piece = piece.strip()
     yield piece
-    yield json.dumps(piece, ensure_ascii=False)[1:-1]
+    quoted = json.dumps(piece, ensure_ascii=False)[1:-1]
+    yield quoted
     yield json.dumps(piece)[1:-1]
+    yield json.dumps(quoted, ensure_ascii=False)[1:-1]  # arguments that are JSON text within JSON
     yield html.escape(piece)
+    yield html.escape(piece).replace("&quot;", "&#34;").replace("&#x27;", "&#39;")  # as Jinja does
     if piece in ("true", "false", "null"):  # of JSON, as Python writes them
         yield {"true": "True", "false": "False", "null": "None"}[piece]

@@ -4,12 +4,22 @@ from __future__ import annotations
 
 import re
 from dataclasses import dataclass, field, replace
+from itertools import chain, pairwise
 from typing import Any
 
-from .conversations import Conversation, RowFault, read_extras, read_turns, weights_of
+from .conversations import (
+    REASONING,
+    Conversation,
+    RowFault,
+    continued,
+    read_extras,
+    read_turns,
+    turns_beside,
+    weights_of,
+)
 from .encoding import NOT_MARKED, Encoder
 from .found import end_of, first_lost
-from .templates import ChatTemplate, after, common_prefix
+from .templates import ChatTemplate, common_prefix
 
 EMPTY_ANSWER = "empty answer"
 EMPTY_PROMPT = "empty prompt"
@@ -31,6 +41,7 @@ class Texts:
     control_tokens: bool = False
     lost: str | None = None
     lost_text: str = ""
+    answer_lost: bool = False  # whether something is lost of what is learned
 
 
 class RowReader:
@@ -83,14 +94,17 @@ class RowReader:
         for turn in turns if self.all_turns else turns[-1:]:
             if turn["role"] == "assistant":
                 turn["content"] = self._without_end(turn["content"])
+        adds_nothing = not turns or conversation.parted().is_empty(-1)
         if self.all_turns:
-            told = [n for n in range(1, len(turns)) if roles[n] and weights[n] and not conversation.is_empty(n)]
+            learned = [n for n in range(1, len(turns)) if roles[n] and weights[n] and not conversation.is_empty(n)]
+            told = [n for n in learned if n < last or not adds_nothing]
             if not told:
                 raise RowFault("no assistant turn to learn")
-            return self._turns(self._marked(replace(conversation, turns=turns[: told[-1] + 1])), told)
+            prefix = conversation.prefix if told[-1] == last else ""
+            return self._turns(self._marked(replace(conversation, turns=turns[: told[-1] + 1], prefix=prefix)), told)
         if not turns or not roles[last]:
-            raise RowFault(NO_ASSISTANT)
-        if conversation.is_empty(last) or turns[last]["content"].strip() == conversation.prefix.strip() != "":
+            raise RowFault(NO_ASSISTANT, f"the last turn is of role {turns[last]['role']!r}" if turns else "")
+        if adds_nothing:
             raise RowFault(EMPTY_ANSWER)
         if last == 0 and not conversation.prefix:
             raise RowFault(EMPTY_PROMPT)
@@ -117,6 +131,8 @@ class RowReader:
             raise RowFault(NEEDS_TEMPLATE, "set tokenizer.chat_template, or give prompt and completion as text")
         if extras := read_extras(cells, set(self.arrow)):
             raise RowFault(f"{', '.join(sorted(extras))}, for which there is no chat template")
+        if turns_beside(cells, set(self.arrow), []):
+            raise RowFault("a column 'system' or 'history', for which there is no chat template")
         prompt = self._text(cells, self.prompt)
         texts = Texts(self.encoder.mark_prompt(prompt))
         if answers:
@@ -138,7 +154,16 @@ class RowReader:
         cell = cells.get(column)  # type: ignore[arg-type]
         if self.values_as_text and isinstance(cell, int | float):
             names = None if isinstance(cell, bool) else self.classes.get(column or "")
-            return names[int(cell)] if names and 0 <= cell < len(names) else str(cell)
+            if names and not 0 <= cell < len(names):  # -1 stands for no label
+                raise RowFault(f"{column!r} is a class label without a name", f"it is {cell}")
+            return names[int(cell)] if names else str(cell)
+        more = cells.get("input") if column == self.prompt == "instruction" else None
+        if self.values_as_text and isinstance(more, int | float):
+            more = str(more)
+        if more and not isinstance(more, str):
+            raise RowFault("the column 'input' is not text", f"it is {more!r:.60}")
+        if isinstance(cell, str) and more and more.strip():
+            return f"{cell}\n{more}"
         if isinstance(cell, str | list | dict):
             return cell
         kind = "empty (None)" if cell is None else f"{type(cell).__name__}, neither text nor messages"
@@ -150,20 +175,24 @@ class RowReader:
         extras = read_extras(cells, set(self.arrow))
         if self.messages is not None:
             turns = read_turns(self._cell(cells, self.messages), self.messages, self.messages in self.arrow)
+            before = turns_beside(cells, set(self.arrow), turns)
             if not answers and turns and turns[-1]["role"] == "assistant":
                 turns = turns[:-1]
-            return Conversation(turns, **extras)
+            return Conversation([*before, *turns] if turns else [], **extras)
         turns = self._turns_of(cells, self.prompt, "user")
+        turns = [*turns_beside(cells, set(self.arrow), turns), *turns] if turns else []
         told = self._turns_of(cells, self.completion, "assistant") if answers else self._turns_told(cells)
+        if answers and not told:
+            raise RowFault(EMPTY_ANSWER)
         prefix = ""
-        if turns and turns[-1]["role"] == "assistant" and not turns[-1].get("tool_calls"):  # the answer's beginning
-            begun = turns[-1]["content"]
-            if told and told[0]["role"] == "assistant":
-                told[0]["content"] = begun + told[0]["content"]
-                turns, prefix = turns[:-1], begun if len(told) == 1 else ""
-            elif not told:
-                prefix = begun
-                turns = turns if begun else turns[:-1]
+        begins = bool(turns) and turns[-1]["role"] == "assistant" and not turns[-1].get("tool_calls")
+        if begins and (not told or told[0]["role"] == "assistant"):  # the prompt has the beginning of the answer
+            *turns, begun = turns
+            if begun["content"].strip():
+                prefix = begun["content"] if len(told) == int(answers) else ""
+                told = [continued(begun, told[0]), *told[1:]] if told else [begun]
+            elif any(begun.get(key) for key in REASONING):
+                raise RowFault("a prompt that ends in reasoning without text")
         return Conversation([*turns, *told], prefix, **extras)
 
     def _turns_of(self, cells: dict[str, Any], column: str | None, role: str) -> list[dict[str, Any]]:
@@ -186,39 +215,51 @@ class RowReader:
 
     def _last_turn(self, conversation: Conversation) -> Texts:
         assert self.template is not None
-        last = len(conversation.turns) - 1
+        parted = conversation.parted()
         prompt, rest = self.template.split(conversation)
-        told = conversation.said(last)
+        *earlier, told = [parted.said(turn) for turn in range(len(parted.turns))]
         said = [(what.replace("a turn of role 'assistant'", "the answer"), text) for what, text in told]
-        if conversation.prefix:
-            content = conversation.turns[last]["content"].strip()
-            said = [("the text of the answer", content[len(conversation.prefix.lstrip()) :])]
         answer, ended = self._cut(rest, end_of(rest, said))
-        before = conversation.described() + [one for turn in range(last) for one in conversation.said(turn)]
+        before = [*conversation.described(), *chain(*earlier)]
         return self._checked(Texts(prompt, [(answer, True)], ended), conversation, [(prompt, before), (answer, said)])
 
     def _turns(self, conversation: Conversation, told: list[int]) -> Texts:
         """Every turn of ``told`` is learned; what the template writes between them is not."""
         assert self.template is not None
         full = self.template.render(conversation)
+        starts = [len(self.template.before(conversation, turn, full)) for turn in told] + [len(full)]
+        if conversation.prefix:
+            starts[-2] = len(self.template.split(conversation)[0])
+        sayings = [conversation.said(turn) for turn in told[:-1]] + [conversation.parted().said(-1)]
         segments: list[tuple[str, bool]] = []
-        written, prompt, ended = 0, "", False
-        for turn in told:
-            before = self.template.render(conversation, turn, generation_prompt=True)
-            rest = after(before, full)
-            answer, ended = self._cut(rest, end_of(rest, conversation.said(turn)))
-            bound = len(common_prefix(self.template.render(conversation, turn + 1), full)) - len(before)
-            if turn != told[-1] and not (ended and len(answer) <= bound):
-                answer = rest[:bound]
-            if not written:
-                prompt = before
-            elif len(before) > written:
-                segments.append((full[written : len(before)], False))
-            segments.append((answer, True))
-            written = len(before) + len(answer)
-        said = [one for turn in range(len(conversation.turns)) for one in conversation.said(turn)]
-        given = [(full[:written], conversation.described() + said)]
-        return self._checked(Texts(prompt, segments, ended), conversation, given)
+        everything = [one for turn in range(len(conversation.turns)) for one in conversation.said(turn)]
+        given = [(full, conversation.described() + everything)]
+        for turn, said, (start, until) in zip(told, sayings, pairwise(starts), strict=True):
+            rest = full[start:until]
+            said_until = end_of(rest, said)
+            answer, ended = self._cut(rest, said_until)
+            if turn != told[-1]:
+                known, following = self._bounds(conversation, turn, full)
+                if not ended or start + len(answer) > following:  # the end is another turn's
+                    answer = rest[: max(said_until, known - start)]
+            segments += [(answer, True), (rest[len(answer) :], False)]
+            given.append((answer, said))
+        segments = [one for one in segments[:-1] if one[0]]
+        return self._checked(Texts(full[: starts[0]], segments, ended), conversation, given)
+
+    def _bounds(self, conversation: Conversation, turn: int, full: str) -> tuple[int, int]:
+        """Up to where ``full`` surely has this turn and no other, 0 if that is not known, and where the next one is.
+
+        Some templates write a turn in another way when more turns follow.
+        """
+        assert self.template is not None
+        until = self.template.render(conversation, turn + 1)
+        for known in (until, self._without_end(until)):
+            if full.startswith(known):
+                return len(known), len(known)
+        turns = list(conversation.turns)
+        turns[turn + 1] = turns[turn + 1] | {"content": "?"}
+        return 0, len(common_prefix(self.template.render(replace(conversation, turns=turns)), full))
 
     def _cut(self, text: str, start: int) -> tuple[str, bool]:
         """An answer's text up to the token that the template ends it with, and whether there is one.
@@ -237,7 +278,10 @@ class RowReader:
     def _checked(
         self, texts: Texts, conversation: Conversation, given: list[tuple[str, list[tuple[str, str]]]]
     ) -> Texts:
-        """``texts`` with what is lost: a variable, a kind of turn, or what should be in a text, which is ``given``."""
+        """``texts`` with what is lost: a variable, a kind of turn, or what should be in a text, which is ``given``.
+
+        Of the texts, all but the first are answers.
+        """
         assert self.template is not None
         shape = self.template.shape(conversation)
         if shape not in self._known:
@@ -247,4 +291,5 @@ class RowReader:
         lost, text = found or (None, "")
         every = (texts.prompt, *(text for text, _ in texts.segments))
         spells = any(map(self.encoder.is_marked, every))
-        return replace(texts, lost=lost, lost_text=text, control_tokens=spells)
+        answer_lost = bool(lost) and any(first_lost(*one) for one in given[1:])
+        return replace(texts, lost=lost, lost_text=text, answer_lost=answer_lost, control_tokens=spells)

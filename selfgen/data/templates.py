@@ -5,11 +5,13 @@ No other module applies a chat template.
 
 from __future__ import annotations
 
+import json
 import re
 from collections.abc import Iterable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from datetime import datetime
 from functools import cache
+from itertools import takewhile
 from typing import Any
 
 from transformers import PreTrainedTokenizerBase
@@ -26,6 +28,11 @@ _ANSWER = "The answer."
 _USER = {"role": "user", "content": "x"}
 _ASSISTANT = {"role": "assistant", "content": _ANSWER}
 _SYSTEM = {"role": "system", "content": "x"}
+_CALL = {  # some templates want an id of nine characters
+    "role": "assistant",
+    "content": "",
+    "tool_calls": [{"type": "function", "id": "selfgen01", "function": {"name": "f", "arguments": {"x": _ANSWER}}}],
+}
 _WAY_OUT = (
     "Give what the template needs as chat_template_kwargs (for example enable_thinking: false), or "
     "add_generation_prompt=False, by which the beginning of the assistant's turn belongs to the answer; or set "
@@ -47,18 +54,30 @@ class ChatTemplate:
     documents: list[Any] | None = None
     add_generation_prompt: bool = True
     date: str | None = None
-    takes_parts: bool = field(init=False)  # and no contents that are text
+    takes_parts: bool = field(init=False, default=False)  # and no contents that are text
+    calls: tuple[str | None, bool] = field(init=False, default=("", False))  # contents of calls; arguments as JSON text
 
     def __post_init__(self) -> None:
         if wrong := sorted(RESERVED & set(self.kwargs)):
             raise ValueError(f"chat_template_kwargs can't have {', '.join(wrong)}: selfgen sets them itself")
-        self.takes_parts = False
-        if not self._shows_answer():
-            self.takes_parts = True
-            self.takes_parts = self._shows_answer()
+        self.takes_parts = not self._shows(_ASSISTANT, _ANSWER)
+        self.takes_parts = self.takes_parts and self._shows(_ASSISTANT, _ANSWER)
+        if "tool_calls" in self.sources:
+            forms = [(content, as_text) for as_text in (False, True) for content in ("", None)]
+            self.calls = next((form for form in forms if self._shows_call(form)), forms[0])
 
-    def _shows_answer(self) -> bool:
-        return _ANSWER in (self.of_short([_USER, _ASSISTANT]) or "")
+    def _shows_call(self, form: tuple[str | None, bool]) -> bool:
+        self.calls = form
+        return self._shows(_CALL, _ANSWER)
+
+    def _shows(self, turn: dict[str, Any], text: str) -> bool:
+        return text in (self.of_short([_USER, turn]) or "")
+
+    @property
+    def sources(self) -> str:
+        """The template's text; tokenizers may have several."""
+        known = self.tokenizer.chat_template
+        return known if isinstance(known, str) else "\n".join((known or {}).values())
 
     def source(self, tools: list[Any] | None = None) -> str:
         """The template's text; tokenizers may have another one for tools."""
@@ -79,9 +98,9 @@ class ChatTemplate:
         Raises:
             RowFault: the template rejects them, as it may for any reason.
         """
-        turns = conversation.turns[:upto]
-        if self.takes_parts:
-            turns = [turn | {"content": [{"type": "text", "text": turn["content"]}]} for turn in turns]
+        if wrong := sorted(RESERVED & set(conversation.kwargs)):
+            raise RowFault(f"chat_template_kwargs {', '.join(wrong)}, which selfgen sets itself")
+        turns = [self._in_form(turn) for turn in conversation.turns[:upto]]
         tools, documents = conversation.tools or self.tools, conversation.documents or self.documents
         try:
             source = self.source(tools)
@@ -104,6 +123,17 @@ class ChatTemplate:
         before, text = self.of_short([_USER]) or "", self.of_short([_USER, _ASSISTANT]) or ""
         return text[len(before) :].partition(_ANSWER)[0] if text.startswith(before) else ""
 
+    def _in_form(self, turn: dict[str, Any]) -> dict[str, Any]:
+        """A turn as the template takes it."""
+        content = turn["content"]
+        if calls := turn.get("tool_calls"):
+            no_content, as_text = self.calls
+            content = content or no_content
+            turn = turn | {"tool_calls": [_with_arguments_as_text(call) for call in calls] if as_text else calls}
+        if self.takes_parts and content is not None:
+            content = [{"type": "text", "text": content}]
+        return turn | {"content": content}
+
     def split(self, conversation: Conversation) -> tuple[str, str]:
         """The text of a conversation up to its last turn, which is the answer, and from there on.
 
@@ -113,9 +143,27 @@ class ChatTemplate:
         last = len(conversation.turns) - 1
         full = self.render(conversation)
         if conversation.prefix:
-            return self._split_in_turn(conversation, full)
-        prompt = self.render(conversation, last, generation_prompt=True) if last else ""
-        return prompt, after(prompt, full)
+            prompt, rest = self._split_in_turn(conversation, full)
+            *turns, begun, _ = conversation.parted().turns
+            if self.prompt(replace(conversation, turns=[*turns, begun])) != prompt:
+                raise RowFault("the chat template writes the beginning of this answer in another way when it goes on")
+            return prompt, rest
+        prompt = self.before(conversation, last, full)
+        return prompt, full[len(prompt) :]
+
+    def before(self, conversation: Conversation, turn: int | None, full: str) -> str:
+        """What ``full`` has before a turn's answer: the prompt of the turns before it, with which it begins.
+
+        Raises:
+            RowFault: it does not.
+        """
+        if turn == 0:
+            return ""
+        prompt = self.render(conversation, turn, generation_prompt=True)
+        if not self.add_generation_prompt and not full.startswith(prompt):  # some end conversations with an EOS
+            prompt = prompt.removesuffix(self.tokenizer.eos_token or "")
+        after(prompt, full)
+        return prompt
 
     def prompt(self, conversation: Conversation) -> str:
         """The text up to the answer that comes next; it continues the last turn where that is a prefix.
@@ -124,22 +172,32 @@ class ChatTemplate:
             RowFault: the template rejects it, or would render it in another way once an answer follows.
         """
         if conversation.prefix:
-            return self._split_in_turn(conversation, self.render(conversation))[0]
-        prompt = self.render(conversation, generation_prompt=True)
-        answered = Conversation([*conversation.turns, _ASSISTANT], "", *_extras(conversation))
-        after(prompt, self.render(answered))
-        return prompt
+            *turns, last = conversation.turns
+            opened = conversation.prefix.rpartition("</think>")[2]
+            end = f"{_ANSWER}</think>{_ANSWER}" if "<think>" in opened else _ANSWER
+            answered = replace(conversation, turns=[*turns, last | {"content": conversation.prefix + end}])
+            return self._split_in_turn(answered, self.render(answered))[0]
+        try:
+            return self.before(conversation, None, self.render(conversation.with_turn(_ASSISTANT)))
+        except RowFault:
+            reasoned = conversation.with_turn(_ASSISTANT | {REASONING[0]: _ANSWER})  # which some prompts begin
+            if not _mentions(self.sources, REASONING[0]):
+                raise
+            return self.before(conversation, None, self.render(reasoned))
 
     def _split_in_turn(self, conversation: Conversation, full: str) -> tuple[str, str]:
         """``full`` before and after the prefix of its last turn's content."""
-        content = conversation.turns[-1]["content"].strip()
-        before = self.render(conversation, -1, generation_prompt=True) if len(conversation.turns) > 1 else ""
-        start = full.find(content, len(common_prefix(before, full)))
+        *turns, last = conversation.turns
+        content, prefix = last["content"].strip(), conversation.prefix.lstrip()
+        other = self.render(replace(conversation, turns=[*turns, last | {"content": _ANSWER}]))
+        start = other.rfind(_ANSWER)
+        if start < 0 or not full.startswith(content, start):  # reasoning is in it, which templates write differently
+            before = self.render(conversation, -1, generation_prompt=True) if turns else ""
+            start = full.find(prefix, len(common_prefix(before, full)))
         if start < 0:
             raise RowFault("the chat template leaves out text of an assistant turn that is continued")
-        prefix = conversation.prefix.lstrip()
-        stays = len(prefix) if len(prefix) < len(content) else len(content)
-        return full[: start + stays] + prefix[stays:], full[start + stays :]
+        end = start + min(len(prefix), len(content))
+        return full[:end], full[end:]
 
     def lost_variables(self, conversation: Conversation) -> str | None:
         """What a row hands to the template that the template does not know, or None."""
@@ -147,8 +205,6 @@ class ChatTemplate:
         given = {name for name in ("tools", "documents") if getattr(conversation, name) or getattr(self, name)}
         if lost := next((name for name in sorted(given) if not _mentions(source, name)), None):
             return f"the column {lost!r}"
-        if wrong := sorted(RESERVED & set(conversation.kwargs)):
-            return f"chat_template_kwargs {', '.join(wrong)}, which selfgen sets itself"
         variables = sorted(self.kwargs | conversation.kwargs)
         if unknown := [name for name in variables if not _mentions(source, name)]:
             return f"chat_template_kwargs {', '.join(unknown)}"
@@ -168,12 +224,12 @@ class ChatTemplate:
                     marked[key] = f"selfgen{number}{key}"
                     words[marked[key]] = f"the {'text' if key == 'content' else key} of a turn of role {turn['role']!r}"
             if calls := turn.get("tool_calls"):
-                name = f"selfgen{number}call"
-                words[name] = f"tool_calls of a turn of role {turn['role']!r}"
-                marked["tool_calls"] = [{**call, "function": call["function"] | {"name": name}} for call in calls]
+                word = f"selfgen{number}call"
+                words[word] = f"tool_calls of a turn of role {turn['role']!r}"
+                marked["tool_calls"] = [call | {"function": _marked_call(call["function"], word)} for call in calls]
             turns.append(marked)
         try:
-            text = self.render(Conversation(turns, "", *_extras(conversation)))
+            text = self.render(replace(conversation, turns=turns))
         except RowFault:  # it may check contents
             return None
         return next((what for word, what in words.items() if word not in text), None)
@@ -181,19 +237,35 @@ class ChatTemplate:
     def shape(self, conversation: Conversation) -> tuple:
         """What `lost_by_shape` depends on."""
         keys = ("content", *REASONING)
-        turns = [(turn["role"], *sorted(turn), *(bool(turn.get(key)) for key in keys)) for turn in conversation.turns]
+        turns = [
+            (turn["role"], *sorted(turn), *(bool(turn.get(key, "").strip()) for key in keys))
+            for turn in conversation.turns
+        ]
         return (*turns, bool(conversation.tools), bool(conversation.documents), repr(conversation.kwargs))
 
 
-def _extras(conversation: Conversation) -> tuple:
-    return conversation.tools, conversation.documents, conversation.kwargs
+def _marked_call(function: dict[str, Any], word: str) -> dict[str, Any]:
+    """A call with a word in it: not its name, which some templates take from the call's id."""
+    arguments = function["arguments"]
+    return function | ({"arguments": arguments | {word: word}} if isinstance(arguments, dict) else {"name": word})
+
+
+def _with_arguments_as_text(call: dict[str, Any]) -> dict[str, Any]:
+    function = call["function"]
+    text = (
+        function["arguments"]
+        if isinstance(function["arguments"], str)
+        else json.dumps(function["arguments"], ensure_ascii=False)
+    )
+    return call | {"function": function | {"arguments": text}}
 
 
 @cache
 def _dated(source: str, date: str) -> str:
     """A template in which today is ``date``: it defines strftime_now itself, for the formats that it has."""
     day = datetime.strptime(date, "%Y-%m-%d")
-    formats = dict.fromkeys(found[1] for found in re.findall(r"""(["'])([^"']*%[^"']*)\1""", source))
+    quoted = re.findall(r"""(?=(["'])([^"'\n]*%[^"'\n]*)\1)""", source)  # some of it is between two quoted texts
+    formats = dict.fromkeys(text for _, text in quoted if "{%" not in text and "%}" not in text)
     cases = "".join(f"{{%- elif format == {text!r} -%}}{{{{ {day.strftime(text)!r} }}}}" for text in formats)
     unknown = "{%- else -%}{{ raise_exception('strftime_now is called with a format that is not in the template') }}"
     body = f"{{%- if false -%}}{cases}{unknown}{{%- endif -%}}"
@@ -205,8 +277,11 @@ def _mentions(source: str, variable: str) -> bool:
 
 
 def common_prefix(one: str, other: str) -> str:
-    same = next((i for i, (a, b) in enumerate(zip(one, other, strict=False)) if a != b), min(len(one), len(other)))
-    return one[:same]
+    low, high = 0, min(len(one), len(other))
+    while low < high:
+        middle = (low + high + 1) // 2
+        low, high = (middle, high) if one[:middle] == other[:middle] else (low, middle - 1)
+    return one[:low]
 
 
 def after(prompt: str, full: str) -> str:
@@ -236,17 +311,38 @@ def answer_ends(
     ends = {*known, tokenizer.eos_token_id} - {None}
     if template is None and getattr(tokenizer, "chat_template", None):
         template = ChatTemplate(tokenizer)
-    text = (template.of_short([_USER, _ASSISTANT]) or "") if template else ""
-    end = text.rpartition(_ANSWER)[2].lstrip() if _ANSWER in text else ""
-    first = tokenizer(end, add_special_tokens=False).input_ids[:1] if end else []
-    return frozenset(ends | {token for token in first if token in tokenizer.added_tokens_decoder})
+    if template is None:
+        return frozenset(ends)
+    added = tokenizer.added_tokens_decoder
+    if tokenizer.eos_token_id not in takewhile(added.__contains__, _ids_after_answer(template, _ASSISTANT, _USER)):
+        ends.update(token for token in _ids_after_answer(template, _ASSISTANT)[:1] if token in added)
+    of_calls = [token for token in _ids_after_answer(template, _CALL) if token in added and added[token].special]
+    return frozenset(ends if ends.intersection(of_calls) else {*ends, *of_calls[-1:]})  # the last: calls have brackets
+
+
+def _ids_after_answer(template: ChatTemplate, *turns: dict[str, Any]) -> list[int]:
+    _, found, end = (template.of_short([_USER, *turns]) or "").rpartition(_ANSWER)
+    return template.tokenizer(end.strip(), add_special_tokens=False).input_ids if found else []
 
 
 def control_tokens(tokenizer: PreTrainedTokenizerBase, template: ChatTemplate | None) -> frozenset[str]:
     """The spellings of tokens that are not text: special ones, and those that the template writes around turns."""
     added = tokenizer.added_tokens_decoder.values()
     written = (template.of_short([_USER, _ASSISTANT, _USER]) or "") if template else ""
-    return frozenset(token.content for token in added if token.special or (token.content and token.content in written))
+    sources = template.sources if template else ""
+    return frozenset(
+        token.content
+        for token in added
+        if (token.special or (token.content in written and token.content.strip(" \t\n▁")))
+        and not _looks_for(sources, token.content)
+    )
+
+
+def _looks_for(source: str, token: str) -> bool:
+    """Whether a template searches contents for a token, as those do that tell reasoning by its tags."""
+    quoted = f"""["']{re.escape(token)}["']"""
+    searches = rf"(?:split|replace|startswith|endswith|find)\(\s*{quoted}|{quoted}\s+(?:not\s+)?in\b"
+    return token in source and re.search(searches, source) is not None
 
 
 def text_after_answer(template: ChatTemplate, question: str) -> str:
@@ -255,14 +351,17 @@ def text_after_answer(template: ChatTemplate, question: str) -> str:
     Raises:
         ValueError: the template renders an answer in another way when more turns follow, or rejects such turns.
     """
-    before = template.of_short([_USER], generation_prompt=True)
     asked = [_USER, _ASSISTANT, {"role": "user", "content": question}]
-    text = template.of_short(asked, generation_prompt=True)
+    before, text = (template.of_short(turns, generation_prompt=True) for turns in ([_USER], asked))
+    if not template.add_generation_prompt:  # some end conversations with an EOS
+        eos = template.tokenizer.eos_token or ""
+        before, text = ((one and one.removesuffix(eos)) for one in (before, text))
     if before is None or text is None:
         raise ValueError(f"the chat template rejects a question after an answer. {_WAY_OUT}")
     place = text.find(_ANSWER, len(before))
-    own_header = text[len(before) : place] if not template.add_generation_prompt else ""
-    if place < 0 or not text.startswith(before + own_header + _ANSWER):
+    full = template.of_short([_USER, _ASSISTANT]) or ""
+    begun = text.startswith(before) and (place == len(before) or full.startswith(text[:place]))
+    if place < 0 or not begun:
         raise ValueError(
             "the chat template renders an answer in another way when a turn follows it, so a correction can't be asked "
             f"for after it. {_WAY_OUT}"

@@ -6,13 +6,15 @@ from collections import Counter, defaultdict
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from datetime import datetime
+from hashlib import blake2b
 from typing import Any
 
 import datasets
-from datasets import Dataset
+import numpy as np
+from datasets import Dataset, IterableDataset
 from transformers import PreTrainedTokenizerBase
 
-from .conversations import EXTRAS, NOT_TEXT, RowFault
+from .conversations import BESIDE, EXTRAS, NOT_TEXT, RowFault
 from .encoding import Encoder
 from .loading import require_map_style
 from .reading import EMPTY_ANSWER, EMPTY_PROMPT, RowReader, Texts
@@ -23,11 +25,22 @@ _KEPT = "kept"
 _TRUNCATED = "truncated"
 _PROMPT_FILLS = "prompt fills max_length"
 
-_VERSION = 2  # of what is made of a row; `datasets` keeps what it has mapped, also where this code has changed
+_VERSION = 3  # of what is made of a row; `datasets` keeps what it has mapped, also where this code has changed
 _NAMED = 3  # rows per reason that a report names
+_SHOWN = 100  # characters of a row without an id by which a report names it
+_HASHED = ("prompt_ids", "answer_ids", "is_learned")
+_PEEKED = 100  # rows of a stream without features that tell its columns
 _IDS = datasets.List(datasets.Value("int64"))
 _MASK = datasets.List(datasets.Value("bool"))
+_NOTES = {"outcome": datasets.Value("string"), "note": datasets.Value("string"), "spells": datasets.Value("bool")}
 ASSISTANT_TURNS = ("last", "all")
+TOKENIZED = {"sample_id", "prompt_ids", "answer_ids"}  # columns of rows that are tokenized
+
+logger = logging.getLogger(__name__)
+
+
+class DataError(ValueError):
+    """Rows that can't be trained on: all of them, or with `strict_data` one of them."""
 
 
 @dataclass(frozen=True)
@@ -71,6 +84,31 @@ class DataReport:
     def _name(self, reason: str, text: str) -> str:
         rows = self.named.get(reason, [])
         return f"{text}: {', '.join(rows)}" if rows else text
+
+    def __add__(self, other: "DataReport") -> "DataReport":
+        """What became of these rows and of those after them."""
+        both = {
+            reason: [*self.named.get(reason, ()), *other.named.get(reason, ())][:_NAMED]
+            for reason in (*self.named, *other.named)
+        }
+        return DataReport(
+            rows=self.rows + other.rows,
+            kept=self.kept + other.kept,
+            truncated=self.truncated + other.truncated,
+            dropped={
+                reason: self.dropped.get(reason, 0) + other.dropped.get(reason, 0)
+                for reason in (*self.dropped, *other.dropped)
+            },
+            max_length=self.max_length,
+            control_tokens=self.control_tokens + other.control_tokens,
+            incomplete=self.incomplete + other.incomplete,
+            named=both,
+        )
+
+    def check(self, strict: bool) -> None:
+        """Raise DataError if a row was dropped though ``strict`` allows none."""
+        if strict and self.dropped:
+            raise DataError(f"strict_data allows no row to be dropped; {self}")
 
 
 @dataclass
@@ -144,8 +182,8 @@ class RowOptions:
     keep_incomplete_rows: bool = field(
         default=False,
         metadata={
-            "help": "Keep rows of which the chat template leaves something out, such as reasoning of earlier "
-            "turns, and count them. By default they are dropped and counted."
+            "help": "Keep rows of which the chat template leaves something out of the prompt, such as reasoning of "
+            "earlier turns, and count them. By default they are dropped and counted."
         },
     )
     strict_data: bool = field(
@@ -228,18 +266,24 @@ class RowOptions:
 
     def tokenize(
         self,
-        rows: Dataset,
+        rows: Any,
         tokenizer: PreTrainedTokenizerBase,
         max_length: int | None = None,
         *,
         answers: bool = True,
         num_proc: int | None = None,
-    ) -> tuple[Dataset, DataReport]:
+    ) -> tuple[Any, Any]:
         """``rows`` as ``tokenize_rows`` returns them, or as ``tokenize_prompts`` does without ``answers``."""
+        options = self.of_rows(max_length)
+        if isinstance(rows, IterableDataset) and answers:
+            return tokenize_stream(rows, tokenizer, options, usable=True), None
         require_map_style(rows)
-        plain = {name: getattr(self, name) for name in RowOptions.__dataclass_fields__}
-        options = RowOptions(**plain | ({"max_length": max_length} if max_length is not None else {}))
         return _tokenize(rows, tokenizer, options, answers, num_proc)
+
+    def of_rows(self, max_length: int | None = None) -> "RowOptions":
+        """These options alone, without those of a subclass, and with this ``max_length`` if it is given."""
+        plain = {name: getattr(self, name) for name in RowOptions.__dataclass_fields__}
+        return RowOptions(**plain | ({"max_length": max_length} if max_length is not None else {}))
 
     def tokenize_prompts(
         self, rows: Dataset, tokenizer: PreTrainedTokenizerBase, num_proc: int | None = None
@@ -249,13 +293,13 @@ class RowOptions:
 
 
 def tokenize_rows(
-    dataset: datasets.Dataset,
+    dataset: datasets.Dataset | datasets.IterableDataset,
     tokenizer: PreTrainedTokenizerBase,
     *,
     max_length: int | None,
     num_proc: int | None = None,
     **options: Any,
-) -> tuple[datasets.Dataset, DataReport]:
+) -> tuple[Any, Any]:
     """Tokenize every row into a prompt and an answer.
 
     A row holds a prompt and a completion, each a text or a list of `{"role", "content"}` messages (a text completion of
@@ -284,11 +328,14 @@ def tokenize_rows(
         first prompt, and `is_learned` (list of bool) tells the tokens of assistant turns. The result is cached by
         `datasets`, as every `map` is.
 
+        Of a stream (`IterableDataset`), a stream and None, as nothing is known of its rows before they are read. The
+        first rows that are dropped for a reason are then named in warnings, and the `sample_id` of a row that has none
+        is a hash of its tokens: its number would change with `shuffle` and with workers.
+
     Raises:
         ValueError: columns are missing; options out of their range; a tokenizer without EOS (a pad token is not needed:
             pad with EOS, the `Collator` masks it); a `sample_id` column that is not unique integers; no row left; with
             `strict_data`, a row that is dropped.
-        TypeError: a streaming data set.
     """
     return RowOptions(max_length=max_length, **options).tokenize(dataset, tokenizer, num_proc=num_proc)
 
@@ -327,49 +374,162 @@ def _tokenize(
     """The rows that are kept, with `sample_id` and their ids, and the report."""
     dataset = dataset.with_format(None)
     check_sample_ids(dataset)
-    features = {"sample_id": datasets.Value("int64"), "prompt_ids": _IDS}
-    features |= {"answer_ids": _IDS} if answers else {}
-    features |= {"is_learned": _MASK} if answers and options.assistant_turns == "all" else {}
-    notes = {"outcome": datasets.Value("string"), "note": datasets.Value("string"), "spells": datasets.Value("bool")}
     tokenized = dataset.map(
         _tokenize_batch,
         batched=True,
         with_indices=True,
         fn_kwargs=batch_arguments(dataset.column_names, dataset.features, tokenizer, options, answers),
         remove_columns=dataset.column_names,
-        features=datasets.Features(**features, **notes),
+        features=datasets.Features(**_columns(options, answers), **_NOTES),
         num_proc=num_proc,
         desc="Tokenizing",
     )
-    report = _report(tokenized, options)
+    names = [f"row {row}" for row in range(len(tokenized))]
+    outcomes = tokenized["outcome"][:]
+    report = _report(outcomes, tokenized["note"][:], tokenized["spells"][:], names, options.max_length)
     if not report.kept:
-        raise ValueError(f"no row is left; {report}. Check the columns and max_length={options.max_length}")
-    if options.strict_data and report.dropped:
-        raise ValueError(f"strict_data allows no row to be dropped; {report}")
-    kept = [row for row, outcome in enumerate(tokenized["outcome"][:]) if outcome in (_KEPT, _TRUNCATED)]
-    tokenized = tokenized.remove_columns(list(notes))
+        raise DataError(f"no row is left; {report}. Check the columns and max_length={options.max_length}")
+    report.check(options.strict_data)
+    kept = [row for row, outcome in enumerate(outcomes) if outcome in (_KEPT, _TRUNCATED)]
+    tokenized = tokenized.remove_columns(list(_NOTES))
     return (tokenized if len(kept) == len(tokenized) else tokenized.select(kept)), report
 
 
-def _report(tokenized: Dataset, options: RowOptions) -> DataReport:
-    outcomes, notes = tokenized["outcome"][:], tokenized["note"][:]
+def _columns(options: RowOptions, answers: bool) -> dict[str, Any]:
+    """The columns of tokenized rows, and their types."""
+    columns = {"sample_id": datasets.Value("int64"), "prompt_ids": _IDS}
+    columns |= {"answer_ids": _IDS} if answers else {}
+    return columns | ({"is_learned": _MASK} if answers and options.assistant_turns == "all" else {})
+
+
+def _report(
+    outcomes: list[str], notes: list[str], spells: list[bool], names: list[str], max_length: int | None
+) -> DataReport:
+    """Of rows by what became of them, what is to be said of it, and what they are called."""
     counts = Counter(outcomes)
     named: dict[str, list[str]] = defaultdict(list)
-    for row, (outcome, note) in enumerate(zip(outcomes, notes, strict=True)):
+    for name, outcome, note in zip(names, outcomes, notes, strict=True):
         reason = outcome if outcome not in (_KEPT, _TRUNCATED) else "incomplete" if note else None
         if reason and len(named[reason]) < _NAMED:
-            named[reason].append(f"row {row} ({note})" if note else f"row {row}")
+            told = note and (len(note) <= _SHOWN or not named[reason])  # a long one once
+            named[reason].append(f"{name} ({note})" if told else name)
     kept = [(outcome in (_KEPT, _TRUNCATED)) for outcome in outcomes]
     return DataReport(
         rows=len(outcomes),
         kept=sum(kept),
         truncated=counts[_TRUNCATED],
         dropped={reason: n for reason, n in counts.most_common() if reason not in (_KEPT, _TRUNCATED)},
-        max_length=options.max_length,
-        control_tokens=sum(one and spells for one, spells in zip(kept, tokenized["spells"][:], strict=True)),
+        max_length=max_length,
+        control_tokens=sum(one and spelled for one, spelled in zip(kept, spells, strict=True)),
         incomplete=sum(bool(one and note) for one, note in zip(kept, notes, strict=True)),
         named={reason: rows for reason, rows in named.items() if rows},
     )
+
+
+def tokenize_stream(
+    stream: IterableDataset, tokenizer: PreTrainedTokenizerBase, options: RowOptions, usable: bool = False
+) -> IterableDataset:
+    """Every row of a stream, tokenized when it is read: also those that can't be used (`report_of` tells), or `usable`.
+
+    A row without a `sample_id` gets a hash of its tokens: its place identifies nothing, as `shuffle`, workers and
+    resuming count rows anew.
+
+    Raises:
+        ValueError: as of `tokenize_rows`; there is no row at all.
+    """
+    stream = stream.with_format(None)
+    names = columns_of(stream)
+    arguments = batch_arguments(names, stream.features, tokenizer, options, answers=True)
+    if stream.features is None and _comes_from_arrow(stream):
+        arguments["arrow"] = sorted(names)
+    columns = _columns(options, answers=True)
+    features = datasets.Features(**columns, **_NOTES, called=datasets.Value("string"))
+    tokenized = stream.map(
+        _Usable(options) if usable else _tokenize_streamed,
+        batched=True,
+        with_indices=True,
+        features=features,
+        fn_kwargs={"arguments": arguments},
+    )
+    return tokenized.select_columns(list(columns if usable else features))
+
+
+def report_of(row: dict[str, Any], max_length: int | None) -> DataReport:
+    """What became of a row that `tokenize_stream` gives."""
+    if row["outcome"] == _KEPT and not row["note"] and not row["spells"]:
+        return DataReport(1, 1, 0, {}, max_length)  # as of nearly all
+    return _report([row["outcome"]], [row["note"]], [row["spells"]], [row["called"]], max_length)
+
+
+def columns_of(stream: IterableDataset) -> list[str]:
+    """The columns of a stream, by its first rows if nothing else tells them."""
+    if stream.column_names is not None:
+        return list(stream.column_names)
+    names = list(dict.fromkeys(name for row in stream.take(_PEEKED) for name in row))
+    if not names:
+        raise DataError("the stream has no rows; at least one is needed")
+    return names
+
+
+def _comes_from_arrow(stream: IterableDataset) -> bool:
+    """Whether rows are made of Arrow tables, in which None stands for keys that an object does not have."""
+    below = [stream._ex_iterable]
+    while below:
+        source = below.pop()
+        inner = [*getattr(source, "ex_iterables", ()), *filter(None, [getattr(source, "ex_iterable", None)])]
+        if not inner and source.iter_arrow:
+            return True
+        below += inner
+    return False
+
+
+class _Usable:
+    """As `_tokenize_streamed`, of rows that can be used; the first few of the others are named in a warning."""
+
+    def __init__(self, options: RowOptions):
+        self.options = options
+        self.named: Counter[str] = Counter()
+
+    def __call__(self, batch: dict[str, list], rows: list[int], *, arguments: dict[str, Any]) -> dict[str, list]:
+        found = _tokenize_streamed(batch, rows, arguments=arguments)
+        kept = [row for row in range(len(rows)) if self._keeps({name: cells[row] for name, cells in found.items()})]
+        return {name: [cells[row] for row in kept] for name, cells in found.items()}
+
+    def _keeps(self, row: dict[str, Any]) -> bool:
+        report = report_of(row, self.options.max_length)
+        report.check(self.options.strict_data)
+        for reason in report.dropped:
+            self.named[reason] += 1
+            if self.named[reason] <= _NAMED:
+                logger.warning("a row of the stream is dropped: %s", report._name(reason, reason))
+        return bool(report.kept)
+
+
+def _tokenize_streamed(batch: dict[str, list], rows: list[int], *, arguments: dict[str, Any]) -> dict[str, list]:
+    """A batch of `IterableDataset.map`: as `_tokenize_batch`, with ids that don't depend on places, and names."""
+    given = batch.get("sample_id", [None] * len(rows))
+    read = [name for name in arguments["columns"] if name]
+    whole = {name: [None] * len(rows) for name in read} | {name: batch[name] for name in batch if name != "sample_id"}
+    found = _tokenize_batch(whole, rows, **arguments)
+    ids, called = [], [""] * len(rows)
+    for row, one in enumerate(given):
+        own = isinstance(one, int) and not isinstance(one, bool) and -(1 << 63) <= one < 1 << 64
+        ids.append(signed(one) if own else _hash([found[name][row] for name in _HASHED if name in found]))
+        if one is not None and not own:
+            found["outcome"][row], found["note"][row] = "sample_id is no integer of 64 bits", ""
+        if found["outcome"][row] not in (_KEPT, _TRUNCATED) or found["note"][row]:
+            cells = {name: whole[name][row] for name in read}
+            called[row] = f"sample_id {one}" if own else repr(cells)[:_SHOWN]
+    others = {name: [None] * len(rows) for name in batch if name not in found}  # `map` would keep them as they are
+    return {**found, **others, "sample_id": ids, "called": called}
+
+
+def _hash(lists: list[list[int]]) -> int:
+    """63 bits that tell lists of numbers apart, the same everywhere."""
+    digest = blake2b(digest_size=8)
+    for one in lists:
+        digest.update(np.array([len(one), *one], "<i8").tobytes())
+    return int.from_bytes(digest.digest(), "little") >> 1
 
 
 def batch_arguments(
@@ -473,16 +633,19 @@ def _tokenize_batch(
         values_as_text=options.values_as_text,
     )
     read = reader.answered if answers else reader.asked
-    used = [name for name in (*columns, *EXTRAS, *NOT_TEXT) if name and name in batch]
+    used = [name for name in (*columns, *EXTRAS, *BESIDE, *NOT_TEXT) if name and name in batch]
     texts, outcomes, notes = [], [], []  # type: list[Texts], list[str], list[str]
     for cells in zip(*(batch[name] for name in used), strict=True):
         try:
             found = read(dict(zip(used, cells, strict=True)))
             lost = found.lost and f"{found.lost} is not in the chat template's text"
             piece = repr(found.lost_text[:60]) if found.lost_text else ""
-            fault = RowFault(lost, piece) if lost and not options.keep_incomplete_rows else None
+            kept = options.keep_incomplete_rows and not found.answer_lost
+            fault = RowFault(lost, piece) if lost and not kept else None
         except RowFault as error:
             found, lost, fault = Texts(""), None, error
+        except RecursionError:
+            found, lost, fault = Texts(""), None, RowFault("a cell that is nested too deep")
         texts.append(found if fault is None else Texts(""))
         outcomes.append(_KEPT if fault is None else fault.reason)
         notes.append((lost if fault is None else fault.detail) or "")

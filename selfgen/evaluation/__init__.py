@@ -1,6 +1,6 @@
 """How good a model is when it runs on its own tokens: losses by context, answers, self-corrections."""
 
-from .answers import Share, exact_match, extract_answer, rouge
+from .answers import Share, exact_match, extract_answer, rouge, symbolic_match
 from .corrections import Corrections
 from .losses import PositionLoss, exposure_bias, held_out_losses, row_losses
 
@@ -14,4 +14,5 @@ __all__ = [
     "held_out_losses",
     "rouge",
     "row_losses",
+    "symbolic_match",
 ]

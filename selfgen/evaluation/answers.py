@@ -1,4 +1,4 @@
-"""Free-running answers compared with references: the number at the end, as GSM8K is scored, and ROUGE for summaries."""
+"""Free-running answers compared with references: the number that answers a problem, and ROUGE for summaries."""
 
 from __future__ import annotations
 
@@ -8,45 +8,110 @@ from functools import cache
 from statistics import NormalDist
 from typing import Any
 
+from .numerals import Number, numbers, plain
+
 _Z = NormalDist().inv_cdf(0.975)  # of a two-sided 95% interval
 
-# A minus after a letter, a digit, a bracket or a percent sign subtracts. A whole part may be missing, as in ".5", but
-# dots in a row are an ellipsis. Groups of three digits, or of two before the last, are one number: 1,234 and 1,00,000.
-_NUMBER = (
-    r"(?P<sign>(?<![\w)\]%])[-−]\$?)?"
-    r"(?P<whole>[0-9]{1,3}(?:,[0-9]{2,3})*,[0-9]{3}(?![0-9])|[0-9]+|(?<![\w.])(?=\.[0-9]))"
-    r"(?:\.(?P<fraction>[0-9]+))?"
+# What a model that does not stop goes on with.
+_NEXT_PROBLEM = re.compile(
+    r"(?:^[^\w\n]{0,6}|(?<=[.!?]) +)(?:question|problem|q|user|human|instruction)[ *_]*:",
+    re.IGNORECASE | re.MULTILINE,
 )
-_ANYWHERE = re.compile(_NUMBER)
-_MARKED = re.compile(r"####[\s*$\\]*" + _NUMBER)
+# Each of these ends where the number begins.
+_BEFORE = r"[\s*_$\\({\[≈~=-]*"
+_MARK = re.compile(r"#{4,}" + _BEFORE)
+_SAID = re.compile(r"\banswer(?: is|[ *_]*[:=])" + _BEFORE, re.IGNORECASE)
+_STEP = re.compile(
+    r"(?:^[^\w\n]*|\(|\b(?:see|in|from|by|per|using|of) (?:the )?)"
+    r"(?:step|part|equation|line|problem|question|example|section)s? (?:\(|#)?(?=[0-9])",
+    re.IGNORECASE | re.MULTILINE,
+)
+_LISTED = re.compile(r"^[ \t>*_]*(?=([0-9]{1,3})[.)][ *_]+\S)", re.MULTILINE)
+_BOXED = re.compile(r"\\boxed ?\{([^{}]*)\}")
+# "The answer is 2 + 3 = 5" and "The answer is 5, as 2 + 3 = 5" say it at their end.
+_CALCULATES = re.compile(r" *[-+*/÷] *[0-9($]|(?:(?![.!?]\s)[^\n])*=")
 
 
 def extract_answer(text: str) -> str | None:
-    """The number that answers a problem: after the first ``####``, else the last one in the text, else None.
+    """The number that answers a problem, None if there is none.
 
-    Numbers are written in one way, "1234.5" for "$1,234.50." and "-3" for "−3%".
+    It is the first one after ``####``, else the last one in ``\\boxed{}``, else the last one of which the text says
+    that the answer is it, else the last one; numbers of steps count only if there are no others. A next question and
+    what follows it are not read. Equal values are written in one way, "1234.5" for "$1,234.50." and "0.5" for "1/2".
 
     Example:
         >>> extract_answer("She sells 16 - 7 = 9 eggs at $2.\\n#### $18.00")
         '18'
     """
-    marked = _MARKED.search(text)
-    numbers = [marked] if marked else list(_ANYWHERE.finditer(text))
-    if not numbers:
-        return None
-    found = numbers[-1]
-    whole = found["whole"].replace(",", "").lstrip("0") or "0"
-    fraction = (found["fraction"] or "").rstrip("0")
-    number = f"{whole}.{fraction}" if fraction else whole
-    return f"-{number}" if found["sign"] and number != "0" else number
+    for part in _NEXT_PROBLEM.split(plain(text)):
+        if answer := _answer(part):
+            return answer.written
+    return None
+
+
+def _answer(text: str) -> Number | None:
+    """The number that answers, in a text of one problem."""
+    found = list(numbers(text))
+    labels = _labels(text)
+    told = {number.begin: number for number in found if number.begin not in labels}
+    for mark in _MARK.finditer(text):
+        if mark.end() in told:
+            return told[mark.end()]
+    for box in reversed(list(_BOXED.finditer(text))):
+        if boxed := [number for number in found if box.start(1) <= number.begin < box.end()]:
+            return boxed[-1]
+    for said in reversed(list(_SAID.finditer(text))):
+        number = told.get(said.end())
+        if number and not _CALCULATES.match(text, number.end):
+            return number
+    counted = list(told.values()) or found
+    return counted[-1] if counted else None
+
+
+def _labels(text: str) -> set[int]:
+    """Where numbers begin that only count: "Step 2", "see equation (3)", and of lists with lines "1.", "2.", ..."""
+    listed: list[int] = []
+    for line in _LISTED.finditer(text):
+        if int(line[1]) == len(listed) + 1:
+            listed.append(line.end())
+    return {step.end() for step in _STEP.finditer(text)}.union(listed if len(listed) > 1 else ())
 
 
 def exact_match(answer: str, reference: str) -> bool:
-    """Whether both texts give the same number; where the reference has none, whether they are the same text."""
+    """Whether both texts give exactly the same number; where the reference has none, whether they are the same text."""
     expected = extract_answer(reference)
     if expected is None:
         return answer.strip() == reference.strip()
     return extract_answer(answer) == expected
+
+
+def symbolic_match(answer: str, reference: str) -> bool:
+    """Whether the package ``math-verify`` finds the same value in both: also of roots, intervals, sets and equations.
+
+    It compares decimal fractions in six digits, and takes 50% for 0.5 and for 50. Call it in the main thread, as it
+    breaks off long computations by a signal.
+
+    Raises:
+        ImportError: the package is not installed.
+    """
+    parse, verify = _math_verify()
+    return verify(parse(_to_parse(reference)), parse(_to_parse(answer)))
+
+
+@cache
+def _math_verify() -> Any:
+    try:
+        from math_verify import parse, verify
+    except ImportError as error:
+        raise ImportError(f"symbolic_match needs math-verify ({error}): pip install 'selfgen[eval]'") from error
+    return parse, verify
+
+
+def _to_parse(text: str) -> str:
+    """What follows ``####`` on its line, else all that is said of the first problem: math-verify knows neither."""
+    part = next((part for part in _NEXT_PROBLEM.split(text) if part.strip()), "")
+    marked = re.search(r"####\s*([^\w\n]*[\d\\][^\n]*)", part)
+    return marked[1] if marked else part
 
 
 def rouge(answer: str, reference: str) -> dict[str, float]:

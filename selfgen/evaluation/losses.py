@@ -21,6 +21,7 @@ from tqdm.auto import tqdm
 from ..context import ContextGenerator
 from ..context.generator import Method
 from ..data import IGNORE_INDEX, Collator, write_contexts_into
+from ..data.streams import refuse_stream
 
 _BUCKETS = 16  # at most, in a curve
 
@@ -78,6 +79,7 @@ def held_out_losses(
         >>> losses["own"].mean - losses["reference"].mean
     """
     found: dict[str, list[Tensor]] = {name: [] for name in self_probs}
+    refuse_stream(rows, "losses")
     for start in tqdm(range(0, len(rows), batch_size), desc="Held-out loss", disable=not progress, leave=False):
         part = [rows[i] for i in range(start, min(start + batch_size, len(rows)))]
         for name, losses in row_losses(generator, part, self_probs, seed=seed, method=method).items():

@@ -20,6 +20,7 @@ from transformers import PreTrainedModel
 from ..context import ContextStats
 from ..context.models import vocab_size_of
 from ..data import Collator, rows_of, write_contexts_into
+from ..data.streams import refuse_stream
 from ..stored_contexts import CONTEXT_COLUMNS, ROW_COLUMNS, load_contexts
 from .batches import learn_after_self
 from .bss import BSSTrainer
@@ -70,6 +71,7 @@ class BASHTrainer(BSSTrainer):
     ):
         if isinstance(train_dataset, str | Path):
             train_dataset = load_contexts(train_dataset)
+        refuse_stream(train_dataset, "stored contexts")
         if train_dataset is not None:
             missing = [name for name in (*ROW_COLUMNS, *CONTEXT_COLUMNS) if name not in train_dataset.column_names]
             if missing:

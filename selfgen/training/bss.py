@@ -10,6 +10,7 @@ from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import torch
 from datasets import Dataset, DatasetDict, IterableDataset, IterableDatasetDict
@@ -22,8 +23,9 @@ from transformers.trainer_pt_utils import LengthGroupedSampler
 from ..context import ContextStats, MixedContext
 from ..context.hidden_states import ReuseError, decoder_layers
 from ..context.models import max_positions, transformers_model, vocab_size_of
-from ..data import Collator, check_sample_ids, load_rows, pad_token_id, rows_of, write_contexts_into
+from ..data import Collator, DataError, check_sample_ids, load_rows, pad_token_id, rows_of, write_contexts_into
 from ..data.batches import IGNORE_INDEX, ROWS, Row, lengths_of
+from ..data.streams import StreamedRows, refuse_stream
 from ..files import at_home, to_json
 from ..provenance import columns_hash
 from .batches import RowSlots, Step, learn_after_self, unique_rows
@@ -34,7 +36,6 @@ from .checkpoints import (
     record_of,
     resumed_checkpoint,
     saving,
-    sorts_by_length,
     whole_or_not_at_all,
 )
 from .config import BSSConfig
@@ -44,13 +45,14 @@ from .processes import once_per_machine
 from .reuse import reuse_passes
 from .sampling import EpochOfSampler, SeededByEpoch
 from .schedules import Schedule
+from .streams import StreamProgress, check_stream, message_of, sorts_by_length, stream_loader
 from .weights import StopAtBrokenGradients, check_finite, check_trainable, diverged, not_finite
 
 logger = logging.getLogger(__name__)
 
 _ROW_COLUMNS = ("sample_id", "prompt_ids", "answer_ids", "is_learned", "context_ids", "is_self")
 _LOOK_EVERY = 100  # steps between two looks at what a lean loss takes for granted
-_BOOKKEEPING = (*ROWS, "loss_weight")  # columns that are not the model's
+_BOOKKEEPING = (*ROWS, "loss_weight", "read")  # columns that are not the model's
 
 
 class BSSTrainer(Trainer):
@@ -65,7 +67,8 @@ class BSSTrainer(Trainer):
             weights are then fp32: in bf16, small updates are rounded away (``args.bf16`` computes in mixed precision).
         args: ``BSSConfig``.
         train_dataset, eval_dataset: rows as ``tokenize_rows`` takes them (``prompt``/``completion`` or ``messages``),
-            or as it returns them. Evaluation is teacher-forced: under reference contexts.
+            or as it returns them. Evaluation is teacher-forced: under reference contexts. An ``IterableDataset`` is
+            read while it is trained on (docs/data.md, "Streams"); it needs ``args.max_steps``.
         processing_class: the tokenizer; by default it is loaded from where the model came from.
         schedule: a function (self_prob_start, self_prob, progress in [0, 1]) -> self-probability, in place of
             ``args.self_prob_schedule``.
@@ -76,7 +79,8 @@ class BSSTrainer(Trainer):
     tokens / answer tokens), ``agreement`` (self tokens equal to the reference / self tokens), ``computed_per_token``
     (tokens computed / context tokens), ``invalid`` (tokens that could not be sampled, as their logits were not finite),
     and, as means per step, ``passes``, ``context_seconds`` and ``training_seconds``; with fp16 also ``skipped_steps``
-    (steps that the loss scaler left out, as gradients overflowed).
+    (steps that the loss scaler left out, as gradients overflowed). On a stream they also have what was read so far, by
+    all processes: ``rows_read``, ``rows_kept``, ``rows_truncated``, ``rows_dropped``, and ``rows_dropped/REASON``.
 
     Only ids of the tokenizer are sampled. Where the model's embedding is padded with more rows, a warning says so.
 
@@ -130,6 +134,8 @@ class BSSTrainer(Trainer):
         elif limit is not None and args.max_length > limit:
             raise ValueError(f"max_length is {args.max_length}, but the model has {limit} positions; lower max_length")
 
+        self._stream: StreamProgress | None = None
+        self._resumed_from: str | None = None
         # _prepare reads these; the Trainer's constructor sets them again.
         self.processing_class, self.args, self.eval_dataset = processing_class, args, None
         super().__init__(
@@ -145,6 +151,7 @@ class BSSTrainer(Trainer):
             raise ValueError(
                 "contexts can't be made with weights that FSDP or DeepSpeed shards yet; train with DDP or on one device"
             )
+        self.generator.check_causal()  # the loss of a model that sees the answer teaches nothing
         self._end_answers_where_rows_end()
         check_savable(self.generator.model, adapter=self._adapters() is not None)
         self._check_best_metric()
@@ -208,7 +215,12 @@ class BSSTrainer(Trainer):
 
     def get_batch_samples(self, epoch_iterator, num_batches, device):
         """All micro-batches of one optimizer step, with mixed contexts in those that are trained on first."""
-        batches, num_items = super().get_batch_samples(epoch_iterator, num_batches, device)
+        try:
+            batches, num_items = super().get_batch_samples(epoch_iterator, num_batches, device)
+        except DataError as error:
+            raise DataError(message_of(error)) from error
+        if self._stream is not None:
+            self._stream.take(batches)
         self.meter.step_begin()
         batches = self.prepare_batches(batches)
         self._step = Step(list(batches))
@@ -229,11 +241,14 @@ class BSSTrainer(Trainer):
             # By an evaluation; accelerate would take it as it is, and each process would train alone.
             self.accelerator.unwrap_model(self.model, keep_fp32_wrapper=False)
         try:
-            result = super().train(checkpoint, *args, **kwargs)
+            output = super().train(checkpoint, *args, **kwargs)
             self._stop_unless_weights_finite()
-            return result
+            if self._stream is not None:
+                self._stream.tell()
+            return output
         finally:
             self._step = Step()  # where the last one failed or was broken off
+            self._stream = self._resumed_from = None
             self.generator.release()
 
     def _save(self, output_dir=None, state_dict=None):
@@ -255,6 +270,7 @@ class BSSTrainer(Trainer):
 
     def _load_from_checkpoint(self, resume_from_checkpoint, model=None):
         self.check_resumed(resume_from_checkpoint)
+        self._resumed_from = resume_from_checkpoint
         super()._load_from_checkpoint(resume_from_checkpoint, model)
 
     def check_resumed(self, checkpoint: str | Path) -> None:
@@ -271,6 +287,30 @@ class BSSTrainer(Trainer):
             names = {*_ROW_COLUMNS, *([self.args.length_column_name] if sorts_by_length(self.args) else [])}
             self._known_rows_hash = columns_hash(self.train_dataset, names)
         return self._known_rows_hash
+
+    def _save_rng_state(self, output_dir):
+        super()._save_rng_state(output_dir)
+        if self._stream is not None:
+            self._stream.save(output_dir)
+
+    def get_train_dataloader(self):
+        rows, batch_size = self.train_dataset, self._train_batch_size
+        if not isinstance(rows, StreamedRows):
+            return super().get_train_dataloader()
+        self._stream = StreamProgress(rows, self.args, batch_size, self._resumed_from)
+        return stream_loader(rows, self.args, batch_size, self.data_collator)
+
+    def get_eval_dataloader(self, eval_dataset=None):
+        known: Any = self.eval_dataset
+        rows = known if eval_dataset is None else known[eval_dataset] if isinstance(eval_dataset, str) else eval_dataset
+        if not isinstance(rows, StreamedRows):
+            return super().get_eval_dataloader(eval_dataset)
+        return stream_loader(rows, self.args, self.args.eval_batch_size, self.data_collator)
+
+    def get_test_dataloader(self, test_dataset):
+        if not isinstance(test_dataset, StreamedRows):
+            return super().get_test_dataloader(test_dataset)
+        return stream_loader(test_dataset, self.args, self.args.eval_batch_size, self.data_collator)
 
     def training_step(self, model, inputs, num_items_in_batch=None):
         if self._step.ready == 0:
@@ -481,12 +521,10 @@ class BSSTrainer(Trainer):
             return loss.frozen_states(inputs)
 
     def prediction_step(self, model, inputs, *args, **kwargs):
-        last, more = self.accelerator.gradient_state, inputs["labels"].shape[0] * self.accelerator.num_processes
-        if last.end_of_dataloader and 0 < last.remainder < more:  # the last batch is filled up with rows seen before
-            own = len(inputs["labels"])
-            real = min(own, max(0, last.remainder - self.accelerator.process_index * own))
-            inputs = {**inputs, "labels": inputs["labels"].clone()}
-            inputs["labels"][real:] = IGNORE_INDEX
+        loader = self.accelerator.gradient_state.active_dataloader
+        if isinstance(getattr(loader, "dataset", None), StreamedRows):  # whose last batch weighs as many rows as it has
+            loader.remainder = len(inputs["labels"])
+        inputs = self._evaluated.without_repeated(inputs, self.accelerator)
         loss, logits, labels = super().prediction_step(model, inputs, *args, **kwargs)
         if loss is not None:
             self._evaluated.add(loss, (inputs["labels"][:, 1:] != IGNORE_INDEX).sum())
@@ -515,10 +553,14 @@ class BSSTrainer(Trainer):
 
     def _prepare(self, name: str, rows):
         """The rows tokenized, if they are not yet: a data set, or several by name."""
+        if isinstance(rows, IterableDatasetDict) and not name.startswith("eval"):
+            rows = rows["train"]
         if isinstance(rows, dict) and (name.startswith("eval") or not isinstance(rows, DatasetDict)):
             return {key: self._prepare(f"{name} {key}", part) for key, part in rows.items()}
         if rows is None or (isinstance(rows, str) and isinstance(self.eval_dataset, dict)):  # one of several, by name
             return rows
+        if isinstance(rows, IterableDataset | StreamedRows):
+            return self._prepare_stream(name, rows)
         rows = tokenized(name, rows, self.processing_class, self.args, self._longest_row(name))
         column = self.args.length_column_name
         if sorts_by_length(self.args) and column not in rows.column_names:
@@ -526,6 +568,16 @@ class BSSTrainer(Trainer):
             lengths = plain.map(lengths_of, batched=True, remove_columns=rows.column_names, desc="Lengths")
             rows = plain.add_column(column, lengths["length"][:])
         return rows
+
+    def _prepare_stream(self, name: str, rows: IterableDataset | StreamedRows) -> StreamedRows:
+        if isinstance(rows, StreamedRows):
+            return rows
+        training = name == "train"
+        if training:
+            check_stream(self.args)
+        split = {"rank": self.args.process_index, "processes": self.args.world_size} if training else {}
+        options = self.args.of_rows(self._longest_row(name))
+        return StreamedRows(rows, self.processing_class, options, name=name, endless=training, **split)
 
     def _longest_row(self, name: str) -> int | None:
         """Most tokens of a row of the data set ``name``, before a method adds to it; None is no limit."""
@@ -590,6 +642,8 @@ class BSSTrainer(Trainer):
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         if "loss" in logs:
             logs.update(self.meter.flush())
+            if self._stream is not None:
+                logs.update(self._stream.logs())
         super().log(logs, start_time)
 
 
@@ -604,6 +658,7 @@ def step_seed(seed: int, step: int, stream: int = 0) -> int:
 def tokenized(name: str, rows, tokenizer, args: BSSConfig, max_length: int | None) -> Dataset:
     """``rows`` as ``tokenize_rows`` returns them; a log line says how many were kept, cut and dropped."""
     rows = load_rows(rows) if isinstance(rows, DatasetDict) else rows
+    refuse_stream(rows, "rounds")
     if hasattr(rows, "column_names") and {"sample_id", "prompt_ids", "answer_ids"} <= set(rows.column_names):
         check_sample_ids(rows)
         return rows
@@ -613,7 +668,7 @@ def tokenized(name: str, rows, tokenizer, args: BSSConfig, max_length: int | Non
         logger.log(report.level, "%s data: %s", name, report)
         return dataset
 
-    return tokenize() if isinstance(rows, IterableDataset | IterableDatasetDict) else once_per_machine(tokenize)
+    return once_per_machine(tokenize)
 
 
 def check_processes(world_size: int) -> None:

@@ -19,6 +19,7 @@ from transformers import GenerationConfig, PreTrainedModel, TrainingArguments
 from ..files import alone
 from ..provenance import differences
 from .config import BSSConfig
+from .streams import sorts_by_length
 
 logger = logging.getLogger(__name__)
 
@@ -352,12 +353,6 @@ def trainer_settings(args: BSSConfig) -> dict[str, object]:
     if args.max_steps > 0:
         settings["num_train_epochs"] = None  # not used
     return settings
-
-
-def sorts_by_length(args: TrainingArguments) -> bool:
-    """Whether the Trainer asks for the rows' lengths: by a switch in old versions of transformers."""
-    strategy = getattr(args, "train_sampling_strategy", None)
-    return strategy in ("group_by_length", "batch_rebalance") or getattr(args, "group_by_length", False)
 
 
 def record_of(args: BSSConfig, rows: str | None) -> dict[str, object]:

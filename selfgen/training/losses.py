@@ -18,6 +18,7 @@ from contextlib import AbstractContextManager, contextmanager, nullcontext
 import torch
 import torch.nn.functional as F
 from accelerate import Accelerator
+from accelerate.utils import gather_object
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 from transformers import PreTrainedModel
@@ -157,6 +158,26 @@ class TokenMean:
     def __init__(self) -> None:
         self.means: list[Tensor] = []
         self.counts: list[Tensor] = []
+        self._first: list[int] = []  # ids of this process' first batch
+
+    def without_repeated(self, batch: dict[str, Tensor], accelerator: Accelerator) -> dict[str, Tensor]:
+        """``batch`` without labels in rows of several processes that fill up the last batches: those seen first."""
+        if accelerator.num_processes == 1 or "sample_id" not in batch:
+            return batch
+        ids = batch["sample_id"].tolist()
+        is_first = not self.means
+        self._first = ids if is_first else self._first
+        if not accelerator.gradient_state.end_of_dataloader:
+            return batch
+        told: list[tuple[list[int], list[int]]] = gather_object([(self._first, ids)])
+        seen = set() if is_first else {row for first, _ in told for row in first}
+        seen.update(row for _, last in told[: accelerator.process_index] for row in last)
+        repeated = []
+        for row in ids:
+            repeated.append(row in seen)
+            seen.add(row)
+        where = torch.tensor(repeated, device=batch["labels"].device)[:, None]
+        return {**batch, "labels": batch["labels"].masked_fill(where, IGNORE_INDEX)}
 
     def add(self, mean: Tensor, count: Tensor) -> None:
         """A mean over ``count`` tokens; over none it may be anything."""

@@ -7,10 +7,12 @@ learned. At inference the model answers, gets the cue, and corrects itself, with
 from __future__ import annotations
 
 import hashlib
+import logging
 from dataclasses import dataclass, field, replace
 
 import numpy as np
 import torch
+from datasets import Dataset
 from torch import Tensor
 
 from ..context import Answers, ContextStats
@@ -18,9 +20,12 @@ from ..context.masks import check_probability
 from ..correction import DEFAULT_CUE, CorrectionCue
 from ..data import Collator, load_rows, pad_token_id, rows_of, sample_ids_of
 from ..data.batches import Row
+from ..data.streams import refuse_stream
 from .batches import unique_rows
 from .bss import BSSTrainer, step_seed
 from .config import BSSConfig
+
+logger = logging.getLogger(__name__)
 
 OWN_ANSWERS = ("generated", "mixed", "column")
 _DIRECT = 1 << 62  # the bit of a sample id that tells the row without a correction; negative ids may be the user's
@@ -124,6 +129,8 @@ class RACTrainer(BSSTrainer):
             raise TypeError(f"args is a {type(args).__name__}; RACTrainer takes an RACConfig")
         if data_collator is not None:
             raise ValueError("RACTrainer makes its batches with selfgen's collator; leave data_collator out")
+        if args.own_answer == "column":
+            refuse_stream(train_dataset, "own answers of a column")
         self._own_answers: dict[int, list[int]] = {}
         self._shown = self._cut = 0  # own answers since the last log
         self._known_cue: CorrectionCue | None = None
@@ -131,6 +138,7 @@ class RACTrainer(BSSTrainer):
         super().__init__(model, args, train_dataset=train_dataset, **kwargs)
         if args.own_answer == "column":
             self._own_answers = self._read_own_answers(train_dataset)
+            self.train_dataset = self._rows_with_own_answers(self.train_dataset)  # type: ignore[has-type]
 
     @property
     def _cue(self) -> CorrectionCue:
@@ -266,14 +274,26 @@ class RACTrainer(BSSTrainer):
                 f"own_answer=column, but the training data has no column {column!r} with own answers; give the name of "
                 "the column as own_answer_column, or write one with `selfgen generate`"
             )
-        texts = list(rows[column])
-        wrong = next((index for index, text in enumerate(texts) if not isinstance(text, str)), None)
-        if wrong is not None:
-            raise TypeError(
-                f"row {wrong}: {column} is {texts[wrong]!r}; own answers must be text, so fill or drop the row"
-            )
-        tokens = self.args.answer_ids(self.processing_class, texts)
-        return dict(zip(sample_ids_of(rows), tokens, strict=True))
+        given = {
+            one: text for one, text in zip(sample_ids_of(rows), rows[column], strict=True) if isinstance(text, str)
+        }
+        tokens = self.args.answer_ids(self.processing_class, list(given.values()))
+        return dict(zip(given, tokens, strict=True))
+
+    def _rows_with_own_answers(self, rows: Dataset) -> Dataset:
+        """The tokenized rows whose own answer is text; others are dropped, and the log names them."""
+        ids = rows["sample_id"][:]
+        kept = [row for row, one in enumerate(ids) if one in self._own_answers]
+        if len(kept) == len(ids):
+            return rows
+        dropped = [one for one in ids if one not in self._own_answers]
+        said = (
+            f"{len(dropped)} of {len(ids)} rows have no text in {self.args.own_answer_column!r}: row {dropped[0]} first"
+        )
+        if not kept or self.args.strict_data:
+            raise ValueError(f"{said}; own answers must be text, so fill or drop these rows")
+        logger.warning("%s; they are dropped", said)
+        return rows.select(kept)
 
 
 def _half(batch: dict[str, Tensor], which: int) -> dict[str, Tensor]:

@@ -51,7 +51,7 @@ def test_a_loss_that_is_not_lean_says_why(tmp_path, caplog, asked, level):
         make_trainer(tmp_path, model=tiny_model("gemma2"), lean_loss=asked)
     (record,) = [record for record in caplog.records if "not lean" in record.message]
     assert record.levelno == level
-    assert "Gemma2ForCausalLM caps its logits" in record.message
+    assert "Gemma2ForCausalLM does more to its logits" in record.message
 
 
 class OwnLoss(LlamaForCausalLM):

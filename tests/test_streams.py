@@ -206,8 +206,10 @@ def test_a_stream_that_changed_is_no_stream_to_go_on_with(tmp_path, caplog):
 
     with pytest.raises(DataError, match=r"gives other rows than .* give its shuffle a seed"):
         resume(stream().shuffle(buffer_size=40))
-    with pytest.raises(DataError, match="gradient_accumulation_steps was 2, is 1"):
+    with pytest.raises(ValueError, match="rows_per_step was 4, is 2"):
         resume(stream(), gradient_accumulation_steps=1)
+    with pytest.raises(DataError, match="gradient_accumulation_steps was 2, is 1"):  # as many rows, read otherwise
+        resume(stream(), gradient_accumulation_steps=1, per_device_train_batch_size=4)
     resume(stream(), ignore_data_skip=True)
     assert "ignore_data_skip: the stream begins anew" in caplog.text
     for file in (tmp_path / "checkpoint-2").glob("selfgen_stream_*"):

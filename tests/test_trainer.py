@@ -283,7 +283,7 @@ def test_evaluation_is_teacher_forced(tmp_path):
     metrics = trainer.evaluate()
     expected = held_out_losses(ContextGenerator(model), rows(6, seed=1), {"reference": 0.0}, progress=False)
     loss = expected["reference"].mean
-    assert metrics["eval_loss"] == pytest.approx(loss, rel=0.05)  # the Trainer averages over batches
+    assert metrics["eval_loss"] == pytest.approx(loss, rel=1e-5)
 
 
 def test_several_evaluation_sets_and_text_ones(tmp_path):

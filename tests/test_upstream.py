@@ -142,6 +142,35 @@ UPSTREAM = [
         arguments("resume_from_checkpoint", "model"),
         "a run is resumed with other settings without an error",
     ),
+    ("transformers:Trainer", mentions(".on_pre_optimizer_step("), "a step with infinite gradients is taken"),
+    ("transformers:Trainer", mentions("self._save_checkpoint("), "a half-written checkpoint counts as one"),
+    ("transformers:Trainer._get_train_sampler", exists, "rows sorted by length have another order in a resumed run"),
+    (
+        "transformers.trainer_pt_utils:LengthGroupedSampler.__iter__",
+        mentions("generator=self.generator"),
+        "rows sorted by length have another order in a resumed run",
+    ),
+    ("transformers:Trainer", mentions("self.prediction_step("), "eval_loss depends on the batch size of evaluations"),
+    (
+        "transformers:Trainer.evaluation_loop",
+        arguments("metric_key_prefix"),
+        "eval_loss depends on the batch size of evaluations",
+    ),
+    (
+        "accelerate.state:GradientState",
+        lambda found: isinstance(found.remainder, property) and isinstance(found.end_of_dataloader, property),
+        "eval_loss counts rows twice that fill up the last batch of several processes",
+    ),
+    (
+        "accelerate:Accelerator.prepare_model",
+        mentions("model._is_accelerate_prepared = True"),
+        "after an evaluation before training, each of several processes trains alone",
+    ),
+    (
+        "accelerate.hooks:AlignDevicesHook.__init__",
+        mentions("self.offload = offload"),
+        "offloaded weights are not refused by name",
+    ),
     ("transformers:TrainingArguments.length_column_name", exists, "group_by_length counts the wrong column"),
     ("transformers:PreTrainedModel.loss_function", can_be_set, "lean_loss, kl_weight and row weights have no effect"),
     (

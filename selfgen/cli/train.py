@@ -8,7 +8,6 @@ from collections.abc import Callable
 from contextlib import ExitStack
 from dataclasses import dataclass, field, fields, replace
 from functools import partial
-from pathlib import Path
 from typing import Literal
 
 import yaml
@@ -21,12 +20,13 @@ from ..data import DataError, load_rows
 from ..stored_contexts import OfflineError
 from ..training.bash import BASHTrainer
 from ..training.bss import BSSTrainer, check_processes
-from ..training.checkpoints import check_resumed, last_checkpoint, output_of, remove_model
+from ..training.checkpoints import ResumeError, check_resumed, output_of, remove_model, resumed_checkpoint
 from ..training.config import BSSConfig, GeneratorOptions
 from ..training.processes import meet
 from ..training.rac import RACConfig, RACTrainer
 from ..training.rounds import train_rounds
 from ..training.streams import check_stream
+from ..training.weights import DivergedError
 from .options import (
     Parser,
     TrainedModelArguments,
@@ -216,7 +216,7 @@ def run(arguments: list[str]) -> int:
             fail(error, PROG)
         try:
             train()
-        except (UnsupportedModelError, OfflineError, DataError) as error:
+        except (UnsupportedModelError, OfflineError, ResumeError, DivergedError, DataError, OSError) as error:
             fail(error, PROG)
     print(f"model and tokenizer are in {config.output_dir}")
     return 0
@@ -257,6 +257,9 @@ def _prepare(
         processing_class=tokenizer,
         trust_remote_code=model_arguments.trust_remote_code,
     )
+
+    if checkpoint:
+        trainer.check_resumed(checkpoint)
 
     def train() -> None:
         trainer.train(resume_from_checkpoint=checkpoint)
@@ -316,13 +319,8 @@ def _prepare_rounds(
 
 
 def _checkpoint(config: BSSConfig) -> str | None:
-    """The checkpoint to continue from, or None. "last" is the newest one that is complete, or None if there is none."""
-    asked = config.resume_from_checkpoint
-    if asked and asked != "last" and not (Path(asked) / "trainer_state.json").is_file():
-        raise FileNotFoundError(
-            f"resume_from_checkpoint is {asked!r}: no checkpoint there; give the folder of one, or last for the newest"
-        )
-    found = last_checkpoint(config.output_dir) if asked == "last" else asked
+    """The checkpoint to continue from, or None; what can be told before anything is loaded is checked."""
+    found = resumed_checkpoint(config.resume_from_checkpoint, config.output_dir)
     if found:
         check_resumed(found, config)
     return found

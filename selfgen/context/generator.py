@@ -15,6 +15,7 @@ from transformers import PreTrainedModel
 
 from .batch import Answers, Batch, ContextStats, MixedContext, TokenRow, check_sample_ids, check_token_rows
 from .budget import PassBudget, measure_budget
+from .exclusive import logits_alone, taking_turns
 from .fallback import Fallback
 from .fixed_point import fixed_point
 from .forward import Forward
@@ -25,6 +26,7 @@ from .masks import Masks
 from .models import (
     active_adapters,
     check_dtypes,
+    check_here,
     check_whole,
     dtype_inside,
     eos_token_ids_of,
@@ -64,10 +66,12 @@ class ContextGenerator:
             any probability. Give ``len(tokenizer)`` where the embedding has more rows, which are padding. Holes, ids
             below it that no token has, are sampled. None: all rows of the embedding.
 
+    Generators of one model may be used in several threads: they take turns. Nobody may train the model meanwhile.
+
     Raises:
         TypeError: ``model`` is not a transformers model, or its weights have more than one dtype.
         ValueError: ``temperature``, ``token_budget``, ``balance`` or ``vocab_size`` out of range, or the model is split
-            over processes.
+            over processes or offloaded.
 
     Example:
         >>> generator = ContextGenerator(model)
@@ -117,6 +121,7 @@ class ContextGenerator:
         self._passes: Forward | None = None
         self._fallback = Fallback(self.model)
         check_whole(self.model)
+        check_here(self.model)
         check_dtypes(self.model)
 
     @property
@@ -144,13 +149,13 @@ class ContextGenerator:
 
     @contextmanager
     def computing(self) -> Iterator[None]:
-        """Eval mode, no gradients, and the precision of the model's own forward.
+        """Eval mode, no gradients, and the precision of the model's own forward; one thread at a time.
 
         Accelerate puts autocast inside the forward of a model that it prepares for mixed precision. Of a PEFT model
         that is the outer forward, which generation does not call.
         """
         device = self.model.device.type
-        with inference(self.model):
+        with taking_turns(self.model), logits_alone(self.model), inference(self.model):
             if torch.is_autocast_enabled(device) or not hasattr(self._given, "_original_forward"):
                 yield
                 return

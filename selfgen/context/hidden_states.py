@@ -44,13 +44,16 @@ def decoder_layers(model: PreTrainedModel) -> list[GradientCheckpointingLayer]:
     return layers
 
 
+_RANDOM = ("drop", "jitter", "stochastic")  # dropout, layerdrop, drop_path, router_jitter_noise, ...
+
+
 def _noise(model: nn.Module) -> str | None:
-    """A dropout or jitter that makes the model random in training; None if there is none."""
+    """A dropout, a jitter or a random depth that makes the model random in training; None if there is none."""
     for name, module in model.named_modules():
         if isinstance(module, nn.modules.dropout._DropoutNd) and module.p > 0:
             return f"{name} is a dropout of {module.p}"
         for attribute, value in vars(module).items():
-            if isinstance(value, float) and value > 0 and ("dropout" in attribute or "jitter" in attribute):
+            if isinstance(value, float) and value > 0 and any(one in attribute for one in _RANDOM):
                 return f"{attribute} of {name or type(module).__name__} is {value}"
     return None
 

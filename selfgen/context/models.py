@@ -224,6 +224,22 @@ def check_whole(model: PreTrainedModel) -> None:
         )
 
 
+def check_here(model: PreTrainedModel) -> None:
+    """Raise ValueError if weights of ``model`` lie elsewhere until a module's own forward fetches them."""
+    for name, module in model.named_modules():
+        hook = getattr(module, "_hf_hook", None)  # accelerate's
+        for one in getattr(hook, "hooks", (hook,)):  # several, or one
+            if getattr(one, "offload", False) or type(one).__name__ == "CpuOffload":
+                raise ValueError(
+                    f"weights of the model are offloaded to the CPU or a disk (by accelerate: {name or 'the model'}), "
+                    "and passes don't fetch them: load the model whole on one device (no device_map that offloads, no "
+                    "cpu_offload, no disk_offload), with a smaller dtype or quantized if it does not fit"
+                )
+    there = next((name for name, parameter in model.named_parameters() if parameter.device.type == "meta"), None)
+    if there is not None:
+        raise ValueError(f"{there} has no values yet (it is on the meta device): load the model's weights first")
+
+
 _SPLITS = {  # sizes of transformers' DistributedConfig
     "fsdp_size": "FSDP",
     "tp_size": "tensor parallelism",

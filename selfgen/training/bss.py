@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import logging
+import math
 import os
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
@@ -14,7 +15,10 @@ from typing import Any
 import torch
 from datasets import Dataset, DatasetDict, IterableDataset, IterableDatasetDict
 from torch import Tensor
+from torch.nn.parallel import DistributedDataParallel
+from torch.utils.data import RandomSampler
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, Trainer
+from transformers.trainer_pt_utils import LengthGroupedSampler
 
 from ..context import ContextStats, MixedContext
 from ..context.hidden_states import ReuseError, decoder_layers
@@ -23,18 +27,31 @@ from ..data import Collator, DataError, check_sample_ids, load_rows, pad_token_i
 from ..data.batches import IGNORE_INDEX, ROWS, Row, lengths_of
 from ..data.streams import StreamedRows, refuse_stream
 from ..files import at_home, to_json
+from ..provenance import columns_hash
 from .batches import RowSlots, Step, learn_after_self, unique_rows
-from .checkpoints import SETTINGS, check_resumed, resumed_settings
+from .checkpoints import (
+    SETTINGS,
+    check_resumed,
+    check_savable,
+    record_of,
+    resumed_checkpoint,
+    saving,
+    whole_or_not_at_all,
+)
 from .config import BSSConfig
-from .losses import AnswerLoss, calls_loss_function
+from .losses import AnswerLoss, TokenMean, calls_loss_function, learns_its_input
 from .meter import Meter, StepTimer
 from .processes import once_per_machine
 from .reuse import reuse_passes
+from .sampling import EpochOfSampler, SeededByEpoch
 from .schedules import Schedule
 from .streams import StreamProgress, check_stream, message_of, sorts_by_length, stream_loader
+from .weights import StopAtBrokenGradients, check_finite, check_trainable, diverged, not_finite
 
 logger = logging.getLogger(__name__)
 
+_ROW_COLUMNS = ("sample_id", "prompt_ids", "answer_ids", "is_learned", "context_ids", "is_self")
+_LOOK_EVERY = 100  # steps between two looks at what a lean loss takes for granted
 _BOOKKEEPING = (*ROWS, "loss_weight", "read")  # columns that are not the model's
 
 
@@ -60,14 +77,17 @@ class BSSTrainer(Trainer):
 
     Every training log has figures of the steps since the last one, in the process that logs: ``self_share`` (self
     tokens / answer tokens), ``agreement`` (self tokens equal to the reference / self tokens), ``computed_per_token``
-    (tokens computed / context tokens), and, as means per step, ``passes``, ``context_seconds`` and
-    ``training_seconds``. On a stream they also have what was read so far, by all processes: ``rows_read``,
-    ``rows_kept``, ``rows_truncated``, ``rows_dropped``, and ``rows_dropped/REASON``.
+    (tokens computed / context tokens), ``invalid`` (tokens that could not be sampled, as their logits were not finite),
+    and, as means per step, ``passes``, ``context_seconds`` and ``training_seconds``; with fp16 also ``skipped_steps``
+    (steps that the loss scaler left out, as gradients overflowed). On a stream they also have what was read so far, by
+    all processes: ``rows_read``, ``rows_kept``, ``rows_truncated``, ``rows_dropped``, and ``rows_dropped/REASON``.
 
     Only ids of the tokenizer are sampled. Where the model's embedding is padded with more rows, a warning says so.
 
     Raises:
-        ValueError: arguments that don't go together, such as a token without a row in the model's embedding.
+        ValueError: arguments that don't go together, such as a token without a row in the model's embedding, or weights
+            that can't be trained: fp16, or not finite.
+        DivergedError: (by ``train``) a loss, a gradient or the weights are not finite any more; it names the step.
 
     Example:
         >>> config = BSSConfig("outputs/bss", self_prob=0.25, max_steps=100)
@@ -77,6 +97,7 @@ class BSSTrainer(Trainer):
     _weighs_rows = False  # whether batches have a column loss_weight
     _lean_by_default = False  # also where self_prob is 0
     collator_class = Collator
+    compute_loss_func: Callable | None
 
     def __init__(
         self,
@@ -99,6 +120,7 @@ class BSSTrainer(Trainer):
                 at_home(model), dtype=torch.float32, trust_remote_code=trust_remote_code
             )
         name = transformers_model(model).name_or_path
+        check_trainable(model)
         if processing_class is None and not name:
             raise ValueError("the model was not loaded by name, so its tokenizer can't be found: give processing_class")
         if processing_class is None:
@@ -131,19 +153,22 @@ class BSSTrainer(Trainer):
             )
         self.generator.check_causal()  # the loss of a model that sees the answer teaches nothing
         self._end_answers_where_rows_end()
+        check_savable(self.generator.model, adapter=self._adapters() is not None)
+        self._check_best_metric()
         check_processes(self.args.world_size)
-        if not any(parameter.requires_grad for parameter in self.model.parameters()):
-            raise ValueError(
-                "the model has no trainable parameter; PEFT loads adapters frozen: load them with "
-                "PeftModel.from_pretrained(..., is_trainable=True), or merge them into the model"
-            )
+        check_finite(self.model)
         self._step = Step()
+        self._known_rows_hash: str | None = None
+        self._checked: str | None = None  # a checkpoint that this run can go on from
         self._reuse_verified = False
         self._reuses = self._may_reuse()
         self._answer_loss = self._make_loss()
         self._label_smoother = self.label_smoother  # type: ignore[has-type]
-        self.meter = Meter()
+        self.meter = Meter(scales_loss=self.accelerator.scaler is not None)
         self.add_callback(StepTimer(self.meter))
+        self.add_callback(EpochOfSampler())
+        if self.accelerator.scaler is None:
+            self.add_callback(StopAtBrokenGradients())
 
     def _tell_of_padding(self) -> None:
         tokens, rows = self.generator.vocab_size, vocab_size_of(self.generator.model)
@@ -157,6 +182,22 @@ class BSSTrainer(Trainer):
                 rows - 1,
             )
 
+    def _check_best_metric(self) -> None:
+        """Raise ValueError if the best checkpoint is chosen by a metric that no evaluation has."""
+        args, sets = self.args, self.eval_dataset
+        metric = args.metric_for_best_model
+        if metric is None or args.eval_strategy == "no" or self.compute_metrics is not None:
+            return
+        known = ["loss", "runtime", "samples_per_second", "steps_per_second"]
+        if isinstance(sets, dict):
+            known = [f"{one}_{of}" for one in sets for of in known]
+        if metric.removeprefix("eval_") not in known:
+            losses = ", ".join(f"eval_{one}" for one in known if one.endswith("loss"))
+            raise ValueError(
+                f"metric_for_best_model is {metric!r}, which no evaluation has; accepted: {losses}, or a metric of "
+                "compute_metrics"
+            )
+
     def _end_answers_where_rows_end(self) -> None:
         """Make the trained model end its answers as its training rows do, also when it is loaded later."""
         config = getattr(self.generator.model, "generation_config", None)
@@ -164,6 +205,13 @@ class BSSTrainer(Trainer):
         more = sorted(self.args.answer_ends(self.processing_class) - set(known))
         if config is not None and more:
             config.eos_token_id = [*known, *more]
+
+    def _get_train_sampler(self, *args, **kwargs):
+        sampler = super()._get_train_sampler(*args, **kwargs)
+        seeded = self.accelerator.dataloader_config.use_seedable_sampler  # by accelerate, if it is plainly random
+        if isinstance(sampler, LengthGroupedSampler) or (type(sampler) is RandomSampler and not seeded):
+            sampler = SeededByEpoch(sampler, self.args.seed if self.args.data_seed is None else self.args.data_seed)
+        return sampler
 
     def get_batch_samples(self, epoch_iterator, num_batches, device):
         """All micro-batches of one optimizer step, with mixed contexts in those that are trained on first."""
@@ -176,6 +224,7 @@ class BSSTrainer(Trainer):
         self.meter.step_begin()
         batches = self.prepare_batches(batches)
         self._step = Step(list(batches))
+        self._look_at_loss()
         self._mix_next()
         if self.args.loss_on != "all":
             num_items = self._get_num_items_in_batch(batches, device)
@@ -186,8 +235,14 @@ class BSSTrainer(Trainer):
         return batches
 
     def train(self, resume_from_checkpoint=None, *args, **kwargs):
+        asked = "last" if resume_from_checkpoint is True else at_home(resume_from_checkpoint)
+        checkpoint = resumed_checkpoint(asked, self.args.output_dir)
+        if self.args.world_size > 1 and self.model.__dict__.pop("_is_accelerate_prepared", False):
+            # By an evaluation; accelerate would take it as it is, and each process would train alone.
+            self.accelerator.unwrap_model(self.model, keep_fp32_wrapper=False)
         try:
-            output = super().train(at_home(resume_from_checkpoint), *args, **kwargs)
+            output = super().train(checkpoint, *args, **kwargs)
+            self._stop_unless_weights_finite()
             if self._stream is not None:
                 self._stream.tell()
             return output
@@ -198,17 +253,40 @@ class BSSTrainer(Trainer):
 
     def _save(self, output_dir=None, state_dict=None):
         output_dir = at_home(output_dir or self.args.output_dir)
-        super()._save(output_dir, state_dict)
-        if not self.args.should_save:  # every process is here
-            return
-        (Path(output_dir) / SETTINGS).write_text(f"{to_json(resumed_settings(self.args), indent=1)}\n")
-        if self._adapters() and (config := getattr(self.generator.model, "generation_config", None)):
-            config.to_json_file(Path(output_dir) / "generation_config.json")  # where answers end; PEFT writes none
+        with saving(output_dir):
+            super()._save(output_dir, state_dict)
+            if not self.args.should_save:  # every process is here
+                return
+            record = to_json(record_of(self.args, self._rows_hash()), indent=1)
+            (Path(output_dir) / SETTINGS).write_text(f"{record}\n")
+            if self._adapters() and (config := getattr(self.generator.model, "generation_config", None)):
+                config.to_json_file(Path(output_dir) / "generation_config.json")  # where answers end; PEFT writes none
+
+    def _save_checkpoint(self, *args, **kwargs):
+        self._stop_unless_weights_finite()
+        folder = Path(self.args.output_dir) / f"checkpoint-{self.state.global_step}"
+        with whole_or_not_at_all(folder) if self.args.should_save else saving(folder):
+            super()._save_checkpoint(*args, **kwargs)
 
     def _load_from_checkpoint(self, resume_from_checkpoint, model=None):
-        check_resumed(resume_from_checkpoint, self.args)
+        self.check_resumed(resume_from_checkpoint)
         self._resumed_from = resume_from_checkpoint
         super()._load_from_checkpoint(resume_from_checkpoint, model)
+
+    def check_resumed(self, checkpoint: str | Path) -> None:
+        """Raise ResumeError if this run can't go on from ``checkpoint``: broken, or of other settings or rows."""
+        if str(checkpoint) != self._checked:
+            check_resumed(checkpoint, self.args, self._rows_hash)
+            self._checked = str(checkpoint)
+
+    def _rows_hash(self) -> str | None:
+        """Of what training rows are; a stream has none."""
+        if not isinstance(self.train_dataset, Dataset):
+            return None
+        if self._known_rows_hash is None:
+            names = {*_ROW_COLUMNS, *([self.args.length_column_name] if sorts_by_length(self.args) else [])}
+            self._known_rows_hash = columns_hash(self.train_dataset, names)
+        return self._known_rows_hash
 
     def _save_rng_state(self, output_dir):
         super()._save_rng_state(output_dir)
@@ -244,10 +322,22 @@ class BSSTrainer(Trainer):
                 "Install a version of transformers that selfgen supports, or call get_batch_samples before "
                 "training_step"
             )
+        if self.args.world_size > 1 and not isinstance(model, DistributedDataParallel):
+            raise RuntimeError(
+                f"this is one of {self.args.world_size} processes, but the model is not wrapped for them, so each "
+                "would train alone: make a new trainer, with a model that no other has prepared"
+            )
         try:
-            return super().training_step(model, inputs, num_items_in_batch)
+            loss = super().training_step(model, inputs, num_items_in_batch)
         finally:
             self._step.trained()
+        if self.accelerator.scaler is None and not math.isfinite(float(loss)):  # it leaves such steps out
+            raise diverged(self.state.global_step + 1, f"the loss is {float(loss)}")
+        return loss
+
+    def _stop_unless_weights_finite(self) -> None:
+        if broken := not_finite(self.model, trainable_only=True):
+            raise diverged(self.state.global_step, f"{broken} has values that are not finite (NaN or inf)")
 
     def _mix_next(self) -> None:
         batches = self._step.take(self.args.context_micro_batches)
@@ -333,8 +423,12 @@ class BSSTrainer(Trainer):
         asked = [name for name in ("kl_weight", "lean_loss") if getattr(args, name)]
         if self._weighs_rows:
             asked.append("direct_weight")
+        name = type(self.generator.model).__name__
+        given = "_loss_function" in vars(self.generator.model)
+        outside = not (self.compute_loss_func is not None or given) and learns_its_input(self.generator.model)
         others = {
             "compute_loss_func": self.compute_loss_func is not None,
+            f"the loss_function that {name} was given": given,
             "use_liger_kernel": args.use_liger_kernel,
             "training on several GPUs in one process": args.n_gpu > 1,
         }
@@ -343,11 +437,11 @@ class BSSTrainer(Trainer):
                 raise ValueError(
                     f"{other} takes the place of the loss that {', '.join(asked)} would change: give one or the other"
                 )
-            if holds:
+            if holds and not outside:
                 return None
-        if not (lean or asked or args.loss_on != "all"):
+        if not (lean or asked or args.loss_on != "all" or outside):
             return None
-        if not calls_loss_function(self.generator.model):
+        if not outside and not calls_loss_function(self.generator.model):
             self._keep_loss_of_model([*asked, *(["loss_on"] if args.loss_on != "all" else [])])
             return None
         frozen = None
@@ -370,11 +464,24 @@ class BSSTrainer(Trainer):
             kl_weight=args.kl_weight,
             frozen=frozen,
             lean=lean,
+            outside=outside,
         )
+        if outside:
+            logger.warning(
+                "the loss of %s itself compares a position with its own token, not with the next one: it is not used, "
+                "and the cross-entropy of the next token is computed of the logits; it is not lean",
+                name,
+            )
+            self.compute_loss_func = loss.of_outputs
         if loss.not_lean:
             level = logging.WARNING if args.lean_loss else logging.INFO  # asked for, or a default
             logger.log(level, "the loss is not lean, so the logits of all positions are in memory: %s", loss.not_lean)
         return loss
+
+    @property
+    def _loss_is_users(self) -> bool:
+        ours = self._answer_loss is not None and self._answer_loss.outside
+        return self.compute_loss_func is not None and not ours
 
     def _keep_loss_of_model(self, needed: list[str]) -> None:
         """The model's own loss can't be replaced: use it, or refuse the options ``needed`` that must change it."""
@@ -390,6 +497,15 @@ class BSSTrainer(Trainer):
             "loss_function, where it could be replaced",
             name,
         )
+
+    def _look_at_loss(self) -> None:
+        """From time to time: what a model does to its logits may depend on weights, or on a setting that changed."""
+        step = self.state.global_step
+        early = step & (step - 1) == 0  # the first one, and powers of two
+        if self._answer_loss is None or not (early or step % _LOOK_EVERY == 0):
+            return
+        if self._answer_loss.look_again():
+            logger.warning("from step %d on the loss is not lean: %s", step + 1, self._answer_loss.not_lean)
 
     def _adapters(self):
         """The PEFT model whose adapters can be switched off, if it is one."""
@@ -408,7 +524,20 @@ class BSSTrainer(Trainer):
         loader = self.accelerator.gradient_state.active_dataloader
         if isinstance(getattr(loader, "dataset", None), StreamedRows):  # whose last batch weighs as many rows as it has
             loader.remainder = len(inputs["labels"])
-        return super().prediction_step(model, inputs, *args, **kwargs)
+        inputs = self._evaluated.without_repeated(inputs, self.accelerator)
+        loss, logits, labels = super().prediction_step(model, inputs, *args, **kwargs)
+        if loss is not None:
+            self._evaluated.add(loss, (inputs["labels"][:, 1:] != IGNORE_INDEX).sum())
+        return loss, logits, labels
+
+    def evaluation_loop(self, *args, metric_key_prefix="eval", **kwargs):
+        """The Trainer's, with a loss that is the mean over tokens; the Trainer's is a mean of the means of batches."""
+        self._evaluated = TokenMean()
+        output = super().evaluation_loop(*args, metric_key_prefix=metric_key_prefix, **kwargs)
+        name = f"{metric_key_prefix}_loss"
+        if name in (output.metrics or {}) and not self._loss_is_users and self.args.n_gpu <= 1:
+            output.metrics[name] = self._evaluated.over_all(self.accelerator)
+        return output
 
     def evaluate(self, eval_dataset=None, *args, **kwargs):
         return super().evaluate(self._prepare("eval", eval_dataset), *args, **kwargs)
@@ -456,13 +585,15 @@ class BSSTrainer(Trainer):
 
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
         passes = self._step.passes if model.training else None
+        if not model.training and not self._loss_is_users:
+            num_items_in_batch = None  # the mean over the tokens that this process has
         reusing = nullcontext if passes is None else partial(reuse_passes, passes.hidden_states, passes.slots(inputs))
         row_weights = inputs.get("loss_weight")
         inputs = {key: value for key, value in inputs.items() if key not in _BOOKKEEPING}
         compute_loss = super().compute_loss
         own: Callable[[], AbstractContextManager] = nullcontext
         self.label_smoother = self._label_smoother
-        if self._answer_loss is not None and self.compute_loss_func is None and model.training:
+        if self._answer_loss is not None and not self._loss_is_users and model.training:
             self.label_smoother = None  # the smoothing is the loss's own; in evaluation it is the Trainer's
             own = partial(self._answer_loss.inside, row_weights, self._frozen_states(inputs))
 
@@ -472,8 +603,18 @@ class BSSTrainer(Trainer):
 
         if passes is not None and not self._reuse_verified:
             reusing = reusing if self._verify_reuse(model, loss, reusing) else nullcontext
-        with reusing():
-            return loss(model)
+        with reusing() as reused:
+            result = loss(model)
+        if reused is not None and not self._all_layers_in(reused):
+            result = loss(model)  # a layer that a training forward skips is none of the gradient's
+        return result
+
+    def _all_layers_in(self, reused: list[int]) -> bool:
+        """Whether each decoder layer took what the passes computed, once; where not, passes are reused no more."""
+        layers = len(decoder_layers(self.generator.model))
+        if sorted(reused) == list(range(layers)):
+            return True
+        return self._reuse_off(f"only {len(set(reused))} of {layers} decoder layers took what the passes computed")
 
     def _verify_reuse(self, model, loss, reusing) -> bool:
         """Once: the loss over reused passes is the ordinary one, for what no look at a model can tell."""
@@ -488,9 +629,8 @@ class BSSTrainer(Trainer):
                 found = loss(unwrapped)  # with gradients, as only these show what the layers must have one of
         except ReuseError as reason:
             return self._reuse_off(reason)
-        layers = len(decoder_layers(self.generator.model))
-        if sorted(reused) != list(range(layers)):  # equal losses would show nothing
-            return self._reuse_off(f"only {len(set(reused))} of {layers} decoder layers took what the passes computed")
+        if not self._all_layers_in(reused):  # equal losses would show nothing
+            return False
         if isinstance(ordinary, tuple):  # with outputs
             ordinary, found = ordinary[0], found[0]
         difference = float((found.detach() - ordinary).abs() / ordinary.abs())

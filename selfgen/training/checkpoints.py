@@ -3,18 +3,30 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
+import logging
+import math
+import shutil
+import tempfile
+import zipfile
+from collections.abc import Callable, Collection, Iterator
 from contextlib import contextmanager
 from dataclasses import fields
 from pathlib import Path
 
-from transformers import TrainingArguments
+from safetensors import SafetensorError, safe_open
+from transformers import GenerationConfig, PreTrainedModel, TrainingArguments
 
 from ..files import alone
 from ..provenance import differences
 from .config import BSSConfig
+from .streams import sorts_by_length
+
+logger = logging.getLogger(__name__)
 
 SETTINGS = "selfgen.json"  # next to the weights of every checkpoint
+STATE = "trainer_state.json"  # what the Trainer writes last
+_OBJECTS = (SETTINGS, STATE, "config.json", "generation_config.json", "adapter_config.json")
+_SMALL = 2**26  # bytes of a file that is read as a whole to find damage
 _MAY_CHANGE = {
     "context_method", "token_budget", "balance", "context_micro_batches", "own_answer_batch_size", "cuda_graphs",
     "reuse_passes", "lean_loss",
@@ -88,15 +100,236 @@ def remove_model(folder: str | Path) -> None:
         file.unlink()
 
 
+class ResumeError(ValueError):
+    """A run can't be continued from a checkpoint."""
+
+
+def resumed_checkpoint(asked: str | Path | None, folder: str | Path) -> str | None:
+    """The checkpoint that ``asked`` means: its folder, or with "last" the newest whole one in ``folder``, if any.
+
+    Raises:
+        FileNotFoundError: there is no such checkpoint.
+        ResumeError: it is not whole.
+    """
+    if not asked:
+        return None
+    if asked == "last":
+        return last_checkpoint(folder)
+    if not (Path(asked) / STATE).is_file():
+        raise FileNotFoundError(
+            f"resume_from_checkpoint is {str(asked)!r}: no checkpoint there; give the folder of one, or last for the "
+            "newest"
+        )
+    check_whole(asked)
+    return str(asked)
+
+
 def last_checkpoint(folder: str | Path) -> str | None:
-    """The newest checkpoint in ``folder`` that was written to its end."""
-    steps = {}
-    for state in Path(folder).glob("checkpoint-*/trainer_state.json"):
-        try:
-            steps[json.loads(state.read_text())["global_step"]] = state.parent  # the Trainer writes this file last
-        except (ValueError, KeyError):
-            continue
-    return str(steps[max(steps)]) if steps else None
+    """The newest whole checkpoint in ``folder``; a warning names newer ones that are not, and what is wrong with them.
+
+    None, if there is none at all, or if writing the only one was broken off.
+
+    Raises:
+        ResumeError: there are checkpoints, but none of them is whole.
+    """
+    steps = {int(path.name.rpartition("-")[2]): path for path in Path(folder).glob("checkpoint-*") if _has_step(path)}
+    passed_over: dict[Path, str] = {}
+    for _, checkpoint in sorted(steps.items(), reverse=True):
+        fault = fault_of(checkpoint)
+        if fault is None:
+            for broken, what in passed_over.items():
+                logger.warning("%s is passed over, as %s; the run goes on from %s", broken.name, what, checkpoint)
+            return str(checkpoint)
+        passed_over[checkpoint] = fault
+    for checkpoint, fault in passed_over.items():
+        if _step_of(checkpoint) is not None:  # it was written to its end once
+            raise ResumeError(
+                f"there is no whole checkpoint in {folder} to continue from: in {checkpoint.name}, {fault}. Start "
+                "another run, with the checkpoint as its model if its weights are whole, or remove the checkpoints"
+            )
+        logger.warning("%s is passed over, as %s; the run begins anew", checkpoint.name, fault)
+    return None
+
+
+def _has_step(checkpoint: Path) -> bool:
+    return checkpoint.is_dir() and checkpoint.name.rpartition("-")[2].isdecimal()
+
+
+def check_whole(checkpoint: str | Path) -> None:
+    """Raise ResumeError if a run can't be continued from ``checkpoint``; the file at fault is named."""
+    if fault := fault_of(Path(checkpoint)):
+        raise ResumeError(f"{checkpoint} can't be continued from, as {fault}: give an earlier checkpoint, or last")
+
+
+def fault_of(checkpoint: Path) -> str | None:
+    """The first file that is broken or missing in ``checkpoint``, and what is wrong with it.
+
+    Large files are not read: a weights' file tells its length, and an archive of torch has its directory at its end.
+    """
+    if _step_of(checkpoint) is None:  # the Trainer writes this file last
+        return f"{STATE} is not there as a whole, so writing the checkpoint was broken off"
+    for file in sorted(checkpoint.glob("*.json")):
+        if file.name in _OBJECTS or file.name.endswith(".index.json"):
+            try:
+                if not isinstance(json.loads(file.read_text()), dict):
+                    return f"{file.name} is no JSON object"
+            except (ValueError, OSError) as error:
+                return f"{file.name} is broken ({error})"
+    weights = [file for pattern in ("*.safetensors", "pytorch_model*.bin", "adapter_model.bin")
+               for file in sorted(checkpoint.glob(pattern))]  # fmt: skip
+    shards: set[str] = set()
+    for index in checkpoint.glob("*.index.json"):
+        shards |= set(json.loads(index.read_text()).get("weight_map", {}).values())
+    if missing := sorted(shards - {file.name for file in weights}):
+        return f"{missing[0]} is missing"
+    if not weights and not any(checkpoint.glob("*/adapter_model.*")):
+        return "the weights (model.safetensors) are missing"
+    states = [*checkpoint.glob("optimizer.*"), *checkpoint.glob("scheduler.pt"), *checkpoint.glob("scaler.pt")]
+    states += checkpoint.glob("rng_state*.pth")
+    there, processes = {state.name for state in states}, _processes_of(checkpoint)
+    if not any(name.startswith("optimizer.") for name in there):
+        return "optimizer.pt is missing (save_only_model writes none)"
+    of_generators = ["rng_state.pth"] if processes == 1 else [f"rng_state_{rank}.pth" for rank in range(processes)]
+    for name in ("scheduler.pt", *of_generators):
+        if name not in there:
+            return f"{name} is missing"
+    for file in (*weights, *sorted(states)):
+        if broken := _broken(file):
+            return f"{file.name} is broken ({broken})"
+    return None
+
+
+def _step_of(checkpoint: Path) -> int | None:
+    try:
+        found = json.loads((checkpoint / STATE).read_text())
+    except (ValueError, OSError):
+        return None
+    step = found.get("global_step") if isinstance(found, dict) else None
+    return step if isinstance(step, int) else None
+
+
+def _processes_of(checkpoint: Path) -> int:
+    try:
+        return int(json.loads((checkpoint / SETTINGS).read_text())["trainer"]["processes"])
+    except (OSError, ValueError, KeyError, TypeError):  # of another program
+        return max(1, len(list(checkpoint.glob("rng_state_*.pth"))))
+
+
+def _broken(file: Path) -> str | None:
+    """What is wrong with a file of tensors."""
+    try:
+        if file.suffix == ".safetensors":
+            with safe_open(file, framework="pt"):
+                return None
+        with zipfile.ZipFile(file) as archive:
+            damaged = archive.testzip() if file.stat().st_size <= _SMALL else None
+        return None if damaged is None else f"{damaged} in it is damaged"
+    except (SafetensorError, zipfile.BadZipFile, OSError) as error:
+        return str(error)
+
+
+@contextmanager
+def whole_or_not_at_all(checkpoint: Path) -> Iterator[None]:
+    """Inside, a checkpoint is written. It counts as one only when the block has ended, also where one was before.
+
+    Raises:
+        SaveError: it can't be written, as on a full disk; what there is of it is removed.
+    """
+    (checkpoint / STATE).unlink(missing_ok=True)
+    try:
+        with saving(checkpoint):
+            yield
+    except SaveError:
+        if _step_of(checkpoint) is None:  # and not when removing older ones has failed
+            shutil.rmtree(checkpoint, ignore_errors=True)
+        raise
+
+
+def check_savable(model: PreTrainedModel, *, adapter: bool) -> None:
+    """Try to save the configurations of ``model``, before anything is trained.
+
+    transformers refuses to save a generation configuration with settings that have no effect, such as a temperature
+    without sampling, which published models have. They are taken out, and a warning names them.
+
+    Args:
+        adapter: only an adapter of the model is saved, without the model's own configuration.
+
+    Raises:
+        ValueError: a configuration can't be saved.
+    """
+    config = getattr(model, "generation_config", None)
+    idle = {} if config is None or _is_valid(config) else _idle_settings(config)
+    default = GenerationConfig()
+    for name in idle:
+        setattr(config, name, getattr(default, name, None))
+    if idle:
+        told = ", ".join(f"{name}={value!r}" for name, value in idle.items())
+        logger.warning("the generation configuration has settings without effect, which are left out: %s", told)
+    with tempfile.TemporaryDirectory() as folder:
+        for what, one in (("generation_config", config), ("config", None if adapter else model.config)):
+            try:
+                if one is not None:
+                    one.save_pretrained(folder)
+            except ValueError as error:
+                raise ValueError(
+                    f"transformers refuses to save model.{what} ({' '.join(str(error).split())}): change it before "
+                    "training"
+                ) from error
+
+
+_OF_SAMPLING = ("temperature", "top_p", "top_k", "min_p", "top_h", "typical_p", "epsilon_cutoff", "eta_cutoff")
+_OF_BEAMS = ("early_stopping", "length_penalty", "num_beam_groups", "diversity_penalty", "constraints")
+_OF_DICTS = ("output_attentions", "output_hidden_states", "output_scores", "output_logits")
+
+
+def _is_valid(config: GenerationConfig) -> bool:
+    try:
+        config.validate(strict=True)
+    except ValueError:
+        return False
+    return True
+
+
+def _idle_settings(config: GenerationConfig) -> dict[str, object]:
+    """Settings that have no effect, as others are off, and are not the default."""
+    names = [
+        *(() if config.do_sample else _OF_SAMPLING),
+        *(() if (config.num_beams or 1) > 1 else _OF_BEAMS),
+        *(() if config.return_dict_in_generate else _OF_DICTS),
+    ]
+    default = GenerationConfig()
+    found = {name: getattr(config, name, None) for name in names}
+    return {name: value for name, value in found.items() if value not in (None, getattr(default, name, None))}
+
+
+class SaveError(OSError):
+    """A folder can't be written."""
+
+
+@contextmanager
+def saving(folder: str | Path) -> Iterator[None]:
+    """Raise SaveError where ``folder`` can't be written, which torch and safetensors say in their own ways."""
+    try:
+        yield
+    except SaveError:
+        raise
+    except Exception as error:
+        said = str(error)
+        of_system = isinstance(error, OSError) and error.errno is not None  # and none of the hub's
+        if of_system or any(sign in said for sign in _NOT_WRITTEN):
+            raise SaveError(
+                f"{folder} can't be written ({said.splitlines()[0] if said else type(error).__name__}): make room or "
+                "give the right to write there, and continue with --resume-from-checkpoint last. Earlier checkpoints "
+                "are as they were"
+            ) from error
+        raise
+
+
+_NOT_WRITTEN = ("os error", "I/O error", "PytorchStreamWriter", "inline_container", "No space left", "write failed")
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The run that wrote a checkpoint, compared with the one that goes on from it
 
 
 def resumed_settings(args: BSSConfig) -> dict[str, object]:
@@ -106,16 +339,91 @@ def resumed_settings(args: BSSConfig) -> dict[str, object]:
     return {name: getattr(args, name) for name in names}
 
 
-def check_resumed(checkpoint: str | Path, args: BSSConfig) -> None:
-    """Raise ValueError if the run that wrote ``checkpoint`` had other settings than ``args``."""
+def trainer_settings(args: BSSConfig) -> dict[str, object]:
+    """The Trainer's options that the result depends on, and how many rows a step has."""
+    sizes = [args.train_batch_size, args.gradient_accumulation_steps, args.world_size]
+    settings: dict[str, object] = {"rows_per_step": math.prod(sizes), "processes": args.world_size}
+    if sorts_by_length(args):
+        settings["sorted_batches"] = sizes
+    for one in fields(TrainingArguments):
+        value = getattr(args, one.name, None)
+        if one.name in _HARMLESS or (one.name.startswith(_HARMLESS_KINDS) and one.name not in _OTHER_RUN):
+            continue
+        settings[one.name] = getattr(value, "value", value)  # of an enumeration
+    if args.max_steps > 0:
+        settings["num_train_epochs"] = None  # not used
+    return settings
+
+
+def record_of(args: BSSConfig, rows: str | None) -> dict[str, object]:
+    """What a checkpoint says of the run that writes it; ``rows`` is the hash of its training rows."""
+    return {**resumed_settings(args), "rows": rows, "trainer": trainer_settings(args)}
+
+
+def check_resumed(checkpoint: str | Path, args: BSSConfig, rows: Callable[[], str | None] | None = None) -> None:
+    """Compare the run that wrote ``checkpoint`` with that of ``args``, and of the training rows with the hash ``rows``.
+
+    A warning tells which options of the Trainer are others, where users may want that.
+
+    Raises:
+        ResumeError: the checkpoint is not whole, or it comes from a run with other settings or rows.
+    """
+    check_whole(checkpoint)
     try:
         before = json.loads((Path(checkpoint) / SETTINGS).read_text())
     except FileNotFoundError:  # of another program
         return
-    now = resumed_settings(args)
-    other = differences(before, now, ignore=before.keys() ^ now.keys())  # another version may have other ones
+    before_trainer, before_rows = before.pop("trainer", {}), before.pop("rows", None)
+    now, now_trainer = resumed_settings(args), trainer_settings(args)
+    known = before_trainer.keys() & now_trainer.keys()  # another version may have other ones
+    changed = {name for name in known if differences({name: before_trainer[name]}, {name: now_trainer[name]})}
+
+    def told(names: Collection[str]) -> list[str]:
+        return differences({n: before_trainer[n] for n in sorted(names)}, {n: now_trainer[n] for n in sorted(names)})
+
+    other = differences(before, now, ignore=before.keys() ^ now.keys()) + told(changed & _OTHER_RUN)
     if other:
-        raise ValueError(
+        raise ResumeError(
             f"{checkpoint} comes from a run with other settings ({'; '.join(other)}): resume with the former "
             "ones, or start another run with the checkpoint as its model"
         )
+    if rows is None:
+        return
+    if before_rows is not None and before_rows != rows():
+        raise ResumeError(
+            f"{checkpoint} comes from a run on other rows (or the same in another order, or tokenized otherwise): "
+            "resume with the former data set, or start another run with the checkpoint as its model"
+        )
+    if kept := changed & _KEPT:
+        logger.warning(
+            "%s: no effect in a resumed run, as the optimizer and its schedule are the checkpoint's; for the new "
+            "value, start another run with the checkpoint as its model",
+            "; ".join(told(kept)),
+        )
+    if rest := changed - _KEPT - _OTHER_RUN:
+        logger.warning("the run goes on otherwise than it would have: %s", "; ".join(told(rest)))
+
+
+_OTHER_RUN = {
+    "rows_per_step", "sorted_batches", "optim", "optim_args", "optim_target_modules", "label_smoothing_factor",
+    "neftune_noise_alpha", "train_sampling_strategy", "group_by_length", "dataloader_drop_last", "data_seed",
+    "average_tokens_across_devices",
+}  # fmt: skip
+"""Options of the Trainer that make another run: other rows in a step, another loss or another optimizer."""
+_KEPT = {"learning_rate", "weight_decay", "adam_beta1", "adam_beta2", "adam_epsilon"}
+"""What the states of the optimizer and of its schedule bring with them."""
+_HARMLESS_KINDS = (
+    "logging_", "log_", "eval_", "save_", "hub_", "push_", "dataloader_", "ddp_", "trackio_", "torch_empty_cache",
+    "activation_checkpointing", "gradient_checkpointing", "fsdp", "do_", "past_",
+)  # fmt: skip
+_HARMLESS = {
+    "output_dir", "per_device_train_batch_size", "gradient_accumulation_steps", "per_device_eval_batch_size",
+    "report_to", "run_name", "project", "disable_tqdm", "resume_from_checkpoint", "use_cpu", "remove_unused_columns",
+    "local_rank", "debug", "skip_memory_metrics", "deepspeed", "parallelism_config", "include_for_metrics",
+    "include_num_input_tokens_seen", "batch_eval_metrics", "prediction_loss_only", "enable_jit_checkpoint",
+    "full_determinism", "label_names", "use_cache", "bf16_full_eval", "fp16_full_eval", "auto_find_batch_size",
+    "length_column_name", "accelerator_config", "liger_kernel_config", "restore_callback_states_from_checkpoint",
+    "seed", "ignore_data_skip", "load_best_model_at_end", "metric_for_best_model", "greater_is_better",
+}  # fmt: skip
+"""Options of the Trainer that the weights do not depend on, those that count rows in another way, and the seed, which
+is compared as a setting."""

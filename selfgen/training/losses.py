@@ -10,17 +10,23 @@ unusual. A model that does more to its logits than multiply (a soft-cap, a scale
 
 from __future__ import annotations
 
+import logging
+import math
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 
 import torch
 import torch.nn.functional as F
+from accelerate import Accelerator
+from accelerate.utils import gather_object
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 from transformers import PreTrainedModel
 
 from ..context.models import inference
 from ..data import IGNORE_INDEX
+
+logger = logging.getLogger(__name__)
 
 _CHUNK_BYTES = 2**27  # of fp32 logits in memory at a time; much smaller chunks read the head's weights too often
 
@@ -34,6 +40,7 @@ class AnswerLoss:
         kl_weight: the weight of KL(model || frozen) at each position, under the same context.
         frozen: the model to stay near; it may be ``model`` itself, if the caller switches its adapters off meanwhile.
         lean: never have all logits in memory, if the model allows it; ``not_lean`` says why it does not.
+        outside: compute it of the logits that the model returns (`of_outputs`), not in place of the model's loss.
     """
 
     def __init__(
@@ -44,10 +51,23 @@ class AnswerLoss:
         kl_weight: float = 0.0,
         frozen: PreTrainedModel | None = None,
         lean: bool = True,
+        outside: bool = False,
     ):
         self.model, self.label_smoothing, self.kl_weight, self.frozen = model, label_smoothing, kl_weight, frozen
-        self.not_lean = why_not_lean(model) or (why_not_lean(frozen) if frozen is not None else None) if lean else None
-        self.lean = lean and self.not_lean is None
+        self.outside = outside
+        self._given: tuple[Tensor | None, Tensor | None] = None, None
+        self.not_lean: str | None = None
+        self.lean = lean and not outside
+        self.look_again()
+
+    def look_again(self) -> bool:
+        """Whether the loss has been lean and can't be any more: training may change what a model does to its logits."""
+        if not self.lean:
+            return False
+        frozen = self.frozen if self.frozen is not self.model else None
+        self.not_lean = why_not_lean(self.model) or (why_not_lean(frozen) if frozen is not None else None)
+        self.lean = self.not_lean is None
+        return not self.lean
 
     @contextmanager
     def inside(self, row_weights: Tensor | None = None, frozen_states: Tensor | None = None) -> Iterator[None]:
@@ -55,6 +75,13 @@ class AnswerLoss:
 
         ``row_weights`` [B] weigh the rows of the batch, ``frozen_states`` are the frozen model's (`states_of`).
         """
+        if self.outside:
+            self._given = row_weights, frozen_states
+            try:
+                yield
+            finally:
+                self._given = None, None
+            return
         called = []
 
         def loss_function(logits, labels, vocab_size=None, num_items_in_batch=None, **_):
@@ -68,6 +95,11 @@ class AnswerLoss:
                 f"{type(self.model).__name__} does not compute its loss through transformers' loss_function, which "
                 "lean_loss, kl_weight and direct_weight need; set lean_loss to False, and the weights to 0"
             )
+
+    def of_outputs(self, outputs, labels: Tensor, num_items_in_batch=None) -> Tensor:
+        """The loss of what the model returned without labels, as ``compute_loss_func`` of the Trainer."""
+        logits = outputs["logits"] if isinstance(outputs, dict) else outputs[0]
+        return self._loss(logits, labels, num_items_in_batch, *self._given)
 
     def frozen_states(self, inputs: dict[str, Tensor]) -> Tensor:
         """What the frozen model's head gets [B, L, D], or its logits [B, L, V] where the loss is not lean."""
@@ -120,6 +152,47 @@ class AnswerLoss:
         return total
 
 
+class TokenMean:
+    """The mean over all tokens of what is known as means over some."""
+
+    def __init__(self) -> None:
+        self.means: list[Tensor] = []
+        self.counts: list[Tensor] = []
+        self._first: list[int] = []  # ids of this process' first batch
+
+    def without_repeated(self, batch: dict[str, Tensor], accelerator: Accelerator) -> dict[str, Tensor]:
+        """``batch`` without labels in rows of several processes that fill up the last batches: those seen first."""
+        if accelerator.num_processes == 1 or "sample_id" not in batch:
+            return batch
+        ids = batch["sample_id"].tolist()
+        is_first = not self.means
+        self._first = ids if is_first else self._first
+        if not accelerator.gradient_state.end_of_dataloader:
+            return batch
+        told: list[tuple[list[int], list[int]]] = gather_object([(self._first, ids)])
+        seen = set() if is_first else {row for first, _ in told for row in first}
+        seen.update(row for _, last in told[: accelerator.process_index] for row in last)
+        repeated = []
+        for row in ids:
+            repeated.append(row in seen)
+            seen.add(row)
+        where = torch.tensor(repeated, device=batch["labels"].device)[:, None]
+        return {**batch, "labels": batch["labels"].masked_fill(where, IGNORE_INDEX)}
+
+    def add(self, mean: Tensor, count: Tensor) -> None:
+        """A mean over ``count`` tokens; over none it may be anything."""
+        self.means.append(mean.detach().float())
+        self.counts.append(count)
+
+    def over_all(self, accelerator: Accelerator) -> float:
+        """Over the tokens of all processes; all must call it."""
+        means, counts = (torch.stack(part).double().cpu() for part in (self.means, self.counts))
+        total = torch.where(counts > 0, means * counts, 0.0).sum()
+        sums = torch.stack([total, counts.sum()]).to(accelerator.device)
+        total, count = accelerator.reduce(sums, reduction="sum").tolist()
+        return total / count if count else float("nan")
+
+
 def _chunk(vocab_size: int) -> int:
     """Positions at a time."""
     return max(64, _CHUNK_BYTES // (4 * vocab_size))
@@ -150,49 +223,101 @@ def _groups(row_weights: Tensor | None, learned: Tensor) -> list[tuple[float, Te
 def why_not_lean(model: PreTrainedModel) -> str | None:
     """Why a lean loss can't be had, found out by running the model.
 
-    None if its logits are nothing but the product of its head, and its loss can be replaced.
+    None if its logits are nothing but the product of its head, and its loss can be replaced. For that, the model gets
+    logits of all magnitudes in place of that product, as caps do not show in small ones. They must come out again, to
+    the loss and to the caller, and no weight but the head's may have a part in what comes out.
     """
     head, name = model.get_output_embeddings(), type(model).__name__
     if type(head) is not nn.Linear or "forward" in vars(head):
         return f"the head of {name} is a {type(head).__name__} with a forward of its own (an adapter's, a hook's, ...)"
-    if getattr(model.config.get_text_config(decoder=True), "final_logit_softcapping", None):  # which small ones hide
-        return f"{name} caps its logits (final_logit_softcapping)"
-    ids = torch.arange(4, device=model.device)[None] % model.get_input_embeddings().weight.shape[0]
+    ids, planted = _probe(model), []
+
+    def plant(states: Tensor) -> Tensor:
+        planted.append(_all_magnitudes(states, head).requires_grad_())
+        return planted[-1]
+
     try:
-        with inference(model):
-            logits = model(input_ids=ids, attention_mask=torch.ones_like(ids), use_cache=False).logits
-        with _head_left_out(model):
+        with inference(model), _head_replaced(model, plant):
+            free = model(input_ids=ids, attention_mask=torch.ones_like(ids), use_cache=False).logits
+        with inference(model), torch.enable_grad(), _head_replaced(model, plant):
+            given = _given_to_loss(model, ids)
+        with inference(model), _head_left_out(model):
             states = _given_to_loss(model, ids)
     except Exception as error:  # whatever a model does to what it takes for logits
         return f"{name} does not run without its head ({error})"
-    if states is None:
+    if given is None or states is None:
         return f"{name} does not compute its loss through transformers' loss_function"
-    if states.shape[-1] != head.in_features:
+    if len(planted) != 2:
+        return f"{name} runs its head {len(planted) - 1} times in a forward"
+    for logits, product in zip((free, given), planted, strict=True):
+        if logits.shape != product.shape or not torch.allclose(logits.float(), product.float(), rtol=1e-2, atol=0):
+            return f"{name} does more to its logits than multiply by its head"
+    if states.shape != (*ids.shape, head.in_features):
         return f"{name} changes what enters its head"
-    with torch.no_grad():
-        expected = head(states)
-    usual = logits.isfinite()
-    difference = (logits - expected)[usual].float().abs().max()
-    if difference <= 1e-2 * expected[usual].float().abs().max():
+    if part := _weights_in(given, model):
+        return f"{name} does more to its logits than multiply by its head: {part} has a part in them"
+    return None
+
+
+def _probe(model: PreTrainedModel) -> Tensor:
+    return torch.arange(1, 5, device=model.device)[None] % model.get_input_embeddings().weight.shape[0]
+
+
+def _all_magnitudes(states: Tensor, head: nn.Linear) -> Tensor:
+    """[..., V] of both signs in the dtype of the head's product: other ones at each position."""
+    shape = (*states.shape[:-1], head.out_features)
+    largest = min(6.0, math.log10(torch.finfo(states.dtype).max) - 1)
+    exponents = torch.linspace(-3.0, largest, math.prod(shape), device=states.device)
+    signs = 1 - 2 * (torch.arange(len(exponents), device=states.device) % 2)
+    order = torch.arange(len(exponents), device=states.device).view(-1, math.prod(shape[:-1])).T  # each has all
+    return (signs * 10.0**exponents)[order].view(shape).to(states.dtype)
+
+
+def _weights_in(logits: Tensor, model: nn.Module) -> str | None:
+    """A trainable weight that ``logits`` depend on."""
+    if not logits.requires_grad:
         return None
-    return f"{name} does more to its logits than multiply by its head"
+    named = [(name, parameter) for name, parameter in model.named_parameters() if parameter.requires_grad]
+    parameters = [parameter for _, parameter in named]
+    found = torch.autograd.grad(logits.float().sum(), parameters, allow_unused=True) if parameters else ()
+    return next((name for (name, _), gradient in zip(named, found, strict=True) if gradient is not None), None)
 
 
 def calls_loss_function(model: PreTrainedModel) -> bool:
     """Whether the model computes its loss through transformers' ``loss_function``, which can be replaced."""
-    ids = torch.arange(4, device=model.device)[None] % model.get_input_embeddings().weight.shape[0]
-    return _given_to_loss(model, ids) is not None
+    with inference(model):
+        return _given_to_loss(model, _probe(model)) is not None
+
+
+def learns_its_input(model: PreTrainedModel) -> bool:
+    """Whether the model's own loss compares each position with the token that is there, and not with the next one.
+
+    So do decoders of encoder-decoder models (BART's, Marian's, ...), which take labels that are shifted already.
+    """
+    ids = _probe(model)
+    try:
+        with inference(model):
+            output = model(input_ids=ids, attention_mask=torch.ones_like(ids), labels=ids, use_cache=False)
+        loss, logits = output.loss.float(), output.logits[0].float()
+    except Exception:  # which the first step will meet, too
+        logger.debug("%s does not run with labels", type(model).__name__, exc_info=True)
+        return False
+    if len(logits) != ids.shape[1]:
+        return False
+    same, following = F.cross_entropy(logits, ids[0]), F.cross_entropy(logits[:-1], ids[0, 1:])
+    return bool((loss - same).abs() <= 1e-3 * same.abs() and (loss - following).abs() > (loss - same).abs())
 
 
 def _given_to_loss(model: PreTrainedModel, ids: Tensor) -> Tensor | None:
-    """What the model hands to its loss function as logits; None if it does not call it."""
+    """What the model hands to its loss function as logits; None if not that, or with other labels than it was given."""
     given: list[Tensor] = []
 
-    def loss_function(logits, *_, **__):
-        given.append(logits)
+    def loss_function(logits, labels=None, *_, **__):
+        if labels is not None and torch.equal(labels, ids) and logits.shape[:2] == ids.shape:
+            given.append(logits)
         return logits.sum()
 
-    with inference(model), _loss_of(model, loss_function):
+    with _loss_of(model, loss_function):
         model(input_ids=ids, attention_mask=torch.ones_like(ids), labels=ids, use_cache=False)
     return given[0] if given else None
 
@@ -211,11 +336,15 @@ def _loss_of(model: PreTrainedModel, loss_function: Callable) -> Iterator[None]:
             model.loss_function = before
 
 
-@contextmanager
-def _head_left_out(model: PreTrainedModel) -> Iterator[None]:
+def _head_left_out(model: PreTrainedModel) -> AbstractContextManager[None]:
     """Inside, what the model calls logits is what enters its head."""
+    return _head_replaced(model, lambda states: states)
+
+
+@contextmanager
+def _head_replaced(model: PreTrainedModel, forward: Callable[[Tensor], Tensor]) -> Iterator[None]:
     head = model.get_output_embeddings()
-    vars(head)["forward"] = lambda states: states
+    vars(head)["forward"] = forward
     try:
         yield
     finally:

@@ -8,12 +8,17 @@ import torch
 from transformers import TrainerCallback
 
 from ..context import ContextStats
+from .weights import diverged
+
+MOST_LEFT_OUT = 50
+"""Steps in a row that fp16's loss scaler may leave out: it begins at 2**16, and halves with each of them."""
 
 
 class Meter:
     """What contexts and training cost since the last log, and what the contexts were like."""
 
-    def __init__(self) -> None:
+    def __init__(self, scales_loss: bool = False) -> None:
+        self.scales_loss = scales_loss  # as fp16 does, so that steps may be left out
         self._mark = 0.0
         self._reset()
 
@@ -21,6 +26,7 @@ class Meter:
         self.steps = 0
         self.stats: list[ContextStats] = []
         self.context_seconds = self.training_seconds = 0.0
+        self.skipped_steps = 0
 
     def _since_mark(self) -> float:
         before, self._mark = self._mark, time.perf_counter()
@@ -55,20 +61,33 @@ class Meter:
             "agreement": agreeing / self_tokens if self_tokens else 1.0,
             "passes": total("passes") / steps,
             "computed_per_token": total("tokens_computed") / max(1, total("context_tokens")),
+            "invalid": total("invalid"),
             "context_seconds": self.context_seconds / steps,
             "training_seconds": self.training_seconds / steps,
         }
+        if self.scales_loss:
+            logs["skipped_steps"] = self.skipped_steps
         self._reset()
         return logs
 
 
 class StepTimer(TrainerCallback):
-    """Tells the meter when an optimizer step is done on the device."""
+    """Tells the meter when an optimizer step is done on the device, or was left out.
+
+    Raises:
+        DivergedError: so many steps in a row were left out that smaller loss scales will not help.
+    """
 
     def __init__(self, meter: Meter):
         self.meter = meter
+        self._left_out = 0  # in a row
 
-    def on_step_end(self, args, state, control, **kwargs):
+    def on_step_end(self, args, state, control, optimizer=None, **kwargs):
+        skipped = bool(getattr(optimizer, "step_was_skipped", False))
+        self.meter.skipped_steps += skipped
+        self._left_out = self._left_out + 1 if skipped else 0
+        if self._left_out >= MOST_LEFT_OUT:
+            raise diverged(state.global_step, f"this and the {MOST_LEFT_OUT - 1} steps before it overflowed in fp16")
         if args.device.type != "cpu":
             torch.accelerator.synchronize(args.device)  # the next step's contexts would wait here anyway
         self.meter.step_end()

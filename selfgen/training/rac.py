@@ -6,9 +6,11 @@ learned. At inference the model answers, gets the cue, and corrects itself, with
 
 from __future__ import annotations
 
+import hashlib
 import logging
 from dataclasses import dataclass, field, replace
 
+import numpy as np
 import torch
 from datasets import Dataset
 from torch import Tensor
@@ -221,6 +223,16 @@ class RACTrainer(BSSTrainer):
             self._shown = self._cut = 0
         super().log(logs, start_time)
 
+    def _rows_hash(self) -> str | None:
+        """With own answers that are read."""
+        found = super()._rows_hash()
+        if found is None or not self._own_answers:
+            return found
+        digest = hashlib.sha256(found.encode())
+        for sample_id, answer in sorted(self._own_answers.items()):
+            digest.update(np.asarray([sample_id, len(answer), *answer], dtype="<i8").tobytes())
+        return digest.hexdigest()
+
     def _own(self, rows: list[Row]) -> tuple[dict[int, list[int]], ContextStats]:
         """Own answers by sample id, and what they cost."""
         work = ContextStats.untouched([], [])
@@ -251,7 +263,7 @@ class RACTrainer(BSSTrainer):
                     batch_size=self.args.own_answer_batch_size,
                 )
                 tokens, cost = found.tokens, found
-        work = replace(work, passes=cost.passes, tokens_computed=cost.tokens_computed)
+        work = replace(work, passes=cost.passes, tokens_computed=cost.tokens_computed, invalid=cost.invalid)
         return {row: answer.tolist() for row, answer in zip(ids, tokens, strict=True)}, work
 
     def _read_own_answers(self, rows) -> dict[int, list[int]]:

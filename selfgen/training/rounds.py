@@ -32,6 +32,7 @@ from .bss import tokenized
 from .checkpoints import last_checkpoint, output_of, remove_model
 from .config import BSSConfig
 from .schedules import Schedule
+from .weights import check_finite, check_trainable
 
 logger = logging.getLogger(__name__)
 
@@ -146,6 +147,11 @@ def _train_parts(
             continue
         logger.info("round %d of %d: %d rows", number + 1, rounds, len(part))
         current = load(models[number]).to(config.device)
+        try:
+            check_trainable(current)  # before contexts are written
+            check_finite(current)
+        except ValueError as error:
+            raise OfflineError(f"{models[number]}: {error}") from error
         generator = config.generator(current, training["processing_class"])
         with _autocast(config):
             write_contexts(

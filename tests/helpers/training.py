@@ -33,6 +33,7 @@ class Tokenizer:
 
     pad_token_id = 0
     eos_token_id = 2
+    model_input_names = ("input_ids",)
 
     def save_pretrained(self, folder, **kwargs):
         return ()

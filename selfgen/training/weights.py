@@ -1,0 +1,77 @@
+"""Weights that can't be trained, and runs whose weights or losses are no numbers any more."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor, nn
+from transformers import TrainerCallback
+
+_CHECKED = (torch.float32, torch.bfloat16, torch.float16, torch.float64)  # others have no infinities, or are quantized
+
+
+class DivergedError(RuntimeError):
+    """A run that can't go on, as a loss, a gradient or weights are not finite."""
+
+
+def check_trainable(model: nn.Module) -> None:
+    """Raise ValueError if no weight of ``model`` is trainable, or one of these is fp16."""
+    trainable = [(name, parameter) for name, parameter in model.named_parameters() if parameter.requires_grad]
+    if not trainable:
+        raise ValueError(
+            "the model has no trainable parameter; PEFT loads adapters frozen: load them with "
+            "PeftModel.from_pretrained(..., is_trainable=True), or merge them into the model"
+        )
+    half = next((name for name, parameter in trainable if parameter.dtype == torch.float16), None)
+    if half is not None:
+        raise ValueError(
+            f"the weights are float16 ({half}), which can't be trained: small updates are rounded away, and AdamW's "
+            "epsilon is 0 there. Load them as float32 (--dtype float32, or model.float()); --bf16 or --fp16 compute "
+            "in mixed precision"
+        )
+
+
+def check_finite(model: nn.Module) -> None:
+    """Raise ValueError if ``model`` has weights that are not finite."""
+    if broken := not_finite(model):
+        raise ValueError(
+            f"the model can't be trained: {broken} has values that are not finite (NaN or inf), as a run that diverged "
+            "or a broken file leaves them; give an earlier checkpoint"
+        )
+
+
+@torch.no_grad()
+def not_finite(model: nn.Module, *, trainable_only: bool = False) -> str | None:
+    """The first of the weights that has a NaN or an infinity."""
+    names, found = [], []
+    for name, parameter in model.named_parameters():
+        if parameter.dtype in _CHECKED and parameter.numel() and (parameter.requires_grad or not trainable_only):
+            names.append(name)
+            found.append(torch.stack(torch.aminmax(parameter)).isfinite().all())  # NaN is both
+    return next((name for name, fine in zip(names, _together(found), strict=True) if not fine), None)
+
+
+def _together(flags: list[Tensor]) -> list[Tensor]:
+    """One copy from each device, not one per weight."""
+    devices = {flag.device for flag in flags}
+    on_host = {device: iter(torch.stack([flag for flag in flags if flag.device == device]).cpu()) for device in devices}
+    return [next(on_host[flag.device]) for flag in flags]
+
+
+class StopAtBrokenGradients(TrainerCallback):
+    """Stops a run before its weights take up gradients that are not finite."""
+
+    def on_pre_optimizer_step(self, args, state, control, model=None, **kwargs):
+        gradients = [parameter.grad for parameter in model.parameters() if parameter.grad is not None]
+        norm = float(nn.utils.get_total_norm(gradients))
+        if not math.isfinite(norm):
+            raise diverged(state.global_step + 1, f"the norm of the gradients is {norm}")
+
+
+def diverged(step: int, what: str) -> DivergedError:
+    """The error that ends a run at optimizer step ``step``, counted from 1."""
+    return DivergedError(
+        f"step {step}: {what}, so training stopped. Checkpoints before it are as they were. Lower the learning rate, "
+        "or raise the precision (float32 weights; --bf16 in place of --fp16)"
+    )

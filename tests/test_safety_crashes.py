@@ -186,9 +186,10 @@ def offloaded(how: str, folder):
 @pytest.mark.parametrize("how", ["cpu_offload", "disk_offload", "with a hook", "device_map"])
 def test_offloaded_weights_are_refused_by_name(tmp_path, how):
     model = offloaded(how, tmp_path)
+    if how != "device_map":  # where it is a layer only, passes run its own forward
+        with pytest.raises(ValueError, match=r"weights of the model are offloaded .*accelerate.*load the model whole"):
+            ContextGenerator(model)
     with pytest.raises(ValueError, match=r"weights of the model are offloaded .*accelerate.*load the model whole"):
-        ContextGenerator(model)
-    with pytest.raises(ValueError, match="offloaded"):
         make_trainer(tmp_path, model=model)
 
 

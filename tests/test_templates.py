@@ -15,7 +15,7 @@ from transformers.utils import chat_template_utils
 
 from selfgen.correction import CorrectionCue
 from selfgen.data import RowOptions, tokenize_rows, tokenizing
-from selfgen.data.templates import NOT_PREFIX
+from selfgen.data.templates import NOT_PREFIX, WAY_OUT
 
 TOOLS = [
     {
@@ -523,7 +523,7 @@ def test_a_template_that_opens_reasoning_names_the_way_out():
     family = replace(FAMILIES["r1"], options={})
     found = read([ROWS["plain"].cells], family)[0]
     assert found.outcome == NOT_PREFIX
-    assert "add_generation_prompt=False" in found.note
+    assert "add_generation_prompt=False" in WAY_OUT
     with pytest.raises(ValueError, match="add_generation_prompt=False"):
         CorrectionCue.of(family.tokenizer)
 

@@ -224,9 +224,15 @@ def check_whole(model: PreTrainedModel) -> None:
         )
 
 
-def check_here(model: PreTrainedModel) -> None:
-    """Raise ValueError if weights of ``model`` lie elsewhere until a module's own forward fetches them."""
+def check_here(model: PreTrainedModel, *, everywhere: bool = False) -> None:
+    """Raise ValueError if weights of ``model`` lie elsewhere until a module's own forward fetches them.
+
+    Passes run the layers' own forwards, so it matters for the embedding and the head, or ``everywhere``.
+    """
+    looked_at = {model, model.get_input_embeddings(), model.get_output_embeddings()}
     for name, module in model.named_modules():
+        if module not in looked_at and not everywhere:
+            continue
         hook = getattr(module, "_hf_hook", None)  # accelerate's
         for one in getattr(hook, "hooks", (hook,)):  # several, or one
             if getattr(one, "offload", False) or type(one).__name__ == "CpuOffload":
@@ -235,8 +241,9 @@ def check_here(model: PreTrainedModel) -> None:
                     "and passes don't fetch them: load the model whole on one device (no device_map that offloads, no "
                     "cpu_offload, no disk_offload), with a smaller dtype or quantized if it does not fit"
                 )
+    hooked = any(hasattr(module, "_hf_hook") for module in model.modules())
     there = next((name for name, parameter in model.named_parameters() if parameter.device.type == "meta"), None)
-    if there is not None:
+    if there is not None and not hooked:
         raise ValueError(f"{there} has no values yet (it is on the meta device): load the model's weights first")
 
 

@@ -22,7 +22,7 @@ from transformers.trainer_pt_utils import LengthGroupedSampler
 
 from ..context import ContextStats, MixedContext
 from ..context.hidden_states import ReuseError, decoder_layers
-from ..context.models import max_positions, transformers_model, vocab_size_of
+from ..context.models import check_here, max_positions, transformers_model, vocab_size_of
 from ..data import Collator, DataError, check_sample_ids, load_rows, pad_token_id, rows_of, write_contexts_into
 from ..data.batches import IGNORE_INDEX, ROWS, Row, lengths_of
 from ..data.streams import StreamedRows, refuse_stream
@@ -125,6 +125,7 @@ class BSSTrainer(Trainer):
             raise ValueError("the model was not loaded by name, so its tokenizer can't be found: give processing_class")
         if processing_class is None:
             processing_class = AutoTokenizer.from_pretrained(name, trust_remote_code=trust_remote_code)
+        check_here(transformers_model(model), everywhere=True)
         self.generator = args.generator(model, processing_class)
         self._tell_of_padding()
         self.schedule = schedule
@@ -134,6 +135,11 @@ class BSSTrainer(Trainer):
         elif limit is not None and args.max_length > limit:
             raise ValueError(f"max_length is {args.max_length}, but the model has {limit} positions; lower max_length")
 
+        if args.eval_strategy != "no" and eval_dataset is None:
+            raise ValueError(
+                f"eval_strategy is {args.eval_strategy.value}, but there is no evaluation data: give eval_dataset "
+                "(--eval-dataset, --eval-split), or leave eval_strategy out"
+            )
         self._stream: StreamProgress | None = None
         self._resumed_from: str | None = None
         # _prepare reads these; the Trainer's constructor sets them again.

@@ -13,6 +13,7 @@ from .conversations import RowFault
 _OPEN, _CLOSE = "\ufdd0", "\ufdd1"  # noncharacters, around a control token that is ordinary text
 _MARKED = f"{_OPEN}.*?{_CLOSE}"
 _TAIL = 16  # characters
+_PLAIN = {"add_special_tokens": False, "return_attention_mask": False, "return_token_type_ids": False, "verbose": False}
 NOT_MARKED = f"(?<!{_OPEN})"  # of a pattern of control tokens
 
 
@@ -103,7 +104,7 @@ class Encoder:
         ]
 
     def _plain(self, texts: list[str]) -> list[list[int]]:
-        return self.tokenizer(texts, add_special_tokens=False, verbose=False).input_ids if texts else []
+        return self.tokenizer(texts, **_PLAIN).input_ids if texts else []
 
     def _after_new_line(self, text: str) -> list[int]:
         line, both, alone = self.texts(["\n", "\n" + text, text])
@@ -177,7 +178,7 @@ class Encoder:
 
     def _split(self, text: str) -> list[int]:
         try:
-            return self.tokenizer(text, add_special_tokens=False, split_special_tokens=True, verbose=False).input_ids
+            return self.tokenizer(text, split_special_tokens=True, **_PLAIN).input_ids
         finally:
             self._plain([""])  # fast tokenizers keep the setting, which would show in their fingerprint
 

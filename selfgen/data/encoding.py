@@ -13,6 +13,7 @@ from .conversations import RowFault
 _OPEN, _CLOSE = "\ufdd0", "\ufdd1"  # noncharacters, around a control token that is ordinary text
 _MARKED = f"{_OPEN}.*?{_CLOSE}"
 _TAIL = 16  # characters
+_OFTEN = ("role", "content", "user", "assistant", "system", "")  # keys and roles, which need no second look
 _PLAIN = {"add_special_tokens": False, "return_attention_mask": False, "return_token_type_ids": False, "verbose": False}
 NOT_MARKED = f"(?<!{_OPEN})"  # of a pattern of control tokens
 
@@ -38,6 +39,7 @@ class Encoder:
         self._marked_or_control = _any_of(spelled | special, _MARKED)
         self._marked_or_added = _any_of(frozenset(self._added), _MARKED)
         self._writable = cache(self._can_write)
+        self._clean = {text for text in _OFTEN if not (self._spelled and self._spelled.search(text))}
         self._around = self._special_tokens_around_texts()
         self._restarts = self._begins_anew_after(min(special, default=""))
 
@@ -49,6 +51,8 @@ class Encoder:
         Raises:
             RowFault: it has a noncharacter that marks are made of, or a control token that can't be ordinary text.
         """
+        if text in self._clean:
+            return text
         if _OPEN in text or _CLOSE in text:
             raise RowFault("a text with the noncharacter U+FDD0 or U+FDD1")
         return self._spelled.sub(self._marked_token, text) if self._spelled else text
@@ -117,7 +121,7 @@ class Encoder:
         """
         start = max(text.rfind(" ", 0, -_TAIL), text.rfind("\n", 0, -_TAIL)) + 1 if len(text) > _TAIL else 0
         start = 0 if self.is_marked(text) else start
-        for found in self._marked_or_added.finditer(text) if self._marked_or_added else ():
+        for found in self._marked_or_added.finditer(text, start) if self._marked_or_added else ():
             start = start if self.is_marked(found[0]) else max(start, found.start())
         return text[start:]
 

@@ -127,6 +127,8 @@ class ChatTemplate:
 
     def _in_form(self, turn: dict[str, Any]) -> dict[str, Any]:
         """A turn as the template takes it."""
+        if not self.takes_parts and not turn.get("tool_calls"):
+            return turn
         content = turn["content"]
         if calls := turn.get("tool_calls"):
             no_content, as_text = self.calls

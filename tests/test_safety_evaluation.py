@@ -91,6 +91,9 @@ def _evaluate_in_ranks(rank, folder, size, count):
     assert trainer.evaluate()["eval_loss"] == pytest.approx(want, rel=1e-5)
 
 
-@pytest.mark.parametrize(("size", "count"), [(4, 9), (2, 7), (1, 3), (8, 3), (2, 8)])
+@pytest.mark.parametrize(
+    ("size", "count"),
+    [(4, 9), (1, 3), *(pytest.param(*sizes, marks=pytest.mark.slow) for sizes in [(2, 7), (8, 3), (2, 8)])],
+)
 def test_rows_that_fill_up_the_batches_of_other_processes_do_not_count(tmp_path, size, count):
     in_ranks(_evaluate_in_ranks, tmp_path, size, count)

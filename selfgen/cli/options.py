@@ -94,9 +94,9 @@ class TrainedModelArguments(ModelArguments):
     dtype: str = field(
         default="float32",
         metadata={
-            "help": "Dtype of the weights that are trained: float32, auto (that of the checkpoint), bfloat16 or "
-            "float16. Half precision rounds small updates away; with --bf16, float32 weights are computed with in "
-            "bfloat16."
+            "help": "Dtype of the weights that are trained: float32, auto (that of the checkpoint) or bfloat16; "
+            "float16 is refused. Half precision rounds small updates away; with --bf16, float32 weights are computed "
+            "with in bfloat16."
         },
     )
 

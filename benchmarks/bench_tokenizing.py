@@ -18,7 +18,7 @@ from selfgen.data import tokenize_rows
 from tools.real_parts import gsm8k, load_smollm2
 
 ROWS, ROUNDS = 100_000, 3
-MOST = 1.25  # times the least
+MOST = 1.2  # times the least
 IDS = datasets.List(datasets.Value("int64"))
 
 

@@ -551,3 +551,11 @@ def test_a_slice_without_rows_is_named():
     splits = datasets.DatasetDict(train=datasets.Dataset.from_list(ROWS))
     with pytest.raises(ValueError, match=r"no rows in split 'train\[2:\]'"):
         load_rows(splits, split="train[2:]")
+
+
+@pytest.mark.parametrize("functions", [[{"name": "f"}], '[{"name": "f"}]'])
+def test_an_old_form_of_tools_is_named(functions, chat, plain):
+    rows = [{"prompt": "a", "completion": "b", "functions": one} for one in (functions, None)]
+    for tokenizer in (chat, plain):
+        dropped = {"the column 'functions', which is not read; rename it to 'tools'": 1}
+        assert tokenize(rows, tokenizer)[1].dropped == dropped

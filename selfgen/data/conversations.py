@@ -11,7 +11,8 @@ from typing import Any
 REASONING = ("reasoning_content", "reasoning", "thinking")  # keys of a message that hold text besides its content
 EXTRAS = ("tools", "documents", "chat_template_kwargs")  # columns of a row that go to the chat template
 _TEXT_PARTS = ("text", "input_text", "output_text")
-BESIDE = ("system", "history", "input")  # columns of other trainers' formats: first turn, earlier turns, more text
+# Columns of other trainers' formats: first turn, earlier turns, more text, and an old form of tools.
+BESIDE = ("system", "history", "input", "functions")
 NOT_TEXT = ("image", "images", "video", "videos", "audio", "audios", "refusal")  # keys and columns that are no text
 _MEDIA = (*NOT_TEXT, "image_url", "video_url", "audio_url", "input_audio")  # keys of messages and of parts
 _ELSEWHERE = ("value", "text", "parts")  # keys in which other formats have a message's content
@@ -282,6 +283,8 @@ def read_extras(cells: dict[str, Any], arrow: set[str]) -> dict[str, Any]:
     for name in NOT_TEXT:
         if cells.get(name):
             raise RowFault(f"the column {name!r}, which is not text")
+    if cells.get("functions"):
+        raise RowFault("the column 'functions', which is not read; rename it to 'tools'")
     found = {}
     for name in EXTRAS:
         value = cells.get(name)

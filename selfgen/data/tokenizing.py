@@ -25,7 +25,7 @@ _KEPT = "kept"
 _TRUNCATED = "truncated"
 _PROMPT_FILLS = "prompt fills max_length"
 
-_VERSION = 3  # of what is made of a row; `datasets` keeps what it has mapped, also where this code has changed
+_VERSION = 4  # of what is made of a row; `datasets` keeps what it has mapped, also where this code has changed
 _NAMED = 3  # rows per reason that a report names
 _SHOWN = 100  # characters of a row without an id by which a report names it
 _HASHED = ("prompt_ids", "answer_ids", "is_learned")

@@ -381,6 +381,10 @@ class ContextGenerator:
             self._adapters, self._verified = adapters, Verification(self.model, self._given)
         return self._verified
 
+    def look_again(self) -> None:
+        """Find out anew what the model computes, as its weights have changed: a part of it may have begun at zero."""
+        self._verification.look_again()
+
     def check_causal(self) -> None:
         """Raise UnsupportedModelError if the model sees tokens that come later, or can't be run on tokens alone."""
         with self.computing():

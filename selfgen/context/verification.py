@@ -1,4 +1,5 @@
-"""What no configuration tells of a model: found out by running it on short rows, once per generator.
+"""What no configuration tells of a model: found out by running it on short rows, once per generator, and again from
+time to time while the model is trained.
 
 The measure of everything is the model's own forward over one row alone. Three things are compared with it: the ragged
 path, decoding token by token as ``method="sequential"`` does, and the same row with other tokens at its end, which
@@ -48,6 +49,11 @@ class Verification:
         self._masks: list[_LayerMask] | None = None
         self._masks_seen = 0  # up to this length of rows
         self._strategies: dict[int, Strategy] = {}  # by the length of the probe
+
+    def look_again(self) -> None:
+        """Find everything out anew, as weights have changed; what layers' masks allow depends on none."""
+        self._found.clear()
+        self._strategies.clear()
 
     def check_causal(self) -> None:
         """Raise LooksAheadError if other tokens at the end of a row change the logits before them.

@@ -20,7 +20,7 @@ from torch.utils.data import RandomSampler
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, Trainer
 from transformers.trainer_pt_utils import LengthGroupedSampler
 
-from ..context import ContextStats, MixedContext
+from ..context import ContextStats, MixedContext, UnsupportedModelError
 from ..context.hidden_states import ReuseError, decoder_layers
 from ..context.models import check_here, max_positions, transformers_model, vocab_size_of
 from ..data import Collator, DataError, check_sample_ids, load_rows, pad_token_id, rows_of, write_contexts_into
@@ -51,7 +51,7 @@ from .weights import StopAtBrokenGradients, check_finite, check_trainable, diver
 logger = logging.getLogger(__name__)
 
 _ROW_COLUMNS = ("sample_id", "prompt_ids", "answer_ids", "is_learned", "context_ids", "is_self")
-_LOOK_EVERY = 100  # steps between two looks at what a lean loss takes for granted
+_LOOK_EVERY = 100  # steps between two looks at what contexts, reuse and a lean loss take for granted
 _BOOKKEEPING = (*ROWS, "loss_weight", "read")  # columns that are not the model's
 
 
@@ -166,7 +166,7 @@ class BSSTrainer(Trainer):
         self._step = Step()
         self._known_rows_hash: str | None = None
         self._checked: str | None = None  # a checkpoint that this run can go on from
-        self._reuse_verified = False
+        self._looked = self._reuse_verified = False
         self._reuses = self._may_reuse()
         self._answer_loss = self._make_loss()
         self._label_smoother = self.label_smoother  # type: ignore[has-type]
@@ -228,9 +228,9 @@ class BSSTrainer(Trainer):
         if self._stream is not None:
             self._stream.take(batches)
         self.meter.step_begin()
+        self._look_again()
         batches = self.prepare_batches(batches)
         self._step = Step(list(batches))
-        self._look_at_loss()
         self._mix_next()
         if self.args.loss_on != "all":
             num_items = self._get_num_items_in_batch(batches, device)
@@ -241,6 +241,7 @@ class BSSTrainer(Trainer):
         return batches
 
     def train(self, resume_from_checkpoint=None, *args, **kwargs):
+        self._looked = False  # at the weights of a checkpoint
         asked = "last" if resume_from_checkpoint is True else at_home(resume_from_checkpoint)
         checkpoint = resumed_checkpoint(asked, self.args.output_dir)
         if self.args.world_size > 1 and self.model.__dict__.pop("_is_accelerate_prepared", False):
@@ -504,13 +505,20 @@ class BSSTrainer(Trainer):
             name,
         )
 
-    def _look_at_loss(self) -> None:
-        """From time to time: what a model does to its logits may depend on weights, or on a setting that changed."""
+    def _look_again(self) -> None:
+        """From time to time: what a model computes may depend on weights, or on a setting that changed."""
         step = self.state.global_step
         early = step & (step - 1) == 0  # the first one, and powers of two
-        if self._answer_loss is None or not (early or step % _LOOK_EVERY == 0):
+        if self._looked and not (early or step % _LOOK_EVERY == 0):
             return
-        if self._answer_loss.look_again():
+        self._looked, self._reuse_verified = True, False
+        self.generator.look_again()
+        try:
+            with self.accelerator.autocast():
+                self.generator.check_causal()
+        except UnsupportedModelError as error:
+            raise type(error)(f"at step {step + 1}: {error}") from error
+        if self._answer_loss is not None and self._answer_loss.look_again():
             logger.warning("from step %d on the loss is not lean: %s", step + 1, self._answer_loss.not_lean)
 
     def _adapters(self):

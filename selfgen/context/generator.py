@@ -235,7 +235,7 @@ class ContextGenerator:
         if method == "fixed_point":
             with self.computing():
                 if support.missing:
-                    self._verification.check_causal()  # says more
+                    self._verification.check_causal(max(batch.lengths))  # says more
                     raise UnsupportedModelError(
                         f"{type(self.model).__name__} uses {'; '.join(support.missing)}: the ragged path of "
                         'method="fixed_point" does not support it. Use method="sequential" (--context-method '
@@ -250,7 +250,7 @@ class ContextGenerator:
             passes, tokens_computed = state.passes, state.tokens_computed
         else:
             with self.computing():
-                self._verification.check_causal()
+                self._verification.check_causal(max(batch.lengths))
                 self._verification.check_adapter()
                 isolate = support.isolate_rows
                 result = sequential(self.model, batch, ALONE) if isolate else self._verification.sequential(batch)
@@ -385,10 +385,13 @@ class ContextGenerator:
         """Find out anew what the model computes, as its weights have changed: a part of it may have begun at zero."""
         self._verification.look_again()
 
-    def check_causal(self) -> None:
-        """Raise UnsupportedModelError if the model sees tokens that come later, or can't be run on tokens alone."""
+    def check_causal(self, longest_row: int = 0) -> None:
+        """Raise UnsupportedModelError if the model sees tokens that come later, or can't be run on tokens alone.
+
+        Rows of up to ``longest_row`` tokens may be beyond a window or a chunk, where a model computes something else.
+        """
         with self.computing():
-            self._verification.check_causal()
+            self._verification.check_causal(longest_row)
 
     def _runs_ragged(self, longest_row: int = 0) -> bool:
         try:

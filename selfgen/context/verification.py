@@ -6,7 +6,8 @@ path, decoding token by token as ``method="sequential"`` does, and the same row 
 must not change what comes before them.
 
 A row may grow beyond numbers of the configuration (windows, chunks, positions where rope or a temperature changes).
-Rows beyond such a number are computed only after a probe that is longer than it.
+Rows beyond such a number are computed only after a probe that is longer than it, and all rows after one that is nearly
+as long (up to 512 tokens), as a number may stand in the code.
 """
 
 from __future__ import annotations
@@ -30,6 +31,7 @@ logger = logging.getLogger(__name__)
 
 _SHORT = 21  # tokens of the probe where the configuration has no number below the longest row
 _KEPT = 13  # of them, those that come first
+_LONG = 512  # tokens of it, at most, where no number asks for more
 _COMPARED = 32  # positions of a window, at most
 _FAULTS = (AssertionError, AttributeError, IndexError, KeyError, RuntimeError, TypeError, ValueError)
 
@@ -45,7 +47,7 @@ class Verification:
         """``given`` is what the model is part of: a model of PEFT, or the model itself."""
         self.model, self.given = model, given
         self._numbers = lengths_of(model)
-        self._found: dict[str | int, UnsupportedModelError | None] = {}  # by what was tried, or the length of the probe
+        self._found: dict[tuple[str, int], UnsupportedModelError | None] = {}  # (what was tried, length of the probe)
         self._masks: list[_LayerMask] | None = None
         self._masks_seen = 0  # up to this length of rows
         self._strategies: dict[int, Strategy] = {}  # by the length of the probe
@@ -55,18 +57,19 @@ class Verification:
         self._found.clear()
         self._strategies.clear()
 
-    def check_causal(self) -> None:
-        """Raise LooksAheadError if other tokens at the end of a row change the logits before them.
+    def check_causal(self, longest_row: int = 0) -> None:
+        """Raise LooksAheadError if other tokens at the end of rows of up to ``longest_row`` change logits before them.
 
         Raise UnsupportedModelError if the model can't be run on tokens alone.
         """
-        self._once("causal", lambda: _check_causal(self.model))
+        length = self._probe_length(longest_row)
+        self._once("causal", length, lambda: _check_causal(self.model, length))
 
     def check_adapter(self) -> None:
         """Raise UnsupportedModelError if PEFT's own forward computes something else than the model inside."""
         given = self.given
         if given is not None and given is not self.model:
-            self._once("adapter", lambda: _check_adapter(self.model, given))
+            self._once("adapter", 0, lambda: _check_adapter(self.model, given))
 
     def check_ragged(self, longest_row: int) -> None:
         """Raise UnsupportedModelError if rows of up to ``longest_row`` tokens differ over the ragged cache.
@@ -77,28 +80,33 @@ class Verification:
         length = self._probe_length(longest_row)
         try:
             self._check_masks(longest_row)
-            self._once(length, lambda: _compare_ragged(self.model, length))
+            self._once("ragged", length, lambda: _compare_ragged(self.model, length))
         except UnsupportedModelError:
-            self.check_causal()  # says more
+            self.check_causal(longest_row)  # says more
             raise
 
-    def _once(self, what: str | int, check: Callable[[], None]) -> None:
-        if what not in self._found:
+    def _once(self, what: str, length: int, check: Callable[[], None]) -> None:
+        """Unless it was, with a probe of this length, or all was well with a longer one."""
+        longer = (found for (of, long), found in self._found.items() if of == what and long > length)
+        if (what, length) not in self._found and not any(found is None for found in longer):
             try:
                 check()
             except UnsupportedModelError as error:
-                self._found[what] = type(error)(*error.args)  # without the frames, which hold logits
+                self._found[what, length] = type(error)(*error.args)  # without the frames, which hold logits
                 raise
-            self._found[what] = None
-        found = self._found[what]
+            self._found[what, length] = None
+        found = self._found.get((what, length))
         if found is not None:
             raise type(found)(*found.args)
 
     def strategy(self, longest_row: int) -> Strategy:
         """How rows of up to ``longest_row`` tokens have to be decoded one token at a time."""
-        self.check_causal()
+        self.check_causal(longest_row)
         self.check_adapter()
         length = self._probe_length(longest_row)
+        longer = min((known for known in self._strategies if known > length), default=None)
+        if length not in self._strategies and longer is not None:
+            return self._strategies[longer]
         if length not in self._strategies:
             slowest = max(self._strategies.values(), key=STRATEGIES.index, default=STRATEGIES[0])
             beyond = self._beyond(longest_row)
@@ -137,7 +145,8 @@ class Verification:
         below = self._beyond(longest_row)
         above = min((number for number in self._numbers if number >= max(_SHORT, longest_row)), default=2**31)
         enough = below + max(64, below // 4) if below else _SHORT
-        return min(enough, above, max_positions(self.model) or 2**31)
+        step = 2 ** max(0, longest_row.bit_length() - 3)  # four lengths from one power of two to the next
+        return min(max(enough, min(longest_row // step * step, _LONG)), above, max_positions(self.model) or 2**31)
 
     def _beyond(self, longest_row: int) -> int:
         """The largest number that ``longest_row`` is beyond; 0 if any probe is beyond it."""
@@ -216,12 +225,11 @@ def _tolerance(model: PreTrainedModel) -> float:
     return 1e-3 if _full_precision(model) else 0.1
 
 
-def _check_causal(model: PreTrainedModel) -> None:
-    length = min(_SHORT, max_positions(model) or _SHORT)
+def _check_causal(model: PreTrainedModel, length: int) -> None:
     kept = length * _KEPT // _SHORT
     row = _probe_row(model, length)
     changed = torch.cat([row[:kept], _probe_row(model, length, seed=1)[kept:]])
-    at = torch.arange(kept, device=row.device)
+    at = _some(0, kept, row.device)
     try:
         own, found = own_logits(model, row, at), own_logits(model, changed, at)
     except _FAULTS as error:

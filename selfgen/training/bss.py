@@ -51,6 +51,7 @@ from .weights import StopAtBrokenGradients, check_finite, check_trainable, diver
 logger = logging.getLogger(__name__)
 
 _ROW_COLUMNS = ("sample_id", "prompt_ids", "answer_ids", "is_learned", "context_ids", "is_self")
+_FIRST_LOOK = 10  # the steps before the first look again
 _LOOK_EVERY = 100  # steps between two looks at what contexts, reuse and a lean loss take for granted
 _BOOKKEEPING = (*ROWS, "loss_weight", "read")  # columns that are not the model's
 
@@ -230,6 +231,7 @@ class BSSTrainer(Trainer):
         self.meter.step_begin()
         self._look_again()
         batches = self.prepare_batches(batches)
+        self._check_causal(batches)
         self._step = Step(list(batches))
         self._mix_next()
         if self.args.loss_on != "all":
@@ -508,18 +510,22 @@ class BSSTrainer(Trainer):
     def _look_again(self) -> None:
         """From time to time: what a model computes may depend on weights, or on a setting that changed."""
         step = self.state.global_step
-        early = step & (step - 1) == 0  # the first one, and powers of two
-        if self._looked and not (early or step % _LOOK_EVERY == 0):
-            return
-        self._looked, self._reuse_verified = True, False
-        self.generator.look_again()
+        regular = not self._looked or step % _LOOK_EVERY == 0
+        if regular or step == _FIRST_LOOK:
+            self._looked, self._reuse_verified = True, False
+            self.generator.look_again()
+        early = step & (step - 1) == 0  # powers of two, as this look is cheap
+        if self._answer_loss is not None and (regular or early) and self._answer_loss.look_again():
+            logger.warning("from step %d on the loss is not lean: %s", step + 1, self._answer_loss.not_lean)
+
+    def _check_causal(self, batches: list[dict[str, Tensor]]) -> None:
+        """The loss of a model that sees the answer teaches nothing."""
+        longest = max((batch["input_ids"].shape[1] for batch in batches), default=0)
         try:
             with self.accelerator.autocast():
-                self.generator.check_causal()
+                self.generator.check_causal(longest)
         except UnsupportedModelError as error:
-            raise type(error)(f"at step {step + 1}: {error}") from error
-        if self._answer_loss is not None and self._answer_loss.look_again():
-            logger.warning("from step %d on the loss is not lean: %s", step + 1, self._answer_loss.not_lean)
+            raise type(error)(f"at step {self.state.global_step + 1}: {error}") from error
 
     def _adapters(self):
         """The PEFT model whose adapters can be switched off, if it is one."""

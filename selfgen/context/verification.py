@@ -318,7 +318,7 @@ def _compare_ragged(model: PreTrainedModel, length: int) -> None:
 
 def _some(begin: int, end: int, device: torch.device) -> Tensor:
     """Positions of a window, the last one and at most ``_COMPARED`` in all, in order."""
-    return torch.linspace(begin, end - 1, min(end - begin, _COMPARED)).round().long().to(device)
+    return torch.linspace(begin, end - 1, min(end - begin, _COMPARED), dtype=torch.float64).round().long().to(device)
 
 
 def _suits(model: PreTrainedModel, length: int, strategy: Strategy) -> bool:

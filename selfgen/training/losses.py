@@ -112,7 +112,7 @@ class AnswerLoss:
         """``states`` are [B, L, D], or logits [B, L, V]; ``labels`` [B, L] are not shifted yet."""
         targets = F.pad(labels, (0, 1), value=IGNORE_INDEX)[:, 1:].to(states.device)  # [B, L]
         learned = targets != IGNORE_INDEX
-        total = torch.zeros((), device=states.device)
+        total = torch.zeros((), dtype=torch.float32, device=states.device)
         for weight, rows in _groups(row_weights, learned):
             here = learned & rows[:, None]
             loss = self._cross_entropy(states[here], targets[here])
@@ -267,7 +267,7 @@ def _all_magnitudes(states: Tensor, head: nn.Linear) -> Tensor:
     """[..., V] of both signs in the dtype of the head's product: other ones at each position."""
     shape = (*states.shape[:-1], head.out_features)
     largest = min(6.0, math.log10(torch.finfo(states.dtype).max) - 1)
-    exponents = torch.linspace(-3.0, largest, math.prod(shape), device=states.device)
+    exponents = torch.linspace(-3.0, largest, math.prod(shape), dtype=torch.float32, device=states.device)
     signs = 1 - 2 * (torch.arange(len(exponents), device=states.device) % 2)
     order = torch.arange(len(exponents), device=states.device).view(-1, math.prod(shape[:-1])).T  # each has all
     return (signs * 10.0**exponents)[order].view(shape).to(states.dtype)

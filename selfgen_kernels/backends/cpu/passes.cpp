@@ -51,7 +51,7 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor> plan_pass(
   };
 
   // Log of the least chance of a segment that is taken. What is no such log stands for a chance of 1.
-  const at::Tensor any = at::full({least_log_chance ? 0 : rows}, kLowest);
+  const at::Tensor any = at::full({least_log_chance ? 0 : rows}, kLowest, at::kFloat);
   const auto given = (least_log_chance ? *least_log_chance : any).accessor<float, 1>();
   const auto least = [&](int64_t row) { return given[row] <= 0 ? given[row] : 0; };
 

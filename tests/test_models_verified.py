@@ -286,3 +286,21 @@ def test_few_positions():
         for method in ("fixed_point", "sequential"):
             mixed = contexts(one, prompts, references, method=method)
             assert wrong_tokens(one, prompts, references, mixed) == 0
+
+
+@pytest.mark.parametrize("method", ["fixed_point", "sequential"])
+@pytest.mark.parametrize("whole", [True, False])
+def test_modules_compiled_in_place_run_as_they_are(whole, method):
+    """Passes come in ever new sizes, so a compiler would be at it all the time."""
+    model = tiny_model("llama")
+
+    def compiler(*args):
+        raise AssertionError("compiled")
+
+    for module in [model] if whole else model.model.layers:
+        module.compile(backend=compiler)
+    prompts, references = rows([(5, 9), (3, 14)])
+    mixed = contexts(model, prompts, references, method=method)
+    assert wrong_tokens(tiny_model("llama"), prompts, references, mixed) == 0
+    with pytest.raises(Exception, match="compiled"):
+        model(prompts[0][None])

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Iterator, Sequence, Sized
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from operator import attrgetter
 from typing import Any
 
@@ -277,11 +277,16 @@ def _how_it_is_split(model: PreTrainedModel) -> str | None:
 
 @contextmanager
 def inference(model: PreTrainedModel) -> Iterator[None]:
-    """Eval mode and no gradients inside; every module's own training flag is back afterwards."""
-    training = [module for module in model.modules() if module.training]
+    """Eval mode and no gradients inside; every module's own training flag is back afterwards.
+
+    Modules that were compiled in place (``module.compile()``) run as they are, since passes come in ever new sizes.
+    """
+    modules = list(model.modules())
+    training = [module for module in modules if module.training]
+    compiled = any(module._compiled_call_impl is not None for module in modules)
     model.eval()
     try:
-        with torch.no_grad():
+        with torch.no_grad(), torch.compiler.set_stance("force_eager") if compiled else nullcontext():
             yield
     finally:
         for module in training:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
+import math
 import shlex
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
@@ -34,7 +35,7 @@ from ..evaluation.report import table, write_plots
 from ..evaluation.symbolic import Undecided, decide, has_math_verify
 from ..files import write_json
 from ..provenance import differences, rows_hash, versions, weights_hash
-from .answers import answer_rows
+from .answers import answer_rows, is_empty, tell_of_answers
 from .journal import NAMES, Journal, read
 from .options import (
     DataArguments,
@@ -284,6 +285,8 @@ def measure(lines: dict[str, list[dict[str, Any]]], metrics: list[str], self_pro
             if found := _symbolic(made):
                 results["symbolic_match"] = found
         results["finished"] = Share(sum(line["finished"] for line in made), len(made)).to_dict()
+        results["empty"] = Share(sum(is_empty(line["generated"]) for line in made), len(made)).to_dict()
+        tell_of_answers(made, "generated")
         if "rouge" in metrics:
             scores = [rouge(line["generated"], line["reference"]) for line in tqdm(made, desc="ROUGE")]
             results["rouge"] = {name: sum(score[name] for score in scores) / len(scores) for name in scores[0]}
@@ -299,6 +302,11 @@ def measure(lines: dict[str, list[dict[str, Any]]], metrics: list[str], self_pro
                 name: {"self_prob": self_prob, "loss": found[name].mean, "tokens": found[name].tokens}
                 for name, self_prob in self_probs.items()
             }
+            for name in self_probs:
+                broken = sum(not math.isfinite(loss) for line in made for loss in _numbers(line[name]))
+                if broken:
+                    results["loss"][name]["not_finite"] = broken
+                    logger.warning("loss under %s contexts: %d tokens have none, as it is not finite", name, broken)
         if "curve" in metrics:
             results["curve"] = exposure_bias(found["reference"], found["own"])
     return results

@@ -112,13 +112,14 @@ def several(text: str, *, exactly: bool) -> str | None:
 
 # ---- Choices
 
+_ENDS = r"(?=[^\w\s']|\s*\n|\s*\Z|\s+(?:because|since|as|for|with)\b|\s+\()"  # what a word says
 _LETTER_ALONE = re.compile(r"(?:(?:[Oo]ption|[Cc]hoice) ?\(?)?([A-Ja-j])")
-_LETTER_FIRST = re.compile(r"\W*(?:(?:[Oo]ption|[Cc]hoice) ?)?\(?([A-J])(?![\w'])")
+_LETTER_FIRST = re.compile(r"\W*(?:(?:[Oo]ption|[Cc]hoice) ?)?\(?([B-HJ](?![\w'])|[AI]" + _ENDS + ")")
 _LETTER_LISTED = re.compile(r"\W*([A-J])[).:]")
-_LETTER_INSIDE = re.compile(r"\(([A-J])\)|\b(?:[Oo]ption|[Cc]hoice) ([A-J])\b")
+_LETTER_INSIDE = re.compile(r"\(([A-J])\)|\b(?:[Oo]ption|[Cc]hoice)(?: is)? ([A-J])\b")
 _TRUTHS = "(yes|no|true|false)"
 _TRUTH_ALONE = re.compile(_TRUTHS, re.IGNORECASE)
-_TRUTH_FIRST = re.compile(rf"\W*{_TRUTHS}(?=[^\w\s]|\s*\n|\s*\Z)", re.IGNORECASE)
+_TRUTH_FIRST = re.compile(rf"\W*{_TRUTHS}{_ENDS}", re.IGNORECASE)
 _TRUTH_LAST = re.compile(rf"\b{_TRUTHS}\W{{0,9}}\Z", re.IGNORECASE)
 
 

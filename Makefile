@@ -7,6 +7,7 @@
 #   make sanitize         fuzz the C++ kernels under ASan and UBSan (gcc)
 #   make triton-versions  the Triton tests under older Tritons
 #   make versions         the core tests with the newest and the oldest torch, transformers, accelerate and datasets
+#   make audit            known vulnerabilities of what is installed (needs pypi.org or osv.dev), and licences
 #   make newest           the README's first command with the newest versions that pip takes, as CI does
 
 PYTHON ?= python3
@@ -21,7 +22,7 @@ PYTEST := $(BIN)/python -m pytest -n $(WORKERS)
 PIP    := $(BIN)/python -m pip install --quiet --disable-pip-version-check --no-compile --constraint constraints.txt
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test slow bench quality lint gpu sanitize triton-versions versions newest clean
+.PHONY: help setup demo test slow bench quality lint gpu sanitize triton-versions versions newest audit clean
 
 help:
 	@sed -n 's/^#//p' Makefile
@@ -120,6 +121,18 @@ versions: setup
 
 newest: setup
 	$(BIN)/python -m tools.versions newest
+
+# In an environment of its own, as pip-audit brings packages. With --strict, as it finds nothing in packages that it could
+# not ask about, and ends with success.
+audit: setup
+	$(BIN)/python -m tools.licences --check
+	@test -x outputs/audit/bin/pip-audit || { $(PYTHON) -m venv outputs/audit && \
+	  outputs/audit/bin/python -m pip install --quiet --disable-pip-version-check 'pip-audit>=2.7'; }
+	@mkdir -p outputs
+	@$(BIN)/python -m pip freeze --exclude-editable | sed 's/+cpu//; s/ @ .*//' | grep == > outputs/audit.txt
+	@outputs/audit/bin/pip-audit --strict --no-deps --disable-pip --requirement outputs/audit.txt $(ARGS) || { \
+	  echo "make audit: there are vulnerabilities above, or pip-audit could not ask about all packages: it needs pypi.org," \
+	    "or with ARGS='--vulnerability-service osv' api.osv.dev" >&2; exit 1; }
 
 clean:
 	rm -rf $(VENV) build outputs *.egg-info .pytest_cache .mypy_cache .ruff_cache .benchmarks .hypothesis

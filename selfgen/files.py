@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any, BinaryIO
 
 from filelock import FileLock, Timeout
+from torch.serialization import get_unsafe_globals_in_checkpoint
 
 PATHS = (
     "model", "dataset", "eval_dataset", "contexts", "output_dir", "output_file", "kl_model", "resume_from_checkpoint",
@@ -39,6 +40,11 @@ def at_home(path: Any) -> Any:
 def to_json(value: Any, indent: int | None = None) -> str:
     """``value`` as JSON that any reader takes: NaN and infinities are null, and what JSON does not have is text."""
     return json.dumps(_plain(value), indent=indent, allow_nan=False)
+
+
+def code_in(file: Path) -> list[str]:
+    """What loading an archive of ``torch.save`` would call, besides what tensors and arrays need; nothing is loaded."""
+    return sorted(name for name in get_unsafe_globals_in_checkpoint(str(file)) if not name.startswith("numpy."))
 
 
 def _plain(value: Any) -> Any:

@@ -10,6 +10,7 @@ before it is the model's own.
 from __future__ import annotations
 
 import json
+import logging
 from collections.abc import Callable, Mapping
 from functools import partial
 from pathlib import Path
@@ -29,7 +30,10 @@ from .data.streams import refuse_stream
 from .files import alone, write_json, write_whole
 from .provenance import differences, rows_hash, versions, weights_hash
 
+logger = logging.getLogger(__name__)
+
 PROVENANCE = "provenance.json"
+_INVALID = b"selfgen.invalid"  # in the metadata of a shard: how many self tokens kept the reference
 FEATURES = Features(
     sample_id=Value("int64"),
     prompt_ids=List(Value("int64")),
@@ -84,7 +88,8 @@ def write_contexts(
     Returns:
         What ``provenance.json`` says: ``settings``, which the contexts depend on and which must be the same for the
         folder to be completed (hashes of weights and rows among them), ``source``, the ``versions`` of packages that
-        wrote shards, and, once all are written, ``statistics`` of the contexts.
+        wrote shards, and, once all are written, ``statistics`` of the contexts; ``invalid`` in these counts self tokens
+        that kept the reference, as their logits were not finite.
 
     Raises:
         OfflineError: (a ValueError) the folder holds something else, or another process is writing it.
@@ -117,12 +122,20 @@ def write_contexts(
         with tqdm(total=len(rows), initial=len(rows) - left, desc="Contexts", unit="row", disable=not progress) as bar:
             for shard, places in missing:
                 columns = rows.select(places)[:]
-                columns |= _contexts(
+                made, invalid = _contexts(
                     generator, columns, batch_size, bar.update, self_prob=self_prob, seed=seed, method=method
                 )
-                write_whole(shard, partial(pq.write_table, pa.Table.from_pydict(columns, schema=FEATURES.arrow_schema)))
+                table = pa.Table.from_pydict(columns | made, schema=FEATURES.arrow_schema)
+                table = table.replace_schema_metadata({**table.schema.metadata, _INVALID: str(invalid)})
+                write_whole(shard, partial(pq.write_table, table))
         if "statistics" not in record:
             record["statistics"] = _statistics([shard for shard, _ in shards])
+            if invalid := record["statistics"]["invalid"]:
+                logger.warning(
+                    "%d of %d self tokens are the reference, as their logits were not finite",
+                    invalid,
+                    record["statistics"]["self_tokens"],
+                )
             _write_record(folder, record)
     return record
 
@@ -150,29 +163,33 @@ def _checked(rows: Dataset, generator: ContextGenerator, batch_size: int, shard_
 
 def _contexts(
     generator: ContextGenerator, rows: dict[str, list], batch_size: int, done: Callable[[int], object], **options
-) -> dict[str, list]:
-    """The columns ``context_ids`` and ``is_self`` of a shard.
+) -> tuple[dict[str, list], int]:
+    """The columns ``context_ids`` and ``is_self`` of a shard, and how many self tokens could not be sampled.
 
     Rows of like lengths are made together, as a batch takes as many passes as its longest row.
     """
     lengths = [len(answer) for answer in rows["answer_ids"]]
     order = sorted(range(len(lengths)), key=lengths.__getitem__, reverse=True)
     contexts: dict[int, tuple[list[int], list[bool]]] = {}
+    invalid = 0
     for start in range(0, len(order), batch_size):
         batch = order[start : start + batch_size]
         sample_ids, prompts, references = ([rows[name][i] for i in batch] for name in ROW_COLUMNS)
         mixed = generator.contexts(prompts, references, sample_ids=sample_ids, **options)
         for i, tokens, is_self in zip(batch, mixed.tokens, mixed.is_self, strict=True):
             contexts[i] = tokens.tolist(), is_self.tolist()
+        invalid += mixed.stats.invalid
         done(len(batch))
-    return {name: [contexts[i][which] for i in range(len(order))] for which, name in enumerate(CONTEXT_COLUMNS)}
+    made = {name: [contexts[i][which] for i in range(len(order))] for which, name in enumerate(CONTEXT_COLUMNS)}
+    return made, invalid
 
 
 def _statistics(shards: list[Path]) -> dict[str, float]:
     """Read from the shards, so that a run in parts has the figures of an unbroken one."""
-    answer_tokens = self_tokens = agreeing = 0
+    answer_tokens = self_tokens = agreeing = invalid = 0
     for shard in shards:
         table = pq.read_table(shard, columns=["answer_ids", *CONTEXT_COLUMNS])
+        invalid += int((table.schema.metadata or {}).get(_INVALID, 0))
         answer, context, is_self = (
             pc.list_flatten(table[name]).to_numpy() for name in ("answer_ids", *CONTEXT_COLUMNS)
         )
@@ -184,6 +201,7 @@ def _statistics(shards: list[Path]) -> dict[str, float]:
         "self_tokens": self_tokens,
         "self_share": self_tokens / answer_tokens,
         "agreement": agreeing / self_tokens if self_tokens else 1.0,
+        "invalid": invalid,
     }
 
 

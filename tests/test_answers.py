@@ -5,13 +5,15 @@ from __future__ import annotations
 import re
 import sys
 import time
+from concurrent.futures import ThreadPoolExecutor
 from fractions import Fraction
 
 import pytest
+from helpers.cli import ROOT
 from hypothesis import given
 from hypothesis import strategies as st
 
-from selfgen.evaluation import answers, exact_match, extract_answer, symbolic_match
+from selfgen.evaluation import compared, exact_match, extract_answer, symbolic, symbolic_match
 
 
 def says(*rows):
@@ -38,6 +40,8 @@ def says(*rows):
     (r"\frac{-3}{4}", "-0.75"),
     ("3/0", "3/0"),
     ("$5/hour", "5"),
+    (r"\boxed{\frac{7}{2}}, see 3", "3.5"),
+    (r"\boxed{\text{so } \boxed{4}} of 5", "4"),
 )
 def test_fractions(text, answer):
     assert extract_answer(text) == answer
@@ -61,6 +65,11 @@ def test_fractions(text, answer):
     ("12 m2", "12"),
     ("x^2", None),
     ("5 eggs", "5"),
+    ("5 million", "5000000"),
+    ("1.5 Billion euros", "1500000000"),
+    ("1 1/2 thousand", "1500"),
+    ("$5k and $7M", "7000000"),
+    ("a 5k run", "5"),
     ("9^999999999", "9^999999999"),
     ("1e999999", "1e999999"),
 )
@@ -76,6 +85,11 @@ def test_powers(text, answer):
     ("the change is - $5", "-5"),
     ("it is minus 5", "-5"),
     ("negative 5", "-5"),
+    ("Minus 5.", "-5"),
+    ("So\n**minus $5**", "-5"),
+    ("±5", "±5"),
+    (r"x = \pm 5", "±5"),
+    ("five dollars ($5)", "5"),
     ("10 minus 5", "5"),
     ("10 - 5", "5"),
     ("$x$ - 5", "5"),
@@ -97,6 +111,10 @@ def test_signs(text, answer):
     ("1'234'567 and 1’234", "1234"),
     ("1.234.567", "1234567"),
     ("€1.234,50", "1234.5"),
+    ("3,50 €", "3.5"),
+    ("2,5 kg", "2.5"),
+    ("2,5", "5"),
+    ("12_000", "12000"),
     (r"\$1{,}234", "1234"),
     (r"1,\!234", "1234"),
     ("-₹1,23,456", "-123456"),
@@ -118,6 +136,12 @@ def test_digits_and_groups(text, answer):
     ("2024-01-05", "2024-01-05"),
     ("12/25/2024", "12/25/2024"),
     ("1.2.3", "1.2.3"),
+    ("January 5th, 2024", "2024-01-05"),
+    ("on 5 Feb. 2024", "2024-02-05"),
+    ("the 31st of december 1999", "1999-12-31"),
+    ("in May 2024", "2024"),
+    ("$101_2$", "101_2"),
+    ("101_{12}", "101_12"),
     (r"2\sqrt{3}", "2√3"),
     (r"\sqrt{x + 1}", "√{x+1}"),
     ("√16 = 4", "4"),
@@ -193,30 +217,184 @@ def test_endless_repetition_is_read_in_time(unit):
 
 BOTH = [  # an answer, a reference, and whether it is right
     ("#### 18", "#### 18", True),
+    ("18.0", "#### 18", True),
+    ("So the answer is 18.", "#### 18", True),
     ("She has 18 eggs.\n\nQuestion: A man buys 7 hats", "#### 18", True),
+    ("She has 18 eggs.\n\nQuestion: A man buys 7 hats", "#### 7", False),
     ("#### 1/7", "#### 1/2", False),
     ("#### 3/5", "#### 3", False),
     ("The answer is 0.5", "#### 1/2", True),
-    (r"It is $\boxed{\frac{7}{2}}$.", "#### 3.5", True),
-    ("It costs £1 234", "#### 1234", True),
-    ("The answer is 5 (five), see step 2", "#### 5", True),
-    ("#### 1,234.50", "#### 1234.5", True),
-    ("So $10^6$", "#### 6", False),
-    ("So $10^6$", "#### 1000000", True),
+    ("6/8", "#### 3/4", True),
+    (r"$\frac{6}{8}$", r"$\frac{3}{4}$", True),
+    (r"$\dfrac{1}{2}$", "#### 0.5", True),
+    (r"-\frac{1}{2}", "#### -0.5", True),
+    (r"$\frac{-1}{2}$", "#### -1/2", True),
     ("1/3", "0.333", False),
-]
-OURS = [  # that math-verify 0.9 judges otherwise
-    ("x = - 5", "#### -5", True),
-    ("2.5e3", "#### 2500", True),
-    ("答案是１８", "#### 18", True),
-    ("1½", "#### 1.5", True),
-    ("3:30", "#### 3:45", False),
-]
-THEIRS = [  # that exact_match judges otherwise
-    (r"$2\sqrt{3}$", r"$\sqrt{12}$", True),
+    (r"$2\frac{3}{4}$", "#### 2.75", True),
+    (r"$1 \frac12$ cups", "#### 3/2", True),
+    ("10^6", "#### 6", False),
+    ("So $10^6$", "#### 1000000", True),
+    ("2^10", "#### 1024", True),
+    ("2**10", "#### 1024", True),
+    ("$2^{10}$", "#### 1024", True),
+    (r"$3 \times 10^8$", "#### 300000000", True),
+    ("3 * 10^-2", "#### 0.03", True),
+    ("It is 2.5e3", "#### 3", False),
+    ("(5)", "#### -5", False),
+    ("It costs £1 234", "#### 1234", True),
+    ("$1,234.50", "#### 1234.5", True),
+    ("3,50 €", "#### 3.5", True),
+    ("¥5000", "#### 5000", True),
+    ("50%", "#### 50", True),
+    ("#### 50 percent", "#### 50%", True),
+    ("5 km", "#### 5000 m", False),
+    ("5 km", "#### 5 km", True),
+    ("The answer is 5 km.", "#### 5", True),
+    (r"$5 \text{ cm}$", "#### 5", True),
+    (r"$\boxed{5\text{ cm}^2}$", "#### 5", True),
+    (r"\boxed{12}", "#### 12", True),
+    (r"\boxed{\frac{7}{2}}", "#### 3.5", True),
+    (r"It is $\boxed{\frac{7}{2}}$.", "#### 3.5", True),
+    (r"\boxed{\boxed{4}} after 3 steps", "#### 4", True),
+    (r"\boxed{x^{2} + 1}", r"$\boxed{x^2+1}$", True),
+    (r"\boxed{\frac{\sqrt{3}}{2}} of 9", r"$\frac{\sqrt{3}}{2}$", True),
+    (r"$\boxed{\frac{\pi}{4}}$", r"$\boxed{\frac{\pi}{2}}$", False),
+    ("#### 5\n#### 6", "#### 5", True),
+    ("The answer is 5 (five), see step 2", "#### 5", True),
+    ("The answer is: 5.", "#### 5", True),
+    ("**Answer:** 5", "#### 5", True),
+    ("Final Answer: 5 or 6", "#### 5", True),
+    ("Answer: 5-7", "#### 5", False),
+    ("5-7", "#### 5-7", True),
+    ("5-7", "#### 6-7", False),
+    ("(1, 2)", "$(3, 2)$", False),
     (r"$\{1, 2\}$", r"$\{2, 1\}$", True),
+    (r"$\{1, 2\}$", r"$\{3, 2\}$", False),
+    ("3:30 pm", "#### 3:30", True),
+    ("03:30", "#### 3:30", True),
+    ("no", "yes", False),
+    ("The answer is no.", "yes", False),
+    ("True", "yes", False),
+    ("The answer is C", "B", False),
+    ("I don't know", "B", False),
+    ("2 + 3 = 5", "#### 5", True),
+    ("The answer is 2 + 3 = 5", "#### 5", True),
+    ("$x^2$", "$x^3$", False),
+    ("12345678901234567890", "#### 12345678901234567891", False),
+    ("-0", "#### 0", True),
+    ("007", "#### 7", True),
+    (".5", "#### 0.5", True),
+    ("5.", "#### 5", True),
+    ("Day 2: 300", "#### 300", True),
+    ("", "#### 5", False),
+    ("####", "#### 5", False),
+    ("no number", "#### 5", False),
+    ("90°", "#### 90", True),
+    (r"$90^\circ$", "#### 90", True),
+    ("5% of 20 is 1", "#### 1", True),
+    ("±5", "#### 5", False),
+    ("1,234", "#### 1234", True),
+    ("1, 234", "#### 1234", False),
+    ("1,2,3", "#### 1,2,3", True),
+    ("1,2,3", "#### 4,5,3", False),
+    ("101_2", "#### 5", False),
+    ("$101_2$", "$101_2$", True),
+    ("$101_2$", "$111_2$", False),
+    ("on 5 Jan 2024", "2024-01-05", True),
+    ("3/0", "#### 3/0", True),
+    (r"\(y = 2x\)", r"\(2x\)", True),
+    (r"so $\frac{a}{b}$", r"$\dfrac{a}{b}$", True),
+    ("5 m/s", "#### 5", True),
+]
+OURS = [  # that math-verify 0.9 judges wrongly
+    ("1/3", "0.33333333333", False),
+    ("1 1/2", "#### 1.5", True),
+    ("1½", "#### 1.5", True),
+    ("10⁶", "#### 1000000", True),
+    ("3 × 10^8", "#### 300000000", True),
+    ("2.5e3", "#### 2500", True),
+    ("1.5E-3", "#### 0.0015", True),
+    ("#### 1.5e9", "#### 1.5", False),
+    ("x = - 5", "#### -5", True),
+    ("x = - 5", "#### 5", False),
+    ("x = −5", "#### -5", True),
+    ("minus 5", "#### -5", True),
+    ("1.234,50 €", "#### 1234.5", True),
+    ("1.000.000", "#### 1000000", True),
+    ("1'234'567", "#### 1234567", True),
+    ("1,00,000", "#### 100000", True),
+    ("12_000", "#### 12000", True),
+    ("答案是１８", "#### 18", True),
+    ("答案是18。", "#### 18", True),
+    ("الجواب ١٨", "#### 18", True),
+    ("उत्तर १८", "#### 18", True),
+    ("₹1,00,000", "#### 100000", True),
+    ("$5 million", "#### 5000000", True),
+    ("5 million", "#### 5", False),
+    ("2.5 billion", "#### 2500000000", True),
+    (r"\boxed{\text{The answer is } 7} in 3 steps", "#### 7", True),
+    (r"First \boxed{3}, no, \boxed{4}.", "#### 4", True),
+    (r"\fbox{4} of 3", "#### 4", True),
+    ("5–7", "#### 5-7", True),
+    ("5 to 7", "#### 4 to 7", False),
+    ("[1, 2)", "$[1,2)$", True),
+    ("(1, 2)", "$(1, 2)$", True),
+    ("x = 1 or x = 2", "$1, 2$", True),
+    ("3:30", "#### 3:45", False),
+    ("2024-01-05", "#### 2024-01-06", False),
+    ("January 5, 2024", "January 6, 2024", False),
+    ("yes", "yes", True),
+    ("Yes.", "yes", True),
+    ("Yes, since 3 < 4.", "yes", True),
+    ("The answer is no.", "no", True),
+    ("(B)", "B", True),
+    ("B", "B", True),
+    ("The answer is (B).", "B", True),
+    ("The answer is B", "(B)", True),
+    ("Answer: B) 12", "B", True),
+    ("A dog barks. The answer is (C).", "C", True),
+    ("b", "B", True),
+    ("2√3", "2√5", False),
+    (r"$\pi$", "3.14159265", False),
+    ("5π", r"$5\pi$", True),
+    ("5π", "#### 5", False),
+    ("∞", r"$\infty$", True),
+    ("0.30000000000000004", "#### 0.3", False),
+    ("+5", "#### 5", True),
+    ("#### +5", "#### 5", True),
+    ("#### 5 apples and 3 pears", "#### 5", True),
+    ("Pay five dollars ($5).", "#### 5", True),
+    ("$5M", "#### 5000000", True),
+    ("$2.5bn", "#### 2500000000", True),
+    ("5 million", "5,000,000", True),
+    ("2 : 3", "#### 2:3", True),
+    ("Between 3 and 9.", "#### 3-9", True),
+    ("It is $x^2$, as 3 < 4", "$x^2$", True),
+    ("1,234.5", "#### 1234,5", False),
+    ("#### 5\u00a0000", "#### 5000", True),
+]
+THEIRS = [  # that exact_match judges wrongly, as it computes nothing and takes 3,5 for two numbers
+    ("3,5", "#### 3.5", True),
+    (r"\boxed{2\sqrt{16}}", r"$\boxed{8}$", True),
+    (r"$\sqrt{12}$", r"$2\sqrt{3}$", True),
+    (r"$\sqrt{16}$", "#### 4", True),
+    ("2 + 3", "#### 5", True),
+    ("$x^2 + 2x$", "$x(x+2)$", True),
+    ("0.1 + 0.2", "#### 0.3", True),
     ("50%", "#### 0.5", True),
 ]
+NEITHER = [  # that both judge wrongly
+    ("5k", "#### 5000", True),
+    ("eighteen", "#### 18", True),
+    ("2:3", "#### 4:6", True),
+    ("√12", "2√3", True),
+]
+
+
+def test_docs_count_the_table():
+    rows, ours, theirs = (len({*lists}) for lists in (BOTH + OURS + THEIRS + NEITHER, THEIRS + NEITHER, OURS + NEITHER))
+    page = (ROOT / "docs" / "evaluation.md").read_text()
+    assert f"has {rows} pairs: `exact_match` is wrong in {ours} of them, math-verify in {theirs}." in page
 
 
 @pytest.mark.parametrize(("answer", "reference", "right"), BOTH + OURS)
@@ -230,15 +408,96 @@ def test_symbolic_match(answer, reference, right):
     assert symbolic_match(answer, reference) is right
 
 
-@pytest.mark.parametrize(("answer", "reference", "right"), OURS + THEIRS)
-def test_where_they_differ(answer, reference, right):
+@pytest.mark.parametrize(
+    ("answer", "reference", "right", "exact", "symbolic"),
+    [(*row, row[2], not row[2]) for row in OURS]
+    + [(*row, not row[2], row[2]) for row in THEIRS]
+    + [(*row, not row[2], not row[2]) for row in NEITHER],
+)
+def test_where_they_are_wrong(answer, reference, right, exact, symbolic):
     """If this fails with another version of math-verify, the lists above are out of date."""
     pytest.importorskip("math_verify")
-    assert exact_match(answer, reference) is not symbolic_match(answer, reference)
+    assert exact_match(answer, reference) is exact
+    assert symbolic_match(answer, reference) is symbolic
+
+
+@pytest.mark.parametrize(
+    ("answer", "reference", "found"),
+    [
+        ("They are 7 and 5.", "#### 5, 7", ("5, 7", "5, 7")),
+        ("(1, 2]", "The answer is (1, 2).", ("(1, 2]", "(1, 2)")),
+        ("The answer is 5, 7, as 2 + 3 = 5", r"\boxed{5, 7}", ("5, 7", "5, 7")),
+        ("#### b", "(B)", ("B", "B")),
+        ("It is a dog.", "A", (None, "A")),
+        ("The answer is A dog.", "A", (None, "A")),
+        ("The answer is A because of 3", "A", ("A", "A")),
+        ("The correct option is D, not (C).", "D", ("C", "D")),
+        ("The correct option is D.", "D", ("D", "D")),
+        ("There is none.", "no", (None, "no")),
+        ("The answer is no more than 5", "no", (None, "no")),
+        ("The answer is no because 5 < 6", "no", ("no", "no")),
+        ("So yes", "Yes", ("yes", "yes")),
+        (r"\(x^{2} + 1\)", "$x^2+1$", ("x^2+1", "x^2+1")),
+        ("5 of 6", "#### 5 apples, 3 pears", ("6", "5")),
+        ("5", "a text", (None, None)),
+    ],
+)
+def test_what_is_compared(answer, reference, found):
+    assert compared(answer, reference) == found
+
+
+@pytest.mark.parametrize("unit", ["1, ", "1 and ", "(", "$", r"\(", "#### ", r"\boxed{", "}{", "(A) ", " ", "-", "x="])
+def test_endless_repetition_is_compared_in_time(unit):
+    text = unit * (10_000 // len(unit))
+    for reference in ("#### 5", "1, 2", "B", "no", "$x + 1$", text):
+        started = time.perf_counter()
+        exact_match(text, reference)
+        assert time.perf_counter() - started < 5
+
+
+ENDLESS = {
+    "powers": "$9^{9^9}$",
+    "a tower of code": "9**9**9",
+    "digits": "7" * 100_000,
+    "digits in a box": rf"$\boxed{{{'7' * 19_000}}}$",
+    "a factorial": "$9999999!$",
+    "a sum": r"$\sum_{k=1}^{1000000} \frac{1}{k}$",
+    "brackets": f"${'(' * 2000}1{')' * 2000}$",
+    "fractions": "$" + r"\frac{1}{" * 200 + "1" + "}" * 200 + "$",
+    "a set": rf"$\{{{', '.join(map(str, range(2000)))}\}}$",
+    "an integral": r"$\int_0^1 e^{-x^2} \sin(x^3) dx$",
+}
+
+
+@pytest.mark.parametrize(
+    "name", [*list(ENDLESS)[:1], *(pytest.param(name, marks=pytest.mark.slow) for name in list(ENDLESS)[1:])]
+)
+def test_what_takes_long_to_compute_ends_within_a_second(name):
+    """But for the start of another process, which the first pair waits for. The next pair is judged as ever."""
+    pytest.importorskip("math_verify")
+    assert symbolic_match("1", "1")
+    started = time.perf_counter()
+    assert symbolic_match(ENDLESS[name], "#### 5") is False
+    assert time.perf_counter() - started < 1.0
+    assert symbolic_match(r"$\frac{2}{4}$", "0.5") is True
+
+
+def test_any_thread_may_ask():
+    pytest.importorskip("math_verify")
+    pairs = [("$2\\sqrt{3}$", r"$\sqrt{12}$"), ("1", "2")] * 3
+    with ThreadPoolExecutor(3) as pool:
+        assert list(pool.map(lambda pair: symbolic_match(*pair), pairs)) == [True, False] * 3
+
+
+def test_a_process_that_was_killed_is_started_again():
+    pytest.importorskip("math_verify")
+    assert symbolic_match("1", "1")
+    symbolic._PROCESS._running.kill()
+    symbolic._PROCESS._running.wait()
+    assert symbolic_match("1", "1") is True
 
 
 def test_symbolic_match_says_what_to_install(monkeypatch):
-    answers._math_verify.cache_clear()
     monkeypatch.setitem(sys.modules, "math_verify", None)
     with pytest.raises(ImportError, match=re.escape("pip install 'selfgen[eval]'")):
         symbolic_match("1", "1")

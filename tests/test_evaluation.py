@@ -34,6 +34,7 @@ from selfgen.evaluation import (
     report,
     rouge,
 )
+from selfgen.evaluation.symbolic import Undecided
 
 # Answers
 
@@ -388,6 +389,36 @@ def test_right_and_wrong(arguments, monkeypatch, capsys):
     correction = {name: (share["count"], share["total"]) for name, share in results["correction"].items()}
     assert correction["wrong_to_right"] == correction["right_to_wrong"] == (5, 5)
     assert not {"loss", "curve", "rouge"} & set(results)
+
+
+def test_math_verify_is_asked_too_where_it_is_installed(arguments, monkeypatch, capsys):
+    pytest.importorskip("math_verify")
+    monkeypatch.setattr("selfgen.cli.answers.answer", saying("c #### 18"))
+    code, out, _ = evaluate(arguments, capsys, "exact_match")
+    assert code == 0
+    assert results_of(arguments)["symbolic_match"] == {**results_of(arguments)["exact_match"], "undecided": 0}
+    assert "symbolic match                 50.00%" in out
+
+
+def test_math_verify_may_be_missing_or_take_too_long(arguments, monkeypatch, capsys, caplog):
+    caplog.set_level("INFO", logger="selfgen")
+
+    def undecided(*texts):
+        raise Undecided
+
+    monkeypatch.setattr("selfgen.cli.answers.answer", saying("c #### 18"))
+    monkeypatch.setattr("selfgen.cli.eval.has_math_verify", lambda: True)
+    monkeypatch.setattr("selfgen.cli.eval.decide", undecided)
+    assert evaluate(arguments, capsys, "exact_match")[0] == 0
+    assert "10 answers could not be compared in time" in caplog.text
+    found = results_of(arguments)["symbolic_match"]
+    assert (found["count"], found["total"], found["undecided"]) == (0, 10, 10)
+    monkeypatch.setattr("selfgen.cli.eval.has_math_verify", lambda: False)
+    code, out, _ = evaluate(arguments, capsys, "exact_match")
+    assert code == 0
+    assert "no symbolic_match, as math-verify is not installed: pip install 'selfgen[eval]'" in caplog.text
+    assert "symbolic_match" not in results_of(arguments)
+    assert "symbolic" not in out
 
 
 def test_a_broken_off_evaluation_goes_on(arguments, monkeypatch, capsys):

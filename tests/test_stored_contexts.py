@@ -84,6 +84,7 @@ def test_provenance(tmp_path):
         "self_tokens": stats.self_tokens,
         "self_share": stats.self_tokens / stats.answer_tokens,
         "agreement": pytest.approx(stats.agreement),
+        "invalid": 0,
     }
 
 

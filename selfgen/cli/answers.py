@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import logging
+from collections.abc import Sequence
 from typing import Any
 
 from transformers import PreTrainedTokenizerBase
@@ -9,6 +11,27 @@ from transformers import PreTrainedTokenizerBase
 from ..context import ContextGenerator
 from ..data import RowOptions
 from ..generation import answer, generate_corrected
+
+logger = logging.getLogger(__name__)
+
+
+def is_empty(text: str) -> bool:
+    """Whether an answer says nothing, as of a model that ended it at once."""
+    return not text.strip()
+
+
+def tell_of_answers(lines: Sequence[dict[str, Any]], column: str) -> None:
+    """Log how many answers are empty, and how many were broken off; a warning where these are half of them."""
+    empty = sum(is_empty(line[column]) for line in lines)
+    broken_off = sum(not line["finished"] for line in lines)
+    level = logging.WARNING if 2 * max(empty, broken_off) >= len(lines) else logging.INFO
+    logger.log(
+        level,
+        "%d answers: %d are empty, and %d were broken off at max_new_tokens or the end of the model's positions",
+        len(lines),
+        empty,
+        broken_off,
+    )
 
 
 def answer_rows(

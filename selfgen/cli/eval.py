@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
+import math
 import shlex
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
@@ -23,6 +24,7 @@ from ..evaluation import (
     Corrections,
     PositionLoss,
     Share,
+    compared,
     exact_match,
     exposure_bias,
     extract_answer,
@@ -30,9 +32,10 @@ from ..evaluation import (
     row_losses,
 )
 from ..evaluation.report import table, write_plots
+from ..evaluation.symbolic import Undecided, decide, has_math_verify
 from ..files import write_json
 from ..provenance import differences, rows_hash, versions, weights_hash
-from .answers import answer_rows
+from .answers import answer_rows, is_empty, tell_of_answers
 from .journal import NAMES, Journal, read
 from .options import (
     DataArguments,
@@ -78,7 +81,8 @@ class EvalArguments:
     metrics: list[str] = field(
         default_factory=lambda: ["exact_match", "loss", "curve"],
         metadata={
-            "help": "One or more of exact_match and rouge (of free-running answers), loss (under reference, mixed and "
+            "help": "One or more of exact_match (with symbolic_match, where math-verify is installed) and rouge (of "
+            "free-running answers), loss (under reference, mixed and "
             "own contexts), curve (loss by position), correction (for models trained with RAC)."
         },
     )
@@ -278,7 +282,11 @@ def measure(lines: dict[str, list[dict[str, Any]]], metrics: list[str], self_pro
     if made := lines.get("answers"):
         if "exact_match" in metrics:
             results["exact_match"] = Share(sum(line["generated_right"] for line in made), len(made)).to_dict()
+            if found := _symbolic(made):
+                results["symbolic_match"] = found
         results["finished"] = Share(sum(line["finished"] for line in made), len(made)).to_dict()
+        results["empty"] = Share(sum(is_empty(line["generated"]) for line in made), len(made)).to_dict()
+        tell_of_answers(made, "generated")
         if "rouge" in metrics:
             scores = [rouge(line["generated"], line["reference"]) for line in tqdm(made, desc="ROUGE")]
             results["rouge"] = {name: sum(score[name] for score in scores) / len(scores) for name in scores[0]}
@@ -294,9 +302,30 @@ def measure(lines: dict[str, list[dict[str, Any]]], metrics: list[str], self_pro
                 name: {"self_prob": self_prob, "loss": found[name].mean, "tokens": found[name].tokens}
                 for name, self_prob in self_probs.items()
             }
+            for name in self_probs:
+                broken = sum(not math.isfinite(loss) for line in made for loss in _numbers(line[name]))
+                if broken:
+                    results["loss"][name]["not_finite"] = broken
+                    logger.warning("loss under %s contexts: %d tokens have none, as it is not finite", name, broken)
         if "curve" in metrics:
             results["curve"] = exposure_bias(found["reference"], found["own"])
     return results
+
+
+def _symbolic(lines: list[dict[str, Any]]) -> dict[str, Any] | None:
+    """How many answers math-verify finds right, and how many it could not decide; None where it is not installed."""
+    if not has_math_verify():
+        logger.info("no symbolic_match, as math-verify is not installed: pip install 'selfgen[eval]'")
+        return None
+    right = undecided = 0
+    for line in tqdm(lines, desc="math-verify", leave=False):
+        try:
+            right += decide(line["generated"], line["reference"])
+        except Undecided:
+            undecided += 1
+    if undecided:
+        logger.warning("symbolic_match: %d answers could not be compared in time, and count as wrong", undecided)
+    return Share(right, len(lines)).to_dict() | {"undecided": undecided}
 
 
 def _numbers(losses: list[float | None]) -> list[float]:
@@ -320,10 +349,12 @@ def _asked(tokenizer: PreTrainedTokenizerBase, data: DataArguments, row: dict) -
         "sample_id": row["sample_id"],
         "prompt": tokenizer.decode(row["prompt_ids"]),
         "reference": reference,
-        "reference_answer": extract_answer(reference),
+        "reference_answer": compared(reference, reference)[1],
     }
 
 
 def _judged(name: str, text: str, reference: str) -> dict[str, Any]:
     """What the model said, the answer in it, and whether that is right."""
-    return {name: text, f"{name}_answer": extract_answer(text), f"{name}_right": exact_match(text, reference)}
+    found, expected = compared(text, reference)
+    said = extract_answer(text) if expected is None else found
+    return {name: text, f"{name}_answer": said, f"{name}_right": exact_match(text, reference)}

@@ -7,11 +7,11 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
 from ..context import ContextGenerator
-from ..context.models import unpadded_vocab_size
-from ..correction import DEFAULT_CUE
+from ..context.models import room_for_answers, unpadded_vocab_size
+from ..correction import DEFAULT_CUE, CorrectionCue
 from ..data import sample_ids_of
 from ..provenance import rows_hash, weights_hash
-from .answers import answer_rows
+from .answers import answer_rows, tell_of_answers
 from .journal import Journal
 from .options import (
     DataArguments,
@@ -93,6 +93,8 @@ def answer(model_arguments: ModelArguments, data: DataArguments, how: GenerateAr
     rows, report = data.tokenize_prompts(given, tokenizer)
     place_of = {sample_id: place for place, sample_id in enumerate(sample_ids_of(given))}
     logger.log(report.level, "data: %s", report)
+    cue = CorrectionCue.of(tokenizer, how.correction_cue, options=data) if how.correct else None
+    room_for_answers(model, rows["prompt_ids"], len(cue.ids) if cue else 0)  # an error before hours of work
     settings = asdict(model_arguments) | asdict(data)
     settings |= {name: value for name, value in asdict(how).items() if name not in _MAY_CHANGE}
     settings |= {"weights": weights_hash(model), "rows": rows_hash(rows), "vocab_size": vocab_size}
@@ -110,4 +112,5 @@ def answer(model_arguments: ModelArguments, data: DataArguments, how: GenerateAr
         return [given[place_of[one]] | {"sample_id": one} | line for one, line in zip(ids, found, strict=True)]
 
     journal.complete(rows, how.chunk_rows, lines_of, "Rows")
+    tell_of_answers(journal.rows(), "corrected" if how.correct else "own_answer")
     print(f"answers are in {how.output_file}")

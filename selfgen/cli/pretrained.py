@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import zipfile
 from pathlib import Path
 from typing import Any
 
@@ -10,9 +11,12 @@ import tokenizers
 from safetensors import SafetensorError, safe_open
 from transformers.utils.hub import cached_file
 
+from ..files import code_in
+
 _FILES = (
     "config.json", "generation_config.json", "adapter_config.json", "tokenizer.json", "tokenizer_config.json",
     "special_tokens_map.json", "added_tokens.json", "vocab.json", "*.index.json", "*.safetensors",
+    "pytorch_model*.bin", "adapter_model.bin",
 )  # fmt: skip
 
 
@@ -53,6 +57,12 @@ def _fault(name: str, revision: str | None) -> str | None:
             if file.suffix == ".safetensors":
                 with safe_open(file, framework="pt"):
                     continue
+            if file.suffix == ".bin":
+                if not zipfile.is_zipfile(file):
+                    return f"{file} is no archive of torch.save"
+                if code := code_in(file):
+                    return f"{file} would run {code[0]} when it is loaded, so it isn't"
+                continue
             found = json.loads(file.read_text(encoding="utf-8"))
             if not isinstance(found, dict):
                 return f"{file} is no JSON object"

@@ -78,7 +78,8 @@ class Answers:
 
     ``tokens[i]`` int64 [T_i] is row i's answer on the model's device, with the token that ended it. ``finished[i]``
     tells whether it ended by itself, before ``max_new_tokens``. ``passes`` and ``tokens_computed`` are what they cost,
-    ``invalid`` counts tokens whose logits were not finite, ``seconds`` is wall time.
+    ``invalid`` counts tokens whose logits were not finite, each of which is the token before it again; ``seconds`` is
+    wall time.
     """
 
     tokens: list[Tensor]

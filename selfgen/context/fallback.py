@@ -86,16 +86,19 @@ class Fallback:
                     break
                 rows = _next_batch(prompts, list(waiting), strategy, batch_size)
                 sampler = _OwnSampling(rows, prompts, sampling, strategy)
+                invalid = sampling["status"].clone()
                 try:
                     answers = self._answers(rows, prompts, sampler, strategy)
                 except _FAULTS as error:
                     if recompute or isinstance(error, torch.OutOfMemoryError):
                         raise
                     self._next_strategy(error)
+                    sampling["status"].copy_(invalid)
                     continue
                 passes, tokens_computed = passes + sampler.passes, tokens_computed + sampler.tokens_computed
                 if not recompute and not self._suits(rows, prompts, answers, sampler.logits):
                     self._next_strategy("logits differ from those of a forward over each row alone")
+                    sampling["status"].copy_(invalid)
                     continue
                 for row, answer in zip(rows, answers, strict=True):
                     finish(row, answer)
@@ -152,7 +155,10 @@ class Fallback:
         self._shown.clear()
 
     def _suits(self, rows: list[int], prompts: Prompts, answers: list[Tensor], found: list[Tensor]) -> bool:
-        """Whether ``found``, the logits [R] of the tokens of each pass, are those of each row's own forward."""
+        """Whether ``found``, the logits [R] of the tokens of each pass, are those of each row's own forward.
+
+        Where these are not finite, nothing is shown.
+        """
         lengths = [len(prompts.tokens[row]) for row in rows]
         longest = max(length + len(answer) for length, answer in zip(lengths, answers, strict=True))
         kind = len(set(lengths)) > 1, bisect_left(self._lengths, longest)  # padded or not, beyond which numbers
@@ -165,10 +171,14 @@ class Fallback:
             logits = own_logits(self.model, context, places).float()
             want = logits.gather(1, answer[:, None])[:, 0]
             own = torch.stack([of_rows[index] for of_rows in found[: len(answer)]])
+            told = want.isfinite()
+            if not told.any():
+                continue
             usual = logits[logits.isfinite() & (logits.abs() < 1e30)]  # some models mask logits
-            if not (own - want).abs().mean() <= (1e-3 if exact else 0.1) * usual.std():  # NaN is a difference, too
+            off = (own - want)[told].abs().mean()
+            if not off <= (1e-3 if exact else 0.1) * usual.std():  # NaN is a difference, too
                 return False
-        self._shown[kind] += sum(len(answer) - 1 for answer in answers)
+            self._shown[kind] += int(told.sum()) - 1
         return True
 
 
@@ -177,6 +187,8 @@ class _OwnSampling(LogitsProcessor):
 
     def __init__(self, rows: list[int], prompts: Prompts, sampling: dict[str, Any], strategy: _Strategy):
         self.sample_ids, self.sampling, self.strategy = prompts.sample_ids[rows], sampling, strategy
+        self.stop_ids = prompts.stop_ids
+        self.going_on = torch.ones(len(rows), dtype=torch.bool, device=self.sample_ids.device)
         self.passes = self.tokens_computed = 0
         self.logits: list[Tensor] = []  # a pass: [R], of the tokens
 
@@ -185,8 +197,14 @@ class _OwnSampling(LogitsProcessor):
         self.tokens_computed += len(input_ids) if self.passes and self.strategy.cache else input_ids.numel()
         self.passes += 1
         tokens, _ = kernels.sample_mix(
-            scores, input_ids[:, -1], 1.0, sample_ids=self.sample_ids, positions=position, **self.sampling
+            scores,
+            input_ids[:, -1],
+            self.going_on.double(),
+            sample_ids=self.sample_ids,
+            positions=position,
+            **self.sampling,
         )
+        self.going_on &= ~torch.isin(tokens, self.stop_ids)
         self.logits.append(scores.gather(1, tokens[:, None])[:, 0].float())
         return torch.full_like(scores, -torch.inf).scatter_(1, tokens[:, None], 0.0)
 

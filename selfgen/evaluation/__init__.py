@@ -1,13 +1,15 @@
 """How good a model is when it runs on its own tokens: losses by context, answers, self-corrections."""
 
-from .answers import Share, exact_match, extract_answer, rouge, symbolic_match
+from .answers import Share, compared, exact_match, extract_answer, rouge
 from .corrections import Corrections
 from .losses import PositionLoss, exposure_bias, held_out_losses, row_losses
+from .symbolic import symbolic_match
 
 __all__ = [
     "Corrections",
     "PositionLoss",
     "Share",
+    "compared",
     "exact_match",
     "exposure_bias",
     "extract_answer",

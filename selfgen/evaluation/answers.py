@@ -8,15 +8,11 @@ from functools import cache
 from statistics import NormalDist
 from typing import Any
 
+from .forms import NEXT_PROBLEM, boxes, formula, letter, several, truth
 from .numerals import Number, numbers, plain
 
 _Z = NormalDist().inv_cdf(0.975)  # of a two-sided 95% interval
 
-# What a model that does not stop goes on with.
-_NEXT_PROBLEM = re.compile(
-    r"(?:^[^\w\n]{0,6}|(?<=[.!?]) +)(?:question|problem|q|user|human|instruction)[ *_]*:",
-    re.IGNORECASE | re.MULTILINE,
-)
 # Each of these ends where the number begins.
 _BEFORE = r"[\s*_$\\({\[≈~=-]*"
 _MARK = re.compile(r"#{4,}" + _BEFORE)
@@ -27,7 +23,6 @@ _STEP = re.compile(
     re.IGNORECASE | re.MULTILINE,
 )
 _LISTED = re.compile(r"^[ \t>*_]*(?=([0-9]{1,3})[.)][ *_]+\S)", re.MULTILINE)
-_BOXED = re.compile(r"\\boxed ?\{([^{}]*)\}")
 # "The answer is 2 + 3 = 5" and "The answer is 5, as 2 + 3 = 5" say it at their end.
 _CALCULATES = re.compile(r" *[-+*/÷] *[0-9($]|(?:(?![.!?]\s)[^\n])*=")
 
@@ -43,7 +38,7 @@ def extract_answer(text: str) -> str | None:
         >>> extract_answer("She sells 16 - 7 = 9 eggs at $2.\\n#### $18.00")
         '18'
     """
-    for part in _NEXT_PROBLEM.split(plain(text)):
+    for part in NEXT_PROBLEM.split(plain(text)):
         if answer := _answer(part):
             return answer.written
     return None
@@ -57,8 +52,8 @@ def _answer(text: str) -> Number | None:
     for mark in _MARK.finditer(text):
         if mark.end() in told:
             return told[mark.end()]
-    for box in reversed(list(_BOXED.finditer(text))):
-        if boxed := [number for number in found if box.start(1) <= number.begin < box.end()]:
+    for begin, end in reversed(boxes(text)):
+        if boxed := [number for number in found if begin <= number.begin < end]:
             return boxed[-1]
     for said in reversed(list(_SAID.finditer(text))):
         number = told.get(said.end())
@@ -78,40 +73,37 @@ def _labels(text: str) -> set[int]:
 
 
 def exact_match(answer: str, reference: str) -> bool:
-    """Whether both texts give exactly the same number; where the reference has none, whether they are the same text."""
-    expected = extract_answer(reference)
+    """Whether the answer says exactly what the reference says, as `compared` reads them."""
+    found, expected = compared(answer, reference)
     if expected is None:
-        return answer.strip() == reference.strip()
-    return extract_answer(answer) == expected
+        return _as_words(answer) == _as_words(reference)
+    return found == expected
 
 
-def symbolic_match(answer: str, reference: str) -> bool:
-    """Whether the package ``math-verify`` finds the same value in both: also of roots, intervals, sets and equations.
+def compared(answer: str, reference: str) -> tuple[str | None, str | None]:
+    """What is compared in an answer and in its reference; both None where it is all of both texts.
 
-    It compares decimal fractions in six digits, and takes 50% for 0.5 and for 50. Call it in the main thread, as it
-    breaks off long computations by a signal.
+    That is one number (`extract_answer`), unless the reference is something else after ``####``, in a box, after
+    "the answer is" or as a whole: several numbers, the letter of a choice, yes or no, or a formula. Several numbers are
+    compared in any order, but in the given one within round and square brackets; a formula as it is written.
 
-    Raises:
-        ImportError: the package is not installed.
+    Example:
+        >>> compared("It is one of 7 and 5.", "#### 5, 7")
+        ('5, 7', '5, 7')
+        >>> compared("The answer is (B), as 3 < 4.", "B")
+        ('B', 'B')
     """
-    parse, verify = _math_verify()
-    return verify(parse(_to_parse(reference)), parse(_to_parse(answer)))
+    for read in (several, letter, truth, formula):
+        expected = read(reference, exactly=True)
+        if expected is not None:
+            return read(answer, exactly=False), expected
+    expected = extract_answer(reference)
+    return (None if expected is None else extract_answer(answer)), expected
 
 
-@cache
-def _math_verify() -> Any:
-    try:
-        from math_verify import parse, verify
-    except ImportError as error:
-        raise ImportError(f"symbolic_match needs math-verify ({error}): pip install 'selfgen[eval]'") from error
-    return parse, verify
-
-
-def _to_parse(text: str) -> str:
-    """What follows ``####`` on its line, else all that is said of the first problem: math-verify knows neither."""
-    part = next((part for part in _NEXT_PROBLEM.split(text) if part.strip()), "")
-    marked = re.search(r"####\s*([^\w\n]*[\d\\][^\n]*)", part)
-    return marked[1] if marked else part
+def _as_words(text: str) -> str:
+    """Without what may differ at the ends of a sentence."""
+    return " ".join(text.split()).rstrip(".!").casefold()
 
 
 def rouge(answer: str, reference: str) -> dict[str, float]:

@@ -45,6 +45,7 @@ _REWRITTEN = [  # in this order
         (r"\\[,:; ]", " "),
         (r"\\(?:times|cdot)\b", "*"),
         (r"(?<=[0-9])\*\*(?=[0-9])", "^"),
+        (r"\\pm\b", "±"),
         (r"\^ ?[{(] ?([-+]?[0-9]+) ?[)}]", r"^\1"),
         (r"(?<![0-9 ])\^[-+]?[0-9]+", ""),  # x^2 and m²: no numbers of their own
         (r"\b([kcdm]?m)[23]\b", r"\1"),  # m2
@@ -58,19 +59,44 @@ _GROUPS = re.compile(
     r"(?<![0-9])(?<![0-9][.,'])(?:"
     r"[0-9]{1,3}(?:,[0-9]{2,3})*,[0-9]{3}(?![0-9])"
     r"|[1-9][0-9]{0,2}(?:(?: [0-9]{3})+|(?:'[0-9]{3})+)(?![0-9]| ?/)"
-    r"|[0-9]{1,3}(?:\.[0-9]{3}){2,}(?![0-9.]))"
+    r"|[0-9]{1,3}(?:\.[0-9]{3}){2,}(?![0-9.])"
+    r"|(?<!\w)[0-9]{1,3}(?:_[0-9]{3})+(?!\w))"
 )
 _COMMA_AFTER_DOTS = re.compile(r"(?<![0-9.,])([0-9]{1,3}(?:\.[0-9]{3})+),([0-9]{1,2})(?![0-9,])")  # 1.234,50
+_COMMA_BEFORE_UNIT = re.compile(  # 3,50 € and 2,5 kg, but 3,5 may be two numbers
+    r"(?<![0-9.,(\[{$])([0-9]{1,3}),([0-9]{1,2})(?= ?(?:[$%]|(?:[kcm]?m|[km]?g|[cdm]?l|kWh|h|s|min)\b))"
+)
+_MONTHS = ("january", "february", "march", "april", "may", "june", "july", "august", "september", "october",
+           "november", "december")  # fmt: skip
+_MONTH = f"(?P<month>(?:{'|'.join(rf'{name[:3]}(?:{name[3:]}|[.])?' for name in _MONTHS)})) "
+_DAY, _YEAR = r"(?P<day>[0-9]{1,2})(?:st|nd|rd|th)?", r"(?P<year>[0-9]{4})(?![0-9])"
+_DATES = [
+    re.compile(rf"\b{first}{then},? {_YEAR}", re.IGNORECASE)
+    for first, then in ((_MONTH, _DAY), (_DAY + r" (?:of )?", _MONTH.rstrip()))
+]
 
 
 def plain(text: str) -> str:
     """``text`` as numbers are found in it: "$1000" for "₹１，０００", "1/2" for LaTeX's fraction, "10^6" for "10⁶"."""
-    text = _SUPERSCRIPT.sub(lambda found: "^" + unicodedata.normalize("NFKC", found[0]).replace("−", "-"), text)
+    text = plain_powers(text)
     text = re.sub(r"(?<=\d)(?=[¼-¾⅐-⅞])", " ", text).translate(_CHARACTERS)
     for pattern, replacement in _REWRITTEN:
         text = pattern.sub(replacement, text)
     text = _COMMA_AFTER_DOTS.sub(lambda found: found[1].replace(".", "") + "." + found[2], text)
+    text = _COMMA_BEFORE_UNIT.sub(r"\1.\2", text)
+    for date in _DATES:
+        text = date.sub(_in_digits, text)
     return _GROUPS.sub(lambda found: re.sub("[^0-9]", "", found[0]), text)
+
+
+def plain_powers(text: str) -> str:
+    """``text`` with "^2" for "²"."""
+    return _SUPERSCRIPT.sub(lambda found: "^" + unicodedata.normalize("NFKC", found[0]).replace("−", "-"), text)
+
+
+def _in_digits(date: re.Match[str]) -> str:
+    month = next(place for place, name in enumerate(_MONTHS, 1) if name[:3] == date["month"][:3].lower())
+    return f"{date['year']}-{month:02}-{int(date['day']):02}"
 
 
 # A minus after a letter, a digit, a bracket or a percent sign subtracts. With a space after it, it is a sign only where
@@ -79,14 +105,16 @@ def plain(text: str) -> str:
 _START = re.compile(
     r"(?P<minus>(?<![\w)\]}%])-(?:\$ ?)?"
     r"|(?:[=:#({<>≈~] *|\b(?:is|are|equals) +)(?:-|minus\b)[ $]*"
-    r"|\bnegative +\$?)?(?=[0-9√]|(?<![\w.])\.[0-9])",
-    re.IGNORECASE,
+    r"|^[^\w\n]*minus +\$?"
+    r"|\bnegative +\$?)?(?P<both>±[ $]*)?(?=[0-9√]|(?<![\w.])\.[0-9])",
+    re.IGNORECASE | re.MULTILINE,
 )
-# What is compared as it is written: times and ratios, dates and versions, multiples of roots and of π.
+# What is compared as it is written: times and ratios, dates and versions, numbers to a base, multiples of roots and π.
 _PARTS = re.compile(
     r"[0-9]+(?:\.[0-9]+)?(?:(?::| : )[0-9]+(?:\.[0-9]+)?)+"
     r"|(?:[0-9]{4}-[0-9]{1,2}-[0-9]{1,2}|[0-9]{1,2}-[0-9]{1,2}-[0-9]{4})(?![0-9])"
     r"|[0-9]+(?:(?:/[0-9]+){2,}|(?:\.[0-9]+){2,})"
+    r"|[0-9]+_(?:[0-9]+|\{[0-9]+\})(?![0-9])"
     r"|(?:[0-9]*(?:\.[0-9]+)? ?(?:√(?:[0-9.]*[0-9]|[\[{][^\]}\n]*[\]}])|π)|√)(?: ?/ ?[0-9]+)?"
 )
 _MIXED = re.compile(r"([0-9]+) ([0-9]+) ?/ ?([0-9]+)(?![0-9]|\.[0-9])")
@@ -95,6 +123,9 @@ _TERM = re.compile(  # 12.5, 1.5e9, 10^6, 2 * 10^6
     rf"([0-9]*(?:\.[0-9]+)?)(?:[eE]{_INTEGER}(?!\w))?(?: ?\^ ?{_INTEGER})?(?: ?[*x] ?10 ?\^ ?{_INTEGER})?"
 )
 _BAR = re.compile(r" ?/ ?(?=\.?[0-9])")
+_SCALE = re.compile(r" ?(thousand|million|billion|trillion)\b", re.IGNORECASE)
+_SCALE_OF_MONEY = re.compile(r"([kmb]|bn)\b", re.IGNORECASE)  # directly after "$5"
+_ZEROS = {"k": 3, "thousand": 3, "m": 6, "million": 6, "b": 9, "bn": 9, "billion": 9, "trillion": 12}
 
 
 @dataclass(frozen=True)
@@ -117,8 +148,14 @@ def numbers(text: str) -> Iterator[Number]:
     while start := _START.search(text, end):
         begin = start.end()
         value, end = _value(text, begin)
+        scale = _SCALE.match(text, end) or (
+            _SCALE_OF_MONEY.match(text, end) if text[begin - 1 : begin] == "$" else None
+        )
+        if value is not None and scale:
+            value, end = value * 10 ** _ZEROS[scale[1].lower()], scale.end()
         written = _as_told(text[begin:end]) if value is None else _written(value)
-        yield Number(begin, end, f"-{written}" if start["minus"] and written != "0" else written)
+        sign = "±" if start["both"] else "-" if start["minus"] else ""
+        yield Number(begin, end, written if written == "0" else sign + written)
 
 
 def _value(text: str, begin: int) -> tuple[Fraction | None, int]:
@@ -158,7 +195,7 @@ def _worth(term: re.Match[str]) -> Fraction:
 
 
 def _as_told(number: str) -> str:
-    return re.sub(r"^0+(?=[0-9])", "", number.replace(" ", ""))
+    return re.sub(r"^0+(?=[0-9])", "", re.sub(r"_\{([0-9]+)\}", r"_\1", number.replace(" ", "")))
 
 
 def _written(value: Fraction) -> str:

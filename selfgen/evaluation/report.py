@@ -8,7 +8,9 @@ from typing import Any
 
 NAMES = {
     "exact_match": "exact match",
+    "symbolic_match": "symbolic match",
     "finished": "ended by themselves",
+    "empty": "empty",
     "rouge1": "ROUGE-1 F1",
     "rouge2": "ROUGE-2 F1",
     "rougeL": "ROUGE-L F1",
@@ -24,7 +26,7 @@ NAMES = {
 def table(results: Mapping[str, Any]) -> str:
     """What was measured, as text."""
     lines = []
-    for name in ("exact_match", "finished"):
+    for name in ("exact_match", "symbolic_match", "finished", "empty"):
         if name in results:
             lines.append(_share(NAMES[name], results[name]))
     for name, score in results.get("rouge", {}).items():

@@ -551,12 +551,24 @@ class BSSTrainer(Trainer):
         return loss, logits, labels
 
     def evaluation_loop(self, *args, metric_key_prefix="eval", **kwargs):
-        """The Trainer's, with a loss that is the mean over tokens; the Trainer's is a mean of the means of batches."""
+        """The Trainer's, with a loss that is the mean over tokens; the Trainer's is a mean of the means of batches.
+
+        If the loss of a batch is not finite, neither is the mean: a warning tells, and it is never the best.
+        """
         self._evaluated = TokenMean()
         output = super().evaluation_loop(*args, metric_key_prefix=metric_key_prefix, **kwargs)
         name = f"{metric_key_prefix}_loss"
         if name in (output.metrics or {}) and not self._loss_is_users and self.args.n_gpu <= 1:
             output.metrics[name] = self._evaluated.over_all(self.accelerator)
+            if broken := self._evaluated.not_finite:
+                logger.warning(
+                    "step %d: %s is %s, as the loss of %d of %d batches is not finite",
+                    self.state.global_step,
+                    name,
+                    output.metrics[name],
+                    broken,
+                    len(self._evaluated.means),
+                )
         return output
 
     def evaluate(self, eval_dataset=None, *args, **kwargs):

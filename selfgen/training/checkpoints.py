@@ -16,7 +16,7 @@ from pathlib import Path
 from safetensors import SafetensorError, safe_open
 from transformers import GenerationConfig, PreTrainedModel, TrainingArguments
 
-from ..files import alone
+from ..files import alone, code_in
 from ..provenance import differences
 from .config import BSSConfig
 from .streams import sorts_by_length
@@ -223,7 +223,10 @@ def _broken(file: Path) -> str | None:
                 return None
         with zipfile.ZipFile(file) as archive:
             damaged = archive.testzip() if file.stat().st_size <= _SMALL else None
-        return None if damaged is None else f"{damaged} in it is damaged"
+        if damaged is not None:
+            return f"{damaged} in it is damaged"
+        code = code_in(file)
+        return f"loading it would run {code[0]}, so it isn't loaded" if code else None
     except (SafetensorError, zipfile.BadZipFile, OSError) as error:
         return str(error)
 

@@ -264,6 +264,11 @@ class BSSConfig(RowOptions, GeneratorOptions, TrainingArguments):
         check_parallelism(self)
         self._check_numbers()
         super().__post_init__()
+        if self.fp16 and self.device.type == "cpu":
+            raise ValueError(
+                "fp16 is given, but on a CPU nothing scales the loss, so that small gradients would vanish: give bf16 "
+                "(--bf16 yes), or leave it out"
+            )
         self.check_rows()
         check_reporters(self.report_to)
         for name in ("self_prob", "self_prob_start"):

@@ -184,6 +184,11 @@ class TokenMean:
         self.means.append(mean.detach().float())
         self.counts.append(count)
 
+    @property
+    def not_finite(self) -> int:
+        """How many of the means of this process are no numbers."""
+        return sum(bool(count) and not mean.isfinite() for mean, count in zip(self.means, self.counts, strict=True))
+
     def over_all(self, accelerator: Accelerator) -> float:
         """Over the tokens of all processes; all must call it."""
         means, counts = (torch.stack(part).double().cpu() for part in (self.means, self.counts))

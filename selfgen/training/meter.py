@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from collections import Counter
 
 import torch
 from transformers import TrainerCallback
@@ -27,6 +28,7 @@ class Meter:
         self.stats: list[ContextStats] = []
         self.context_seconds = self.training_seconds = 0.0
         self.skipped_steps = 0
+        self.counts: Counter[str] = Counter()  # of what a method counts besides
 
     def _since_mark(self) -> float:
         before, self._mark = self._mark, time.perf_counter()

@@ -114,7 +114,9 @@ class RACTrainer(BSSTrainer):
     Before each optimizer step the own answers of the whole accumulated batch are made at once, with the current
     weights. They depend on the seed, the step and the row's sample id, so a resumed run has the same ones. Prompt, own
     answer, cue and reference together have at most ``max_length`` tokens: an own answer is cut to what is left, and
-    ``own_answers_cut`` in the logs is the share of own answers that were cut.
+    ``own_answers_cut`` in the logs is the share of own answers that were cut. ``own_answers_empty`` is the share of
+    those without a token, which are shown as such, and ``own_answers_unfinished``, where they are generated, that of
+    those which did not end within ``max_new_tokens`` or the model's positions.
 
     Args:
         model, args, train_dataset, eval_dataset, processing_class, **kwargs: as in ``BSSTrainer``; ``args`` is an
@@ -215,11 +217,15 @@ class RACTrainer(BSSTrainer):
         own = self._cue.ended(own)
         self._shown += 1
         self._cut += len(own) > room
+        self.meter.counts["own_answers_empty"] += not own
         return torch.cat([row.prompt, row.prompt.new_tensor(self._cue.prompt([], own[:room]))])
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         if "loss" in logs and self._shown:
             logs["own_answers_cut"] = self._cut / self._shown
+            logs["own_answers_empty"] = self.meter.counts["own_answers_empty"] / self._shown
+            if generated := self.meter.counts["own_answers_generated"]:
+                logs["own_answers_unfinished"] = self.meter.counts["own_answers_unfinished"] / generated
             self._shown = self._cut = 0
         super().log(logs, start_time)
 
@@ -263,6 +269,8 @@ class RACTrainer(BSSTrainer):
                     batch_size=self.args.own_answer_batch_size,
                 )
                 tokens, cost = found.tokens, found
+                self.meter.counts["own_answers_generated"] += len(found.finished)
+                self.meter.counts["own_answers_unfinished"] += found.finished.count(False)
         work = replace(work, passes=cost.passes, tokens_computed=cost.tokens_computed, invalid=cost.invalid)
         return {row: answer.tolist() for row, answer in zip(ids, tokens, strict=True)}, work
 

@@ -8,7 +8,6 @@ from __future__ import annotations
 import inspect
 from collections.abc import Iterator, Sequence, Sized
 from contextlib import contextmanager
-from operator import attrgetter
 from typing import Any
 
 import torch
@@ -172,43 +171,6 @@ def _check_adapters(model: torch.nn.Module) -> None:
             )
 
 
-def dtype_inside(prepared: torch.nn.Module, model: PreTrainedModel) -> torch.dtype:
-    """What autocast computes in inside the forward of ``prepared``, which ends in that of ``model``."""
-    device, seen = model.device, []
-
-    def look(*_):
-        on = torch.is_autocast_enabled(device.type)
-        seen.append(torch.get_autocast_dtype(device.type) if on else model.dtype)
-
-    hook = model.get_input_embeddings().register_forward_pre_hook(look)
-    try:
-        ids = torch.zeros(1, 1, dtype=torch.int64, device=device)
-        prepared(input_ids=ids, attention_mask=torch.ones_like(ids))
-    finally:
-        hook.remove()
-    return seen[0]
-
-
-def check_dtypes(model: PreTrainedModel) -> None:
-    """One dtype for all weights, but for adapters and what transformers itself keeps in fp32."""
-    kept = tuple(getattr(model, "_keep_in_fp32_modules", None) or ()) + tuple(
-        getattr(model, "_keep_in_fp32_modules_strict", None) or ()
-    )
-    adapters = {
-        id(parameter)
-        for module in model.modules()
-        for layer in getattr(module, "adapter_layer_names", ())
-        for parameter in attrgetter(layer)(module).parameters()  # the name may have dots
-    }
-    dtypes: dict[torch.dtype, str] = {}
-    for name, parameter in model.named_parameters():
-        if parameter.is_floating_point() and id(parameter) not in adapters and not any(part in name for part in kept):
-            dtypes.setdefault(parameter.dtype, name)
-    if len(dtypes) > 1:
-        found = ", ".join(f"{dtype} ({name})" for dtype, name in dtypes.items())
-        raise TypeError(f"the model's weights have several dtypes: {found}; cast them with model.to(dtype)")
-
-
 def check_whole(model: PreTrainedModel) -> None:
     """Raise ValueError if the weights of ``model`` are split over processes.
 
@@ -275,10 +237,29 @@ def _how_it_is_split(model: PreTrainedModel) -> str | None:
     return None
 
 
+_LAYS_OUT = "support_avx512bf16_for_cpu"
+
+
+def keep_gradients_of_4bit(model: torch.nn.Module) -> list[torch.nn.Module]:
+    """Keep bitsandbytes' 4-bit weights on the CPU as training needs them; returns the modules that has changed.
+
+    Where the CPU has AVX512-BF16, their first forward in eval mode lays them out anew, for good, and no gradient passes
+    through that layout.
+    """
+    modules = [
+        module for module in model.modules() if getattr(module, _LAYS_OUT, False) and module.weight.device.type == "cpu"
+    ]
+    for module in modules:
+        module.state_dict()  # lays them out as they were
+        setattr(module, _LAYS_OUT, False)
+    return modules
+
+
 @contextmanager
 def inference(model: PreTrainedModel) -> Iterator[None]:
     """Eval mode and no gradients inside; every module's own training flag is back afterwards."""
     training = [module for module in model.modules() if module.training]
+    kept = keep_gradients_of_4bit(model)
     model.eval()
     try:
         with torch.no_grad():
@@ -286,3 +267,5 @@ def inference(model: PreTrainedModel) -> Iterator[None]:
     finally:
         for module in training:
             module.training = True
+        for module in kept:
+            setattr(module, _LAYS_OUT, True)

@@ -240,17 +240,26 @@ def _how_it_is_split(model: PreTrainedModel) -> str | None:
 _LAYS_OUT = "support_avx512bf16_for_cpu"
 
 
-def keep_gradients_of_4bit(model: torch.nn.Module) -> list[torch.nn.Module]:
-    """Keep bitsandbytes' 4-bit weights on the CPU as training needs them; returns the modules that has changed.
+def check_4bit_layout(model: torch.nn.Module) -> None:
+    """Raise ValueError if bitsandbytes has laid out 4-bit weights for inference on the CPU (`keep_4bit_layout`)."""
+    for name, module in model.named_modules():
+        state = getattr(getattr(module, "weight", None), "quant_state", None)
+        if getattr(state, "packing_format_for_cpu", False):
+            raise ValueError(
+                f"{name} can't be trained through: a forward in eval mode has laid out its 4-bit weights for inference "
+                "on this CPU, and no gradient passes through that layout; load the model again, and make its trainer "
+                "before any forward in eval mode"
+            )
+
+
+def keep_4bit_layout(model: torch.nn.Module) -> list[torch.nn.Module]:
+    """Keep bitsandbytes' 4-bit weights on the CPU as training needs them; returns the modules that it has changed.
 
     Where the CPU has AVX512-BF16, their first forward in eval mode lays them out anew, for good, and no gradient passes
     through that layout.
     """
-    modules = [
-        module for module in model.modules() if getattr(module, _LAYS_OUT, False) and module.weight.device.type == "cpu"
-    ]
+    modules = [module for module in model.modules() if getattr(module, _LAYS_OUT, False)]
     for module in modules:
-        module.state_dict()  # lays them out as they were
         setattr(module, _LAYS_OUT, False)
     return modules
 
@@ -259,7 +268,7 @@ def keep_gradients_of_4bit(model: torch.nn.Module) -> list[torch.nn.Module]:
 def inference(model: PreTrainedModel) -> Iterator[None]:
     """Eval mode and no gradients inside; every module's own training flag is back afterwards."""
     training = [module for module in model.modules() if module.training]
-    kept = keep_gradients_of_4bit(model)
+    kept = keep_4bit_layout(model)
     model.eval()
     try:
         with torch.no_grad():

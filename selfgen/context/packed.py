@@ -42,9 +42,9 @@ def packed_linears(model: nn.Module) -> Iterator[None]:
         module
         for module in model.modules()
         if type(module) is nn.Linear
+        and is_plain(getattr(module, "weight", None))  # which a compressed one gets at its first forward
         and module.weight.device.type == "cpu"
         and module.weight.dtype == torch.float32
-        and is_plain(module.weight)
         and (module.bias is None or module.bias.dtype == torch.float32)
         and "forward" not in vars(module)
     ]

@@ -30,9 +30,9 @@ def autocast_inside(prepared: nn.Module, model: PreTrainedModel) -> torch.dtype 
     return seen[0]
 
 
-def is_plain(weight: Tensor) -> bool:
-    """Whether ``weight`` holds floats as they are, and is not what a quantizer makes of them."""
-    return type(weight) in (Tensor, nn.Parameter) and weight.dtype in _FLOATS
+def is_plain(weight: object) -> bool:
+    """Whether ``weight`` is a tensor of floats as they are, and not what a quantizer makes of them."""
+    return isinstance(weight, Tensor) and type(weight) in (Tensor, nn.Parameter) and weight.dtype in _FLOATS
 
 
 def how_quantized(model: nn.Module) -> str | None:

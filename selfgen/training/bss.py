@@ -23,9 +23,10 @@ from transformers.trainer_pt_utils import LengthGroupedSampler
 from ..context import ContextStats, MixedContext
 from ..context.hidden_states import ReuseError, decoder_layers
 from ..context.models import (
+    check_4bit_layout,
     check_here,
     inference,
-    keep_gradients_of_4bit,
+    keep_4bit_layout,
     max_positions,
     transformers_model,
     vocab_size_of,
@@ -129,7 +130,8 @@ class BSSTrainer(Trainer):
             )
         name = transformers_model(model).name_or_path
         check_trainable(model)
-        keep_gradients_of_4bit(model)
+        check_4bit_layout(model)
+        keep_4bit_layout(model)
         if processing_class is None and not name:
             raise ValueError("the model was not loaded by name, so its tokenizer can't be found: give processing_class")
         if processing_class is None:
@@ -662,9 +664,7 @@ class BSSTrainer(Trainer):
         in_inference = in_inference[0] if isinstance(in_inference, tuple) else in_inference
         difference = float((in_inference - ordinary).abs() / ordinary.abs())
         if not difference <= 1e-4:  # in any precision, as rounding is the same
-            return self._reuse_off(
-                f"training and inference compute different things (losses differ by {difference:.1e})"
-            )
+            return self._reuse_off(f"training and inference differ, their losses by {difference:.1e} of the value")
         return True
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:

@@ -13,7 +13,6 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import torch
 from datasets import Dataset
-from torch import Tensor
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 from transformers import PreTrainedModel
 
@@ -30,7 +29,7 @@ def weights_hash(model: PreTrainedModel) -> str:
     return digest.hexdigest()
 
 
-def _parts(name: str, weight: Tensor) -> Iterator[tuple[str, Tensor]]:
+def _parts(name: str, weight: Any) -> Iterator[tuple[str, Any]]:
     """The tensors that ``weight`` is made of: itself, or those inside a quantized one."""
     if not is_traceable_wrapper_subclass(weight):
         yield name, weight

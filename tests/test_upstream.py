@@ -239,6 +239,12 @@ UPSTREAM = [
     ("peft:PeftModel.disable_adapter", exists, "kl_weight compares an adapted model with itself"),
     ("peft:PeftModel.active_peft_config", exists, "prompt-learning adapters are not refused"),
     ("peft:PeftConfig.is_prompt_learning", exists, "prompt-learning adapters are not refused"),
+    (
+        "peft.tuners.tuners_utils:BaseTunerLayer.adapter_layer_names",
+        exists,
+        "an adapter's folder has no adapter that is on",
+    ),
+    ("peft.tuners.tuners_utils:BaseTunerLayer.active_adapters", exists, "an adapter's folder can't be loaded"),
     # Quantized weights
     ("transformers.quantizers.base:HfQuantizer.is_qat_trainable", exists, "weights that can be trained are refused"),
     (

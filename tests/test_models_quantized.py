@@ -5,14 +5,15 @@ from __future__ import annotations
 import pytest
 import torch
 import transformers as t
+from datasets import Dataset
 from helpers.cli import refused, save_model
-from helpers.data import ROWS, write_jsonl
-from helpers.training import losses_of, make_trainer
+from helpers.data import ROWS, make_tokenizer, write_jsonl
+from helpers.training import SMALL, losses_of, make_trainer
 from models import BASE
 from transformers import AutoModelForCausalLM, TrainerCallback
 from zoo.definition import SEED, contexts, rows, wrong_tokens
 
-from selfgen import ContextGenerator
+from selfgen import BSSConfig, BSSTrainer, ContextGenerator
 from selfgen.cli import main
 from selfgen.context.models import keep_4bit_layout
 from selfgen.context.packed import packed_linears
@@ -254,3 +255,27 @@ def test_a_quantized_checkpoint_from_the_command_line(tmp_path, capsys):
     capsys.readouterr()
     line = refused(["train", *arguments, "--output_dir", tmp_path / "out", "--max_steps", 1], capsys)
     assert "the model is quantized (bitsandbytes), and quantized weights can't be trained" in line
+
+
+def test_an_adapters_folder_from_the_command_line(tmp_path):
+    """Its configuration names the quantized checkpoint that it belongs to."""
+    pytest.importorskip("bitsandbytes")
+    save_model(tmp_path / "plain")
+    config = t.BitsAndBytesConfig(load_in_4bit=True)
+    model = AutoModelForCausalLM.from_pretrained(tmp_path / "plain", quantization_config=config)
+    model.save_pretrained(tmp_path / "base")
+    write_jsonl(tmp_path / "rows.jsonl", ROWS)
+    model = AutoModelForCausalLM.from_pretrained(tmp_path / "base")
+    lora = peft.LoraConfig(task_type="CAUSAL_LM", target_modules=["q_proj"], r=4, init_lora_weights=False)
+    model = peft.get_peft_model(peft.prepare_model_for_kbit_training(model), lora)
+    config = BSSConfig(str(tmp_path / "run"), **SMALL | {"max_length": 32}, max_steps=1, self_prob=0.5)
+    trainer = BSSTrainer(model, config, train_dataset=Dataset.from_list(ROWS), processing_class=make_tokenizer())
+    trainer.train()
+    trainer.save_model(tmp_path / "adapter")
+    loaded = AutoModelForCausalLM.from_pretrained(tmp_path / "adapter")
+    keep_4bit_layout(loaded)  # as in the trainer
+    row = torch.arange(3, 8)[None]
+    with torch.no_grad():
+        torch.testing.assert_close(loaded(row).logits, trainer.model.eval()(row).logits)
+    arguments = ["--dataset", tmp_path / "rows.jsonl", "--use_cpu", "yes", "--output_file", tmp_path / "answers.jsonl"]
+    assert main(["generate", "--model", str(tmp_path / "adapter"), *map(str, arguments)]) == 0

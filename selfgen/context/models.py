@@ -143,7 +143,7 @@ def transformers_model(model: torch.nn.Module) -> PreTrainedModel:
 
 def active_adapters(model: torch.nn.Module) -> tuple[str, ...]:
     """The names of PEFT's adapters that are on, as far as ``model`` is one of PEFT's."""
-    names = getattr(model, "active_adapters", ()) if hasattr(model, "peft_config") else ()
+    names: Any = getattr(model, "active_adapters", ()) if hasattr(model, "peft_config") else ()
     if callable(names):  # a transformers model's, which refuses some versions of PEFT that have loaded it
         layers = (module for module in model.modules() if hasattr(module, "adapter_layer_names"))
         names = next((layer.active_adapters for layer in layers), ())

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from importlib.metadata import PackageNotFoundError, version
 from typing import Any
 
@@ -13,6 +13,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import torch
 from datasets import Dataset
+from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 from transformers import PreTrainedModel
 
 from .files import to_json
@@ -21,10 +22,20 @@ from .files import to_json
 def weights_hash(model: PreTrainedModel) -> str:
     """SHA-256 of the names, dtypes, shapes and values of all weights."""
     digest = hashlib.sha256()
-    for name, tensor in sorted(model.state_dict().items()):
-        digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}\n".encode())
-        digest.update(tensor.detach().cpu().flatten().view(torch.uint8).numpy())
+    for name, weight in sorted(model.state_dict().items()):
+        for part, tensor in _parts(name, weight):
+            digest.update(f"{part} {tensor.dtype} {tuple(tensor.shape)}\n".encode())
+            digest.update(tensor.detach().cpu().flatten().view(torch.uint8).numpy())
     return digest.hexdigest()
+
+
+def _parts(name: str, weight: Any) -> Iterator[tuple[str, Any]]:
+    """The tensors that ``weight`` is made of: itself, or those inside a quantized one."""
+    if not is_traceable_wrapper_subclass(weight):
+        yield name, weight
+        return
+    for part in weight.__tensor_flatten__()[0]:
+        yield from _parts(f"{name}.{part}", getattr(weight, part))
 
 
 def rows_hash(rows: Dataset) -> str:

@@ -12,6 +12,7 @@ from transformers import AutoModelForCausalLM, LlamaConfig
 from zoo.definition import contexts, rows, wrong_tokens
 
 from selfgen import ContextGenerator, UnsupportedModelError
+from selfgen.context.models import active_adapters
 
 peft = pytest.importorskip("peft")
 mapping = pytest.importorskip("peft.mapping")
@@ -177,3 +178,12 @@ def test_what_pefts_own_forward_does_is_found_where_it_is_not_known_by_name(meth
 def test_a_trainer_with_such_an_adapter(tmp_path):
     with pytest.raises(ValueError, match="activated LoRA"):
         make_trainer(tmp_path, peft.get_peft_model(tiny_model("llama"), lora(alora_invocation_tokens=[7, 8])))
+
+
+def test_an_adapters_folder(tmp_path):
+    """transformers loads it by itself, into a model that is none of PEFT's."""
+    tiny_model("llama").save_pretrained(tmp_path / "base")
+    with_adapter(lora(), AutoModelForCausalLM.from_pretrained(tmp_path / "base")).save_pretrained(tmp_path / "adapter")
+    model = AutoModelForCausalLM.from_pretrained(tmp_path / "adapter").eval()
+    assert active_adapters(model) == ("default",)
+    assert exact(model, "fixed_point")

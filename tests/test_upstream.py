@@ -83,12 +83,6 @@ UPSTREAM = [
     ("transformers:LlamaForCausalLM.forward", forward_of_a_model, "ragged_logits can't hand over a pass"),
     ("transformers:PreTrainedModel.warn_if_padding_and_no_attention_mask", exists, "passes wait for the device again"),
     ("transformers:PreTrainedConfig.get_text_config", arguments("decoder"), "sizes of a model can't be read"),
-    ("transformers:PreTrainedModel._keep_in_fp32_modules", exists, "check_dtypes refuses models with fp32 parts"),
-    (
-        "transformers:PreTrainedModel._keep_in_fp32_modules_strict",
-        exists,
-        "check_dtypes refuses models with fp32 parts",
-    ),
     # Reuse of passes
     ("transformers.modeling_layers:GradientCheckpointingLayer.gradient_checkpointing", exists, "no pass is reused"),
     (
@@ -245,7 +239,24 @@ UPSTREAM = [
     ("peft:PeftModel.disable_adapter", exists, "kl_weight compares an adapted model with itself"),
     ("peft:PeftModel.active_peft_config", exists, "prompt-learning adapters are not refused"),
     ("peft:PeftConfig.is_prompt_learning", exists, "prompt-learning adapters are not refused"),
-    ("peft.tuners.tuners_utils:BaseTunerLayer.adapter_layer_names", exists, "adapters in fp32 are refused"),
+    (
+        "peft.tuners.tuners_utils:BaseTunerLayer.adapter_layer_names",
+        exists,
+        "an adapter's folder has no adapter that is on",
+    ),
+    ("peft.tuners.tuners_utils:BaseTunerLayer.active_adapters", exists, "an adapter's folder can't be loaded"),
+    # Quantized weights
+    ("transformers.quantizers.base:HfQuantizer.is_qat_trainable", exists, "weights that can be trained are refused"),
+    (
+        "transformers:PreTrainedModel.from_pretrained",
+        mentions("quantization_config"),
+        "checkpoints of quantized weights are not loaded as such",
+    ),
+    (
+        "bitsandbytes.nn:Linear4bit.forward",
+        mentions("self.support_avx512bf16_for_cpu", "packing_format_for_cpu", "not self.training"),
+        "contexts on some CPUs leave adapters on 4-bit weights without gradients",
+    ),
     # The command line
     ("transformers.hf_argparser:string_to_bool", exists, "YAML files can't set switches"),
     ("transformers:HfArgumentParser", mentions("_argument_group_name"), "--help has no groups"),
@@ -265,8 +276,8 @@ UPSTREAM = [
 )
 def test_what_we_lean_on(path, check, breaks):
     module, _, name = path.partition(":")
-    if module.partition(".")[0] == "peft":
-        pytest.importorskip("peft")
+    if module.partition(".")[0] in ("peft", "bitsandbytes"):
+        pytest.importorskip(module.partition(".")[0])
     found = importlib.import_module(module)
     try:
         for part in filter(None, name.split(".")):

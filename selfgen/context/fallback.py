@@ -22,6 +22,7 @@ import selfgen_kernels as kernels
 from .batch import left_pad
 from .free_running import Prompts, Work
 from .models import own_logits
+from .precision import full_precision
 from .support import lengths_of
 
 logger = logging.getLogger(__name__)
@@ -164,7 +165,7 @@ class Fallback:
         kind = len(set(lengths)) > 1, bisect_left(self._lengths, longest)  # padded or not, beyond which numbers
         if self._shown[kind] >= _ENOUGH:
             return True
-        exact = self.model.dtype == torch.float32 and not torch.is_autocast_enabled(self.model.device.type)
+        exact = full_precision(self.model)
         for index, (row, answer) in enumerate(zip(rows, answers, strict=True)):
             context = torch.cat([prompts.tokens[row], answer])
             places = torch.arange(len(context) - len(answer) - 1, len(context) - 1, device=context.device)

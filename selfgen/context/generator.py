@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from functools import partial
 from typing import Literal
 
 import torch
@@ -25,10 +26,8 @@ from .hidden_states import ReuseError
 from .masks import Masks
 from .models import (
     active_adapters,
-    check_dtypes,
     check_here,
     check_whole,
-    dtype_inside,
     eos_token_ids_of,
     inference,
     room_for_answers,
@@ -36,6 +35,7 @@ from .models import (
     vocab_size_of,
 )
 from .packed import packed_linears
+from .precision import autocast_dtype, autocast_inside, precision_of
 from .ragged import UnsupportedModelError
 from .sequential import ALONE, sequential
 from .support import inspect_model
@@ -69,7 +69,7 @@ class ContextGenerator:
     Generators of one model may be used in several threads: they take turns. Nobody may train the model meanwhile.
 
     Raises:
-        TypeError: ``model`` is not a transformers model, or its weights have more than one dtype.
+        TypeError: ``model`` is not a transformers model.
         ValueError: ``temperature``, ``token_budget``, ``balance`` or ``vocab_size`` out of range, or the model is split
             over processes or offloaded.
 
@@ -92,7 +92,7 @@ class ContextGenerator:
     ):
         self.model = transformers_model(model)
         self._given: torch.nn.Module = model
-        self._prepared_dtype: torch.dtype | None = None
+        self._prepared: Callable[[], AbstractContextManager] | None = None
         if (
             isinstance(temperature, bool)
             or not isinstance(temperature, int | float)
@@ -116,13 +116,12 @@ class ContextGenerator:
         self._token_budget, self._balance = token_budget, balance
         self._budget: PassBudget | None = None
         self._adapters = active_adapters(model)
-        self._verified = Verification(self.model, model)
+        self._verified: dict[torch.dtype | None, Verification] = {}  # by what autocast computes in
         self._cuda_graphs = cuda_graphs
         self._passes: Forward | None = None
         self._fallback = Fallback(self.model)
         check_whole(self.model)
         check_here(self.model)
-        check_dtypes(self.model)
 
     @property
     def budget(self) -> PassBudget:
@@ -139,6 +138,7 @@ class ContextGenerator:
     def _measured(self) -> PassBudget:
         forward = self._forward()
         with self.computing(), packed_linears(self.model):
+            self._verification.check_dtypes()
             if not isinstance(forward, GraphedForward):
                 return measure_budget(self.model)
             self._verification.check_ragged(0)
@@ -159,17 +159,17 @@ class ContextGenerator:
             if torch.is_autocast_enabled(device) or not hasattr(self._given, "_original_forward"):
                 yield
                 return
-            if self._prepared_dtype is None:
-                self._prepared_dtype = dtype_inside(self._given, self.model)
-            with torch.autocast(device, self._prepared_dtype):
+            if self._prepared is None:
+                dtype = autocast_inside(self._given, self.model)
+                self._prepared = nullcontext if dtype is None else partial(torch.autocast, device, dtype)
+            with self._prepared():
                 yield
 
     @property
     def precision(self) -> torch.dtype:
-        """The dtype that matrix products are computed in."""
-        device = self.model.device.type
+        """The dtype that matrix products are computed in; the least precise one where weights have several."""
         with self.computing():
-            return torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else self.model.dtype
+            return precision_of(self.model)
 
     def contexts(
         self,
@@ -234,6 +234,7 @@ class ContextGenerator:
 
         if method == "fixed_point":
             with self.computing():
+                self._verification.check_dtypes()
                 if support.missing:
                     self._verification.check_causal(max(batch.lengths))  # says more
                     raise UnsupportedModelError(
@@ -250,6 +251,7 @@ class ContextGenerator:
             passes, tokens_computed = state.passes, state.tokens_computed
         else:
             with self.computing():
+                self._verification.check_dtypes()
                 self._verification.check_causal(max(batch.lengths))
                 self._verification.check_adapter()
                 isolate = support.isolate_rows
@@ -340,6 +342,7 @@ class ContextGenerator:
                 bar.update()
 
             what = Prompts(rows, ids, limits, stop_ids)
+            self._verification.check_dtypes()
             self._verification.check_adapter()
             if support.missing or not self._runs_ragged(longest):
                 work = self._fallback(what, sampling, batch_size, finish, recompute=support.recompute)
@@ -374,16 +377,19 @@ class ContextGenerator:
 
     @property
     def _verification(self) -> Verification:
-        """What is known of the model with the adapters that are on."""
-        adapters = active_adapters(self._given)
+        """What is known of the model with the adapters that are on, in the precision that is asked for."""
+        adapters, precision = active_adapters(self._given), autocast_dtype(self.model.device)
         if adapters != self._adapters:
             transformers_model(self._given)  # refuses some of them
-            self._adapters, self._verified = adapters, Verification(self.model, self._given)
-        return self._verified
+            self._adapters, self._verified = adapters, {}
+        if precision not in self._verified:
+            self._verified[precision] = Verification(self.model, self._given)
+        return self._verified[precision]
 
     def look_again(self) -> None:
         """Find out anew what the model computes, as its weights have changed: a part of it may have begun at zero."""
-        self._verification.look_again()
+        for verification in self._verified.values():
+            verification.look_again()
 
     def check_causal(self, longest_row: int = 0) -> None:
         """Raise UnsupportedModelError if the model sees tokens that come later, or can't be run on tokens alone.
@@ -391,6 +397,7 @@ class ContextGenerator:
         Rows of up to ``longest_row`` tokens may be beyond a window or a chunk, where a model computes something else.
         """
         with self.computing():
+            self._verification.check_dtypes()
             self._verification.check_causal(longest_row)
 
     def _runs_ragged(self, longest_row: int = 0) -> bool:

@@ -8,7 +8,6 @@ from __future__ import annotations
 import inspect
 from collections.abc import Iterator, Sequence, Sized
 from contextlib import contextmanager, nullcontext
-from operator import attrgetter
 from typing import Any
 
 import torch
@@ -144,8 +143,11 @@ def transformers_model(model: torch.nn.Module) -> PreTrainedModel:
 
 def active_adapters(model: torch.nn.Module) -> tuple[str, ...]:
     """The names of PEFT's adapters that are on, as far as ``model`` is one of PEFT's."""
-    names = getattr(model, "active_adapters", ()) if hasattr(model, "peft_config") else ()
-    return tuple(names() if callable(names) else names)
+    names: Any = getattr(model, "active_adapters", ()) if hasattr(model, "peft_config") else ()
+    if callable(names):  # a transformers model's, which refuses some versions of PEFT that have loaded it
+        layers = (module for module in model.modules() if hasattr(module, "adapter_layer_names"))
+        names = next((layer.active_adapters for layer in layers), ())
+    return tuple(names)
 
 
 def _check_adapters(model: torch.nn.Module) -> None:
@@ -170,43 +172,6 @@ def _check_adapters(model: torch.nn.Module) -> None:
                 f"the adapter {name!r} is of PEFT's type {kind}, which needs more of PEFT's own forward than the "
                 "layers that it puts into the model; use LoRA or another adapter"
             )
-
-
-def dtype_inside(prepared: torch.nn.Module, model: PreTrainedModel) -> torch.dtype:
-    """What autocast computes in inside the forward of ``prepared``, which ends in that of ``model``."""
-    device, seen = model.device, []
-
-    def look(*_):
-        on = torch.is_autocast_enabled(device.type)
-        seen.append(torch.get_autocast_dtype(device.type) if on else model.dtype)
-
-    hook = model.get_input_embeddings().register_forward_pre_hook(look)
-    try:
-        ids = torch.zeros(1, 1, dtype=torch.int64, device=device)
-        prepared(input_ids=ids, attention_mask=torch.ones_like(ids))
-    finally:
-        hook.remove()
-    return seen[0]
-
-
-def check_dtypes(model: PreTrainedModel) -> None:
-    """One dtype for all weights, but for adapters and what transformers itself keeps in fp32."""
-    kept = tuple(getattr(model, "_keep_in_fp32_modules", None) or ()) + tuple(
-        getattr(model, "_keep_in_fp32_modules_strict", None) or ()
-    )
-    adapters = {
-        id(parameter)
-        for module in model.modules()
-        for layer in getattr(module, "adapter_layer_names", ())
-        for parameter in attrgetter(layer)(module).parameters()  # the name may have dots
-    }
-    dtypes: dict[torch.dtype, str] = {}
-    for name, parameter in model.named_parameters():
-        if parameter.is_floating_point() and id(parameter) not in adapters and not any(part in name for part in kept):
-            dtypes.setdefault(parameter.dtype, name)
-    if len(dtypes) > 1:
-        found = ", ".join(f"{dtype} ({name})" for dtype, name in dtypes.items())
-        raise TypeError(f"the model's weights have several dtypes: {found}; cast them with model.to(dtype)")
 
 
 def check_whole(model: PreTrainedModel) -> None:
@@ -275,6 +240,33 @@ def _how_it_is_split(model: PreTrainedModel) -> str | None:
     return None
 
 
+_LAYS_OUT = "support_avx512bf16_for_cpu"
+
+
+def check_4bit_layout(model: torch.nn.Module) -> None:
+    """Raise ValueError if bitsandbytes has laid out 4-bit weights for inference on the CPU (`keep_4bit_layout`)."""
+    for name, module in model.named_modules():
+        state = getattr(getattr(module, "weight", None), "quant_state", None)
+        if getattr(state, "packing_format_for_cpu", False):
+            raise ValueError(
+                f"{name} can't be trained through: a forward in eval mode has laid out its 4-bit weights for inference "
+                "on this CPU, and no gradient passes through that layout; load the model again, and make its trainer "
+                "before any forward in eval mode"
+            )
+
+
+def keep_4bit_layout(model: torch.nn.Module) -> list[torch.nn.Module]:
+    """Keep bitsandbytes' 4-bit weights on the CPU as training needs them; returns the modules that it has changed.
+
+    Where the CPU has AVX512-BF16, their first forward in eval mode lays them out anew, for good, and no gradient passes
+    through that layout.
+    """
+    modules = [module for module in model.modules() if getattr(module, _LAYS_OUT, False)]
+    for module in modules:
+        setattr(module, _LAYS_OUT, False)
+    return modules
+
+
 @contextmanager
 def inference(model: PreTrainedModel) -> Iterator[None]:
     """Eval mode and no gradients inside; every module's own training flag is back afterwards.
@@ -284,6 +276,7 @@ def inference(model: PreTrainedModel) -> Iterator[None]:
     modules = list(model.modules())
     training = [module for module in modules if module.training]
     compiled = any(module._compiled_call_impl is not None for module in modules)
+    kept = keep_4bit_layout(model)
     model.eval()
     try:
         with torch.no_grad(), torch.compiler.set_stance("force_eager") if compiled else nullcontext():
@@ -291,3 +284,5 @@ def inference(model: PreTrainedModel) -> Iterator[None]:
     finally:
         for module in training:
             module.training = True
+        for module in kept:
+            setattr(module, _LAYS_OUT, True)

@@ -15,6 +15,8 @@ from functools import partial
 import torch
 from torch import Tensor, nn
 
+from .precision import is_plain
+
 _BATCH_HINT = 64  # rows of a typical pass; oneDNN chooses the layout by it
 
 
@@ -33,14 +35,17 @@ def packed_linears(model: nn.Module) -> Iterator[None]:
     """Inside, the fp32 ``nn.Linear`` modules of ``model`` on the CPU multiply packed copies of their weights.
 
     The copies take as much memory as the weights, and are freed afterwards. Modules whose ``forward`` has been replaced
-    already are left alone. So are all modules under autocast, which the packed products would ignore.
+    already are left alone, and so are quantized weights. So are all modules under autocast, which the packed products
+    would ignore.
     """
     linears = [
         module
         for module in model.modules()
         if type(module) is nn.Linear
+        and is_plain(getattr(module, "weight", None))  # which a compressed one gets at its first forward
         and module.weight.device.type == "cpu"
         and module.weight.dtype == torch.float32
+        and (module.bias is None or module.bias.dtype == torch.float32)
         and "forward" not in vars(module)
     ]
     if not linears or not can_pack() or torch.is_autocast_enabled("cpu"):
@@ -57,6 +62,7 @@ def packed_linears(model: nn.Module) -> Iterator[None]:
 
 
 def _multiply(module: nn.Linear, packed: Tensor, bias: Tensor | None, hidden: Tensor) -> Tensor:
-    if type(module) is not nn.Linear:  # torch's parametrize, as adapters of PEFT use it, while it changes the weight
+    # torch's parametrize, as adapters of PEFT use it, while it changes the weight; or a dtype that does not fit
+    if type(module) is not nn.Linear or hidden.dtype != torch.float32:
         return type(module).forward(module, hidden)
     return torch.ops.mkldnn._linear_pointwise(hidden, packed, bias, "none", [], "")

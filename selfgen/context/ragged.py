@@ -21,6 +21,7 @@ from transformers.cache_utils import Cache, CacheLayerMixin
 import selfgen_kernels  # noqa: F401  (registers the operators)
 
 from .models import cache_argument
+from .precision import autocast_dtype
 
 ATTENTION = "selfgen"
 # The operators themselves: they run once per layer and pass, where the checks of the public functions cost a few per
@@ -50,9 +51,12 @@ class RaggedPass:
 
 
 def _autocast(states: Tensor) -> Tensor:
-    """What attention gets under autocast, which casts the arguments of torch's attention but not those of other ops."""
-    device = states.device.type
-    return states.to(torch.get_autocast_dtype(device)) if torch.is_autocast_enabled(device) else states
+    """What attention gets under autocast, which casts the arguments of torch's attention but not those of other ops.
+
+    It leaves fp64 as it is.
+    """
+    dtype = autocast_dtype(states.device)
+    return states if dtype is None or states.dtype == torch.float64 else states.to(dtype)
 
 
 class RaggedLayer(CacheLayerMixin):

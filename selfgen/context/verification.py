@@ -23,6 +23,7 @@ from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedM
 from .batch import Batch
 from .models import attention_function, max_positions, own_logits, vocab_size_of
 from .packed import packed_linears
+from .precision import dtype_clash, full_precision
 from .ragged import RaggedCache, RaggedPass, UnsupportedModelError, ragged_logits, ragged_model
 from .sequential import ALONE, STRATEGIES, SequentialResult, Strategy, sequential
 from .support import lengths_of
@@ -64,6 +65,16 @@ class Verification:
         """
         length = self._probe_length(longest_row)
         self._once("causal", length, lambda: _check_causal(self.model, length))
+
+    def check_dtypes(self) -> None:
+        """Raise UnsupportedModelError if weights have several dtypes that the model's own forward can't compute with.
+
+        It can where a hook casts what enters a module, or autocast does. A model that was refused is tried again: its
+        weights may have been cast.
+        """
+        if ("dtypes", 0) not in self._found:
+            _check_dtypes(self.model)
+            self._found["dtypes", 0] = None
 
     def check_adapter(self) -> None:
         """Raise UnsupportedModelError if PEFT's own forward computes something else than the model inside."""
@@ -212,17 +223,23 @@ def _difference(model: PreTrainedModel, found: list[Tensor], own: list[Tensor]) 
         / usual.sum(1).clamp(min=1)
         / scale
     )
-    summary = Tensor.mean if _full_precision(model) else Tensor.median
+    summary = Tensor.mean if full_precision(model) else Tensor.median
     return float(torch.stack([summary(w) for w in off.split([len(o) for o in own]) if len(w)]).max())
-
-
-def _full_precision(model: PreTrainedModel) -> bool:
-    return model.dtype == torch.float32 and not torch.is_autocast_enabled(model.device.type)
 
 
 def _tolerance(model: PreTrainedModel) -> float:
     """What rounding stays far below. A model that computes something else is off by as much as its logits vary."""
-    return 1e-3 if _full_precision(model) else 0.1
+    return 1e-3 if full_precision(model) else 0.1
+
+
+def _check_dtypes(model: PreTrainedModel) -> None:
+    row = _probe_row(model, min(_SHORT, max_positions(model) or _SHORT))
+    if clash := dtype_clash(model, lambda: own_logits(model, row, torch.arange(1, device=row.device))):
+        raise UnsupportedModelError(
+            f"weights of {type(model).__name__} have dtypes that its own forward can't compute with: {clash}; cast "
+            "them with model.to(dtype), compute in mixed precision (torch.autocast; --bf16), or cast what enters such "
+            "a module by a forward pre-hook"
+        )
 
 
 def _check_causal(model: PreTrainedModel, length: int) -> None:
@@ -246,7 +263,7 @@ def _check_causal(model: PreTrainedModel, length: int) -> None:
         return
     difference, at_last = _difference(model, [found], [own]), _difference(model, [found[-1:]], [own[-1:]])
     # A single position may be off by more in half precision.
-    if not difference <= _tolerance(model) or not at_last <= (_tolerance(model) if _full_precision(model) else 0.5):
+    if not difference <= _tolerance(model) or not at_last <= (_tolerance(model) if full_precision(model) else 0.5):
         difference = max(difference, at_last)
         raise LooksAheadError(
             f"{type(model).__name__} looks ahead: other tokens at the end of a row change its logits before them by "

@@ -22,7 +22,16 @@ from transformers.trainer_pt_utils import LengthGroupedSampler
 
 from ..context import ContextStats, MixedContext, UnsupportedModelError
 from ..context.hidden_states import ReuseError, decoder_layers
-from ..context.models import check_here, max_positions, transformers_model, vocab_size_of
+from ..context.models import (
+    check_4bit_layout,
+    check_here,
+    inference,
+    keep_4bit_layout,
+    max_positions,
+    transformers_model,
+    vocab_size_of,
+)
+from ..context.precision import full_precision
 from ..data import Collator, DataError, check_sample_ids, load_rows, pad_token_id, rows_of, write_contexts_into
 from ..data.batches import IGNORE_INDEX, ROWS, Row, lengths_of
 from ..data.streams import StreamedRows, refuse_stream
@@ -122,6 +131,8 @@ class BSSTrainer(Trainer):
             )
         name = transformers_model(model).name_or_path
         check_trainable(model)
+        check_4bit_layout(model)
+        keep_4bit_layout(model)
         if processing_class is None and not name:
             raise ValueError("the model was not loaded by name, so its tokenizer can't be found: give processing_class")
         if processing_class is None:
@@ -158,7 +169,8 @@ class BSSTrainer(Trainer):
             raise ValueError(
                 "contexts can't be made with weights that FSDP or DeepSpeed shards yet; train with DDP or on one device"
             )
-        self.generator.check_causal()  # the loss of a model that sees the answer teaches nothing
+        with self.accelerator.autocast():
+            self.generator.check_causal()  # the loss of a model that sees the answer teaches nothing
         self._end_answers_where_rows_end()
         check_savable(self.generator.model, adapter=self._adapters() is not None)
         self._check_best_metric()
@@ -169,7 +181,8 @@ class BSSTrainer(Trainer):
         self._checked: str | None = None  # a checkpoint that this run can go on from
         self._looked = self._reuse_verified = False
         self._reuses = self._may_reuse()
-        self._answer_loss = self._make_loss()
+        with self.accelerator.autocast():
+            self._answer_loss = self._make_loss()
         self._label_smoother = self.label_smoother  # type: ignore[has-type]
         self.meter = Meter(scales_loss=self.accelerator.scaler is not None)
         self.add_callback(StepTimer(self.meter))
@@ -515,7 +528,11 @@ class BSSTrainer(Trainer):
             self._looked, self._reuse_verified = True, False
             self.generator.look_again()
         early = step & (step - 1) == 0  # powers of two, as this look is cheap
-        if self._answer_loss is not None and (regular or early) and self._answer_loss.look_again():
+        if self._answer_loss is None or not (regular or early):
+            return
+        with self.accelerator.autocast():
+            changed = self._answer_loss.look_again()
+        if changed:
             logger.warning("from step %d on the loss is not lean: %s", step + 1, self._answer_loss.not_lean)
 
     def _check_causal(self, batches: list[dict[str, Tensor]]) -> None:
@@ -666,9 +683,16 @@ class BSSTrainer(Trainer):
         if isinstance(ordinary, tuple):  # with outputs
             ordinary, found = ordinary[0], found[0]
         difference = float((found.detach() - ordinary).abs() / ordinary.abs())
-        full_precision = self.generator.model.dtype == torch.float32 and self.accelerator.mixed_precision == "no"
-        if not difference <= (1e-4 if full_precision else 2e-2):  # NaN is a difference, too
+        with self.accelerator.autocast():
+            bound = 1e-4 if full_precision(self.generator.model) else 2e-2
+        if not difference <= bound:  # NaN is a difference, too
             return self._reuse_off(f"the loss would be off by {difference:.1e} of its value in an ordinary forward")
+        with inference(unwrapped):
+            in_inference = loss(unwrapped)
+        in_inference = in_inference[0] if isinstance(in_inference, tuple) else in_inference
+        difference = float((in_inference - ordinary).abs() / ordinary.abs())
+        if not difference <= 1e-4:  # in any precision, as rounding is the same
+            return self._reuse_off(f"training and inference differ, their losses by {difference:.1e} of the value")
         return True
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:

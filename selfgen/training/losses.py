@@ -24,6 +24,7 @@ from torch.utils.checkpoint import checkpoint
 from transformers import PreTrainedModel
 
 from ..context.models import inference
+from ..context.precision import is_plain
 from ..data import IGNORE_INDEX
 
 logger = logging.getLogger(__name__)
@@ -235,18 +236,24 @@ def why_not_lean(model: PreTrainedModel) -> str | None:
     head, name = model.get_output_embeddings(), type(model).__name__
     if type(head) is not nn.Linear or "forward" in vars(head):
         return f"the head of {name} is a {type(head).__name__} with a forward of its own (an adapter's, a hook's, ...)"
-    ids, planted = _probe(model), []
+    if not is_plain(head.weight):
+        return f"the head of {name} is quantized ({type(head.weight).__name__})"
+    ids, planted, entered = _probe(model), [], []
 
     def plant(states: Tensor) -> Tensor:
         planted.append(_all_magnitudes(states, head).requires_grad_())
         return planted[-1]
+
+    def leave_out(states: Tensor) -> Tensor:
+        entered.append(states.dtype)
+        return states
 
     try:
         with inference(model), _head_replaced(model, plant):
             free = model(input_ids=ids, attention_mask=torch.ones_like(ids), use_cache=False).logits
         with inference(model), torch.enable_grad(), _head_replaced(model, plant):
             given = _given_to_loss(model, ids)
-        with inference(model), _head_left_out(model):
+        with inference(model), _head_replaced(model, leave_out):
             states = _given_to_loss(model, ids)
     except Exception as error:  # whatever a model does to what it takes for logits
         return f"{name} does not run without its head ({error})"
@@ -259,6 +266,8 @@ def why_not_lean(model: PreTrainedModel) -> str | None:
             return f"{name} does more to its logits than multiply by its head"
     if states.shape != (*ids.shape, head.in_features):
         return f"{name} changes what enters its head"
+    if [states.dtype] != entered:
+        return f"a hook on the head of {name} casts what leaves it to {states.dtype}"
     if part := _weights_in(given, model):
         return f"{name} does more to its logits than multiply by its head: {part} has a part in them"
     return None

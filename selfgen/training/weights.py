@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 from transformers import TrainerCallback
 
-_CHECKED = (torch.float32, torch.bfloat16, torch.float16, torch.float64)  # others have no infinities, or are quantized
+from ..context.precision import how_quantized, is_plain
 
 
 class DivergedError(RuntimeError):
@@ -16,7 +16,14 @@ class DivergedError(RuntimeError):
 
 
 def check_trainable(model: nn.Module) -> None:
-    """Raise ValueError if no weight of ``model`` is trainable, or one of these is fp16."""
+    """Raise ValueError if no weight of ``model`` is trainable, or those that are quantized or fp16."""
+    quantized = how_quantized(model)
+    learns_quantized = getattr(getattr(model, "hf_quantizer", None), "is_qat_trainable", False)
+    if quantized and not hasattr(model, "peft_config") and not learns_quantized:
+        raise ValueError(
+            f"the model is quantized ({quantized}), and quantized weights can't be trained: train an adapter on them "
+            "(peft.prepare_model_for_kbit_training, then peft.get_peft_model), or load the model without quantization"
+        )
     trainable = [(name, parameter) for name, parameter in model.named_parameters() if parameter.requires_grad]
     if not trainable:
         raise ValueError(
@@ -46,7 +53,7 @@ def not_finite(model: nn.Module, *, trainable_only: bool = False) -> str | None:
     """The first of the weights that has a NaN or an infinity."""
     names, found = [], []
     for name, parameter in model.named_parameters():
-        if parameter.dtype in _CHECKED and parameter.numel() and (parameter.requires_grad or not trainable_only):
+        if is_plain(parameter) and parameter.numel() and (parameter.requires_grad or not trainable_only):
             names.append(name)
             found.append(torch.stack(torch.aminmax(parameter)).isfinite().all())  # NaN is both
     return next((name for name, fine in zip(names, _together(found), strict=True) if not fine), None)

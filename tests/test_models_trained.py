@@ -138,3 +138,26 @@ def test_training_on_long_rows_with_a_model_that_looks_ahead_there(self_prob, tm
     )
     with pytest.raises(UnsupportedModelError, match=r"at step 1: .*looks ahead"):
         trainer.train()
+
+
+class CutOff(nn.Module):
+    """A layer that hands on no gradient, as some quantized ones do."""
+
+    def __init__(self, of: nn.Module):
+        super().__init__()
+        self.of = of
+
+    def forward(self, states):
+        return self.of(states.detach()).detach()
+
+
+def test_weights_without_a_gradient_are_told(tmp_path, caplog):
+    model = tiny_model("llama")
+    model.model.layers[1].mlp = CutOff(model.model.layers[1].mlp)
+    make_trainer(tmp_path, model=model, max_steps=2).train()
+    assert caplog.text.count("got no gradient in step 1") == 1
+    assert "4 of 21 trainable weights" in caplog.text
+    assert "model.layers.1.mlp.of.gate_proj.weight" in caplog.text
+    caplog.clear()
+    make_trainer(tmp_path, model=tiny_model("llama"), max_steps=2).train()
+    assert "no gradient" not in caplog.text

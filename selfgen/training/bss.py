@@ -55,7 +55,14 @@ from .reuse import reuse_passes
 from .sampling import EpochOfSampler, SeededByEpoch
 from .schedules import Schedule
 from .streams import StreamProgress, check_stream, message_of, sorts_by_length, stream_loader
-from .weights import StopAtBrokenGradients, check_finite, check_trainable, diverged, not_finite
+from .weights import (
+    StopAtBrokenGradients,
+    TellOfMissingGradients,
+    check_finite,
+    check_trainable,
+    diverged,
+    not_finite,
+)
 
 logger = logging.getLogger(__name__)
 
@@ -187,6 +194,7 @@ class BSSTrainer(Trainer):
         self.meter = Meter(scales_loss=self.accelerator.scaler is not None)
         self.add_callback(StepTimer(self.meter))
         self.add_callback(EpochOfSampler())
+        self.add_callback(TellOfMissingGradients())
         if self.accelerator.scaler is None:
             self.add_callback(StopAtBrokenGradients())
 

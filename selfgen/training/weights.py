@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import math
 
 import torch
@@ -9,6 +10,8 @@ from torch import Tensor, nn
 from transformers import TrainerCallback
 
 from ..context.precision import how_quantized, is_plain
+
+logger = logging.getLogger(__name__)
 
 
 class DivergedError(RuntimeError):
@@ -64,6 +67,30 @@ def _together(flags: list[Tensor]) -> list[Tensor]:
     devices = {flag.device for flag in flags}
     on_host = {device: iter(torch.stack([flag for flag in flags if flag.device == device]).cpu()) for device in devices}
     return [next(on_host[flag.device]) for flag in flags]
+
+
+class TellOfMissingGradients(TrainerCallback):
+    """Says once which trainable weights got no gradient: some layers cut it off in silence, others do not run."""
+
+    def __init__(self) -> None:
+        self.looked = False
+
+    def on_pre_optimizer_step(self, args, state, control, model=None, **kwargs):
+        if self.looked:
+            return
+        self.looked = True
+        trainable = [(name, parameter) for name, parameter in model.named_parameters() if parameter.requires_grad]
+        without = [name for name, parameter in trainable if parameter.grad is None and parameter.numel()]
+        if without:
+            shown = ", ".join(without[:3]) + (", ..." if len(without) > 3 else "")
+            logger.warning(
+                "%d of %d trainable weights got no gradient in step %d, and are not trained: %s. A forward over rows "
+                "of text does not use them, or a layer after them cuts gradients off, as some quantized ones do",
+                len(without),
+                len(trainable),
+                state.global_step + 1,
+                shown,
+            )
 
 
 class StopAtBrokenGradients(TrainerCallback):

@@ -136,7 +136,7 @@ FAULTS = [
         CONTEXT + "free_running.py",
         "sample_ids=self.prompts.sample_ids[self.row[taken]],",
         "sample_ids=taken,",
-        (PLAIN,),
+        (PLAIN, RECORDED, LORA, WINDOW),
     ),
     Fault(
         "window: one too long where attention is called",

@@ -176,7 +176,7 @@ def test_a_leak_of_generations_is_seen(monkeypatch):
     original = forward.RaggedCache
     monkeypatch.setattr(forward, "RaggedCache", lambda *args: kept.append(original(*args)) or kept[-1])
     step = generations()
-    assert "tensors" in grown(watched(step, 60, every=3))
+    assert "tensors" in grown(watched(step, 40, every=2))
     kept.clear()
     monkeypatch.undo()
-    assert not grown(watched(step, 60, every=3)).keys() & {"tensors", "objects", "files", "threads"}
+    assert not grown(watched(step, 40, every=2)).keys() & {"tensors", "objects", "files", "threads"}

@@ -1,4 +1,4 @@
-"""Does each fault that one could make get caught? `python -m tools.planted_faults [--only WORD] [--jobs 2]`.
+"""Does each fault that one could make get caught? `python -m tools.planted_faults [--only NAME ...] [--jobs 2]`.
 
 Each fault is a replacement of a few lines in a copy of the packages. The tests that should catch it run there, and the
 table says which of them failed. The exit status is 1 if a fault survives, or if these tests fail without any. A
@@ -406,10 +406,10 @@ def check(faults: list[Fault], jobs: int) -> bool:
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--only", default="", help="faults with this in their names")
+    parser.add_argument("--only", nargs="+", default=[""], help="faults with one of these in their names")
     parser.add_argument("--jobs", type=int, default=os.cpu_count() or 1, help="processes at a time")
     args = parser.parse_args()
-    faults = [fault for fault in FAULTS if args.only in fault.name]
+    faults = [fault for fault in FAULTS if any(part in fault.name for part in args.only)]
     for fault in faults:
         replaced(fault)
     os.environ |= {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "HF_DATASETS_OFFLINE": "1"}

@@ -44,12 +44,14 @@ class Watch:
     def step_done(self, step: int) -> None:
         self._seconds += time.process_time() - self._mark
         if step % self.every == 0:
-            self.samples.append(Sample(step, *_held(), self._seconds / self.every))
+            held = _held(ours=len(self.samples))
+            self.samples.append(Sample(step, *held, self._seconds / self.every))
             self._seconds = 0.0
         self.mark()
 
 
-def _held() -> tuple[int, int, int, int, int]:
+def _held(ours: int) -> tuple[int, int, int, int, int]:
+    """What a sample says of the process; ``ours`` are the objects that samples are."""
     gc.collect()
     if os.name == "posix" and hasattr(libc := ctypes.CDLL(None), "malloc_trim"):
         libc.malloc_trim(0)
@@ -57,7 +59,7 @@ def _held() -> tuple[int, int, int, int, int]:
     tensors = sum(issubclass(type(one), torch.Tensor) for one in objects)
     pages = int(Path("/proc/self/statm").read_text().split()[1])
     files = len(os.listdir("/proc/self/fd"))
-    return pages * os.sysconf("SC_PAGE_SIZE"), tensors, len(objects), files, threading.active_count()
+    return pages * os.sysconf("SC_PAGE_SIZE"), tensors, len(objects) - ours, files, threading.active_count()
 
 
 def watched(step: Callable[[int], object], steps: int, every: int) -> list[Sample]:

@@ -22,7 +22,8 @@ from typing import Any, NamedTuple
 
 ROOT = Path(__file__).parent.parent
 COPIED = ("selfgen", "selfgen_kernels", "tests", "tools", "pyproject.toml")
-IMPORTED = ("torch", "transformers", "datasets", "accelerate", "peft", "pytest", "hypothesis.stateful")
+IMPORTED = ("torch", "pytest", "hypothesis.stateful", "transformers", "datasets", "accelerate", "peft")
+FOR_KERNELS = 3  # of them are enough for the tests of kernels
 DEADLINE = 600  # seconds for the tests of a fault; a loop without an end is a failure, too
 
 MACHINE = "tests/test_state_machine.py::test_some_cases[{}]"
@@ -413,7 +414,8 @@ def main() -> int:
     for fault in faults:
         replaced(fault)
     os.environ |= {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "HF_DATASETS_OFFLINE": "1"}
-    for name in IMPORTED:
+    of_kernels = all(test.startswith("tests/kernels/") for fault in faults for test in fault.tests)
+    for name in IMPORTED[: FOR_KERNELS if of_kernels else None]:
         importlib.import_module(name)
     return 0 if check(faults, args.jobs) else 1
 

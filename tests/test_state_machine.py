@@ -332,4 +332,4 @@ def test_some_cases(family, graphs):
 @ALL
 def test_ten_thousand_cases(family, graphs):
     """A tenth of them each."""
-    run(family, graphs, cases=1000, examples=15, steps=60)
+    run(family, graphs, cases=1000, examples=10, steps=60)

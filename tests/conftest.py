@@ -13,7 +13,7 @@ if "PYTEST_XDIST_WORKER" in os.environ:  # one of several, and what it starts
 
 import pytest
 import torch
-from hypothesis import HealthCheck, settings
+from hypothesis import HealthCheck, Phase, settings
 
 torch.set_num_threads(min(2, torch.get_num_threads()))  # the tiny models are slower on more
 
@@ -21,6 +21,8 @@ torch.set_num_threads(min(2, torch.get_num_threads()))  # the tiny models are sl
 _COMMON = {"deadline": None, "suppress_health_check": [HealthCheck.too_slow, HealthCheck.function_scoped_fixture]}
 settings.register_profile("fixed", derandomize=True, max_examples=40, database=None, **_COMMON)
 settings.register_profile("explore", max_examples=300, **_COMMON)
+# A failure is enough, however long its example is: for `python -m tools.planted_faults`.
+settings.register_profile("unshrunk", settings.get_profile("fixed"), phases=[Phase.explicit, Phase.generate])
 settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "fixed"))
 
 

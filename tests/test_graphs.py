@@ -6,63 +6,22 @@ That CUDA graphs replay the same is shown in test_on_gpu.py.
 from __future__ import annotations
 
 import pickle
-from contextlib import nullcontext
 
 import pytest
 import torch
 from helpers.contexts import assert_equal, batch
+from helpers.graphs import Recorder, recorded_passes
 from helpers.training import generate, make_trainer, padded, rows
 from models import CONFIGS, tiny_model
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
 
 from selfgen import ContextGenerator
 from selfgen.context import graphs as engine
 
 
-class Calls(TorchDispatchMode):
-    """The operators called inside, with their arguments and results."""
-
-    def __init__(self):
-        super().__init__()
-        self.calls = []
-
-    def __torch_dispatch__(self, operator, types, args=(), kwargs=None):
-        result = operator(*args, **(kwargs or {}))
-        self.calls.append((operator, args, kwargs or {}, result))
-        return result
-
-
-class Recorder(engine.GraphedForward):
-    """A replay calls the operators of the recording on its memory again; as in a graph, no Python of the model runs."""
-
-    def __init__(self, model):
-        super().__init__(model)
-        self.records = self.replays = 0
-
-    def _record(self, run):
-        self.records += 1
-        with engine.fresh_casts(self.model), Calls() as recorded:
-            run()
-
-        def replay():
-            self.replays += 1
-            for operator, args, kwargs, results in recorded.calls:
-                again = operator(*args, **kwargs)
-                for old, new in zip(tree_leaves(results), tree_leaves(again), strict=True):
-                    if isinstance(old, torch.Tensor) and old.data_ptr() != new.data_ptr():
-                        old.copy_(new)
-
-        return replay
-
-
 @pytest.fixture(autouse=True)
-def recorder(monkeypatch):
-    monkeypatch.setattr(engine, "not_waiting", nullcontext)
-    monkeypatch.setattr("selfgen.context.forward.packed_linears", nullcontext)  # a CPU's, whose weights are copies
-    monkeypatch.setattr(engine, "_memory_of", lambda device: 2**34)
-    monkeypatch.setattr(engine, "forward_of", lambda model, cuda_graphs: Recorder(model))
-    monkeypatch.setattr("selfgen.context.generator.forward_of", lambda model, cuda_graphs: Recorder(model))
+def recorder():
+    with recorded_passes():
+        yield
 
 
 def contexts(generator, self_prob=0.5, **settings):

@@ -1,0 +1,424 @@
+"""Does each fault that one could make get caught? `python -m tools.planted_faults [--only NAME ...] [--jobs 2]`.
+
+Each fault is a replacement of a few lines in a copy of the packages. The tests that should catch it run there, and the
+table says which of them failed. The exit status is 1 if a fault survives, or if these tests fail without any. A
+replacement whose lines are not there any more (or twice) is an error: correct it here.
+
+Tests run in processes that are forked from this one, which has imported what takes seconds to import.
+"""
+
+from __future__ import annotations
+
+import argparse
+import importlib
+import os
+import shutil
+import signal
+import sys
+import tempfile
+import time
+from pathlib import Path
+from typing import Any, NamedTuple
+
+ROOT = Path(__file__).parent.parent
+COPIED = ("selfgen", "selfgen_kernels", "tests", "tools", "pyproject.toml")
+IMPORTED = ("torch", "pytest", "hypothesis.stateful", "transformers", "datasets", "accelerate", "peft")
+FOR_KERNELS = 3  # of them are enough for the tests of kernels
+DEADLINE = 600  # seconds for the tests of a fault; a loop without an end is a failure, too
+
+MACHINE = "tests/test_state_machine.py::test_some_cases[{}]"
+PLAIN, RECORDED = MACHINE.format("llama-plain"), MACHINE.format("llama-graphs")
+LORA, WINDOW = MACHINE.format("lora-plain"), MACHINE.format("mistral-plain")
+COMMIT = "tests/kernels/test_passes.py::test_commit_place_by_place"
+REUSE = "tests/test_reuse.py::test_loss_and_gradients_are_those_of_the_ordinary_step[llama]"
+RANKS = "tests/test_ranks.py"
+
+CONTEXT, TRAINING, REFERENCE = "selfgen/context/", "selfgen/training/", "selfgen_kernels/backends/reference/"
+
+
+class Fault(NamedTuple):
+    name: str
+    file: str
+    old: str
+    new: str
+    tests: tuple[str, ...]
+    compiled: bool = True  # False: the copy has no C++ kernels, so that the reference runs in their place
+
+
+FAULTS = [
+    Fault(
+        "commit: final one too far after a change",
+        REFERENCE + "passes.py",
+        "final[row] = slots[last] + 1",
+        "final[row] = slots[last] + (2 if last < end - 1 else 1)",
+        (PLAIN,),
+        compiled=False,
+    ),
+    Fault(
+        "commit: final one too short",
+        REFERENCE + "passes.py",
+        "final[row] = slots[last] + 1",
+        "final[row] = max(slots[last], slots[begin] + 1)",
+        (COMMIT,),
+        compiled=False,
+    ),
+    Fault(
+        "commit: final at the last change, not at the first",
+        REFERENCE + "passes.py",
+        "last = begin + int(wrong[0])",
+        "last = begin + int(wrong[-1])",
+        (PLAIN,),
+        compiled=False,
+    ),
+    Fault(
+        "commit: the guess after a change is not carried on",
+        REFERENCE + "passes.py",
+        "        tokens[at] = sampled[places]\n",
+        "        first = changed[begin:end].long().argmax() + begin\n"
+        "        tokens[at[places <= first]] = sampled[places[places <= first]]\n",
+        (COMMIT,),
+        compiled=False,
+    ),
+    Fault(
+        "K/V: a slot is not written again",
+        CONTEXT + "ragged.py",
+        "        kv_append(self.keys, self.values, key, value, self.cache.current.slots)\n",
+        "        slots, seen = self.cache.current.slots, vars(self).setdefault('seen', set())\n"
+        "        new = torch.tensor([-1 if slot in seen else slot for slot in slots.tolist()])\n"
+        "        kv_append(self.keys, self.values, key, value, new)\n"
+        "        seen.update(slots.tolist())\n",
+        (PLAIN,),
+    ),
+    Fault(
+        "position: counted over all rows",
+        CONTEXT + "fixed_point.py",
+        "return RaggedPass(slots, self.positions[slots][None], cu_seqlens_q, kv_ranges)",
+        "return RaggedPass(slots, slots[None], cu_seqlens_q, kv_ranges)",
+        ("tests/test_contexts.py::test_fixed_point_equals_sequential[gpt2]",),
+    ),
+    Fault(
+        "position: one too late in contexts' answers",
+        CONTEXT + "fixed_point.py",
+        "return RaggedPass(slots, self.positions[slots][None], cu_seqlens_q, kv_ranges)",
+        "late = self.positions + (self.answer_positions >= 0)\n"
+        "        return RaggedPass(slots, late[slots][None], cu_seqlens_q, kv_ranges)",
+        (PLAIN,),
+    ),
+    Fault(
+        "position: one too early in free answers",
+        CONTEXT + "free_running.py",
+        "position_ids=positions[None],",
+        "position_ids=(positions - (positions > 7).long())[None],",
+        (PLAIN,),
+    ),
+    Fault(
+        "stream: the noise of the first row for all",
+        CONTEXT + "fixed_point.py",
+        "sample_ids=self.sample_ids[at],",
+        "sample_ids=self.sample_ids[:1].expand(len(at)),",
+        (PLAIN,),
+    ),
+    Fault(
+        "stream: positions counted from the prompt",
+        CONTEXT + "fixed_point.py",
+        "positions=self.answer_positions[at],",
+        "positions=self.positions[at],",
+        (PLAIN,),
+    ),
+    Fault(
+        "stream: another seed than the mask's",
+        CONTEXT + "fixed_point.py",
+        "seed=batch.seed,",
+        "seed=batch.seed ^ 1,",
+        (PLAIN,),
+    ),
+    Fault(
+        "stream: the place in the batch for the row's id",
+        CONTEXT + "free_running.py",
+        "sample_ids=self.prompts.sample_ids[self.row[taken]],",
+        "sample_ids=taken,",
+        (PLAIN, RECORDED, LORA, WINDOW),
+    ),
+    Fault(
+        "window: one too long where attention is called",
+        CONTEXT + "ragged.py",
+        "        sliding_window,\n        softcap,\n        s_aux,\n    )",
+        "        sliding_window and sliding_window + 1,\n        softcap,\n        s_aux,\n    )",
+        (WINDOW,),
+    ),
+    Fault(
+        "window: one too long in attention itself",
+        REFERENCE + "attention.py",
+        "visible & (distance < sliding_window)",
+        "visible & (distance <= sliding_window)",
+        (WINDOW,),
+        compiled=False,
+    ),
+    Fault(
+        "budget: not kept",
+        CONTEXT + "fixed_point.py",
+        "min(budget.tokens, len(self.tokens)),",
+        "len(self.tokens),",
+        ("tests/test_contexts.py::test_nothing_final_is_computed_twice[7]",),
+    ),
+    Fault(
+        "budget: a rank's own decides its contexts",
+        TRAINING + "bss.py",
+        "seed=step_seed(self.args.seed, self.state.global_step),",
+        "seed=step_seed(self.args.seed + self.generator.budget.tokens, self.state.global_step),",
+        (RANKS,),
+    ),
+    Fault(
+        "seed: a rank has its own",
+        TRAINING + "bss.py",
+        "seed=step_seed(self.args.seed, self.state.global_step),",
+        "seed=step_seed(self.args.seed + self.args.process_index, self.state.global_step),",
+        (RANKS,),
+    ),
+    Fault(
+        "seed: of another step after resuming",
+        TRAINING + "bss.py",
+        "seed=step_seed(self.args.seed, self.state.global_step),",
+        "seed=step_seed(self.args.seed, self.state.global_step - (self._resumed_from is not None)),",
+        ("tests/test_trainer.py::test_resume_repeats_the_uninterrupted_run",),
+    ),
+    Fault(
+        "candidates: shifted by one",
+        CONTEXT + "fixed_point.py",
+        "            candidates=may_be_self,\n            is_self=may_be_self.clone(),\n",
+        "            candidates=may_be_self.roll(1),\n            is_self=may_be_self.clone(),\n",
+        (PLAIN,),
+    ),
+    Fault(
+        "candidates: drawn of the next positions",
+        CONTEXT + "masks.py",
+        "mask = self_mask(seed, ids, positions, prob)",
+        "mask = self_mask(seed, ids, positions + 1, prob)",
+        (PLAIN,),
+    ),
+    Fault(
+        "loss: shifted by one",
+        TRAINING + "losses.py",
+        "targets = F.pad(labels, (0, 1), value=IGNORE_INDEX)[:, 1:].to(states.device)",
+        "targets = labels.to(states.device)",
+        ("tests/test_losses.py::test_lean_training_is_plain_training",),
+    ),
+    Fault(
+        "reuse: a layer leaves what entered it",
+        TRAINING + "reuse.py",
+        "partial(kept.at, index + 1, slots)",
+        "partial(kept.at, index, slots)",
+        (REUSE,),
+    ),
+    Fault(
+        "reuse: a layer's backward begins at the one before",
+        TRAINING + "reuse.py",
+        "entering, leaving = partial(kept.at, index, slots)",
+        "entering, leaving = partial(kept.at, max(0, index - 1), slots)",
+        (REUSE,),
+    ),
+    Fault(
+        "reuse: one layer has no gradient",
+        TRAINING + "reuse.py",
+        "for parameter in layer.parameters() if parameter.requires_grad]",
+        "for parameter in layer.parameters() if parameter.requires_grad and index != 1]",
+        (REUSE,),
+    ),
+    Fault(
+        "temperature: left out in contexts",
+        CONTEXT + "fixed_point.py",
+        "temperature=batch.temperature,",
+        "temperature=1.0,",
+        (PLAIN,),
+    ),
+    Fault(
+        "temperature: left out in answers",
+        CONTEXT + "generator.py",
+        '"seed": seed, "temperature": self.temperature,',
+        '"seed": seed, "temperature": 1.0,',
+        (PLAIN,),
+    ),
+    Fault(
+        "top_k: one too few",
+        REFERENCE + "scaling.py",
+        "gather(1, top_k[:, None] - 1)",
+        "gather(1, (top_k[:, None] - 2).clamp(min=0))",
+        ("tests/kernels/test_sample_mix.py::test_filters_are_those_of_transformers",),
+        compiled=False,
+    ),
+    Fault(
+        "vocabulary: padding is sampled",
+        CONTEXT + "fixed_point.py",
+        "vocab_size=batch.vocab_size,",
+        "vocab_size=None,",
+        (PLAIN,),
+    ),
+    Fault(
+        "weights: packed once, and stale after a step",
+        CONTEXT + "packed.py",
+        "packed = torch.ops.mkldnn._reorder_linear_weight(module.weight.detach(), _BATCH_HINT)",
+        "packed = vars(module).setdefault(\n"
+        "                '_once', torch.ops.mkldnn._reorder_linear_weight(module.weight.detach(), _BATCH_HINT)\n"
+        "            )",
+        (PLAIN,),
+    ),
+    Fault(
+        "weights: replayed from where they were",
+        CONTEXT + "graphs.py",
+        "if state != self._state or num_slots > self.cache.num_slots:",
+        "if self._state is None or num_slots > self.cache.num_slots:",
+        ("tests/test_graphs.py::test_what_changes_the_computation_is_recorded_anew[moved]", RECORDED),
+    ),
+    Fault(
+        "graphs: slots of an earlier pass are written",
+        CONTEXT + "graphs.py",
+        "        mine.slots[n:] = PADDING\n",
+        "",
+        (RECORDED,),
+    ),
+    Fault(
+        "mode: dropout is on while contexts are made",
+        CONTEXT + "models.py",
+        "    model.eval()\n    try:\n        with torch.no_grad():",
+        "    try:\n        with torch.no_grad():",
+        ("tests/test_contexts.py::test_dropout_is_off_while_contexts_are_made", LORA),
+    ),
+]
+
+
+def plant(fault: Fault | None, root: Path) -> None:
+    """Copy the packages to ``root``, with the fault in them.
+
+    Raises:
+        ValueError: its lines are not there once.
+    """
+    left_out = ["__pycache__", *([] if fault is None or fault.compiled else ["_C*.so"])]
+    for name in COPIED:
+        if (ROOT / name).is_dir():
+            shutil.copytree(ROOT / name, root / name, ignore=shutil.ignore_patterns(*left_out))
+        else:
+            shutil.copy(ROOT / name, root / name)
+    if fault is not None:
+        (root / fault.file).write_text(replaced(fault))
+
+
+def replaced(fault: Fault) -> str:
+    """The text of the file with the fault."""
+    text = (ROOT / fault.file).read_text()
+    if (count := text.count(fault.old)) != 1:
+        raise ValueError(f"the fault {fault.name!r} can't be planted: {fault.file} has {fault.old!r} {count} times")
+    return text.replace(fault.old, fault.new)
+
+
+class _Failed:
+    """A plugin of pytest that notes down which tests fail, and not those that can't be run at all."""
+
+    def __init__(self, file: Path):
+        self.file = file
+
+    def pytest_runtest_logreport(self, report: Any) -> None:
+        if report.failed and report.when == "call":
+            with self.file.open("a") as stream:
+                stream.write(f"{report.nodeid}\n")
+
+
+def run_tests(root: Path, tests: tuple[str, ...]) -> None:
+    """In a process of its own: run the tests of the copy in ``root``; the failed ones are listed in a file there."""
+    sys.path[:] = [str(root), *(folder for folder in sys.path if Path(folder or ".").resolve() != ROOT)]
+    os.environ |= {"PYTHONPATH": str(root), "HYPOTHESIS_PROFILE": "unshrunk"}
+    os.chdir(root)
+    sys.dont_write_bytecode = True
+    output = os.open(root / "output.txt", os.O_WRONLY | os.O_CREAT)
+    os.dup2(output, 1)
+    os.dup2(output, 2)
+    import pytest
+
+    os._exit(
+        int(
+            pytest.main(
+                ["-x", "-q", "-p", "no:cacheprovider", "--rootdir", str(root), *tests], [_Failed(root / "failed.txt")]
+            )
+        )
+    )
+
+
+class Outcome(NamedTuple):
+    failed: str  # the test that failed, or what else became of them
+    caught: bool
+    seconds: float
+
+
+def outcome_of(root: Path, status: int | None, seconds: float) -> Outcome:
+    file = root / "failed.txt"
+    if status is None:
+        return Outcome("no end", True, seconds)
+    if file.exists():
+        return Outcome(file.read_text().split()[0], True, seconds)
+    if status == 0:
+        return Outcome("none", False, seconds)
+    last = (root / "output.txt").read_text().strip().splitlines()[-1:]
+    return Outcome(f"the tests did not run: {last}", False, seconds)
+
+
+def check(faults: list[Fault], jobs: int) -> bool:
+    """Print the table; whether each fault is caught, and nothing fails where there is none."""
+    clean = [
+        Fault(f"nothing{kind}", "", "", "", tuple(sorted({test for fault in faults for test in fault.tests})), compiled)
+        for compiled, kind in ((True, ""), (False, " (no C++ kernels)"))
+        if any(fault.compiled == compiled for fault in faults)
+    ]
+    waiting, running, right = [*faults, *clean], dict[int, tuple[Fault, Path, float]](), True
+    print(f"| {'fault':52} | {'caught':6} | seconds | by |", flush=True)
+    with tempfile.TemporaryDirectory() as folder:
+        while waiting or running:
+            if waiting and len(running) < jobs:
+                fault, root = waiting.pop(0), Path(folder) / str(len(waiting))
+                root.mkdir()
+                plant(fault if fault.file else None, root)
+                if not fault.compiled and not fault.file:
+                    for file in root.rglob("_C*.so"):
+                        file.unlink()
+                pid = os.fork()
+                if pid == 0:
+                    try:
+                        run_tests(root, fault.tests)
+                    finally:
+                        os._exit(99)
+                running[pid] = fault, root, time.monotonic()
+                continue
+            time.sleep(0.05)
+            for pid, (fault, root, started) in list(running.items()):
+                done, status = os.waitpid(pid, os.WNOHANG)
+                seconds = time.monotonic() - started
+                late = not done and seconds > DEADLINE * (1 if fault.file else 5)
+                if late:
+                    os.kill(pid, signal.SIGKILL)
+                    os.waitpid(pid, 0)
+                if done or late:
+                    del running[pid]
+                    outcome = outcome_of(root, None if late else os.waitstatus_to_exitcode(status), seconds)
+                    good = outcome.caught if fault.file else outcome.failed == "none"
+                    right &= good
+                    said = ("yes" if outcome.caught else "NO") if fault.file else ("-" if good else "FAILS")
+                    print(f"| {fault.name:52} | {said:6} | {seconds:7.0f} | {outcome.failed} |", flush=True)
+                    shutil.rmtree(root)
+    return right
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--only", nargs="+", default=[""], help="faults with one of these in their names")
+    parser.add_argument("--jobs", type=int, default=os.cpu_count() or 1, help="processes at a time")
+    args = parser.parse_args()
+    faults = [fault for fault in FAULTS if any(part in fault.name for part in args.only)]
+    for fault in faults:
+        replaced(fault)
+    os.environ |= {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "HF_DATASETS_OFFLINE": "1"}
+    of_kernels = all(test.startswith("tests/kernels/") for fault in faults for test in fault.tests)
+    for name in IMPORTED[: FOR_KERNELS if of_kernels else None]:
+        importlib.import_module(name)
+    return 0 if check(faults, args.jobs) else 1
+
+
+if __name__ == "__main__":
+    sys.exit(main())

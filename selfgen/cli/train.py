@@ -20,8 +20,9 @@ from ..data import DataError, load_rows
 from ..stored_contexts import OfflineError
 from ..training.bash import BASHTrainer
 from ..training.bss import BSSTrainer, check_processes
-from ..training.checkpoints import ResumeError, check_resumed, output_of, remove_model, resumed_checkpoint
+from ..training.checkpoints import ResumeError, check_resumed, output_of, resumed_checkpoint
 from ..training.config import BSSConfig, GeneratorOptions
+from ..training.ending import save_result
 from ..training.processes import meet
 from ..training.rac import RACConfig, RACTrainer
 from ..training.rounds import train_rounds
@@ -263,11 +264,7 @@ def _prepare(
 
     def train() -> None:
         trainer.train(resume_from_checkpoint=checkpoint)
-        if method.overwrite_output_dir and trainer.is_world_process_zero():
-            remove_model(config.output_dir)
-        trainer.save_model()
-        trainer.save_state()
-        trainer.evaluate_at_the_end()
+        save_result(trainer, overwrite=method.overwrite_output_dir)
 
     return train
 

@@ -31,6 +31,7 @@ from ..provenance import columns_hash
 from .batches import RowSlots, Step, learn_after_self, unique_rows
 from .checkpoints import (
     SETTINGS,
+    STATE,
     check_resumed,
     check_savable,
     record_of,
@@ -166,6 +167,7 @@ class BSSTrainer(Trainer):
         self._step = Step()
         self._known_rows_hash: str | None = None
         self._checked: str | None = None  # a checkpoint that this run can go on from
+        self._nothing_left = False  # to train
         self._reuse_verified = False
         self._reuses = self._may_reuse()
         self._answer_loss = self._make_loss()
@@ -220,7 +222,15 @@ class BSSTrainer(Trainer):
         return sampler
 
     def get_batch_samples(self, epoch_iterator, num_batches, device):
-        """All micro-batches of one optimizer step, with mixed contexts in those that are trained on first."""
+        """All micro-batches of one optimizer step, with mixed contexts in those that are trained on first.
+
+        None where the run goes on from the checkpoint of its last step, as the Trainer looks for its end after a step.
+        """
+        self._nothing_left = self.state.global_step >= self.state.max_steps
+        if self._nothing_left:
+            logger.info("nothing is left to train: the checkpoint is that of the last step, %d", self.state.global_step)
+            self.control.should_training_stop = True
+            return [], None
         try:
             batches, num_items = super().get_batch_samples(epoch_iterator, num_batches, device)
         except DataError as error:
@@ -256,6 +266,10 @@ class BSSTrainer(Trainer):
             self._step = Step()  # where the last one failed or was broken off
             self._stream = self._resumed_from = None
             self.generator.release()
+
+    def _maybe_log_save_evaluate(self, *args, **kwargs):
+        if not self._nothing_left:  # then, the run before has done it
+            super()._maybe_log_save_evaluate(*args, **kwargs)
 
     def _save(self, output_dir=None, state_dict=None):
         output_dir = at_home(output_dir or self.args.output_dir)
@@ -552,7 +566,14 @@ class BSSTrainer(Trainer):
         """Evaluate, if there is evaluation data that ``eval_strategy`` has never used."""
         if self.eval_dataset is not None and self.args.eval_strategy == "no":
             self.evaluate()
-            self.save_state()
+
+    def save_state(self):
+        """Write ``trainer_state.json`` to the output folder, all of it or nothing."""
+        if self.is_world_process_zero():
+            beside = Path(self.args.output_dir) / f".{STATE}.partial"
+            with saving(self.args.output_dir):
+                self.state.save_to_json(str(beside))
+                beside.replace(Path(self.args.output_dir) / STATE)
 
     def predict(self, test_dataset, *args, **kwargs):
         return super().predict(self._prepare("test", test_dataset), *args, **kwargs)

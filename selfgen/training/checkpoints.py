@@ -25,6 +25,7 @@ logger = logging.getLogger(__name__)
 
 SETTINGS = "selfgen.json"  # next to the weights of every checkpoint
 STATE = "trainer_state.json"  # what the Trainer writes last
+UNFINISHED = ".model.partial"  # in an output folder whose model is not in its place yet
 _OBJECTS = (SETTINGS, STATE, "config.json", "generation_config.json", "adapter_config.json")
 _SMALL = 2**26  # bytes of a file that is read as a whole to find damage
 _MAY_CHANGE = {
@@ -87,7 +88,7 @@ def _check_output(args: BSSConfig, overwrite: bool, rounds: bool, error: type[Va
     if (earlier[own] and resume == "last") or (resume and Path(resume).resolve().parent == folder.resolve()):
         return
     found = [file.name for file in _files(folder, _TELLING)]
-    if found and not overwrite:
+    if found and not overwrite and not (folder / UNFINISHED).is_dir():
         raise error(
             f"{folder} holds a model or another run ({', '.join(found[:3])}{', ...' * (len(found) > 3)}), which this "
             "run would write over: give another output_dir, or --overwrite-output-dir yes to lose what is there"

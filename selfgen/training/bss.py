@@ -54,6 +54,12 @@ logger = logging.getLogger(__name__)
 _ROW_COLUMNS = ("sample_id", "prompt_ids", "answer_ids", "is_learned", "context_ids", "is_self")
 _LOOK_EVERY = 100  # steps between two looks at what a lean loss takes for granted
 _BOOKKEEPING = (*ROWS, "loss_weight", "read")  # columns that are not the model's
+_OF_TRAINER = logging.getLogger("transformers.trainer")
+
+
+def _but_for_empty_epochs(record: logging.LogRecord) -> bool:
+    """Leaves out what the Trainer says of an epoch without steps, where a run is at its end."""
+    return "not to be a single sample" not in record.getMessage()
 
 
 class BSSTrainer(Trainer):
@@ -168,6 +174,7 @@ class BSSTrainer(Trainer):
         self._known_rows_hash: str | None = None
         self._checked: str | None = None  # a checkpoint that this run can go on from
         self._nothing_left = False  # to train
+        self._logged_at: int | None = None  # the step of the last line of the log before the checkpoint
         self._reuse_verified = False
         self._reuses = self._may_reuse()
         self._answer_loss = self._make_loss()
@@ -229,12 +236,15 @@ class BSSTrainer(Trainer):
         self._nothing_left = self.state.global_step >= self.state.max_steps
         if self._nothing_left:
             logger.info("nothing is left to train: the checkpoint is that of the last step, %d", self.state.global_step)
+            _OF_TRAINER.addFilter(_but_for_empty_epochs)
             self.control.should_training_stop = True
             return [], None
         try:
             batches, num_items = super().get_batch_samples(epoch_iterator, num_batches, device)
         except DataError as error:
             raise DataError(message_of(error)) from error
+        if self._logged_at is not None:
+            self._globalstep_last_logged, self._logged_at = self._logged_at, None
         if self._stream is not None:
             self._stream.take(batches)
         self.meter.step_begin()
@@ -263,6 +273,7 @@ class BSSTrainer(Trainer):
                 self._stream.tell()
             return output
         finally:
+            _OF_TRAINER.removeFilter(_but_for_empty_epochs)
             self._step = Step()  # where the last one failed or was broken off
             self._stream = self._resumed_from = None
             self.generator.release()
@@ -291,6 +302,7 @@ class BSSTrainer(Trainer):
     def _load_from_checkpoint(self, resume_from_checkpoint, model=None):
         self.check_resumed(resume_from_checkpoint)
         self._resumed_from = resume_from_checkpoint
+        self._logged_at = self.meter.load(Path(resume_from_checkpoint), self.args.process_index)
         super()._load_from_checkpoint(resume_from_checkpoint, model)
 
     def check_resumed(self, checkpoint: str | Path) -> None:
@@ -310,6 +322,7 @@ class BSSTrainer(Trainer):
 
     def _save_rng_state(self, output_dir):
         super()._save_rng_state(output_dir)
+        self.meter.save(Path(output_dir), self.args.process_index, self._globalstep_last_logged)
         if self._stream is not None:
             self._stream.save(output_dir)
 
@@ -353,7 +366,7 @@ class BSSTrainer(Trainer):
             self._step.trained()
         if self.accelerator.scaler is None and not math.isfinite(float(loss)):  # it leaves such steps out
             raise diverged(self.state.global_step + 1, f"the loss is {float(loss)}")
-        return loss
+        return self.meter.step_loss(loss)
 
     def _stop_unless_weights_finite(self) -> None:
         if broken := not_finite(self.model, trainable_only=True):

@@ -170,7 +170,7 @@ def fault_of(checkpoint: Path) -> str | None:
     if _step_of(checkpoint) is None:  # the Trainer writes this file last
         return f"{STATE} is not there as a whole, so writing the checkpoint was broken off"
     for file in sorted(checkpoint.glob("*.json")):
-        if file.name in _OBJECTS or file.name.endswith(".index.json"):
+        if file.name in _OBJECTS or file.name.endswith(".index.json") or file.name.startswith("selfgen_"):
             try:
                 if not isinstance(json.loads(file.read_text()), dict):
                     return f"{file.name} is no JSON object"

@@ -132,7 +132,6 @@ class RACTrainer(BSSTrainer):
         if args.own_answer == "column":
             refuse_stream(train_dataset, "own answers of a column")
         self._own_answers: dict[int, list[int]] = {}
-        self._shown = self._cut = 0  # own answers since the last log
         self._known_cue: CorrectionCue | None = None
         self._weighs_rows = args.direct_weight > 0
         super().__init__(model, args, train_dataset=train_dataset, **kwargs)
@@ -213,14 +212,14 @@ class RACTrainer(BSSTrainer):
                 "leave the row out"
             )
         own = self._cue.ended(own)
-        self._shown += 1
-        self._cut += len(own) > room
+        self.meter.counts["own_answers"] += 1
+        self.meter.counts["own_answers_cut"] += len(own) > room
         return torch.cat([row.prompt, row.prompt.new_tensor(self._cue.prompt([], own[:room]))])
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
-        if "loss" in logs and self._shown:
-            logs["own_answers_cut"] = self._cut / self._shown
-            self._shown = self._cut = 0
+        counts = self.meter.counts
+        if "loss" in logs and counts["own_answers"]:
+            logs["own_answers_cut"] = counts["own_answers_cut"] / counts["own_answers"]
         super().log(logs, start_time)
 
     def _rows_hash(self) -> str | None:

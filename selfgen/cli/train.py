@@ -17,6 +17,7 @@ from transformers import PreTrainedModel, TrainingArguments
 from ..context import UnsupportedModelError
 from ..context.models import unpadded_vocab_size
 from ..data import DataError, load_rows
+from ..files import check_folder
 from ..stored_contexts import OfflineError
 from ..training.bash import BASHTrainer
 from ..training.bss import BSSTrainer, check_processes
@@ -208,6 +209,9 @@ def run(arguments: list[str]) -> int:
             options = parse(_parser(config_class, everything=wants_everything(arguments)), arguments, of_rac)
             method, config = options[2:]
             method.check(options[1])
+            check_folder(config.output_dir, "output_dir")
+            if config.resume_from_checkpoint != "last":  # which needs no place to be there
+                resumed_checkpoint(config.resume_from_checkpoint, config.output_dir)
             if method.method == "bash" and not method.contexts:
                 train = _prepare_rounds(*options)
             else:
@@ -351,6 +355,8 @@ def _parser(config_class: type[BSSConfig], everything: bool) -> Parser:
     title = "correction and batch-scheduled sampling" if config_class is RACConfig else "batch-scheduled sampling"
     ours = parser.add_argument_group(title)
     for action in parser._actions:
+        if action.dest == "output_dir":  # transformers has a default, and says nothing
+            action.required, action.help = True, "Folder for checkpoints, the log and the trained model. Required."
         if action.dest in hidden:
             action.help = argparse.SUPPRESS
         if action.dest in {item.name for item in fields(config_class)} - inherited:

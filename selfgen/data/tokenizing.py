@@ -597,12 +597,26 @@ def check_sample_ids(dataset: datasets.Dataset) -> None:
     if "sample_id" not in dataset.column_names:
         return
     dtype = str(getattr(dataset.features["sample_id"], "dtype", "no number"))
-    unique = set(dataset["sample_id"][:]) if dtype.startswith(("int", "uint")) else set()
-    if len(unique) != len(dataset) or None in unique:
-        raise DataError(
-            f"the column 'sample_id' ({dtype}, {len(dataset)} rows) must hold a different integer in every row; "
-            "rename or remove it to number the rows instead"
-        )
+    integers = dtype.startswith(("int", "uint"))
+    seen: dict[int, int] = {}
+    for row, one in enumerate(dataset["sample_id"][:]):
+        if not integers and not (isinstance(one, int) and not isinstance(one, bool)):
+            fault = f"row {row} has {one!r:.40}"
+        elif one is None:
+            fault = f"row {row} has none"
+        elif (before := seen.setdefault(one, row)) != row:
+            fault = f"row {row} has {one}, as row {before} has"
+        else:
+            continue
+        break
+    else:
+        if integers:
+            return
+        fault = "it is no column of integers"
+    raise DataError(
+        f"the column 'sample_id' ({dtype}, {len(dataset)} rows) must hold a different integer in every row, but "
+        f"{fault}: change it, or rename or remove the column to number the rows instead"
+    )
 
 
 def signed(sample_id: int) -> int:

@@ -16,7 +16,7 @@ from pathlib import Path
 from safetensors import SafetensorError, safe_open
 from transformers import GenerationConfig, PreTrainedModel, TrainingArguments
 
-from ..files import alone
+from ..files import SaveError, alone, check_folder, writing
 from ..provenance import differences
 from .config import BSSConfig
 from .streams import sorts_by_length
@@ -25,7 +25,7 @@ logger = logging.getLogger(__name__)
 
 SETTINGS = "selfgen.json"  # next to the weights of every checkpoint
 STATE = "trainer_state.json"  # what the Trainer writes last
-UNFINISHED = ".model.partial"  # in an output folder whose model is not in its place yet
+UNFINISHED = ".model.whole"  # in an output folder whose model is about to be put in its place, file by file
 _OBJECTS = (SETTINGS, STATE, "config.json", "generation_config.json", "adapter_config.json")
 _SMALL = 2**26  # bytes of a file that is read as a whole to find damage
 _MAY_CHANGE = {
@@ -60,12 +60,15 @@ def output_of(
         rounds: this run has rounds.
 
     Raises:
+        SaveError: it can't be written to.
         error: another run is writing there, or it holds something else than the run that ``args`` continues, if any.
     """
     folder = Path(args.output_dir)
+    check_folder(folder, "output_dir")
     if not (folder / ".lock").exists():  # so that a folder that is refused gets none
         _check_output(args, overwrite, rounds, error)
-    folder.mkdir(parents=True, exist_ok=True)
+    with writing(folder):
+        folder.mkdir(parents=True, exist_ok=True)
     with alone(folder, error):
         _check_output(args, overwrite, rounds, error)
         yield
@@ -303,10 +306,6 @@ def _idle_settings(config: GenerationConfig) -> dict[str, object]:
     return {name: value for name, value in found.items() if value not in (None, getattr(default, name, None))}
 
 
-class SaveError(OSError):
-    """A folder can't be written."""
-
-
 @contextmanager
 def saving(folder: str | Path) -> Iterator[None]:
     """Raise SaveError where ``folder`` can't be written, which torch and safetensors say in their own ways."""
@@ -318,8 +317,11 @@ def saving(folder: str | Path) -> Iterator[None]:
         said = str(error)
         of_system = isinstance(error, OSError) and error.errno is not None  # and none of the hub's
         if of_system or any(sign in said for sign in _NOT_WRITTEN):
+            reason = said.splitlines()[0] if said else type(error).__name__
+            if "inline_container" in reason and "No space" not in reason:  # which is all that torch says
+                reason = f"torch could not write a file, as on a full disk: {reason}"
             raise SaveError(
-                f"{folder} can't be written ({said.splitlines()[0] if said else type(error).__name__}): make room or "
+                f"{folder} can't be written ({reason}): make room or "
                 "give the right to write there, and continue with --resume-from-checkpoint last. Earlier checkpoints "
                 "are as they were"
             ) from error

@@ -23,22 +23,15 @@ def save_result(trainer: BSSTrainer, *, overwrite: bool = False) -> None:
         SaveError: they can't be written; what the folder held is as it was.
     """
     args, folder = trainer.args, Path(trainer.args.output_dir)
-    beside = folder / UNFINISHED
-    shutil.rmtree(beside, ignore_errors=True)
-    trainer.save_model(str(beside), _internal_call=True)
+    beside = folder / ".model.partial"
+    _save(trainer, beside, _internal_call=True)
 
     def put_in_place() -> None:
         if args.should_save:
             with saving(folder):
                 if trainer.is_world_process_zero():
                     trainer.state.save_to_json(str(beside / STATE))
-                if overwrite:
-                    remove_model(folder)
-                for file in sorted(beside.iterdir()):
-                    if file.is_dir():  # of one of several adapters
-                        shutil.rmtree(folder / file.name, ignore_errors=True)
-                    file.replace(folder / file.name)
-                beside.rmdir()  # until then, the files of a model next to it are those of an unfinished run
+                _move_into(folder, beside, overwrite)
         if args.push_to_hub:
             trainer.push_to_hub(commit_message="Model save")
 
@@ -48,14 +41,36 @@ def save_result(trainer: BSSTrainer, *, overwrite: bool = False) -> None:
 def save_round(trainer: BSSTrainer, folder: Path) -> None:
     """Save model and tokenizer of a round to ``folder/model``, and evaluate likewise."""
     beside = folder / "model.partial"
-    shutil.rmtree(beside, ignore_errors=True)
-    trainer.save_model(str(beside))
+    _save(trainer, beside)
 
     def put_in_place() -> None:
         trainer.save_state()
         beside.rename(folder / "model")
 
     evaluate_and(put_in_place, trainer)
+
+
+def _save(trainer: BSSTrainer, folder: Path, **options) -> None:
+    """Save a model to a folder of its own, which is not there where that fails."""
+    shutil.rmtree(folder, ignore_errors=True)
+    try:
+        trainer.save_model(str(folder), **options)
+    except Exception:
+        shutil.rmtree(folder, ignore_errors=True)
+        raise
+
+
+def _move_into(folder: Path, beside: Path, overwrite: bool) -> None:
+    whole = folder / UNFINISHED  # while it is there, a model next to it is that of an unfinished run
+    shutil.rmtree(whole, ignore_errors=True)
+    beside.rename(whole)
+    if overwrite:
+        remove_model(folder)
+    for file in sorted(whole.iterdir()):
+        if file.is_dir():  # of one of several adapters
+            shutil.rmtree(folder / file.name, ignore_errors=True)
+        file.replace(folder / file.name)
+    whole.rmdir()
 
 
 def evaluate_and(put_in_place: Callable[[], None], trainer: BSSTrainer) -> None:

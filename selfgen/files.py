@@ -65,11 +65,11 @@ def alone(path: Path, error: type[ValueError] = ValueError) -> Iterator[None]:
         error: another process is writing it.
     """
     lock = FileLock(path / ".lock" if path.is_dir() else path.with_name(f".{path.name}.lock"))
-    try:
-        with writing(path):
-            held = lock.acquire(blocking=False)
-    except Timeout:
-        raise error(f"another process is writing {path}: wait for it to end, or give another place") from None
+    held = None
+    with writing(path), suppress(Timeout):
+        held = lock.acquire(blocking=False)
+    if held is None:
+        raise error(f"another process is writing {path}: wait for it to end, or give another place")
     with held:
         yield
 

@@ -466,6 +466,16 @@ def test_a_journal_keeps_whole_lines_on_a_full_disk(tmp_path, monkeypatch):
     assert not [*tmp_path.glob(".*partial")]
 
 
+@pytest.mark.parametrize(("command", "size"), [("contexts", "4k"), ("rounds", "4k"), ("rounds", "8k")])
+def test_a_full_cache_of_data(folder, monkeypatch, capsys, command, size):
+    """`datasets` says that a file is closed, or gives the size that it does not know."""
+    with mounted(folder / "small", f"size={size}"):
+        monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", folder / "small")
+        line = refused(COMMANDS[command], capsys)
+    assert f"the cache folder of `datasets`, {folder / 'small'}, is full (" in line
+    assert "make room, or set HF_DATASETS_CACHE" in line
+
+
 BROKEN = [
     ("contexts", "out/provenance.json", "out/provenance.json is no record of contexts that selfgen wrote: remove it"),
     ("contexts", "out/data/train-00001-of-00004.parquet", "train-00001-of-00004.parquet is broken (Parquet"),

@@ -212,7 +212,8 @@ def run(arguments: list[str]) -> int:
             check_folder(config.output_dir, "output_dir")
             if config.resume_from_checkpoint != "last":  # which needs no place to be there
                 resumed_checkpoint(config.resume_from_checkpoint, config.output_dir)
-            if method.method == "bash" and not method.contexts:
+            in_rounds = method.method == "bash" and not method.contexts
+            if in_rounds:
                 train = _prepare_rounds(*options)
             else:
                 _take_folder(config, method.overwrite_output_dir, stack)
@@ -222,6 +223,10 @@ def run(arguments: list[str]) -> int:
         try:
             train()
         except (UnsupportedModelError, OfflineError, ResumeError, DivergedError, DataError, OSError) as error:
+            fail(error, PROG)
+        except ValueError as error:
+            if not in_rounds:  # which read and check as they go; elsewhere it is a fault of the program
+                raise
             fail(error, PROG)
     print(f"model and tokenizer are in {config.output_dir}")
     return 0

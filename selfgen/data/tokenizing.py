@@ -16,7 +16,7 @@ from transformers import PreTrainedTokenizerBase
 
 from .conversations import BESIDE, EXTRAS, NOT_TEXT, RowFault
 from .encoding import Encoder
-from .loading import require_map_style
+from .loading import require_map_style, room_in_cache
 from .reading import EMPTY_ANSWER, EMPTY_PROMPT, RowReader, Texts
 from .templates import NOT_PREFIX, WAY_OUT, ChatTemplate, answer_ends, control_tokens
 
@@ -376,16 +376,17 @@ def _tokenize(
     """The rows that are kept, with `sample_id` and their ids, and the report."""
     dataset = dataset.with_format(None)
     check_sample_ids(dataset)
-    tokenized = dataset.map(
-        _tokenize_batch,
-        batched=True,
-        with_indices=True,
-        fn_kwargs=batch_arguments(dataset.column_names, dataset.features, tokenizer, options, answers),
-        remove_columns=dataset.column_names,
-        features=datasets.Features(**_columns(options, answers), **_NOTES),
-        num_proc=num_proc,
-        desc="Tokenizing",
-    )
+    with room_in_cache():
+        tokenized = dataset.map(
+            _tokenize_batch,
+            batched=True,
+            with_indices=True,
+            fn_kwargs=batch_arguments(dataset.column_names, dataset.features, tokenizer, options, answers),
+            remove_columns=dataset.column_names,
+            features=datasets.Features(**_columns(options, answers), **_NOTES),
+            num_proc=num_proc,
+            desc="Tokenizing",
+        )
     names = [f"row {row}" for row in range(len(tokenized))]
     outcomes = tokenized["outcome"][:]
     report = _report(outcomes, tokenized["note"][:], tokenized["spells"][:], names, options.max_length)

@@ -27,7 +27,7 @@ from pathlib import Path
 import datasets
 import pytest
 import torch
-from helpers.cli import flags, refused, run, save_model
+from helpers.cli import ROOT, flags, refused, run, save_model
 from helpers.data import write_jsonl
 from helpers.processes import Killed, contents, forked, kill_at
 from helpers.training import make_rac_trainer, make_trainer, weights
@@ -301,6 +301,32 @@ def test_fifty_kills(source, tmp_path, command):
 @pytest.mark.parametrize("command", MORE)
 def test_kills_of_other_runs(source, tmp_path, command):
     print(command, survive(MORE[command], source, tmp_path, kills=20, seed=2))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("command", ["contexts", "bss"])
+def test_kills_of_processes_that_were_not_forked(source, tmp_path, command):
+    """`python -m selfgen`, killed twice when its folder changes; then it ends."""
+    for name in ("whole", "run"):
+        shutil.copytree(source, tmp_path / name)
+    environment = os.environ | {"HF_DATASETS_CACHE": str(tmp_path / "cache"), "OMP_NUM_THREADS": "1"}
+    environment["PYTHONPATH"] = str(ROOT)
+
+    def start(name: str) -> subprocess.Popen:
+        arguments = [sys.executable, "-m", "selfgen", *COMMANDS[command]]
+        return subprocess.Popen(
+            arguments, cwd=tmp_path / name, env=environment, start_new_session=True, stderr=subprocess.DEVNULL
+        )
+
+    assert start("whole").wait(300) == 0
+    for _ in range(2):
+        process, before = start("run"), state_of(tmp_path / "run" / "out")
+        while process.poll() is None and len(state_of(tmp_path / "run" / "out")) < len(before) + 2:
+            time.sleep(0.001)
+        os.killpg(process.pid, signal.SIGKILL)
+        assert process.wait(60) == -signal.SIGKILL
+    assert start("run").wait(300) == 0
+    assert outputs(tmp_path / "run" / "out") == outputs(tmp_path / "whole" / "out")
 
 
 def test_a_few_kills(source, tmp_path):

@@ -266,13 +266,15 @@ def survive(arguments: list[str], source: Path, folder: Path, kills: int, seed: 
         run = folder / "run"
         shutil.copytree(source, run)
         for _ in range(min(draw.choice([1, 1, 2, 3]), kills - tally.kinds.total())):
+            if finished(arguments, run, want):
+                break
             kind = draw.choice(["time", "time", "call", "call", "change"])
             if not kill(arguments, run, kind, draw, seconds, calls):
                 tally.early += 1
                 break
             tally.kinds[kind] += 1
             tally.half += half_written(run / "out")
-        if arguments[0] != "train" or not finished(run, want):
+        if not finished(arguments, run, want):
             ended(arguments, run)
         got = outputs(run / "out")
         wrong = sorted(name for name in want.keys() | got.keys() if want.get(name) != got.get(name))
@@ -281,9 +283,10 @@ def survive(arguments: list[str], source: Path, folder: Path, kills: int, seed: 
     return tally
 
 
-def finished(run: Path, want: dict) -> bool:
-    """Whether a run without checkpoints was killed when all was done; to go on from it is refused."""
-    return not any(name.startswith("checkpoint-") for name in want) and outputs_or_none(run / "out") == want
+def finished(arguments: list[str], run: Path, want: dict) -> bool:
+    """Whether training without checkpoints was killed when all was done; to go on from that is refused."""
+    checkpoints = any(name.rpartition("/")[0].startswith(("checkpoint-", "round-")) for name in want)
+    return arguments[0] == "train" and not checkpoints and outputs_or_none(run / "out") == want
 
 
 @pytest.fixture(scope="module")

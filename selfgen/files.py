@@ -6,7 +6,7 @@ import json
 import math
 import os
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -71,22 +71,74 @@ def alone(path: Path, error: type[ValueError] = ValueError) -> Iterator[None]:
         error: another process is writing it.
     """
     lock = FileLock(path / ".lock" if path.is_dir() else path.with_name(f".{path.name}.lock"))
-    try:
+    held = None
+    with writing(path), suppress(Timeout):
         held = lock.acquire(blocking=False)
-    except Timeout:
-        raise error(f"another process is writing {path}: wait for it to end, or give another place") from None
+    if held is None:
+        raise error(f"another process is writing {path}: wait for it to end, or give another place")
     with held:
         yield
 
 
+class SaveError(OSError):
+    """A file or a folder can't be written."""
+
+
+def check_place(path: str | Path, option: str) -> None:
+    """Look, before any work, whether a file or a folder can be written at ``path``, which ``option`` has given.
+
+    Raises:
+        SaveError: it can't: a part of the path is a file, or there is no right to write there.
+    """
+    there = next(one for one in (Path(path), *Path(path).absolute().parents) if one.exists() or one.is_symlink())
+    if there != Path(path) and not there.is_dir():
+        raise SaveError(f"{option} is {str(path)!r}, but {there} is no folder: give another {option}")
+    if not os.access(there, os.W_OK | os.X_OK if there.is_dir() else os.W_OK):
+        raise SaveError(
+            f"{option} is {str(path)!r}, but {there} can't be written to (it is read-only, or of somebody else): give "
+            f"another {option}, or the right to write there"
+        )
+
+
+def check_folder(path: str | Path, option: str) -> None:
+    """``check_place`` of a folder."""
+    if Path(path).exists() and not Path(path).is_dir():
+        raise SaveError(f"{option} is {str(path)!r}, which is a file: give the name of a folder")
+    check_place(path, option)
+
+
+@contextmanager
+def writing(place: Path) -> Iterator[None]:
+    """Raise SaveError, with the name of what is written and what to do, where that fails."""
+    try:
+        yield
+    except SaveError:
+        raise
+    except OSError as error:
+        raise SaveError(
+            f"{place} can't be written ({error.strerror or error}): make room or give the right to write there, and "
+            "give the command again. What was written before is as it was"
+        ) from error
+
+
 def write_whole(file: Path, write: Callable[[BinaryIO], object]) -> None:
-    """Write all of a file or nothing of it: it is written next to its place, and then renamed."""
+    """Write all of a file or nothing of it: it is written next to its place, and then renamed.
+
+    Raises:
+        SaveError: it can't be written, as on a full disk.
+    """
     partial = file.with_name(f".{file.name}.partial")  # `datasets` skips hidden files
-    with open(partial, "wb") as stream:
-        write(stream)
-        stream.flush()
-        os.fsync(stream.fileno())
-    partial.replace(file)
+    with writing(file):
+        try:
+            with open(partial, "wb") as stream:
+                write(stream)
+                stream.flush()
+                os.fsync(stream.fileno())
+            partial.replace(file)
+        except OSError:
+            with suppress(OSError):
+                partial.unlink()  # which would take room
+            raise
 
 
 def write_json(file: Path, value: Any) -> None:

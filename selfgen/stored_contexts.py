@@ -27,7 +27,7 @@ from .context.generator import Method
 from .context.models import max_positions
 from .data import check_sample_ids, load_rows
 from .data.streams import refuse_stream
-from .files import alone, write_json, write_whole
+from .files import alone, check_folder, write_json, write_whole, writing
 from .provenance import differences, rows_hash, versions, weights_hash
 
 logger = logging.getLogger(__name__)
@@ -110,12 +110,15 @@ def write_contexts(
         "num_rows": len(rows),
         "shard_rows": shard_rows,
     }
-    folder.mkdir(parents=True, exist_ok=True)
+    check_folder(folder, "folder")
+    with writing(folder):
+        folder.mkdir(parents=True, exist_ok=True)
     with alone(folder, OfflineError):
         record = _begin(folder, settings, {"model": generator.model.name_or_path, **(provenance or {})})
-        (folder / "data").mkdir(exist_ok=True)
+        with writing(folder):
+            (folder / "data").mkdir(exist_ok=True)
         shards = _shards(folder, settings)
-        missing = [(shard, places) for shard, places in shards if not shard.exists()]
+        missing = [(shard, places) for shard, places in shards if not _is_whole(shard, len(places))]
         if missing:
             _note_versions(folder, record)
         left = sum(len(places) for _, places in missing)
@@ -266,6 +269,19 @@ def _shards(folder: Path, settings: Mapping[str, Any]) -> list[tuple[Path, range
         (folder / f"data/train-{number:05d}-of-{len(starts):05d}.parquet", range(start, min(start + size, count)))
         for number, start in enumerate(starts)
     ]
+
+
+def _is_whole(shard: Path, rows: int) -> bool:
+    """Whether a shard is there; OfflineError if it is broken, as the end of its file tells."""
+    if not shard.exists():
+        return False
+    try:
+        if pq.read_metadata(shard).num_rows == rows:
+            return True
+        fault = "it has other rows"
+    except (OSError, pa.ArrowInvalid) as error:
+        fault = str(error)
+    raise OfflineError(f"{shard} is broken ({fault}): remove it, and give the command again, which makes it anew")
 
 
 def _begin(folder: Path, settings: dict[str, Any], source: dict[str, Any]) -> dict[str, Any]:

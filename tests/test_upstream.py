@@ -106,6 +106,16 @@ UPSTREAM = [
         "contexts are not mixed before the step: plain fine-tuning",
     ),
     (
+        "transformers:Trainer",
+        mentions("self.control.should_epoch_stop or self.control.should_training_stop:", "_maybe_log_save_evaluate("),
+        "a run that goes on from the checkpoint of its last step trains one step more",
+    ),
+    (
+        "transformers:Trainer",
+        mentions("self._globalstep_last_logged = self.state.global_step", "(self.state.global_step - self._glob"),
+        "after resuming, the first line of the log has the loss of the steps after the checkpoint only",
+    ),
+    (
         "transformers:Trainer._get_num_items_in_batch",
         arguments("batch_samples", "device"),
         "loss_on=after_self and RAC can't count what is learned",

@@ -6,6 +6,7 @@ import logging
 from dataclasses import dataclass, field
 
 from ..context.masks import check_probability
+from ..files import check_folder
 from ..stored_contexts import write_contexts
 from ..training.config import GeneratorOptions
 from .options import (
@@ -59,6 +60,7 @@ def run(arguments: list[str]) -> int:
     try:
         model_arguments, data, options, how = parse(parser, arguments)
         how.check_generator()
+        check_folder(options.output_dir, "output_dir")
         if data.assistant_turns != "last":
             raise ValueError("assistant_turns=all is for selfgen train --method bss: stored contexts are of one answer")
         rows = data.load()

@@ -33,7 +33,7 @@ from ..evaluation import (
 )
 from ..evaluation.report import table, write_plots
 from ..evaluation.symbolic import Undecided, decide, has_math_verify
-from ..files import write_json
+from ..files import check_folder, write_json, writing
 from ..provenance import differences, rows_hash, versions, weights_hash
 from .answers import answer_rows, is_empty, tell_of_answers
 from .journal import NAMES, Journal, read
@@ -145,19 +145,25 @@ def run(arguments: list[str]) -> int:
     )
     try:
         model_arguments, data, how = parse(parser, arguments)
+        check_folder(how.output_dir, "output_dir")
         results = evaluate(model_arguments, data, how, shlex.join([*PROG.split(), *arguments]))
+        folder = Path(how.output_dir)
+        write_json(folder / "results.json", results)
+        print(table(results))
+        plots = _plots(results, folder)
     except (ValueError, TypeError, OSError, ImportError) as error:
         fail(error, PROG)
-    folder = Path(how.output_dir)
-    write_json(folder / "results.json", results)
-    print(table(results))
-    try:
-        plots = write_plots(results, folder)
-    except ImportError as error:
-        logger.warning("no plots: %s", error)
-        plots = []
     print(f"\nresults are in {', '.join(map(str, [folder / 'results.json', *plots]))}; row by row in {folder}/*.jsonl")
     return 0
+
+
+def _plots(results: dict[str, Any], folder: Path) -> list[Path]:
+    try:
+        with writing(folder):
+            return write_plots(results, folder)
+    except ImportError as error:
+        logger.warning("no plots: %s", error)
+        return []
 
 
 def evaluate(model_arguments: ModelArguments, data: DataArguments, how: EvalArguments, command: str) -> dict[str, Any]:
@@ -224,10 +230,10 @@ def _results(folder: Path) -> dict[str, Any]:
         return {}
     try:
         found = json.loads(file.read_text(encoding="utf-8"))
-    except ValueError:
+    except (ValueError, IsADirectoryError):
         found = None
     if not isinstance(found, dict) or not {"metrics", "commands", "settings"} <= found.keys():
-        raise ValueError(f"selfgen eval did not write {file}, and would write over it: give another output_dir")
+        raise ValueError(f"selfgen eval did not write {file}, or it is broken: give another output_dir, or remove it")
     return found
 
 

@@ -10,6 +10,7 @@ from ..context import ContextGenerator
 from ..context.models import room_for_answers, unpadded_vocab_size
 from ..correction import DEFAULT_CUE, CorrectionCue
 from ..data import sample_ids_of
+from ..files import check_place
 from ..provenance import rows_hash, weights_hash
 from .answers import answer_rows, tell_of_answers
 from .journal import Journal
@@ -87,6 +88,7 @@ def run(arguments: list[str]) -> int:
 
 
 def answer(model_arguments: ModelArguments, data: DataArguments, how: GenerateArguments) -> None:
+    check_place(how.output_file, "output_file")
     model, tokenizer = model_arguments.load()
     vocab_size = unpadded_vocab_size(model, tokenizer)
     given = data.load()

@@ -5,13 +5,14 @@ from __future__ import annotations
 import json
 import os
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 from datasets import Dataset
 from tqdm.auto import tqdm
 
-from ..files import alone, to_json, write_json
+from ..files import alone, to_json, write_json, writing
 from ..provenance import differences
 
 NAMES = {"model", "revision", "trust_remote_code", "dataset", "dataset_config", "dataset_split"}
@@ -25,10 +26,19 @@ def _settings_of(file: Path) -> Path:
 def read(file: Path) -> tuple[dict[str, Any], list[dict[str, Any]]]:
     """Settings and rows of a journal, as far as there are any."""
     settings = _settings_of(file)
-    content = file.read_text(encoding="utf-8") if file.exists() else ""
+    content = _text_of(file) if file.exists() else ""
     lines = content[: content.rfind("\n") + 1].split("\n")[:-1]
-    found = _loads(settings, 1, settings.read_text(encoding="utf-8")) if settings.exists() else {}
+    found = _loads(settings, 1, _text_of(settings)) if settings.exists() else {}
     return found, [_loads(file, number, line) for number, line in enumerate(lines, start=1)]
+
+
+def _text_of(file: Path) -> str:
+    try:
+        return file.read_text(encoding="utf-8")
+    except UnicodeDecodeError as error:
+        raise ValueError(
+            f"{file} is not UTF-8 ({error.reason} at byte {error.start}); give another place, or remove the file"
+        ) from None
 
 
 def _loads(file: Path, line: int, text: str) -> dict[str, Any]:
@@ -59,7 +69,8 @@ class Journal:
         self.file = file
         if file.is_dir():
             raise ValueError(f"{file} is a folder: give the name of a file")
-        file.parent.mkdir(parents=True, exist_ok=True)
+        with writing(file):
+            file.parent.mkdir(parents=True, exist_ok=True)
         if not file.exists():
             write_json(_settings_of(file), settings)
         elif not _settings_of(file).exists():
@@ -94,7 +105,16 @@ class Journal:
                 bar.update(len(part))
 
     def append(self, rows: list[dict[str, Any]]) -> None:
-        with self.file.open("a") as lines:
-            lines.write("".join(to_json(row) + "\n" for row in rows))
-            lines.flush()
-            os.fsync(lines.fileno())
+        """Add whole lines, or nothing."""
+        before = self.file.stat().st_size if self.file.exists() else 0
+        content = "".join(to_json(row) + "\n" for row in rows).encode()
+        with writing(self.file):
+            try:
+                with self.file.open("ab") as lines:
+                    lines.write(content)
+                    lines.flush()
+                    os.fsync(lines.fileno())
+            except OSError:
+                with suppress(OSError):
+                    os.truncate(self.file, before)
+                raise

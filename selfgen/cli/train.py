@@ -17,11 +17,13 @@ from transformers import PreTrainedModel, TrainingArguments
 from ..context import UnsupportedModelError
 from ..context.models import unpadded_vocab_size
 from ..data import DataError, load_rows
+from ..files import check_folder
 from ..stored_contexts import OfflineError
 from ..training.bash import BASHTrainer
 from ..training.bss import BSSTrainer, check_processes
-from ..training.checkpoints import ResumeError, check_resumed, output_of, remove_model, resumed_checkpoint
+from ..training.checkpoints import ResumeError, check_resumed, output_of, resumed_checkpoint
 from ..training.config import BSSConfig, GeneratorOptions
+from ..training.ending import save_result
 from ..training.processes import meet
 from ..training.rac import RACConfig, RACTrainer
 from ..training.rounds import train_rounds
@@ -207,7 +209,11 @@ def run(arguments: list[str]) -> int:
             options = parse(_parser(config_class, everything=wants_everything(arguments)), arguments, of_rac)
             method, config = options[2:]
             method.check(options[1])
-            if method.method == "bash" and not method.contexts:
+            check_folder(config.output_dir, "output_dir")
+            if config.resume_from_checkpoint != "last":  # which needs no place to be there
+                resumed_checkpoint(config.resume_from_checkpoint, config.output_dir)
+            in_rounds = method.method == "bash" and not method.contexts
+            if in_rounds:
                 train = _prepare_rounds(*options)
             else:
                 _take_folder(config, method.overwrite_output_dir, stack)
@@ -217,6 +223,10 @@ def run(arguments: list[str]) -> int:
         try:
             train()
         except (UnsupportedModelError, OfflineError, ResumeError, DivergedError, DataError, OSError) as error:
+            fail(error, PROG)
+        except ValueError as error:
+            if not in_rounds:  # which read and check as they go; elsewhere it is a fault of the program
+                raise
             fail(error, PROG)
     print(f"model and tokenizer are in {config.output_dir}")
     return 0
@@ -263,11 +273,7 @@ def _prepare(
 
     def train() -> None:
         trainer.train(resume_from_checkpoint=checkpoint)
-        if method.overwrite_output_dir and trainer.is_world_process_zero():
-            remove_model(config.output_dir)
-        trainer.save_model()
-        trainer.save_state()
-        trainer.evaluate_at_the_end()
+        save_result(trainer, overwrite=method.overwrite_output_dir)
 
     return train
 
@@ -354,6 +360,8 @@ def _parser(config_class: type[BSSConfig], everything: bool) -> Parser:
     title = "correction and batch-scheduled sampling" if config_class is RACConfig else "batch-scheduled sampling"
     ours = parser.add_argument_group(title)
     for action in parser._actions:
+        if action.dest == "output_dir":  # transformers has a default, and says nothing
+            action.required, action.help = True, "Folder for checkpoints, the log and the trained model. Required."
         if action.dest in hidden:
             action.help = argparse.SUPPRESS
         if action.dest in {item.name for item in fields(config_class)} - inherited:

@@ -16,7 +16,7 @@ from transformers import PreTrainedTokenizerBase
 
 from .conversations import BESIDE, EXTRAS, NOT_TEXT, RowFault
 from .encoding import Encoder
-from .loading import require_map_style
+from .loading import require_map_style, room_in_cache
 from .reading import EMPTY_ANSWER, EMPTY_PROMPT, RowReader, Texts
 from .templates import NOT_PREFIX, WAY_OUT, ChatTemplate, answer_ends, control_tokens
 
@@ -376,16 +376,17 @@ def _tokenize(
     """The rows that are kept, with `sample_id` and their ids, and the report."""
     dataset = dataset.with_format(None)
     check_sample_ids(dataset)
-    tokenized = dataset.map(
-        _tokenize_batch,
-        batched=True,
-        with_indices=True,
-        fn_kwargs=batch_arguments(dataset.column_names, dataset.features, tokenizer, options, answers),
-        remove_columns=dataset.column_names,
-        features=datasets.Features(**_columns(options, answers), **_NOTES),
-        num_proc=num_proc,
-        desc="Tokenizing",
-    )
+    with room_in_cache():
+        tokenized = dataset.map(
+            _tokenize_batch,
+            batched=True,
+            with_indices=True,
+            fn_kwargs=batch_arguments(dataset.column_names, dataset.features, tokenizer, options, answers),
+            remove_columns=dataset.column_names,
+            features=datasets.Features(**_columns(options, answers), **_NOTES),
+            num_proc=num_proc,
+            desc="Tokenizing",
+        )
     names = [f"row {row}" for row in range(len(tokenized))]
     outcomes = tokenized["outcome"][:]
     report = _report(outcomes, tokenized["note"][:], tokenized["spells"][:], names, options.max_length)
@@ -597,12 +598,26 @@ def check_sample_ids(dataset: datasets.Dataset) -> None:
     if "sample_id" not in dataset.column_names:
         return
     dtype = str(getattr(dataset.features["sample_id"], "dtype", "no number"))
-    unique = set(dataset["sample_id"][:]) if dtype.startswith(("int", "uint")) else set()
-    if len(unique) != len(dataset) or None in unique:
-        raise DataError(
-            f"the column 'sample_id' ({dtype}, {len(dataset)} rows) must hold a different integer in every row; "
-            "rename or remove it to number the rows instead"
-        )
+    integers = dtype.startswith(("int", "uint"))
+    seen: dict[int, int] = {}
+    for row, one in enumerate(dataset["sample_id"][:]):
+        if not integers and not (isinstance(one, int) and not isinstance(one, bool)):
+            fault = f"row {row} has {one!r:.40}"
+        elif one is None:
+            fault = f"row {row} has none"
+        elif (before := seen.setdefault(one, row)) != row:
+            fault = f"row {row} has {one}, as row {before} has"
+        else:
+            continue
+        break
+    else:
+        if integers:
+            return
+        fault = "it is no column of integers"
+    raise DataError(
+        f"the column 'sample_id' ({dtype}, {len(dataset)} rows) must hold a different integer in every row, but "
+        f"{fault}: change it, or rename or remove the column to number the rows instead"
+    )
 
 
 def signed(sample_id: int) -> int:

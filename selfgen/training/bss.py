@@ -40,6 +40,7 @@ from ..provenance import columns_hash
 from .batches import RowSlots, Step, learn_after_self, unique_rows
 from .checkpoints import (
     SETTINGS,
+    STATE,
     check_resumed,
     check_savable,
     record_of,
@@ -70,6 +71,12 @@ _ROW_COLUMNS = ("sample_id", "prompt_ids", "answer_ids", "is_learned", "context_
 _FIRST_LOOK = 10  # the steps before the first look again
 _LOOK_EVERY = 100  # steps between two looks at what contexts, reuse and a lean loss take for granted
 _BOOKKEEPING = (*ROWS, "loss_weight", "read")  # columns that are not the model's
+_OF_TRAINER = logging.getLogger("transformers.trainer")
+
+
+def _but_for_empty_epochs(record: logging.LogRecord) -> bool:
+    """Leaves out what the Trainer says of an epoch without steps, where a run is at its end."""
+    return "not to be a single sample" not in record.getMessage()
 
 
 class BSSTrainer(Trainer):
@@ -186,6 +193,8 @@ class BSSTrainer(Trainer):
         self._step = Step()
         self._known_rows_hash: str | None = None
         self._checked: str | None = None  # a checkpoint that this run can go on from
+        self._nothing_left = False  # to train
+        self._logged_at: int | None = None  # the step of the last line of the log before the checkpoint
         self._looked = self._reuse_verified = False
         self._reuses = self._may_reuse()
         with self.accelerator.autocast():
@@ -242,11 +251,22 @@ class BSSTrainer(Trainer):
         return sampler
 
     def get_batch_samples(self, epoch_iterator, num_batches, device):
-        """All micro-batches of one optimizer step, with mixed contexts in those that are trained on first."""
+        """All micro-batches of one optimizer step, with mixed contexts in those that are trained on first.
+
+        None where the run goes on from the checkpoint of its last step, as the Trainer looks for its end after a step.
+        """
+        self._nothing_left = self.state.global_step >= self.state.max_steps
+        if self._nothing_left:
+            logger.info("nothing is left to train: the checkpoint is that of the last step, %d", self.state.global_step)
+            _OF_TRAINER.addFilter(_but_for_empty_epochs)
+            self.control.should_training_stop = True
+            return [], None
         try:
             batches, num_items = super().get_batch_samples(epoch_iterator, num_batches, device)
         except DataError as error:
             raise DataError(message_of(error)) from error
+        if self._logged_at is not None:
+            self._globalstep_last_logged, self._logged_at = self._logged_at, None
         if self._stream is not None:
             self._stream.take(batches)
         self.meter.step_begin()
@@ -277,9 +297,14 @@ class BSSTrainer(Trainer):
                 self._stream.tell()
             return output
         finally:
+            _OF_TRAINER.removeFilter(_but_for_empty_epochs)
             self._step = Step()  # where the last one failed or was broken off
             self._stream = self._resumed_from = None
             self.generator.release()
+
+    def _maybe_log_save_evaluate(self, *args, **kwargs):
+        if not self._nothing_left:  # then, the run before has done it
+            super()._maybe_log_save_evaluate(*args, **kwargs)
 
     def _save(self, output_dir=None, state_dict=None):
         output_dir = at_home(output_dir or self.args.output_dir)
@@ -301,6 +326,7 @@ class BSSTrainer(Trainer):
     def _load_from_checkpoint(self, resume_from_checkpoint, model=None):
         self.check_resumed(resume_from_checkpoint)
         self._resumed_from = resume_from_checkpoint
+        self._logged_at = self.meter.load(Path(resume_from_checkpoint), self.args.process_index)
         super()._load_from_checkpoint(resume_from_checkpoint, model)
 
     def check_resumed(self, checkpoint: str | Path) -> None:
@@ -320,6 +346,7 @@ class BSSTrainer(Trainer):
 
     def _save_rng_state(self, output_dir):
         super()._save_rng_state(output_dir)
+        self.meter.save(Path(output_dir), self.args.process_index, self._globalstep_last_logged)
         if self._stream is not None:
             self._stream.save(output_dir)
 
@@ -363,7 +390,7 @@ class BSSTrainer(Trainer):
             self._step.trained()
         if self.accelerator.scaler is None and not math.isfinite(float(loss)):  # it leaves such steps out
             raise diverged(self.state.global_step + 1, f"the loss is {float(loss)}")
-        return loss
+        return self.meter.step_loss(loss)
 
     def _stop_unless_weights_finite(self) -> None:
         if broken := not_finite(self.model, trainable_only=True):
@@ -603,7 +630,14 @@ class BSSTrainer(Trainer):
         """Evaluate, if there is evaluation data that ``eval_strategy`` has never used."""
         if self.eval_dataset is not None and self.args.eval_strategy == "no":
             self.evaluate()
-            self.save_state()
+
+    def save_state(self):
+        """Write ``trainer_state.json`` to the output folder, all of it or nothing."""
+        if self.is_world_process_zero():
+            beside = Path(self.args.output_dir) / f".{STATE}.partial"
+            with saving(self.args.output_dir):
+                self.state.save_to_json(str(beside))
+                beside.replace(Path(self.args.output_dir) / STATE)
 
     def predict(self, test_dataset, *args, **kwargs):
         return super().predict(self._prepare("test", test_dataset), *args, **kwargs)

@@ -16,7 +16,7 @@ from pathlib import Path
 from safetensors import SafetensorError, safe_open
 from transformers import GenerationConfig, PreTrainedModel, TrainingArguments
 
-from ..files import alone, code_in
+from ..files import SaveError, alone, check_folder, code_in, writing
 from ..provenance import differences
 from .config import BSSConfig
 from .streams import sorts_by_length
@@ -25,6 +25,7 @@ logger = logging.getLogger(__name__)
 
 SETTINGS = "selfgen.json"  # next to the weights of every checkpoint
 STATE = "trainer_state.json"  # what the Trainer writes last
+UNFINISHED = ".model.whole"  # in an output folder whose model is about to be put in its place, file by file
 _OBJECTS = (SETTINGS, STATE, "config.json", "generation_config.json", "adapter_config.json")
 _SMALL = 2**26  # bytes of a file that is read as a whole to find damage
 _MAY_CHANGE = {
@@ -59,12 +60,15 @@ def output_of(
         rounds: this run has rounds.
 
     Raises:
+        SaveError: it can't be written to.
         error: another run is writing there, or it holds something else than the run that ``args`` continues, if any.
     """
     folder = Path(args.output_dir)
+    check_folder(folder, "output_dir")
     if not (folder / ".lock").exists():  # so that a folder that is refused gets none
         _check_output(args, overwrite, rounds, error)
-    folder.mkdir(parents=True, exist_ok=True)
+    with writing(folder):
+        folder.mkdir(parents=True, exist_ok=True)
     with alone(folder, error):
         _check_output(args, overwrite, rounds, error)
         yield
@@ -87,7 +91,7 @@ def _check_output(args: BSSConfig, overwrite: bool, rounds: bool, error: type[Va
     if (earlier[own] and resume == "last") or (resume and Path(resume).resolve().parent == folder.resolve()):
         return
     found = [file.name for file in _files(folder, _TELLING)]
-    if found and not overwrite:
+    if found and not overwrite and not (folder / UNFINISHED).is_dir():
         raise error(
             f"{folder} holds a model or another run ({', '.join(found[:3])}{', ...' * (len(found) > 3)}), which this "
             "run would write over: give another output_dir, or --overwrite-output-dir yes to lose what is there"
@@ -169,7 +173,7 @@ def fault_of(checkpoint: Path) -> str | None:
     if _step_of(checkpoint) is None:  # the Trainer writes this file last
         return f"{STATE} is not there as a whole, so writing the checkpoint was broken off"
     for file in sorted(checkpoint.glob("*.json")):
-        if file.name in _OBJECTS or file.name.endswith(".index.json"):
+        if file.name in _OBJECTS or file.name.endswith(".index.json") or file.name.startswith("selfgen_"):
             try:
                 if not isinstance(json.loads(file.read_text()), dict):
                     return f"{file.name} is no JSON object"
@@ -305,10 +309,6 @@ def _idle_settings(config: GenerationConfig) -> dict[str, object]:
     return {name: value for name, value in found.items() if value not in (None, getattr(default, name, None))}
 
 
-class SaveError(OSError):
-    """A folder can't be written."""
-
-
 @contextmanager
 def saving(folder: str | Path) -> Iterator[None]:
     """Raise SaveError where ``folder`` can't be written, which torch and safetensors say in their own ways."""
@@ -320,8 +320,11 @@ def saving(folder: str | Path) -> Iterator[None]:
         said = str(error)
         of_system = isinstance(error, OSError) and error.errno is not None  # and none of the hub's
         if of_system or any(sign in said for sign in _NOT_WRITTEN):
+            reason = said.splitlines()[0] if said else type(error).__name__
+            if "inline_container" in reason and "No space" not in reason:  # which is all that torch says
+                reason = f"torch could not write a file, as on a full disk: {reason}"
             raise SaveError(
-                f"{folder} can't be written ({said.splitlines()[0] if said else type(error).__name__}): make room or "
+                f"{folder} can't be written ({reason}): make room or "
                 "give the right to write there, and continue with --resume-from-checkpoint last. Earlier checkpoints "
                 "are as they were"
             ) from error

@@ -1,16 +1,25 @@
-"""What training steps cost, and what their contexts were like: the figures of the log."""
+"""What training steps cost, and what their contexts were like: the figures of the log.
+
+A checkpoint keeps what was counted since the last line of the log, so that the next line of a resumed run is that of an
+unbroken one.
+"""
 
 from __future__ import annotations
 
+import json
 import time
 from collections import Counter
+from dataclasses import asdict
+from pathlib import Path
 
 import torch
+from torch import Tensor
 from transformers import TrainerCallback
 
 from ..context import ContextStats
 from .weights import diverged
 
+_FILE = "selfgen_log_{}.json"  # of each process, in every checkpoint
 MOST_LEFT_OUT = 50
 """Steps in a row that fp16's loss scaler may leave out: it begins at 2**16, and halves with each of them."""
 
@@ -29,6 +38,8 @@ class Meter:
         self.context_seconds = self.training_seconds = 0.0
         self.skipped_steps = 0
         self.counts: Counter[str] = Counter()  # of what a method counts besides
+        self.loss: float | Tensor = 0.0  # summed up in the order in which the Trainer does it
+        self._carried: float | Tensor = 0.0
 
     def _since_mark(self) -> float:
         before, self._mark = self._mark, time.perf_counter()
@@ -48,6 +59,32 @@ class Meter:
     def step_end(self) -> None:
         self.training_seconds += self._since_mark()
         self.steps += 1
+
+    def step_loss(self, loss: Tensor) -> Tensor:
+        """Count the loss of a micro-batch; returns what the Trainer is to add to its own sum."""
+        loss, self._carried = self._carried + loss, 0.0
+        self.loss = self.loss + loss
+        return loss
+
+    def save(self, folder: Path, rank: int, logged_at: int) -> None:
+        """Write what `load` reads, with the step of the last line of the log."""
+        counted = {name: getattr(self, name) for name in ("steps", "context_seconds", "training_seconds")}
+        counted |= {"skipped_steps": self.skipped_steps, "loss": float(self.loss), "counts": self.counts}
+        counted |= {"stats": [asdict(stats) for stats in self.stats], "logged_at": logged_at}
+        (folder / _FILE.format(rank)).write_text(json.dumps(counted) + "\n")
+
+    def load(self, folder: Path, rank: int) -> int | None:
+        """Go on from a checkpoint; returns the step of the last line of the log, or None where that is not known."""
+        self._reset()
+        file = folder / _FILE.format(rank)
+        if not file.is_file():  # of an earlier version
+            return None
+        counted = json.loads(file.read_text())
+        self.steps, self.skipped_steps = counted["steps"], counted["skipped_steps"]
+        self.context_seconds, self.training_seconds = counted["context_seconds"], counted["training_seconds"]
+        self.stats = [ContextStats(**stats) for stats in counted["stats"]]
+        self.counts, self._carried = Counter(counted["counts"]), counted["loss"]
+        return counted["logged_at"]
 
     def flush(self) -> dict[str, float]:
         """Means over the steps since the last flush."""

@@ -134,7 +134,6 @@ class RACTrainer(BSSTrainer):
         if args.own_answer == "column":
             refuse_stream(train_dataset, "own answers of a column")
         self._own_answers: dict[int, list[int]] = {}
-        self._shown = self._cut = 0  # own answers since the last log
         self._known_cue: CorrectionCue | None = None
         self._weighs_rows = args.direct_weight > 0
         super().__init__(model, args, train_dataset=train_dataset, **kwargs)
@@ -215,18 +214,18 @@ class RACTrainer(BSSTrainer):
                 "leave the row out"
             )
         own = self._cue.ended(own)
-        self._shown += 1
-        self._cut += len(own) > room
+        self.meter.counts["own_answers"] += 1
+        self.meter.counts["own_answers_cut"] += len(own) > room
         self.meter.counts["own_answers_empty"] += not own
         return torch.cat([row.prompt, row.prompt.new_tensor(self._cue.prompt([], own[:room]))])
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
-        if "loss" in logs and self._shown:
-            logs["own_answers_cut"] = self._cut / self._shown
-            logs["own_answers_empty"] = self.meter.counts["own_answers_empty"] / self._shown
-            if generated := self.meter.counts["own_answers_generated"]:
-                logs["own_answers_unfinished"] = self.meter.counts["own_answers_unfinished"] / generated
-            self._shown = self._cut = 0
+        counts = self.meter.counts
+        if "loss" in logs and (shown := counts["own_answers"]):
+            logs["own_answers_cut"] = counts["own_answers_cut"] / shown
+            logs["own_answers_empty"] = counts["own_answers_empty"] / shown
+            if generated := counts["own_answers_generated"]:
+                logs["own_answers_unfinished"] = counts["own_answers_unfinished"] / generated
         super().log(logs, start_time)
 
     def _rows_hash(self) -> str | None:

@@ -31,6 +31,7 @@ from .bash import BASHTrainer
 from .bss import tokenized
 from .checkpoints import last_checkpoint, output_of, remove_model
 from .config import BSSConfig
+from .ending import save_round
 from .schedules import Schedule
 from .weights import check_finite, check_trainable
 
@@ -168,21 +169,11 @@ def _train_parts(
         own = copy(config)
         own.output_dir = str(folder)
         trainer = BASHTrainer(current, own, train_dataset=folder / "contexts", **training)
-        _train(trainer, folder)
+        trainer.train(resume_from_checkpoint=last_checkpoint(folder))
+        save_round(trainer, folder)
         del current, trainer
         gc.collect()  # before the next model is loaded
     return models[-1]
-
-
-def _train(trainer: BASHTrainer, folder: Path) -> None:
-    """From the newest checkpoint to ``folder/model``, which is there as a whole or not at all."""
-    trainer.train(resume_from_checkpoint=last_checkpoint(folder))
-    trainer.save_state()
-    beside = folder / "model.partial"
-    shutil.rmtree(beside, ignore_errors=True)
-    trainer.save_model(str(beside))
-    beside.rename(folder / "model")
-    trainer.evaluate_at_the_end()
 
 
 def _autocast(config: BSSConfig) -> torch.autocast:

@@ -77,6 +77,13 @@ def kill_command(arguments: list[str], when: Callable[[], bool]) -> None:
     assert process.exitcode == -signal.SIGKILL
 
 
+def forked(function: Callable, *arguments) -> multiprocessing.process.BaseProcess:
+    """The process of ``function(...)``, which has begun."""
+    process = _SERVED.Process(target=function, args=arguments)
+    process.start()
+    return process
+
+
 def begun(function: Callable, *arguments) -> multiprocessing.process.BaseProcess:
     """The process of ``function(ready, ...)``, once it has set the event ``ready``."""
     ready = _SERVED.Event()

@@ -13,7 +13,7 @@ import pyarrow.parquet as pq
 
 from .folders import find_splits
 from .row_files import ENDINGS, ROW_FORMATS, format_of, read_rows
-from .row_tables import cache_folder, exact_json, rows_dataset
+from .row_tables import CacheError, cache_folder, exact_json, room_in_cache, rows_dataset
 from .slices import refuse_transform, take_split, take_stream
 
 logger = logging.getLogger(__name__)
@@ -88,7 +88,8 @@ def _load(name_or_path: str | Path, config_name: str | None, columns: Sequence[s
         raise FileNotFoundError(f"{missing} (it can't be a data set's name); check the path, relative to {Path.cwd()}")
     cache_folder()
     try:
-        loaded = datasets.load_dataset(str(name_or_path), config_name, streaming=streaming)
+        with room_in_cache():
+            loaded = datasets.load_dataset(str(name_or_path), config_name, streaming=streaming)
     except (FileNotFoundError, ConnectionError) as error:
         raise FileNotFoundError(f"{missing} ({error}); check the path or name, and the network") from error
     return _dict(dict(loaded))
@@ -147,7 +148,11 @@ def _load_by_datasets(folder: Path, config_name: str | None, streaming: bool) ->
     try:
         known = datasets.get_dataset_config_names(str(folder))
         # A folder of plain files has one configuration, which has no name to be asked for.
-        loaded = datasets.load_dataset(str(folder), config_name if known != ["default"] else None, streaming=streaming)
+        name = config_name if known != ["default"] else None
+        with room_in_cache():
+            loaded = datasets.load_dataset(str(folder), name, streaming=streaming)
+    except CacheError:
+        raise
     except Exception as error:  # as above
         raise ValueError(
             f"{folder} holds no rows that `datasets` can read: {error.__cause__ or error!r}. Files of a folder "
@@ -196,7 +201,10 @@ def _load_kind(kind: str, files: list[Path], columns: Sequence[str] | None, stre
     cache_folder()
     escaped = [glob.escape(str(file)) for file in files]
     try:
-        return datasets.load_dataset(kind, data_files=escaped, split="train", streaming=streaming, **chosen)
+        with room_in_cache():
+            return datasets.load_dataset(kind, data_files=escaped, split="train", streaming=streaming, **chosen)
+    except CacheError:
+        raise
     except Exception as error:  # as above
         among = str(files[0]) if len(files) == 1 else f"{files[0]} and {len(files) - 1} more files of its split"
         others = [file for file, schema in zip(files, schemas, strict=True) if not schema.equals(schemas[0])]

@@ -5,10 +5,12 @@ A first pass over all rows finds the type of each column, and a second one write
 """
 
 import dataclasses
+import errno
 import hashlib
 import json
 import os
 from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -72,6 +74,32 @@ def cache_folder() -> Path:
     return folder
 
 
+class CacheError(OSError):
+    """The cache folder of `datasets` is full."""
+
+
+@contextmanager
+def room_in_cache() -> Iterator[None]:
+    """Raise CacheError where it is full, of which `datasets` may say just that a file is closed."""
+    try:
+        yield
+    except Exception as error:
+        reason: BaseException | None = error
+        while reason is not None and not _says_full(reason):
+            reason = reason.__cause__ or reason.__context__
+        if reason is None:
+            raise
+        raise CacheError(
+            f"the cache folder of `datasets`, {datasets.config.HF_DATASETS_CACHE}, is full ({reason}): make room, or "
+            "set HF_DATASETS_CACHE or HF_HOME to a folder that has it"
+        ) from error
+
+
+def _says_full(error: BaseException) -> bool:
+    full = isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+    return full or "Not enough disk space" in str(error)
+
+
 def rows_dataset(sources: Sequence["Path | datasets.Dataset"], columns: Sequence[str] | None) -> datasets.Dataset:
     """All rows of JSON and CSV files, and of data sets, one after another; of `columns` those that are there.
 
@@ -88,13 +116,15 @@ def rows_dataset(sources: Sequence["Path | datasets.Dataset"], columns: Sequence
             file.parent.mkdir(parents=True, exist_ok=True)
             with FileLock(file.with_suffix(".lock")):  # other processes wait for the one that writes
                 if not file.exists():
-                    _write(file, key, sources, columns)
+                    with room_in_cache():
+                        _write(file, key, sources, columns)
                     if _key(sources, columns) != key:
                         file.unlink()
                         raise ValueError(f"{_name(sources)} changed while it was read; read it when it is complete")
         except OSError as error:
-            if error.filename and not str(error.filename).startswith(str(file.parent)):
-                raise  # not of the cache
+            other = error.filename and not str(error.filename).startswith(str(file.parent))
+            if other or isinstance(error, CacheError):
+                raise
             raise OSError(f"{_name(sources)} can't be written to the cache folder {file.parent}: {error}") from error
     with pa.memory_map(str(file)) as stream:
         schema = pa.ipc.open_stream(stream).schema

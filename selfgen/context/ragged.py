@@ -20,7 +20,7 @@ from transformers.cache_utils import Cache, CacheLayerMixin
 
 import selfgen_kernels  # noqa: F401  (registers the operators)
 
-from .models import cache_argument
+from .models import cache_argument, takes
 
 ATTENTION = "selfgen"
 # The operators themselves: they run once per layer and pass, where the checks of the public functions cost a few per
@@ -102,13 +102,14 @@ class RaggedCache(Cache):
 
 
 _IGNORED = frozenset(
-    # Arguments that say nothing about the result of an attention layer in inference over the ragged cache: what else to
-    # return, positions that are in the states already, and where rows lie in a batch, which the pass itself knows.
+    # Arguments that say nothing about the result of an attention layer in inference over the ragged cache: what (else)
+    # to return, positions that are in the states already, and where rows lie in a batch, which the pass itself knows.
     {
         "cache_position",
         "cu_seq_lens_k",
         "cu_seq_lens_q",
         "is_causal",
+        "logits_to_keep",
         "max_length_k",
         "max_length_q",
         "num_items_in_batch",
@@ -211,14 +212,17 @@ def ragged_logits(
 ) -> Tensor:
     """Compute a pass over ``input_ids`` [N] inside ``ragged_model``; returns logits [M, V] at its places ``index`` [M].
 
-    The pass's K/V goes to its slots. The head, with all that a model does to its logits, runs at ``index`` only.
+    The pass's K/V goes to its slots. The head, with all that a model does to its logits, runs at ``index`` only, if the
+    model takes ``logits_to_keep``.
     """
     cache.current = ragged_pass
-    return model(
+    at_index = {"logits_to_keep": index} if takes(model, "logits_to_keep") else {}
+    logits = model(
         input_ids=input_ids[None],
         position_ids=ragged_pass.position_ids,
         use_cache=True,
-        logits_to_keep=index,
         ragged_pass=ragged_pass,
+        **at_index,
         **{cache_argument(model): cache},
     ).logits[0]
+    return logits if at_index else logits[index]

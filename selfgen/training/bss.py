@@ -22,7 +22,14 @@ from transformers.trainer_pt_utils import LengthGroupedSampler
 
 from ..context import ContextStats, MixedContext
 from ..context.hidden_states import ReuseError, decoder_layers
-from ..context.models import check_here, max_positions, transformers_model, vocab_size_of
+from ..context.models import (
+    check_here,
+    max_positions,
+    text_inputs,
+    text_positions,
+    transformers_model,
+    vocab_size_of,
+)
 from ..data import Collator, DataError, check_sample_ids, load_rows, pad_token_id, rows_of, write_contexts_into
 from ..data.batches import IGNORE_INDEX, ROWS, Row, lengths_of
 from ..data.streams import StreamedRows, refuse_stream
@@ -596,6 +603,7 @@ class BSSTrainer(Trainer):
         reusing = nullcontext if passes is None else partial(reuse_passes, passes.hidden_states, passes.slots(inputs))
         row_weights = inputs.get("loss_weight")
         inputs = {key: value for key, value in inputs.items() if key not in _BOOKKEEPING}
+        inputs = text_inputs(self.generator.model, inputs["input_ids"]) | inputs
         compute_loss = super().compute_loss
         own: Callable[[], AbstractContextManager] = nullcontext
         self.label_smoother = self._label_smoother
@@ -604,7 +612,7 @@ class BSSTrainer(Trainer):
             own = partial(self._answer_loss.inside, row_weights, self._frozen_states(inputs))
 
         def loss(model):
-            with own():
+            with own(), text_positions(self.generator.model):
                 return compute_loss(model, dict(inputs), return_outputs, num_items_in_batch)  # may take labels out
 
         if passes is not None and not self._reuse_verified:

@@ -20,6 +20,13 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 logger = logging.getLogger(__name__)
 
 
+class UnsupportedModelError(ValueError):
+    """The model has a feature that the ragged path does not support; ``method="sequential"`` works for it.
+
+    Or no method works for it, and the error says so.
+    """
+
+
 def cache_argument(model: PreTrainedModel) -> str:
     """What ``model.forward`` calls its KV cache: "cache" since transformers 5.24, "past_key_values" before."""
     return "cache" if "cache" in inspect.signature(model.forward).parameters else "past_key_values"
@@ -213,6 +220,12 @@ def transformers_model(model: torch.nn.Module) -> PreTrainedModel:
         raise TypeError(
             f"model is a {type(model).__name__}; give a transformers model (AutoModelForCausalLM) or PEFT's"
         )
+    try:
+        model.get_input_embeddings()
+    except NotImplementedError as error:
+        raise UnsupportedModelError(
+            f"{type(model).__name__} has no embedding of tokens that can be found; give a causal language model"
+        ) from error
     return model
 
 

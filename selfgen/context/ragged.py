@@ -20,7 +20,7 @@ from transformers.cache_utils import Cache, CacheLayerMixin
 
 import selfgen_kernels  # noqa: F401  (registers the operators)
 
-from .models import cache_argument, takes
+from .models import UnsupportedModelError, cache_argument, takes
 
 ATTENTION = "selfgen"
 # The operators themselves: they run once per layer and pass, where the checks of the public functions cost a few per
@@ -29,10 +29,6 @@ kv_append, ragged_attention = torch.ops.selfgen.kv_append, torch.ops.selfgen.rag
 
 
 _WARNING = "warn_if_padding_and_no_attention_mask"
-
-
-class UnsupportedModelError(ValueError):
-    """The model has a feature that the ragged path does not support; ``method="sequential"`` works for it."""
 
 
 @dataclass

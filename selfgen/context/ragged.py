@@ -20,7 +20,7 @@ from transformers.cache_utils import Cache, CacheLayerMixin
 
 import selfgen_kernels  # noqa: F401  (registers the operators)
 
-from .models import UnsupportedModelError, cache_argument, takes
+from .models import UnsupportedModelError, cache_argument, takes, text_inputs
 
 ATTENTION = "selfgen"
 # The operators themselves: they run once per layer and pass, where the checks of the public functions cost a few per
@@ -187,6 +187,7 @@ def ragged_model(model: PreTrainedModel) -> Iterator[None]:
 
     Without an attention mask, some models look for padding to warn of, and wait for the device.
     """
+    text_inputs(model, torch.zeros(1, 1, dtype=torch.int64))  # found out by the model's own attention
     models = [module for module in model.modules() if isinstance(module, PreTrainedModel)]
     configs = {id(m.config): m.config for m in models}.values()
     before = [config._attn_implementation for config in configs]
@@ -218,6 +219,7 @@ def ragged_logits(
         position_ids=ragged_pass.position_ids,
         use_cache=True,
         ragged_pass=ragged_pass,
+        **text_inputs(model, input_ids[None]),
         **at_index,
         **{cache_argument(model): cache},
     ).logits[0]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 
 DOCUMENT = Path(__file__).parents[2] / "docs" / "models.md"
@@ -18,3 +19,12 @@ def write_section(title: str, lines: list[str]) -> None:
 def table(header: list[str], rows: list[list[str]]) -> list[str]:
     """A table of markdown."""
     return [f"| {' | '.join(cells)} |" for cells in (header, ["---"] * len(header), *rows)]
+
+
+def reason(error: BaseException) -> str:
+    """What an error says, without numbers that change from machine to machine and what to do instead."""
+    text = " ".join(str(error).split()).replace("|", "/").replace("<", "(").replace(">", ")")
+    text = re.sub(r"; (use|give) .*|: the ragged path of .*| \(logits differ by [^)]*\)", "", text)
+    text = re.sub(r" by [0-9.]+% of their standard deviation.*", "", text)
+    text = re.sub(r"^\w+ (uses|computes|looks|does|can't|restricts)", r"\1", text)
+    return text[:140] or type(error).__name__

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import copy
 import logging
-import re
 from collections.abc import Iterator
 from dataclasses import dataclass
 from tempfile import TemporaryDirectory
@@ -18,7 +17,7 @@ import transformers as t
 from datasets import Dataset
 from helpers.training import make_trainer, weights
 from zoo.definition import contexts, rows, wrong_tokens
-from zoo.document import table, write_section
+from zoo.document import reason, table, write_section
 from zoo.families import (
     decoder,
     families,
@@ -146,15 +145,6 @@ def reuse(model) -> str:
         return f"WRONG by {off:.1e}"
     said = [line for line in log.lines if line.startswith("passes are not reused")]
     return f"no: {reason(ValueError(said[0].rpartition('own forward: ')[2]))}" if said else "yes"
-
-
-def reason(error: BaseException) -> str:
-    """What an error says, without numbers that change from machine to machine and what to do instead."""
-    text = " ".join(str(error).split()).replace("|", "/").replace("<", "(").replace(">", ")")
-    text = re.sub(r"; (use|give) .*|: the ragged path of .*| \(logits differ by [^)]*\)", "", text)
-    text = re.sub(r" by [0-9.]+% of their standard deviation.*", "", text)
-    text = re.sub(r"^\w+ (uses|computes|looks|does|can't|restricts)", r"\1", text)
-    return text[:140] or type(error).__name__
 
 
 @pytest.mark.parametrize("name", sorted(FAST))

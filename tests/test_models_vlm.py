@@ -17,14 +17,17 @@ from helpers.training import (
     make_trainer,
     padded,
     rows,
+    weights,
 )
-from models import VOCAB
+from models import VOCAB, tiny_model
+from transformers import AutoModelForCausalLM
 from zoo.definition import SEED, wrong_tokens
 from zoo.families import multimodal, multimodal_families
 
 from selfgen import BSSTrainer, ContextGenerator, UnsupportedModelError
+from selfgen.cli.options import ModelArguments
 from selfgen.context.hidden_states import ReuseError, decoder_layers
-from selfgen.context.models import cache_argument, text_inputs, text_positions
+from selfgen.context.models import auto_class_of, cache_argument, text_inputs, text_positions
 from selfgen.data import DataError
 from selfgen.evaluation.losses import held_out_losses
 from selfgen.training.reuse import reuse_passes
@@ -219,3 +222,24 @@ def test_a_row_with_an_image_is_dropped_and_counted_or_refused(tiny, tmp_path, c
     assert "1 kept, 1 dropped (1 a content part of type 'image', which is not text: row 1)" in caplog.text
     with pytest.raises(DataError, match=r"strict_data.*1 dropped \(1 a content part of type 'image'"):
         trainer(strict_data=True)
+
+
+def test_such_a_model_is_loaded_by_name(tiny, tmp_path):
+    """`AutoModelForCausalLM` does not know Qwen2-VL."""
+    tokenizer = make_tokenizer(TEMPLATE, size=VOCAB)
+    for part in (tiny("qwen2_vl"), tokenizer):
+        part.save_pretrained(tmp_path / "model")
+    trainer = make_trainer(tmp_path / "run", str(tmp_path / "model"), max_steps=1, report_to=[])
+    assert type(trainer.model).__name__ == "Qwen2VLForConditionalGeneration"
+    assert trainer.train().training_loss > 0
+    trainer.save_model(tmp_path / "trained")
+    tokenizer.save_pretrained(tmp_path / "trained")
+    model, _ = ModelArguments(str(tmp_path / "trained")).load()
+    assert type(model) is type(trainer.model)
+    assert torch.equal(weights(model), weights(trainer.model))
+
+
+def test_others_are_loaded_as_ever(tmp_path):
+    tiny_model("llama").save_pretrained(tmp_path)
+    assert auto_class_of(str(tmp_path)) is AutoModelForCausalLM
+    assert auto_class_of(str(tmp_path / "nothing")) is AutoModelForCausalLM

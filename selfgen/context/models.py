@@ -14,8 +14,9 @@ from typing import Any
 from weakref import WeakKeyDictionary
 
 import torch
+import transformers
 from torch import Tensor
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerBase
 
 logger = logging.getLogger(__name__)
 
@@ -25,6 +26,23 @@ class UnsupportedModelError(ValueError):
 
     Or no method works for it, and the error says so.
     """
+
+
+def auto_class_of(name: str, **hub: Any) -> Any:
+    """What loads the model ``name`` (a folder, or on the hub): ``AutoModelForCausalLM``, if that knows it.
+
+    Otherwise the class of transformers for models that see or hear and write text. ``hub`` may have ``revision`` and
+    ``trust_remote_code``.
+    """
+    # Before transformers 5.3 there was none for all of these.
+    multimodal = getattr(transformers, "AutoModelForMultimodalLM", transformers.AutoModelForImageTextToText)
+    try:
+        config = AutoConfig.from_pretrained(name, **hub)
+    except Exception:  # loading the model says more
+        return AutoModelForCausalLM
+    # The private name is where from_pretrained looks for the class of a configuration.
+    unknown = type(config) not in AutoModelForCausalLM._model_mapping
+    return multimodal if unknown and type(config) in multimodal._model_mapping else AutoModelForCausalLM
 
 
 def cache_argument(model: PreTrainedModel) -> str:

@@ -17,12 +17,13 @@ from datasets import Dataset, DatasetDict, IterableDataset, IterableDatasetDict
 from torch import Tensor
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils.data import RandomSampler
-from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, Trainer
+from transformers import AutoTokenizer, PreTrainedModel, Trainer
 from transformers.trainer_pt_utils import LengthGroupedSampler
 
 from ..context import ContextStats, MixedContext
 from ..context.hidden_states import ReuseError, decoder_layers
 from ..context.models import (
+    auto_class_of,
     check_here,
     max_positions,
     text_inputs,
@@ -123,9 +124,7 @@ class BSSTrainer(Trainer):
             raise TypeError(f"args is a {type(args).__name__}; BSSTrainer takes a BSSConfig")
         self._trust_remote_code = trust_remote_code
         if isinstance(model, str | Path):
-            model = AutoModelForCausalLM.from_pretrained(
-                at_home(model), dtype=torch.float32, trust_remote_code=trust_remote_code
-            )
+            model = _load(at_home(model), torch.float32, trust_remote_code)
         name = transformers_model(model).name_or_path
         check_trainable(model)
         if processing_class is None and not name:
@@ -459,9 +458,7 @@ class BSSTrainer(Trainer):
             return None
         frozen = None
         if args.kl_model:
-            frozen = AutoModelForCausalLM.from_pretrained(
-                args.kl_model, dtype=self.generator.model.dtype, trust_remote_code=self._trust_remote_code
-            )
+            frozen = _load(args.kl_model, self.generator.model.dtype, self._trust_remote_code)
             sizes = [model.get_output_embeddings().weight.shape[0] for model in (frozen, self.generator.model)]
             if sizes[0] != sizes[1]:
                 raise ValueError(
@@ -659,6 +656,11 @@ class BSSTrainer(Trainer):
             if self._stream is not None:
                 logs.update(self._stream.logs())
         super().log(logs, start_time)
+
+
+def _load(name: str, dtype: torch.dtype, trust_remote_code: bool) -> PreTrainedModel:
+    auto_class = auto_class_of(name, trust_remote_code=trust_remote_code)
+    return auto_class.from_pretrained(name, dtype=dtype, trust_remote_code=trust_remote_code)
 
 
 def step_seed(seed: int, step: int, stream: int = 0) -> int:

@@ -22,7 +22,7 @@ from helpers.training import (
 from models import VOCAB, tiny_model
 from transformers import AutoModelForCausalLM
 from zoo.definition import SEED, wrong_tokens
-from zoo.families import multimodal, multimodal_families
+from zoo.families import decoder, multimodal, multimodal_families
 
 from selfgen import BSSTrainer, ContextGenerator, UnsupportedModelError
 from selfgen.cli.options import ModelArguments
@@ -55,6 +55,11 @@ def test_decoder_layers_are_those_that_text_goes_through(tiny, name, layers):
     model = tiny(name)
     names = {module: name for name, module in model.named_modules()}
     assert " ".join(names[layer] for layer in decoder_layers(model)) == layers
+
+
+def test_the_decoder_alone_leaves_out_what_attends_to_an_image():
+    model = decoder("mllama")
+    assert decoder_layers(model) == [model.model.layers[0], model.model.layers[2]]
 
 
 def test_noise_in_a_tower_is_none_of_the_texts(tiny):

@@ -34,7 +34,8 @@ def decoder_layers(model: PreTrainedModel) -> list[GradientCheckpointingLayer]:
     modules = dict(model.named_modules())
     layers = [module for module in modules.values() if isinstance(module, GradientCheckpointingLayer)]
     of_decoder = len(layers)
-    if is_multimodal(model) or len(layers) != config.num_hidden_layers:
+    of_images = getattr(config, "cross_attention_layers", None)  # also of Mllama's decoder alone
+    if is_multimodal(model) or of_images or len(layers) != config.num_hidden_layers:
         idle = _idle_on_text(model)
         modules = {name: module for name, module in modules.items() if name not in idle}
         layers = [module for module in modules.values() if isinstance(module, GradientCheckpointingLayer)]

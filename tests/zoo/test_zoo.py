@@ -199,8 +199,8 @@ ON_TEXT = """\
 Classes that `AutoModelForMultimodalLM` gives, on rows of text: contexts, answers and training run the decoder of text
 alone, and a row with an image or a sound is refused or counted when it is read. What a class demands beside tokens in
 training (types that say that a token is text) is given. Multimodal rope has the same position in each dimension, and
-shifts that a forward over an image left (`rope_deltas`) are put aside while rows of text are computed. Load such a
-model by its class, or by `AutoModelForMultimodalLM`, and give it to `ContextGenerator` or a trainer.""".splitlines()
+shifts that a forward over an image left (`rope_deltas`) are put aside while rows of text are computed. `--model` and
+`BSSTrainer` load such a model by its name, as any other.""".splitlines()
 STATUS = ("exact", "sequential only", "refused", "not built", "WRONG", "CRASH")
 
 

@@ -10,6 +10,7 @@ from helpers.training import make_trainer
 from models import BASE, tiny_model
 from transformers import AutoModelForCausalLM, LlamaConfig
 from zoo.definition import contexts, rows, wrong_tokens
+from zoo.document import reason, table, write_section
 
 from selfgen import ContextGenerator, UnsupportedModelError
 from selfgen.context.models import active_adapters
@@ -80,6 +81,32 @@ def exact(model, method: str) -> bool:
     mixed = contexts(model, prompts, references, method=method)
     changed = wrong_tokens(tiny_model("llama"), prompts, references, mixed) > 0
     return changed and wrong_tokens(model, prompts, references, mixed) == 0
+
+
+@pytest.mark.slow
+def test_the_table_of_adapters(tmp_path):
+    """Every kind is looked at without being told what is expected of it."""
+    found = []
+    for kind in [kind.value for kind in KINDS]:
+        try:
+            model = x_lora(tmp_path) if kind == "XLORA" else with_adapter(config_of(kind))
+            methods = [exact(model, method) for method in ("fixed_point", "sequential")]
+            found.append([kind, "exact" if all(methods) else "WRONG"])
+        except ImportError as error:
+            found.append([kind, f"not built ({reason(error)})"])
+        except ValueError as error:
+            found.append([kind, f"refused ({reason(error)})"])
+    lines = [
+        "Every type of the installed PEFT, on a Llama, with weights that change what it computes: `fixed_point` and",
+        "`sequential` are compared with PEFT's own forward.",
+        "",
+        f"peft {peft.__version__}, {len(found)} entries.",
+        "",
+        *table(["type", "contexts"], found),
+    ]
+    write_section("Adapters", lines)
+    assert {kind for kind, status in found if status.startswith("refused")} == set(REFUSED)
+    assert not [kind for kind, status in found if status == "WRONG"]
 
 
 @pytest.mark.parametrize("kind", [kind.value for kind in KINDS])

@@ -17,7 +17,6 @@ from typing import Any, NoReturn, Union, get_args, get_origin, get_type_hints
 import torch
 from datasets import Dataset
 from transformers import (
-    AutoModelForCausalLM,
     AutoTokenizer,
     HfArgumentParser,
     PreTrainedModel,
@@ -25,6 +24,7 @@ from transformers import (
 )
 from transformers.utils.hub import cached_file, extract_commit_hash
 
+from ..context.models import auto_class_of
 from ..data import RowOptions, load_rows
 from ..files import PATHS, expand_home
 from ..training.config import RENAMED
@@ -68,7 +68,8 @@ class ModelArguments:
     def load(self) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
         tokenizer = self.load_tokenizer()
         options = {"dtype": self.dtype, "attn_implementation": self.attn_implementation}
-        return self._from_pretrained(AutoModelForCausalLM, **options), tokenizer
+        hub = {"revision": self.revision, "trust_remote_code": self.trust_remote_code}
+        return self._from_pretrained(auto_class_of(self.model, **hub), **options), tokenizer
 
     def load_tokenizer(self) -> PreTrainedTokenizerBase:
         return self._from_pretrained(AutoTokenizer)

@@ -11,7 +11,7 @@ import torch
 from transformers import PreTrainedModel
 
 from .forward import Forward
-from .models import max_positions
+from .models import arguments_of, max_positions
 from .ragged import RaggedPass
 
 LARGEST = 8192
@@ -44,7 +44,8 @@ def measure_budget(model: PreTrainedModel, *, forward: Forward | None = None, re
     def run(tokens: int) -> None:
         ids = torch.zeros(tokens, dtype=torch.int64, device=device)
         if forward is None:
-            model(input_ids=ids[None], attention_mask=torch.ones_like(ids)[None], use_cache=False, logits_to_keep=1)
+            mask = torch.ones_like(ids)[None]
+            model(**arguments_of(model, input_ids=ids[None], attention_mask=mask, use_cache=False, logits_to_keep=1))
             return
         slots, bounds = torch.arange(tokens, device=device), torch.tensor([0, tokens], device=device)
         forward(RaggedPass(slots, slots[None], bounds.int(), bounds[None]), ids, slots[-1:])

@@ -21,7 +21,7 @@ import selfgen_kernels as kernels
 
 from .batch import left_pad
 from .free_running import Prompts, Work
-from .models import own_logits
+from .models import own_logits, text_inputs
 from .precision import full_precision
 from .support import lengths_of
 
@@ -114,6 +114,7 @@ class Fallback:
         found = self.model.generate(
             ids,
             attention_mask=left_pad([torch.ones_like(prompts.tokens[row]) for row in rows]),
+            **text_inputs(self.model, ids),
             generation_config=GenerationConfig(
                 max_new_tokens=limit,
                 do_sample=False,

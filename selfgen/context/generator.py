@@ -31,6 +31,7 @@ from .models import (
     eos_token_ids_of,
     inference,
     room_for_answers,
+    text_positions,
     transformers_model,
     vocab_size_of,
 )
@@ -155,7 +156,7 @@ class ContextGenerator:
         that is the outer forward, which generation does not call.
         """
         device = self.model.device.type
-        with taking_turns(self.model), logits_alone(self.model), inference(self.model):
+        with taking_turns(self.model), logits_alone(self.model), text_positions(self.model), inference(self.model):
             if torch.is_autocast_enabled(device) or not hasattr(self._given, "_original_forward"):
                 yield
                 return

@@ -10,10 +10,14 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import partial
+from weakref import WeakKeyDictionary
 
+import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.modeling_layers import GradientCheckpointingLayer
+
+from .models import arguments_of, decoder_of, inference, is_multimodal, vocab_size_of
 
 
 class ReuseError(ValueError):
@@ -21,14 +25,23 @@ class ReuseError(ValueError):
 
 
 def decoder_layers(model: PreTrainedModel) -> list[GradientCheckpointingLayer]:
-    """The decoder layers of ``model`` in order.
+    """The decoder layers of ``model`` that rows of text go through, in order.
 
     Raises:
         ReuseError: they can't be found, or a training pass computes something else in them than inference does.
     """
     config = model.config.get_text_config(decoder=True)
-    layers = [module for module in model.modules() if isinstance(module, GradientCheckpointingLayer)]
-    if len(layers) != config.num_hidden_layers:
+    modules = dict(model.named_modules())
+    layers = [module for module in modules.values() if isinstance(module, GradientCheckpointingLayer)]
+    of_decoder = len(layers)
+    of_images = getattr(config, "cross_attention_layers", None)  # also of Mllama's decoder alone
+    if is_multimodal(model) or of_images or len(layers) != config.num_hidden_layers:
+        idle = _idle_on_text(model)
+        modules = {name: module for name, module in modules.items() if name not in idle}
+        layers = [module for module in modules.values() if isinstance(module, GradientCheckpointingLayer)]
+        of_decoder = sum(isinstance(module, GradientCheckpointingLayer) for module in decoder_of(model).modules())
+    # Text may leave some layers out: those that attend to an image.
+    if not layers or config.num_hidden_layers not in (len(layers), of_decoder):
         raise ReuseError(
             f"{type(model).__name__} has {config.num_hidden_layers} decoder layers, but {len(layers)} that support "
             "gradient checkpointing"
@@ -38,18 +51,44 @@ def decoder_layers(model: PreTrainedModel) -> list[GradientCheckpointingLayer]:
             raise ReuseError(
                 f"{name} is on, which needs more of a layer than the hidden states that are kept; switch it off"
             )
-    noise = _noise(model)
+    noise = _noise(modules)
     if noise is not None:
         raise ReuseError(f"{noise}: training and inference compute different things; set it to 0")
     return layers
 
 
+_idle: WeakKeyDictionary[PreTrainedModel, frozenset[str]] = WeakKeyDictionary()
+
+
+def _idle_on_text(model: PreTrainedModel) -> frozenset[str]:
+    """The names of the modules that a forward over text does not run, nor any part of them: a vision tower, ..."""
+    if model in _idle:
+        return _idle[model]
+    names = [name for name, _ in model.named_modules()]
+    run: set[str] = set()
+    handles = [
+        module.register_forward_pre_hook(lambda *_, name=name: run.add(name)) for name, module in model.named_modules()
+    ]
+    ids = torch.arange(1, 3, device=model.device)[None] % vocab_size_of(model)
+    try:
+        with inference(model):
+            model(**arguments_of(model, input_ids=ids, attention_mask=torch.ones_like(ids), use_cache=False))
+    except Exception as error:
+        raise ReuseError(f"{type(model).__name__} does not run on tokens alone ({error})") from error
+    finally:
+        for handle in handles:
+            handle.remove()
+    above = {name.rsplit(".", parts)[0] for name in run for parts in range(name.count(".") + 1)}
+    _idle[model] = frozenset(names) - above - {""}
+    return _idle[model]
+
+
 _RANDOM = ("drop", "jitter", "stochastic")  # dropout, layerdrop, drop_path, router_jitter_noise, ...
 
 
-def _noise(model: nn.Module) -> str | None:
-    """A dropout, a jitter or a random depth that makes the model random in training; None if there is none."""
-    for name, module in model.named_modules():
+def _noise(modules: dict[str, nn.Module]) -> str | None:
+    """A dropout, a jitter or a random depth that makes one of them random in training; None if there is none."""
+    for name, module in modules.items():
         if isinstance(module, nn.modules.dropout._DropoutNd) and module.p > 0:
             return f"{name} is a dropout of {module.p}"
         for attribute, value in vars(module).items():

@@ -6,13 +6,42 @@ Every private name of these libraries that says something about a model is used 
 from __future__ import annotations
 
 import inspect
+import logging
 from collections.abc import Iterator, Sequence, Sized
 from contextlib import contextmanager, nullcontext
 from typing import Any
+from weakref import WeakKeyDictionary
 
 import torch
+import transformers
 from torch import Tensor
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerBase
+
+logger = logging.getLogger(__name__)
+
+
+class UnsupportedModelError(ValueError):
+    """The model has a feature that the ragged path does not support; ``method="sequential"`` works for it.
+
+    Or no method works for it, and the error says so.
+    """
+
+
+def auto_class_of(name: str, **hub: Any) -> Any:
+    """What loads the model ``name`` (a folder, or on the hub): ``AutoModelForCausalLM``, if that knows it.
+
+    Otherwise the class of transformers for models that see or hear and write text. ``hub`` may have ``revision`` and
+    ``trust_remote_code``.
+    """
+    # Before transformers 5.3 there was none for all of these.
+    multimodal = getattr(transformers, "AutoModelForMultimodalLM", transformers.AutoModelForImageTextToText)
+    try:
+        config = AutoConfig.from_pretrained(name, **hub)
+    except Exception:  # loading the model says more
+        return AutoModelForCausalLM
+    # The private name is where from_pretrained looks for the class of a configuration.
+    unknown = type(config) not in AutoModelForCausalLM._model_mapping
+    return multimodal if unknown and type(config) in multimodal._model_mapping else AutoModelForCausalLM
 
 
 def cache_argument(model: PreTrainedModel) -> str:
@@ -20,12 +49,82 @@ def cache_argument(model: PreTrainedModel) -> str:
     return "cache" if "cache" in inspect.signature(model.forward).parameters else "past_key_values"
 
 
+def takes(model: PreTrainedModel, name: str) -> bool:
+    """Whether ``model.forward`` takes an argument of this name; one that it only hands on does not count."""
+    return name in inspect.signature(model.forward).parameters
+
+
+def is_multimodal(model: PreTrainedModel) -> bool:
+    """Whether the model is more than a decoder of text, by its configuration: it may see images, hear audio, ..."""
+    return model.config.get_text_config(decoder=True) is not model.config
+
+
+def decoder_of(model: PreTrainedModel) -> torch.nn.Module:
+    """What computes text in ``model``; the model itself, if it is nothing else."""
+    find = getattr(model, "get_decoder", None)
+    return (find() if callable(find) else None) or model
+
+
 def arguments_of(model: PreTrainedModel, **arguments) -> dict[str, Any]:
-    """Those of ``arguments`` that ``model.forward`` takes, and what keeps its losses of routers out of it."""
+    """Those of ``arguments`` that ``model.forward`` takes, and what else it needs on rows of text.
+
+    Its losses of routers are kept out of it.
+    """
     accepted = inspect.signature(model.forward).parameters
     if getattr(model.config.get_text_config(decoder=True), "output_router_logits", False):
         arguments["output_router_logits"] = False
+    if "input_ids" in arguments:
+        arguments = text_inputs(model, arguments["input_ids"]) | arguments
     return {name: value for name, value in arguments.items() if name in accepted}
+
+
+_TYPES = ("token_type_ids", "mm_token_type_ids")  # 0 says that a token is text
+_demanded: WeakKeyDictionary[PreTrainedModel, dict[bool, tuple[str, ...]]] = WeakKeyDictionary()  # by mode
+
+
+def text_inputs(model: PreTrainedModel, input_ids: Tensor) -> dict[str, Tensor]:
+    """What ``model.forward`` demands beside ``input_ids`` [B, L] to know that they are text: zeros [B, L].
+
+    Some models do without in eval mode, but not in training mode. What a model only takes is not given: without it, it
+    may compute something else, and rows of text are defined by the forward that is given tokens alone.
+    """
+    known = _demanded.setdefault(model, {})
+    if model.training not in known:
+        known[model.training] = _find_demanded(model)
+    return {name: torch.zeros_like(input_ids) for name in known[model.training]}
+
+
+def _find_demanded(model: PreTrainedModel) -> tuple[str, ...]:
+    """Which of ``_TYPES`` the model needs in the mode that it is in: the fewest that it runs with."""
+    taken = [name for name in _TYPES if takes(model, name)]
+    if not taken or not is_multimodal(model):
+        return ()
+    ids = torch.arange(1, 3, device=model.device)[None] % vocab_size_of(model)
+    devices = [model.device] if model.device.type == "cuda" else []
+    for names in ((), *((name,) for name in taken), tuple(taken)):
+        more = {name: torch.zeros_like(ids) for name in names}
+        try:
+            with torch.no_grad(), torch.random.fork_rng(devices), text_positions(model):
+                model(input_ids=ids, attention_mask=torch.ones_like(ids), use_cache=False, **more)
+            return names
+        except torch.OutOfMemoryError:
+            raise
+        except Exception:  # whatever a model does without
+            logger.debug("%s does not run with %s", type(model).__name__, names, exc_info=True)
+    return ()
+
+
+@contextmanager
+def text_positions(model: PreTrainedModel) -> Iterator[None]:
+    """Inside, positions are those of text: what a forward over images left to shift the next ones by is put aside."""
+    shifted = [(module, vars(module)["rope_deltas"]) for module in model.modules() if "rope_deltas" in vars(module)]
+    try:
+        for module, _ in shifted:
+            module.rope_deltas = None
+        yield
+    finally:
+        for module, deltas in shifted:
+            module.rope_deltas = deltas
 
 
 _MANY = 256  # logits of more positions are not all kept at a time
@@ -138,6 +237,12 @@ def transformers_model(model: torch.nn.Module) -> PreTrainedModel:
         raise TypeError(
             f"model is a {type(model).__name__}; give a transformers model (AutoModelForCausalLM) or PEFT's"
         )
+    try:
+        model.get_input_embeddings()
+    except NotImplementedError as error:
+        raise UnsupportedModelError(
+            f"{type(model).__name__} has no embedding of tokens that can be found; give a causal language model"
+        ) from error
     return model
 
 

@@ -20,7 +20,7 @@ from transformers.cache_utils import Cache, CacheLayerMixin
 
 import selfgen_kernels  # noqa: F401  (registers the operators)
 
-from .models import cache_argument
+from .models import UnsupportedModelError, cache_argument, takes, text_inputs
 from .precision import autocast_dtype
 
 ATTENTION = "selfgen"
@@ -30,10 +30,6 @@ kv_append, ragged_attention = torch.ops.selfgen.kv_append, torch.ops.selfgen.rag
 
 
 _WARNING = "warn_if_padding_and_no_attention_mask"
-
-
-class UnsupportedModelError(ValueError):
-    """The model has a feature that the ragged path does not support; ``method="sequential"`` works for it."""
 
 
 @dataclass
@@ -106,13 +102,14 @@ class RaggedCache(Cache):
 
 
 _IGNORED = frozenset(
-    # Arguments that say nothing about the result of an attention layer in inference over the ragged cache: what else to
-    # return, positions that are in the states already, and where rows lie in a batch, which the pass itself knows.
+    # Arguments that say nothing about the result of an attention layer in inference over the ragged cache: what (else)
+    # to return, positions that are in the states already, and where rows lie in a batch, which the pass itself knows.
     {
         "cache_position",
         "cu_seq_lens_k",
         "cu_seq_lens_q",
         "is_causal",
+        "logits_to_keep",
         "max_length_k",
         "max_length_q",
         "num_items_in_batch",
@@ -194,6 +191,7 @@ def ragged_model(model: PreTrainedModel) -> Iterator[None]:
 
     Without an attention mask, some models look for padding to warn of, and wait for the device.
     """
+    text_inputs(model, torch.zeros(1, 1, dtype=torch.int64))  # found out by the model's own attention
     models = [module for module in model.modules() if isinstance(module, PreTrainedModel)]
     configs = {id(m.config): m.config for m in models}.values()
     before = [config._attn_implementation for config in configs]
@@ -215,14 +213,18 @@ def ragged_logits(
 ) -> Tensor:
     """Compute a pass over ``input_ids`` [N] inside ``ragged_model``; returns logits [M, V] at its places ``index`` [M].
 
-    The pass's K/V goes to its slots. The head, with all that a model does to its logits, runs at ``index`` only.
+    The pass's K/V goes to its slots. The head, with all that a model does to its logits, runs at ``index`` only, if the
+    model takes ``logits_to_keep``.
     """
     cache.current = ragged_pass
-    return model(
+    at_index = {"logits_to_keep": index} if takes(model, "logits_to_keep") else {}
+    logits = model(
         input_ids=input_ids[None],
         position_ids=ragged_pass.position_ids,
         use_cache=True,
-        logits_to_keep=index,
         ragged_pass=ragged_pass,
+        **text_inputs(model, input_ids[None]),
+        **at_index,
         **{cache_argument(model): cache},
     ).logits[0]
+    return logits if at_index else logits[index]

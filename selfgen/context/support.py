@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 
 from transformers import PreTrainedModel
 
-from .models import cache_argument
+from .models import cache_argument, decoder_of, is_multimodal
 
 
 @dataclass(frozen=True)
@@ -27,13 +27,15 @@ def inspect_model(model: PreTrainedModel, longest_row: int) -> Support:
     devices = set((getattr(model, "hf_device_map", None) or {}).values()) - {"cpu", "disk"}
     if len(devices) > 1:
         missing.append(f"layers on {len(devices)} devices (device_map)")
-    if not getattr(model, "_supports_attention_backend", False):
+    # A vision tower with an attention of its own does not matter.
+    if not any(getattr(one, "_supports_attention_backend", False) for one in (model, decoder_of(model))):
         missing.append("an attention that does not go through transformers' AttentionInterface")
     accepted = inspect.signature(model.forward).parameters
     if cache_argument(model) not in accepted:
         missing.append("a state that is not a transformers KV cache")
         isolate = True
-    if "position_ids" not in accepted:
+    hands_on = is_multimodal(model) and any(one.kind == one.VAR_KEYWORD for one in accepted.values())
+    if "position_ids" not in accepted and not hands_on:
         missing.append("positions that can't be given (its forward takes no position_ids)")
         isolate = True
     if config.is_encoder_decoder or getattr(config, "add_cross_attention", False):

@@ -21,7 +21,7 @@ from torch import Tensor
 from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedModel
 
 from .batch import Batch
-from .models import attention_function, max_positions, own_logits, vocab_size_of
+from .models import attention_function, max_positions, own_logits, text_inputs, vocab_size_of
 from .packed import packed_linears
 from .precision import dtype_clash, full_precision
 from .ragged import RaggedCache, RaggedPass, UnsupportedModelError, ragged_logits, ragged_model
@@ -430,11 +430,13 @@ def _masks_of(model: PreTrainedModel, length: int) -> list[_LayerMask]:
     Attention is not computed: masks, and what the layers tell the attention function, depend on no hidden state.
     """
     global _made
+    row = _probe_row(model, length)
+    text_inputs(model, row[None])  # which may need forwards to find them out, whose masks don't count
     _made = []
     _layers.clear()
     try:
         with attention_function(model, _RECORDING):
-            own_logits(model, _probe_row(model, length), torch.arange(1, device=model.device))
+            own_logits(model, row, torch.arange(1, device=model.device))
         unique = {(layer.name, id(layer.allows), layer.window): layer for layer in _layers}
         found = list(unique.values())
         for layer in found:

@@ -20,6 +20,7 @@ from tqdm.auto import tqdm
 
 from ..context import ContextGenerator
 from ..context.generator import Method
+from ..context.models import arguments_of
 from ..data import IGNORE_INDEX, Collator, write_contexts_into
 from ..data.streams import refuse_stream
 
@@ -113,9 +114,8 @@ def _token_losses(generator: ContextGenerator, rows: Sequence[dict[str, Any]], c
     batch = {key: value.to(model.device) for key, value in collate(list(rows)).items()}
     write_contexts_into(batch, contexts)
     with generator.computing():
-        logits = model(
-            input_ids=batch["input_ids"], attention_mask=batch["attention_mask"], use_cache=False
-        ).logits  # [B, L, V]
+        given = {name: batch[name] for name in ("input_ids", "attention_mask")}
+        logits = model(**arguments_of(model, **given, use_cache=False)).logits  # [B, L, V]
     labels = batch["labels"][:, 1:]
     learned = labels != IGNORE_INDEX
     losses = F.cross_entropy(logits[:, :-1][learned].float(), labels[learned], reduction="none")

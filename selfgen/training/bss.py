@@ -17,17 +17,20 @@ from datasets import Dataset, DatasetDict, IterableDataset, IterableDatasetDict
 from torch import Tensor
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils.data import RandomSampler
-from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, Trainer
+from transformers import AutoTokenizer, PreTrainedModel, Trainer
 from transformers.trainer_pt_utils import LengthGroupedSampler
 
 from ..context import ContextStats, MixedContext, UnsupportedModelError
 from ..context.hidden_states import ReuseError, decoder_layers
 from ..context.models import (
+    auto_class_of,
     check_4bit_layout,
     check_here,
     inference,
     keep_4bit_layout,
     max_positions,
+    text_inputs,
+    text_positions,
     transformers_model,
     vocab_size_of,
 )
@@ -140,9 +143,7 @@ class BSSTrainer(Trainer):
             raise TypeError(f"args is a {type(args).__name__}; BSSTrainer takes a BSSConfig")
         self._trust_remote_code = trust_remote_code
         if isinstance(model, str | Path):
-            model = AutoModelForCausalLM.from_pretrained(
-                at_home(model), dtype=torch.float32, trust_remote_code=trust_remote_code
-            )
+            model = _load(at_home(model), torch.float32, trust_remote_code)
         name = transformers_model(model).name_or_path
         check_trainable(model)
         check_4bit_layout(model)
@@ -503,9 +504,7 @@ class BSSTrainer(Trainer):
             return None
         frozen = None
         if args.kl_model:
-            frozen = AutoModelForCausalLM.from_pretrained(
-                args.kl_model, dtype=self.generator.model.dtype, trust_remote_code=self._trust_remote_code
-            )
+            frozen = _load(args.kl_model, self.generator.model.dtype, self._trust_remote_code)
             sizes = [model.get_output_embeddings().weight.shape[0] for model in (frozen, self.generator.model)]
             if sizes[0] != sizes[1]:
                 raise ValueError(
@@ -681,6 +680,7 @@ class BSSTrainer(Trainer):
         reusing = nullcontext if passes is None else partial(reuse_passes, passes.hidden_states, passes.slots(inputs))
         row_weights = inputs.get("loss_weight")
         inputs = {key: value for key, value in inputs.items() if key not in _BOOKKEEPING}
+        inputs = text_inputs(self.generator.model, inputs["input_ids"]) | inputs
         compute_loss = super().compute_loss
         own: Callable[[], AbstractContextManager] = nullcontext
         self.label_smoother = self._label_smoother
@@ -689,7 +689,7 @@ class BSSTrainer(Trainer):
             own = partial(self._answer_loss.inside, row_weights, self._frozen_states(inputs))
 
         def loss(model):
-            with own():
+            with own(), text_positions(self.generator.model):
                 return compute_loss(model, dict(inputs), return_outputs, num_items_in_batch)  # may take labels out
 
         if passes is not None and not self._reuse_verified:
@@ -743,6 +743,11 @@ class BSSTrainer(Trainer):
             if self._stream is not None:
                 logs.update(self._stream.logs())
         super().log(logs, start_time)
+
+
+def _load(name: str, dtype: torch.dtype, trust_remote_code: bool) -> PreTrainedModel:
+    auto_class = auto_class_of(name, trust_remote_code=trust_remote_code)
+    return auto_class.from_pretrained(name, dtype=dtype, trust_remote_code=trust_remote_code)
 
 
 def step_seed(seed: int, step: int, stream: int = 0) -> int:

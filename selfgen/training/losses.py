@@ -23,7 +23,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 from transformers import PreTrainedModel
 
-from ..context.models import inference
+from ..context.models import arguments_of, inference, text_inputs
 from ..context.precision import is_plain
 from ..data import IGNORE_INDEX
 
@@ -107,7 +107,7 @@ class AnswerLoss:
         assert self.frozen is not None
         given = {name: inputs[name] for name in ("input_ids", "attention_mask", "position_ids") if name in inputs}
         with inference(self.frozen), _head_left_out(self.frozen) if self.lean else nullcontext():
-            return self.frozen(**given, use_cache=False).logits
+            return self.frozen(**arguments_of(self.frozen, **given, use_cache=False)).logits
 
     def _loss(self, states, labels, num_items_in_batch, row_weights, frozen_states) -> Tensor:
         """``states`` are [B, L, D], or logits [B, L, V]; ``labels`` [B, L] are not shifted yet."""
@@ -311,7 +311,8 @@ def learns_its_input(model: PreTrainedModel) -> bool:
     ids = _probe(model)
     try:
         with inference(model):
-            output = model(input_ids=ids, attention_mask=torch.ones_like(ids), labels=ids, use_cache=False)
+            more = text_inputs(model, ids)
+            output = model(input_ids=ids, attention_mask=torch.ones_like(ids), labels=ids, use_cache=False, **more)
         loss, logits = output.loss.float(), output.logits[0].float()
     except Exception:  # which the first step will meet, too
         logger.debug("%s does not run with labels", type(model).__name__, exc_info=True)
@@ -332,7 +333,8 @@ def _given_to_loss(model: PreTrainedModel, ids: Tensor) -> Tensor | None:
         return logits.sum()
 
     with _loss_of(model, loss_function):
-        model(input_ids=ids, attention_mask=torch.ones_like(ids), labels=ids, use_cache=False)
+        more = text_inputs(model, ids)
+        model(input_ids=ids, attention_mask=torch.ones_like(ids), labels=ids, use_cache=False, **more)
     return given[0] if given else None
 
 

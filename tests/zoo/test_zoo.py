@@ -7,29 +7,36 @@ from __future__ import annotations
 
 import copy
 import logging
-import re
 from collections.abc import Iterator
 from dataclasses import dataclass
-from pathlib import Path
 from tempfile import TemporaryDirectory
 
 import pytest
+import torch
 import transformers as t
 from datasets import Dataset
 from helpers.training import make_trainer, weights
 from zoo.definition import contexts, rows, wrong_tokens
-from zoo.families import families, tiny, tiny_config, variants
+from zoo.document import reason, table, write_section
+from zoo.families import (
+    decoder,
+    families,
+    multimodal,
+    multimodal_families,
+    multimodal_variants,
+    variants,
+)
 
 from selfgen import UnsupportedModelError
 from selfgen.context.hidden_states import ReuseError
 
-DOCUMENT = Path(__file__).parents[2] / "docs" / "models.md"
 LENGTHS = [(30, 9), (3, 9), (5, 30), (40, 4)]  # beyond every window and chunk, begun and grown
 BUDGETS = (1, 7, None)
 FAST = {
     "llama", "mistral", "gemma3_text", "gpt_oss", "phimoe, windows", "qwen2_moe, windows", "roberta, decoder", "bert",
     "mamba", "gpt_neo", "llama4_text", "llama4_text, full attention", "doge, experts", "llama, dynamic", "llama, yarn",
 }  # fmt: skip
+FAST_MULTIMODAL = {"gemma3", "llava_onevision", "mllama", "molmo2", "paligemma", "qwen2_5_vl"}
 
 
 @dataclass
@@ -38,34 +45,46 @@ class Entry:
     status: str  # exact, sequential only, refused, not built; WRONG or CRASH must not occur
     why: str = ""
     reuse: str = ""
+    model_class: str = ""
 
     @property
     def good(self) -> bool:
         return self.status not in ("WRONG", "CRASH") and "WRONG" not in self.reuse
 
 
-def names() -> Iterator[str]:
-    for family, config_class in families().items():
+def names(of=families, with_variants=variants) -> Iterator[str]:
+    for family, config_class in of().items():
         yield family
-        yield from (f"{family}, {variant}" for variant in variants(config_class))
+        yield from (f"{family}, {variant}" for variant in with_variants(config_class))
 
 
-def look_at(name: str) -> Entry:
+def look_at(name: str, build=decoder) -> Entry:
     """Try a family, or a variant of it, with both methods."""
-    family, _, variant = name.partition(", ")
-    config_class = families()[family]
     try:
-        model = tiny(tiny_config(config_class, **(variants(config_class)[variant] if variant else {})))
+        model = build(name)
     except Exception as error:
         return Entry(name, "not built", reason(error))
+    entry = compare(name, model)
+    entry.model_class = type(model).__name__
+    return entry
+
+
+def compare(name: str, model) -> Entry:
     prompts, references = rows(LENGTHS)
+    shifted = [module for module in model.modules() if "rope_deltas" in vars(module)]
+    for module in shifted:
+        module.rope_deltas = torch.tensor([[7]])  # a forward over an image leaves this, and text must not see it
     try:
         sequential = contexts(model, prompts, references, method="sequential")
     except UnsupportedModelError as error:
         return Entry(name, "refused", reason(error))
     except Exception as error:
         return Entry(name, "CRASH", reason(error))
+    for module in shifted:
+        module.rope_deltas = None
     wrong = wrong_tokens(model, prompts, references, sequential)
+    for module in shifted:
+        module.rope_deltas = torch.tensor([[7]])
     if wrong:
         return Entry(name, "WRONG", f"sequential: {wrong} of {sequential.stats.self_tokens}")
     for budget in BUDGETS:
@@ -128,20 +147,20 @@ def reuse(model) -> str:
     return f"no: {reason(ValueError(said[0].rpartition('own forward: ')[2]))}" if said else "yes"
 
 
-def reason(error: BaseException) -> str:
-    """What an error says, without numbers that change from machine to machine and what to do instead."""
-    text = " ".join(str(error).split()).replace("|", "/").replace("<", "(").replace(">", ")")
-    text = re.sub(r"; (use|give) .*|: the ragged path of .*| \(logits differ by [^)]*\)", "", text)
-    text = re.sub(r" by [0-9.]+% of their standard deviation.*", "", text)
-    text = re.sub(r"^\w+ (uses|computes|looks|does|can't|restricts)", r"\1", text)
-    return text[:140] or type(error).__name__
-
-
 @pytest.mark.parametrize("name", sorted(FAST))
 def test_a_few(name):
     entry = look_at(name)
     assert entry.good, entry
     assert entry.status != "not built", entry
+
+
+@pytest.mark.parametrize("name", sorted(FAST_MULTIMODAL))
+def test_a_few_that_see(name):
+    if name not in multimodal_families():
+        pytest.skip("not in this version of transformers")
+    entry = look_at(name, multimodal)
+    assert entry.good, entry
+    assert (entry.status, entry.reuse) == (("refused", "") if name == "paligemma" else ("exact", "yes")), entry
 
 
 def test_what_is_expected_of_a_few():
@@ -159,39 +178,41 @@ def test_what_is_expected_of_a_few():
 def test_the_whole_zoo(caplog):
     caplog.set_level(logging.ERROR)
     entries = [look_at(name) for name in names()]
-    DOCUMENT.write_text(document(entries))
+    write_section("Decoders", document(entries, "family"))
+    check(entries)
+
+
+@pytest.mark.slow
+def test_all_that_see_or_hear(caplog):
+    caplog.set_level(logging.ERROR)
+    entries = [look_at(name, multimodal) for name in names(multimodal_families, multimodal_variants)]
+    write_section("Models that also see or hear", [*ON_TEXT, "", *document(entries, "family", "class")])
+    check(entries)
+
+
+def check(entries: list[Entry]) -> None:
     assert not [entry for entry in entries if not entry.good]
     assert sum(entry.status == "not built" for entry in entries) <= len(entries) // 20
 
 
+ON_TEXT = """\
+Classes that `AutoModelForMultimodalLM` gives, on rows of text: contexts, answers and training run the decoder of text
+alone, and a row with an image or a sound is refused or counted when it is read. What a class demands beside tokens in
+training (types that say that a token is text) is given. Multimodal rope has the same position in each dimension, and
+shifts that a forward over an image left (`rope_deltas`) are put aside while rows of text are computed. `--model` and
+`BSSTrainer` load such a model by its name, as any other.""".splitlines()
 STATUS = ("exact", "sequential only", "refused", "not built", "WRONG", "CRASH")
 
 
-def document(entries: list[Entry]) -> str:
+def document(entries: list[Entry], *first: str) -> list[str]:
     counts = {status: sum(entry.status == status for entry in entries) for status in STATUS}
     total = ", ".join(f"{count} {status}" for status, count in counts.items() if count)
-    lines = [
-        "# Models",
-        "",
-        "Every family of decoders in transformers that `AutoModelForCausalLM` knows, with options that change what",
-        "is computed. The table is written by a slow test, tests/zoo/test_zoo.py, which makes tiny models of random",
-        "weights and compares contexts of ragged rows, longer than every window and chunk, with the model's own",
-        "forward over each prefix.",
-        "",
-        "- **exact**: `fixed_point` and `sequential` give the same tokens, at every token budget.",
-        "- **sequential only**: `--context-method sequential` is exact; `fixed_point` refuses the model and says why.",
-        "- **refused**: no method makes contexts, and the trainer refuses the model, too.",
-        "- **not built**: the test could make no tiny model that runs on tokens alone. That says nothing of the",
-        "  family: any model is tried before its first contexts.",
-        "- **reuse**: whether a training step takes what the passes computed as its forward. Its gradients were",
-        "  compared with those of a step that does not.",
-        "",
-        f"transformers {t.__version__}, {len(entries)} entries: {total}.",
-        "",
-        "| family | contexts | reuse |",
-        "|---|---|---|",
-    ]
+    found = []
     for entry in entries:
         contexts_are = f"{entry.status} ({entry.why})" if entry.why else entry.status
-        lines.append(f"| {entry.name} | {contexts_are} | {entry.reuse} |")
-    return "\n".join(lines) + "\n"
+        found.append([*[entry.name, entry.model_class][: len(first)], contexts_are, entry.reuse])
+    return [
+        f"transformers {t.__version__}, {len(entries)} entries: {total}.",
+        "",
+        *table([*first, "contexts", "reuse"], found),
+    ]

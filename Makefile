@@ -7,7 +7,7 @@
 #   make sanitize         fuzz the C++ kernels under ASan and UBSan (gcc)
 #   make triton-versions  the Triton tests under older Tritons
 #   make versions         the core tests with the newest and the oldest torch, transformers, accelerate and datasets
-#   make audit            known vulnerabilities of what is installed (needs pypi.org or osv.dev), and licences
+#   make audit            known vulnerabilities of what is installed (needs the network), and licences
 #   make newest           the README's first command with the newest versions that pip takes, as CI does
 
 PYTHON ?= python3
@@ -131,8 +131,8 @@ audit: setup
 	@mkdir -p outputs
 	@$(BIN)/python -m pip freeze --exclude-editable | sed 's/+cpu//; s/ @ .*//' | grep == > outputs/audit.txt
 	@outputs/audit/bin/pip-audit --strict --no-deps --disable-pip --requirement outputs/audit.txt $(ARGS) || { \
-	  echo "make audit: there are vulnerabilities above, or pip-audit could not ask about all packages: it needs pypi.org," \
-	    "or with ARGS='--vulnerability-service osv' api.osv.dev" >&2; exit 1; }
+	  echo "make audit: there are vulnerabilities above, or pip-audit could not ask about all packages: it needs the" \
+	    "network (ARGS='--vulnerability-service osv' asks another service)" >&2; exit 1; }
 
 clean:
 	rm -rf $(VENV) build outputs *.egg-info .pytest_cache .mypy_cache .ruff_cache .benchmarks .hypothesis

@@ -111,6 +111,10 @@ class ContextGenerator:
                     "model's embedding, or None for all of them"
                 )
         self.temperature = float(temperature)
+        head = self.model.get_output_embeddings()
+        if vocab_size is None and getattr(head, "weight", None) is not None:
+            rows = vocab_size_of(self.model)
+            vocab_size = rows if head.weight.shape[0] > rows else None  # ids that the embedding does not have
         self.vocab_size = vocab_size
         self.masks = masks or Masks()
         self._token_budget, self._balance = token_budget, balance

@@ -15,14 +15,29 @@ from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 
+def accepted_arguments(model: PreTrainedModel) -> set[str]:
+    """The names of the arguments that ``model.forward`` takes.
+
+    A forward that takes any (``**kwargs``) may hand them on to that of a base class, whose names count, too.
+    """
+    names: set[str] = set()
+    inherited = (vars(kind)["forward"] for kind in type(model).__mro__ if "forward" in vars(kind))
+    for forward in (model.forward, *inherited):
+        parameters = inspect.signature(forward).parameters
+        names.update(parameters)
+        if not any(parameter.kind is parameter.VAR_KEYWORD for parameter in parameters.values()):
+            break
+    return names
+
+
 def cache_argument(model: PreTrainedModel) -> str:
     """What ``model.forward`` calls its KV cache: "cache" since transformers 5.24, "past_key_values" before."""
-    return "cache" if "cache" in inspect.signature(model.forward).parameters else "past_key_values"
+    return "cache" if "cache" in accepted_arguments(model) else "past_key_values"
 
 
 def arguments_of(model: PreTrainedModel, **arguments) -> dict[str, Any]:
     """Those of ``arguments`` that ``model.forward`` takes, and what keeps its losses of routers out of it."""
-    accepted = inspect.signature(model.forward).parameters
+    accepted = accepted_arguments(model)
     if getattr(model.config.get_text_config(decoder=True), "output_router_logits", False):
         arguments["output_router_logits"] = False
     return {name: value for name, value in arguments.items() if name in accepted}
@@ -36,13 +51,13 @@ def own_logits(model: PreTrainedModel, row: Tensor, at: Tensor) -> Tensor:
 
     This is what a model computes by definition: no positions are given, as it has a first one of its own.
     """
-    arguments = arguments_of(
-        model, input_ids=row[None], attention_mask=torch.ones_like(row)[None], use_cache=False, logits_to_keep=at
+    arguments = arguments_of(  # a copy of the row, as some models write into it
+        model, input_ids=row[None].clone(), attention_mask=torch.ones_like(row)[None], use_cache=False, logits_to_keep=at
     )
-    if len(row) > _MANY and "logits_to_keep" in arguments:
-        return model(**arguments).logits[0]
-    arguments.pop("logits_to_keep", None)
-    return model(**arguments).logits[0][at]
+    if len(row) <= _MANY:
+        arguments.pop("logits_to_keep", None)
+    logits = model(**arguments).logits[0]
+    return logits if "logits_to_keep" in arguments and len(logits) == len(at) else logits[at]
 
 
 @contextmanager

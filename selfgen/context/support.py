@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import inspect
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 
 from transformers import PreTrainedModel
 
-from .models import cache_argument
+from .models import accepted_arguments, cache_argument
 
 
 @dataclass(frozen=True)
@@ -29,7 +28,7 @@ def inspect_model(model: PreTrainedModel, longest_row: int) -> Support:
         missing.append(f"layers on {len(devices)} devices (device_map)")
     if not getattr(model, "_supports_attention_backend", False):
         missing.append("an attention that does not go through transformers' AttentionInterface")
-    accepted = inspect.signature(model.forward).parameters
+    accepted = accepted_arguments(model)
     if cache_argument(model) not in accepted:
         missing.append("a state that is not a transformers KV cache")
         isolate = True

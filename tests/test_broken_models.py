@@ -5,13 +5,18 @@ The measure is the model's own forward over each prefix alone (``zoo/definition.
 
 from __future__ import annotations
 
+from typing import ClassVar
+
 import pytest
 import torch
 from models import BASE, VOCAB
+from test_reuse_training import Gradients, distance, trainer_for
 from transformers import LlamaConfig, LlamaForCausalLM
+from transformers.models.llama.modeling_llama import LlamaMLP
 from zoo.definition import SEED, contexts, rows, wrong_tokens
 
 from selfgen import ContextGenerator, UnsupportedModelError
+from selfgen.context import verification
 
 METHODS = ("fixed_point", "sequential")
 
@@ -168,3 +173,101 @@ def test_ids_that_the_head_has_and_the_embedding_has_not(method):
     mixed = contexts(model, prompts, references, 1.0, method=method)
     assert int(mixed.tokens[0].max()) < VOCAB
     assert ContextGenerator(model).vocab_size == VOCAB
+
+
+class Scales(LlamaMLP):
+    """It multiplies by a weight of the model, which is no part of its layer."""
+
+    box: ClassVar[list] = []
+
+    def forward(self, x):
+        return super().forward(x) * (1 + self.box[0])
+
+
+class Injects(LlamaMLP):
+    """It adds what entered the first layer."""
+
+    box: ClassVar[dict] = {}
+
+    def forward(self, x):
+        return super().forward(x) + 0.3 * self.box["embedded"]
+
+
+class Remembers(LlamaMLP):
+    """The second one adds what the first one computed."""
+
+    box: ClassVar[dict] = {}
+
+    def forward(self, x):
+        output = super().forward(x)
+        if not self.is_first:
+            return output + self.box["output"]
+        self.box["output"] = output
+        return output
+
+
+def with_mlps(kind):
+    model = make(LlamaForCausalLM)
+    for index, layer in enumerate(model.model.layers):
+        layer.mlp.__class__ = kind
+        layer.mlp.is_first = index == 0
+    if kind is Scales:
+        model.scale = torch.nn.Parameter(torch.tensor(0.3))
+        Scales.box[:] = [model.scale]
+        model.model.norm.register_forward_hook(lambda _module, _args, output: output * model.scale)
+    embed = model.model.embed_tokens
+    embed.register_forward_hook(lambda _module, _args, output: Injects.box.update(embedded=output))
+    return model
+
+
+@pytest.mark.parametrize("batch_size", [1, 2])
+@pytest.mark.parametrize("kind", [Scales, Injects, Remembers])
+def test_layers_that_share_more_than_hidden_states_are_not_reused(tmp_path, caplog, kind, batch_size):
+    """The losses are the same, but a layer that is computed by itself gives no gradient to what it shares."""
+    steps = []
+    for reuse in (True, False):
+        trainer = trainer_for(tmp_path, lambda: with_mlps(kind), reuse_passes=reuse, max_steps=2, learning_rate=1e-2,
+                              per_device_train_batch_size=batch_size)  # fmt: skip
+        gradients = Gradients()
+        trainer.add_callback(gradients)
+        trainer.train()
+        steps.append(gradients.steps)
+        assert not trainer._reuses
+    assert "passes are not reused" in caplog.text
+    assert distance(*steps) <= 1e-5
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_a_model_that_is_changed_between_calls_is_looked_at_again(method, monkeypatch):
+    model = make(LlamaForCausalLM)
+    generator = ContextGenerator(model, token_budget=16, balance=2)
+    prompts, references = rows([(10, 30)])
+    tried = []
+    monkeypatch.setattr(verification, "_check_causal", counting(verification._check_causal, tried))
+    monkeypatch.setattr(verification, "_compare_ragged", counting(verification._compare_ragged, tried))
+
+    def mixed():
+        return generator.contexts(prompts, references, 0.5, seed=SEED, sample_ids=[0], method=method)
+
+    for _ in range(2):
+        mixed()
+        model.train()
+    assert len(tried) == 1
+    hook = model.model.layers[0].register_forward_hook(lambda _module, _args, output: output.flip(1))
+    with pytest.raises(UnsupportedModelError, match="looks ahead"):
+        mixed()
+    hook.remove()
+    model.eval()
+    assert wrong_tokens(model, prompts, references, mixed()) == 0
+    for layer in model.model.layers:
+        layer.self_attn.is_causal = False
+    with pytest.raises(UnsupportedModelError, match="looks ahead"):
+        mixed()
+
+
+def counting(function, calls):
+    def counted(*args):
+        calls.append(args)
+        return function(*args)
+
+    return counted

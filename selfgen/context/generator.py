@@ -30,6 +30,8 @@ from .models import (
     check_whole,
     eos_token_ids_of,
     inference,
+    make_of,
+    own_logits,
     room_for_answers,
     transformers_model,
     vocab_size_of,
@@ -119,7 +121,7 @@ class ContextGenerator:
         self.masks = masks or Masks()
         self._token_budget, self._balance = token_budget, balance
         self._budget: PassBudget | None = None
-        self._adapters = active_adapters(model)
+        self._make: object = None
         self._verified: dict[torch.dtype | None, Verification] = {}  # by what autocast computes in
         self._cuda_graphs = cuda_graphs
         self._passes: Forward | None = None
@@ -141,11 +143,13 @@ class ContextGenerator:
 
     def _measured(self) -> PassBudget:
         forward = self._forward()
+        with self.computing():
+            verification = self._verification
+            verification.check_dtypes()
         with self.computing(), packed_linears(self.model):
-            self._verification.check_dtypes()
             if not isinstance(forward, GraphedForward):
                 return measure_budget(self.model)
-            self._verification.check_ragged(0)
+            verification.check_ragged(0)
             try:
                 return measure_budget(self.model, forward=forward)  # a pass takes another time than a forward
             finally:
@@ -381,11 +385,11 @@ class ContextGenerator:
 
     @property
     def _verification(self) -> Verification:
-        """What is known of the model with the adapters that are on, in the precision that is asked for."""
-        adapters, precision = active_adapters(self._given), autocast_dtype(self.model.device)
-        if adapters != self._adapters:
-            transformers_model(self._given)  # refuses some of them
-            self._adapters, self._verified = adapters, {}
+        """What is known of the model as it is made now, in the precision that is asked for."""
+        make, precision = (active_adapters(self._given), make_of(self.model)), autocast_dtype(self.model.device)
+        if make != self._make:
+            transformers_model(self._given)  # refuses some adapters
+            self._make, self._verified, self._fallback = make, {}, Fallback(self.model)
         if precision not in self._verified:
             self._verified[precision] = Verification(self.model, self._given)
         return self._verified[precision]
@@ -394,6 +398,12 @@ class ContextGenerator:
         """Find out anew what the model computes, as its weights have changed: a part of it may have begun at zero."""
         for verification in self._verified.values():
             verification.look_again()
+
+    def touch(self) -> None:
+        """Run the model on two tokens, so that whatever it keeps from its last forward is that of another one."""
+        with self.computing():
+            row = torch.zeros(2, dtype=torch.int64, device=self.model.device)
+            own_logits(self.model, row, row[:1])
 
     def check_causal(self, longest_row: int = 0) -> None:
         """Raise UnsupportedModelError if the model sees tokens that come later, or can't be run on tokens alone.

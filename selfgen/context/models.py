@@ -51,9 +51,8 @@ def own_logits(model: PreTrainedModel, row: Tensor, at: Tensor) -> Tensor:
 
     This is what a model computes by definition: no positions are given, as it has a first one of its own.
     """
-    arguments = arguments_of(  # a copy of the row, as some models write into it
-        model, input_ids=row[None].clone(), attention_mask=torch.ones_like(row)[None], use_cache=False, logits_to_keep=at
-    )
+    ids, mask = row[None].clone(), torch.ones_like(row)[None]  # a copy, as some models write into it
+    arguments = arguments_of(model, input_ids=ids, attention_mask=mask, use_cache=False, logits_to_keep=at)
     if len(row) <= _MANY:
         arguments.pop("logits_to_keep", None)
     logits = model(**arguments).logits[0]
@@ -163,6 +162,25 @@ def active_adapters(model: torch.nn.Module) -> tuple[str, ...]:
         layers = (module for module in model.modules() if hasattr(module, "adapter_layer_names"))
         names = next((layer.active_adapters for layer in layers), ())
     return tuple(names)
+
+
+def make_of(model: PreTrainedModel) -> object:
+    """Unequal before and after modules, hooks or settings of ``model`` have changed; weights and numbers may change."""
+    modules = list(model.modules())
+    configs = {id(module.config): module.config for module in modules if isinstance(module, PreTrainedModel)}
+    return (
+        modules,
+        [type(module) for module in modules],
+        [(*module._forward_pre_hooks, *module._forward_hooks) for module in modules],  # keys, which never recur
+        [vars(module).get("forward") for module in modules],
+        [{name: value for name, value in vars(module).items() if _is_switch(name, value)} for module in modules],
+        [repr(config) for config in configs.values()],
+    )
+
+
+def _is_switch(name: str, value: object) -> bool:
+    """Such as ``is_causal``; those of training change nothing in inference."""
+    return isinstance(value, bool | str) and name not in ("training", "gradient_checkpointing")
 
 
 def _check_adapters(model: torch.nn.Module) -> None:

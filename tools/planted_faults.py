@@ -279,8 +279,8 @@ FAULTS = [
     Fault(
         "mode: dropout is on while contexts are made",
         CONTEXT + "models.py",
-        "    model.eval()\n    try:\n        with torch.no_grad():",
-        "    try:\n        with torch.no_grad():",
+        "    model.eval()\n    try:\n        with torch.no_grad(),",
+        "    try:\n        with torch.no_grad(),",
         ("tests/test_contexts.py::test_dropout_is_off_while_contexts_are_made", LORA),
     ),
 ]

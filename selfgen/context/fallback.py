@@ -157,7 +157,7 @@ class Fallback:
         self._shown.clear()
 
     def _suits(self, rows: list[int], prompts: Prompts, answers: list[Tensor], found: list[Tensor]) -> bool:
-        """Whether ``found``, the logits [R] of the tokens of each pass, are those of each row's own forward.
+        """Whether ``found``, `_told` [R, 2] of the tokens of each pass, is that of each row's own forward.
 
         Where these are not finite, nothing is shown.
         """
@@ -171,13 +171,14 @@ class Fallback:
             context = torch.cat([prompts.tokens[row], answer])
             places = torch.arange(len(context) - len(answer) - 1, len(context) - 1, device=context.device)
             logits = own_logits(self.model, context, places).float()
-            want = logits.gather(1, answer[:, None])[:, 0]
+            logits[-1:] = own_logits(self.model, context[:-1], places[-1:])  # which the length of the row may change
+            want = _told(logits, answer)
             own = torch.stack([of_rows[index] for of_rows in found[: len(answer)]])
-            told = want.isfinite()
+            told = want.isfinite().all(1)
             if not told.any():
                 continue
             usual = logits[logits.isfinite() & (logits.abs() < 1e30)]  # some models mask logits
-            off = (own - want)[told].abs().mean()
+            off = (own - want)[told].abs().mean(0).max()
             if not off <= (1e-3 if exact else 0.1) * usual.std():  # NaN is a difference, too
                 return False
             self._shown[kind] += int(told.sum()) - 1
@@ -192,7 +193,7 @@ class _OwnSampling(LogitsProcessor):
         self.stop_ids = prompts.stop_ids
         self.going_on = torch.ones(len(rows), dtype=torch.bool, device=self.sample_ids.device)
         self.passes = self.tokens_computed = 0
-        self.logits: list[Tensor] = []  # a pass: [R], of the tokens
+        self.logits: list[Tensor] = []  # a pass: [R, 2], what is compared
 
     def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
         position = torch.full_like(self.sample_ids, self.passes)
@@ -207,8 +208,13 @@ class _OwnSampling(LogitsProcessor):
             **self.sampling,
         )
         self.going_on &= ~torch.isin(tokens, self.stop_ids)
-        self.logits.append(scores.gather(1, tokens[:, None])[:, 0].float())
+        self.logits.append(_told(scores.float(), tokens))
         return torch.full_like(scores, -torch.inf).scatter_(1, tokens[:, None], 0.0)
+
+
+def _told(logits: Tensor, tokens: Tensor) -> Tensor:
+    """[R, 2] of ``logits`` [R, V]: those of ``tokens`` [R], and what all others come to."""
+    return torch.stack([logits.gather(1, tokens[:, None])[:, 0], logits.logsumexp(1)], dim=1)
 
 
 def _next_batch(prompts: Prompts, waiting: list[int], strategy: _Strategy, batch_size: int) -> list[int]:

@@ -30,6 +30,8 @@ from .models import (
     check_whole,
     eos_token_ids_of,
     inference,
+    make_of,
+    own_logits,
     room_for_answers,
     text_positions,
     transformers_model,
@@ -112,11 +114,15 @@ class ContextGenerator:
                     "model's embedding, or None for all of them"
                 )
         self.temperature = float(temperature)
+        head = self.model.get_output_embeddings()
+        if vocab_size is None and getattr(head, "weight", None) is not None:
+            rows = vocab_size_of(self.model)
+            vocab_size = rows if head.weight.shape[0] > rows else None  # ids that the embedding does not have
         self.vocab_size = vocab_size
         self.masks = masks or Masks()
         self._token_budget, self._balance = token_budget, balance
         self._budget: PassBudget | None = None
-        self._adapters = active_adapters(model)
+        self._make: object = None
         self._verified: dict[torch.dtype | None, Verification] = {}  # by what autocast computes in
         self._cuda_graphs = cuda_graphs
         self._passes: Forward | None = None
@@ -138,11 +144,13 @@ class ContextGenerator:
 
     def _measured(self) -> PassBudget:
         forward = self._forward()
+        with self.computing():
+            verification = self._verification
+            verification.check_dtypes()
         with self.computing(), packed_linears(self.model):
-            self._verification.check_dtypes()
             if not isinstance(forward, GraphedForward):
                 return measure_budget(self.model)
-            self._verification.check_ragged(0)
+            verification.check_ragged(0)
             try:
                 return measure_budget(self.model, forward=forward)  # a pass takes another time than a forward
             finally:
@@ -235,15 +243,16 @@ class ContextGenerator:
 
         if method == "fixed_point":
             with self.computing():
-                self._verification.check_dtypes()
+                verification = self._verification
+                verification.check_dtypes()
                 if support.missing:
-                    self._verification.check_causal(max(batch.lengths))  # says more
+                    verification.check_causal(max(batch.lengths))  # says more
                     raise UnsupportedModelError(
                         f"{type(self.model).__name__} uses {'; '.join(support.missing)}: the ragged path of "
                         'method="fixed_point" does not support it. Use method="sequential" (--context-method '
                         "sequential)."
                     )
-                self._verification.check_ragged(max(batch.lengths))
+                verification.check_ragged(max(batch.lengths))
             budget = self.budget
             with self.computing():
                 state = fixed_point(self._forward(), batch, budget, keep_hidden_states=keep_hidden_states)
@@ -252,11 +261,12 @@ class ContextGenerator:
             passes, tokens_computed = state.passes, state.tokens_computed
         else:
             with self.computing():
-                self._verification.check_dtypes()
-                self._verification.check_causal(max(batch.lengths))
-                self._verification.check_adapter()
+                verification = self._verification
+                verification.check_dtypes()
+                verification.check_causal(max(batch.lengths))
+                verification.check_adapter()
                 isolate = support.isolate_rows
-                result = sequential(self.model, batch, ALONE) if isolate else self._verification.sequential(batch)
+                result = sequential(self.model, batch, ALONE) if isolate else verification.sequential(batch)
             tokens, is_self, invalid = result.tokens, result.is_self, result.invalid
             passes, tokens_computed, hidden_states = result.passes, result.tokens_computed, None
 
@@ -343,8 +353,9 @@ class ContextGenerator:
                 bar.update()
 
             what = Prompts(rows, ids, limits, stop_ids)
-            self._verification.check_dtypes()
-            self._verification.check_adapter()
+            verification = self._verification
+            verification.check_dtypes()
+            verification.check_adapter()
             if support.missing or not self._runs_ragged(longest):
                 work = self._fallback(what, sampling, batch_size, finish, recompute=support.recompute)
             else:
@@ -378,11 +389,11 @@ class ContextGenerator:
 
     @property
     def _verification(self) -> Verification:
-        """What is known of the model with the adapters that are on, in the precision that is asked for."""
-        adapters, precision = active_adapters(self._given), autocast_dtype(self.model.device)
-        if adapters != self._adapters:
-            transformers_model(self._given)  # refuses some of them
-            self._adapters, self._verified = adapters, {}
+        """What is known of the model as it is made now, in the precision that is asked for."""
+        make, precision = (active_adapters(self._given), make_of(self.model)), autocast_dtype(self.model.device)
+        if make != self._make:
+            transformers_model(self._given)  # refuses some adapters
+            self._make, self._verified, self._fallback = make, {}, Fallback(self.model)
         if precision not in self._verified:
             self._verified[precision] = Verification(self.model, self._given)
         return self._verified[precision]
@@ -392,14 +403,21 @@ class ContextGenerator:
         for verification in self._verified.values():
             verification.look_again()
 
+    def touch(self) -> None:
+        """Run the model on two tokens, so that whatever it keeps from its last forward is that of another one."""
+        with self.computing():
+            row = torch.zeros(2, dtype=torch.int64, device=self.model.device)
+            own_logits(self.model, row, row[:1])
+
     def check_causal(self, longest_row: int = 0) -> None:
         """Raise UnsupportedModelError if the model sees tokens that come later, or can't be run on tokens alone.
 
         Rows of up to ``longest_row`` tokens may be beyond a window or a chunk, where a model computes something else.
         """
         with self.computing():
-            self._verification.check_dtypes()
-            self._verification.check_causal(longest_row)
+            verification = self._verification
+            verification.check_dtypes()
+            verification.check_causal(longest_row)
 
     def _runs_ragged(self, longest_row: int = 0) -> bool:
         try:

@@ -44,14 +44,29 @@ def auto_class_of(name: str, **hub: Any) -> Any:
     return multimodal if unknown and type(config) in multimodal._model_mapping else AutoModelForCausalLM
 
 
+def accepted_arguments(model: PreTrainedModel) -> set[str]:
+    """The names of the arguments that ``model.forward`` takes.
+
+    A forward that takes any (``**kwargs``) may hand them on to that of a base class, whose names count, too.
+    """
+    names: set[str] = set()
+    inherited = (vars(kind)["forward"] for kind in type(model).__mro__ if "forward" in vars(kind))
+    for forward in (model.forward, *inherited):
+        parameters = inspect.signature(forward).parameters
+        names.update(parameters)
+        if not any(parameter.kind is parameter.VAR_KEYWORD for parameter in parameters.values()):
+            break
+    return names
+
+
 def cache_argument(model: PreTrainedModel) -> str:
     """What ``model.forward`` calls its KV cache: "cache" since transformers 5.24, "past_key_values" before."""
-    return "cache" if "cache" in inspect.signature(model.forward).parameters else "past_key_values"
+    return "cache" if "cache" in accepted_arguments(model) else "past_key_values"
 
 
 def takes(model: PreTrainedModel, name: str) -> bool:
     """Whether ``model.forward`` takes an argument of this name; one that it only hands on does not count."""
-    return name in inspect.signature(model.forward).parameters
+    return name in accepted_arguments(model)
 
 
 def is_multimodal(model: PreTrainedModel) -> bool:
@@ -70,7 +85,7 @@ def arguments_of(model: PreTrainedModel, **arguments) -> dict[str, Any]:
 
     Its losses of routers are kept out of it.
     """
-    accepted = inspect.signature(model.forward).parameters
+    accepted = accepted_arguments(model)
     if getattr(model.config.get_text_config(decoder=True), "output_router_logits", False):
         arguments["output_router_logits"] = False
     if "input_ids" in arguments:
@@ -135,13 +150,12 @@ def own_logits(model: PreTrainedModel, row: Tensor, at: Tensor) -> Tensor:
 
     This is what a model computes by definition: no positions are given, as it has a first one of its own.
     """
-    arguments = arguments_of(
-        model, input_ids=row[None], attention_mask=torch.ones_like(row)[None], use_cache=False, logits_to_keep=at
-    )
-    if len(row) > _MANY and "logits_to_keep" in arguments:
-        return model(**arguments).logits[0]
-    arguments.pop("logits_to_keep", None)
-    return model(**arguments).logits[0][at]
+    ids, mask = row[None].clone(), torch.ones_like(row)[None]  # a copy, as some models write into it
+    arguments = arguments_of(model, input_ids=ids, attention_mask=mask, use_cache=False, logits_to_keep=at)
+    if len(row) <= _MANY:
+        arguments.pop("logits_to_keep", None)
+    logits = model(**arguments).logits[0]
+    return logits if "logits_to_keep" in arguments and len(logits) == len(at) else logits[at]
 
 
 @contextmanager
@@ -253,6 +267,31 @@ def active_adapters(model: torch.nn.Module) -> tuple[str, ...]:
         layers = (module for module in model.modules() if hasattr(module, "adapter_layer_names"))
         names = next((layer.active_adapters for layer in layers), ())
     return tuple(names)
+
+
+_OF_TRAINING = ("training", "gradient_checkpointing")  # which change nothing in inference
+
+
+def make_of(model: PreTrainedModel) -> object:
+    """Unequal before and after modules, hooks or settings of ``model`` have changed; weights and numbers may change.
+
+    It is made at every generation, so it must take no more than a millisecond.
+    """
+    modules = list(model.modules())
+    configs = {id(module.config): module.config for module in modules if isinstance(module, PreTrainedModel)}
+    return (
+        modules,
+        [type(module) for module in modules],
+        [(*module._forward_pre_hooks, *module._forward_hooks) for module in modules],  # keys, which never recur
+        [vars(module).get("forward") for module in modules],
+        [  # switches, such as is_causal
+            value
+            for module in modules
+            for name, value in vars(module).items()
+            if (value is True or value is False or type(value) is str) and name not in _OF_TRAINING
+        ],
+        [repr(vars(config)) for config in configs.values()],
+    )
 
 
 def _check_adapters(model: torch.nn.Module) -> None:

@@ -93,7 +93,7 @@ def _decode(
     for step in range(steps):
         if strategy.cache:
             arguments = {
-                "input_ids": new,
+                "input_ids": new.clone(),  # as some models write into it
                 "attention_mask": mask,
                 cache_argument(model): cache,
                 "use_cache": True,

@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 
 from transformers import PreTrainedModel
 
-from .models import cache_argument, decoder_of, is_multimodal
+from .models import accepted_arguments, cache_argument, decoder_of, is_multimodal
 
 
 @dataclass(frozen=True)
@@ -30,11 +30,12 @@ def inspect_model(model: PreTrainedModel, longest_row: int) -> Support:
     # A vision tower with an attention of its own does not matter.
     if not any(getattr(one, "_supports_attention_backend", False) for one in (model, decoder_of(model))):
         missing.append("an attention that does not go through transformers' AttentionInterface")
-    accepted = inspect.signature(model.forward).parameters
+    accepted = accepted_arguments(model)
     if cache_argument(model) not in accepted:
         missing.append("a state that is not a transformers KV cache")
         isolate = True
-    hands_on = is_multimodal(model) and any(one.kind == one.VAR_KEYWORD for one in accepted.values())
+    parameters = inspect.signature(model.forward).parameters.values()
+    hands_on = is_multimodal(model) and any(one.kind == one.VAR_KEYWORD for one in parameters)
     if "position_ids" not in accepted and not hands_on:
         missing.append("positions that can't be given (its forward takes no position_ids)")
         isolate = True

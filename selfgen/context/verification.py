@@ -6,8 +6,8 @@ path, decoding token by token as ``method="sequential"`` does, and the same row 
 must not change what comes before them.
 
 A row may grow beyond numbers of the configuration (windows, chunks, positions where rope or a temperature changes).
-Rows beyond such a number are computed only after a probe that is longer than it, and all rows after one that is nearly
-as long (up to 512 tokens), as a number may stand in the code.
+Rows beyond such a number are computed only after a probe that is longer than it, and all rows after one that is as long
+(up to 512 tokens), as a number may stand in the code.
 """
 
 from __future__ import annotations
@@ -157,7 +157,8 @@ class Verification:
         above = min((number for number in self._numbers if number >= max(_SHORT, longest_row)), default=2**31)
         enough = below + max(64, below // 4) if below else _SHORT
         step = 2 ** max(0, longest_row.bit_length() - 3)  # four lengths from one power of two to the next
-        return min(max(enough, min(longest_row // step * step, _LONG)), above, max_positions(self.model) or 2**31)
+        as_long = -(-longest_row // step) * step
+        return min(max(enough, min(as_long, _LONG)), above, max_positions(self.model) or 2**31)
 
     def _beyond(self, longest_row: int) -> int:
         """The largest number that ``longest_row`` is beyond; 0 if any probe is beyond it."""
@@ -248,7 +249,7 @@ def _check_causal(model: PreTrainedModel, length: int) -> None:
     changed = torch.cat([row[:kept], _probe_row(model, length, seed=1)[kept:]])
     at = _some(0, kept, row.device)
     try:
-        own, found = own_logits(model, row, at), own_logits(model, changed, at)
+        own, found, again = (own_logits(model, one, at) for one in (row, changed, row))
     except _FAULTS as error:
         if isinstance(error, torch.OutOfMemoryError):
             raise
@@ -257,10 +258,16 @@ def _check_causal(model: PreTrainedModel, length: int) -> None:
             "model"
         ) from error
     # A later token whose values overflow spoils earlier ones in attention, as 0 * NaN is NaN: these show nothing.
-    told = ~(own.isnan() | found.isnan()).any(1)
-    own, found = own[told], found[told]
+    told = ~(own.isnan() | found.isnan() | again.isnan()).any(1)
+    own, found, again = own[told], found[told], again[told]
     if not len(own):
         return
+    if not _difference(model, [again], [own]) <= _tolerance(model):
+        raise UnsupportedModelError(
+            f"{type(model).__name__} computes something else each time for the same row (chance in eval mode, or a "
+            "state that one call leaves to the next), so what it says of a prefix is not defined; give a model whose "
+            "logits depend on its tokens alone"
+        )
     difference, at_last = _difference(model, [found], [own]), _difference(model, [found[-1:]], [own[-1:]])
     # A single position may be off by more in half precision.
     if not difference <= _tolerance(model) or not at_last <= (_tolerance(model) if full_precision(model) else 0.5):
@@ -319,6 +326,11 @@ def _compare_ragged(model: PreTrainedModel, length: int) -> None:
                     torch.tensor([(row, end) for row, _, end in windows], device=device),
                 )
                 found.append(ragged_logits(model, cache, ragged_pass, tokens[ragged_pass.slots], index))
+                if len(found[-1]) != len(index):
+                    raise UnsupportedModelError(
+                        f"{type(model).__name__} ignores logits_to_keep, the positions whose logits it is asked for: "
+                        'the ragged path does not support it; use method="sequential"'
+                    )
     except UnsupportedModelError:
         raise
     except _FAULTS as error:
@@ -330,7 +342,8 @@ def _compare_ragged(model: PreTrainedModel, length: int) -> None:
     of_first, of_short = found[0].split([len(first), len(short)])
     long = own_logits(model, rows[0], torch.cat([first, second]))
     own = [*long.split([len(first), len(second)]), own_logits(model, rows[1], short)]
-    difference = _difference(model, [of_first, found[1], of_short], own)
+    prefix = own_logits(model, rows[0][:cut], first[-1:])  # some models do other things to the end of a row
+    difference = _difference(model, [of_first, found[1], of_short, of_first[-1:]], [*own, prefix])
     if not difference <= _tolerance(model):
         raise UnsupportedModelError(
             f"{type(model).__name__} computes something else over the ragged cache than in its own forward (logits "

@@ -55,7 +55,7 @@ from .config import BSSConfig
 from .losses import AnswerLoss, TokenMean, calls_loss_function, learns_its_input
 from .meter import Meter, StepTimer
 from .processes import once_per_machine
-from .reuse import reuse_passes
+from .reuse import reuse_passes, without_hooks
 from .sampling import EpochOfSampler, SeededByEpoch
 from .schedules import Schedule
 from .streams import StreamProgress, check_stream, message_of, sorts_by_length, stream_loader
@@ -715,8 +715,11 @@ class BSSTrainer(Trainer):
         if not (ordinary[0] if isinstance(ordinary, tuple) else ordinary):
             return True  # a micro-batch with nothing to learn shows nothing; the next one will
         self._reuse_verified = True
+        with self.accelerator.autocast():
+            full = full_precision(self.generator.model)
+        trainable = [parameter for parameter in unwrapped.parameters() if parameter.requires_grad]
         try:
-            with reusing() as reused:
+            with reusing(bound=1e-3 if full else 0.1) as reused:
                 found = loss(unwrapped)  # with gradients, as only these show what the layers must have one of
         except ReuseError as reason:
             return self._reuse_off(reason)
@@ -725,10 +728,18 @@ class BSSTrainer(Trainer):
         if isinstance(ordinary, tuple):  # with outputs
             ordinary, found = ordinary[0], found[0]
         difference = float((found.detach() - ordinary).abs() / ordinary.abs())
-        with self.accelerator.autocast():
-            bound = 1e-4 if full_precision(self.generator.model) else 2e-2
-        if not difference <= bound:  # NaN is a difference, too
+        if not difference <= (1e-4 if full else 2e-2):  # NaN is a difference, too
             return self._reuse_off(f"the loss would be off by {difference:.1e} of its value in an ordinary forward")
+        self.generator.touch()  # what a layer reads of an earlier one must not be that of just this forward
+        try:
+            with without_hooks(trainable):
+                torch.autograd.grad(found, trainable, allow_unused=True)
+        except ReuseError as reason:
+            return self._reuse_off(reason)
+        except (AttributeError, IndexError, KeyError, RuntimeError, TypeError, ValueError) as error:
+            if isinstance(error, torch.OutOfMemoryError):
+                raise
+            return self._reuse_off(f"decoder layers can't be computed one by one ({type(error).__name__}: {error})")
         with inference(unwrapped):
             in_inference = loss(unwrapped)
         in_inference = in_inference[0] if isinstance(in_inference, tuple) else in_inference

@@ -20,10 +20,12 @@ from ..context.hidden_states import HiddenStates, ReuseError
 
 
 @contextmanager
-def reuse_passes(kept: HiddenStates, slots: Tensor) -> Iterator[list[int]]:
+def reuse_passes(kept: HiddenStates, slots: Tensor, *, bound: float | None = None) -> Iterator[list[int]]:
     """Inside, training forwards over [B, L] tokens whose slots are ``slots`` [B, L] reuse what is ``kept``.
 
     Their backward may come later, outside. The yielded list gets the number of each layer that has reused its passes.
+    With ``bound``, the backward raises ReuseError where a layer that is computed again differs by more than that many
+    standard deviations, or gives a gradient to what is no part of it.
     """
     reused: list[int] = []
     before = [{name: value for name, value in vars(layer).items() if name in _SWITCHES} for layer in kept.layers]
@@ -31,7 +33,7 @@ def reuse_passes(kept: HiddenStates, slots: Tensor) -> Iterator[list[int]]:
         for index, layer in enumerate(kept.layers):
             trainable = [parameter for parameter in layer.parameters() if parameter.requires_grad]
             layer.gradient_checkpointing = True
-            layer._gradient_checkpointing_func = partial(_reuse_layer, kept, reused, index, slots, trainable)
+            layer._gradient_checkpointing_func = partial(_reuse_layer, kept, reused, index, slots, trainable, bound)
         yield reused
     finally:
         for layer, switches in zip(kept.layers, before, strict=True):
@@ -46,6 +48,7 @@ def _reuse_layer(
     index: int,
     slots: Tensor,
     trainable: list[Tensor],
+    bound: float | None,
     forward: Callable,
     hidden: Tensor,
     *args,
@@ -55,7 +58,41 @@ def _reuse_layer(
         raise ReuseError("a decoder layer has more than one input with a gradient")
     reused.append(index)
     entering, leaving = partial(kept.at, index, slots), partial(kept.at, index + 1, slots)
-    return _ReusedLayer.apply(lambda states: forward(states, *args), entering, leaving, hidden, *trainable)
+
+    def layer(states: Tensor) -> Tensor:
+        output = forward(states, *args)
+        if bound is not None:
+            _verify(index, output, leaving(), [states, *trainable], bound)
+        return output
+
+    return _ReusedLayer.apply(layer, entering, leaving, hidden, *trainable)
+
+
+def _verify(index: int, output: Tensor, kept: Tensor, inputs: list[Tensor], bound: float) -> None:
+    """Raise ReuseError unless a layer's ``output`` [B, L, D] is what is ``kept``, and computed of ``inputs`` alone.
+
+    Zeros are kept of padding, and of the end of a row, where no token follows.
+    """
+    computed = kept.any(-1)
+    found, want = output.detach()[computed].float(), kept[computed].float()
+    difference = float((found - want).abs().mean() / want.std().clamp(min=1e-30))
+    if not difference <= bound:  # NaN is a difference, too
+        raise ReuseError(
+            f"decoder layer {index}, computed again by itself, is off by {difference:.1e} of its standard deviation"
+        )
+    known, seen, waiting = {id(one) for one in inputs}, set(), [output.grad_fn]
+    while waiting:
+        node = waiting.pop()
+        if node is None or node in seen:
+            continue
+        seen.add(node)
+        leaf = getattr(node, "variable", None)
+        if leaf is not None and id(leaf) not in known:
+            raise ReuseError(
+                f"decoder layer {index} computes with a tensor of shape {tuple(leaf.shape)} that needs a gradient and "
+                "is no part of it"
+            )
+        waiting.extend(following for following, _ in node.next_functions)
 
 
 _SWITCHES = ("gradient_checkpointing", "_gradient_checkpointing_func")
@@ -82,13 +119,13 @@ class _ReusedLayer(torch.autograd.Function):
             hidden = ctx.entering().requires_grad_()
             output = ctx.layer(hidden)
         inputs = hidden, *ctx.trainable
-        with _without_hooks(ctx.trainable):
+        with without_hooks(ctx.trainable):
             gradients = torch.autograd.grad(output, inputs, gradient.to(output.dtype), allow_unused=True)
         return None, None, None, *gradients
 
 
 @contextmanager
-def _without_hooks(parameters: list[Tensor]) -> Iterator[None]:
+def without_hooks(parameters: list[Tensor]) -> Iterator[None]:
     """Inside, hooks on ``parameters`` do not run: they do in the outer graph, once."""
     hooked = [(parameter, parameter._backward_hooks) for parameter in parameters if parameter._backward_hooks]
     try:

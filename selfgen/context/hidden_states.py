@@ -38,7 +38,7 @@ def decoder_layers(model: PreTrainedModel) -> list[GradientCheckpointingLayer]:
             raise ReuseError(
                 f"{name} is on, which needs more of a layer than the hidden states that are kept; switch it off"
             )
-    noise = _noise(model)
+    noise = noise_of(model)
     if noise is not None:
         raise ReuseError(f"{noise}: training and inference compute different things; set it to 0")
     return layers
@@ -47,7 +47,7 @@ def decoder_layers(model: PreTrainedModel) -> list[GradientCheckpointingLayer]:
 _RANDOM = ("drop", "jitter", "stochastic")  # dropout, layerdrop, drop_path, router_jitter_noise, ...
 
 
-def _noise(model: nn.Module) -> str | None:
+def noise_of(model: nn.Module) -> str | None:
     """A dropout, a jitter or a random depth that makes the model random in training; None if there is none."""
     for name, module in model.named_modules():
         if isinstance(module, nn.modules.dropout._DropoutNd) and module.p > 0:

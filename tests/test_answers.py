@@ -501,3 +501,27 @@ def test_symbolic_match_says_what_to_install(monkeypatch):
     monkeypatch.setitem(sys.modules, "math_verify", None)
     with pytest.raises(ImportError, match=re.escape("pip install 'selfgen[eval]'")):
         symbolic_match("1", "1")
+
+
+@pytest.mark.parametrize(
+    ("answer", "reference", "same"),
+    [
+        (r"\boxed{2+3}", r"\boxed{3}", False),
+        (r"\boxed{2 + 3 = 5}", r"\boxed{5}", True),
+        (r"\boxed{7x+3}", "#### 3", False),
+        (r"\boxed{3x}", "#### 3", False),
+        (r"\boxed{a_3}", "3", False),
+        (r"\boxed{x<4}", "4", False),
+        (r"\boxed{(1,4)}", r"\boxed{4}", False),
+        (r"\boxed{5 \text{ or } 3}", r"\boxed{3}", False),
+        (r"\boxed{\frac{x+1}{4}}", r"\boxed{4}", False),
+        (r"\boxed{x+3}" + "\n#### 3", "#### 3", True),
+        (r"\boxed{\textbf{(A)}\ 5}", "5", True),
+        (r"\boxed{5 \text{ cm}^2}", "5", True),
+        (r"\boxed{2}", r"\boxed{\begin{pmatrix} 1 \\ 2 \end{pmatrix}}", False),
+        (r"\boxed{\begin{pmatrix}1\\2\end{pmatrix}}", r"\boxed{\begin{pmatrix} 1 \\ 2 \end{pmatrix}}", True),
+        (r"\boxed{\begin{pmatrix}3\\2\end{pmatrix}}", r"\boxed{\begin{pmatrix} 1 \\ 2 \end{pmatrix}}", False),
+    ],
+)
+def test_a_box_with_more_than_a_number_is_not_its_last_number(answer, reference, same):
+    assert exact_match(answer, reference) == same

@@ -10,8 +10,8 @@ from typing import ClassVar
 import pytest
 import torch
 from models import BASE, VOCAB
-from test_reuse_training import Gradients, distance, trainer_for
-from transformers import LlamaConfig, LlamaForCausalLM
+from test_reuse_training import Gradients, distance, run, trainer_for
+from transformers import LlamaConfig, LlamaForCausalLM, TrainerCallback
 from transformers.models.llama.modeling_llama import LlamaMLP
 from zoo.definition import SEED, contexts, rows, wrong_tokens
 
@@ -271,3 +271,64 @@ def counting(function, calls):
         return function(*args)
 
     return counted
+
+
+class LooksAheadInTraining(HandsOn):
+    """Each position gets a part of the next one's embedding."""
+
+    def forward(self, input_ids=None, **kwargs):
+        if not self.training:
+            return super().forward(input_ids=input_ids, **kwargs)
+        embedded = self.model.embed_tokens(input_ids)
+        return super().forward(inputs_embeds=embedded + embedded.roll(-1, 1), **kwargs)
+
+
+class CountsInTraining(HandsOn):
+    def __init__(self, config):
+        super().__init__(config)
+        self.register_buffer("calls", torch.zeros(()))
+
+    def forward(self, *args, **kwargs):
+        self.calls += self.training
+        output = super().forward(*args, **kwargs)
+        output.logits = output.logits * (1 + self.calls)
+        return output
+
+
+@pytest.mark.parametrize(("self_prob", "method"), [(0.0, "fixed_point"), (0.5, "fixed_point"), (0.5, "sequential")])
+def test_looking_ahead_in_training_alone(tmp_path, self_prob, method):
+    with pytest.raises(UnsupportedModelError, match="looks ahead in training mode"):
+        trainer_for(tmp_path, lambda: make(LooksAheadInTraining), self_prob=self_prob, context_method=method)
+    model = make(CountsInTraining)
+    before = torch.get_rng_state()
+    ContextGenerator(model).check_causal(in_training=True)
+    assert model.calls == 0
+    assert not model.training
+    assert torch.equal(before, torch.get_rng_state())
+
+
+class SwapsAdapters(TrainerCallback):
+    def on_step_begin(self, args, state, control, model, **kwargs):
+        model.set_adapter("ab"[state.global_step % 2])
+
+
+def with_two_adapters():
+    peft = pytest.importorskip("peft")
+    model = peft.get_peft_model(make(LlamaForCausalLM), peft.LoraConfig(target_modules=["q_proj"]), adapter_name="a")
+    model.add_adapter("b", peft.LoraConfig(target_modules=["down_proj"]))
+    for name, parameter in model.named_parameters():
+        if "lora" in name:
+            torch.nn.init.normal_(parameter, std=0.2)
+    return model
+
+
+def test_adapters_that_a_callback_swaps_as_a_step_begins(tmp_path):
+    """The contexts, and the passes that are reused, are those of the adapter that the step trains."""
+    results = []
+    for reuse in (True, False):
+        trainer = trainer_for(tmp_path, with_two_adapters, reuse_passes=reuse, max_steps=4)
+        trainer.add_callback(SwapsAdapters())
+        results.append(run(trainer))
+    (losses, gradients), (want_losses, want_gradients) = results
+    torch.testing.assert_close(losses, want_losses, rtol=1e-5, atol=0)
+    assert distance(gradients, want_gradients) <= 1e-5

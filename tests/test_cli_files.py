@@ -203,9 +203,7 @@ def test_one_process_trains_in_a_folder(options, capsys, monkeypatch, more):
     folder = Path(given["output_dir"])
     folder.mkdir()
     other = begun(hold, folder)
-    monkeypatch.setattr(
-        "selfgen.cli.options.AutoModelForCausalLM.from_pretrained", lambda *a, **k: pytest.fail("loads")
-    )
+    monkeypatch.setattr("selfgen.cli.options.auto_class_of", lambda *a, **k: pytest.fail("loads"))
     assert f"another process is writing {folder}" in refused(["train", *flags(given)], capsys)
     other.kill()
     other.join()

@@ -81,6 +81,7 @@ def test_token_budget_is_the_calibrated_one(monkeypatch, costs):
             n = input_ids.shape[1]
             clock[0] += costs.a_pass(Pass(n, 1, n, n * (n + 1) // 2), reuse=False)
 
+    monkeypatch.setattr(budget, "arguments_of", lambda model, **arguments: arguments)
     monkeypatch.setattr(budget.time, "perf_counter", lambda: clock[0])
     monkeypatch.setattr(budget, "max_positions", lambda model: None)
     found = budget.measure_budget(Model()).tokens  # type: ignore[arg-type]

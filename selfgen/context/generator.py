@@ -114,10 +114,6 @@ class ContextGenerator:
                     "model's embedding, or None for all of them"
                 )
         self.temperature = float(temperature)
-        head = self.model.get_output_embeddings()
-        if vocab_size is None and getattr(head, "weight", None) is not None:
-            rows = vocab_size_of(self.model)
-            vocab_size = rows if head.weight.shape[0] > rows else None  # ids that the embedding does not have
         self.vocab_size = vocab_size
         self.masks = masks or Masks()
         self._token_budget, self._balance = token_budget, balance
@@ -129,6 +125,9 @@ class ContextGenerator:
         self._fallback = Fallback(self.model)
         check_whole(self.model)
         check_here(self.model)
+        head = getattr(self.model.get_output_embeddings(), "weight", None)
+        if vocab_size is None and head is not None and head.shape[0] > vocab_size_of(self.model):
+            self.vocab_size = vocab_size_of(self.model)  # the embedding does not have the head's other ids
 
     @property
     def budget(self) -> PassBudget:
@@ -409,15 +408,16 @@ class ContextGenerator:
             row = torch.zeros(2, dtype=torch.int64, device=self.model.device)
             own_logits(self.model, row, row[:1])
 
-    def check_causal(self, longest_row: int = 0) -> None:
+    def check_causal(self, longest_row: int = 0, *, in_training: bool = False) -> None:
         """Raise UnsupportedModelError if the model sees tokens that come later, or can't be run on tokens alone.
 
         Rows of up to ``longest_row`` tokens may be beyond a window or a chunk, where a model computes something else.
+        With ``in_training``, training mode is tried, too.
         """
         with self.computing():
             verification = self._verification
             verification.check_dtypes()
-            verification.check_causal(longest_row)
+            verification.check_causal(longest_row, in_training=in_training)
 
     def _runs_ragged(self, longest_row: int = 0) -> bool:
         try:

@@ -51,7 +51,7 @@ def decoder_layers(model: PreTrainedModel) -> list[GradientCheckpointingLayer]:
             raise ReuseError(
                 f"{name} is on, which needs more of a layer than the hidden states that are kept; switch it off"
             )
-    noise = _noise(modules)
+    noise = noise_of(modules)
     if noise is not None:
         raise ReuseError(f"{noise}: training and inference compute different things; set it to 0")
     return layers
@@ -86,7 +86,7 @@ def _idle_on_text(model: PreTrainedModel) -> frozenset[str]:
 _RANDOM = ("drop", "jitter", "stochastic")  # dropout, layerdrop, drop_path, router_jitter_noise, ...
 
 
-def _noise(modules: dict[str, nn.Module]) -> str | None:
+def noise_of(modules: dict[str, nn.Module]) -> str | None:
     """A dropout, a jitter or a random depth that makes one of them random in training; None if there is none."""
     for name, module in modules.items():
         if isinstance(module, nn.modules.dropout._DropoutNd) and module.p > 0:

@@ -7,7 +7,8 @@ from __future__ import annotations
 
 import inspect
 import logging
-from collections.abc import Iterator, Sequence, Sized
+import warnings
+from collections.abc import Callable, Iterator, Sequence, Sized
 from contextlib import contextmanager, nullcontext
 from typing import Any
 from weakref import WeakKeyDictionary
@@ -409,6 +410,30 @@ def keep_4bit_layout(model: torch.nn.Module) -> list[torch.nn.Module]:
     for module in modules:
         setattr(module, _LAYS_OUT, False)
     return modules
+
+
+@contextmanager
+def in_training_mode(model: PreTrainedModel) -> Iterator[Callable[[Callable[[], Tensor]], Tensor]]:
+    """Training mode inside `inference`; gives what runs a function with the same random numbers each time.
+
+    Buffers are as they were afterwards, and so are random numbers.
+    """
+    devices = [model.device] if model.device.type == "cuda" else []
+    buffers = [(buffer, buffer.clone()) for buffer in model.buffers()]
+
+    def run(function: Callable[[], Tensor]) -> Tensor:
+        with torch.random.fork_rng(devices), warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # of checkpointing, that nothing needs a gradient
+            torch.manual_seed(0)
+            return function()
+
+    model.train()
+    try:
+        yield run
+    finally:
+        model.eval()
+        for buffer, before in buffers:
+            buffer.copy_(before)
 
 
 @contextmanager

@@ -15,13 +15,22 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 from torch import Tensor
 from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedModel
 
 from .batch import Batch
-from .models import attention_function, max_positions, own_logits, text_inputs, vocab_size_of
+from .hidden_states import noise_of
+from .models import (
+    attention_function,
+    in_training_mode,
+    max_positions,
+    own_logits,
+    text_inputs,
+    vocab_size_of,
+)
 from .packed import packed_linears
 from .precision import dtype_clash, full_precision
 from .ragged import RaggedCache, RaggedPass, UnsupportedModelError, ragged_logits, ragged_model
@@ -58,13 +67,16 @@ class Verification:
         self._found.clear()
         self._strategies.clear()
 
-    def check_causal(self, longest_row: int = 0) -> None:
+    def check_causal(self, longest_row: int = 0, *, in_training: bool = False) -> None:
         """Raise LooksAheadError if other tokens at the end of rows of up to ``longest_row`` change logits before them.
 
-        Raise UnsupportedModelError if the model can't be run on tokens alone.
+        With ``in_training``, also if they do in training mode alone. Raise UnsupportedModelError if the model can't be
+        run on tokens alone.
         """
         length = self._probe_length(longest_row)
         self._once("causal", length, lambda: _check_causal(self.model, length))
+        if in_training:
+            self._once("causal in training", length, lambda: _check_causal_in_training(self.model, length))
 
     def check_dtypes(self) -> None:
         """Raise UnsupportedModelError if weights have several dtypes that the model's own forward can't compute with.
@@ -243,11 +255,41 @@ def _check_dtypes(model: PreTrainedModel) -> None:
         )
 
 
-def _check_causal(model: PreTrainedModel, length: int) -> None:
+def _rows_with_other_ends(model: PreTrainedModel, length: int) -> tuple[Tensor, Tensor, Tensor]:
+    """Two rows, and the places of what they have in common, or some of them."""
     kept = length * _KEPT // _SHORT
     row = _probe_row(model, length)
-    changed = torch.cat([row[:kept], _probe_row(model, length, seed=1)[kept:]])
-    at = _some(0, kept, row.device)
+    return row, torch.cat([row[:kept], _probe_row(model, length, seed=1)[kept:]]), _some(0, kept, row.device)
+
+
+def _check_causal_in_training(model: PreTrainedModel, length: int) -> None:
+    """Nothing is said of a model that is random in training, or goes on from one call to the next."""
+    if noise_of(dict(model.named_modules())) is not None:
+        return
+    row, changed, at = _rows_with_other_ends(model, length)
+    with in_training_mode(model) as run:
+        try:
+            own, found, again = (run(partial(own_logits, model, one, at)) for one in (row, changed, row))
+        except _FAULTS as error:
+            if isinstance(error, torch.OutOfMemoryError):
+                raise
+            logger.debug("%s can't be tried in training mode: %s", type(model).__name__, error)
+            return
+    told = ~(own.isnan() | found.isnan() | again.isnan()).any(1)
+    own, found, again = own[told], found[told], again[told]
+    if not len(own) or not _difference(model, [again], [own]) <= _tolerance(model):
+        return
+    difference = _difference(model, [found], [own])
+    if not difference <= _tolerance(model):
+        raise LooksAheadError(
+            f"{type(model).__name__} looks ahead in training mode, though not in inference: other tokens at the end of "
+            f"a row change its logits before them by {difference:.1%} of their standard deviation, so it would see the "
+            "answer that it learns to predict; give a causal model"
+        )
+
+
+def _check_causal(model: PreTrainedModel, length: int) -> None:
+    row, changed, at = _rows_with_other_ends(model, length)
     try:
         own, found, again = (own_logits(model, one, at) for one in (row, changed, row))
     except _FAULTS as error:

@@ -8,7 +8,7 @@ from functools import cache
 from statistics import NormalDist
 from typing import Any
 
-from .forms import NEXT_PROBLEM, boxes, formula, letter, several, truth
+from .forms import NEXT_PROBLEM, boxes, first_problem, formula, letter, several, truth
 from .numerals import Number, numbers, plain
 
 _Z = NormalDist().inv_cdf(0.975)  # of a two-sided 95% interval
@@ -23,6 +23,9 @@ _STEP = re.compile(
     re.IGNORECASE | re.MULTILINE,
 )
 _LISTED = re.compile(r"^[ \t>*_]*(?=([0-9]{1,3})[.)][ *_]+\S)", re.MULTILINE)
+# In a formula: "x + 3", "x < 3", "x_3" and "3x".
+_OF_TERM = re.compile(r"(?:[A-Za-z)}\]] ?[-+*/^_]|[<>]|\\(?:[lg]eq?|ne|sin|cos|tan|ln|log)) ?\Z")
+_TERM = re.compile(r"[xyz](?![A-Za-z])|\^?\{?[xyz]\b|\(")
 # "The answer is 2 + 3 = 5" and "The answer is 5, as 2 + 3 = 5" say it at their end.
 _CALCULATES = re.compile(r" *[-+*/÷] *[0-9($]|(?:(?![.!?]\s)[^\n])*=")
 
@@ -85,7 +88,8 @@ def compared(answer: str, reference: str) -> tuple[str | None, str | None]:
 
     That is one number (`extract_answer`), unless the reference is something else after ``####``, in a box, after
     "the answer is" or as a whole: several numbers, the letter of a choice, yes or no, or a formula. Several numbers are
-    compared in any order, but in the given one within round and square brackets; a formula as it is written.
+    compared in any order, but in the given one within round and square brackets; a formula as it is written. A box with
+    several numbers or a formula is not one of its numbers.
 
     Example:
         >>> compared("It is one of 7 and 5.", "#### 5, 7")
@@ -97,8 +101,21 @@ def compared(answer: str, reference: str) -> tuple[str | None, str | None]:
         expected = read(reference, exactly=True)
         if expected is not None:
             return read(answer, exactly=False), expected
-    expected = extract_answer(reference)
-    return (None if expected is None else extract_answer(answer)), expected
+    expected = _boxed_besides(reference) or extract_answer(reference)
+    if expected is None:
+        return None, None
+    return _boxed_besides(answer) or extract_answer(answer), expected
+
+
+def _boxed_besides(text: str) -> str | None:
+    """What the last box of a text says, without spaces and backslashes, if it is several numbers or a formula."""
+    whole = plain(first_problem(text))
+    if _MARK.search(whole) or not (found := boxes(whole)):
+        return None
+    said = whole[slice(*found[-1])].rpartition("=")[2]
+    inside = list(numbers(said))
+    is_formula = any(_OF_TERM.search(said[: number.begin]) or _TERM.match(said, number.end) for number in inside)
+    return re.sub(r"[\s\\]", "", said) if is_formula or len(inside) > 1 else None
 
 
 def _as_words(text: str) -> str:

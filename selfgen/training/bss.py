@@ -185,7 +185,7 @@ class BSSTrainer(Trainer):
                 "contexts can't be made with weights that FSDP or DeepSpeed shards yet; train with DDP or on one device"
             )
         with self.accelerator.autocast():
-            self.generator.check_causal()  # the loss of a model that sees the answer teaches nothing
+            self.generator.check_causal(in_training=True)  # the loss of a model that sees the answer teaches nothing
         self._end_answers_where_rows_end()
         check_savable(self.generator.model, adapter=self._adapters() is not None)
         self._check_best_metric()
@@ -252,7 +252,7 @@ class BSSTrainer(Trainer):
         return sampler
 
     def get_batch_samples(self, epoch_iterator, num_batches, device):
-        """All micro-batches of one optimizer step, with mixed contexts in those that are trained on first.
+        """All micro-batches of one optimizer step.
 
         None where the run goes on from the checkpoint of its last step, as the Trainer looks for its end after a step.
         """
@@ -275,8 +275,8 @@ class BSSTrainer(Trainer):
         batches = self.prepare_batches(batches)
         self._check_causal(batches)
         self._step = Step(list(batches))
-        self._mix_next()
-        if self.args.loss_on != "all":
+        if self.args.loss_on != "all":  # elsewhere after on_step_begin, where a callback may change the model
+            self._mix_next()
             num_items = self._get_num_items_in_batch(batches, device)
         return batches, num_items
 
@@ -574,7 +574,7 @@ class BSSTrainer(Trainer):
         longest = max((batch["input_ids"].shape[1] for batch in batches), default=0)
         try:
             with self.accelerator.autocast():
-                self.generator.check_causal(longest)
+                self.generator.check_causal(longest, in_training=True)
         except UnsupportedModelError as error:
             raise type(error)(f"at step {self.state.global_step + 1}: {error}") from error
 

@@ -45,18 +45,24 @@ def save_round(trainer: BSSTrainer, folder: Path) -> None:
 
     def put_in_place() -> None:
         trainer.save_state()
-        beside.rename(folder / "model")
+        if trainer.args.should_save:
+            beside.rename(folder / "model")
 
     evaluate_and(put_in_place, trainer)
 
 
 def _save(trainer: BSSTrainer, folder: Path, **options) -> None:
-    """Save a model to a folder of its own, which is not there where that fails."""
-    shutil.rmtree(folder, ignore_errors=True)
+    """Save a model to a folder of its own, which is not there where that fails. One of several processes does it."""
+
+    def remove() -> None:
+        if trainer.args.should_save:
+            shutil.rmtree(folder, ignore_errors=True)
+
+    remove()
     try:
         trainer.save_model(str(folder), **options)
     except Exception:
-        shutil.rmtree(folder, ignore_errors=True)
+        remove()
         raise
 
 

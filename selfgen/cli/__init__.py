@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import signal
 import sys
 from importlib import import_module
 
@@ -73,4 +74,9 @@ def main(arguments: list[str] | None = None) -> int:
             f"unknown command {command!r}; accepted: {', '.join(COMMANDS)} (selfgen --help tells what they do)",
             command="selfgen",
         )
-    return import_module(f".{command}", __name__).run(rest)  # imported only where it runs, as torch takes seconds
+    try:
+        return import_module(f".{command}", __name__).run(rest)  # imported only where it runs, as torch takes seconds
+    except KeyboardInterrupt:
+        more = " with --resume-from-checkpoint last" if command == "train" else ""
+        print(f"selfgen {command}: stopped; the same command{more} goes on from what is written", file=sys.stderr)
+        return 128 + signal.SIGINT

@@ -215,6 +215,16 @@ def test_options_that_make_another_run_are_refused(run_folder, change, message):
         make_trainer(run_folder, **change).train(resume_from_checkpoint="last")
 
 
+def test_a_run_does_not_go_on_by_another_method(run_folder, tmp_path):
+    options = {"data": rows(6), "max_new_tokens": 4, "max_length": 64}
+    make_rac_trainer(tmp_path, **options, **SAVING).train()
+    before = json.loads((run_folder / "checkpoint-3" / "selfgen.json").read_text())
+    with pytest.raises(ResumeError, match="method was 'bss or bash', is 'rac'"):
+        make_rac_trainer(run_folder, **options, self_prob=before["self_prob"]).train(resume_from_checkpoint="last")
+    with pytest.raises(ResumeError, match="method was 'rac', is 'bss or bash'"):
+        make_trainer(tmp_path, data=rows(6), self_prob=0).train(resume_from_checkpoint="last")
+
+
 @pytest.mark.parametrize(
     ("change", "message"),
     [

@@ -345,6 +345,11 @@ def resumed_settings(args: BSSConfig) -> dict[str, object]:
     return {name: getattr(args, name) for name in names}
 
 
+def _method_of(settings: Collection[str]) -> str:
+    """The method of a run, by the names of its settings; the rows tell bash from bss, as they have contexts."""
+    return "rac" if "own_answer" in settings else "bss or bash"
+
+
 def trainer_settings(args: BSSConfig) -> dict[str, object]:
     """The Trainer's options that the result depends on, and how many rows a step has."""
     sizes = [args.train_batch_size, args.gradient_accumulation_steps, args.world_size]
@@ -387,7 +392,8 @@ def check_resumed(checkpoint: str | Path, args: BSSConfig, rows: Callable[[], st
     def told(names: Collection[str]) -> list[str]:
         return differences({n: before_trainer[n] for n in sorted(names)}, {n: now_trainer[n] for n in sorted(names)})
 
-    other = differences(before, now, ignore=before.keys() ^ now.keys()) + told(changed & _OTHER_RUN)
+    other = differences({"method": _method_of(before)}, {"method": _method_of(now)})
+    other += differences(before, now, ignore=before.keys() ^ now.keys()) + told(changed & _OTHER_RUN)
     if other:
         raise ResumeError(
             f"{checkpoint} comes from a run with other settings ({'; '.join(other)}): resume with the former "

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import re
 from collections.abc import Collection, Iterator, Mapping
 from importlib.metadata import PackageNotFoundError, version
 from typing import Any
@@ -17,6 +18,8 @@ from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 from transformers import PreTrainedModel
 
 from .files import to_json
+
+_HASH = re.compile("[0-9a-f]{64}")  # SHA-256
 
 
 def weights_hash(model: PreTrainedModel) -> str:
@@ -75,10 +78,15 @@ def differences(before: Mapping[str, Any], now: Mapping[str, Any], ignore: Colle
     """
     now = json.loads(to_json(now))
     return [
-        f"{name} was {before.get(name)!r}, is {now.get(name)!r}"
+        f"{name} was {_told(before.get(name))}, is {_told(now.get(name))}"
         for name in {**before, **now}
         if name not in ignore and before.get(name) != now.get(name)
     ]
+
+
+def _told(value: Any) -> str:
+    """A setting as a message has it; of a hash the beginning."""
+    return f"{value[:8]}..." if isinstance(value, str) and _HASH.fullmatch(value) else repr(value)
 
 
 def versions(*packages: str) -> dict[str, str | None]:

@@ -16,6 +16,7 @@ import transformers as t
 from helpers.cli import ROOT, flags, history, run
 from helpers.data import ROWS, WORDS, make_tokenizer, write_jsonl
 from helpers.processes import in_ranks, kill_command
+from safetensors.torch import load_file, save_file
 
 import selfgen
 from selfgen.cli import COMMANDS, main
@@ -153,6 +154,42 @@ def test_a_broken_checkpoint_of_the_model(arguments, model_dir, tmp_path, capsys
     code, _, err = run(["train", *flags({**arguments, "model": str(folder)})], capsys)
     assert code == 2
     assert "model.safetensors holds no whole weights" in err
+
+
+def test_a_checkpoint_that_lacks_weights(arguments, model_dir, tmp_path, capsys):
+    """transformers would put random ones in their place."""
+    folder = tmp_path / "incomplete"
+    shutil.copytree(model_dir, folder)
+    weights = load_file(folder / "model.safetensors")
+    lacking = next(name for name in weights if "up_proj" in name)
+    del weights[lacking]
+    save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
+    code, _, err = run(["train", *flags({**arguments, "model": str(folder)})], capsys)
+    assert code == 2
+    assert f"lacks 1 weight of LlamaForCausalLM, which would be random ({lacking}): get the whole" in err
+
+
+def test_a_model_without_tokenizer(arguments, model_dir, tmp_path, capsys):
+    folder = tmp_path / "alone"
+    shutil.copytree(model_dir, folder, ignore=shutil.ignore_patterns("tokenizer*"))
+    code, _, err = run(["train", *flags({**arguments, "model": str(folder)})], capsys)
+    assert code == 2
+    assert "has no tokenizer (" in err
+    assert "put it there with tokenizer.save_pretrained(" in err
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_ctrl_c_ends_a_command_with_one_line(command, capsys, monkeypatch):
+    def stop(_):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(f"selfgen.cli.{command}.run", stop)
+    monkeypatch.setattr("sys.argv", ["selfgen", command])
+    again = " with --resume-from-checkpoint last" if command == "train" else ""
+    assert main() == 130
+    assert capsys.readouterr().err == (
+        f"selfgen {command}: stopped; the same command{again} goes on from what is written\n"
+    )
 
 
 def test_data_report_is_shown(arguments, tmp_path):

@@ -143,6 +143,12 @@ def test_rounds_run_in_one_process(tmp_path, monkeypatch):
         run_rounds(tmp_path)
 
 
+def test_rows_that_the_model_has_no_positions_for_cost_no_contexts(tmp_path):
+    with pytest.raises(OfflineError, match=r"pre-trained: max_length is 100000, but the model has \d+ positions"):
+        run_rounds(tmp_path, max_length=100_000)
+    assert not list(tmp_path.glob("round-*/*"))
+
+
 def test_a_schedule_goes_from_round_to_round(tmp_path):
     run_rounds(tmp_path, self_prob=0.8, self_prob_start=0.2, self_prob_schedule="linear", max_steps=1)
     settings = [read_provenance(tmp_path / f"round-{number}" / "contexts")["settings"] for number in range(2)]

@@ -12,12 +12,13 @@ from pathlib import Path
 import datasets
 import pytest
 import torch
+import transformers
 from datasets import Dataset
 from helpers.cli import flags, last_line, refused, run, save_model
 from helpers.data import write_jsonl
 from helpers.processes import in_ranks
 from helpers.training import OWN_ANSWERS, make_rac_trainer, make_trainer, rows, weights
-from models import OPTIONS, tiny_model
+from models import OPTIONS, VOCAB, tiny_model
 from transformers import Trainer, TrainerCallback
 
 from selfgen.provenance import columns_hash
@@ -215,6 +216,16 @@ def test_options_that_make_another_run_are_refused(run_folder, change, message):
         make_trainer(run_folder, **change).train(resume_from_checkpoint="last")
 
 
+def test_a_run_does_not_go_on_by_another_method(run_folder, tmp_path):
+    options = {"data": rows(6), "max_new_tokens": 4, "max_length": 64}
+    make_rac_trainer(tmp_path, **options, **SAVING).train()
+    before = json.loads((run_folder / "checkpoint-3" / "selfgen.json").read_text())
+    with pytest.raises(ResumeError, match="method was 'bss or bash', is 'rac'"):
+        make_rac_trainer(run_folder, **options, self_prob=before["self_prob"]).train(resume_from_checkpoint="last")
+    with pytest.raises(ResumeError, match="method was 'rac', is 'bss or bash'"):
+        make_trainer(tmp_path, data=rows(6), self_prob=0).train(resume_from_checkpoint="last")
+
+
 @pytest.mark.parametrize(
     ("change", "message"),
     [
@@ -254,6 +265,57 @@ def test_a_checkpoint_of_an_earlier_version_is_continued(run_folder):
         settings = json.loads(file.read_text())
         file.write_text(json.dumps({k: v for k, v in settings.items() if k not in ("rows", "trainer")}))
     make_trainer(run_folder, data=rows(seed=5), max_steps=4).train(resume_from_checkpoint="last")
+
+
+def test_a_checkpoint_that_can_not_be_compared_is_named(run_folder, caplog):
+    (run_folder / "checkpoint-3" / "selfgen.json").unlink()
+    make_trainer(run_folder, max_steps=4).train(resume_from_checkpoint="last")
+    (line,) = [line for line in caplog.messages if "selfgen.json" in line]
+    assert line.endswith(
+        "checkpoint-3 has no selfgen.json, so whether its run had these settings and rows can't be told"
+    )
+
+
+# Weights
+
+
+def mixtral() -> transformers.MixtralForCausalLM:
+    """Its experts have other names in a file."""
+    torch.manual_seed(0)
+    sizes = {"vocab_size": VOCAB, "hidden_size": 32, "intermediate_size": 16, "num_hidden_layers": 1}
+    heads = {"num_attention_heads": 2, "num_key_value_heads": 1, "num_local_experts": 4}
+    return transformers.MixtralForCausalLM(transformers.MixtralConfig(**sizes, **heads))
+
+
+def test_weights_that_have_other_names_in_a_file_are_loaded(tmp_path):
+    whole = make_trainer(tmp_path / "whole", mixtral(), **SAVING)
+    whole.train()
+    (tmp_path / "killed").mkdir()
+    shutil.copytree(tmp_path / "whole" / "checkpoint-2", tmp_path / "killed" / "checkpoint-2")
+    resumed = make_trainer(tmp_path / "killed", mixtral(), **SAVING)
+    resumed.train(resume_from_checkpoint="last")
+    assert torch.equal(weights(resumed.model), weights(whole.model))
+    resumed.state.best_model_checkpoint = str(tmp_path / "whole" / "checkpoint-1")
+    resumed._load_best_model()
+    first = transformers.MixtralForCausalLM.from_pretrained(tmp_path / "whole" / "checkpoint-1")
+    assert torch.equal(weights(resumed.model), weights(first))
+
+
+@pytest.mark.parametrize("change", [{"num_hidden_layers": 5}, {"intermediate_size": 24}])
+def test_a_checkpoint_of_another_model_is_refused(run_folder, change):
+    model = tiny_model("llama")
+    other = type(model)(type(model.config)(**{**model.config.to_dict(), **change}))
+    with pytest.raises(ResumeError, match="checkpoint-3 has the weights of another model"):
+        make_trainer(run_folder, other, max_steps=4).train(resume_from_checkpoint="last")
+
+
+def test_the_mean_loss_of_a_resumed_run_is_that_of_its_steps(tmp_path):
+    options = {**SAVING, "logging_steps": 3, "max_steps": 4}
+    whole = make_trainer(tmp_path, **{**options, "logging_steps": 1})
+    whole.train()
+    losses = [entry["loss"] for entry in whole.state.log_history if "loss" in entry]
+    resumed = make_trainer(tmp_path, **options).train(resume_from_checkpoint=str(tmp_path / "checkpoint-2"))
+    assert resumed.training_loss == pytest.approx(sum(losses[2:]) / 2)
 
 
 # The order of rows

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import signal
 import sys
 from importlib import import_module
 
@@ -57,8 +58,8 @@ selfgen train --help-all   all options, those of transformers.TrainingArguments 
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """Run the command line; returns the exit code."""
-    arguments = sys.argv[1:] if arguments is None else arguments
+    """Run the command line; returns the exit code. Ctrl-C ends it with a line, unless a program gives ``arguments``."""
+    is_program, arguments = arguments is None, sys.argv[1:] if arguments is None else arguments
     if not arguments or arguments[0] in ("-h", "--help", "help"):
         print(OVERVIEW, end="")
         return 0
@@ -73,4 +74,11 @@ def main(arguments: list[str] | None = None) -> int:
             f"unknown command {command!r}; accepted: {', '.join(COMMANDS)} (selfgen --help tells what they do)",
             command="selfgen",
         )
-    return import_module(f".{command}", __name__).run(rest)  # imported only where it runs, as torch takes seconds
+    try:
+        return import_module(f".{command}", __name__).run(rest)  # imported only where it runs, as torch takes seconds
+    except KeyboardInterrupt:
+        if not is_program:
+            raise
+        more = " with --resume-from-checkpoint last" if command == "train" else ""
+        print(f"selfgen {command}: stopped; the same command{more} goes on from what is written", file=sys.stderr)
+        return 128 + signal.SIGINT

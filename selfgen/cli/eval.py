@@ -119,7 +119,10 @@ class EvalArguments:
         unknown = [name for name in self.metrics if name not in METRICS]
         if unknown or not self.metrics:
             said = " ".join(unknown) or "none"
-            raise ValueError(f"metrics are {said}; accepted: {', '.join(METRICS)} (with spaces between them)")
+            of_package = "; symbolic_match comes with exact_match" if "symbolic_match" in unknown else ""
+            raise ValueError(
+                f"metrics are {said}; accepted: {', '.join(METRICS)} (with spaces between them){of_package}"
+            )
         check_probability("self_prob", self.self_prob)
         check_temperature(self, "temperature", "sampling_temperature")
         check_seed(self.seed)

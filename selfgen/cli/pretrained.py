@@ -18,6 +18,7 @@ _FILES = (
     "special_tokens_map.json", "added_tokens.json", "vocab.json", "*.index.json", "*.safetensors",
     "pytorch_model*.bin", "adapter_model.bin",
 )  # fmt: skip
+_OF_TOKENIZERS = ("tokenizer*", "vocab*", "*.model")
 
 
 def from_pretrained(auto_class: Any, name: str, **options: Any) -> Any:
@@ -25,11 +26,12 @@ def from_pretrained(auto_class: Any, name: str, **options: Any) -> Any:
 
     Raises:
         FileNotFoundError: nothing of that name is here or on the hub.
-        ValueError: a file is broken, or something comes with code that is not trusted.
+        ValueError: a file is broken, weights are missing, or something comes with code that is not trusted.
         ImportError: a package is missing.
     """
+    is_model = "Tokenizer" not in auto_class.__name__
     try:
-        return auto_class.from_pretrained(name, **options)
+        found = auto_class.from_pretrained(name, **options, **({"output_loading_info": True} if is_model else {}))
     except ImportError:
         raise
     except Exception as error:  # broken files raise anything, tokenizers' a bare Exception
@@ -45,8 +47,24 @@ def from_pretrained(auto_class: Any, name: str, **options: Any) -> Any:
                 f"model {name!r} is neither a folder with a checkpoint, nor could it be loaded from the hub; "
                 f"check the path or name, the revision and the network: {error}"
             ) from error
-        what = "tokenizer" if "Tokenizer" in auto_class.__name__ else "configuration or weights"
+        if not is_model and Path(name).is_dir() and not any(any(Path(name).glob(one)) for one in _OF_TOKENIZERS):
+            raise ValueError(
+                f"model {name!r} has no tokenizer ({', '.join(_OF_TOKENIZERS)}), as adapters are saved without: put "
+                f"it there with tokenizer.save_pretrained({name!r})"
+            ) from error
+        what = "configuration or weights" if is_model else "tokenizer"
         raise ValueError(f"the {what} of model {name!r} can't be loaded: {type(error).__name__}: {error}") from error
+    if not is_model:
+        return found
+    model, info = found
+    if missing := sorted(info["missing_keys"]):  # transformers makes them up
+        first, more = ", ".join(missing[:3]), ", ..." * (len(missing) > 3)
+        raise ValueError(
+            f"model {name!r} lacks {len(missing)} weight{'s' * (len(missing) > 1)} of {type(model).__name__}, which "
+            f"would be random ({first}{more}): get the whole checkpoint, or save the model with them, if they are to "
+            "be random"
+        )
+    return model
 
 
 def _fault(name: str, revision: str | None) -> str | None:

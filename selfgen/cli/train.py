@@ -18,7 +18,7 @@ from ..context import UnsupportedModelError
 from ..context.models import unpadded_vocab_size
 from ..data import DataError, load_rows
 from ..files import check_folder
-from ..stored_contexts import OfflineError
+from ..stored_contexts import CONTEXT_COLUMNS, OfflineError
 from ..training.bash import BASHTrainer
 from ..training.bss import BSSTrainer, check_processes
 from ..training.checkpoints import ResumeError, check_resumed, output_of, resumed_checkpoint
@@ -267,6 +267,14 @@ def _prepare(
         processing_class=tokenizer,
         trust_remote_code=model_arguments.trust_remote_code,
     )
+    if train_rows is not None and set(CONTEXT_COLUMNS) <= set(train_rows.column_names or ()):
+        logger.warning(
+            "%s has contexts that are written already, which --method %s does not use: --method bash --contexts %s "
+            "trains on them",
+            data.dataset,
+            method.method,
+            data.dataset,
+        )
 
     if checkpoint:
         trainer.check_resumed(checkpoint)

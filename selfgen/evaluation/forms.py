@@ -19,7 +19,7 @@ NEXT_PROBLEM = re.compile(
 _BOX = re.compile(r"\\(?:boxed|fbox) ?\{")
 _BRACE = re.compile(r"\\[{}]|[{}]")
 _MARKED = re.compile(r"#{4,}[ \t]*(\S[^\n]*)")
-_SAID = re.compile(r"\banswer(?: is|[ *_]*[:=])[ \t*_:]*(\S[^\n]*)", re.IGNORECASE)
+_SAID = re.compile(r"\banswer(?: is|[ *_]*[:=])[\s*_:]*(\S[^\n]*)", re.IGNORECASE)
 _LONGEST = 10_000  # characters of what is looked through for formulas
 _MATHS = re.compile(r"\$\$?([^$]+)\$\$?|\\\((.+?)\\\)|\\\[(.+?)\\\]", re.DOTALL)
 
@@ -45,7 +45,7 @@ def boxes(text: str) -> list[tuple[int, int]]:
 
 
 def _told(text: str) -> str | None:
-    """What a text marks as its answer: after ``####``, in the last box, or after "answer is", each on its line."""
+    """What a text marks as its answer: after ``####``, in the last box, or after "answer is": the rest of a line."""
     marked = _MARKED.search(text)
     within = marked[1] if marked else text
     if found := boxes(within):
@@ -120,7 +120,7 @@ _LETTER_INSIDE = re.compile(r"\(([A-J])\)|\b(?:[Oo]ption|[Cc]hoice)(?: is)? ([A-
 _TRUTHS = "(yes|no|true|false)"
 _TRUTH_ALONE = re.compile(_TRUTHS, re.IGNORECASE)
 _TRUTH_FIRST = re.compile(rf"\W*{_TRUTHS}{_ENDS}", re.IGNORECASE)
-_TRUTH_LAST = re.compile(rf"\b{_TRUTHS}\W{{0,9}}\Z", re.IGNORECASE)
+_TRUTH_LAST = re.compile(rf"(?<!not )(?<!n't )\b{_TRUTHS}\W{{0,9}}\Z", re.IGNORECASE)
 
 
 def letter(text: str, *, exactly: bool) -> str | None:

@@ -46,6 +46,7 @@ from .checkpoints import (
     STATE,
     check_resumed,
     check_savable,
+    load_renamed,
     record_of,
     resumed_checkpoint,
     saving,
@@ -268,6 +269,7 @@ class BSSTrainer(Trainer):
             raise DataError(message_of(error)) from error
         if self._logged_at is not None:
             self._globalstep_last_logged, self._logged_at = self._logged_at, None
+            self._total_loss_scalar -= self.meter.carried  # train_loss is the mean over the steps of this session
         if self._stream is not None:
             self._stream.take(batches)
         self.meter.step_begin()
@@ -328,7 +330,12 @@ class BSSTrainer(Trainer):
         self.check_resumed(resume_from_checkpoint)
         self._resumed_from = resume_from_checkpoint
         self._logged_at = self.meter.load(Path(resume_from_checkpoint), self.args.process_index)
-        super()._load_from_checkpoint(resume_from_checkpoint, model)
+        if not load_renamed(resume_from_checkpoint, self.model if model is None else model):
+            super()._load_from_checkpoint(resume_from_checkpoint, model)
+
+    def _load_best_model(self):
+        if not load_renamed(self.state.best_model_checkpoint, self.model):
+            super()._load_best_model()
 
     def check_resumed(self, checkpoint: str | Path) -> None:
         """Raise ResumeError if this run can't go on from ``checkpoint``: broken, or of other settings or rows."""

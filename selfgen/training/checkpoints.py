@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 import logging
 import math
@@ -13,7 +14,9 @@ from contextlib import contextmanager
 from dataclasses import fields
 from pathlib import Path
 
+import torch
 from safetensors import SafetensorError, safe_open
+from torch import nn
 from transformers import GenerationConfig, PreTrainedModel, TrainingArguments
 
 from ..files import SaveError, alone, check_folder, code_in, writing
@@ -235,6 +238,45 @@ def _broken(file: Path) -> str | None:
         return str(error)
 
 
+def load_renamed(checkpoint: str | Path, model: nn.Module) -> bool:
+    """Load the weights of ``checkpoint`` if their names in the file are others than in ``model``; whether they are.
+
+    transformers saves some models (experts, and models that also see) under the names of earlier versions, and knows
+    how to read these. Its Trainer doesn't: it would leave such weights as they are before training, with a warning.
+
+    Raises:
+        ResumeError: they are the weights of another model.
+    """
+    files = sorted(Path(checkpoint).glob("*.safetensors"))
+    if not isinstance(model, PreTrainedModel) or not files or _has_names(model, files):
+        return False
+    dtype = torch.float64 if any(p.dtype == torch.float64 for p in model.parameters()) else torch.float32
+    other = f"{checkpoint} has the weights of another model"
+    try:
+        loaded, info = type(model).from_pretrained(
+            str(checkpoint), config=copy.deepcopy(model.config), dtype=dtype, output_loading_info=True
+        )
+    except (RuntimeError, ValueError) as error:  # as where shapes are others
+        raise ResumeError(f"{other}: give --model as it was, or start another run ({error})") from error
+    if wrong := sorted({*info["missing_keys"], *info["unexpected_keys"]}):
+        raise ResumeError(f"{other} ({wrong[0]} is in one of them only): give --model as it was, or start another run")
+    model.load_state_dict(loaded.state_dict())
+    return True
+
+
+def _has_names(model: PreTrainedModel, files: Collection[Path]) -> bool:
+    """Whether ``files`` have the weights of ``model`` under its names, and in its shapes; tied ones once or more."""
+    there: dict[str, list[int]] = {}
+    for file in files:
+        with safe_open(file, framework="pt") as weights:
+            there |= {name: weights.get_slice(name).get_shape() for name in weights.keys()}  # noqa: SIM118
+    state = model.state_dict()
+    if any(name not in state or list(state[name].shape) != shape for name, shape in there.items()):
+        return False
+    saved = {state[name].data_ptr() for name in there}
+    return all(name in there or weight.data_ptr() in saved for name, weight in state.items())
+
+
 @contextmanager
 def whole_or_not_at_all(checkpoint: Path) -> Iterator[None]:
     """Inside, a checkpoint is written. It counts as one only when the block has ended, also where one was before.
@@ -345,6 +387,11 @@ def resumed_settings(args: BSSConfig) -> dict[str, object]:
     return {name: getattr(args, name) for name in names}
 
 
+def _method_of(settings: Collection[str]) -> str:
+    """The method of a run, by the names of its settings; the rows tell bash from bss, as they have contexts."""
+    return "rac" if "own_answer" in settings else "bss or bash"
+
+
 def trainer_settings(args: BSSConfig) -> dict[str, object]:
     """The Trainer's options that the result depends on, and how many rows a step has."""
     sizes = [args.train_batch_size, args.gradient_accumulation_steps, args.world_size]
@@ -378,6 +425,10 @@ def check_resumed(checkpoint: str | Path, args: BSSConfig, rows: Callable[[], st
     try:
         before = json.loads((Path(checkpoint) / SETTINGS).read_text())
     except FileNotFoundError:  # of another program
+        if rows is not None:
+            logger.warning(
+                "%s has no %s, so whether its run had these settings and rows can't be told", checkpoint, SETTINGS
+            )
         return
     before_trainer, before_rows = before.pop("trainer", {}), before.pop("rows", None)
     now, now_trainer = resumed_settings(args), trainer_settings(args)
@@ -387,7 +438,8 @@ def check_resumed(checkpoint: str | Path, args: BSSConfig, rows: Callable[[], st
     def told(names: Collection[str]) -> list[str]:
         return differences({n: before_trainer[n] for n in sorted(names)}, {n: now_trainer[n] for n in sorted(names)})
 
-    other = differences(before, now, ignore=before.keys() ^ now.keys()) + told(changed & _OTHER_RUN)
+    other = differences({"method": _method_of(before)}, {"method": _method_of(now)})
+    other += differences(before, now, ignore=before.keys() ^ now.keys()) + told(changed & _OTHER_RUN)
     if other:
         raise ResumeError(
             f"{checkpoint} comes from a run with other settings ({'; '.join(other)}): resume with the former "

@@ -73,6 +73,11 @@ class Meter:
         counted |= {"stats": [asdict(stats) for stats in self.stats], "logged_at": logged_at}
         (folder / _FILE.format(rank)).write_text(json.dumps(counted) + "\n")
 
+    @property
+    def carried(self) -> float:
+        """The losses since the last line of the log that a checkpoint has brought, until a step takes them."""
+        return float(self._carried)
+
     def load(self, folder: Path, rank: int) -> int | None:
         """Go on from a checkpoint; returns the step of the last line of the log, or None where that is not known."""
         self._reset()

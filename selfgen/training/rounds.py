@@ -24,6 +24,7 @@ import torch
 from datasets import Dataset
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from ..context.models import max_positions, transformers_model
 from ..files import at_home
 from ..provenance import rows_hash
 from ..stored_contexts import OfflineError, check_settings, write_contexts
@@ -151,6 +152,7 @@ def _train_parts(
         try:
             check_trainable(current)  # before contexts are written
             check_finite(current)
+            _check_length(current, config)
         except ValueError as error:
             raise OfflineError(f"{models[number]}: {error}") from error
         generator = config.generator(current, training["processing_class"])
@@ -174,6 +176,13 @@ def _train_parts(
         del current, trainer
         gc.collect()  # before the next model is loaded
     return models[-1]
+
+
+def _check_length(model: PreTrainedModel, config: BSSConfig) -> None:
+    """Raise ValueError if ``config`` allows rows that ``model`` has no positions for, as the trainer would."""
+    limit = max_positions(transformers_model(model))
+    if limit is not None and config.max_length is not None and config.max_length > limit:
+        raise ValueError(f"max_length is {config.max_length}, but the model has {limit} positions; lower max_length")
 
 
 def _autocast(config: BSSConfig) -> torch.autocast:

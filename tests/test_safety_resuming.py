@@ -450,3 +450,22 @@ def test_one_line_on_the_command_line(cli, tmp_path, capsys, monkeypatch):
     assert code == 2
     assert "checkpoint-1 can't be written" in last_line(err)
     assert checkpoints.last_checkpoint(tmp_path / "full") is None
+
+
+def test_another_model_to_stay_near_is_refused(tmp_path):
+    """Without kl_model it is the model that training begins with."""
+    options = {"kl_weight": 0.1, "save_strategy": "steps", "save_steps": 2, "max_steps": 2}
+    make_trainer(tmp_path, model=tiny_model("llama"), **options).train()
+    make_trainer(tmp_path, model=tiny_model("llama"), **options | {"max_steps": 3}).train(resume_from_checkpoint=True)
+    other = tiny_model("llama")
+    other.lm_head.weight.data[0] += 1
+    with pytest.raises(ResumeError, match="stays near another model"):
+        make_trainer(tmp_path, model=other, **options | {"max_steps": 5}).train(resume_from_checkpoint=True)
+
+
+def test_a_model_that_lacks_weights_is_not_trained_by_its_name(tmp_path):
+    model = tiny_model("llama")
+    state = {name: weight for name, weight in model.state_dict().items() if "layers.1.mlp.up_proj" not in name}
+    model.save_pretrained(tmp_path / "model", state_dict=state)
+    with pytest.raises(ValueError, match=r"lacks 1 weight of LlamaForCausalLM.*layers\.1\.mlp\.up_proj"):
+        make_trainer(tmp_path / "out", model=str(tmp_path / "model"))

@@ -11,6 +11,7 @@ import tokenizers
 from safetensors import SafetensorError, safe_open
 from transformers.utils.hub import cached_file
 
+from ..context.models import MissingWeightsError, load_whole
 from ..files import code_in
 
 _FILES = (
@@ -31,8 +32,8 @@ def from_pretrained(auto_class: Any, name: str, **options: Any) -> Any:
     """
     is_model = "Tokenizer" not in auto_class.__name__
     try:
-        found = auto_class.from_pretrained(name, **options, **({"output_loading_info": True} if is_model else {}))
-    except ImportError:
+        return load_whole(auto_class, name, **options) if is_model else auto_class.from_pretrained(name, **options)
+    except (ImportError, MissingWeightsError):
         raise
     except Exception as error:  # broken files raise anything, tokenizers' a bare Exception
         if fault := _fault(name, options.get("revision")):
@@ -54,17 +55,6 @@ def from_pretrained(auto_class: Any, name: str, **options: Any) -> Any:
             ) from error
         what = "configuration or weights" if is_model else "tokenizer"
         raise ValueError(f"the {what} of model {name!r} can't be loaded: {type(error).__name__}: {error}") from error
-    if not is_model:
-        return found
-    model, info = found
-    if missing := sorted(info["missing_keys"]):  # transformers makes them up
-        first, more = ", ".join(missing[:3]), ", ..." * (len(missing) > 3)
-        raise ValueError(
-            f"model {name!r} lacks {len(missing)} weight{'s' * (len(missing) > 1)} of {type(model).__name__}, which "
-            f"would be random ({first}{more}): get the whole checkpoint, or save the model with them, if they are to "
-            "be random"
-        )
-    return model
 
 
 def _fault(name: str, revision: str | None) -> str | None:

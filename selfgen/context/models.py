@@ -45,6 +45,27 @@ def auto_class_of(name: str, **hub: Any) -> Any:
     return multimodal if unknown and type(config) in multimodal._model_mapping else AutoModelForCausalLM
 
 
+class MissingWeightsError(ValueError):
+    """A model was loaded from files that lack some of its weights, which would be random."""
+
+
+def load_whole(auto_class: Any, name: str, **options: Any) -> PreTrainedModel:
+    """``auto_class.from_pretrained``, which only prints a table where weights are missing.
+
+    Raises:
+        MissingWeightsError: some are; they are named.
+    """
+    model, info = auto_class.from_pretrained(name, output_loading_info=True, **options)
+    if missing := sorted(info["missing_keys"]):
+        first, more = ", ".join(missing[:3]), ", ..." * (len(missing) > 3)
+        raise MissingWeightsError(
+            f"model {name!r} lacks {len(missing)} weight{'s' * (len(missing) > 1)} of {type(model).__name__}, which "
+            f"would be random ({first}{more}): get the whole checkpoint, or save the model with them, if they are to "
+            "be random"
+        )
+    return model
+
+
 def accepted_arguments(model: PreTrainedModel) -> set[str]:
     """The names of the arguments that ``model.forward`` takes.
 

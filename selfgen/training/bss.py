@@ -28,6 +28,7 @@ from ..context.models import (
     check_here,
     inference,
     keep_4bit_layout,
+    load_whole,
     max_positions,
     text_inputs,
     text_positions,
@@ -39,7 +40,7 @@ from ..data import Collator, DataError, check_sample_ids, load_rows, pad_token_i
 from ..data.batches import IGNORE_INDEX, ROWS, Row, lengths_of
 from ..data.streams import StreamedRows, refuse_stream
 from ..files import at_home, to_json
-from ..provenance import columns_hash
+from ..provenance import columns_hash, weights_hash
 from .batches import RowSlots, Step, learn_after_self, unique_rows
 from .checkpoints import (
     SETTINGS,
@@ -194,6 +195,7 @@ class BSSTrainer(Trainer):
         check_finite(self.model)
         self._step = Step()
         self._known_rows_hash: str | None = None
+        self._known_frozen_hash: str | None = None
         self._checked: str | None = None  # a checkpoint that this run can go on from
         self._nothing_left = False  # to train
         self._logged_at: int | None = None  # the step of the last line of the log before the checkpoint
@@ -259,7 +261,9 @@ class BSSTrainer(Trainer):
         """
         self._nothing_left = self.state.global_step >= self.state.max_steps
         if self._nothing_left:
-            logger.info("nothing is left to train: the checkpoint is that of the last step, %d", self.state.global_step)
+            logger.warning(
+                "nothing is left to train: the checkpoint is that of the last step, %d", self.state.global_step
+            )
             _OF_TRAINER.addFilter(_but_for_empty_epochs)
             self.control.should_training_stop = True
             return [], None
@@ -315,7 +319,7 @@ class BSSTrainer(Trainer):
             super()._save(output_dir, state_dict)
             if not self.args.should_save:  # every process is here
                 return
-            record = to_json(record_of(self.args, self._rows_hash()), indent=1)
+            record = to_json(record_of(self.args, self._rows_hash(), self._frozen_hash()), indent=1)
             (Path(output_dir) / SETTINGS).write_text(f"{record}\n")
             if self._adapters() and (config := getattr(self.generator.model, "generation_config", None)):
                 config.to_json_file(Path(output_dir) / "generation_config.json")  # where answers end; PEFT writes none
@@ -340,8 +344,17 @@ class BSSTrainer(Trainer):
     def check_resumed(self, checkpoint: str | Path) -> None:
         """Raise ResumeError if this run can't go on from ``checkpoint``: broken, or of other settings or rows."""
         if str(checkpoint) != self._checked:
-            check_resumed(checkpoint, self.args, self._rows_hash)
+            check_resumed(checkpoint, self.args, self._rows_hash, self._frozen_hash)
             self._checked = str(checkpoint)
+
+    def _frozen_hash(self) -> str | None:
+        """Of the weights of another model that this one stays near."""
+        loss = self._answer_loss
+        if loss is None or loss.frozen is None or loss.frozen is self.generator.model:
+            return None
+        if self._known_frozen_hash is None:
+            self._known_frozen_hash = weights_hash(loss.frozen)
+        return self._known_frozen_hash
 
     def _rows_hash(self) -> str | None:
         """Of what training rows are; a stream has none."""
@@ -765,7 +778,7 @@ class BSSTrainer(Trainer):
 
 def _load(name: str, dtype: torch.dtype, trust_remote_code: bool) -> PreTrainedModel:
     auto_class = auto_class_of(name, trust_remote_code=trust_remote_code)
-    return auto_class.from_pretrained(name, dtype=dtype, trust_remote_code=trust_remote_code)
+    return load_whole(auto_class, name, dtype=dtype, trust_remote_code=trust_remote_code)
 
 
 def step_seed(seed: int, step: int, stream: int = 0) -> int:

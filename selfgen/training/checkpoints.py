@@ -408,13 +408,21 @@ def trainer_settings(args: BSSConfig) -> dict[str, object]:
     return settings
 
 
-def record_of(args: BSSConfig, rows: str | None) -> dict[str, object]:
-    """What a checkpoint says of the run that writes it; ``rows`` is the hash of its training rows."""
-    return {**resumed_settings(args), "rows": rows, "trainer": trainer_settings(args)}
+def record_of(args: BSSConfig, rows: str | None, frozen: str | None = None) -> dict[str, object]:
+    """What a checkpoint says of the run that writes it.
+
+    ``rows`` is the hash of its training rows, ``frozen`` that of the weights of another model that it stays near.
+    """
+    return {**resumed_settings(args), "rows": rows, "frozen": frozen, "trainer": trainer_settings(args)}
 
 
-def check_resumed(checkpoint: str | Path, args: BSSConfig, rows: Callable[[], str | None] | None = None) -> None:
-    """Compare the run that wrote ``checkpoint`` with that of ``args``, and of the training rows with the hash ``rows``.
+def check_resumed(
+    checkpoint: str | Path,
+    args: BSSConfig,
+    rows: Callable[[], str | None] | None = None,
+    frozen: Callable[[], str | None] = lambda: None,
+) -> None:
+    """Compare the run that wrote ``checkpoint`` with that of ``args`` and of the hashes ``rows`` and ``frozen``.
 
     A warning tells which options of the Trainer are others, where users may want that.
 
@@ -431,6 +439,7 @@ def check_resumed(checkpoint: str | Path, args: BSSConfig, rows: Callable[[], st
             )
         return
     before_trainer, before_rows = before.pop("trainer", {}), before.pop("rows", None)
+    before_frozen = before.pop("frozen", None)
     now, now_trainer = resumed_settings(args), trainer_settings(args)
     known = before_trainer.keys() & now_trainer.keys()  # another version may have other ones
     changed = {name for name in known if differences({name: before_trainer[name]}, {name: now_trainer[name]})}
@@ -451,6 +460,11 @@ def check_resumed(checkpoint: str | Path, args: BSSConfig, rows: Callable[[], st
         raise ResumeError(
             f"{checkpoint} comes from a run on other rows (or the same in another order, or tokenized otherwise): "
             "resume with the former data set, or start another run with the checkpoint as its model"
+        )
+    if before_frozen is not None and before_frozen != frozen():
+        raise ResumeError(
+            f"{checkpoint} comes from a run that stays near another model (kl_weight): resume with the former --model "
+            "or --kl-model, or start another run with the checkpoint as its model"
         )
     if kept := changed & _KEPT:
         logger.warning(

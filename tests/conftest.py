@@ -27,7 +27,7 @@ settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "fixed"))
 
 
 # What tests that share one of these in their names set up takes seconds: one worker does it, for all of them.
-TOGETHER = ("smollm2", "test_gpu_run.py", "test_cpu_levels.py", "test_triton_launch.py")
+TOGETHER = ("smollm2", "test_gpu_run.py", "test_cpu_levels.py", "test_triton_launch.py", "test_triton_compile.py")
 
 
 @pytest.hookimpl(optionalhook=True)

@@ -300,6 +300,7 @@ def test_a_model_that_the_fast_path_refuses(arguments, tmp_path, capsys):
     assert code == 0
 
 
+@pytest.mark.slow
 def test_a_killed_run_goes_on_from_its_last_checkpoint(arguments, tmp_path, capsys):
     """SIGKILL in the middle, then `--resume_from_checkpoint last`: the losses of the run that was not killed."""
     steps = {"max_steps": 40, "save_steps": 2, "lr_scheduler_type": "constant", "learning_rate": "1e-3"}

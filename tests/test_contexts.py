@@ -194,7 +194,11 @@ def test_peft_model(modules):
 
 
 @pytest.mark.parametrize(
-    ("self_prob", "temperature", "token_budget"), [(0.1, 1.0, 40), (0.5, 0.7, 96), (1.0, 0.0, 200)]
+    ("self_prob", "temperature", "token_budget"),
+    [
+        (0.5, 0.7, 96),
+        *(pytest.param(*each, marks=pytest.mark.slow) for each in [(0.1, 1.0, 40), (1.0, 0.0, 200)]),
+    ],
 )
 def test_smollm2(smollm2, math_rows, self_prob, temperature, token_budget):
     prompts, references, sample_ids = (column[:2] for column in math_rows)

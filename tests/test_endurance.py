@@ -142,11 +142,16 @@ def take_longer(kept, number):
     ("leak", "name"),
     [
         (keep_a_tensor, "tensors"),
-        (keep_an_object, "objects"),
         (keep_bytes, "memory"),
-        (keep_a_file, "files"),
-        (keep_a_thread, "threads"),
-        (take_longer, "seconds"),
+        *(
+            pytest.param(*each, marks=pytest.mark.slow)
+            for each in [
+                (keep_an_object, "objects"),
+                (keep_a_file, "files"),
+                (keep_a_thread, "threads"),
+                (take_longer, "seconds"),
+            ]
+        ),
     ],
 )
 def test_a_leak_is_seen(leak, name):
@@ -168,6 +173,7 @@ def test_a_leak_is_seen(leak, name):
                 one()
 
 
+@pytest.mark.slow
 def test_a_leak_of_generations_is_seen(monkeypatch):
     """One that keeps what a cache holds is one of tensors."""
     from selfgen.context import forward

@@ -482,6 +482,7 @@ def test_nothing_of_another_model_or_of_fewer_rows_is_kept(arguments, capsys, wh
     assert "answers" not in results["settings"]
 
 
+@pytest.mark.slow
 def test_a_killed_evaluation_goes_on(arguments, capsys):
     """SIGKILL while it answers, then while it measures: the third time it has the files and figures of one go."""
     rows = ROWS * 15

@@ -92,6 +92,8 @@ BACKENDS = {
     "hqq": ("hqq", hqq),
     "compressed-tensors": ("compressed_tensors", compressed),
 }
+# quanto compiles C++ for four bits, which takes a minute at first
+TRIED = [pytest.param(name, marks=[pytest.mark.slow] * (name == "quanto-int4")) for name in BACKENDS]
 LOW_PRECISION = {"bitsandbytes-nf4", "bitsandbytes-int8"}  # they multiply in bf16 and fp16
 NOT_REUSED = {"bitsandbytes-int8"}  # on a CPU it multiplies in int8 in inference, and in fp32 in training
 
@@ -128,7 +130,7 @@ LENGTHS = [(30, 9), (3, 9), (5, 20)]
 
 
 @pytest.mark.parametrize("adapter", [False, True])
-@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("backend", TRIED)
 def test_contexts_and_answers_are_those_of_the_models_own_forward(folder, backend, adapter):
     model = (q_lora if adapter else quantized)(folder, backend)
     assert how_quantized(model)
@@ -162,7 +164,7 @@ def step(model, folder, **how):
     return losses, gradients.found, trainer
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("backend", TRIED)
 def test_a_step_is_the_same_over_reused_passes(folder, tmp_path, backend, caplog):
     losses, gradients, _ = step(q_lora(folder, backend), tmp_path / "plain", reuse_passes=False, lean_loss=False)
     found, of_reused, trainer = step(q_lora(folder, backend), tmp_path / "reused", lean_loss=True)
@@ -197,7 +199,7 @@ def test_quantized_weights_are_not_trained(folder, tmp_path, backend):
         make_trainer(tmp_path, quantized(folder, backend))
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("backend", TRIED)
 def test_what_looks_at_weights(folder, backend):
     model = quantized(folder, backend)
     assert not full_precision(model)

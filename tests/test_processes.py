@@ -91,7 +91,7 @@ def fail_in_first(rank: int, folder: Path, options: dict) -> None:
     ("rows", "words"),
     [
         ([{"prompt": "a", "completion": " "}], "no row is left"),
-        ([{"question": "a"}], "question"),
+        pytest.param([{"question": "a"}], "question", marks=pytest.mark.slow),
     ],
 )
 def test_all_processes_end_where_the_first_one_fails(once, tmp_path, rows, words):
@@ -103,6 +103,7 @@ def test_all_processes_end_where_the_first_one_fails(once, tmp_path, rows, words
     assert lines[0] == lines[1]
 
 
+@pytest.mark.slow
 def test_all_processes_end_where_the_folder_is_taken(once, tmp_path):
     folder = Path(once["output_dir"])
     folder.mkdir()

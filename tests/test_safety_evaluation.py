@@ -93,7 +93,7 @@ def _evaluate_in_ranks(rank, folder, size, count):
 
 @pytest.mark.parametrize(
     ("size", "count"),
-    [(4, 9), (1, 3), *(pytest.param(*sizes, marks=pytest.mark.slow) for sizes in [(2, 7), (8, 3), (2, 8)])],
+    [(4, 9), *(pytest.param(*sizes, marks=pytest.mark.slow) for sizes in [(1, 3), (2, 7), (8, 3), (2, 8)])],
 )
 def test_rows_that_fill_up_the_batches_of_other_processes_do_not_count(tmp_path, size, count):
     in_ranks(_evaluate_in_ranks, tmp_path, size, count)

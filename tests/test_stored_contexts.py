@@ -358,6 +358,7 @@ def test_contexts_then_training(arguments, writing, caplog, capsys):
     assert AutoModelForCausalLM.from_pretrained(arguments["output_dir"])
 
 
+@pytest.mark.slow
 def test_killed_contexts_go_on(writing, tmp_path, capsys):
     """SIGKILL in the middle, then the same command: byte for byte the folder of a run that was not killed."""
     write_jsonl(Path(writing["dataset"]), ROWS * 100)

@@ -379,6 +379,7 @@ def test_processes_share_a_stream(tmp_path):
 # Commands
 
 
+@pytest.mark.slow
 def test_a_killed_command_goes_on(arguments, tmp_path, capsys):
     """SIGKILL in the middle of a stream of two files, then `--resume_from_checkpoint last`."""
     folder = tmp_path / "data"

@@ -186,7 +186,7 @@ class PeakMemory(TorchDispatchMode):
 @pytest.mark.parametrize(
     ("filters", "dtype"),
     [
-        pytest.param(some, dtype, marks=[pytest.mark.slow] if dtype == torch.bfloat16 and len(some) == 1 else [])
+        pytest.param(some, dtype, marks=[pytest.mark.slow] if dtype == torch.bfloat16 or len(some) == 1 else [])
         for some in FILTERS
         for dtype in (torch.float32, torch.bfloat16)
     ],

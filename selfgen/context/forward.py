@@ -47,6 +47,10 @@ class Forward:
             self._busy, self.hidden_states = False, None
             self._end()
 
+    @property
+    def is_busy(self) -> bool:
+        return self._busy
+
     def release(self) -> None:
         """Free what is kept for the next generation."""
 

@@ -390,7 +390,7 @@ class ContextGenerator:
     def _verification(self) -> Verification:
         """What is known of the model as it is made now, in the precision that is asked for."""
         make, precision = (active_adapters(self._given), make_of(self.model)), autocast_dtype(self.model.device)
-        if make != self._make:
+        if make != self._make and not (self._passes and self._passes.is_busy):  # its own changes are no others
             transformers_model(self._given)  # refuses some adapters
             self._make, self._verified, self._fallback = make, {}, Fallback(self.model)
         if precision not in self._verified:

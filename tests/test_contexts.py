@@ -131,10 +131,11 @@ def test_head_runs_at_self_positions_only(monkeypatch):
     model = model_of("llama")
     generator = ContextGenerator(model, token_budget=1, balance=0.125)
     rows = [list(range(3, 40))] * 2
-    generator.contexts(rows, rows, 0.2, seed=0, sample_ids=[0, 1])  # the first call also verifies the model
-    seen = []
+    seen: list[int] = []
     handle = model.lm_head.register_forward_hook(lambda module, args, output: seen.append(output.shape[:-1].numel()))
     try:
+        generator.contexts(rows, rows, 0.2, seed=0, sample_ids=[0, 1])  # also verifies the model with its hook
+        seen.clear()
         mixed = generator.contexts(rows, rows, 0.2, seed=0, sample_ids=[0, 1])
     finally:
         handle.remove()

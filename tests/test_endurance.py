@@ -121,7 +121,7 @@ def keep_an_object(kept, number):
 
 
 def keep_bytes(kept, number):
-    kept.append(bytearray(b"x" * 200_000))
+    kept.append(bytearray(b"x" * 600_000))
 
 
 def keep_a_file(kept, number):

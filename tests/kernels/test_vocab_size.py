@@ -18,12 +18,12 @@ KEYS = {"seed": 3, "sample_ids": IDS - 4, "positions": IDS}
 TEMPERATURE = torch.tensor([0.0, 0.5, 1.0, 2.0] * 2)
 FILTERS = [
     {},
-    {"top_k": 20},
-    {"top_p": 0.8},
-    {"min_p": 0.05},
     {"top_k": 50, "top_p": 0.9, "min_p": 0.01},
-    {"min_reference_prob": 1e-3},
     {"top_p": 0.9, "min_reference_prob": torch.linspace(0, 0.01, N)},
+    *(
+        pytest.param(one, marks=pytest.mark.slow)
+        for one in ({"top_k": 20}, {"top_p": 0.8}, {"min_p": 0.05}, {"min_reference_prob": 1e-3})
+    ),
 ]
 
 

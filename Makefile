@@ -135,6 +135,6 @@ audit: setup
 	    "network (ARGS='--vulnerability-service osv' asks another service)" >&2; exit 1; }
 
 clean:
-	rm -rf $(VENV) build outputs *.egg-info .pytest_cache .mypy_cache .ruff_cache .benchmarks .hypothesis
+	rm -rf $(VENV) build outputs *.egg-info .pytest_cache .mypy_cache .ruff_cache .benchmarks .hypothesis .coverage*
 	find . -name '__pycache__' -prune -exec rm -rf {} +
 	find selfgen_kernels -name '*.so' -delete

@@ -192,6 +192,7 @@ def test_ctrl_c_ends_a_command_with_one_line(command, capsys, monkeypatch):
     )
 
 
+@pytest.mark.slow
 def test_data_report_is_shown(arguments, tmp_path):
     write_jsonl(
         tmp_path / "train.jsonl", [*ROWS, {"prompt": "a", "completion": " "}, {"prompt": "a", "completion": "b " * 40}]

@@ -163,7 +163,7 @@ def test_answers_are_those_of_the_models_own_forward(mix):
         assert torch.equal(answer, want)
 
 
-@pytest.mark.parametrize("autocast", [False, True])
+@pytest.mark.parametrize("autocast", [False, pytest.param(True, marks=pytest.mark.slow)])
 @pytest.mark.parametrize("mix", MIXES)
 def test_in_bf16_few_tokens_differ(mix, autocast):
     """Those of near ties (docs/exactness.md)."""

@@ -72,6 +72,7 @@ def tokenize_in_memory(rank: int, folder: Path) -> None:
     assert [len(one) for one in told[0]] == [6, 4, 6]
 
 
+@pytest.mark.slow
 def test_rows_in_memory_are_tokenized_once(tmp_path):
     in_ranks(tokenize_in_memory, tmp_path)
     assert mapped_rows(tmp_path) == {"rows-0": 16}

@@ -80,7 +80,11 @@ EVERY_METHOD = [*METHODS.values(), *ABLATIONS.values()]
 ONE_OF_A_KIND = list({method.kind: method.name for method in EVERY_METHOD}.values())
 
 
-@pytest.mark.parametrize("method", EVERY_METHOD, ids=lambda method: method.name)
+@pytest.mark.parametrize(
+    "method",
+    [pytest.param(one, marks=[pytest.mark.slow] * (one.name not in ONE_OF_A_KIND)) for one in EVERY_METHOD],
+    ids=lambda method: method.name,
+)
 def test_every_method_trains(method, monkeypatch):
     """Shares are shares; for each kind of method, the same seed gives the same model."""
     monkeypatch.setattr(Task, "test_rows", 50)

@@ -116,6 +116,7 @@ def test_only_corrections_are_counted_where_self_tokens_are_asked_for(tmp_path):
     check_loss(found, lambda row: 1.0 if not is_direct(row) else 0.5)
 
 
+@pytest.mark.slow
 def test_direct_rows_are_a_mean_of_their_own_after_self_tokens(tmp_path):
     """They have other self tokens than the corrections, so another number of learned ones; none is no division by 1."""
     seen = set()

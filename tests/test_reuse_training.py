@@ -223,7 +223,7 @@ def lora(**settings):
     [
         {"target_modules": ["q_proj", "down_proj"]},
         {"target_modules": ["v_proj"], "layers_to_transform": [1]},
-        {"target_modules": ["v_proj"], "layers_to_transform": [0]},
+        pytest.param({"target_modules": ["v_proj"], "layers_to_transform": [0]}, marks=pytest.mark.slow),
         {"target_modules": ["o_proj"], "modules_to_save": ["lm_head"]},
         {"target_modules": ["lm_head"]},
     ],

@@ -93,8 +93,8 @@ def test_each_round_writes_with_the_model_of_the_round_before(whole):
     [
         ("transformers.Trainer.training_step", 1, 3, 5),  # training of round 0, behind a checkpoint
         ("selfgen.training.rounds.write_contexts", 1, 3, 3),  # between the rounds
-        ("selfgen.context.ContextGenerator.contexts", 6, 2, 3),  # contexts of round 1
-        ("transformers.Trainer.training_step", 5, 0, 1),  # training of round 1, likewise
+        pytest.param("selfgen.context.ContextGenerator.contexts", 6, 2, 3, marks=pytest.mark.slow),  # of round 1
+        pytest.param("transformers.Trainer.training_step", 5, 0, 1, marks=pytest.mark.slow),  # of round 1, likewise
         ("selfgen.BASHTrainer.save_state", 1, 0, 0),  # round 1 is trained, but not saved
         ("selfgen.training.rounds.Path.rename", 1, 0, 0),  # saved, but not in its place
         ("selfgen.training.rounds.shutil.copytree", 0, 0, 0),  # all but the copy of the last model

@@ -337,7 +337,7 @@ def in_epochs(folder, step=None, **options):
 
 
 @pytest.mark.parametrize("options", [{}, BY_LENGTH, UNSEEDED], ids=["random", "by length", "unseeded"])
-@pytest.mark.parametrize("step", [1, 2, 3, 4, 5])
+@pytest.mark.parametrize("step", [3, *(pytest.param(step, marks=pytest.mark.slow) for step in (1, 2, 4, 5))])
 def test_a_run_resumed_in_any_epoch_has_the_order_of_an_unbroken_one(tmp_path, step, options):
     """There are two steps in an epoch."""
     whole = in_epochs(tmp_path / "whole", save_strategy="no", **options)

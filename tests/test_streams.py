@@ -169,7 +169,7 @@ def shuffled(data=TEXTS[:12], shards=2, seed=7):
 
 
 @pytest.mark.parametrize("workers", [0, 2])
-@pytest.mark.parametrize("ends", [2, 6], ids=["first epoch", "third epoch"])
+@pytest.mark.parametrize("ends", [pytest.param(2, marks=pytest.mark.slow), 6], ids=["first epoch", "third epoch"])
 def test_a_resumed_run_goes_on_at_the_same_row(tmp_path, workers, ends):
     """Weights bit for bit, with a shuffled stream of twelve rows (less one) that is read several times."""
     data = shuffled([*TEXTS[:5], EMPTY, *TEXTS[6:12]])

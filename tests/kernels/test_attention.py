@@ -281,7 +281,11 @@ def test_a_query_gives_the_same_bits_in_any_batch(set_threads, dtype, sliding_wi
 
 
 @pytest.mark.parametrize(("head_dim", "sliding_window"), [(16, None), (16, 20), (130, None)])
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32, torch.float64], ids=str)
+@pytest.mark.parametrize(
+    "dtype",
+    [torch.bfloat16, *(pytest.param(d, marks=pytest.mark.slow) for d in (torch.float32, torch.float64))],
+    ids=str,
+)
 def test_triton_gives_the_same_bits_in_any_batch(triton_ops, monkeypatch, dtype, head_dim, sliding_window):
     """In the interpreter with products that add in a fixed order: numpy's depend on a row's place in the tile."""
     length = 40 if conftest.ON_GPU or dtype == torch.bfloat16 else 24  # fp32 and fp64 have tiles of 16

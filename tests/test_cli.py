@@ -20,6 +20,7 @@ from safetensors.torch import load_file, save_file
 
 import selfgen
 from selfgen.cli import COMMANDS, main
+from selfgen.context.models import MissingWeightsError, load_whole
 
 
 def test_help(capsys):
@@ -167,6 +168,23 @@ def test_a_checkpoint_that_lacks_weights(arguments, model_dir, tmp_path, capsys)
     code, _, err = run(["train", *flags({**arguments, "model": str(folder)})], capsys)
     assert code == 2
     assert f"lacks 1 weight of LlamaForCausalLM, which would be random ({lacking}): get the whole" in err
+
+
+def test_an_adapter_whose_base_lacks_weights(model_dir, tmp_path):
+    """transformers tells what the adapter lacks, and of the base nothing."""
+    peft = pytest.importorskip("peft")
+    base, adapter = tmp_path / "base", tmp_path / "adapter"
+    shutil.copytree(model_dir, base)
+    model = t.AutoModelForCausalLM.from_pretrained(base)
+    settings = peft.LoraConfig(target_modules=["q_proj"], task_type="CAUSAL_LM")
+    peft.get_peft_model(model, settings).save_pretrained(adapter)
+    load_whole(t.AutoModelForCausalLM, str(adapter))
+    weights = load_file(base / "model.safetensors")
+    lacking = next(name for name in weights if "up_proj" in name)
+    del weights[lacking]
+    save_file(weights, base / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(MissingWeightsError, match=f"base' lacks 1 weight of LlamaForCausalLM.*{lacking}"):
+        load_whole(t.AutoModelForCausalLM, str(adapter))
 
 
 def test_a_model_without_tokenizer(arguments, model_dir, tmp_path, capsys):

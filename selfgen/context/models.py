@@ -6,10 +6,12 @@ Every private name of these libraries that says something about a model is used 
 from __future__ import annotations
 
 import inspect
+import json
 import logging
 import warnings
 from collections.abc import Callable, Iterator, Sequence, Sized
 from contextlib import contextmanager, nullcontext
+from pathlib import Path
 from typing import Any
 from weakref import WeakKeyDictionary
 
@@ -17,6 +19,7 @@ import torch
 import transformers
 from torch import Tensor
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerBase
+from transformers.utils import find_adapter_config_file
 
 logger = logging.getLogger(__name__)
 
@@ -56,6 +59,17 @@ def load_whole(auto_class: Any, name: str, **options: Any) -> PreTrainedModel:
         MissingWeightsError: some are; they are named.
     """
     model, info = auto_class.from_pretrained(name, output_loading_info=True, **options)
+    _check_none_missing(name, model, info)
+    found = find_adapter_config_file(name, revision=options.get("revision"))
+    base = json.loads(Path(found).read_text()).get("base_model_name_or_path") if found else None
+    if base:  # of an adapter's folder, only what the adapter lacks was told
+        known = {one: options[one] for one in ("dtype", "trust_remote_code") if one in options}
+        on_meta = auto_class.from_pretrained(base, output_loading_info=True, device_map="meta", **known)
+        _check_none_missing(base, *on_meta)
+    return model
+
+
+def _check_none_missing(name: str, model: PreTrainedModel, info: dict[str, Any]) -> None:
     if missing := sorted(info["missing_keys"]):
         first, more = ", ".join(missing[:3]), ", ..." * (len(missing) > 3)
         raise MissingWeightsError(
@@ -63,7 +77,6 @@ def load_whole(auto_class: Any, name: str, **options: Any) -> PreTrainedModel:
             f"would be random ({first}{more}): get the whole checkpoint, or save the model with them, if they are to "
             "be random"
         )
-    return model
 
 
 def accepted_arguments(model: PreTrainedModel) -> set[str]:

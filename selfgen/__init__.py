@@ -6,6 +6,7 @@ fused ops.
 """
 
 from .context import Answers, ContextGenerator, ContextStats, Masks, MixedContext, UnsupportedModelError
+from .context.sharding import whole_weights
 from .generation import Corrected, answer, generate_corrected
 from .stored_contexts import load_contexts, write_contexts
 from .training import BASHTrainer, BSSConfig, BSSTrainer, RACConfig, RACTrainer, train_rounds
@@ -29,5 +30,6 @@ __all__ = [
     "generate_corrected",
     "load_contexts",
     "train_rounds",
+    "whole_weights",
     "write_contexts",
 ]

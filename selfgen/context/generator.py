@@ -41,6 +41,7 @@ from .packed import packed_linears
 from .precision import autocast_dtype, autocast_inside, precision_of
 from .ragged import UnsupportedModelError
 from .sequential import ALONE, sequential
+from .sharding import check_splits
 from .support import inspect_model
 from .verification import Verification
 
@@ -123,7 +124,7 @@ class ContextGenerator:
         self._cuda_graphs = cuda_graphs
         self._passes: Forward | None = None
         self._fallback = Fallback(self.model)
-        check_whole(self.model)
+        check_splits(self.model)
         check_here(self.model)
         head = getattr(self.model.get_output_embeddings(), "weight", None)
         if vocab_size is None and head is not None and head.shape[0] > vocab_size_of(self.model):
@@ -162,6 +163,7 @@ class ContextGenerator:
         Accelerate puts autocast inside the forward of a model that it prepares for mixed precision. Of a PEFT model
         that is the outer forward, which generation does not call.
         """
+        check_whole(self.model)
         device = self.model.device.type
         with taking_turns(self.model), logits_alone(self.model), text_positions(self.model), inference(self.model):
             if torch.is_autocast_enabled(device) or not hasattr(self._given, "_original_forward"):

@@ -21,6 +21,8 @@ from torch import Tensor
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.utils import find_adapter_config_file
 
+from .sharding import is_whole
+
 logger = logging.getLogger(__name__)
 
 
@@ -354,17 +356,15 @@ def _check_adapters(model: torch.nn.Module) -> None:
 
 
 def check_whole(model: PreTrainedModel) -> None:
-    """Raise ValueError if the weights of ``model`` are split over processes.
+    """Raise ValueError if weights of ``model`` are not in this process: they are sharded, and not gathered now.
 
     Each process makes as many passes as its rows need, but a forward over a part of the weights waits for the same
     forward of the other processes.
     """
-    split = _how_it_is_split(model)
-    if split:
+    if not is_whole(model):
         raise ValueError(
-            f"the model's weights are split over processes ({split}), and contexts can't be made with them yet: load "
-            "the model whole in each process (no distributed_config, tp_plan or device_mesh, no FSDP, no DeepSpeed "
-            "ZeRO-3) and use DDP (torchrun), or use one device"
+            "the model's weights are sharded over processes: make contexts and answers inside "
+            "`with selfgen.whole_weights(model):`, which all processes enter together (the trainers do so)"
         )
 
 
@@ -389,34 +389,6 @@ def check_here(model: PreTrainedModel, *, everywhere: bool = False) -> None:
     there = next((name for name, parameter in model.named_parameters() if parameter.device.type == "meta"), None)
     if there is not None and not hooked:
         raise ValueError(f"{there} has no values yet (it is on the meta device): load the model's weights first")
-
-
-_SPLITS = {  # sizes of transformers' DistributedConfig
-    "fsdp_size": "FSDP",
-    "tp_size": "tensor parallelism",
-    "pp_size": "pipeline parallelism",
-    "ep_size": "expert parallelism",
-}
-
-
-def _how_it_is_split(model: PreTrainedModel) -> str | None:
-    mesh = getattr(model, "_device_mesh", None)  # set by from_pretrained(distributed_config=..., tp_plan=...)
-    if mesh is not None and mesh.size() > 1:
-        asked = getattr(model.config, "distributed_config", None)
-        sizes = {name: getattr(asked, name, None) or 1 for name in _SPLITS}
-        found = [f"{_SPLITS[name]}: {name}={size}" for name, size in sizes.items() if size > 1]
-        return ", ".join(found) or f"a device mesh of shape {tuple(mesh.shape)}"
-    if hasattr(model, "hf_split_points"):
-        return "pipeline parallelism: accelerate's prepare_pippy"
-    for name, module in model.named_modules():
-        if type(module).__name__ == "FullyShardedDataParallel":
-            return f"FSDP: {name or 'the model'} is wrapped"
-    for name, parameter in model.named_parameters():
-        if hasattr(parameter, "placements"):
-            return f"FSDP or tensor parallelism: {name} is a DTensor"
-        if hasattr(parameter, "ds_id"):
-            return f"DeepSpeed ZeRO-3: {name} is a partition"
-    return None
 
 
 _LAYS_OUT = "support_avx512bf16_for_cpu"

@@ -14,8 +14,9 @@ from functools import partial
 
 import torch
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 
-from .precision import is_plain
+from .precision import is_linear, is_plain
 
 _BATCH_HINT = 64  # rows of a typical pass; oneDNN chooses the layout by it
 
@@ -41,7 +42,8 @@ def packed_linears(model: nn.Module) -> Iterator[None]:
     linears = [
         module
         for module in model.modules()
-        if type(module) is nn.Linear
+        if is_linear(module)
+        and not isinstance(module.weight, DTensor)
         and is_plain(getattr(module, "weight", None))  # which a compressed one gets at its first forward
         and module.weight.device.type == "cpu"
         and module.weight.dtype == torch.float32
@@ -63,6 +65,6 @@ def packed_linears(model: nn.Module) -> Iterator[None]:
 
 def _multiply(module: nn.Linear, packed: Tensor, bias: Tensor | None, hidden: Tensor) -> Tensor:
     # torch's parametrize, as adapters of PEFT use it, while it changes the weight; or a dtype that does not fit
-    if type(module) is not nn.Linear or hidden.dtype != torch.float32:
+    if not is_linear(module) or hidden.dtype != torch.float32:
         return type(module).forward(module, hidden)
     return torch.ops.mkldnn._linear_pointwise(hidden, packed, bias, "none", [], "")

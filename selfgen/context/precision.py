@@ -3,10 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import TypeGuard
 
 import torch
 from torch import Tensor, nn
+from torch.distributed.fsdp import FSDPModule
 from transformers import PreTrainedModel
+
+from .sharding import local_part
 
 _FULL = (torch.float32, torch.float64)
 _FLOATS = (*_FULL, torch.bfloat16, torch.float16)
@@ -32,7 +36,13 @@ def autocast_inside(prepared: nn.Module, model: PreTrainedModel) -> torch.dtype 
 
 def is_plain(weight: object) -> bool:
     """Whether ``weight`` is a tensor of floats as they are, and not what a quantizer makes of them."""
+    weight = local_part(weight) if isinstance(weight, Tensor) else weight
     return isinstance(weight, Tensor) and type(weight) in (Tensor, nn.Parameter) and weight.dtype in _FLOATS
+
+
+def is_linear(module: object) -> TypeGuard[nn.Linear]:
+    """Whether ``module`` is an ``nn.Linear`` of torch, as it is or sharded by FSDP2, and no subclass of it."""
+    return type(module) is nn.Linear or type(module).__mro__[1:3] == (FSDPModule, nn.Linear)
 
 
 def how_quantized(model: nn.Module) -> str | None:

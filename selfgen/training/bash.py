@@ -103,6 +103,9 @@ class BASHTrainer(BSSTrainer):
         inputs = {name: value for name, value in inputs.items() if name != "is_self"}
         return super().compute_loss(model, inputs, *args, **kwargs)
 
+    def _runs_passes(self) -> bool:
+        return False
+
     def _may_reuse(self) -> bool:
         return False  # there are no passes whose work could be used
 

@@ -15,7 +15,6 @@ from typing import Any
 import torch
 from datasets import Dataset, DatasetDict, IterableDataset, IterableDatasetDict
 from torch import Tensor
-from torch.nn.parallel import DistributedDataParallel
 from torch.utils.data import RandomSampler
 from transformers import AutoTokenizer, PreTrainedModel, Trainer
 from transformers.trainer_pt_utils import LengthGroupedSampler
@@ -36,6 +35,7 @@ from ..context.models import (
     vocab_size_of,
 )
 from ..context.precision import full_precision
+from ..context.sharding import whole_weights
 from ..data import Collator, DataError, check_sample_ids, load_rows, pad_token_id, rows_of, write_contexts_into
 from ..data.batches import IGNORE_INDEX, ROWS, Row, lengths_of
 from ..data.streams import StreamedRows, refuse_stream
@@ -54,9 +54,10 @@ from .checkpoints import (
     whole_or_not_at_all,
 )
 from .config import BSSConfig
+from .engines import engine_of
 from .losses import AnswerLoss, TokenMean, calls_loss_function, learns_its_input
 from .meter import Meter, StepTimer
-from .processes import once_per_machine
+from .processes import meet, once_per_machine
 from .reuse import reuse_passes, without_hooks
 from .sampling import EpochOfSampler, SeededByEpoch
 from .schedules import Schedule
@@ -182,27 +183,23 @@ class BSSTrainer(Trainer):
             data_collator=data_collator or self.collator_class(pad_token_id(processing_class)),
             **kwargs,
         )
-        if self.is_fsdp_enabled or self.is_deepspeed_enabled:  # in a way that check_parallelism has not seen
-            raise ValueError(
-                "contexts can't be made with weights that FSDP or DeepSpeed shards yet; train with DDP or on one device"
-            )
-        with self.accelerator.autocast():
-            self.generator.check_causal(in_training=True)  # the loss of a model that sees the answer teaches nothing
+        self._engine = engine_of(self)
         self._end_answers_where_rows_end()
         check_savable(self.generator.model, adapter=self._adapters() is not None)
         self._check_best_metric()
         check_processes(self.args.world_size)
-        check_finite(self.model)
         self._step = Step()
         self._known_rows_hash: str | None = None
         self._known_frozen_hash: str | None = None
         self._checked: str | None = None  # a checkpoint that this run can go on from
         self._nothing_left = False  # to train
         self._logged_at: int | None = None  # the step of the last line of the log before the checkpoint
-        self._looked = self._reuse_verified = False
-        self._reuses = self._may_reuse()
-        with self.accelerator.autocast():
-            self._answer_loss = self._make_loss()
+        self._looked = self._looks_now = False
+        self._reuse_verified, self._reuse_open = False, True  # in this process; in one of all
+        self._known = False  # what the model is like
+        self._answer_loss: AnswerLoss | None = None
+        if self._engine.weights_are_here:
+            self._learn_of_model()
         self._label_smoother = self.label_smoother  # type: ignore[has-type]
         self.meter = Meter(scales_loss=self.accelerator.scaler is not None)
         self.add_callback(StepTimer(self.meter))
@@ -210,6 +207,22 @@ class BSSTrainer(Trainer):
         self.add_callback(TellOfMissingGradients())
         if self.accelerator.scaler is None:
             self.add_callback(StopAtBrokenGradients())
+
+    def _learn_of_model(self) -> None:
+        """Find out, once, what the model allows, with weights as they are before training."""
+        with self._whole_weights(), self._engine.autocast():
+            self.generator.check_causal(in_training=True)  # the loss of a model that sees the answer teaches nothing
+            check_finite(self.model)
+            self._reuses = self._may_reuse()
+            self._answer_loss = self._make_loss()
+        self._known = True
+
+    def _whole_weights(self, *, keep: bool = False) -> AbstractContextManager[None]:
+        """Inside, forwards over the current weights wait for no other process; all processes enter together.
+
+        With ``keep``, a training forward follows at once.
+        """
+        return whole_weights(self.model, keep=keep)
 
     def _tell_of_padding(self) -> None:
         tokens, rows = self.generator.vocab_size, vocab_size_of(self.generator.model)
@@ -277,9 +290,10 @@ class BSSTrainer(Trainer):
         if self._stream is not None:
             self._stream.take(batches)
         self.meter.step_begin()
+        if not self._known:
+            self._learn_of_model()
         self._look_again()
         batches = self.prepare_batches(batches)
-        self._check_causal(batches)
         self._step = Step(list(batches))
         if self.args.loss_on != "all":  # elsewhere after on_step_begin, where a callback may change the model
             self._mix_next()
@@ -392,7 +406,7 @@ class BSSTrainer(Trainer):
 
     def training_step(self, model, inputs, num_items_in_batch=None):
         if self._step.ready == 0:
-            self._mix_next()
+            self._mix_next(keep=True)
         if self._step.ready == 0:
             raise RuntimeError(
                 "training_step got a micro-batch without contexts, and would train on references alone: transformers' "
@@ -400,7 +414,7 @@ class BSSTrainer(Trainer):
                 "Install a version of transformers that selfgen supports, or call get_batch_samples before "
                 "training_step"
             )
-        if self.args.world_size > 1 and not isinstance(model, DistributedDataParallel):
+        if self.args.world_size > 1 and not self._engine.holds(model):
             raise RuntimeError(
                 f"this is one of {self.args.world_size} processes, but the model is not wrapped for them, so each "
                 "would train alone: make a new trainer, with a model that no other has prepared"
@@ -414,15 +428,28 @@ class BSSTrainer(Trainer):
         return self.meter.step_loss(loss)
 
     def _stop_unless_weights_finite(self) -> None:
-        if broken := not_finite(self.model, trainable_only=True):
+        broken = not_finite(self.model, trainable_only=True)
+        if self._engine.is_sharded:  # each process sees its own part
+            broken = next(filter(None, meet(say=broken)), None)
+        if broken:
             raise diverged(self.state.global_step, f"{broken} has values that are not finite (NaN or inf)")
 
-    def _mix_next(self) -> None:
+    def _mix_next(self, *, keep: bool = False) -> None:
+        """Make the next contexts of the step; with ``keep``, a training forward follows at once."""
         batches = self._step.take(self.args.context_micro_batches)
-        if batches:
-            self.meter.contexts_begin()
+        if not batches:
+            return
+        self.meter.contexts_begin()
+        runs = self._runs_passes() or self._looks_now or not self._engine.is_sharded
+        with self._whole_weights(keep=keep) if runs else nullcontext():
+            if runs:  # a forward of the whole model
+                self._check_causal(batches)
             stats, self._step.passes = self.mix(batches)
-            self.meter.contexts_end(stats)
+        self.meter.contexts_end(stats)
+
+    def _runs_passes(self) -> bool:
+        """Whether making the contexts of this step runs the model, in one process as in all."""
+        return self.args.self_prob_at(self.state.global_step, self.state.max_steps, self.schedule) > 0
 
     def mix(self, batches: list[dict[str, Tensor]]) -> tuple[ContextStats, RowSlots | None]:
         """Write mixed contexts over the answers in ``input_ids``, for all micro-batches at once; labels stay.
@@ -463,7 +490,7 @@ class BSSTrainer(Trainer):
                 keep_hidden_states=self._reuses,
             )
 
-        with self.accelerator.autocast():
+        with self._engine.autocast():
             try:
                 return contexts()
             except ReuseError as reason:
@@ -578,13 +605,14 @@ class BSSTrainer(Trainer):
         """From time to time: what a model computes may depend on weights, or on a setting that changed."""
         step = self.state.global_step
         regular = not self._looked or step % _LOOK_EVERY == 0
-        if regular or step == _FIRST_LOOK:
-            self._looked, self._reuse_verified = True, False
+        self._looks_now = regular or step == _FIRST_LOOK
+        if self._looks_now:
+            self._looked, self._reuse_verified, self._reuse_open = True, False, True
             self.generator.look_again()
         early = step & (step - 1) == 0  # powers of two, as this look is cheap
         if self._answer_loss is None or not (regular or early):
             return
-        with self.accelerator.autocast():
+        with self._whole_weights(), self._engine.autocast():
             changed = self._answer_loss.look_again()
         if changed:
             logger.warning("from step %d on the loss is not lean: %s", step + 1, self._answer_loss.not_lean)
@@ -593,7 +621,7 @@ class BSSTrainer(Trainer):
         """The loss of a model that sees the answer teaches nothing."""
         longest = max((batch["input_ids"].shape[1] for batch in batches), default=0)
         try:
-            with self.accelerator.autocast():
+            with self._engine.autocast():
                 self.generator.check_causal(longest, in_training=True)
         except UnsupportedModelError as error:
             raise type(error)(f"at step {self.state.global_step + 1}: {error}") from error
@@ -608,8 +636,8 @@ class BSSTrainer(Trainer):
         if loss is None or loss.frozen is None:
             return None
         adapters = self._adapters() if loss.frozen is self.generator.model else None
-        with self.accelerator.autocast(), nullcontext() if adapters is None else adapters.disable_adapter():
-            return loss.frozen_states(inputs)
+        with self._engine.autocast(), nullcontext() if adapters is None else adapters.disable_adapter():
+            return loss.frozen_states(inputs, through=adapters)
 
     def prediction_step(self, model, inputs, *args, **kwargs):
         loader = self.accelerator.gradient_state.active_dataloader
@@ -712,11 +740,16 @@ class BSSTrainer(Trainer):
             with own(), text_positions(self.generator.model):
                 return compute_loss(model, dict(inputs), return_outputs, num_items_in_batch)  # may take labels out
 
-        if passes is not None and not self._reuse_verified:
-            reusing = reusing if self._verify_reuse(model, loss, reusing) else nullcontext
+        if model.training and self._reuse_open and self._runs_passes():
+            with self._whole_weights(keep=True):
+                if passes is not None and not self._reuse_verified and not self._verify_reuse(model, loss, reusing):
+                    reusing = nullcontext
+            self._reuse_open = self._engine.together.any(self._reuses and not self._reuse_verified)
         with reusing() as reused:
             result = loss(model)
         if reused is not None and not self._all_layers_in(reused):
+            if self._engine.is_sharded:  # the others have gone on
+                raise ReuseError("a training forward has skipped decoder layers: give reuse_passes=False")
             result = loss(model)  # a layer that a training forward skips is none of the gradient's
         return result
 
@@ -735,7 +768,9 @@ class BSSTrainer(Trainer):
         if not (ordinary[0] if isinstance(ordinary, tuple) else ordinary):
             return True  # a micro-batch with nothing to learn shows nothing; the next one will
         self._reuse_verified = True
-        with self.accelerator.autocast():
+        if reason := self._engine.why_no_reuse(decoder_layers(self.generator.model)):
+            return self._reuse_off(reason)
+        with self._engine.autocast():
             full = full_precision(self.generator.model)
         trainable = [parameter for parameter in unwrapped.parameters() if parameter.requires_grad]
         try:

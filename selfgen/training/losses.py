@@ -24,7 +24,8 @@ from torch.utils.checkpoint import checkpoint
 from transformers import PreTrainedModel
 
 from ..context.models import arguments_of, inference, text_inputs
-from ..context.precision import is_plain
+from ..context.precision import is_linear, is_plain
+from ..context.sharding import is_sharded_now, sharding_of
 from ..data import IGNORE_INDEX
 
 logger = logging.getLogger(__name__)
@@ -102,12 +103,15 @@ class AnswerLoss:
         logits = outputs["logits"] if isinstance(outputs, dict) else outputs[0]
         return self._loss(logits, labels, num_items_in_batch, *self._given)
 
-    def frozen_states(self, inputs: dict[str, Tensor]) -> Tensor:
-        """What the frozen model's head gets [B, L, D], or its logits [B, L, V] where the loss is not lean."""
+    def frozen_states(self, inputs: dict[str, Tensor], through: nn.Module | None = None) -> Tensor:
+        """What the frozen model's head gets [B, L, D], or its logits [B, L, V] where the loss is not lean.
+
+        ``through`` is what is called: the PEFT model around the frozen one, which FSDP2 may shard as a whole.
+        """
         assert self.frozen is not None
         given = {name: inputs[name] for name in ("input_ids", "attention_mask", "position_ids") if name in inputs}
         with inference(self.frozen), _head_left_out(self.frozen) if self.lean else nullcontext():
-            return self.frozen(**arguments_of(self.frozen, **given, use_cache=False)).logits
+            return (through or self.frozen)(**arguments_of(self.frozen, **given, use_cache=False)).logits
 
     def _loss(self, states, labels, num_items_in_batch, row_weights, frozen_states) -> Tensor:
         """``states`` are [B, L, D], or logits [B, L, V]; ``labels`` [B, L] are not shifted yet."""
@@ -129,6 +133,11 @@ class AnswerLoss:
         if not self.lean:
             return F.cross_entropy(states.float(), targets, reduction="sum", label_smoothing=smoothing)
         head = self.model.get_output_embeddings()
+        if is_sharded_now(head.weight):
+            raise RuntimeError(
+                "the weights of the head are sharded when the loss is computed: shard the head together with the model "
+                "(fully_shard with reshard_after_forward=False), or give lean_loss=False"
+            )
         chunk = _chunk(head.out_features)
         full_precision = head.weight.dtype == torch.float32 and not torch.is_autocast_enabled(states.device.type)
         known = hasattr(F, "linear_cross_entropy")  # since torch 2.13
@@ -234,7 +243,7 @@ def why_not_lean(model: PreTrainedModel) -> str | None:
     the loss and to the caller, and no weight but the head's may have a part in what comes out.
     """
     head, name = model.get_output_embeddings(), type(model).__name__
-    if type(head) is not nn.Linear or "forward" in vars(head):
+    if not is_linear(head) or "forward" in vars(head):
         return f"the head of {name} is a {type(head).__name__} with a forward of its own (an adapter's, a hook's, ...)"
     if not is_plain(head.weight):
         return f"the head of {name} is quantized ({type(head.weight).__name__})"
@@ -354,7 +363,9 @@ def _loss_of(model: PreTrainedModel, loss_function: Callable) -> Iterator[None]:
 
 def _head_left_out(model: PreTrainedModel) -> AbstractContextManager[None]:
     """Inside, what the model calls logits is what enters its head."""
-    return _head_replaced(model, lambda states: states)
+    # FSDP2 warns of modules that return a view of something, as what enters a head often is.
+    own = torch.clone if sharding_of(model) == "fsdp2" else lambda states: states
+    return _head_replaced(model, own)
 
 
 @contextmanager

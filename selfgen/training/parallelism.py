@@ -1,41 +1,46 @@
-"""Refuses, by name and before anything is loaded, to train weights or rows that are split over processes."""
+"""Refuses, by name and before anything is loaded, kinds of parallelism that no contexts can be made under."""
 
 from __future__ import annotations
 
 import os
 
+import torch
 from transformers import TrainingArguments
 
-_SPLITS = {  # sizes of accelerate's ParallelismConfig; dp_replicate_size is DDP
-    "dp_shard_size": "FSDP",
+_SPLITS = {  # sizes of accelerate's ParallelismConfig
     "tp_size": "tensor parallelism",
     "cp_size": "context parallelism",
     "sp_size": "sequence parallelism",
 }
-_LAUNCHED = {  # what `accelerate launch` asks for in the environment
-    "ACCELERATE_USE_FSDP": "FSDP",
-    "ACCELERATE_USE_DEEPSPEED": "DeepSpeed",
-    "ACCELERATE_USE_MEGATRON_LM": "Megatron-LM",
-}
+_LAUNCHED = {"ACCELERATE_USE_MEGATRON_LM": "Megatron-LM"}  # what `accelerate launch` asks for in the environment
+_SHARDS = {"ACCELERATE_USE_FSDP": "FSDP", "ACCELERATE_USE_DEEPSPEED": "DeepSpeed"}
+_IGNORED_ON = ("cpu",)  # devices on which Accelerate takes DDP in place of them, and says nothing
 
 
 def check_parallelism(args: TrainingArguments) -> None:
-    """Raise ValueError if ``args``, or accelerate's launcher, ask for more than plain data parallelism.
+    """Raise ValueError if ``args``, or accelerate's launcher, ask for what contexts can't be made under.
 
     This includes what Accelerate would ignore: on CPUs it trains with DDP, whatever was asked for, and says nothing.
     """
-    asked = [name for name in ("fsdp", "deepspeed") if getattr(args, name, None)]
-    asked += [f"{kind} ({name})" for name, kind in _LAUNCHED.items() if _is_true(name)]
-    asked += [f"{kind} ({name}={size})" for name, kind, size in _sizes(args) if size > 1]
-    if asked:
+    refused = [f"{kind} ({name})" for name, kind in _LAUNCHED.items() if _is_true(name)]
+    refused += [f"{kind} ({name}={size})" for name, kind, size in _sizes(args) if size > 1]
+    if refused:
         raise ValueError(
-            f"{', '.join(asked)}: contexts can't be made with weights or rows that are split over processes yet, and "
-            "on CPUs Accelerate would ignore it; leave it out and train with DDP (torchrun) or on one device"
+            f"{', '.join(refused)}: contexts can't be made with rows or layers that are split over processes; leave it "
+            "out, and shard weights (FSDP2, DeepSpeed ZeRO, tensor parallelism) or use DDP (torchrun)"
+        )
+    asked = [name for name in ("fsdp", "deepspeed") if getattr(args, name, None)]
+    asked += [f"{kind} ({name})" for name, kind in _SHARDS.items() if _is_true(name)]
+    device = "cpu" if args.use_cpu or not torch.accelerator.is_available() else "an accelerator"
+    if asked and device in _IGNORED_ON:
+        raise ValueError(
+            f"{', '.join(asked)}: on CPUs Accelerate would ignore it and train with DDP; leave it out and train with "
+            "DDP (torchrun), or load the model sharded (distributed_config with fsdp_size), which works on CPUs, too"
         )
 
 
 def _sizes(args: TrainingArguments) -> list[tuple[str, str, int]]:
-    """(name, what it is, size) of each kind of parallelism but DDP."""
+    """(name, what it is, size) of each kind of parallelism that is refused."""
     config = getattr(args, "parallelism_config", None)
     if config is not None:
         return [(name, kind, getattr(config, name, None) or 1) for name, kind in _SPLITS.items()]

@@ -31,9 +31,8 @@ def reuse_passes(kept: HiddenStates, slots: Tensor, *, bound: float | None = Non
     before = [{name: value for name, value in vars(layer).items() if name in _SWITCHES} for layer in kept.layers]
     try:
         for index, layer in enumerate(kept.layers):
-            trainable = [parameter for parameter in layer.parameters() if parameter.requires_grad]
             layer.gradient_checkpointing = True
-            layer._gradient_checkpointing_func = partial(_reuse_layer, kept, reused, index, slots, trainable, bound)
+            layer._gradient_checkpointing_func = partial(_reuse_layer, kept, reused, index, slots, bound)
         yield reused
     finally:
         for layer, switches in zip(kept.layers, before, strict=True):
@@ -47,7 +46,6 @@ def _reuse_layer(
     reused: list[int],
     index: int,
     slots: Tensor,
-    trainable: list[Tensor],
     bound: float | None,
     forward: Callable,
     hidden: Tensor,
@@ -57,6 +55,8 @@ def _reuse_layer(
     if any(isinstance(leaf, Tensor) and leaf.requires_grad for leaf in tree_leaves(given)):
         raise ReuseError("a decoder layer has more than one input with a gradient")
     reused.append(index)
+    # Not before the layer is called, as sharded weights are gathered only then.
+    trainable = [parameter for parameter in kept.layers[index].parameters() if parameter.requires_grad]
     entering, leaving = partial(kept.at, index, slots), partial(kept.at, index + 1, slots)
 
     def layer(states: Tensor) -> Tensor:
@@ -121,6 +121,11 @@ class _ReusedLayer(torch.autograd.Function):
         inputs = hidden, *ctx.trainable
         with without_hooks(ctx.trainable):
             gradients = torch.autograd.grad(output, inputs, gradient.to(output.dtype), allow_unused=True)
+        if ctx.trainable and all(one is None for one in gradients[1:]):
+            raise ReuseError(
+                "the weights of a decoder layer got no gradient, as it computes with others than it has when it is "
+                "called: give reuse_passes=False"
+            )
         return None, None, None, *gradients
 
 

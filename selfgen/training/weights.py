@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from transformers import TrainerCallback
 
 from ..context.precision import how_quantized, is_plain
+from ..context.sharding import local_part
 
 logger = logging.getLogger(__name__)
 
@@ -53,12 +54,13 @@ def check_finite(model: nn.Module) -> None:
 
 @torch.no_grad()
 def not_finite(model: nn.Module, *, trainable_only: bool = False) -> str | None:
-    """The first of the weights that has a NaN or an infinity."""
+    """The first of the weights that has a NaN or an infinity, in what this process has of it."""
     names, found = [], []
     for name, parameter in model.named_parameters():
-        if is_plain(parameter) and parameter.numel() and (parameter.requires_grad or not trainable_only):
+        here = local_part(parameter)
+        if is_plain(here) and here.numel() and (parameter.requires_grad or not trainable_only):
             names.append(name)
-            found.append(torch.stack(torch.aminmax(parameter)).isfinite().all())  # NaN is both
+            found.append(torch.stack(torch.aminmax(here)).isfinite().all())  # NaN is both
     return next((name for name, fine in zip(names, _together(found), strict=True) if not fine), None)
 
 
@@ -97,7 +99,7 @@ class StopAtBrokenGradients(TrainerCallback):
     """Stops a run before its weights take up gradients that are not finite."""
 
     def on_pre_optimizer_step(self, args, state, control, model=None, **kwargs):
-        gradients = [parameter.grad for parameter in model.parameters() if parameter.grad is not None]
+        gradients = [local_part(one.grad) for one in model.parameters() if one.grad is not None]  # no communication
         norm = float(nn.utils.get_total_norm(gradients))
         if not math.isfinite(norm):
             raise diverged(state.global_step + 1, f"the norm of the gradients is {norm}")

@@ -1,0 +1,21 @@
+"""Models whose weights are split over processes, and how a generation runs on them nevertheless.
+
+Two ways. *Gathered*: for a while each process has all weights, and runs as many passes as its own rows need.
+*Together*: forwards stay collectives, so all processes of a group run the same number of them, and agree where they
+would differ.
+"""
+
+from .found import check_splits, is_sharded_now, local_part, sharding_of
+from .gathered import is_whole, whole_weights
+from .together import ALONE, Together
+
+__all__ = [
+    "ALONE",
+    "Together",
+    "check_splits",
+    "is_sharded_now",
+    "is_whole",
+    "local_part",
+    "sharding_of",
+    "whole_weights",
+]

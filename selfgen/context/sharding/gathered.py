@@ -1,0 +1,49 @@
+"""Weights that are whole for a while, in every process."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from weakref import WeakSet
+
+from torch import nn
+
+from . import fsdp
+from .found import sharding_of
+
+_WHOLE_NOW: WeakSet[nn.Module] = WeakSet()
+_GATHERED = {"fsdp2": fsdp.gathered}
+
+
+@contextmanager
+def whole_weights(model: nn.Module, *, keep: bool = False) -> Iterator[None]:
+    """Inside, ``model`` has all its weights in this process, and its forward waits for no other one.
+
+    All processes that share the weights enter together, as all weights are gathered once; what they do inside is up to
+    each. Weights must not be changed inside. Where nothing is sharded, or all is gathered already, this does nothing.
+
+    Args:
+        model: a transformers model, or a wrapper around one, sharded by FSDP2 or DeepSpeed ZeRO-3.
+        keep: afterwards, leave the weights to a training forward that follows at once: it shards them again layer by
+            layer and gathers none. Else they are sharded again here, as they always are after an exception.
+
+    Example:
+        >>> with whole_weights(model):
+        >>>     mixed = generator.contexts(prompts, references, 0.25, seed=0, sample_ids=ids)
+    """
+    kind = sharding_of(model)
+    if kind is None or is_whole(model):
+        yield
+        return
+    modules = list(model.modules())
+    with _GATHERED[kind](model, keep=keep):
+        _WHOLE_NOW.update(modules)
+        try:
+            yield
+        finally:
+            _WHOLE_NOW.difference_update(modules)
+
+
+def is_whole(model: nn.Module) -> bool:
+    """Whether no weight of ``model`` is sharded, or all are gathered now."""
+    return model in _WHOLE_NOW or sharding_of(model) is None

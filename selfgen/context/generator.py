@@ -41,7 +41,7 @@ from .packed import packed_linears
 from .precision import autocast_dtype, autocast_inside, precision_of
 from .ragged import UnsupportedModelError
 from .sequential import ALONE, sequential
-from .sharding import check_splits
+from .sharding import check_splits, together_of
 from .support import inspect_model
 from .verification import Verification
 
@@ -124,6 +124,7 @@ class ContextGenerator:
         self._cuda_graphs = cuda_graphs
         self._passes: Forward | None = None
         self._fallback = Fallback(self.model)
+        self._together = together_of(self.model)  # whose forwards wait for each other
         check_splits(self.model)
         check_here(self.model)
         head = getattr(self.model.get_output_embeddings(), "weight", None)
@@ -149,10 +150,11 @@ class ContextGenerator:
             verification.check_dtypes()
         with self.computing(), packed_linears(self.model):
             if not isinstance(forward, GraphedForward):
-                return measure_budget(self.model)
+                return measure_budget(self.model, together=self._together)
             verification.check_ragged(0)
             try:
-                return measure_budget(self.model, forward=forward)  # a pass takes another time than a forward
+                # A pass takes another time than a forward.
+                return measure_budget(self.model, forward=forward, together=self._together)
             finally:
                 forward.release()  # a generation's passes have other sizes
 

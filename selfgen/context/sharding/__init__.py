@@ -7,6 +7,7 @@ would differ.
 
 from .found import check_splits, is_sharded_now, local_part, sharding_of
 from .gathered import is_whole, whole_weights
+from .tensor import together_of
 from .together import ALONE, Together
 
 __all__ = [
@@ -17,5 +18,6 @@ __all__ = [
     "is_whole",
     "local_part",
     "sharding_of",
+    "together_of",
     "whole_weights",
 ]

@@ -12,7 +12,8 @@ from torch.nn.parallel import DistributedDataParallel
 from transformers import Trainer
 from transformers.modeling_layers import GradientCheckpointingLayer
 
-from ..context.sharding import ALONE, Together, sharding_of
+from ..context.sharding import Together, sharding_of, tensor_parallel_size, together_of
+from .tensor import partial_gradients_apart
 
 
 class Engine:
@@ -40,7 +41,16 @@ class Engine:
     @property
     def together(self) -> Together:
         """The processes that must take the same forwards."""
-        return Together(None, self.accelerator.device) if self.is_sharded else ALONE
+        return Together(None, self.accelerator.device) if self.is_sharded else together_of(self._model)
+
+    @property
+    def splits_weights(self) -> bool:
+        """Whether a process has only a part of some weights."""
+        return self.is_sharded or not together_of(self._model).is_alone
+
+    def backward_apart(self) -> AbstractContextManager[None]:
+        """Around the forward and backward of each micro-batch."""
+        return partial_gradients_apart(self._model)
 
     def why_no_reuse(self, layers: Sequence[nn.Module]) -> str | None:
         """Why passes can't be reused with weights that come and go, if they can't."""
@@ -58,7 +68,8 @@ class Engine:
 
     def holds(self, model: nn.Module) -> bool:
         """Whether ``model`` is wrapped so that processes train it together."""
-        return isinstance(model, DistributedDataParallel | FSDPModule) or sharding_of(model) is not None
+        split = sharding_of(model) is not None or not together_of(model).is_alone
+        return split or isinstance(model, DistributedDataParallel | FSDPModule)
 
 
 def engine_of(trainer: Trainer) -> Engine:
@@ -74,4 +85,16 @@ def engine_of(trainer: Trainer) -> Engine:
         )
     if trainer.is_deepspeed_enabled:
         raise ValueError("contexts can't be made with weights that DeepSpeed shards yet; use FSDP2 or DDP")
+    asked = getattr(trainer.accelerator, "parallelism_config", None)
+    size = tensor_parallel_size(trainer.model)
+    if asked is not None and asked.tp_size != size:
+        raise ValueError(
+            f"parallelism_config asks for tp_size={asked.tp_size}, but the model is split over {size}: load it with "
+            f"distributed_config=DistributedConfig(tp_size={asked.tp_size}), and leave parallelism_config out"
+        )
+    if size > 1 and (trainer.is_fsdp_enabled or trainer.is_deepspeed_enabled):
+        raise ValueError(
+            "the model is tensor parallel, which goes without fsdp and deepspeed of the Trainer: leave them out, and "
+            "load the model with distributed_config=DistributedConfig(tp_size=..., fsdp_size=...), which shards it"
+        )
     return Engine(trainer)

@@ -8,7 +8,6 @@ import torch
 from transformers import TrainingArguments
 
 _SPLITS = {  # sizes of accelerate's ParallelismConfig
-    "tp_size": "tensor parallelism",
     "cp_size": "context parallelism",
     "sp_size": "sequence parallelism",
 }

@@ -1,0 +1,18 @@
+"""Tensor parallelism on CPUs, for which Accelerate refuses its ParallelismConfig."""
+
+from __future__ import annotations
+
+from accelerate import ParallelismConfig
+from transformers import AutoModelForCausalLM, PreTrainedModel
+from transformers.distributed import DistributedConfig
+
+
+def tensor_parallel_on_cpus() -> None:
+    """From here on, Accelerate trains tensor parallel models on CPUs, too, in this process."""
+    ParallelismConfig._validate_accelerator = lambda *_: None
+
+
+def split_model(folder, **options) -> PreTrainedModel:
+    """The model that ``folder`` holds, of which each process has a part; ``options`` are of a DistributedConfig."""
+    split = DistributedConfig(**options)
+    return AutoModelForCausalLM.from_pretrained(folder, distributed_config=split, dtype="float32").eval()

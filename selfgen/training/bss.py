@@ -22,6 +22,7 @@ from transformers.trainer_pt_utils import LengthGroupedSampler
 from ..context import ContextStats, MixedContext, UnsupportedModelError
 from ..context.hidden_states import ReuseError, decoder_layers
 from ..context.models import (
+    active_adapters,
     auto_class_of,
     check_4bit_layout,
     check_here,
@@ -62,7 +63,7 @@ from .reuse import reuse_passes, without_hooks
 from .sampling import EpochOfSampler, SeededByEpoch
 from .schedules import Schedule
 from .streams import StreamProgress, check_stream, message_of, sorts_by_length, stream_loader
-from .tensor import is_split_at_load, load_split, whole_optimizer
+from .tensor import allowed_to_resume, is_split_at_load, load_split, whole_optimizer
 from .weights import (
     StopAtBrokenGradients,
     TellOfMissingGradients,
@@ -158,6 +159,12 @@ class BSSTrainer(Trainer):
             processing_class = AutoTokenizer.from_pretrained(name, trust_remote_code=trust_remote_code)
         check_here(transformers_model(model), everywhere=True)
         args.tensor_parallel = tensor_parallel_size(transformers_model(model))
+        if args.tensor_parallel > 1 and (hasattr(model, "peft_config") or active_adapters(model)):
+            raise ValueError(
+                "the model is tensor parallel and has an adapter: PEFT's adapters on weights whose inputs are split "
+                "(o_proj, down_proj) fail in plain fine-tuning, too. Leave tp_size out, and shard the model with FSDP2, "
+                "or train all weights"
+            )
         self.generator = args.generator(model, processing_class)
         self._tell_of_padding()
         self.schedule = schedule
@@ -176,15 +183,17 @@ class BSSTrainer(Trainer):
         self._resumed_from: str | None = None
         # _prepare reads these; the Trainer's constructor sets them again.
         self.processing_class, self.args, self.eval_dataset = processing_class, args, None
-        super().__init__(
-            model=model,
-            args=args,
-            train_dataset=self._prepare("train", train_dataset),
-            eval_dataset=self._prepare("eval", eval_dataset),
-            processing_class=processing_class,
-            data_collator=data_collator or self.collator_class(pad_token_id(processing_class)),
-            **kwargs,
-        )
+        train_dataset, eval_dataset = self._prepare("train", train_dataset), self._prepare("eval", eval_dataset)
+        with allowed_to_resume(args, transformers_model(model)):
+            super().__init__(
+                model=model,
+                args=args,
+                train_dataset=train_dataset,
+                eval_dataset=eval_dataset,
+                processing_class=processing_class,
+                data_collator=data_collator or self.collator_class(pad_token_id(processing_class)),
+                **kwargs,
+            )
         self._engine = engine_of(self)
         self._end_answers_where_rows_end()
         check_savable(self.generator.model, adapter=self._adapters() is not None)

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor, distribute_tensor
-from transformers import PreTrainedModel
+from transformers import PreTrainedModel, TrainingArguments
 
 from ..context.sharding import together_of
 
@@ -57,6 +57,17 @@ def partial_gradients_apart(model: nn.Module) -> Iterator[None]:
 def is_split_at_load(model: nn.Module) -> bool:
     """Whether transformers has split or sharded ``model`` as it loaded it, so that its weights are DTensors."""
     return bool(getattr(model, "is_distributed_loading_by_transformers", False))
+
+
+@contextmanager
+def allowed_to_resume(args: TrainingArguments, model: nn.Module) -> Iterator[None]:
+    """Around the Trainer's constructor, which refuses to save states of optimizers that it could not load."""
+    asked = args.save_only_model
+    try:
+        args.save_only_model = asked or is_split_at_load(model)
+        yield
+    finally:
+        args.save_only_model = asked
 
 
 @contextmanager

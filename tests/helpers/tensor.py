@@ -2,6 +2,11 @@
 
 from __future__ import annotations
 
+from collections import Counter
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import torch
 from accelerate import ParallelismConfig
 from transformers import AutoModelForCausalLM, PreTrainedModel
 from transformers.distributed import DistributedConfig
@@ -16,3 +21,12 @@ def split_model(folder, **options) -> PreTrainedModel:
     """The model that ``folder`` holds, of which each process has a part; ``options`` are of a DistributedConfig."""
     split = DistributedConfig(**options)
     return AutoModelForCausalLM.from_pretrained(folder, distributed_config=split, dtype="float32").eval()
+
+
+@contextmanager
+def collectives() -> Iterator[Counter[str]]:
+    """Afterwards, how many collectives of each kind this process has taken part in by gloo."""
+    counted: Counter[str] = Counter()
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as profile:
+        yield counted
+    counted.update(event.name for event in profile.events() if event.name.startswith("gloo:"))

@@ -42,8 +42,8 @@ def check_splits(model: nn.Module) -> None:
     if split:
         raise ValueError(
             f"the model's weights are split over processes ({split}), and contexts can't be made with them: use FSDP2 "
-            "(fully_shard, `--fsdp`, or distributed_config with fsdp_size), tensor parallelism (distributed_config with "
-            "tp_size), or load the model whole in each process (DDP, torchrun) or on one device"
+            "(fully_shard, `--fsdp`, or distributed_config with fsdp_size) or tensor parallelism (distributed_config "
+            "with tp_size), or load the model whole in each process (DDP, torchrun) or on one device"
         )
 
 

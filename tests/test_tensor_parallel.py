@@ -2,10 +2,15 @@
 
 from __future__ import annotations
 
+import json
+import shlex
+
 import pytest
 import torch
 import torch.distributed as dist
+from helpers.cli import ROOT, flags, refused, save_model
 from helpers.contexts import assert_equal, batch
+from helpers.data import ROWS, write_jsonl
 from helpers.processes import WORLD, in_ranks
 from helpers.sharded import whole_state
 from helpers.tensor import collectives, split_model, tensor_parallel_on_cpus
@@ -15,6 +20,7 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
 from selfgen import BSSTrainer, ContextGenerator
+from selfgen.cli import main
 from selfgen.context.models import UnsupportedModelError
 from selfgen.context.sharding import agreed, together_of
 
@@ -136,3 +142,40 @@ def test_as_in_one_process(tmp_path):
     expected["evaluated"] = [entry["eval_loss"] for entry in trainer.state.log_history if "eval_loss" in entry]
     torch.save(expected, tmp_path / "expected.pt")
     in_ranks(two_processes, tmp_path)
+
+
+def run_example(rank, folder):
+    tensor_parallel_on_cpus()
+    script = (ROOT / "examples/launch/tp.sh").read_text().replace("\\\n", " ").splitlines()[-1]
+    before, after = script.split(" -m selfgen ")
+    assert before == f"torchrun --nproc-per-node {WORLD}"
+    small = {"--model": folder / "model", "--dataset": folder / "rows.jsonl", "--dataset_config": "default",
+             "--max_steps": 2, "--max_length": 64, "--output_dir": folder / "run"}  # fmt: skip
+    arguments = shlex.split(after)
+    for name, value in small.items():
+        if name in arguments:
+            arguments[arguments.index(name) + 1] = str(value)
+        else:
+            arguments += [name, str(value)]
+    assert main([*arguments, "--use_cpu", "yes", "--report_to", "none"]) == 0
+
+
+def test_example(tmp_path):
+    save_model(tmp_path / "model", num_key_value_heads=2)
+    write_jsonl(tmp_path / "rows.jsonl", ROWS)
+    in_ranks(run_example, tmp_path)
+    state = json.loads((tmp_path / "run" / "trainer_state.json").read_text())
+    assert state["global_step"] == 2
+    AutoModelForCausalLM.from_pretrained(tmp_path / "run")
+
+
+@pytest.mark.parametrize("command", ["generate", "contexts", "eval"])
+def test_other_commands_know_where_the_options_go(command, capsys):
+    output = "--output-file" if command == "generate" else "--output-dir"
+    arguments = [command, "--model", "m", "--dataset", "d", output, "o", "--tp-size", "2"]
+    assert "which goes with selfgen train" in refused(arguments, capsys)
+
+
+def test_more_processes_are_asked_for_than_were_started(tmp_path, capsys):
+    arguments = flags({"model": tmp_path, "dataset": tmp_path, "output-dir": tmp_path / "run", "tp-size": 2})
+    assert "torchrun --nproc-per-node 2" in refused(["train", *arguments], capsys)

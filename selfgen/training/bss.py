@@ -58,12 +58,13 @@ from .config import BSSConfig
 from .engines import engine_of
 from .losses import AnswerLoss, TokenMean, calls_loss_function, learns_its_input
 from .meter import Meter, StepTimer
+from .parallelism import check_tensor_parallel
 from .processes import meet, once_per_machine
 from .reuse import reuse_passes, without_hooks
 from .sampling import EpochOfSampler, SeededByEpoch
 from .schedules import Schedule
 from .streams import StreamProgress, check_stream, message_of, sorts_by_length, stream_loader
-from .tensor import allowed_to_resume, is_split_at_load, load_split, whole_optimizer
+from .tensor import allowed_to_resume, has_partial_gradients, is_split_at_load, load_split, whole_optimizer
 from .weights import (
     StopAtBrokenGradients,
     TellOfMissingGradients,
@@ -159,6 +160,7 @@ class BSSTrainer(Trainer):
             processing_class = AutoTokenizer.from_pretrained(name, trust_remote_code=trust_remote_code)
         check_here(transformers_model(model), everywhere=True)
         args.tensor_parallel = tensor_parallel_size(transformers_model(model))
+        check_tensor_parallel(args, args.tensor_parallel)
         if args.tensor_parallel > 1 and (hasattr(model, "peft_config") or active_adapters(model)):
             raise ValueError(
                 "the model is tensor parallel and has an adapter: PEFT's adapters on weights whose inputs are split "
@@ -453,6 +455,11 @@ class BSSTrainer(Trainer):
         if self.accelerator.scaler is None and not math.isfinite(float(loss)):  # it leaves such steps out
             raise diverged(self.state.global_step + 1, f"the loss is {float(loss)}")
         return self.meter.step_loss(loss)
+
+    def _defer_fsdp_gradient_reduction(self):
+        if has_partial_gradients(self.model):  # a hook would sum what micro-batches have accumulated
+            return nullcontext()
+        return super()._defer_fsdp_gradient_reduction()
 
     def _stop_unless_weights_finite(self) -> None:
         broken = not_finite(self.model, trainable_only=True)

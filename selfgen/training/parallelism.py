@@ -13,6 +13,7 @@ _SPLITS = {  # sizes of accelerate's ParallelismConfig
 }
 _LAUNCHED = {"ACCELERATE_USE_MEGATRON_LM": "Megatron-LM"}  # what `accelerate launch` asks for in the environment
 _SHARDS = {"ACCELERATE_USE_FSDP": "FSDP", "ACCELERATE_USE_DEEPSPEED": "DeepSpeed"}
+_NOT_SPLIT_ON = ("cpu",)  # devices on which Accelerate refuses tensor parallelism, and says something else
 _IGNORED_ON = ("cpu",)  # devices on which Accelerate takes DDP in place of them, and says nothing
 
 
@@ -35,6 +36,15 @@ def check_parallelism(args: TrainingArguments) -> None:
         raise ValueError(
             f"{', '.join(asked)}: on CPUs Accelerate would ignore it and train with DDP; leave it out and train with "
             "DDP (torchrun), or load the model sharded (distributed_config with fsdp_size), which works on CPUs, too"
+        )
+
+
+def check_tensor_parallel(args: TrainingArguments, size: int) -> None:
+    """Raise ValueError if a model that ``size`` processes split can't be trained with ``args``."""
+    if size > 1 and args.device.type in _NOT_SPLIT_ON:
+        raise ValueError(
+            "the model is tensor parallel (tp_size), which Accelerate trains on accelerators only: leave use_cpu out, "
+            "or tp_size"
         )
 
 

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor, distribute_tensor
 from transformers import PreTrainedModel, TrainingArguments
 
-from ..context.sharding import together_of
+from ..context.sharding import sharding_of, together_of
 
 logger = logging.getLogger(__name__)
 
@@ -32,9 +32,9 @@ def partial_gradients_apart(model: nn.Module) -> Iterator[None]:
     """Inside, the gradients of one micro-batch are summed over processes without those of the ones before.
 
     transformers' hook sums what a weight has accumulated. From the second micro-batch of a step on, it would count the
-    first ones once per process again.
+    first ones once per process again. (Under FSDP2 each micro-batch is reduced by itself.)
     """
-    if not has_partial_gradients(model):
+    if not has_partial_gradients(model) or sharding_of(model) is not None:
         yield
         return
     plan = [name for name, style in model.tp_plan.items() if style == _PARTIAL]  # type: ignore[union-attr,operator]

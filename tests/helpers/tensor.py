@@ -11,10 +11,13 @@ from accelerate import ParallelismConfig
 from transformers import AutoModelForCausalLM, PreTrainedModel
 from transformers.distributed import DistributedConfig
 
+from selfgen.training import parallelism
+
 
 def tensor_parallel_on_cpus() -> None:
     """From here on, Accelerate trains tensor parallel models on CPUs, too, in this process."""
     ParallelismConfig._validate_accelerator = lambda *_: None
+    parallelism._NOT_SPLIT_ON = ()
 
 
 def split_model(folder, **options) -> PreTrainedModel:

@@ -8,6 +8,8 @@ from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor
 
+from .tensor import tensor_parallel_size, uneven_heads
+
 Sharding = Literal["fsdp2", "zero3"]
 
 
@@ -59,6 +61,8 @@ def _refused(model: nn.Module) -> str | None:
     if (getattr(model, "_tp_size", None) or 1) > 1:
         if not parts:
             return "tensor parallelism of a transformers that keeps parts as plain tensors; 5.23 or later does not"
+        if heads := uneven_heads(model):
+            return f"{heads}, which tp_size={tensor_parallel_size(model)} does not divide"
     elif parts and sharding_of(model) is None:
         return f"tensor parallelism by hand: {parts[0]} is a DTensor"
     if hasattr(model, "hf_split_points"):

@@ -34,6 +34,20 @@ def tensor_parallel_size(model: nn.Module) -> int:
     return 1 if mesh is None else mesh.size()
 
 
+_OF_HEADS = ("q_proj", "k_proj", "v_proj", "qkv_proj", "query_key_value")
+
+
+def uneven_heads(model: nn.Module) -> str | None:
+    """The number of heads that can't be split evenly, if the plan splits heads; transformers fails in the forward."""
+    size, config = tensor_parallel_size(model), model.config.get_text_config(decoder=True)  # type: ignore[union-attr]
+    plan = getattr(model, "tp_plan", None) or {}
+    if not any(style == "colwise" and name.endswith(_OF_HEADS) for name, style in plan.items()):
+        return None
+    known = {name: getattr(config, name, None) for name in ("num_attention_heads", "num_key_value_heads")}
+    found = [f"{name} is {count}" for name, count in known.items() if isinstance(count, int) and count % size]
+    return found[0] if found else None
+
+
 def together_of(model: nn.Module) -> Together:
     """The processes that take every forward of ``model`` together, because of what the model is."""
     mesh = tensor_mesh_of(model)

@@ -8,23 +8,27 @@ import shlex
 import pytest
 import torch
 import torch.distributed as dist
+from datasets import Dataset
 from helpers.cli import ROOT, flags, refused, save_model
 from helpers.contexts import assert_equal, batch
-from helpers.data import ROWS, write_jsonl
+from helpers.data import ROWS, make_tokenizer, write_jsonl
 from helpers.processes import WORLD, in_ranks
 from helpers.sharded import whole_state
 from helpers.tensor import collectives, split_model, tensor_parallel_on_cpus
-from helpers.training import Tokenizer, config, rows
-from models import tiny_model
+from helpers.training import Tokenizer, config, make_rac_trainer, rows
+from models import CONFIGS, VOCAB, tiny_model
+from peft import LoraConfig, get_peft_model
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
-from selfgen import BSSTrainer, ContextGenerator
+from selfgen import BASHTrainer, BSSTrainer, ContextGenerator
 from selfgen.cli import main
 from selfgen.context.models import UnsupportedModelError
 from selfgen.context.sharding import agreed, together_of
+from selfgen.stored_contexts import write_contexts
 
 STEPS = 3
+TEXTS = [{"prompt": "a b" if row % 3 else "", "completion": "c d e f"[: 1 + 2 * (row % 4)]} for row in range(40)]
 FAMILY = "qwen3"  # which has weights that each process has as a whole, though their gradients are partial
 
 
@@ -142,6 +146,132 @@ def test_as_in_one_process(tmp_path):
     expected["evaluated"] = [entry["eval_loss"] for entry in trainer.state.log_history if "eval_loss" in entry]
     torch.save(expected, tmp_path / "expected.pt")
     in_ranks(two_processes, tmp_path)
+
+
+def trainer_of_kind(kind: str, folder, model):
+    """A trainer of each method and loss."""
+    output, half = folder / f"{kind}-{is_split(model)}", {"learning_rate": 1e-3, "max_steps": 2}
+    if kind == "rac":
+        return make_rac_trainer(output, model=model, **half)
+    if kind == "rac on mixed answers":
+        return make_rac_trainer(output, model=model, own_answer="mixed", self_prob=0.5, direct_weight=0.5, **half)
+    if kind == "bash":
+        return BASHTrainer(
+            model, config(output, **half), train_dataset=folder / "contexts", processing_class=Tokenizer()
+        )
+    if kind == "stream":
+        texts = Dataset.from_list(TEXTS).to_iterable_dataset(num_shards=2)
+        options = config(output, max_steps=3, report_to=[])
+        return BSSTrainer(model, options, train_dataset=texts, processing_class=make_tokenizer(size=VOCAB))
+    return trainer_of(output, model, **{
+        "on self tokens, smoothed": {"loss_on": "after_self", "label_smoothing_factor": 0.1},
+        "near another model": {
+            "kl_weight": 0.3, "kl_model": str(folder / "other" / FAMILY), "save_strategy": "steps", "save_steps": 3
+        },
+        "near another model, with logits": {
+            "kl_weight": 0.3, "kl_model": str(folder / "other" / FAMILY), "lean_loss": False
+        },
+        "plain": {"lean_loss": False, "reuse_passes": False, "context_method": "sequential"},
+        "clipped": {"max_grad_norm": 0.5, "activation_checkpointing": True},
+        "bf16": {"bf16": True},
+    }[kind])  # fmt: skip
+
+
+KINDS = (
+    "rac", "rac on mixed answers", "bash", "stream", "on self tokens, smoothed", "near another model",
+    "near another model, with logits", "plain", "clipped", "bf16",
+)  # fmt: skip
+
+
+def is_split(model) -> bool:
+    return not together_of(model).is_alone
+
+
+def result_of(kind: str, folder, model):
+    trainer = trainer_of_kind(kind, folder, model)
+    trainer.train()
+    log = [entry for entry in trainer.state.log_history if "loss" in entry]
+    return {"ids": [], "log": log, "weights": whole_state(trainer.model)}
+
+
+def every_kind(rank, folder):
+    tensor_parallel_on_cpus()
+    for kind in KINDS:
+        expected = torch.load(folder / f"{kind}.pt", weights_only=True)
+        found = result_of(kind, folder, split_model(folder / FAMILY, tp_size=WORLD))
+        assert_as_one(found, expected, 1e-1 if kind == "bf16" else 2e-5)
+        for name in ("rows_read", "self_share", "own_answers_unfinished"):
+            assert [one.get(name) for one in found["log"]] == [one.get(name) for one in expected["log"]], (kind, name)
+    settings = [json.loads(file.read_text()) for file in folder.glob("near another model-*/*/selfgen.json")]
+    assert len({one["frozen"] for one in settings}) == 1 < len(settings)
+    with pytest.raises(ValueError, match="give the same model by name as kl_model"):
+        trainer_of(folder / "kl", split_model(folder / FAMILY, tp_size=WORLD), kl_weight=0.1)
+    adapted = get_peft_model(split_model(folder / FAMILY, tp_size=WORLD), LoraConfig(target_modules=["q_proj"]))
+    with pytest.raises(ValueError, match="tensor parallel and has an adapter"):
+        trainer_of(folder / "lora", adapted)
+
+
+@pytest.mark.slow
+def test_every_method_and_loss(tmp_path):
+    saved(tmp_path / "other", seed=1)
+    write_contexts(ContextGenerator(tiny_model(FAMILY)), rows(), tmp_path / "contexts", self_prob=0.5, seed=0)
+    for kind in KINDS:
+        torch.save(result_of(kind, tmp_path, saved(tmp_path)), tmp_path / f"{kind}.pt")
+    in_ranks(every_kind, tmp_path)
+
+
+def every_family(rank, folder):
+    for family in FAMILIES:
+        prompts, references, ids = batch()
+        options = {"self_prob": 0.5, "seed": 1, "sample_ids": ids}
+        found = ContextGenerator(split_model(folder / family, tp_size=WORLD)).contexts(prompts, references, **options)
+        assert_equal(found, ContextGenerator(tiny_model(family)).contexts(prompts, references, **options))
+    for family, said in (
+        ("gpt2", "has no `tp_plan`"),
+        ("uneven", "num_key_value_heads is 1, which tp_size=2 does not divide"),
+    ):
+        with pytest.raises(ValueError, match=said):
+            ContextGenerator(split_model(folder / family, tp_size=WORLD))
+
+
+FAMILIES = ("llama", "qwen2", "gemma2", "phi3", "gpt_neox", "olmo2", "gpt_oss")
+
+
+@pytest.mark.slow
+def test_every_family(tmp_path):
+    for family in (*FAMILIES, "gpt2"):
+        saved(tmp_path, family)
+    uneven = CONFIGS["llama"]()
+    uneven.num_key_value_heads = 1
+    AutoModelForCausalLM.from_config(uneven).save_pretrained(tmp_path / "uneven")
+    in_ranks(every_family, tmp_path)
+
+
+def sharded_and_split(rank, folder):
+    tensor_parallel_on_cpus()
+    expected = torch.load(folder / "expected.pt", weights_only=True)
+    options = {"save_strategy": "steps", "save_steps": 2}
+    sizes = {"tp_size": 2, "fsdp_size": 2}
+    trainer, found = train(folder / "run", split_model(folder / FAMILY, **sizes), **options)
+    share, shares = trainer.args.row_share
+    assert (share, shares) == (rank // 2, 2)
+    assert trainer._reuse_verified
+    assert trainer._reuses
+    assert trainer._answer_loss.lean
+    assert_as_one(found, {**expected, "ids": expected["ids"][share::shares]})
+    checkpoint = folder / "run" / "checkpoint-2"
+    again = trainer_of(folder / "run", split_model(folder / FAMILY, **sizes), **options)
+    again.train(resume_from_checkpoint=str(checkpoint))
+    for name, weight in whole_state(again.model).items():
+        assert torch.equal(weight, found["weights"][name]), name
+
+
+@pytest.mark.slow
+def test_split_and_sharded_by_fsdp2(tmp_path):
+    _, expected = train(tmp_path / "one", saved(tmp_path), gradient_accumulation_steps=4)
+    torch.save(expected, tmp_path / "expected.pt")
+    in_ranks(sharded_and_split, tmp_path, world=4)
+    AutoModelForCausalLM.from_pretrained(tmp_path / "run" / "checkpoint-2")
 
 
 def run_example(rank, folder):

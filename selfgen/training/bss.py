@@ -164,7 +164,7 @@ class BSSTrainer(Trainer):
         if args.tensor_parallel > 1 and (hasattr(model, "peft_config") or active_adapters(model)):
             raise ValueError(
                 "the model is tensor parallel and has an adapter: PEFT's adapters on weights whose inputs are split "
-                "(o_proj, down_proj) fail in plain fine-tuning, too. Leave tp_size out, and shard the model with FSDP2, "
+                "(o_proj, down_proj) fail in plain fine-tuning, too. Leave tp_size out and shard the model with FSDP2, "
                 "or train all weights"
             )
         self.generator = args.generator(model, processing_class)

@@ -39,7 +39,8 @@ _OF_HEADS = ("q_proj", "k_proj", "v_proj", "qkv_proj", "query_key_value")
 
 def uneven_heads(model: nn.Module) -> str | None:
     """The number of heads that can't be split evenly, if the plan splits heads; transformers fails in the forward."""
-    size, config = tensor_parallel_size(model), model.config.get_text_config(decoder=True)  # type: ignore[union-attr]
+    given: Any = model.config
+    size, config = tensor_parallel_size(model), given.get_text_config(decoder=True)
     plan = getattr(model, "tp_plan", None) or {}
     if not any(style == "colwise" and name.endswith(_OF_HEADS) for name, style in plan.items()):
         return None
@@ -113,7 +114,7 @@ def _checksum(parts: Iterable[Any]) -> int:
             part = torch.cat(part)  # one copy from the device
         if isinstance(part, Tensor):
             digest.update(f"{part.dtype} {tuple(part.shape)}".encode())
-            digest.update(part.detach().cpu().contiguous().flatten().view(torch.uint8).numpy())
+            digest.update(part.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().tobytes())
         else:
             digest.update(repr(part).encode())
     return 1 + int.from_bytes(digest.digest()[:6], "little")

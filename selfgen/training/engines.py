@@ -85,14 +85,7 @@ def engine_of(trainer: Trainer) -> Engine:
         )
     if trainer.is_deepspeed_enabled:
         raise ValueError("contexts can't be made with weights that DeepSpeed shards yet; use FSDP2 or DDP")
-    asked = getattr(trainer.accelerator, "parallelism_config", None)
-    size = tensor_parallel_size(trainer.model)
-    if asked is not None and asked.tp_size != size:
-        raise ValueError(
-            f"parallelism_config asks for tp_size={asked.tp_size}, but the model is split over {size}: load it with "
-            f"distributed_config=DistributedConfig(tp_size={asked.tp_size}), and leave parallelism_config out"
-        )
-    if size > 1 and (trainer.is_fsdp_enabled or trainer.is_deepspeed_enabled):
+    if tensor_parallel_size(trainer.model) > 1 and (trainer.is_fsdp_enabled or trainer.is_deepspeed_enabled):
         raise ValueError(
             "the model is tensor parallel, which goes without fsdp and deepspeed of the Trainer: leave them out, and "
             "load the model with distributed_config=DistributedConfig(tp_size=..., fsdp_size=...), which shards it"

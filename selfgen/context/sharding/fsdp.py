@@ -34,6 +34,29 @@ def gathered(model: nn.Module, *, keep: bool) -> Iterator[None]:
 
 
 @contextmanager
+def kept_whole(model: nn.Module, *, last: bool) -> Iterator[None]:
+    """Inside, a forward and a backward leave gathered weights as they are, for the next micro-batch of the step.
+
+    They are sharded afterwards where that was the ``last`` one, or failed: an optimizer must not find them whole.
+    """
+    modules = [module for module in model.modules() if isinstance(module, FSDPModule)]
+    groups = [group for module in modules for group in module._get_fsdp_state()._fsdp_param_groups]
+    before = [(group.post_forward_mesh_info, group.reshard_after_backward) for group in groups]
+    done = False
+    try:
+        for group in groups:
+            group.post_forward_mesh_info, group.reshard_after_backward = None, False
+        yield
+        done = True
+    finally:
+        for group, (forward, backward) in zip(groups, before, strict=True):
+            group.post_forward_mesh_info, group.reshard_after_backward = forward, backward
+        if last or not done:
+            for module in modules:
+                module.reshard()
+
+
+@contextmanager
 def _hooks_taken_off(model: nn.Module) -> Iterator[None]:
     taken = [
         (hooks, list(hooks), {key for key, hook in hooks.items() if _is_fsdps(hook)})

@@ -11,6 +11,7 @@ from contextlib import contextmanager
 
 from torch import nn
 from torch.distributed.fsdp import FSDPModule
+from torch.distributed.fsdp._fully_shard._fsdp_param_group import FSDPParamGroup
 
 
 @contextmanager
@@ -40,7 +41,7 @@ def kept_whole(model: nn.Module, *, last: bool) -> Iterator[None]:
     They are sharded afterwards where that was the ``last`` one, or failed: an optimizer must not find them whole.
     """
     modules = [module for module in model.modules() if isinstance(module, FSDPModule)]
-    groups = [group for module in modules for group in module._get_fsdp_state()._fsdp_param_groups]
+    groups = [group for module in modules for group in _groups(module)]
     before = [(group.post_forward_mesh_info, group.reshard_after_backward) for group in groups]
     done = False
     try:
@@ -54,6 +55,14 @@ def kept_whole(model: nn.Module, *, last: bool) -> Iterator[None]:
         if last or not done:
             for module in modules:
                 module.reshard()
+
+
+def _groups(module: FSDPModule) -> list[FSDPParamGroup]:
+    state = module._get_fsdp_state()
+    several = getattr(state, "_fsdp_param_groups", None)  # since torch 2.12
+    if several is not None:
+        return several
+    return [] if state._fsdp_param_group is None else [state._fsdp_param_group]
 
 
 @contextmanager

@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 
 from ..context.masks import check_probability
 from ..files import check_folder
+from ..sharing import is_first, let_first_speak
 from ..stored_contexts import write_contexts
 from ..training.config import GeneratorOptions
 from .options import (
@@ -50,12 +51,14 @@ class ContextArguments:
 
 def run(arguments: list[str]) -> int:
     show_log()
+    let_first_speak()
     parser = make_parser(
         (ModelArguments, DataArguments, ContextArguments, GeneratorOptions),
         prog=PROG,
         usage="selfgen contexts [CONFIG.yaml] --model NAME --dataset NAME --output-dir DIR [options]",
         description="Write mixed contexts as a data set, for selfgen train --method bash --contexts DIR.",
-        epilog="After a kill, the same command continues where it stopped.",
+        epilog="After a kill, the same command continues where it stopped. Processes that have one --output-dir, under "
+        "torchrun or not, share the work.",
     )
     try:
         model_arguments, data, options, how = parse(parser, arguments)
@@ -67,7 +70,8 @@ def run(arguments: list[str]) -> int:
         model, tokenizer = model_arguments.load()
         generator = how.generator(model.to(device(options.use_cpu)), tokenizer)
         rows, report = data.tokenize(rows, tokenizer)
-        logger.log(report.level, "data: %s", report)
+        if is_first():
+            logger.log(report.level, "data: %s", report)
         record = write_contexts(
             generator,
             rows,
@@ -81,9 +85,10 @@ def run(arguments: list[str]) -> int:
         )
     except (ValueError, TypeError, OSError, ImportError) as error:
         fail(error, PROG)
-    statistics = record["statistics"]
-    print(
-        f"contexts of {len(rows)} rows are in {options.output_dir}: {statistics['self_share']:.1%} self tokens, "
-        f"{statistics['agreement']:.1%} of them equal to the reference"
-    )
+    if is_first():
+        statistics = record["statistics"]
+        print(
+            f"contexts of {len(rows)} rows are in {options.output_dir}: {statistics['self_share']:.1%} self tokens, "
+            f"{statistics['agreement']:.1%} of them equal to the reference"
+        )
     return 0

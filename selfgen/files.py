@@ -1,4 +1,8 @@
-"""Paths as they are given, and files that one process writes at a time, as a whole or not at all, in strict JSON."""
+"""Paths as they are given, and files that one process writes at a time, as a whole or not at all, in strict JSON.
+
+Locks are those of the kernel (flock), which end with a process, whatever ends it, and reach over NFS. A file that tells
+of a lock by being there would need a clock to find out that its maker has died.
+"""
 
 from __future__ import annotations
 

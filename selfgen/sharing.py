@@ -23,10 +23,14 @@ from tqdm.auto import tqdm
 
 from .context import ContextGenerator
 from .context.budget import PassBudget
+from .context.generator import Method
 from .files import taken
 from .provenance import differences
 
+logger = logging.getLogger(__name__)
+
 _PAUSE = 0.2  # seconds between two looks at files that others make
+_PATIENCE = 300  # such looks before the log says what is waited for
 _LOOK = 10.0  # seconds between two looks at all that others have made, for the bar
 
 
@@ -88,6 +92,8 @@ class Parts:
                 idle += 1
                 if idle >= len(self._left):  # others make all that is left, or have died: then their locks are free
                     time.sleep(_PAUSE)
+                if idle == len(self._left) + _PATIENCE:
+                    logger.info("waiting for %s, which another process makes", self.files[number])
 
     def _is_whole_now(self, number: int, make: Callable[[], object]) -> bool:
         """Whether a file is whole, made now unless another process has taken it."""
@@ -104,7 +110,9 @@ class Parts:
         self._done = sum(self.rows) - sum(self.rows[number] for number in self._left)
 
 
-def rounding(found: Mapping[str, Any], generator: ContextGenerator, batch_size: int, passes: bool) -> dict[str, Any]:
+def rounding(
+    found: Mapping[str, Any], generator: ContextGenerator, batch_size: int, method: Method | None = None
+) -> dict[str, Any]:
     """What turns near ties in a low precision, and so must be the same in all processes of a job; nothing in fp32.
 
     Args:
@@ -112,15 +120,15 @@ def rounding(found: Mapping[str, Any], generator: ContextGenerator, batch_size: 
             there unless one was given.
         generator: of contexts, or of answers.
         batch_size: rows at a time.
-        passes: whether the generator makes contexts in passes, whose budget counts.
+        method: of the contexts; None for answers.
 
     Raises:
         ValueError: something differs from what is noted down.
     """
     if generator.precision in (torch.float32, torch.float64):
         return {}
-    now: dict[str, Any] = {"batch_size": batch_size}
-    if passes:
+    now: dict[str, Any] = {"batch_size": batch_size} | ({} if method is None else {"method": method})
+    if method == "fixed_point":
         if {"token_budget", "balance"} <= found.keys():
             tokens, balance = generator._token_budget, generator._balance
             generator._budget = PassBudget(tokens or found["token_budget"], balance or found["balance"])

@@ -70,30 +70,31 @@ def write_contexts(
     """Write the mixed context of every row to ``folder``, which ``load_contexts`` and ``datasets.load_dataset`` read.
 
     A folder that holds a part of the contexts is completed: a shard takes its place when it is whole, and is not made
-    again. So a kill loses at most one shard, and the result is byte for byte what an unbroken run writes (in bf16 that
-    needs the same ``token_budget`` and ``batch_size``: docs/exactness.md).
+    again. So a kill loses at most one shard, and the result is byte for byte what an unbroken run writes. Processes
+    that write the same folder share the shards (docs/bash.md), and return when all are there.
 
     Args:
         generator: of the model that samples the self tokens.
         rows: tokenized, with ``sample_id``, ``prompt_ids`` and ``answer_ids``; their order is that of the data set.
         folder: for ``data/train-*.parquet``, columns ``sample_id``, ``prompt_ids``, ``answer_ids``, ``context_ids`` and
-            ``is_self``, and for ``provenance.json``. One process at a time may write it.
+            ``is_self``, and for ``provenance.json``.
         self_prob: probability that a context token is a self token, in [0, 1].
         seed: of the contexts, any 64-bit integer.
         batch_size: rows whose contexts are made at once.
         shard_rows: rows per file.
         method: "fixed_point" or "sequential", as of ``ContextGenerator.contexts``.
         provenance: more to note down, such as the model's revision and the name of the data set.
-        progress: show a bar with the time left.
+        progress: show a bar with the time left, in the first process of a job.
 
     Returns:
         What ``provenance.json`` says: ``settings``, which the contexts depend on and which must be the same for the
-        folder to be completed (hashes of weights and rows among them), ``source``, the ``versions`` of packages that
-        wrote shards, and, once all are written, ``statistics`` of the contexts; ``invalid`` in these counts self tokens
-        that kept the reference, as their logits were not finite.
+        folder to be completed (hashes of weights and rows among them; in a low precision also ``batch_size`` and the
+        budget of passes, which is taken from there unless ``generator`` has been given one), ``source``, the
+        ``versions`` of packages that wrote shards, and ``statistics`` of the contexts; ``invalid`` in these counts self
+        tokens that kept the reference, as their logits were not finite.
 
     Raises:
-        OfflineError: (a ValueError) the folder holds something else, or another process is writing it.
+        OfflineError: (a ValueError) the folder holds something else.
         ValueError: rows without the columns, or longer than the model's positions; values out of range.
     """
     folder = Path(folder).expanduser()
@@ -120,7 +121,7 @@ def write_contexts(
         whole = {number for number, (shard, places) in enumerate(shards) if _is_whole(shard, len(places))}
         if len(whole) < len(shards):
             try:
-                terms = rounding(record["settings"], generator, batch_size, method == "fixed_point")
+                terms = rounding(record["settings"], generator, batch_size, method)
             except ValueError as error:
                 raise OfflineError(f"{folder}: {error}") from None
             _note(folder, record, terms)

@@ -498,12 +498,17 @@ def test_the_first_process_speaks(monkeypatch):
         assert is_first() == first
 
 
-def launch(command: str, folder: Path, *launcher: str) -> subprocess.CompletedProcess:
-    environment = os.environ | {"PYTHONPATH": str(ROOT), "HF_DATASETS_CACHE": str(folder / "cache")}
+def launch(command: list[str], folder: Path, **environment: str) -> subprocess.CompletedProcess:
+    own = {"PYTHONPATH": str(ROOT), "HF_DATASETS_CACHE": str(folder / "cache"), "OMP_NUM_THREADS": "1"}
+    path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
     return subprocess.run(
-        [sys.executable, "-m", *launcher, "-m", "selfgen", *COMMANDS[command]],
-        cwd=folder, env=environment | {"OMP_NUM_THREADS": "1"}, capture_output=True, text=True, timeout=300,
-    )  # fmt: skip
+        command,
+        cwd=folder,
+        env=os.environ | own | {"PATH": path} | environment,
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
 
 
 LAUNCHERS = {
@@ -514,12 +519,12 @@ LAUNCHERS = {
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    ("launcher", "command"), [*(("torchrun", one) for one in COMMANDS), ("accelerate", "contexts")]
+    ("launcher", "command"), [*(("torchrun", one) for one in ("generate", "eval")), ("accelerate", "contexts")]
 )
 def test_under_a_launcher(folder, capsys, launcher, command):
     want = of_one_process(command, folder, capsys)
     (folder / "out").rename(folder / "whole")
-    done = launch(command, folder, *LAUNCHERS[launcher])
+    done = launch([sys.executable, "-m", *LAUNCHERS[launcher], "-m", "selfgen", *COMMANDS[command]], folder)
     assert done.returncode == 0, done.stderr
     assert outputs(folder) == want
     said = {"contexts": "contexts of 16 rows", "generate": "answers are in"}.get(command, "results are in")
@@ -528,9 +533,20 @@ def test_under_a_launcher(folder, capsys, launcher, command):
 
 
 @pytest.mark.slow
+def test_the_example_of_a_launch(folder, capsys):
+    want = of_one_process("contexts", folder, capsys)
+    (folder / "out").rename(folder / "whole")
+    place = {"MODEL": "model", "DATA": "rows.jsonl", "OUT": "out", "GPUS": "2"}
+    options_of_it = COMMANDS["contexts"][COMMANDS["contexts"].index("--max_length") :]
+    done = launch(["sh", str(ROOT / "examples/launch/contexts.sh"), *options_of_it], folder, **place)
+    assert done.returncode == 0, done.stderr
+    assert outputs(folder) == want
+
+
+@pytest.mark.slow
 def test_torchrun_ends_with_the_message_of_the_process_that_failed(folder):
     (folder / "rows.jsonl").unlink()
     write_jsonl(folder / "rows.jsonl", [{"question": "a"}])
-    done = launch("contexts", folder, *LAUNCHERS["torchrun"])
+    done = launch([sys.executable, "-m", *LAUNCHERS["torchrun"], "-m", "selfgen", *COMMANDS["contexts"]], folder)
     assert done.returncode == 1
     assert "selfgen contexts: error: " in done.stderr

@@ -213,15 +213,14 @@ def evaluate(
 
     free = ContextGenerator(model, temperature=how.temperature, vocab_size=vocab_size)
     mixing = ContextGenerator(model, temperature=how.sampling_temperature, vocab_size=vocab_size)
-    in_passes = how.context_method == "fixed_point"
-    made_by: dict[str, tuple[ContextGenerator, int, bool, Callable[[list[dict]], list[dict]]]] = {
-        "answers": (free, how.batch_size or 32, False, partial(answers, free, tokenizer, data, how)),
-        "corrections": (free, how.batch_size or 32, False, partial(corrections, free, tokenizer, data, how)),
-        "losses": (mixing, how.batch_size or 8, in_passes, partial(losses, mixing, how)),
+    made_by: dict[str, tuple[ContextGenerator, int, Method | None, Callable[[list[dict]], list[dict]]]] = {
+        "answers": (free, how.batch_size or 32, None, partial(answers, free, tokenizer, data, how)),
+        "corrections": (free, how.batch_size or 32, None, partial(corrections, free, tokenizer, data, how)),
+        "losses": (mixing, how.batch_size or 8, how.context_method, partial(losses, mixing, how)),
     }
     for name, journal in journals.items():
-        generator, batch_size, passes, make = made_by[name]
-        agree = partial(rounding, generator=generator, batch_size=batch_size, passes=passes)
+        generator, batch_size, method, make = made_by[name]
+        agree = partial(rounding, generator=generator, batch_size=batch_size, method=method)
         journal.complete(rows, batch_size * _CHUNK_BATCHES, make, name.capitalize(), agree)
     if not is_first():
         return None

@@ -126,7 +126,7 @@ def answer(model_arguments: ModelArguments, data: DataArguments, how: GenerateAr
         return [given[place_of[one]] | {"sample_id": one} | line for one, line in zip(ids, found, strict=True)]
 
     def agree(found: Mapping[str, Any]) -> dict[str, Any]:
-        return rounding(found, generator, how.batch_size, passes=False)
+        return rounding(found, generator, how.batch_size)
 
     journal.complete(rows, how.chunk_rows, lines_of, "Rows", agree)
     if is_first():

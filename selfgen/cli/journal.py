@@ -54,7 +54,7 @@ def _loads(file: Path, line: int, text: str) -> dict[str, Any]:
     return found
 
 
-_AGREED = ("chunk_rows", "batch_size", "token_budget", "balance")
+_AGREED = ("chunk_rows", "batch_size", "method", "token_budget", "balance")
 """What is noted down next to the settings by the first process, for all."""
 _WAIT = 600.0  # seconds for which another process may note something down, such as a budget that it measures first
 
@@ -83,11 +83,12 @@ class Journal:
             raise ValueError(f"{file} is a folder: give the name of a file")
         with writing(file):
             file.parent.mkdir(parents=True, exist_ok=True)
-        with self._noting():
+        with self._alone():
             self._check_settings()
+            self.rows()  # an error shows before hours of work
 
-    def _noting(self) -> AbstractContextManager:
-        return alone(_settings_of(self.file), wait=_WAIT)
+    def _alone(self) -> AbstractContextManager:
+        return alone(self.file, wait=_WAIT)
 
     def _check_settings(self) -> dict[str, Any]:
         """What the settings file says, which is written if there is none."""
@@ -130,7 +131,7 @@ class Journal:
             title: of the bar.
             agree: from what the first process has noted down to what must be so in all of them, as `sharing.rounding`.
         """
-        with self._noting():
+        with self._alone():
             found = self._check_settings()
             self._rows, self._chunk_rows = len(rows), found.get("chunk_rows", chunk_rows)
             self._place, self._written = 0, 0
@@ -177,7 +178,7 @@ class Journal:
 
     def _gather(self) -> None:
         """Add the chunks that are next to the file, in order, and remove what a kill has left after the last one."""
-        with alone(self.file, wait=_WAIT):
+        with self._alone():
             while True:
                 chunk = self._chunk(self._chunks_written())
                 with writing(self.file):

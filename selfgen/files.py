@@ -72,7 +72,7 @@ def alone(path: Path, error: type[ValueError] = ValueError, wait: float = 0) -> 
     The lock ends with the process, too, whatever ends that. Its file stays: in a folder, or next to a file.
 
     Raises:
-        error: another process is writing it, and still is after ``wait`` seconds.
+        error: another process is writing it, and still is after ``wait`` seconds; below 0, it is waited for.
         SaveError: the file system has no locks.
     """
     held = _held(path, path / ".lock" if path.is_dir() else path.with_name(f".{path.name}.lock"), wait)

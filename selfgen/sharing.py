@@ -11,7 +11,8 @@ import logging
 import os
 import time
 from collections import deque
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -24,7 +25,8 @@ from tqdm.auto import tqdm
 from .context import ContextGenerator
 from .context.budget import PassBudget
 from .context.generator import Method
-from .files import taken
+from .data.loading import cache_folder
+from .files import alone, taken
 from .provenance import differences
 
 logger = logging.getLogger(__name__)
@@ -45,6 +47,16 @@ def let_first_speak() -> None:
         logging.getLogger("selfgen").setLevel(logging.WARNING)
         transformers.utils.logging.disable_progress_bar()
         datasets.disable_progress_bars()
+
+
+@contextmanager
+def in_turn() -> Iterator[None]:
+    """One process of a machine at a time: the others find in the cache of `datasets` what the first one has made."""
+    if "LOCAL_RANK" not in os.environ:
+        yield
+        return
+    with alone(cache_folder(), wait=-1):
+        yield
 
 
 class Parts:

@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 
 from ..context.masks import check_probability
 from ..files import check_folder
-from ..sharing import is_first, let_first_speak
+from ..sharing import in_turn, is_first, let_first_speak
 from ..stored_contexts import write_contexts
 from ..training.config import GeneratorOptions
 from .options import (
@@ -66,10 +66,12 @@ def run(arguments: list[str]) -> int:
         check_folder(options.output_dir, "output_dir")
         if data.assistant_turns != "last":
             raise ValueError("assistant_turns=all is for selfgen train --method bss: stored contexts are of one answer")
-        rows = data.load()
+        with in_turn():
+            rows = data.load()
         model, tokenizer = model_arguments.load()
         generator = how.generator(model.to(device(options.use_cpu)), tokenizer)
-        rows, report = data.tokenize(rows, tokenizer)
+        with in_turn():
+            rows, report = data.tokenize(rows, tokenizer)
         if is_first():
             logger.log(report.level, "data: %s", report)
         record = write_contexts(

@@ -35,7 +35,7 @@ from ..evaluation.report import table, write_plots
 from ..evaluation.symbolic import Undecided, decide, has_math_verify
 from ..files import alone, check_folder, write_json, writing
 from ..provenance import differences, rows_hash, versions, weights_hash
-from ..sharing import is_first, let_first_speak, rounding
+from ..sharing import in_turn, is_first, let_first_speak, rounding
 from .answers import answer_rows, is_empty, tell_of_answers
 from .journal import NAMES, Journal, read
 from .options import (
@@ -187,11 +187,13 @@ def evaluate(
         rouge("", "")  # a missing package shows here, not after hours
     if data.assistant_turns != "last":
         raise ValueError("assistant_turns=all is for training: the answer that is evaluated is the last turn")
-    dataset = data.load()
+    with in_turn():
+        dataset = data.load()
     model, tokenizer = model_arguments.load()
     vocab_size = unpadded_vocab_size(model, tokenizer)
     model.to(device(how.use_cpu))
-    rows, report = data.tokenize(dataset.select(range(min(how.limit or len(dataset), len(dataset)))), tokenizer)
+    with in_turn():
+        rows, report = data.tokenize(dataset.select(range(min(how.limit or len(dataset), len(dataset)))), tokenizer)
     if is_first():
         logger.log(report.level, "data: %s", report)
     limit = max_positions(model)

@@ -14,7 +14,7 @@ from ..correction import DEFAULT_CUE, CorrectionCue
 from ..data import sample_ids_of
 from ..files import check_place
 from ..provenance import rows_hash, weights_hash
-from ..sharing import is_first, let_first_speak, rounding
+from ..sharing import in_turn, is_first, let_first_speak, rounding
 from .answers import answer_rows, tell_of_answers
 from .journal import Journal
 from .options import (
@@ -102,8 +102,9 @@ def answer(model_arguments: ModelArguments, data: DataArguments, how: GenerateAr
     check_place(how.output_file, "output_file")
     model, tokenizer = model_arguments.load()
     vocab_size = unpadded_vocab_size(model, tokenizer)
-    given = data.load()
-    rows, report = data.tokenize_prompts(given, tokenizer)
+    with in_turn():
+        given = data.load()
+        rows, report = data.tokenize_prompts(given, tokenizer)
     place_of = {sample_id: place for place, sample_id in enumerate(sample_ids_of(given))}
     if is_first():
         logger.log(report.level, "data: %s", report)

@@ -16,7 +16,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
-from contextlib import chdir
+from contextlib import ExitStack, chdir
 from pathlib import Path
 
 import datasets
@@ -216,6 +216,63 @@ def test_the_part_of_a_dead_process_is_made_by_one_that_waits(tmp_path):
 
 def make_until_killed(ready, folder: str) -> None:
     make_parts(folder, "dead", 4, 0, ready)
+
+
+def test_what_is_waited_for_is_told(tmp_path, monkeypatch, caplog):
+    caplog.set_level("INFO", logger="selfgen")
+    monkeypatch.setattr("selfgen.sharing._PAUSE", 0.0)
+    monkeypatch.setattr("selfgen.sharing._PATIENCE", 2)
+    parts, asked, made = parts_of(tmp_path, 2), itertools.count(), []
+    with ExitStack() as other:
+        other.enter_context(taken(parts.files[0]))
+        exists = parts.is_whole
+
+        def is_whole(number: int) -> bool:
+            if next(asked) == 20:
+                other.close()  # as if it had died
+            return exists(number)
+
+        def make(number: int, done: Callable[[int], object]) -> None:
+            made.append(number)
+            parts.files[number].touch()
+
+        parts.is_whole = is_whole
+        parts.complete(make, "", progress=False)
+    assert made == [1, 0]
+    assert caplog.messages == [f"waiting for {parts.files[0]}, which another process makes"]
+
+
+def test_the_bar_counts_the_rows_of_all(tmp_path, monkeypatch):
+    seen: list[int] = []
+
+    class Bar:
+        def __init__(self, total: int, initial: int, **options):
+            self.total, self.n = total, initial
+
+        def __enter__(self):
+            return self
+
+        def __exit__(self, *error):
+            pass
+
+        def update(self, more: int) -> None:
+            self.n += more
+            seen.append(self.n)
+
+    monkeypatch.setattr("selfgen.sharing.tqdm", Bar)
+    monkeypatch.setattr("selfgen.sharing._LOOK", -1.0)
+    files = [tmp_path / f"{number}" for number in range(3)]
+    files[0].touch()
+    parts = Parts(files, [10, 5, 2], lambda number: files[number].exists())
+
+    def make(number: int, done: Callable[[int], object]) -> None:
+        done(3)
+        files[2].touch()  # by another process
+        done(2)
+        files[number].touch()
+
+    parts.complete(make, "", progress=True)
+    assert seen == [13, 17, 17]
 
 
 # The commands

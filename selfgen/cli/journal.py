@@ -184,9 +184,11 @@ class Journal:
                 with writing(self.file):
                     if self.file.exists() and self.file.stat().st_size > self._place:
                         os.truncate(self.file, self._place)
-                    if not chunk.exists():
+                    try:
+                        content = chunk.read_bytes()
+                    except FileNotFoundError:
                         return
-                    self._append(chunk.read_bytes())
+                    self._append(content)
                     chunk.unlink()
 
     def _append(self, content: bytes) -> None:

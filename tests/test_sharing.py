@@ -11,7 +11,9 @@ import itertools
 import json
 import os
 import pkgutil
+import random
 import shutil
+import signal
 import subprocess
 import sys
 import time
@@ -29,7 +31,7 @@ from helpers.processes import Killed, begun, contents, forked, kill_at
 from helpers.training import rows
 from models import tiny_model
 
-from selfgen import ContextGenerator, write_contexts
+from selfgen import ContextGenerator, load_contexts, write_contexts
 from selfgen.cli import main, options
 from selfgen.cli.journal import Journal
 from selfgen.context.budget import PassBudget
@@ -354,6 +356,26 @@ def test_the_work_of_a_killed_process_is_done_by_another(folder, capsys, command
     assert outputs(folder) == want
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("command", COMMANDS)
+def test_processes_that_are_killed_at_any_time(folder, capsys, command):
+    """Three work at a time; whichever is killed, another one is begun."""
+    want = of_one_process(command, folder, capsys)
+    (folder / "out").rename(folder / "whole")
+    draw = random.Random(4)
+    for _ in range(4):
+        running = [forked(work, str(folder), None, 1, COMMANDS[command]) for _ in range(3)]
+        for _ in range(5):
+            time.sleep(draw.uniform(0.0, 1.5))
+            dead = running.pop(draw.randrange(3))
+            dead.kill()
+            dead.join()
+            running.append(forked(work, str(folder), None, 1, COMMANDS[command]))
+        end(running, folder)
+        assert outputs(folder) == want
+        shutil.rmtree(folder / "out")
+
+
 @pytest.mark.parametrize(
     "command", ["contexts", *(pytest.param(one, marks=pytest.mark.slow) for one in ("generate", "eval"))]
 )
@@ -610,6 +632,31 @@ def test_the_example_of_a_launch(folder, capsys):
     done = launch(["sh", str(ROOT / "examples/launch/contexts.sh"), *options_of_it], folder, **place)
     assert done.returncode == 0, done.stderr
     assert outputs(folder) == want
+
+
+@pytest.mark.slow
+def test_a_killed_worker_of_torchrun(folder, capsys):
+    """torchrun ends the others; one process goes on, with the bytes of an unbroken run."""
+    (folder / "rows.jsonl").unlink()
+    write_jsonl(folder / "rows.jsonl", ROWS * 300)
+    command = [sys.executable, "-m", *LAUNCHERS["torchrun"], "-m", "selfgen", *COMMANDS["contexts"]]
+    environment = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+    job = subprocess.Popen(command, cwd=folder, env=environment, stderr=subprocess.PIPE, text=True)
+    while not (shards := [*folder.glob("out/data/*.parquet")]):
+        assert job.poll() is None
+        time.sleep(0.02)
+    workers = Path(f"/proc/{job.pid}/task/{job.pid}/children").read_text().split()
+    os.kill(int(workers[-1]), signal.SIGKILL)
+    _, said = job.communicate(timeout=120)
+    assert job.returncode == 1
+    assert "Signal 9 (SIGKILL)" in said
+    assert 0 < len(shards) < 200
+    with pytest.raises(OfflineError, match="are not complete"):
+        load_contexts("out")
+    assert run(COMMANDS["contexts"], capsys)[0] == 0
+    found = outputs(folder)
+    (folder / "out").rename(folder / "killed")
+    assert of_one_process("contexts", folder, capsys) == found
 
 
 @pytest.mark.slow

@@ -333,7 +333,9 @@ HANGS = {
 }
 
 
-@pytest.mark.parametrize("command", ["contexts", "generate", pytest.param("eval", marks=pytest.mark.slow)])
+@pytest.mark.parametrize(
+    "command", ["contexts", *(pytest.param(one, marks=pytest.mark.slow) for one in ("generate", "eval"))]
+)
 def test_the_work_of_a_killed_process_is_done_by_another(folder, capsys, command):
     """While the job goes on; a job of two may be gone on with by four, or by one."""
     want = of_one_process(command, folder, capsys)
@@ -485,7 +487,7 @@ def test_in_bf16_an_older_folder_is_gone_on_with(tmp_path):
     assert contents(tmp_path) == before
 
 
-@pytest.mark.parametrize("command", ["generate", "eval"])
+@pytest.mark.parametrize("command", ["generate", pytest.param("eval", marks=pytest.mark.slow)])
 def test_in_bf16_rows_are_computed_in_the_chunks_that_were_noted_down(folder, capsys, command):
     """An answer may depend on the rows that are answered with it, so these are always the same ones."""
     given = [*COMMANDS[command], "--dtype", "bfloat16"]
@@ -506,6 +508,9 @@ def test_in_bf16_rows_are_computed_in_the_chunks_that_were_noted_down(folder, ca
     assert settings["chunk_rows"] == (3 if command == "generate" else 4)
     file.write_text("")
     assert "batch_size was" in refused([*given, "--batch_size", "2"], capsys, said=True)
+    file.unlink()
+    assert run([*given, "--batch_size", "2"], capsys)[0] == 0  # begun anew
+    assert json.loads(file.with_name(f"{file.name}.settings.json").read_text())["batch_size"] == 2
 
 
 # Files of rows

@@ -90,6 +90,9 @@ class Journal:
     def _alone(self) -> AbstractContextManager:
         return alone(self.file, wait=_WAIT)
 
+    def _is_begun(self) -> bool:
+        return self.file.exists() or self._chunks.exists()
+
     def _check_settings(self) -> dict[str, Any]:
         """What the settings file says, which is written if there is none."""
         noted = _settings_of(self.file)
@@ -97,7 +100,7 @@ class Journal:
         other = differences(found or {}, self.settings, ignore=NAMES.union(_AGREED))
         if found is not None and not other:
             return found
-        if self.file.exists() or self._chunks.exists():
+        if self._is_begun():
             if found is None:
                 raise ValueError(
                     f"selfgen did not write {self.file}, and would add rows to it: give another file or folder"
@@ -133,6 +136,8 @@ class Journal:
         """
         with self._alone():
             found = self._check_settings()
+            if not self._is_begun():
+                found = {name: value for name, value in found.items() if name not in _AGREED}
             self._rows, self._chunk_rows = len(rows), found.get("chunk_rows", chunk_rows)
             self._place, self._written = 0, 0
             if self._chunks_written() * self._chunk_rows < len(rows):

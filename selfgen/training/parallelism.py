@@ -45,8 +45,8 @@ def check_tensor_parallel(args: TrainingArguments, size: int) -> None:
     for name, _, asked in _sizes(args, {"tp_size": "tensor parallelism"}):
         if asked not in (1, size):
             raise ValueError(
-                f"{name} is {asked}, but each weight of the model is split over {size} process{'es' * (size > 1)}: load "
-                f"the model with distributed_config=DistributedConfig(tp_size={asked}) (--tp_size)"
+                f"{name} is {asked}, but each weight of the model is split over {size} process{'es' * (size > 1)}: "
+                f"load the model with distributed_config=DistributedConfig(tp_size={asked}) (--tp_size)"
             )
     if size > 1 and args.device.type in _NOT_SPLIT_ON:
         raise ValueError(

@@ -53,8 +53,8 @@ def rac(folder, **options):
 def bash(folder, **options) -> BASHTrainer:
     contexts = folder.parent / f"contexts-of-{folder.name}"
     write_contexts(ContextGenerator(tiny_model("llama")), ROWS, contexts, self_prob=0.5, progress=False)
-    options = config(folder, **options)
-    return BASHTrainer(tiny_model("llama"), options, train_dataset=contexts, processing_class=Tokenizer())
+    model = tiny_model("llama")
+    return BASHTrainer(model, config(folder, **options), train_dataset=contexts, processing_class=Tokenizer())
 
 
 RUNS = {  # what is trained, and its options; each under one process, and under ZeRO
@@ -70,6 +70,13 @@ RUNS = {  # what is trained, and its options; each under one process, and under 
     "lora, near": (bss_lora, {"kl_weight": 0.3}),
     "tied": (lambda folder, **o: bss(folder, model=tiny_model("gemma2"), **o), {}),
 }
+
+
+def forget_partitions() -> None:
+    """From here on, models are made whole: a configuration of an earlier trainer would partition them."""
+    from transformers.integrations.deepspeed import unset_hf_deepspeed_config
+
+    unset_hf_deepspeed_config()
 
 
 class Recorded:
@@ -128,6 +135,7 @@ def of_a_stage(rank, folder, stage, file):
     with deepspeed_on_cpus():
         for name in RUNS:
             make, options = options_of(name, WORLD, deepspeed=zero_config(stage), ddp_backend="gloo")
+            forget_partitions()
             found = trained(make(folder / f"{name}-{rank}", **options))
             same(found, wanted[name], name)
             seen = [None, None]
@@ -152,3 +160,154 @@ def in_one_process(tmp_path_factory):
 @pytest.mark.parametrize("stage", [1, 2, 3])
 def test_as_in_one_process(stage, in_one_process, tmp_path):
     in_ranks(of_a_stage, tmp_path, stage, in_one_process)
+
+
+def zero(stage, **changes) -> dict:
+    return {**SGD, "deepspeed": zero_config(stage, **changes), "ddp_backend": "gloo"}
+
+
+def lives(rank, folder, stage):
+    logging.basicConfig(level=logging.WARNING)
+    with deepspeed_on_cpus():
+        for check in (resumes, in_bf16, stops_at_broken_gradients, tells_of_missing_gradients, comes_apart_again):
+            forget_partitions()
+            check(stage, folder / check.__name__, rank)
+        if stage == 3:
+            loaded_in_parts(stage, folder / "loaded", rank)
+
+
+def resumes(stage, folder, rank):
+    """Bit for bit, with what AdamW knows in parts; and the model that is saved is whole."""
+    options = {**zero(stage), "optim": "adamw_torch", "save_strategy": "steps", "save_steps": 2, "save_total_limit": 2}
+    whole = bss(folder, **options)
+    want = trained(whole)
+    with pytest.raises(RuntimeError, match="make a new trainer"):
+        whole.train()
+    saved = folder / "checkpoint-2"
+    assert fault_of(saved) is None
+    forget_partitions()
+    again = bss(folder, **options)
+    found = trained(again, resume_from_checkpoint=str(saved))
+    assert found["contexts"] == {key: value for key, value in want["contexts"].items() if key[0] >= 2}
+    assert found["loss"] == want["loss"]
+    assert all(torch.equal(found["weights"][name], value) for name, value in want["weights"].items())
+    forget_partitions()
+    for made in (folder / "checkpoint-4", saved):
+        model = AutoModelForCausalLM.from_pretrained(made)
+        last = all(torch.equal(dict(model.named_parameters())[name], value) for name, value in want["weights"].items())
+        assert last == (made.name == "checkpoint-4")
+    dist.barrier()
+    with pytest.raises(ResumeError, match="learning_rate|other settings"):
+        bss(folder, **options, self_prob=0.3).check_resumed(saved)
+    part = next(saved.glob("global_step2/*1_mp_rank_00_optim_states.pt"))
+    dist.barrier()
+    if rank == 0:
+        part.unlink()
+    dist.barrier()
+    with pytest.raises(ResumeError, match="1 of 2 parts of the optimizer are in global_step2"):
+        bss(folder, **options).train(resume_from_checkpoint=str(saved))
+
+
+def in_bf16(stage, folder, rank):
+    """Contexts are those of bf16 weights; the optimizer's fp32 weights take up what bf16 would round away."""
+    options = {**zero(stage), "bf16": True, "learning_rate": 1e-5, "token_budget": 32, "save_strategy": "no"}
+    trainer = bss(folder, **options)
+    contexts = Recorded(trainer)
+    trainer.train()
+    before = tiny_model_of_one_process().bfloat16()
+    rows_here = [row for step, row in contexts.seen if step == 0]
+    chosen = ROWS.select(rows_here)
+    columns = [list(chosen[name]) for name in ("prompt_ids", "answer_ids")]
+    made = ContextGenerator(before, token_budget=32, balance=4).contexts(
+        *columns, trainer.args.self_prob, seed=step_seed(trainer.args.seed, 0), sample_ids=rows_here
+    )
+    for row, prompt, tokens in zip(rows_here, columns[0], made.tokens, strict=True):
+        assert contexts.seen[0, row][0] == [*prompt, *tokens.tolist()]
+    weights = whole_weights_of(trainer.model)
+    assert {value.dtype for value in weights.values()} == {torch.bfloat16}
+    same = [torch.equal(value, dict(before.named_parameters())[name]) for name, value in weights.items()]
+    assert any(same)
+    masters = [part for group in trainer.optimizer.optimizer.param_groups for part in group["params"]]
+    assert {part.dtype for part in masters} == {torch.float32}
+    assert trainer.meter.scales_loss is False
+
+
+def tiny_model_of_one_process():
+    forget_partitions()
+    return tiny_model("llama")
+
+
+def stops_at_broken_gradients(stage, folder, rank):
+    trainer = bss(folder, **zero(stage))
+    weight = trainer.model.model.layers[0].mlp.up_proj.weight
+    weight.register_hook(lambda gradient: gradient * float("nan") if trainer.state.global_step == 1 else gradient)
+    with pytest.raises(DivergedError, match="step 2: the norm of the gradients is (nan|inf)"):
+        trainer.train()
+
+
+def tells_of_missing_gradients(stage, folder, rank):
+    model = tiny_model("llama")
+    model.model.layers[1].extra = torch.nn.Parameter(torch.ones(7))
+    told = []
+    log = logging.getLogger("selfgen.training.weights")
+    handler = logging.Handler()
+    handler.emit = lambda record: told.append(record.getMessage())
+    log.addHandler(handler)
+    trainer = bss(folder, model=model, **zero(stage))
+    trainer.train()
+    log.removeHandler(handler)
+    assert [text[: text.index(", and")] for text in told] == ["1 of 22 trainable weights got no gradient in step 1"]
+    assert "model.layers.1.extra" in told[0]
+
+
+def comes_apart_again(stage, folder, rank):
+    """After an exception inside whole weights, in one of the processes alone, training goes on."""
+    options = zero(stage)
+    trainer, other = bss(folder / "a", **options), None
+    seen = []
+
+    class Stops(TrainerCallback):
+        def on_step_end(self, args, state, control, **kwargs):
+            hooks = [(len(m._forward_hooks), len(m._forward_pre_hooks)) for m in trainer.model.modules()]
+            if rank == 0 and state.global_step == 2:
+                with pytest.raises(KeyError), whole_weights(trainer.model):
+                    assert is_whole(trainer.model)
+                    raise KeyError
+            elif state.global_step == 2:
+                with whole_weights(trainer.model):
+                    pass
+            assert hooks == [(len(m._forward_hooks), len(m._forward_pre_hooks)) for m in trainer.model.modules()]
+            seen.append(is_whole(trainer.model))
+            if stage == 3:
+                assert all(weight.numel() == 0 for weight in trainer.model.parameters()) or state.global_step != 2
+
+    trainer.add_callback(Stops())
+    found = trained(trainer)
+    forget_partitions()
+    other = trained(bss(folder / "b", **options))
+    assert seen == [stage < 3] * 4
+    assert found["loss"] == other["loss"]
+    assert all(torch.equal(found["weights"][name], value) for name, value in other["weights"].items())
+
+
+def loaded_in_parts(stage, folder, rank):
+    """From a folder, after the arguments are made: transformers partitions each weight as it loads it."""
+    forget_partitions()
+    if rank == 0:
+        tiny_model("llama").save_pretrained(folder / "model")
+    dist.barrier()
+    for name in ("bss", "near"):
+        options = options_of(name, WORLD, **zero(stage))[1]
+        forget_partitions()
+        want = trained(bss(folder / "whole", **options))
+        forget_partitions()
+        arguments = config(folder / "parts", **options)
+        trainer = BSSTrainer(str(folder / "model"), arguments, train_dataset=ROWS, processing_class=Tokenizer())
+        assert all(hasattr(weight, "ds_id") for weight in trainer.model.parameters())
+        found = trained(trainer)
+        same(found, want, name)
+
+
+@pytest.mark.parametrize("stage", [2, 3])
+def test_a_run_and_its_ends(stage, tmp_path):
+    in_ranks(lives, tmp_path, stage)

@@ -205,7 +205,9 @@ class BSSTrainer(Trainer):
         self.add_callback(StepTimer(self.meter))
         self.add_callback(EpochOfSampler())
         after = self._engine.steps_in_backward
-        self.add_callback(TellOfMissingGradients(in_backward=after))
+        missing = TellOfMissingGradients(in_backward=after)
+        self._unused = missing.unused if after else None
+        self.add_callback(missing)
         if not self._engine.scales_loss:
             self.add_callback(StopAtBrokenGradients(self._engine.gradient_norm if after else None))
 
@@ -732,7 +734,9 @@ class BSSTrainer(Trainer):
         passes = self._step.passes if model.training else None
         if not model.training and not self._loss_is_users:
             num_items_in_batch = None  # the mean over the tokens that this process has
-        reusing = nullcontext if passes is None else partial(reuse_passes, passes.hidden_states, passes.slots(inputs))
+        reusing = nullcontext
+        if passes is not None:
+            reusing = partial(reuse_passes, passes.hidden_states, passes.slots(inputs), unused=self._unused)
         row_weights = inputs.get("loss_weight")
         inputs = {key: value for key, value in inputs.items() if key not in _BOOKKEEPING}
         inputs = text_inputs(self.generator.model, inputs["input_ids"]) | inputs

@@ -8,7 +8,7 @@ checkpointing function of transformers' ``GradientCheckpointingLayer``, so a mod
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from functools import partial
 
@@ -20,19 +20,22 @@ from ..context.hidden_states import HiddenStates, ReuseError
 
 
 @contextmanager
-def reuse_passes(kept: HiddenStates, slots: Tensor, *, bound: float | None = None) -> Iterator[list[int]]:
+def reuse_passes(
+    kept: HiddenStates, slots: Tensor, *, bound: float | None = None, unused: set[int] | None = None
+) -> Iterator[list[int]]:
     """Inside, training forwards over [B, L] tokens whose slots are ``slots`` [B, L] reuse what is ``kept``.
 
     Their backward may come later, outside. The yielded list gets the number of each layer that has reused its passes.
     With ``bound``, the backward raises ReuseError where a layer that is computed again differs by more than that many
-    standard deviations, or gives a gradient to what is no part of it.
+    standard deviations, or gives a gradient to what is no part of it. With ``unused``, weights that a layer does not use
+    get zeros, where else they get no gradient, and their ids are there until the layer does.
     """
     reused: list[int] = []
     before = [{name: value for name, value in vars(layer).items() if name in _SWITCHES} for layer in kept.layers]
     try:
         for index, layer in enumerate(kept.layers):
             layer.gradient_checkpointing = True
-            layer._gradient_checkpointing_func = partial(_reuse_layer, kept, reused, index, slots, bound)
+            layer._gradient_checkpointing_func = partial(_reuse_layer, kept, reused, index, slots, bound, unused)
         yield reused
     finally:
         for layer, switches in zip(kept.layers, before, strict=True):
@@ -47,6 +50,7 @@ def _reuse_layer(
     index: int,
     slots: Tensor,
     bound: float | None,
+    unused: set[int] | None,
     forward: Callable,
     hidden: Tensor,
     *args,
@@ -65,7 +69,7 @@ def _reuse_layer(
             _verify(index, output, leaving(), [states, *trainable], bound)
         return output
 
-    return _ReusedLayer.apply(layer, entering, leaving, hidden, *trainable)
+    return _ReusedLayer.apply(layer, entering, leaving, unused, hidden, *trainable)
 
 
 def _verify(index: int, output: Tensor, kept: Tensor, inputs: list[Tensor], bound: float) -> None:
@@ -105,9 +109,9 @@ class _ReusedLayer(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx, layer, entering, leaving, hidden, *trainable):
+    def forward(ctx, layer, entering, leaving, unused, hidden, *trainable):
         device = hidden.device.type
-        ctx.layer, ctx.entering, ctx.trainable = layer, entering, trainable
+        ctx.layer, ctx.entering, ctx.unused, ctx.trainable = layer, entering, unused, trainable
         ctx.autocast = nullcontext
         if torch.is_autocast_enabled(device):
             ctx.autocast = partial(torch.autocast, device, dtype=torch.get_autocast_dtype(device))
@@ -126,7 +130,15 @@ class _ReusedLayer(torch.autograd.Function):
                 "the weights of a decoder layer got no gradient, as it computes with others than it has when it is "
                 "called: give reuse_passes=False"
             )
-        return None, None, None, *gradients
+        if ctx.unused is not None:
+            gradients = (gradients[0], *_filled(ctx.trainable, gradients[1:], ctx.unused))
+        return None, None, None, None, *gradients
+
+
+def _filled(weights: Sequence[Tensor], gradients: Sequence[Tensor | None], unused: set[int]) -> Iterator[Tensor]:
+    for weight, gradient in zip(weights, gradients, strict=True):
+        (unused.add if gradient is None else unused.discard)(id(weight))
+        yield torch.zeros_like(weight) if gradient is None else gradient
 
 
 @contextmanager

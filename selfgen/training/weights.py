@@ -81,15 +81,18 @@ class TellOfMissingGradients(TrainerCallback):
 
     def __init__(self, in_backward: bool = False) -> None:
         self.looked, self.in_backward = False, in_backward
+        self.unused: set[int] = set()  # the ids of weights whose gradient is a zero that stands for none
         self._came: set[int] = set()  # the ids of weights that got one
         self._hooks: list[RemovableHandle] = []
 
     def on_step_begin(self, args, state, control, model=None, **kwargs):
         if self.in_backward and not self.looked and not self._hooks:
-            trainable = (parameter for parameter in model.parameters() if parameter.requires_grad)
-            self._hooks = [
-                one.register_post_accumulate_grad_hook(lambda it: self._came.add(id(it))) for one in trainable
-            ]
+            weights = [parameter for parameter in model.parameters() if parameter.requires_grad]
+            self._hooks = [weight.register_post_accumulate_grad_hook(self._note) for weight in weights]
+
+    def _note(self, weight: nn.Parameter) -> None:
+        if id(weight) not in self.unused:
+            self._came.add(id(weight))
 
     def on_pre_optimizer_step(self, args, state, control, model=None, **kwargs):
         if self.looked:

@@ -11,6 +11,7 @@ from contextlib import contextmanager
 
 from torch import nn
 from torch.distributed.fsdp import FSDPModule
+from torch.distributed.fsdp._fully_shard._fsdp_param_group import FSDPParamGroup
 
 from .hooks import hooks_taken_off
 
@@ -33,6 +34,37 @@ def gathered(model: nn.Module, *, keep: bool) -> Iterator[None]:
         if not (whole and keep):
             for module in modules:
                 module.reshard()  # which communicates nothing
+
+
+@contextmanager
+def kept_whole(model: nn.Module, *, last: bool) -> Iterator[None]:
+    """Inside, a forward and a backward leave gathered weights as they are, for the next micro-batch of the step.
+
+    They are sharded afterwards where that was the ``last`` one, or failed: an optimizer must not find them whole.
+    """
+    modules = [module for module in model.modules() if isinstance(module, FSDPModule)]
+    groups = [group for module in modules for group in _groups(module)]
+    before = [(group.post_forward_mesh_info, group.reshard_after_backward) for group in groups]
+    done = False
+    try:
+        for group in groups:
+            group.post_forward_mesh_info, group.reshard_after_backward = None, False
+        yield
+        done = True
+    finally:
+        for group, (forward, backward) in zip(groups, before, strict=True):
+            group.post_forward_mesh_info, group.reshard_after_backward = forward, backward
+        if last or not done:
+            for module in modules:
+                module.reshard()
+
+
+def _groups(module: FSDPModule) -> list[FSDPParamGroup]:
+    state = module._get_fsdp_state()
+    several = getattr(state, "_fsdp_param_groups", None)  # since torch 2.12
+    if several is not None:
+        return several
+    return [] if state._fsdp_param_group is None else [state._fsdp_param_group]
 
 
 def _is_fsdps(hook: Callable) -> bool:

@@ -3,25 +3,24 @@
 from __future__ import annotations
 
 import importlib.util
-import json
 import logging
-import math
-from functools import partial
+import shlex
 from pathlib import Path
 
 import pytest
 import torch
 import torch.distributed as dist
-from datasets import Dataset
+from accelerate.utils import DistributedType
+from helpers.cli import ROOT, flags, history
 from helpers.processes import WORLD, in_ranks
 from helpers.training import Tokenizer, config, make_rac_trainer, make_trainer, rows
 from helpers.zero import deepspeed_on_cpus, whole_weights_of, zero_config
-from models import VOCAB, tiny_model
-from peft import LoraConfig, PeftModel, get_peft_model
+from models import tiny_model
+from peft import LoraConfig, get_peft_model
 from transformers import AutoModelForCausalLM, TrainerCallback
 
 from selfgen import BASHTrainer, BSSTrainer, ContextGenerator, write_contexts
-from selfgen.data import rows_of
+from selfgen.cli import main
 from selfgen.context.sharding import is_whole, whole_weights
 from selfgen.training.bss import step_seed
 from selfgen.training.checkpoints import ResumeError, fault_of
@@ -200,7 +199,7 @@ def resumes(stage, folder, rank):
         last = all(torch.equal(dict(model.named_parameters())[name], value) for name, value in want["weights"].items())
         assert last == (made.name == "checkpoint-4")
     dist.barrier()
-    with pytest.raises(ResumeError, match="learning_rate|other settings"):
+    with pytest.raises(ResumeError, match=r"other settings .*self_prob"):
         bss(folder, **options, self_prob=0.3).check_resumed(saved)
     part = next(saved.glob("global_step2/*1_mp_rank_00_optim_states.pt"))
     dist.barrier()
@@ -248,7 +247,7 @@ def stops_at_broken_gradients(stage, folder, rank):
     trainer = bss(folder, **zero(stage))
     weight = trainer.model.model.layers[0].mlp.up_proj.weight
     weight.register_hook(lambda gradient: gradient * float("nan") if trainer.state.global_step == 1 else gradient)
-    with pytest.raises(DivergedError, match="step 2: the norm of the gradients is (nan|inf)"):
+    with pytest.raises(DivergedError, match=r"step 2: the norm of the gradients is (nan|inf)"):
         trainer.train()
 
 
@@ -270,19 +269,23 @@ def tells_of_missing_gradients(stage, folder, rank):
 def comes_apart_again(stage, folder, rank):
     """After an exception inside whole weights, in one of the processes alone, training goes on."""
     options = zero(stage)
-    trainer, other = bss(folder / "a", **options), None
-    seen = []
+    trainer, seen = bss(folder / "a", **options), []
+
+    def fail_inside():
+        with whole_weights(trainer.model):
+            for _ in range(3):
+                trainer.model(input_ids=torch.arange(3, 9)[None])
+            raise KeyError
 
     class Stops(TrainerCallback):
         def on_step_end(self, args, state, control, **kwargs):
             hooks = [(len(m._forward_hooks), len(m._forward_pre_hooks)) for m in trainer.model.modules()]
             if rank == 0 and state.global_step == 2:
-                with pytest.raises(KeyError), whole_weights(trainer.model):
-                    assert is_whole(trainer.model)
-                    raise KeyError
+                with pytest.raises(KeyError):
+                    fail_inside()
             elif state.global_step == 2:
-                with whole_weights(trainer.model):
-                    pass
+                with whole_weights(trainer.model):  # the other one runs three forwards: none waits
+                    assert is_whole(trainer.model)
             assert hooks == [(len(m._forward_hooks), len(m._forward_pre_hooks)) for m in trainer.model.modules()]
             seen.append(is_whole(trainer.model))
             if stage == 3:
@@ -318,3 +321,43 @@ def loaded_in_parts(stage, folder, rank):
 @pytest.mark.parametrize("stage", [2, 3])
 def test_a_run_and_its_ends(stage, tmp_path):
     in_ranks(lives, tmp_path, stage)
+
+
+def launched(rank, folder, options):
+    with deepspeed_on_cpus():
+        forget_partitions()
+        assert main(["train", *flags(options)]) == 0
+
+
+@pytest.mark.parametrize("stage", [2, 3])
+def test_launch_files(stage, arguments, tmp_path):
+    """What examples/launch/deepspeed.sh starts, on two CPUs; the model that it leaves is whole."""
+    shell = (ROOT / "examples" / "launch" / "deepspeed.sh").read_text()
+    given = shlex.split(shell[shell.index("exec torchrun") :].replace("\\\n", " "))
+    assert given[given.index("--deepspeed") + 1] == "$(dirname $0)/deepspeed_zero${ZERO:-2}.json"
+    file = ROOT / "examples" / "launch" / f"deepspeed_zero{stage}.json"
+    options = {
+        **arguments,
+        "deepspeed": str(file),
+        "bf16": "yes",
+        "per_device_train_batch_size": 2,
+        "report_to": "none",
+    }
+    in_ranks(launched, tmp_path, options)
+    out = Path(arguments["output_dir"])
+    assert [entry["step"] for entry in history(out)] == [1, 2, 3]
+    model = AutoModelForCausalLM.from_pretrained(out)
+    assert model.dtype == torch.bfloat16
+    assert all(weight.numel() and weight.isfinite().all() for weight in model.parameters())
+
+
+def left_out(rank, folder):
+    from accelerate import Accelerator, DeepSpeedPlugin
+
+    plugin = DeepSpeedPlugin(hf_ds_config={**zero_config(2), "train_micro_batch_size_per_gpu": 1})
+    assert Accelerator(cpu=True, deepspeed_plugin=plugin).state.distributed_type != DistributedType.DEEPSPEED
+
+
+def test_accelerate_still_leaves_deepspeed_out_on_cpus(tmp_path):
+    """Else deepspeed_on_cpus and parallelism._IGNORED_ON are no longer needed."""
+    in_ranks(left_out, tmp_path)

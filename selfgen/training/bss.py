@@ -737,9 +737,8 @@ class BSSTrainer(Trainer):
         passes = self._step.passes if model.training else None
         if not model.training and not self._loss_is_users:
             num_items_in_batch = None  # the mean over the tokens that this process has
-        reusing = nullcontext
-        if passes is not None:
-            reusing = partial(reuse_passes, passes.hidden_states, passes.slots(inputs), unused=self._unused)
+        reuse = partial(reuse_passes, unused=self._unused)
+        reusing = nullcontext if passes is None else partial(reuse, passes.hidden_states, passes.slots(inputs))
         row_weights = inputs.get("loss_weight")
         inputs = {key: value for key, value in inputs.items() if key not in _BOOKKEEPING}
         inputs = text_inputs(self.generator.model, inputs["input_ids"]) | inputs

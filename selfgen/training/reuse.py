@@ -27,8 +27,8 @@ def reuse_passes(
 
     Their backward may come later, outside. The yielded list gets the number of each layer that has reused its passes.
     With ``bound``, the backward raises ReuseError where a layer that is computed again differs by more than that many
-    standard deviations, or gives a gradient to what is no part of it. With ``unused``, weights that a layer does not use
-    get zeros, where else they get no gradient, and their ids are there until the layer does.
+    standard deviations, or gives a gradient to what is no part of it. With ``unused``, weights that a layer does not
+    use get zeros, where else they get no gradient, and their ids are there until it does.
     """
     reused: list[int] = []
     before = [{name: value for name, value in vars(layer).items() if name in _SWITCHES} for layer in kept.layers]

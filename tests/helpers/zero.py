@@ -35,6 +35,8 @@ def deepspeed_on_cpus() -> Iterator[None]:
         patch.setattr(AcceleratorState, "__init__", patched)
         patch.setattr(parallelism, "_IGNORED_ON", ())
         patch.setattr(import_module("deepspeed.comm.torch"), "build_shm_op", lambda: None)
+        # As Accelerate does elsewhere, before any model is loaded.
+        import_module("deepspeed.comm").init_distributed("gloo", auto_mpi_discovery=False)
         yield
 
 

@@ -1,7 +1,7 @@
 """DeepSpeed ZeRO-3: all weights at once, outside its hooks.
 
-ZeRO-3 gathers a module's weights in a hook before its forward, frees them in one after it, and foresees the next ones by
-the order of modules in the last forward. Here all weights are gathered first, and the hooks are taken off, so forwards
+ZeRO-3 gathers a module's weights in a hook before its forward, frees them in one after it, and foresees the next ones
+by the order of modules in the last forward. Here all weights are gathered first, and the hooks are taken off: forwards
 inside are those of a model that was never partitioned, and the order that DeepSpeed has noted stays that of training.
 """
 
@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from typing import Any
 
 import torch.distributed as dist
 from torch import Tensor, nn
@@ -30,14 +31,14 @@ def gathered(model: nn.Module, *, keep: bool) -> Iterator[None]:
         yield
 
 
-def local_part(weight: Tensor) -> Tensor:
+def local_part(weight: Any) -> Tensor:
     """What this process has of a partitioned ``weight``, [N]; the last part may be shorter than DeepSpeed's buffer."""
     part = weight.ds_tensor
     before = dist.get_rank(weight.ds_process_group) * part.numel()
     return part[: max(0, weight.ds_numel - before)]
 
 
-def _settle(model: nn.Module, weights: list[nn.Parameter]) -> None:
+def _settle(model: nn.Module, weights: list[Any]) -> None:
     """Wait for what DeepSpeed has gathered ahead, and end what it takes to be a module's turn.
 
     An evaluation leaves weights on their way for a backward that does not come, and a backward leaves modules open

@@ -21,7 +21,7 @@ from transformers import AutoModelForCausalLM, TrainerCallback
 
 from selfgen import BASHTrainer, BSSTrainer, ContextGenerator, write_contexts
 from selfgen.cli import main
-from selfgen.context.sharding import is_whole, whole_weights
+from selfgen.context.sharding import is_whole, local_part, whole_weights
 from selfgen.training.bss import step_seed
 from selfgen.training.checkpoints import ResumeError, fault_of
 from selfgen.training.weights import DivergedError
@@ -37,6 +37,13 @@ LORA = LoraConfig(r=4, target_modules=["q_proj", "v_proj", "down_proj"], task_ty
 
 def bss(folder, model=None, **options) -> BSSTrainer:
     return make_trainer(folder, model=model, data=ROWS, **options)
+
+
+def evaluated(folder, **options) -> BSSTrainer:
+    """Between steps; an evaluation leaves ZeRO-3 with weights on their way for a backward."""
+    model = tiny_model("llama")  # before the arguments, with which ZeRO-3 would partition it
+    arguments = config(folder, eval_strategy="steps", eval_steps=1, per_device_eval_batch_size=2, **options)
+    return BSSTrainer(model, arguments, train_dataset=ROWS, eval_dataset=rows(8, seed=1), processing_class=Tokenizer())
 
 
 def bss_lora(folder, **options) -> BSSTrainer:
@@ -63,6 +70,7 @@ RUNS = {  # what is trained, and its options; each under one process, and under 
     "bss": (bss, {}),
     "without reuse": (bss, {"reuse_passes": False}),
     "logits": (bss, {"lean_loss": False, "self_prob": 0.1}),
+    "evaluated": (evaluated, {}),
     "one by one": (bss, {"context_micro_batches": 1}),
     "after self": (bss, {"loss_on": "after_self"}),
     "near": (bss, {"kl_weight": 0.3}),
@@ -107,6 +115,7 @@ def trained(trainer, **arguments) -> dict:
     return {
         "contexts": contexts.seen,
         "loss": [entry["loss"] for entry in logged],
+        "eval_loss": [entry["eval_loss"] for entry in trainer.state.log_history if "eval_loss" in entry],
         "norm": [entry["grad_norm"] for entry in logged],
         "weights": whole_weights_of(trainer.model),
         "reuses": trainer._reuses,
@@ -124,6 +133,7 @@ def same(found: dict, want: dict, name: str) -> None:
     """Contexts token for token; losses and weights to the order in which they are summed up."""
     assert found["contexts"] == {key: want["contexts"][key] for key in found["contexts"]}, name
     assert found["loss"] == pytest.approx(want["loss"], rel=2e-6), name
+    assert found["eval_loss"] == pytest.approx(want["eval_loss"], rel=2e-6), name
     assert found["norm"] == pytest.approx(want["norm"], rel=2e-5), name
     assert found["weights"].keys() == want["weights"].keys()
     for weight, value in want["weights"].items():
@@ -144,7 +154,7 @@ def of_a_stage(rank, folder, stage, file):
             dist.all_gather_object(seen, found["contexts"])
             assert seen[0] | seen[1] == wanted[name]["contexts"]
             assert found["lean"] == wanted[name]["lean"], name
-            assert found["reuses"] == (wanted[name]["reuses"] and stage < 3), name
+            assert found["reuses"] == wanted[name]["reuses"], name
 
 
 @pytest.fixture(scope="module")
@@ -171,7 +181,14 @@ def zero(stage, **changes) -> dict:
 def lives(rank, folder, stage):
     logging.basicConfig(level=logging.WARNING)
     with deepspeed_on_cpus():
-        for check in (resumes, in_bf16, stops_at_broken_gradients, tells_of_missing_gradients, comes_apart_again):
+        for check in (
+            resumes,
+            in_bf16,
+            stops_at_broken_gradients,
+            tells_of_missing_gradients,
+            comes_apart_again,
+            offloads,
+        ):
             forget_partitions()
             check(stage, folder / check.__name__, rank)
         if stage == 3:
@@ -298,6 +315,20 @@ def comes_apart_again(stage, folder, rank):
     assert seen == [stage < 3] * 4
     assert found["loss"] == other["loss"]
     assert all(torch.equal(found["weights"][name], value) for name, value in other["weights"].items())
+    weight = next(trainer.model.parameters())
+    with torch.no_grad():  # the last number that a process has
+        (local_part(weight) if rank == WORLD - 1 or stage < 3 else weight).view(-1)[-1:] = float("inf")
+    with pytest.raises(DivergedError, match=r"embed_tokens.weight has values that are not finite"):
+        trainer._stop_unless_weights_finite()
+
+
+def offloads(stage, folder, rank):
+    """What is kept in the main memory makes no difference."""
+    want = trained(bss(folder / "a", **zero(stage)))
+    forget_partitions()
+    moved = {"offload_optimizer": {"device": "cpu"}, **({"offload_param": {"device": "cpu"}} if stage == 3 else {})}
+    found = trained(bss(folder / "b", **zero(stage, zero=moved, zero_force_ds_cpu_optimizer=False)))
+    same(found, want, "offload")
 
 
 def loaded_in_parts(stage, folder, rank):
@@ -306,8 +337,9 @@ def loaded_in_parts(stage, folder, rank):
     if rank == 0:
         tiny_model("llama").save_pretrained(folder / "model")
     dist.barrier()
-    for name in ("bss", "near"):
-        options = options_of(name, WORLD, **zero(stage))[1]
+    for name in ("bss", "near", "near another"):
+        more = {"kl_weight": 0.3, "kl_model": str(folder / "model")} if name == "near another" else {}
+        options = options_of(name if not more else "bss", WORLD, **zero(stage), **more)[1]
         forget_partitions()
         want = trained(bss(folder / "whole", **options))
         forget_partitions()

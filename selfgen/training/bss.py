@@ -457,6 +457,7 @@ class BSSTrainer(Trainer):
             if runs:  # a forward of the whole model
                 self._check_causal(batches)
             stats, self._step.passes = self.mix(batches)
+        self._agree_on_reuse()
         self.meter.contexts_end(stats)
 
     def _runs_passes(self) -> bool:
@@ -563,7 +564,8 @@ class BSSTrainer(Trainer):
             return None
         frozen = None
         if args.kl_model:
-            frozen = _load(args.kl_model, self.generator.model.dtype, self._trust_remote_code)
+            with self._engine.loading_whole():
+                frozen = _load(args.kl_model, self.generator.model.dtype, self._trust_remote_code)
             sizes = [model.get_output_embeddings().weight.shape[0] for model in (frozen, self.generator.model)]
             if sizes[0] != sizes[1]:
                 raise ValueError(
@@ -737,7 +739,7 @@ class BSSTrainer(Trainer):
         passes = self._step.passes if model.training else None
         if not model.training and not self._loss_is_users:
             num_items_in_batch = None  # the mean over the tokens that this process has
-        reuse = partial(reuse_passes, unused=self._unused)
+        reuse = partial(reuse_passes, unused=self._unused, reenter=self._engine.reuses_together)
         reusing = nullcontext if passes is None else partial(reuse, passes.hidden_states, passes.slots(inputs))
         row_weights = inputs.get("loss_weight")
         inputs = {key: value for key, value in inputs.items() if key not in _BOOKKEEPING}
@@ -758,6 +760,8 @@ class BSSTrainer(Trainer):
                 if passes is not None and not self._reuse_verified and not self._verify_reuse(model, loss, reusing):
                     reusing = nullcontext
             self._reuse_open = self._engine.together.any(self._reuses and not self._reuse_verified)
+            if not self._agree_on_reuse():
+                reusing = nullcontext
         with reusing() as reused:
             result = loss(model)
         if reused is not None and not self._all_layers_in(reused):
@@ -765,6 +769,13 @@ class BSSTrainer(Trainer):
                 raise ReuseError("a training forward has skipped decoder layers: give reuse_passes=False")
             result = loss(model)  # a layer that a training forward skips is none of the gradient's
         return result
+
+    def _agree_on_reuse(self) -> bool:
+        """Whether passes are reused now, in this process or, where they must, in all of them."""
+        together = self._engine.together
+        if self._engine.reuses_together and together.any(self._step.passes is None):
+            self._step.passes = None
+        return self._step.passes is not None
 
     def _all_layers_in(self, reused: list[int]) -> bool:
         """Whether each decoder layer took what the passes computed, once; where not, passes are reused no more."""
@@ -787,7 +798,7 @@ class BSSTrainer(Trainer):
             full = full_precision(self.generator.model)
         trainable = [parameter for parameter in unwrapped.parameters() if parameter.requires_grad]
         try:
-            with reusing(bound=1e-3 if full else 0.1) as reused:
+            with reusing(bound=1e-3 if full else 0.1, reenter=False) as reused:
                 found = loss(unwrapped)  # with gradients, as only these show what the layers must have one of
         except ReuseError as reason:
             return self._reuse_off(reason)

@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any
 
 from torch import nn
 from torch.distributed.fsdp import FSDPModule
 from torch.nn.parallel import DistributedDataParallel
 from transformers import Trainer
+from transformers.integrations.deepspeed import set_hf_deepspeed_config, unset_hf_deepspeed_config
 from transformers.modeling_layers import GradientCheckpointingLayer
 
 from ..context.sharding import ALONE, Together, sharding_of
@@ -46,6 +47,10 @@ class Engine:
     def check_first(self) -> None:
         """Raise RuntimeError where training can't begin (again)."""
 
+    def loading_whole(self) -> AbstractContextManager[None]:
+        """Inside, other models are loaded whole, in each process."""
+        return nullcontext()
+
     def autocast(self) -> AbstractContextManager[None]:
         """The mixed precision of the training forward. FSDP2 has weights cast instead, without autocast."""
         return nullcontext() if self._of_accelerate else self.accelerator.autocast()
@@ -74,6 +79,11 @@ class Engine:
                 return "FSDP2 shards parts of a decoder layer by themselves: wrap whole layers"
         return None
 
+    @property
+    def reuses_together(self) -> bool:
+        """Whether all processes must reuse passes, or none: hooks inside the layers gather weights, and must run."""
+        return False
+
     def holds(self, model: nn.Module) -> bool:
         """Whether ``model`` is wrapped so that processes train it together."""
         return isinstance(model, DistributedDataParallel | FSDPModule) or sharding_of(model) is not None
@@ -85,7 +95,8 @@ class Zero(Engine):
     def __init__(self, trainer: Trainer):
         super().__init__(trainer)
         self._trainer = trainer
-        self._config = trainer.accelerator.state.deepspeed_plugin.hf_ds_config.config
+        self._plugin = trainer.accelerator.state.deepspeed_plugin
+        self._config = self._plugin.hf_ds_config.config
         check_deepspeed(self._config)
 
     @property
@@ -112,13 +123,20 @@ class Zero(Engine):
         norm = engine.get_global_grad_norm()
         return None if norm is None else float(norm)
 
+    @contextmanager
+    def loading_whole(self) -> Iterator[None]:
+        unset_hf_deepspeed_config()
+        try:
+            yield
+        finally:
+            set_hf_deepspeed_config(self._plugin.hf_ds_config)
+
     def why_no_reuse(self, layers: Sequence[nn.Module]) -> str | None:
-        if not self.is_sharded:
-            return None
-        return (
-            "ZeRO-3 gathers weights in hooks inside a decoder layer, which a layer whose forward is left out never "
-            "calls, so its weights would get no gradient"
-        )
+        return None
+
+    @property
+    def reuses_together(self) -> bool:
+        return self.is_sharded
 
     def holds(self, model: nn.Module) -> bool:
         return model is self._trainer.deepspeed

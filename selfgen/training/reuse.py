@@ -9,7 +9,7 @@ checkpointing function of transformers' ``GradientCheckpointingLayer``, so a mod
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager, nullcontext
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from functools import partial
 
 import torch
@@ -21,21 +21,29 @@ from ..context.hidden_states import HiddenStates, ReuseError
 
 @contextmanager
 def reuse_passes(
-    kept: HiddenStates, slots: Tensor, *, bound: float | None = None, unused: set[int] | None = None
+    kept: HiddenStates,
+    slots: Tensor,
+    *,
+    bound: float | None = None,
+    unused: set[int] | None = None,
+    reenter: bool = False,
 ) -> Iterator[list[int]]:
     """Inside, training forwards over [B, L] tokens whose slots are ``slots`` [B, L] reuse what is ``kept``.
 
     Their backward may come later, outside. The yielded list gets the number of each layer that has reused its passes.
     With ``bound``, the backward raises ReuseError where a layer that is computed again differs by more than that many
     standard deviations, or gives a gradient to what is no part of it. With ``unused``, weights that a layer does not
-    use get zeros, where else they get no gradient, and their ids are there until it does.
+    use get zeros, where else they get no gradient, and their ids are there until it does. With ``reenter``, weights
+    get their gradients in a backward of the layer's own, as those do that are whole only inside it.
     """
     reused: list[int] = []
     before = [{name: value for name, value in vars(layer).items() if name in _SWITCHES} for layer in kept.layers]
     try:
         for index, layer in enumerate(kept.layers):
             layer.gradient_checkpointing = True
-            layer._gradient_checkpointing_func = partial(_reuse_layer, kept, reused, index, slots, bound, unused)
+            layer._gradient_checkpointing_func = partial(
+                _reuse_layer, kept, reused, index, slots, bound, unused, reenter
+            )
         yield reused
     finally:
         for layer, switches in zip(kept.layers, before, strict=True):
@@ -51,6 +59,7 @@ def _reuse_layer(
     slots: Tensor,
     bound: float | None,
     unused: set[int] | None,
+    reenter: bool,
     forward: Callable,
     hidden: Tensor,
     *args,
@@ -59,6 +68,15 @@ def _reuse_layer(
     if any(isinstance(leaf, Tensor) and leaf.requires_grad for leaf in tree_leaves(given)):
         raise ReuseError("a decoder layer has more than one input with a gradient")
     reused.append(index)
+    if reenter:
+        needs_gradient = torch.empty(0, device=hidden.device, requires_grad=True)  # where only weights need one
+        return _ReenteredLayer.apply(
+            lambda states: forward(states, *args),
+            partial(kept.at, index, slots),
+            partial(kept.at, index + 1, slots),
+            hidden,
+            needs_gradient,
+        )
     # Not before the layer is called, as sharded weights are gathered only then.
     trainable = [parameter for parameter in kept.layers[index].parameters() if parameter.requires_grad]
     entering, leaving = partial(kept.at, index, slots), partial(kept.at, index + 1, slots)
@@ -110,11 +128,8 @@ class _ReusedLayer(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, layer, entering, leaving, unused, hidden, *trainable):
-        device = hidden.device.type
         ctx.layer, ctx.entering, ctx.unused, ctx.trainable = layer, entering, unused, trainable
-        ctx.autocast = nullcontext
-        if torch.is_autocast_enabled(device):
-            ctx.autocast = partial(torch.autocast, device, dtype=torch.get_autocast_dtype(device))
+        ctx.autocast = _autocast_on(hidden.device.type)
         return leaving()
 
     @staticmethod
@@ -133,6 +148,33 @@ class _ReusedLayer(torch.autograd.Function):
         if ctx.unused is not None:
             gradients = (gradients[0], *_filled(ctx.trainable, gradients[1:], ctx.unused))
         return None, None, None, None, *gradients
+
+
+class _ReenteredLayer(torch.autograd.Function):
+    """A layer whose output is known; its backward computes it again, and runs a backward of it right then.
+
+    ZeRO-3 gathers weights in hooks inside the layer, so they can't be inputs of what is outside.
+    """
+
+    @staticmethod
+    def forward(ctx, layer, entering, leaving, hidden, needs_gradient):
+        ctx.layer, ctx.entering, ctx.autocast = layer, entering, _autocast_on(hidden.device.type)
+        return leaving()
+
+    @staticmethod
+    def backward(ctx, gradient):
+        with torch.enable_grad(), ctx.autocast():
+            hidden = ctx.entering().requires_grad_()
+            output = ctx.layer(hidden)
+        torch.autograd.backward(output, gradient.to(output.dtype))
+        return None, None, None, hidden.grad, None
+
+
+def _autocast_on(device: str) -> Callable[[], AbstractContextManager]:
+    """What makes a backward compute in the precision of the forward that is running."""
+    if not torch.is_autocast_enabled(device):
+        return nullcontext
+    return partial(torch.autocast, device, dtype=torch.get_autocast_dtype(device))
 
 
 def _filled(weights: Sequence[Tensor], gradients: Sequence[Tensor | None], unused: set[int]) -> Iterator[Tensor]:

@@ -14,7 +14,7 @@ from accelerate.utils import DistributedType
 from helpers.cli import ROOT, flags, history
 from helpers.processes import WORLD, in_ranks
 from helpers.training import Tokenizer, config, make_rac_trainer, make_trainer, rows
-from helpers.zero import deepspeed_on_cpus, whole_weights_of, zero_config
+from helpers.zero import Counted, deepspeed_on_cpus, whole_weights_of, zero_config
 from models import tiny_model
 from peft import LoraConfig, get_peft_model
 from transformers import AutoModelForCausalLM, TrainerCallback
@@ -193,6 +193,7 @@ def lives(rank, folder, stage):
             check(stage, folder / check.__name__, rank)
         if stage == 3:
             loaded_in_parts(stage, folder / "loaded", rank)
+            communicates(folder / "counted")
 
 
 def resumes(stage, folder, rank):
@@ -348,6 +349,37 @@ def loaded_in_parts(stage, folder, rank):
         assert all(hasattr(weight, "ds_id") for weight in trainer.model.parameters())
         found = trained(trainer)
         same(found, want, name)
+
+
+def communicates(folder):
+    """A step gathers all weights once for its contexts, whose passes do not, and as always twice per micro-batch."""
+    forget_partitions()
+    little = {"stage3_max_live_parameters": 0, "stage3_max_reuse_distance": 0, "stage3_prefetch_bucket_size": 3000}
+    model = tiny_model("llama")
+    size = sum(weight.numel() for weight in model.parameters())
+    trainer = bss(folder, model=model, **zero(3, zero=little))
+    counted, make, found, in_passes = Counted(), trainer.make_contexts, [], []
+
+    def contexts(*args):
+        before = counted.calls
+        made = make(*args)
+        in_passes.append(counted.calls - before)
+        return made
+
+    class Steps(TrainerCallback):
+        def on_step_end(self, *args, **kwargs):
+            found.append((counted.gathered / size, counted.reduced / size))
+            counted.gathered = counted.reduced = 0
+
+    trainer.make_contexts = contexts
+    trainer.add_callback(Steps())
+    with counted:
+        trainer.train()
+    assert trainer._reuses
+    assert in_passes == [0] * 4
+    gathered, reduced = found[3]  # a step without a look at what the model allows; it has one micro-batch
+    assert gathered == pytest.approx(2 * 1 + 1, abs=0.02)
+    assert reduced == pytest.approx(1, abs=0.02)
 
 
 @pytest.mark.parametrize("stage", [2, 3])

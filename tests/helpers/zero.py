@@ -11,6 +11,8 @@ import pytest
 import torch
 from accelerate.state import AcceleratorState
 from accelerate.utils import DistributedType
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 from selfgen.context.sharding import whole_weights
 from selfgen.training import parallelism
@@ -38,6 +40,25 @@ def deepspeed_on_cpus() -> Iterator[None]:
         # As Accelerate does elsewhere, before any model is loaded.
         import_module("deepspeed.comm").init_distributed("gloo", auto_mpi_discovery=False)
         yield
+
+
+class Counted(TorchDispatchMode):
+    """Numbers that this process gets from all-gathers, and gives to reductions, in collectives of torch."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.gathered = self.reduced = self.calls = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        name = str(func)
+        if name.startswith("c10d."):
+            self.calls += 1
+            got, given = (
+                sum(one.numel() for one in tree_leaves(arg) if isinstance(one, torch.Tensor)) for arg in args[:2]
+            )
+            self.gathered += got if "allgather" in name else 0
+            self.reduced += given if "reduce_scatter" in name else 0
+        return func(*args, **(kwargs or {}))
 
 
 def zero_config(stage: int, **changes) -> dict:

@@ -6,6 +6,7 @@ import argparse
 import difflib
 import json
 import logging
+import os
 import shutil
 import sys
 from collections.abc import Iterable, Mapping
@@ -336,6 +337,11 @@ def check_seed(seed: int) -> None:
 
 
 def device(use_cpu: bool) -> torch.device:
-    """The device to run on: the accelerator, if there is one and ``use_cpu`` is not given."""
+    """The device to run on: the accelerator, if there is one and ``use_cpu`` is not given.
+
+    Each of several processes on a machine, which `torchrun` numbers, takes its own.
+    """
     accelerator = None if use_cpu else torch.accelerator.current_accelerator(check_available=True)
+    if accelerator is not None and "LOCAL_RANK" in os.environ:
+        torch.accelerator.set_device_index(int(os.environ["LOCAL_RANK"]) % torch.accelerator.device_count())
     return accelerator or torch.device("cpu")

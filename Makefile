@@ -7,6 +7,7 @@
 #   make sanitize         fuzz the C++ kernels under ASan and UBSan (gcc)
 #   make triton-versions  the Triton tests under older Tritons
 #   make versions         the core tests with the newest and the oldest torch, transformers, accelerate and datasets
+#   make deepspeed        the tests with DeepSpeed: ZeRO-1, -2 and -3 in two processes
 #   make audit            known vulnerabilities of what is installed (needs the network), and licences
 #   make newest           the README's first command with the newest versions that pip takes, as CI does
 
@@ -22,7 +23,7 @@ PYTEST := $(BIN)/python -m pytest -n $(WORKERS)
 PIP    := $(BIN)/python -m pip install --quiet --disable-pip-version-check --no-compile --constraint constraints.txt
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test slow bench quality lint gpu sanitize triton-versions versions newest audit clean
+.PHONY: help setup demo test slow bench quality lint gpu sanitize triton-versions versions newest deepspeed audit clean
 
 help:
 	@sed -n 's/^#//p' Makefile
@@ -121,6 +122,10 @@ versions: setup
 
 newest: setup
 	$(BIN)/python -m tools.versions newest
+
+# In an environment of its own, as DeepSpeed is no dependency.
+deepspeed: setup
+	$(BIN)/python -m tools.deepspeed $(ARGS)
 
 # In an environment of its own, as pip-audit brings packages. With --strict, as it finds nothing in packages that it could
 # not ask about, and ends with success.

@@ -17,6 +17,7 @@ from torch import nn
 from selfgen import ContextGenerator
 from selfgen.context import UnsupportedModelError
 from selfgen.context.support import inspect_model
+from selfgen.training.parallelism import check_deepspeed
 
 GOOD = {"prompts": [[3, 4]], "references": [[5, 6, 7]], "self_prob": 1.0, "seed": 0, "sample_ids": [0]}
 
@@ -194,3 +195,35 @@ def test_layers_on_a_disk(tmp_path):
             ContextGenerator(one, token_budget=8).contexts(**GOOD, method=method).tokens[0] for one in (model, whole)
         )
         assert torch.equal(found, expected)
+
+
+ZERO3 = {"stage": 3, "stage3_gather_16bit_weights_on_model_save": True}
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"zero_optimization": {}}, r"zero_optimization\.stage is 0; accepted: 1, 2 or 3 .*torchrun trains with DDP"),
+        ({"zero_optimization": {"stage": 0}}, r"zero_optimization\.stage is 0"),
+        ({"zero_optimization": {"stage": 3}}, r"no model would be saved unless .*16bit_weights_on_model_save is true"),
+        ({"zero_optimization": {**ZERO3, "zero_hpz_partition_size": 8}}, r"zero_hpz_partition_size is 8"),
+        ({"zero_optimization": {**ZERO3, "zero_quantized_weights": True}}, r"zero_quantized_weights is True"),
+        ({"zero_optimization": {**ZERO3, "offload_param": {"device": "nvme"}}}, r"offload_param\.device is 'nvme'"),
+        ({"tensor_parallel": {"autotp_size": 2}}, r"tensor_parallel\.autotp_size is 2"),
+        ({"sequence_parallel_size": 2}, r"sequence_parallel_size is 2"),
+        ({"expert_parallel": {"enabled": True}}, r"expert_parallel\.enabled is True"),
+        ({"pipeline": {"stages": 2}}, r"pipeline is \{'stages': 2\}"),
+        ({"torch_autocast": {"enabled": True}}, r"torch_autocast\.enabled is True"),
+        ({"compile": {"deepcompile": True}}, r"compile\.deepcompile is True"),
+    ],
+)
+def test_what_deepspeed_is_asked_for_in_vain(changes, message):
+    with pytest.raises(ValueError, match=rf"^deepspeed: .*{message}"):
+        check_deepspeed({"zero_optimization": {"stage": 2}, **changes})
+
+
+def test_what_deepspeed_may_be_asked_for():
+    off = {"zero_hpz_partition_size": 1, "offload_param": {"device": "cpu"}, "offload_optimizer": {"device": "none"}}
+    check_deepspeed({"zero_optimization": {**ZERO3, **off}, "torch_autocast": {"enabled": False}})
+    for stage in (1, 2):
+        check_deepspeed({"zero_optimization": {"stage": stage}, "bf16": {"enabled": "auto"}})

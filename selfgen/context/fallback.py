@@ -124,6 +124,7 @@ class Fallback:
                 use_cache=strategy.cache,
             ),
             logits_processor=LogitsProcessorList([sampler]),
+            synced_gpus=False,  # where weights are sharded elsewhere, they are whole here
         )[:, ids.shape[1] :]
         ends = [torch.isin(answer, prompts.stop_ids).nonzero().flatten().tolist() for answer in found]
         return [answer[: end[0] + 1 if end else limit] for answer, end in zip(found, ends, strict=True)]

@@ -211,7 +211,8 @@ def attention_function(model: PreTrainedModel, name: str) -> Iterator[None]:
 
 def vocab_size_of(model: PreTrainedModel) -> int:
     """How many ids the embedding has, with or without an adapter."""
-    return model.get_input_embeddings().weight.shape[0]
+    weight = model.get_input_embeddings().weight
+    return getattr(weight, "ds_shape", weight.shape)[0]  # as ZeRO-3 leaves the shape in parts
 
 
 def unpadded_vocab_size(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> int | None:

@@ -214,12 +214,15 @@ class BSSTrainer(Trainer):
         if self._engine.weights_are_here:
             self._learn_of_model()
         self._label_smoother = self.label_smoother  # type: ignore[has-type]
-        self.meter = Meter(scales_loss=self.accelerator.scaler is not None)
+        self.meter = Meter(scales_loss=self._engine.scales_loss)
         self.add_callback(StepTimer(self.meter))
         self.add_callback(EpochOfSampler())
-        self.add_callback(TellOfMissingGradients())
-        if self.accelerator.scaler is None:
-            self.add_callback(StopAtBrokenGradients())
+        after = self._engine.steps_in_backward
+        missing = TellOfMissingGradients(in_backward=after)
+        self._unused = missing.unused if after else None
+        self.add_callback(missing)
+        if not self._engine.scales_loss:
+            self.add_callback(StopAtBrokenGradients(self._engine.gradient_norm if after else None))
 
     def _learn_of_model(self) -> None:
         """Find out, once, what the model allows, with weights as they are before training."""
@@ -324,7 +327,10 @@ class BSSTrainer(Trainer):
         if self.args.world_size > 1 and self.model.__dict__.pop("_is_accelerate_prepared", False):
             # By an evaluation; accelerate would take it as it is, and each process would train alone.
             self.accelerator.unwrap_model(self.model, keep_fp32_wrapper=False)
+        self._engine.check_first()
         try:
+            if checkpoint and self.is_deepspeed_enabled:  # which loads it in its own way
+                self._go_on_from(checkpoint)
             output = super().train(checkpoint, *args, **kwargs)
             self._stop_unless_weights_finite()
             if self._stream is not None:
@@ -369,18 +375,21 @@ class BSSTrainer(Trainer):
             super()._load_optimizer_and_scheduler(checkpoint)
 
     def _load_from_checkpoint(self, resume_from_checkpoint, model=None):
-        self.check_resumed(resume_from_checkpoint)
-        self._resumed_from = resume_from_checkpoint
-        self._logged_at = self.meter.load(Path(resume_from_checkpoint), self.args.process_index)
+        self._go_on_from(resume_from_checkpoint)
         if is_split_at_load(self.model):
             load_split(resume_from_checkpoint, self.model)
         elif not load_renamed(resume_from_checkpoint, self.model if model is None else model):
             super()._load_from_checkpoint(resume_from_checkpoint, model)
 
+    def _go_on_from(self, checkpoint: str) -> None:
+        self.check_resumed(checkpoint)
+        self._resumed_from = checkpoint
+        self._logged_at = self.meter.load(Path(checkpoint), self.args.process_index)
+
     def _load_best_model(self):
         if is_split_at_load(self.model):
             load_split(self.state.best_model_checkpoint, self.model)
-        elif not load_renamed(self.state.best_model_checkpoint, self.model):
+        elif self.is_deepspeed_enabled or not load_renamed(self.state.best_model_checkpoint, self.model):
             super()._load_best_model()
 
     def check_resumed(self, checkpoint: str | Path) -> None:
@@ -454,7 +463,7 @@ class BSSTrainer(Trainer):
                 loss = super().training_step(model, inputs, num_items_in_batch)
         finally:
             self._step.trained()
-        if self.accelerator.scaler is None and not math.isfinite(float(loss)):  # it leaves such steps out
+        if not self._engine.scales_loss and not math.isfinite(float(loss)):  # it leaves such steps out
             raise diverged(self.state.global_step + 1, f"the loss is {float(loss)}")
         return self.meter.step_loss(loss)
 
@@ -481,6 +490,7 @@ class BSSTrainer(Trainer):
             if runs:  # a forward of the whole model
                 self._check_causal(batches)
             stats, self._step.passes = self.mix(batches)
+        self._agree_on_reuse()
         self.meter.contexts_end(stats)
 
     def _runs_passes(self) -> bool:
@@ -587,7 +597,8 @@ class BSSTrainer(Trainer):
             return None
         frozen = None
         if args.kl_model:
-            frozen = _load(args.kl_model, self.generator.model.dtype, self._trust_remote_code, self.generator.model)
+            with self._engine.loading_whole():
+                frozen = _load(args.kl_model, self.generator.model.dtype, self._trust_remote_code, self.generator.model)
             sizes = [model.get_output_embeddings().weight.shape[0] for model in (frozen, self.generator.model)]
             if sizes[0] != sizes[1]:
                 raise ValueError(
@@ -768,7 +779,8 @@ class BSSTrainer(Trainer):
         passes = self._step.passes if model.training else None
         if not model.training and not self._loss_is_users:
             num_items_in_batch = None  # the mean over the tokens that this process has
-        reusing = nullcontext if passes is None else partial(reuse_passes, passes.hidden_states, passes.slots(inputs))
+        reuse = partial(reuse_passes, unused=self._unused, reenter=self._engine.reuses_together)
+        reusing = nullcontext if passes is None else partial(reuse, passes.hidden_states, passes.slots(inputs))
         row_weights = inputs.get("loss_weight")
         inputs = {key: value for key, value in inputs.items() if key not in _BOOKKEEPING}
         inputs = text_inputs(self.generator.model, inputs["input_ids"]) | inputs
@@ -788,6 +800,8 @@ class BSSTrainer(Trainer):
                 if passes is not None and not self._reuse_verified and not self._verify_reuse(model, loss, reusing):
                     reusing = nullcontext
             self._reuse_open = self._engine.together.any(self._reuses and not self._reuse_verified)
+            if not self._agree_on_reuse():
+                reusing = nullcontext
         with reusing() as reused:
             result = loss(model)
         if reused is not None and not self._all_layers_in(reused):
@@ -795,6 +809,13 @@ class BSSTrainer(Trainer):
                 raise ReuseError("a training forward has skipped decoder layers: give reuse_passes=False")
             result = loss(model)  # a layer that a training forward skips is none of the gradient's
         return result
+
+    def _agree_on_reuse(self) -> bool:
+        """Whether passes are reused now, in this process or, where they must, in all of them."""
+        together = self._engine.together
+        if self._engine.reuses_together and together.any(self._step.passes is None):
+            self._step.passes = None
+        return self._step.passes is not None
 
     def _all_layers_in(self, reused: list[int]) -> bool:
         """Whether each decoder layer took what the passes computed, once; where not, passes are reused no more."""
@@ -817,7 +838,7 @@ class BSSTrainer(Trainer):
             full = full_precision(self.generator.model)
         trainable = [parameter for parameter in unwrapped.parameters() if parameter.requires_grad]
         try:
-            with reusing(bound=1e-3 if full else 0.1) as reused:
+            with reusing(bound=1e-3 if full else 0.1, reenter=False) as reused:
                 found = loss(unwrapped)  # with gradients, as only these show what the layers must have one of
         except ReuseError as reason:
             return self._reuse_off(reason)

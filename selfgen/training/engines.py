@@ -2,17 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any
 
 from torch import nn
 from torch.distributed.fsdp import FSDPModule
 from torch.nn.parallel import DistributedDataParallel
 from transformers import Trainer
+from transformers.integrations.deepspeed import set_hf_deepspeed_config, unset_hf_deepspeed_config
 from transformers.modeling_layers import GradientCheckpointingLayer
 
 from ..context.sharding import Together, sharding_of, tensor_parallel_size, together_of
+from .parallelism import check_deepspeed
 from .tensor import partial_gradients_apart
 
 
@@ -28,6 +30,27 @@ class Engine:
         """Whether each process has weights before training; else the first one alone does."""
         plugin: Any = getattr(self.accelerator.state, "fsdp_plugin", None)
         return self.accelerator.num_processes == 1 or plugin is None or not plugin.cpu_ram_efficient_loading
+
+    @property
+    def scales_loss(self) -> bool:
+        """Whether a step may be left out, as scaled gradients overflow in fp16."""
+        return self.accelerator.scaler is not None
+
+    @property
+    def steps_in_backward(self) -> bool:
+        """Whether gradients are gone when the Trainer asks for the optimizer's step."""
+        return False
+
+    def gradient_norm(self) -> float | None:
+        """Of the step that was just taken, where `steps_in_backward`."""
+        return None
+
+    def check_first(self) -> None:
+        """Raise RuntimeError where training can't begin (again)."""
+
+    def loading_whole(self) -> AbstractContextManager[None]:
+        """Inside, other models are loaded whole, in each process."""
+        return nullcontext()
 
     def autocast(self) -> AbstractContextManager[None]:
         """The mixed precision of the training forward. FSDP2 has weights cast instead, without autocast."""
@@ -66,10 +89,75 @@ class Engine:
                 return "FSDP2 shards parts of a decoder layer by themselves: wrap whole layers"
         return None
 
+    @property
+    def reuses_together(self) -> bool:
+        """Whether all processes must reuse passes, or none: hooks inside the layers gather weights, and must run."""
+        return False
+
     def holds(self, model: nn.Module) -> bool:
         """Whether ``model`` is wrapped so that processes train it together."""
         split = sharding_of(model) is not None or not together_of(model).is_alone
         return split or isinstance(model, DistributedDataParallel | FSDPModule)
+
+
+class Zero(Engine):
+    """DeepSpeed's engine: ZeRO-1, ZeRO-2 or ZeRO-3. It takes the optimizer's step inside the last backward."""
+
+    def __init__(self, trainer: Trainer):
+        super().__init__(trainer)
+        self._trainer = trainer
+        self._plugin = trainer.accelerator.state.deepspeed_plugin
+        self._config = self._plugin.hf_ds_config.config
+        check_deepspeed(self._config)
+
+    @property
+    def weights_are_here(self) -> bool:
+        return True
+
+    @property
+    def is_sharded(self) -> bool:
+        return self._config["zero_optimization"]["stage"] == 3
+
+    @property
+    def scales_loss(self) -> bool:
+        return bool(self._config.get("fp16", {}).get("enabled"))
+
+    @property
+    def steps_in_backward(self) -> bool:
+        return True
+
+    def gradient_norm(self) -> float | None:
+        """Of the step that was just taken, if DeepSpeed computes it; infinite where it left the step out."""
+        engine = self._trainer.deepspeed
+        if getattr(engine.optimizer, "overflow", False):
+            return float("inf")
+        norm = engine.get_global_grad_norm()
+        return None if norm is None else float(norm)
+
+    @contextmanager
+    def loading_whole(self) -> Iterator[None]:
+        unset_hf_deepspeed_config()
+        try:
+            yield
+        finally:
+            set_hf_deepspeed_config(self._plugin.hf_ds_config)
+
+    def why_no_reuse(self, layers: Sequence[nn.Module]) -> str | None:
+        return None
+
+    @property
+    def reuses_together(self) -> bool:
+        return self.is_sharded
+
+    def holds(self, model: nn.Module) -> bool:
+        return model is self._trainer.deepspeed
+
+    def check_first(self) -> None:
+        if self._trainer.deepspeed is not None:
+            raise RuntimeError(
+                "DeepSpeed has prepared this trainer's model already, by an earlier train() or evaluate(), and "
+                "transformers' Trainer would train on with the learning rates of that run: make a new trainer"
+            )
 
 
 def engine_of(trainer: Trainer) -> Engine:
@@ -83,11 +171,11 @@ def engine_of(trainer: Trainer) -> Engine:
             "FSDP1 is given (fsdp_config: version 1, or fsdp_version 1), and contexts can't be made with it: give "
             "version 2, which is FSDP2"
         )
-    if trainer.is_deepspeed_enabled:
-        raise ValueError("contexts can't be made with weights that DeepSpeed shards yet; use FSDP2 or DDP")
     if tensor_parallel_size(trainer.model) > 1 and (trainer.is_fsdp_enabled or trainer.is_deepspeed_enabled):
         raise ValueError(
             "the model is tensor parallel, which goes without fsdp and deepspeed of the Trainer: leave them out, and "
             "load the model with distributed_config=DistributedConfig(tp_size=..., fsdp_size=...), which shards it"
         )
-    return Engine(trainer)
+    if args.deepspeed and not trainer.is_deepspeed_enabled:
+        raise ValueError("deepspeed is given, but Accelerate ignores it on this device; leave it out, or train on GPUs")
+    return Zero(trainer) if trainer.is_deepspeed_enabled else Engine(trainer)

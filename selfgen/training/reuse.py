@@ -8,8 +8,8 @@ checkpointing function of transformers' ``GradientCheckpointingLayer``, so a mod
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager, nullcontext
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from functools import partial
 
 import torch
@@ -20,19 +20,30 @@ from ..context.hidden_states import HiddenStates, ReuseError
 
 
 @contextmanager
-def reuse_passes(kept: HiddenStates, slots: Tensor, *, bound: float | None = None) -> Iterator[list[int]]:
+def reuse_passes(
+    kept: HiddenStates,
+    slots: Tensor,
+    *,
+    bound: float | None = None,
+    unused: set[int] | None = None,
+    reenter: bool = False,
+) -> Iterator[list[int]]:
     """Inside, training forwards over [B, L] tokens whose slots are ``slots`` [B, L] reuse what is ``kept``.
 
     Their backward may come later, outside. The yielded list gets the number of each layer that has reused its passes.
     With ``bound``, the backward raises ReuseError where a layer that is computed again differs by more than that many
-    standard deviations, or gives a gradient to what is no part of it.
+    standard deviations, or gives a gradient to what is no part of it. With ``unused``, weights that a layer does not
+    use get zeros, where else they get no gradient, and their ids are there until it does. With ``reenter``, weights
+    get their gradients in a backward of the layer's own, as those do that are whole only inside it.
     """
     reused: list[int] = []
     before = [{name: value for name, value in vars(layer).items() if name in _SWITCHES} for layer in kept.layers]
     try:
         for index, layer in enumerate(kept.layers):
             layer.gradient_checkpointing = True
-            layer._gradient_checkpointing_func = partial(_reuse_layer, kept, reused, index, slots, bound)
+            layer._gradient_checkpointing_func = partial(
+                _reuse_layer, kept, reused, index, slots, bound, unused, reenter
+            )
         yield reused
     finally:
         for layer, switches in zip(kept.layers, before, strict=True):
@@ -47,6 +58,8 @@ def _reuse_layer(
     index: int,
     slots: Tensor,
     bound: float | None,
+    unused: set[int] | None,
+    reenter: bool,
     forward: Callable,
     hidden: Tensor,
     *args,
@@ -55,6 +68,15 @@ def _reuse_layer(
     if any(isinstance(leaf, Tensor) and leaf.requires_grad for leaf in tree_leaves(given)):
         raise ReuseError("a decoder layer has more than one input with a gradient")
     reused.append(index)
+    if reenter:
+        needs_gradient = torch.empty(0, device=hidden.device, requires_grad=True)  # where only weights need one
+        return _ReenteredLayer.apply(
+            lambda states: forward(states, *args),
+            partial(kept.at, index, slots),
+            partial(kept.at, index + 1, slots),
+            hidden,
+            needs_gradient,
+        )
     # Not before the layer is called, as sharded weights are gathered only then.
     trainable = [parameter for parameter in kept.layers[index].parameters() if parameter.requires_grad]
     entering, leaving = partial(kept.at, index, slots), partial(kept.at, index + 1, slots)
@@ -65,7 +87,7 @@ def _reuse_layer(
             _verify(index, output, leaving(), [states, *trainable], bound)
         return output
 
-    return _ReusedLayer.apply(layer, entering, leaving, hidden, *trainable)
+    return _ReusedLayer.apply(layer, entering, leaving, unused, hidden, *trainable)
 
 
 def _verify(index: int, output: Tensor, kept: Tensor, inputs: list[Tensor], bound: float) -> None:
@@ -105,12 +127,9 @@ class _ReusedLayer(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx, layer, entering, leaving, hidden, *trainable):
-        device = hidden.device.type
-        ctx.layer, ctx.entering, ctx.trainable = layer, entering, trainable
-        ctx.autocast = nullcontext
-        if torch.is_autocast_enabled(device):
-            ctx.autocast = partial(torch.autocast, device, dtype=torch.get_autocast_dtype(device))
+    def forward(ctx, layer, entering, leaving, unused, hidden, *trainable):
+        ctx.layer, ctx.entering, ctx.unused, ctx.trainable = layer, entering, unused, trainable
+        ctx.autocast = _autocast_on(hidden.device.type)
         return leaving()
 
     @staticmethod
@@ -126,7 +145,42 @@ class _ReusedLayer(torch.autograd.Function):
                 "the weights of a decoder layer got no gradient, as it computes with others than it has when it is "
                 "called: give reuse_passes=False"
             )
-        return None, None, None, *gradients
+        if ctx.unused is not None:
+            gradients = (gradients[0], *_filled(ctx.trainable, gradients[1:], ctx.unused))
+        return None, None, None, None, *gradients
+
+
+class _ReenteredLayer(torch.autograd.Function):
+    """A layer whose output is known; its backward computes it again, and runs a backward of it right then.
+
+    ZeRO-3 gathers weights in hooks inside the layer, so they can't be inputs of what is outside.
+    """
+
+    @staticmethod
+    def forward(ctx, layer, entering, leaving, hidden, needs_gradient):
+        ctx.layer, ctx.entering, ctx.autocast = layer, entering, _autocast_on(hidden.device.type)
+        return leaving()
+
+    @staticmethod
+    def backward(ctx, gradient):
+        with torch.enable_grad(), ctx.autocast():
+            hidden = ctx.entering().requires_grad_()
+            output = ctx.layer(hidden)
+        torch.autograd.backward(output, gradient.to(output.dtype))
+        return None, None, None, hidden.grad, None
+
+
+def _autocast_on(device: str) -> Callable[[], AbstractContextManager]:
+    """What makes a backward compute in the precision of the forward that is running."""
+    if not torch.is_autocast_enabled(device):
+        return nullcontext
+    return partial(torch.autocast, device, dtype=torch.get_autocast_dtype(device))
+
+
+def _filled(weights: Sequence[Tensor], gradients: Sequence[Tensor | None], unused: set[int]) -> Iterator[Tensor]:
+    for weight, gradient in zip(weights, gradients, strict=True):
+        (unused.add if gradient is None else unused.discard)(id(weight))
+        yield torch.zeros_like(weight) if gradient is None else gradient
 
 
 @contextmanager

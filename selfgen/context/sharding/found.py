@@ -8,6 +8,7 @@ from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor
 
+from . import zero
 from .tensor import tensor_parallel_size, uneven_heads
 
 Sharding = Literal["fsdp2", "zero3"]
@@ -15,6 +16,8 @@ Sharding = Literal["fsdp2", "zero3"]
 
 def local_part(tensor: Tensor) -> Tensor:
     """What this process has of a weight or a gradient: all of it, where it is not sharded."""
+    if hasattr(tensor, "ds_tensor") and not tensor.numel():  # by ZeRO-3
+        return zero.local_part(tensor)
     return tensor.to_local() if isinstance(tensor, DTensor) else tensor
 
 

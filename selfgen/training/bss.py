@@ -201,12 +201,13 @@ class BSSTrainer(Trainer):
         if self._engine.weights_are_here:
             self._learn_of_model()
         self._label_smoother = self.label_smoother  # type: ignore[has-type]
-        self.meter = Meter(scales_loss=self.accelerator.scaler is not None)
+        self.meter = Meter(scales_loss=self._engine.scales_loss)
         self.add_callback(StepTimer(self.meter))
         self.add_callback(EpochOfSampler())
-        self.add_callback(TellOfMissingGradients())
-        if self.accelerator.scaler is None:
-            self.add_callback(StopAtBrokenGradients())
+        after = self._engine.steps_in_backward
+        self.add_callback(TellOfMissingGradients(in_backward=after))
+        if not self._engine.scales_loss:
+            self.add_callback(StopAtBrokenGradients(self._engine.gradient_norm if after else None))
 
     def _learn_of_model(self) -> None:
         """Find out, once, what the model allows, with weights as they are before training."""
@@ -311,7 +312,10 @@ class BSSTrainer(Trainer):
         if self.args.world_size > 1 and self.model.__dict__.pop("_is_accelerate_prepared", False):
             # By an evaluation; accelerate would take it as it is, and each process would train alone.
             self.accelerator.unwrap_model(self.model, keep_fp32_wrapper=False)
+        self._engine.check_first()
         try:
+            if checkpoint and self.is_deepspeed_enabled:  # which loads it in its own way
+                self._go_on_from(checkpoint)
             output = super().train(checkpoint, *args, **kwargs)
             self._stop_unless_weights_finite()
             if self._stream is not None:
@@ -345,14 +349,17 @@ class BSSTrainer(Trainer):
             super()._save_checkpoint(*args, **kwargs)
 
     def _load_from_checkpoint(self, resume_from_checkpoint, model=None):
-        self.check_resumed(resume_from_checkpoint)
-        self._resumed_from = resume_from_checkpoint
-        self._logged_at = self.meter.load(Path(resume_from_checkpoint), self.args.process_index)
+        self._go_on_from(resume_from_checkpoint)
         if not load_renamed(resume_from_checkpoint, self.model if model is None else model):
             super()._load_from_checkpoint(resume_from_checkpoint, model)
 
+    def _go_on_from(self, checkpoint: str) -> None:
+        self.check_resumed(checkpoint)
+        self._resumed_from = checkpoint
+        self._logged_at = self.meter.load(Path(checkpoint), self.args.process_index)
+
     def _load_best_model(self):
-        if not load_renamed(self.state.best_model_checkpoint, self.model):
+        if self.is_deepspeed_enabled or not load_renamed(self.state.best_model_checkpoint, self.model):
             super()._load_best_model()
 
     def check_resumed(self, checkpoint: str | Path) -> None:
@@ -423,7 +430,7 @@ class BSSTrainer(Trainer):
             loss = super().training_step(model, inputs, num_items_in_batch)
         finally:
             self._step.trained()
-        if self.accelerator.scaler is None and not math.isfinite(float(loss)):  # it leaves such steps out
+        if not self._engine.scales_loss and not math.isfinite(float(loss)):  # it leaves such steps out
             raise diverged(self.state.global_step + 1, f"the loss is {float(loss)}")
         return self.meter.step_loss(loss)
 

@@ -30,6 +30,12 @@ SETTINGS = "selfgen.json"  # next to the weights of every checkpoint
 STATE = "trainer_state.json"  # what the Trainer writes last
 UNFINISHED = ".model.whole"  # in an output folder whose model is about to be put in its place, file by file
 _OBJECTS = (SETTINGS, STATE, "config.json", "generation_config.json", "adapter_config.json")
+_LATEST = "latest"  # what DeepSpeed writes last, with the name of its folder
+_CODE_OF_DEEPSPEED = {
+    "deepspeed.runtime.fp16.loss_scaler.LossScaler", "deepspeed.runtime.fp16.loss_scaler.DynamicLossScaler",
+    "deepspeed.runtime.zero.config.ZeroStageEnum", "deepspeed.utils.tensor_fragment.fragment_address",
+}  # fmt: skip
+"""Classes without side effects in the states of its optimizers."""
 _SMALL = 2**26  # bytes of a file that is read as a whole to find damage
 _MAY_CHANGE = {
     "context_method", "token_budget", "balance", "context_micro_batches", "own_answer_batch_size", "cuda_graphs",
@@ -194,7 +200,13 @@ def fault_of(checkpoint: Path) -> str | None:
     states = [*checkpoint.glob("optimizer.*"), *checkpoint.glob("scheduler.pt"), *checkpoint.glob("scaler.pt")]
     states += checkpoint.glob("rng_state*.pth")
     there, processes = {state.name for state in states}, _processes_of(checkpoint)
-    if not any(name.startswith("optimizer.") for name in there):
+    of_deepspeed = checkpoint / _LATEST
+    if of_deepspeed.is_file():
+        if missing_part := _missing_of_deepspeed(checkpoint, processes):
+            return missing_part
+        states += checkpoint.glob(f"{of_deepspeed.read_text().strip()}/*_states.pt")
+        there.add("scheduler.pt")  # which may be DeepSpeed's own
+    elif not any(name.startswith("optimizer.") for name in there):
         return "optimizer.pt is missing (save_only_model writes none)"
     of_generators = ["rng_state.pth"] if processes == 1 else [f"rng_state_{rank}.pth" for rank in range(processes)]
     for name in ("scheduler.pt", *of_generators):
@@ -204,6 +216,15 @@ def fault_of(checkpoint: Path) -> str | None:
         if broken := _broken(file):
             return f"{file.name} is broken ({broken})"
     return None
+
+
+def _missing_of_deepspeed(checkpoint: Path, processes: int) -> str | None:
+    """What lacks of the folder that DeepSpeed writes, with a part of the optimizer's state for each process."""
+    folder = checkpoint / (checkpoint / _LATEST).read_text().strip()
+    optimizers, models = (list(folder.glob(f"*{kind}_states.pt")) for kind in ("optim", "model"))
+    if len(optimizers) < processes:
+        return f"{len(optimizers)} of {processes} parts of the optimizer are in {folder.name}"
+    return None if models else f"the weights ({folder.name}/*model_states.pt) are missing"
 
 
 def _step_of(checkpoint: Path) -> int | None:
@@ -232,7 +253,7 @@ def _broken(file: Path) -> str | None:
             damaged = archive.testzip() if file.stat().st_size <= _SMALL else None
         if damaged is not None:
             return f"{damaged} in it is damaged"
-        code = code_in(file)
+        code = [name for name in code_in(file) if name not in _CODE_OF_DEEPSPEED]
         return f"loading it would run {code[0]}, so it isn't loaded" if code else None
     except (SafetensorError, zipfile.BadZipFile, OSError) as error:
         return str(error)

@@ -14,7 +14,7 @@ from ..context.masks import Masks, check_probability
 from ..context.models import transformers_model, unpadded_vocab_size
 from ..data import RowOptions
 from ..files import expand_home
-from .parallelism import check_parallelism
+from .parallelism import check_deepspeed, check_parallelism
 from .schedules import SCHEDULES, Schedule
 
 LOSS_ON = ("all", "after_self")
@@ -264,7 +264,9 @@ class BSSConfig(RowOptions, GeneratorOptions, TrainingArguments):
         check_parallelism(self)
         self._check_numbers()
         super().__post_init__()
-        if self.fp16 and self.device.type == "cpu":
+        if self.deepspeed_plugin is not None:
+            check_deepspeed(self.deepspeed_plugin.hf_ds_config.config)
+        if self.fp16 and self.device.type == "cpu" and self.deepspeed_plugin is None:
             raise ValueError(
                 "fp16 is given, but on a CPU nothing scales the loss, so that small gradients would vanish: give bf16 "
                 "(--bf16 yes), or leave it out"

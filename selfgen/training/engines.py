@@ -13,6 +13,7 @@ from transformers import Trainer
 from transformers.modeling_layers import GradientCheckpointingLayer
 
 from ..context.sharding import ALONE, Together, sharding_of
+from .parallelism import check_deepspeed
 
 
 class Engine:
@@ -27,6 +28,23 @@ class Engine:
         """Whether each process has weights before training; else the first one alone does."""
         plugin: Any = getattr(self.accelerator.state, "fsdp_plugin", None)
         return self.accelerator.num_processes == 1 or plugin is None or not plugin.cpu_ram_efficient_loading
+
+    @property
+    def scales_loss(self) -> bool:
+        """Whether a step may be left out, as scaled gradients overflow in fp16."""
+        return self.accelerator.scaler is not None
+
+    @property
+    def steps_in_backward(self) -> bool:
+        """Whether gradients are gone when the Trainer asks for the optimizer's step."""
+        return False
+
+    def gradient_norm(self) -> float | None:
+        """Of the step that was just taken, where `steps_in_backward`."""
+        return None
+
+    def check_first(self) -> None:
+        """Raise RuntimeError where training can't begin (again)."""
 
     def autocast(self) -> AbstractContextManager[None]:
         """The mixed precision of the training forward. FSDP2 has weights cast instead, without autocast."""
@@ -61,6 +79,58 @@ class Engine:
         return isinstance(model, DistributedDataParallel | FSDPModule) or sharding_of(model) is not None
 
 
+class Zero(Engine):
+    """DeepSpeed's engine: ZeRO-1, ZeRO-2 or ZeRO-3. It takes the optimizer's step inside the last backward."""
+
+    def __init__(self, trainer: Trainer):
+        super().__init__(trainer)
+        self._trainer = trainer
+        self._config = trainer.accelerator.state.deepspeed_plugin.hf_ds_config.config
+        check_deepspeed(self._config)
+
+    @property
+    def weights_are_here(self) -> bool:
+        return True
+
+    @property
+    def is_sharded(self) -> bool:
+        return self._config["zero_optimization"]["stage"] == 3
+
+    @property
+    def scales_loss(self) -> bool:
+        return bool(self._config.get("fp16", {}).get("enabled"))
+
+    @property
+    def steps_in_backward(self) -> bool:
+        return True
+
+    def gradient_norm(self) -> float | None:
+        """Of the step that was just taken, if DeepSpeed computes it; infinite where it left the step out."""
+        engine = self._trainer.deepspeed
+        if getattr(engine.optimizer, "overflow", False):
+            return float("inf")
+        norm = engine.get_global_grad_norm()
+        return None if norm is None else float(norm)
+
+    def why_no_reuse(self, layers: Sequence[nn.Module]) -> str | None:
+        if not self.is_sharded:
+            return None
+        return (
+            "ZeRO-3 gathers weights in hooks inside a decoder layer, which a layer whose forward is left out never "
+            "calls, so its weights would get no gradient"
+        )
+
+    def holds(self, model: nn.Module) -> bool:
+        return model is self._trainer.deepspeed
+
+    def check_first(self) -> None:
+        if self._trainer.deepspeed is not None:
+            raise RuntimeError(
+                "DeepSpeed has prepared this trainer's model already, by an earlier train() or evaluate(), and "
+                "transformers' Trainer would train on with the learning rates of that run: make a new trainer"
+            )
+
+
 def engine_of(trainer: Trainer) -> Engine:
     """Raises ValueError for one that no contexts can be made under."""
     args, state = trainer.args, trainer.accelerator.state
@@ -72,6 +142,6 @@ def engine_of(trainer: Trainer) -> Engine:
             "FSDP1 is given (fsdp_config: version 1, or fsdp_version 1), and contexts can't be made with it: give "
             "version 2, which is FSDP2"
         )
-    if trainer.is_deepspeed_enabled:
-        raise ValueError("contexts can't be made with weights that DeepSpeed shards yet; use FSDP2 or DDP")
-    return Engine(trainer)
+    if args.deepspeed and not trainer.is_deepspeed_enabled:
+        raise ValueError("deepspeed is given, but Accelerate ignores it on this device; leave it out, or train on GPUs")
+    return Zero(trainer) if trainer.is_deepspeed_enabled else Engine(trainer)

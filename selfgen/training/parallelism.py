@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Mapping, Sequence
+from typing import Any
 
 import torch
 from transformers import TrainingArguments
@@ -52,3 +54,58 @@ def _sizes(args: TrainingArguments) -> list[tuple[str, str, int]]:
 
 def _is_true(variable: str) -> bool:
     return os.environ.get(variable, "").lower() in ("1", "true", "yes", "on", "y", "t")
+
+
+_GATHERS = ("zero_optimization", "stage3_gather_16bit_weights_on_model_save")
+_NOT_WITH_CONTEXTS = {  # what DeepSpeed may be asked for: by the keys in its configuration, and the values that are off
+    ("zero_optimization", "zero_hpz_partition_size"): (1,),
+    ("zero_optimization", "zero_quantized_weights"): (),
+    ("zero_optimization", "zero_quantized_nontrainable_weights"): (),
+    ("zero_optimization", "mics_shard_size"): (-1,),
+    ("zero_optimization", "zenflow"): (),
+    ("zero_optimization", "offload_param", "device"): ("none", "cpu"),
+    ("zero_optimization", "offload_optimizer", "device"): ("none", "cpu"),
+    ("tensor_parallel", "autotp_size"): (1,),
+    ("inference", "tensor_parallel", "tp_size"): (1,),
+    ("sequence_parallel_size",): (1,),
+    ("expert_parallel", "enabled"): (),
+    ("pipeline",): (),
+    ("torch_autocast", "enabled"): (),
+    ("amp", "enabled"): (),
+    ("compile", "deepcompile"): (),
+    ("hybrid_engine", "enabled"): (),
+    ("curriculum_learning", "enabled"): (),
+    ("data_efficiency", "enabled"): (),
+    ("progressive_layer_drop", "enabled"): (),
+    ("compression_training",): (),
+    ("sparse_attention",): (),
+    ("weight_quantization",): (),
+}
+
+
+def check_deepspeed(config: Mapping[str, Any]) -> None:
+    """Raise ValueError if DeepSpeed's ``config`` asks for what contexts can't be made under, or would save no model."""
+    stage = _at(config, ("zero_optimization", "stage")) or 0
+    if stage not in (1, 2, 3):
+        raise ValueError(
+            f"deepspeed: zero_optimization.stage is {stage}; accepted: 1, 2 or 3 (without ZeRO it is plain data "
+            "parallelism: leave deepspeed out, and torchrun trains with DDP)"
+        )
+    for keys, off in _NOT_WITH_CONTEXTS.items():
+        value = _at(config, keys)
+        if value and value not in off:
+            raise ValueError(
+                f"deepspeed: {'.'.join(keys)} is {value!r}, with which contexts can't be made, or nobody has compared "
+                "them with those of one process: leave it out"
+            )
+    if stage == 3 and _at(config, _GATHERS) is not True:
+        raise ValueError(
+            f"deepspeed: with stage 3, no model would be saved unless {'.'.join(_GATHERS)} is true: set it to true"
+        )
+
+
+def _at(config: Mapping[str, Any], keys: Sequence[str]) -> Any:
+    found: Any = config
+    for key in keys:
+        found = found.get(key) if isinstance(found, Mapping) else None
+    return found

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import logging
 import math
+from collections.abc import Callable
 
 import torch
 from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
 from transformers import TrainerCallback
 
 from ..context.precision import how_quantized, is_plain
@@ -72,17 +74,31 @@ def _together(flags: list[Tensor]) -> list[Tensor]:
 
 
 class TellOfMissingGradients(TrainerCallback):
-    """Says once which trainable weights got no gradient: some layers cut it off in silence, others do not run."""
+    """Says once which trainable weights got no gradient: some layers cut it off in silence, others do not run.
 
-    def __init__(self) -> None:
-        self.looked = False
+    With ``in_backward`` gradients are watched as they come, as DeepSpeed takes them away.
+    """
+
+    def __init__(self, in_backward: bool = False) -> None:
+        self.looked, self.in_backward = False, in_backward
+        self._came: set[int] = set()  # the ids of weights that got one
+        self._hooks: list[RemovableHandle] = []
+
+    def on_step_begin(self, args, state, control, model=None, **kwargs):
+        if self.in_backward and not self.looked and not self._hooks:
+            trainable = (parameter for parameter in model.parameters() if parameter.requires_grad)
+            self._hooks = [
+                one.register_post_accumulate_grad_hook(lambda it: self._came.add(id(it))) for one in trainable
+            ]
 
     def on_pre_optimizer_step(self, args, state, control, model=None, **kwargs):
         if self.looked:
             return
         self.looked = True
+        for hook in self._hooks:
+            hook.remove()
         trainable = [(name, parameter) for name, parameter in model.named_parameters() if parameter.requires_grad]
-        without = [name for name, parameter in trainable if parameter.grad is None and parameter.numel()]
+        without = [name for name, parameter in trainable if not self._has_gradient(parameter)]
         if without:
             shown = ", ".join(without[:3]) + (", ..." if len(without) > 3 else "")
             logger.warning(
@@ -94,14 +110,29 @@ class TellOfMissingGradients(TrainerCallback):
                 shown,
             )
 
+    def _has_gradient(self, parameter: nn.Parameter) -> bool:
+        """Or needs none."""
+        if self.in_backward:
+            return id(parameter) in self._came or not getattr(parameter, "ds_numel", parameter.numel())
+        return parameter.grad is not None or not parameter.numel()
+
 
 class StopAtBrokenGradients(TrainerCallback):
-    """Stops a run before its weights take up gradients that are not finite."""
+    """Stops a run before its weights take up gradients that are not finite.
+
+    With ``norm`` that tells of a step already taken: the run stops before anything is saved.
+    """
+
+    def __init__(self, norm: Callable[[], float | None] | None = None) -> None:
+        self._norm = norm
 
     def on_pre_optimizer_step(self, args, state, control, model=None, **kwargs):
-        gradients = [local_part(one.grad) for one in model.parameters() if one.grad is not None]  # no communication
-        norm = float(nn.utils.get_total_norm(gradients))
-        if not math.isfinite(norm):
+        if self._norm is not None:
+            norm = self._norm()
+        else:
+            gradients = [local_part(one.grad) for one in model.parameters() if one.grad is not None]  # no communication
+            norm = float(nn.utils.get_total_norm(gradients))
+        if norm is not None and not math.isfinite(norm):
             raise diverged(state.global_step + 1, f"the norm of the gradients is {norm}")
 
 

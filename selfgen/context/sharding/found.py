@@ -8,11 +8,15 @@ from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor
 
+from . import zero
+
 Sharding = Literal["fsdp2", "zero3"]
 
 
 def local_part(tensor: Tensor) -> Tensor:
     """What this process has of a weight or a gradient: all of it, where it is not sharded."""
+    if hasattr(tensor, "ds_tensor") and not tensor.numel():  # by ZeRO-3
+        return zero.local_part(tensor)
     return tensor.to_local() if isinstance(tensor, DTensor) else tensor
 
 

@@ -12,6 +12,8 @@ from contextlib import contextmanager
 from torch import nn
 from torch.distributed.fsdp import FSDPModule
 
+from .hooks import hooks_taken_off
+
 
 @contextmanager
 def gathered(model: nn.Module, *, keep: bool) -> Iterator[None]:
@@ -24,35 +26,13 @@ def gathered(model: nn.Module, *, keep: bool) -> Iterator[None]:
         for handle in [module.unshard(async_op=True) for module in modules]:
             assert handle is not None
             handle.wait()
-        with _hooks_taken_off(model):
+        with hooks_taken_off(model, _is_fsdps):
             yield
         whole = True
     finally:
         if not (whole and keep):
             for module in modules:
                 module.reshard()  # which communicates nothing
-
-
-@contextmanager
-def _hooks_taken_off(model: nn.Module) -> Iterator[None]:
-    taken = [
-        (hooks, list(hooks), {key for key, hook in hooks.items() if _is_fsdps(hook)})
-        for module in model.modules()
-        for hooks in (module._forward_pre_hooks, module._forward_hooks)
-    ]
-    own = [{key: hooks[key] for key in keys} for hooks, _, keys in taken]
-    try:
-        for hooks, _, keys in taken:
-            for key in keys:
-                del hooks[key]
-        yield
-    finally:
-        for (hooks, order, _), fsdps in zip(taken, own, strict=True):
-            if fsdps:  # each in its place: FSDP's own come first, or last
-                now = dict(hooks)
-                hooks.clear()
-                hooks.update({key: (fsdps | now)[key] for key in order if key in fsdps or key in now})
-                hooks.update(now)
 
 
 def _is_fsdps(hook: Callable) -> bool:

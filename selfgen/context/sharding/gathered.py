@@ -8,11 +8,11 @@ from weakref import WeakSet
 
 from torch import nn
 
-from . import fsdp
+from . import fsdp, zero
 from .found import sharding_of
 
 _WHOLE_NOW: WeakSet[nn.Module] = WeakSet()
-_GATHERED = {"fsdp2": fsdp.gathered}
+_GATHERED = {"fsdp2": fsdp.gathered, "zero3": zero.gathered}
 
 
 @contextmanager

@@ -144,10 +144,9 @@ class ContextGenerator:
         return self._budget
 
     def agree_on_budget(self, together: Together) -> None:
-        """Use the largest budget of all processes, which all measure it at once, if it is not known yet."""
-        if self._budget is None:
-            budget = self.budget
-            self._budget = PassBudget(int(together.most(budget.tokens)), together.most(budget.balance))
+        """Use the largest budget of all processes, each of which knows its own; all call this."""
+        budget = self.budget
+        self._budget = PassBudget(int(together.most(budget.tokens)), together.most(budget.balance))
 
     def _measured(self) -> PassBudget:
         forward = self._forward()

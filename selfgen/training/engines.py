@@ -12,8 +12,10 @@ from torch.nn.parallel import DistributedDataParallel
 from transformers import Trainer
 from transformers.modeling_layers import GradientCheckpointingLayer
 
-from ..context.sharding import ALONE, Together, sharding_of
+from ..context.lockstep import Steps, lockstep
+from ..context.sharding import ALONE, Together, sharding_of, whole_weights
 from .parallelism import check_deepspeed
+from .weight_memory import chosen_weights
 
 
 class Engine:
@@ -22,6 +24,7 @@ class Engine:
     def __init__(self, trainer: Trainer):
         self.accelerator, self._model = trainer.accelerator, trainer.model
         self._of_accelerate = trainer.is_fsdp_enabled  # Accelerate shards the model, when training begins
+        self._weights, self._weights_chosen = trainer.args.weights, False
 
     @property
     def weights_are_here(self) -> bool:
@@ -59,6 +62,22 @@ class Engine:
     def together(self) -> Together:
         """The processes that must take the same forwards."""
         return Together(None, self.accelerator.device) if self.is_sharded else ALONE
+
+    @property
+    def stay_sharded(self) -> bool:
+        """Whether passes gather weights, so that a forward of one process is one of all."""
+        return self._weights == "sharded"
+
+    def choose_weights(self, model: nn.Module) -> None:
+        """Once, when ``model`` is as it is trained: whether passes gather weights. All processes call it."""
+        if sharding_of(model) == "fsdp2" and not self._weights_chosen:
+            self._weights = chosen_weights(self._weights, model, self.accelerator.device, self.together)
+            self._weights_chosen = True
+
+    def own_forwards(self, model: nn.Module, *, keep: bool) -> AbstractContextManager[Steps | None]:
+        """Inside, each process runs as many forwards as it needs; all enter together."""
+        self.choose_weights(model)
+        return lockstep(model, keep=keep) if self.stay_sharded else whole_weights(model, keep=keep)
 
     def why_no_reuse(self, layers: Sequence[nn.Module]) -> str | None:
         """Why passes can't be reused with weights that come and go, if they can't."""
@@ -141,6 +160,11 @@ def engine_of(trainer: Trainer) -> Engine:
         raise ValueError(
             "FSDP1 is given (fsdp_config: version 1, or fsdp_version 1), and contexts can't be made with it: give "
             "version 2, which is FSDP2"
+        )
+    if args.weights == "sharded" and not (trainer.is_fsdp_enabled or sharding_of(trainer.model) == "fsdp2"):
+        raise ValueError(
+            "weights is sharded, but FSDP2 does not shard the weights (ZeRO-3 gathers them in an order of its own): "
+            "give --fsdp, or leave weights out"
         )
     if args.deepspeed and not trainer.is_deepspeed_enabled:
         raise ValueError("deepspeed is given, but Accelerate ignores it on this device; leave it out, or train on GPUs")

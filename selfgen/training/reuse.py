@@ -8,23 +8,27 @@ checkpointing function of transformers' ``GradientCheckpointingLayer``, so a mod
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager, nullcontext
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from dataclasses import dataclass
 from functools import partial
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
 from ..context.hidden_states import HiddenStates, ReuseError
 
 
 @contextmanager
-def reuse_passes(kept: HiddenStates, slots: Tensor, *, bound: float | None = None) -> Iterator[list[int]]:
+def reuse_passes(
+    kept: HiddenStates, slots: Tensor, *, bound: float = 0.0, checks: dict[int, Callable[[], None]] | None = None
+) -> Iterator[list[int]]:
     """Inside, training forwards over [B, L] tokens whose slots are ``slots`` [B, L] reuse what is ``kept``.
 
     Their backward may come later, outside. The yielded list gets the number of each layer that has reused its passes.
-    With ``bound``, the backward raises ReuseError where a layer that is computed again differs by more than that many
+    ``checks``, if given, get by the same number what tries the backward of that layer by itself, for a caller that has
+    made its weights whole: it raises ReuseError where the layer, computed again, differs by more than ``bound``
     standard deviations, or gives a gradient to what is no part of it.
     """
     reused: list[int] = []
@@ -32,7 +36,7 @@ def reuse_passes(kept: HiddenStates, slots: Tensor, *, bound: float | None = Non
     try:
         for index, layer in enumerate(kept.layers):
             layer.gradient_checkpointing = True
-            layer._gradient_checkpointing_func = partial(_reuse_layer, kept, reused, index, slots, bound)
+            layer._gradient_checkpointing_func = partial(_reuse_layer, kept, reused, index, slots, bound, checks)
         yield reused
     finally:
         for layer, switches in zip(kept.layers, before, strict=True):
@@ -46,7 +50,8 @@ def _reuse_layer(
     reused: list[int],
     index: int,
     slots: Tensor,
-    bound: float | None,
+    bound: float,
+    checks: dict[int, Callable[[], None]] | None,
     forward: Callable,
     hidden: Tensor,
     *args,
@@ -58,14 +63,51 @@ def _reuse_layer(
     # Not before the layer is called, as sharded weights are gathered only then.
     trainable = [parameter for parameter in kept.layers[index].parameters() if parameter.requires_grad]
     entering, leaving = partial(kept.at, index, slots), partial(kept.at, index + 1, slots)
+    again = _Again(lambda states: forward(states, *args), entering, _autocast_now(hidden.device.type))
+    if checks is not None:
+        checks[index] = partial(_check, index, again, kept.layers[index], leaving, bound)
+    return _ReusedLayer.apply(again, leaving, hidden, *trainable)
 
-    def layer(states: Tensor) -> Tensor:
-        output = forward(states, *args)
-        if bound is not None:
-            _verify(index, output, leaving(), [states, *trainable], bound)
-        return output
 
-    return _ReusedLayer.apply(layer, entering, leaving, hidden, *trainable)
+@dataclass
+class _Again:
+    """A layer that is computed again, and what enters it; under the autocast of its forward."""
+
+    layer: Callable[[Tensor], Tensor]
+    entering: Callable[[], Tensor]
+    autocast: Callable[[], AbstractContextManager]
+
+    def __call__(self) -> tuple[Tensor, Tensor]:
+        """What enters, and what leaves it, with gradients."""
+        with torch.enable_grad(), self.autocast():
+            hidden = self.entering().requires_grad_()
+            return hidden, self.layer(hidden)
+
+
+def _autocast_now(device: str) -> Callable[[], AbstractContextManager]:
+    if not torch.is_autocast_enabled(device):
+        return nullcontext
+    return partial(torch.autocast, device, dtype=torch.get_autocast_dtype(device))
+
+
+def _check(index: int, again: _Again, layer: nn.Module, leaving: Callable[[], Tensor], bound: float) -> None:
+    """Try the backward of a layer, whose weights are whole."""
+    trainable = [parameter for parameter in layer.parameters() if parameter.requires_grad]
+    hidden, output = again()
+    _verify(index, output, leaving(), [hidden, *trainable], bound)
+    _gradients(output, torch.ones_like(output), hidden, trainable)
+
+
+def _gradients(output: Tensor, gradient: Tensor, hidden: Tensor, trainable: Sequence[Tensor]) -> list[Tensor | None]:
+    """Of what entered the layer, and of its weights."""
+    with without_hooks(trainable):
+        found = torch.autograd.grad(output, [hidden, *trainable], gradient, allow_unused=True)
+    if trainable and all(one is None for one in found[1:]):
+        raise ReuseError(
+            "the weights of a decoder layer got no gradient, as it computes with others than it has when it is "
+            "called: give reuse_passes=False"
+        )
+    return list(found)
 
 
 def _verify(index: int, output: Tensor, kept: Tensor, inputs: list[Tensor], bound: float) -> None:
@@ -105,32 +147,18 @@ class _ReusedLayer(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx, layer, entering, leaving, hidden, *trainable):
-        device = hidden.device.type
-        ctx.layer, ctx.entering, ctx.trainable = layer, entering, trainable
-        ctx.autocast = nullcontext
-        if torch.is_autocast_enabled(device):
-            ctx.autocast = partial(torch.autocast, device, dtype=torch.get_autocast_dtype(device))
+    def forward(ctx, again, leaving, hidden, *trainable):
+        ctx.again, ctx.trainable = again, trainable
         return leaving()
 
     @staticmethod
     def backward(ctx, gradient):
-        with torch.enable_grad(), ctx.autocast():
-            hidden = ctx.entering().requires_grad_()
-            output = ctx.layer(hidden)
-        inputs = hidden, *ctx.trainable
-        with without_hooks(ctx.trainable):
-            gradients = torch.autograd.grad(output, inputs, gradient.to(output.dtype), allow_unused=True)
-        if ctx.trainable and all(one is None for one in gradients[1:]):
-            raise ReuseError(
-                "the weights of a decoder layer got no gradient, as it computes with others than it has when it is "
-                "called: give reuse_passes=False"
-            )
-        return None, None, None, *gradients
+        hidden, output = ctx.again()
+        return None, None, *_gradients(output, gradient.to(output.dtype), hidden, ctx.trainable)
 
 
 @contextmanager
-def without_hooks(parameters: list[Tensor]) -> Iterator[None]:
+def without_hooks(parameters: Sequence[Tensor]) -> Iterator[None]:
     """Inside, hooks on ``parameters`` do not run: they do in the outer graph, once."""
     hooked = [(parameter, parameter._backward_hooks) for parameter in parameters if parameter._backward_hooks]
     try:

@@ -21,7 +21,7 @@ from transformers import PreTrainedModel
 
 from .models import OF_LOCKSTEP, inference, own_logits, transformers_model
 from .sharding import IN_STEP, Together, is_whole, sharding_of
-from .sharding.fsdp import ShardedModule, kept_whole
+from .sharding.fsdp import ShardedModule, gathered_in_time
 
 _DONE, _BEGINS, _FAILED = range(3)
 _ORDERS: WeakKeyDictionary[nn.Module, list[ShardedModule]] = WeakKeyDictionary()  # in which a forward gathers
@@ -145,7 +145,7 @@ def lockstep(model: nn.Module, *, keep: bool = False, together: Together | None 
         )
     modules = list(model.modules())
     together = Together(None, inner.device) if together is None else together
-    with kept_whole(model, keep=keep) as sharded:
+    with gathered_in_time(model, keep=keep) as sharded:
         order = _order_of(inner, sharded)
         if not order:  # all weights are whole now
             yield None

@@ -11,6 +11,7 @@ from torch import nn
 from torch.distributed.fsdp import FSDPModule
 
 from ..context.sharding import Together, local_part
+from ..context.sharding.fsdp import parts_in_time
 
 logger = logging.getLogger(__name__)
 
@@ -32,12 +33,11 @@ def chosen_weights(asked: str, model: nn.Module, device: torch.device, together:
     if chosen == "gathered":
         logger.info("weights=%s: before contexts are made, each process gathers all weights once (%s)", chosen, of)
     else:
-        layers = sum(isinstance(module, FSDPModule) for module in model.modules())
         logger.info(
-            "weights=%s: every context pass gathers the weights in %d parts (%s), and all processes take part in it, "
+            "weights=%s: every context pass gathers the weights of %d layers (%s), and all processes take part in it, "
             "with one all-reduce; the log counts these passes as passes_in_step",
             chosen,
-            layers,
+            len(parts_in_time(model)),
             of,
         )
     return chosen

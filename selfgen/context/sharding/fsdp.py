@@ -40,37 +40,37 @@ def gathered(model: nn.Module, *, keep: bool) -> Iterator[None]:
 
 
 @contextmanager
-def kept_whole(model: nn.Module, *, keep: bool) -> Iterator[list[ShardedModule]]:
+def gathered_in_time(model: nn.Module, *, keep: bool) -> Iterator[list[ShardedModule]]:
     """Inside, FSDP2's hooks are off, and what it does not shard after a forward is whole: norm, head, what is no layer.
 
-    Gives what it does shard after every forward, which the caller has to gather. With ``keep``, the former are left
-    whole for a training forward that follows at once.
+    Gives what it does shard after every forward (`parts_in_time`), which the caller has to gather. With ``keep``, the
+    rest is left whole for a training forward that follows at once.
     """
-    modules = [module for module in model.modules() if isinstance(module, FSDPModule)]
-    in_time: list[ShardedModule] = []
+    in_time = parts_in_time(model)
+    rest = [module for module in model.modules() if isinstance(module, FSDPModule) and module not in in_time]
     done = False
     try:
-        for module in modules:
-            module._get_fsdp_state()._lazy_init()
-            if _is_sharded_after_forward(module):
-                in_time.append(module)
-        for module in modules:
-            if module not in in_time:
-                module.unshard()
+        for module in rest:
+            module.unshard()
         with hooks_taken_off(model, _is_fsdps):
             yield in_time
         done = True
     finally:
-        for module in modules:
-            if not (done and keep) or module in in_time:
-                module.reshard()
+        for module in [*in_time, *([] if done and keep else rest)]:
+            module.reshard()
 
 
-def _is_sharded_after_forward(module: FSDPModule) -> bool:
-    """Those that share a group of weights with another module are no layers."""
-    state = module._get_fsdp_state()
-    groups = getattr(state, "_fsdp_param_groups", None) or [state._fsdp_param_group]  # several since torch 2.12
-    return len(state._modules) == 1 and all(group is not None and group._reshard_after_forward for group in groups)
+def parts_in_time(model: nn.Module) -> list[ShardedModule]:
+    """What FSDP2 shards after a forward, and gathers for each: layers. It is not shared with another module."""
+    found: list[ShardedModule] = []
+    for module in model.modules():
+        if isinstance(module, FSDPModule):
+            state = module._get_fsdp_state()
+            state._lazy_init()  # the first one is the root
+            groups = getattr(state, "_fsdp_param_groups", None) or [state._fsdp_param_group]  # since torch 2.12
+            if len(state._modules) == 1 and all(group is not None and group._reshard_after_forward for group in groups):
+                found.append(module)
+    return found
 
 
 def _is_fsdps(hook: Callable) -> bool:

@@ -94,6 +94,25 @@ UPSTREAM = [
     ("torch.nn:Dropout", lambda found: issubclass(found, nn.modules.dropout._DropoutNd), "dropout is not found"),
     ("torch:Tensor._backward_hooks", hooks_of_a_tensor, "DDP's hooks run twice in the backward of a reused layer"),
     ("torch.utils._pytree:tree_leaves", exists, "reuse can't look for a second input with a gradient"),
+    # Weights that FSDP2 shards
+    ("torch.distributed.fsdp:FSDPModule._get_fsdp_state", exists, "weights can't be gathered before the first forward"),
+    ("torch.distributed.fsdp._fully_shard._fsdp_state:FSDPState._lazy_init", exists, "the same"),
+    (
+        "torch.distributed.fsdp._fully_shard._fsdp_state:FSDPState.__init__",
+        mentions("self._fsdp_param_group"),
+        "gathered weights can't be kept for the next micro-batch",
+    ),
+    (
+        "torch.distributed.fsdp._fully_shard._fsdp_param_group:FSDPParamGroup.__init__",
+        mentions("self.post_forward_mesh_info", "self.reshard_after_backward"),
+        "gathered weights can't be kept for the next micro-batch",
+    ),
+    (
+        "transformers.modeling_layers:GradientCheckpointingLayer",
+        mentions("def __init_subclass__"),
+        "passes are not reused under FSDP2: its hooks would run inside a checkpointed layer",
+    ),
+    ("torch.nn:Module.__init__", mentions("_forward_pre_hooks", "_forward_hooks"), "FSDP2's hooks can't be taken off"),
     # Training
     (
         "transformers:Trainer.get_batch_samples",

@@ -35,7 +35,7 @@ from ..context.models import (
     vocab_size_of,
 )
 from ..context.precision import full_precision
-from ..context.sharding import whole_weights
+from ..context.sharding import kept_whole, whole_weights
 from ..data import Collator, DataError, check_sample_ids, load_rows, pad_token_id, rows_of, write_contexts_into
 from ..data.batches import IGNORE_INDEX, ROWS, Row, lengths_of
 from ..data.streams import StreamedRows, refuse_stream
@@ -432,8 +432,12 @@ class BSSTrainer(Trainer):
                 f"this is one of {self.args.world_size} processes, but the model is not wrapped for them, so each "
                 "would train alone: make a new trainer, with a model that no other has prepared"
             )
+        # Weights were gathered for the passes, and are as they were until the optimizer's step.
+        whole = self._runs_passes() and not self._engine.stay_sharded
+        last = self.accelerator.sync_gradients
         try:
-            loss = super().training_step(model, inputs, num_items_in_batch)
+            with kept_whole(self.model, last=last) if whole else nullcontext():
+                loss = super().training_step(model, inputs, num_items_in_batch)
         finally:
             self._step.trained()
         if not self._engine.scales_loss and not math.isfinite(float(loss)):  # it leaves such steps out

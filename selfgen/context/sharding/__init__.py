@@ -6,7 +6,7 @@ would differ.
 """
 
 from .found import check_splits, is_sharded_now, local_part, sharding_of
-from .gathered import is_whole, whole_weights
+from .gathered import is_whole, kept_whole, whole_weights
 from .tensor import together_of
 from .together import ALONE, IN_STEP, Together
 
@@ -17,6 +17,7 @@ __all__ = [
     "check_splits",
     "is_sharded_now",
     "is_whole",
+    "kept_whole",
     "local_part",
     "sharding_of",
     "together_of",

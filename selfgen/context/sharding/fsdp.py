@@ -12,6 +12,7 @@ from typing import Any
 
 from torch import nn
 from torch.distributed.fsdp import FSDPModule
+from torch.distributed.fsdp._fully_shard._fsdp_param_group import FSDPParamGroup
 
 from .hooks import hooks_taken_off
 
@@ -40,6 +41,37 @@ def gathered(model: nn.Module, *, keep: bool) -> Iterator[None]:
 
 
 @contextmanager
+def kept_whole(model: nn.Module, *, last: bool) -> Iterator[None]:
+    """Inside, a forward and a backward leave gathered weights as they are, for the next micro-batch of the step.
+
+    They are sharded afterwards where that was the ``last`` one, or failed: an optimizer must not find them whole.
+    """
+    modules = [module for module in model.modules() if isinstance(module, FSDPModule)]
+    groups = [group for module in modules for group in _groups(module)]
+    before = [(group.post_forward_mesh_info, group.reshard_after_backward) for group in groups]
+    done = False
+    try:
+        for group in groups:
+            group.post_forward_mesh_info, group.reshard_after_backward = None, False
+        yield
+        done = True
+    finally:
+        for group, (forward, backward) in zip(groups, before, strict=True):
+            group.post_forward_mesh_info, group.reshard_after_backward = forward, backward
+        if last or not done:
+            for module in modules:
+                module.reshard()
+
+
+def _groups(module: FSDPModule) -> list[FSDPParamGroup]:
+    state = module._get_fsdp_state()
+    several = getattr(state, "_fsdp_param_groups", None)  # since torch 2.12
+    if several is not None:
+        return several
+    return [] if state._fsdp_param_group is None else [state._fsdp_param_group]
+
+
+@contextmanager
 def gathered_in_time(model: nn.Module, *, keep: bool) -> Iterator[list[ShardedModule]]:
     """Inside, FSDP2's hooks are off, and what it does not shard after a forward is whole: norm, head, what is no layer.
 
@@ -65,10 +97,9 @@ def parts_in_time(model: nn.Module) -> list[ShardedModule]:
     found: list[ShardedModule] = []
     for module in model.modules():
         if isinstance(module, FSDPModule):
-            state = module._get_fsdp_state()
+            state, groups = module._get_fsdp_state(), _groups(module)
             state._lazy_init()  # the first one is the root
-            groups = getattr(state, "_fsdp_param_groups", None) or [state._fsdp_param_group]  # since torch 2.12
-            if len(state._modules) == 1 and all(group is not None and group._reshard_after_forward for group in groups):
+            if groups and len(state._modules) == 1 and all(group._reshard_after_forward for group in groups):
                 found.append(module)
     return found
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from weakref import WeakSet
 
 from torch import nn
@@ -13,6 +13,7 @@ from .found import sharding_of
 
 _WHOLE_NOW: WeakSet[nn.Module] = WeakSet()
 _GATHERED = {"fsdp2": fsdp.gathered, "zero3": zero.gathered}
+_KEPT_WHOLE = {"fsdp2": fsdp.kept_whole}
 
 
 @contextmanager
@@ -42,6 +43,19 @@ def whole_weights(model: nn.Module, *, keep: bool = False) -> Iterator[None]:
             yield
         finally:
             _WHOLE_NOW.difference_update(modules)
+
+
+@contextmanager
+def kept_whole(model: nn.Module, *, last: bool) -> Iterator[None]:
+    """Inside, a training forward and its backward leave gathered weights whole, for the next micro-batch of a step.
+
+    Memory has room for them, as contexts were made with them just before, and each gathering less is time. With
+    ``last``, or after an exception, they are sharded again: an optimizer must not find them whole.
+    """
+    kind = sharding_of(model)
+    keep = None if kind is None else _KEPT_WHOLE.get(kind)
+    with nullcontext() if keep is None else keep(model, last=last):
+        yield
 
 
 def is_whole(model: nn.Module) -> bool:

@@ -203,7 +203,9 @@ class BSSTrainer(Trainer):
         self.meter = Meter(scales_loss=self._engine.scales_loss)
         if self._engine.weights_are_here:
             self._learn_of_model()
-        self._label_smoother = self.label_smoother  # type: ignore[has-type]
+        smoother = self.label_smoother  # type: ignore[has-type]
+        # The Trainer shifts labels by the name of the model's class, which FSDP2 changes.
+        self._label_smoother = None if smoother is None else partial(smoother, shift_labels=True)
         self.add_callback(StepTimer(self.meter))
         self.add_callback(EpochOfSampler())
         after = self._engine.steps_in_backward
@@ -683,6 +685,7 @@ class BSSTrainer(Trainer):
         If the loss of a batch is not finite, neither is the mean: a warning tells, and it is never the best.
         """
         self._evaluated = TokenMean()
+        self._engine.shard(self)
         output = super().evaluation_loop(*args, metric_key_prefix=metric_key_prefix, **kwargs)
         name = f"{metric_key_prefix}_loss"
         if name in (output.metrics or {}) and not self._loss_is_users and self.args.n_gpu <= 1:

@@ -49,6 +49,16 @@ class Engine:
     def check_first(self) -> None:
         """Raise RuntimeError where training can't begin (again)."""
 
+    def shard(self, trainer: Trainer) -> None:
+        """Shard the model now, where an evaluation comes before training.
+
+        Accelerate takes a model for FSDP2 only together with its optimizer, which the Trainer makes in training.
+        """
+        if self._of_accelerate and not self.accelerator._models:
+            trainer.create_optimizer()
+            model, trainer.optimizer = self.accelerator.prepare(trainer.model, trainer.optimizer)
+            trainer.model = trainer.model_wrapped = model
+
     def autocast(self) -> AbstractContextManager[None]:
         """The mixed precision of the training forward. FSDP2 has weights cast instead, without autocast."""
         return nullcontext() if self._of_accelerate else self.accelerator.autocast()

@@ -4,24 +4,37 @@ from __future__ import annotations
 
 from collections import Counter
 
+import pytest
 import torch
 import torch.distributed as dist
+from accelerate import ParallelismConfig
 from helpers.contexts import assert_equal
-from helpers.processes import in_ranks
-from models import tiny_model
+from helpers.processes import WORLD, in_ranks
+from helpers.runs import CASES, FAST, compare, make_expected
+from helpers.sharded import fsdp_on_cpus
+from models import VOCAB, tiny_model
 from torch.distributed.fsdp import fully_shard
 from torch.utils._python_dispatch import TorchDispatchMode
+from transformers import AutoModelForCausalLM, BloomConfig
+from transformers.modeling_layers import GradientCheckpointingLayer
 
-from selfgen import ContextGenerator, lockstep
+from selfgen import ContextGenerator, UnsupportedModelError, lockstep
 
 ROWS = {"prompts": [[3, 4, 5], [6, 7]], "references": [[5, 6, 7, 8, 9, 10, 11], [4, 5, 6]], "sample_ids": [0, 1]}
 
 
-def sharded(family: str = "llama"):
-    model = tiny_model(family)
-    for layer in model.model.layers:
-        fully_shard(layer)
+def sharded(model):
+    for layer in model.modules():
+        if isinstance(layer, GradientCheckpointingLayer):
+            fully_shard(layer)
     return fully_shard(model)
+
+
+def bloom():
+    """Its attention is its own: it fails in the middle of the ragged path's first probe."""
+    torch.manual_seed(0)
+    config = BloomConfig(vocab_size=VOCAB, hidden_size=32, n_layer=3, n_head=4, initializer_range=0.3)
+    return AutoModelForCausalLM.from_config(config).eval()
 
 
 def rows_of(rank: int) -> dict:
@@ -41,8 +54,9 @@ class Calls(TorchDispatchMode):
         return func(*args, **(kwargs or {}))
 
 
-def each_its_own(rank, folder):
-    model, whole = sharded(), ContextGenerator(tiny_model("llama"))
+def each_its_own(rank):
+    """Also what it costs."""
+    model, whole = sharded(tiny_model("llama")), ContextGenerator(tiny_model("llama"))
     generator = ContextGenerator(model, token_budget=6, balance=2)
     for seed in range(3):
         options = {**rows_of(rank), "self_prob": 0.7, "seed": seed}
@@ -60,5 +74,103 @@ def each_its_own(rank, folder):
         model(input_ids=torch.arange(3, 7)[None], labels=torch.arange(3, 7)[None]).loss.backward()
 
 
-def test_each_process_makes_its_own_contexts(tmp_path):
-    in_ranks(each_its_own, tmp_path)
+def one_has_nothing(rank):
+    """Another one looks at the model, answers and decodes in several ways meanwhile."""
+    options = {"self_prob": 0.7, "seed": 0}
+    model, whole = sharded(tiny_model("gpt2")), ContextGenerator(tiny_model("gpt2"))
+    generator = ContextGenerator(model)
+    for working in range(WORLD):
+        rows = ROWS if rank == working else {name: [] for name in ROWS}
+        for method in ("fixed_point", "sequential"):
+            with lockstep(model):
+                found = generator.contexts(**rows, **options, method=method)
+            assert_equal(found, whole.contexts(**rows, **options, method="sequential"))
+        with lockstep(model):
+            found = generator.answer(rows["prompts"], max_new_tokens=7)
+        assert list(map(list, found.tokens)) == list(map(list, whole.answer(rows["prompts"], max_new_tokens=7).tokens))
+
+
+def broken_off(rank):
+    """A pass of one process ends within a layer; the other has nothing to do, and gathers with it to the end."""
+    options = {"self_prob": 0.7, "seed": 0}
+    model, whole = sharded(bloom()), ContextGenerator(bloom())
+    generator = ContextGenerator(model)
+    rows = {name: [] for name in ROWS} if rank else ROWS
+    with lockstep(model):
+        if rank == 0:
+            with pytest.raises(UnsupportedModelError):
+                generator.contexts(**rows, **options)
+        found = generator.contexts(**rows, **options, method="sequential")
+        answers = generator.answer(rows["prompts"], max_new_tokens=7)
+    assert_equal(found, whole.contexts(**rows, **options, method="sequential"))
+    assert list(map(list, answers.tokens)) == list(map(list, whole.answer(rows["prompts"], max_new_tokens=7).tokens))
+    with pytest.raises(RuntimeError if rank else UnsupportedModelError, match="does not support"), lockstep(model):
+        generator.contexts(**rows, **options)
+    with lockstep(model):  # all is as it was
+        generator.contexts(**ROWS, **options, method="sequential")
+
+
+def failed_in_one(rank):
+    model = sharded(tiny_model("llama"))
+    generator = ContextGenerator(model)
+    with pytest.raises(ValueError, match=r"whole_weights.*lockstep"):
+        generator.contexts(**ROWS, self_prob=0.7, seed=0)
+    for place in ("before", "after"):
+        expected = (ValueError, f"^{place}$") if rank else (RuntimeError, f"process 1 has failed .ValueError: {place}.")
+        with pytest.raises(expected[0], match=expected[1]), lockstep(model):  # the other one is in its first probe
+            raises_in_one(rank, generator, place)
+    with lockstep(model):
+        generator.contexts(**rows_of(rank), self_prob=0.7, seed=0)
+
+
+def raises_in_one(rank, generator, place):
+    if place == "after" or not rank:
+        generator.contexts(**ROWS, self_prob=0.7, seed=0)
+    if rank:
+        raise ValueError(place)
+
+
+def in_ones_own_loop(rank, folder):
+    each_its_own(rank)
+    one_has_nothing(rank)
+    broken_off(rank)
+    failed_in_one(rank)
+
+
+def test_in_a_loop_of_ones_own(tmp_path):
+    in_ranks(in_ones_own_loop, tmp_path)
+
+
+def trained(rank, folder, names, world, engine):
+    fsdp_on_cpus()
+    compare(rank, folder, names, world, fsdp=True, weights="sharded", **engine)
+
+
+def check(folder, names, world=WORLD, **engine):
+    make_expected(folder, names, world)
+    in_ranks(trained, folder, names, world, engine, world=world)
+
+
+def test_training(tmp_path):
+    check(tmp_path, ("many", "lora, kl", "rac, direct"))
+
+
+@pytest.mark.slow
+def test_all_training(tmp_path):
+    check(tmp_path, tuple(CASES))
+
+
+@pytest.mark.slow
+def test_four_processes(tmp_path):
+    check(tmp_path, FAST, world=4)
+
+
+@pytest.mark.slow
+def test_replicas_of_shards(tmp_path):
+    """HSDP: two groups of two processes."""
+    check(tmp_path, FAST, world=4, parallelism_config=ParallelismConfig(dp_replicate_size=2, dp_shard_size=2))
+
+
+@pytest.mark.slow
+def test_checkpointed_by_accelerate(tmp_path):
+    check(tmp_path, ("plain", "lora", "rac"), fsdp_config={"activation_checkpointing": True})

@@ -27,6 +27,10 @@ _DONE, _BEGINS, _FAILED = range(3)
 _ORDERS: WeakKeyDictionary[nn.Module, list[ShardedModule]] = WeakKeyDictionary()  # in which a forward gathers
 
 
+class _OtherFailed(BaseException):
+    """Another process has failed. No probe takes it for a fault of the model, as it does with exceptions."""
+
+
 class Steps:
     """The forwards of this process inside `lockstep`: ``forwards`` counts them, those that it has run along, too."""
 
@@ -36,7 +40,6 @@ class Steps:
         self._entered = 0  # modules of the forward that is being run
         self._ahead: list[object] = []  # the handle of the next one's weights, which are on their way
         self._runs_along = False
-        self._failed: str | None = None
 
     def enter(self, module: ShardedModule) -> None:
         if module is self._order[0]:
@@ -80,36 +83,19 @@ class Steps:
                 self._runs_along = False
 
     def fail(self, error: Exception) -> None:
-        """Tell the others.
-
-        Raises:
-            RuntimeError: another process has failed before, and this one because of it.
-        """
+        """Tell the others."""
         self.complete()
-        if self._failed is None:
-            self._say(_FAILED, f"{type(error).__name__}: {error}")
-        elif self._failed not in str(error):
-            raise RuntimeError(self._failed) from error
+        self._say(_FAILED, f"{type(error).__name__}: {error}")
 
     def _say(self, what: int, message: str | None = None) -> bool:
-        """Whether any process begins a forward.
-
-        Raises:
-            RuntimeError: another process has failed; what it says of it.
-        """
-        self._stop_if_failed()
+        """Whether any process begins a forward."""
         found = self._together.most(what)
         if found == _FAILED:
             told = self._together.told(message)
-            self._failed = "; ".join(f"process {rank} has failed ({one})" for rank, one in told.items())
             if message is None:
-                self._stop_if_failed()
+                raise _OtherFailed("; ".join(f"process {rank} has failed ({one})" for rank, one in told.items()))
         self.forwards += found == _BEGINS
         return found == _BEGINS
-
-    def _stop_if_failed(self) -> None:
-        if self._failed is not None:
-            raise RuntimeError(self._failed)
 
 
 @contextmanager
@@ -157,6 +143,8 @@ def lockstep(model: nn.Module, *, keep: bool = False, together: Together | None 
                 try:
                     yield steps
                     steps.run_along()
+                except _OtherFailed as failed:
+                    raise RuntimeError(str(failed)) from None
                 except Exception as error:
                     steps.fail(error)
                     raise

@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+import os
+import subprocess
+import sys
 from collections import Counter
+from dataclasses import replace
 
 import pytest
 import torch
@@ -10,8 +14,9 @@ import torch.distributed as dist
 from accelerate import ParallelismConfig
 from helpers.contexts import assert_equal
 from helpers.processes import WORLD, in_ranks
-from helpers.runs import CASES, FAST, compare, make_expected
-from helpers.sharded import fsdp_on_cpus
+from helpers.runs import CASES, FAST, assert_same, compare, make_expected, run
+from helpers.sharded import fsdp_on_cpus, whole_state
+from helpers.training import make_trainer
 from models import VOCAB, tiny_model
 from torch.distributed.fsdp import fully_shard
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -19,6 +24,10 @@ from transformers import AutoModelForCausalLM, BloomConfig
 from transformers.modeling_layers import GradientCheckpointingLayer
 
 from selfgen import ContextGenerator, UnsupportedModelError, lockstep
+from selfgen.context.hidden_states import ReuseError
+from selfgen.context.sharding import ALONE
+from selfgen.training import reuse, weight_memory
+from selfgen.training.weight_memory import chosen_weights
 
 ROWS = {"prompts": [[3, 4, 5], [6, 7]], "references": [[5, 6, 7, 8, 9, 10, 11], [4, 5, 6]], "sample_ids": [0, 1]}
 
@@ -174,3 +183,129 @@ def test_replicas_of_shards(tmp_path):
 @pytest.mark.slow
 def test_checkpointed_by_accelerate(tmp_path):
     check(tmp_path, ("plain", "lora", "rac"), fsdp_config={"activation_checkpointing": True})
+
+
+def resumed(rank, folder):
+    """Bit for bit, also what is logged."""
+    fsdp_on_cpus()
+    case = replace(CASES["plain"], changes={"save_strategy": "steps", "save_steps": 2, "max_steps": 4})
+    found = []
+    for checkpoint in (None, str(folder / "run" / "checkpoint-2")):
+        trainer = case.trainer(folder / "run", 1, fsdp=True, weights="sharded")
+        trainer.train(checkpoint)
+        names = ("loss", "grad_norm", *(() if rank else ("passes", "self_share")))  # those of the first process
+        log = [[entry[name] for name in names] for entry in trainer.state.log_history if "loss" in entry]
+        found.append((log, whole_state(trainer.model)))
+        dist.barrier()
+    (log, weights), (log_again, weights_again) = found
+    assert log == log_again
+    assert all(torch.equal(weights_again[name], weight) for name, weight in weights.items())
+
+
+@pytest.mark.slow
+def test_resumed(tmp_path):
+    in_ranks(resumed, tmp_path)
+
+
+def in_half_precision(rank, folder):
+    """Losses are near those in fp32; nothing can be equal."""
+    fsdp_on_cpus()
+    found = run(CASES["plain"], folder / "several", fsdp=True, weights="sharded", bf16=True)
+    expected = torch.load(folder / "plain.pt", weights_only=True)
+    for got, want in zip(found["log"], expected["log"], strict=True):
+        assert abs(got["loss"] / want["loss"] - 1) < 0.05
+
+
+@pytest.mark.slow
+def test_bf16(tmp_path):
+    make_expected(tmp_path, ["plain"], WORLD)
+    in_ranks(in_half_precision, tmp_path)
+
+
+def reused_in_one(rank, folder):
+    """One process finds that it can't compute a layer again; both train on, as they did in one process."""
+    fsdp_on_cpus()
+    verify = reuse._verify
+
+    def refuse(index, *args):
+        if rank and index == 1:
+            raise ReuseError("not this layer")
+        verify(index, *args)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(reuse, "_verify", refuse)
+        case = replace(CASES["plain"], reused=False, after=lambda trainer: 1.0 + trainer._reuses)
+        found = run(case, folder / "several", fsdp=True, weights="sharded")
+    assert found.pop("others") == [2.0 - rank]
+    expected = torch.load(folder / "plain.pt", weights_only=True)
+    assert_same({**found, "others": []}, expected, case, rank, WORLD)
+
+
+@pytest.mark.slow
+def test_reused_in_one_process(tmp_path):
+    make_expected(tmp_path, ["plain"], WORLD)
+    in_ranks(reused_in_one, tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("free", "asked", "chosen"), [(10, "auto", "gathered"), (4, "auto", "sharded"), (4, "gathered", "gathered")]
+)
+def test_what_fits_is_chosen(free, asked, chosen, monkeypatch, caplog):
+    model = tiny_model("llama")
+    size = 4 * sum(one.numel() for one in model.parameters())
+    monkeypatch.setattr(weight_memory, "free_bytes", lambda device: free * size)  # 3 go to gradients and Adam
+    with caplog.at_level("INFO"):
+        assert chosen_weights(asked, model, model.device, ALONE) == chosen
+    assert f"weights={chosen}" in caplog.text
+
+
+def test_weights_refused(tmp_path):
+    with pytest.raises(ValueError, match="weights is 'whole'; accepted: auto, gathered, sharded"):
+        make_trainer(tmp_path, weights="whole")
+    with pytest.raises(ValueError, match="weights is sharded, but FSDP2 does not shard"):
+        make_trainer(tmp_path, weights="sharded")
+
+
+ENDS = """
+import os, signal, sys
+import torch, torch.distributed as dist
+from models import tiny_model
+from torch.distributed.fsdp import fully_shard
+from selfgen import ContextGenerator, lockstep
+
+dist.init_process_group("gloo")
+rank, how = dist.get_rank(), sys.argv[1]
+model = tiny_model("llama")
+for layer in model.model.layers:
+    fully_shard(layer)
+generator = ContextGenerator(fully_shard(model), token_budget=6, balance=2)
+passes = 0
+
+def ends(*_):
+    global passes
+    passes += rank
+    if passes == 25 and how == "raised":
+        raise ValueError("this row is odd")
+    if passes == 25:
+        os.kill(os.getpid(), signal.SIGINT)
+
+model.model.layers[0].mlp.register_forward_hook(ends)
+for seed in range(100):
+    with lockstep(model):
+        rows = range(1 + rank)
+        generator.contexts([[3, 4] for _ in rows], [[5, 6, 7, 8] for _ in rows], 0.7, seed=seed, sample_ids=rows)
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("how", "said"), [("raised", "ValueError: this row is odd"), ("interrupted", "KeyboardInterrupt")]
+)
+def test_all_end_with_one(how, said, tmp_path):
+    (tmp_path / "ends.py").write_text(ENDS)
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(WORLD)]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join(sys.path)}
+    command = [*torchrun, str(tmp_path / "ends.py"), how]
+    ended = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=60)  # it takes seconds
+    assert ended.returncode
+    assert said in ended.stderr

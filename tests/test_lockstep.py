@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import subprocess
 import sys
@@ -12,6 +13,9 @@ import pytest
 import torch
 import torch.distributed as dist
 from accelerate import ParallelismConfig
+from accelerate.commands import launch
+from accelerate.utils.launch import prepare_multi_gpu_env
+from helpers.cli import ROOT, flags, save_model
 from helpers.contexts import assert_equal
 from helpers.processes import WORLD, in_ranks
 from helpers.runs import CASES, FAST, assert_same, compare, make_expected, run
@@ -24,6 +28,7 @@ from transformers import AutoModelForCausalLM, BloomConfig
 from transformers.modeling_layers import GradientCheckpointingLayer
 
 from selfgen import ContextGenerator, UnsupportedModelError, lockstep
+from selfgen.cli import main
 from selfgen.context.hidden_states import ReuseError
 from selfgen.context.sharding import ALONE
 from selfgen.training import reuse, weight_memory
@@ -311,3 +316,32 @@ def test_all_end_with_one(how, said, tmp_path):
     ended = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=60)  # it takes seconds
     assert ended.returncode
     assert said in ended.stderr
+
+
+def environment_of(launch_file) -> dict[str, str]:
+    """What ``accelerate launch`` tells the processes that it starts."""
+    given = ["--config_file", str(launch_file), "--main_process_port", "0", "-m", "selfgen"]
+    arguments, *_ = launch._validate_launch_command(launch.launch_command_parser().parse_args(given))
+    told = prepare_multi_gpu_env(arguments)
+    return {name: value for name, value in told.items() if name.startswith(("ACCELERATE_", "FSDP_"))}
+
+
+def launched(rank, folder, environment):
+    os.environ |= environment
+    fsdp_on_cpus()
+    given = {"model": folder / "model", "dataset": folder / "rows.jsonl", "output-dir": folder / "out", "max-steps": 2}
+    given |= {"use-cpu": "yes", "weights": "sharded", "max-length": 32, "per-device-train-batch-size": 1}
+    assert main(["train", *flags({**given, "report-to": "none", "logging-steps": 1, "bf16": "yes"})]) == 0
+
+
+@pytest.mark.slow
+def test_launch_file(tmp_path):
+    save_model(tmp_path / "model")
+    rows = [{"prompt": "a b", "completion": "c d e"}, {"prompt": "h", "completion": "g f"}] * 4
+    (tmp_path / "rows.jsonl").write_text("".join(f"{json.dumps(row)}\n" for row in rows))
+    in_ranks(launched, tmp_path, environment_of(ROOT / "examples" / "launch" / "fsdp2_low_memory.yaml"))
+    log = json.loads((tmp_path / "out" / "trainer_state.json").read_text())["log_history"]
+    assert all(entry["passes_in_step"] > 0 for entry in log if "loss" in entry)
+    before, after = (AutoModelForCausalLM.from_pretrained(tmp_path / name).state_dict() for name in ("model", "out"))
+    assert before.keys() == after.keys()
+    assert not any(torch.equal(before[name], after[name]) for name in before if "proj" in name)

@@ -187,9 +187,22 @@ def test_replicas_of_shards(tmp_path):
     check(tmp_path, EVEN, world=4, parallelism_config=ParallelismConfig(dp_replicate_size=2, dp_shard_size=2))
 
 
+def loaded_in_shards(rank, folder):
+    """By transformers itself, which trains on CPUs, too."""
+    from transformers.distributed import DistributedConfig
+
+    shards = DistributedConfig(fsdp_size=WORLD)
+    model = AutoModelForCausalLM.from_pretrained(folder / "model", distributed_config=shards, dtype="float32")
+    found = run(replace(CASES["plain"], model=model.eval), folder / "several", weights="sharded")
+    expected = torch.load(folder / "plain.pt", weights_only=True)
+    assert_same(found, expected, CASES["plain"], rank, WORLD)
+
+
 @pytest.mark.slow
-def test_checkpointed_by_accelerate(tmp_path):
-    check(tmp_path, ("plain", "lora", "rac"), fsdp_config={"activation_checkpointing": True})
+def test_loaded_in_shards(tmp_path):
+    CASES["plain"].model().save_pretrained(tmp_path / "model")
+    make_expected(tmp_path, ["plain"], WORLD)
+    in_ranks(loaded_in_shards, tmp_path)
 
 
 def resumed(rank, folder):

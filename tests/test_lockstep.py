@@ -24,7 +24,7 @@ from helpers.training import make_trainer
 from models import VOCAB, tiny_model
 from torch.distributed.fsdp import fully_shard
 from torch.utils._python_dispatch import TorchDispatchMode
-from transformers import AutoModelForCausalLM, BloomConfig
+from transformers import AutoModelForCausalLM, BloomConfig, TrainerCallback
 from transformers.modeling_layers import GradientCheckpointingLayer
 
 from selfgen import ContextGenerator, UnsupportedModelError, lockstep
@@ -34,7 +34,7 @@ from selfgen.context.sharding import ALONE
 from selfgen.training import reuse, weight_memory
 from selfgen.training.weight_memory import chosen_weights
 
-QUICK = ("many", "lora, kl", "rac, direct")
+QUICK = ("many", "rac, lora")
 EVEN = tuple(name for name in FAST if name != "short")  # of which four processes would get other numbers of batches
 ROWS = {"prompts": [[3, 4, 5], [6, 7]], "references": [[5, 6, 7, 8, 9, 10, 11], [4, 5, 6]], "sample_ids": [0, 1]}
 
@@ -167,8 +167,38 @@ def check(folder, names, world=WORLD, **engine):
     in_ranks(trained, folder, names, world, engine, world=world)
 
 
+class OfSteps(TrainerCallback):
+    """The collectives of each optimizer step."""
+
+    def __init__(self, calls: Calls):
+        self.calls, self.before, self.steps = calls, Counter(), []
+
+    def on_step_end(self, *_, **__):
+        self.steps.append(self.calls.count - self.before)
+        self.before = Counter(self.calls.count)
+
+
+def trained_and_counted(rank, folder):
+    """A step has the collectives of fine-tuning, and those of its passes."""
+    trained(rank, folder, QUICK, WORLD, {})
+    found, logs = [], []
+    for changes in ({"weights": "sharded"}, {"self_prob": 0.0}):
+        trainer = CASES["plain"].trainer(folder / "counted", 1, fsdp=True, max_steps=4, **changes)
+        with Calls() as calls:
+            trainer.add_callback(counts := OfSteps(calls))
+            trainer.train()
+        found.append(counts.steps[-1])  # nothing is tried in it
+        logs.append([entry for entry in trainer.state.log_history if "loss" in entry][-1])
+    of_step, of_fine_tuning = found
+    passes, parts = int(logs[0]["passes_in_step"]), 1 + trainer.model.config.num_hidden_layers  # and the embedding
+    assert passes >= logs[0]["passes"]
+    assert of_step - of_fine_tuning == {"allgather_base": passes * parts, "allreduce": passes + 1}
+    assert not of_fine_tuning - of_step
+
+
 def test_training(tmp_path):
-    check(tmp_path, QUICK)
+    make_expected(tmp_path, QUICK, WORLD)
+    in_ranks(trained_and_counted, tmp_path)
 
 
 @pytest.mark.slow

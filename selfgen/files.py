@@ -1,4 +1,8 @@
-"""Paths as they are given, and files that one process writes at a time, as a whole or not at all, in strict JSON."""
+"""Paths as they are given, and files that one process writes at a time, as a whole or not at all, in strict JSON.
+
+Locks are those of the kernel (flock), which end with a process, whatever ends it, and reach over NFS. A file that tells
+of a lock by being there would need a clock to find out that its maker has died.
+"""
 
 from __future__ import annotations
 
@@ -6,7 +10,7 @@ import json
 import math
 import os
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager, suppress
+from contextlib import AbstractContextManager, contextmanager, suppress
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -62,22 +66,50 @@ def _plain(value: Any) -> Any:
 
 
 @contextmanager
-def alone(path: Path, error: type[ValueError] = ValueError) -> Iterator[None]:
+def alone(path: Path, error: type[ValueError] = ValueError, wait: float = 0) -> Iterator[None]:
     """Keep other processes from writing ``path``, a folder or a file in a folder that is there, until the block ends.
 
     The lock ends with the process, too, whatever ends that. Its file stays: in a folder, or next to a file.
 
     Raises:
-        error: another process is writing it.
+        error: another process is writing it, and still is after ``wait`` seconds; below 0, it is waited for.
+        SaveError: the file system has no locks.
     """
-    lock = FileLock(path / ".lock" if path.is_dir() else path.with_name(f".{path.name}.lock"))
-    held = None
-    with writing(path), suppress(Timeout):
-        held = lock.acquire(blocking=False)
+    held = _held(path, path / ".lock" if path.is_dir() else path.with_name(f".{path.name}.lock"), wait)
     if held is None:
         raise error(f"another process is writing {path}: wait for it to end, or give another place")
     with held:
         yield
+
+
+@contextmanager
+def taken(file: Path) -> Iterator[bool]:
+    """Whether this process may make ``file``, in a folder that is there: not if another one has taken it and lives.
+
+    The lock is of the kind of `alone`. Its file is gone when the block has ended without an error.
+    """
+    lock = file.with_name(f".{file.name}.lock")
+    held = _held(file, lock)
+    if held is None:
+        yield False
+        return
+    with held:
+        yield True
+        with suppress(OSError):
+            lock.unlink()  # who waits for this very file finds that there is nothing left to make
+
+
+def _held(path: Path, lock: Path, wait: float = 0) -> AbstractContextManager | None:
+    """The lock of ``path``, unless another process holds it; SaveError where the file system has none."""
+    try:
+        with writing(path), suppress(Timeout):
+            return FileLock(lock).acquire(timeout=wait)
+        return None
+    except NotImplementedError as error:
+        raise SaveError(
+            f"{path} can't be locked ({error}): mount the file system with locks that all machines see (flock), or "
+            "give a place on another one"
+        ) from error
 
 
 class SaveError(OSError):

@@ -20,7 +20,6 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 from datasets import Dataset, Features, List, Value
-from tqdm.auto import tqdm
 
 from .context import ContextGenerator
 from .context.generator import Method
@@ -29,10 +28,12 @@ from .data import check_sample_ids, load_rows
 from .data.streams import refuse_stream
 from .files import alone, check_folder, write_json, write_whole, writing
 from .provenance import differences, rows_hash, versions, weights_hash
+from .sharing import Parts, rounding
 
 logger = logging.getLogger(__name__)
 
 PROVENANCE = "provenance.json"
+_WAIT = 600.0  # seconds for which another process may note something down, such as a budget that it measures first
 _INVALID = b"selfgen.invalid"  # in the metadata of a shard: how many self tokens kept the reference
 FEATURES = Features(
     sample_id=Value("int64"),
@@ -69,30 +70,31 @@ def write_contexts(
     """Write the mixed context of every row to ``folder``, which ``load_contexts`` and ``datasets.load_dataset`` read.
 
     A folder that holds a part of the contexts is completed: a shard takes its place when it is whole, and is not made
-    again. So a kill loses at most one shard, and the result is byte for byte what an unbroken run writes (in bf16 that
-    needs the same ``token_budget`` and ``batch_size``: docs/exactness.md).
+    again. So a kill loses at most one shard, and the result is byte for byte what an unbroken run writes. Processes
+    that write the same folder share the shards (docs/bash.md), and return when all are there.
 
     Args:
         generator: of the model that samples the self tokens.
         rows: tokenized, with ``sample_id``, ``prompt_ids`` and ``answer_ids``; their order is that of the data set.
         folder: for ``data/train-*.parquet``, columns ``sample_id``, ``prompt_ids``, ``answer_ids``, ``context_ids`` and
-            ``is_self``, and for ``provenance.json``. One process at a time may write it.
+            ``is_self``, and for ``provenance.json``.
         self_prob: probability that a context token is a self token, in [0, 1].
         seed: of the contexts, any 64-bit integer.
         batch_size: rows whose contexts are made at once.
         shard_rows: rows per file.
         method: "fixed_point" or "sequential", as of ``ContextGenerator.contexts``.
         provenance: more to note down, such as the model's revision and the name of the data set.
-        progress: show a bar with the time left.
+        progress: show a bar with the time left, in the first process of a job.
 
     Returns:
         What ``provenance.json`` says: ``settings``, which the contexts depend on and which must be the same for the
-        folder to be completed (hashes of weights and rows among them), ``source``, the ``versions`` of packages that
-        wrote shards, and, once all are written, ``statistics`` of the contexts; ``invalid`` in these counts self tokens
-        that kept the reference, as their logits were not finite.
+        folder to be completed (hashes of weights and rows among them; in a low precision also ``batch_size`` and the
+        budget of passes, which is taken from there unless ``generator`` has been given one), ``source``, the
+        ``versions`` of packages that wrote shards, and ``statistics`` of the contexts; ``invalid`` in these counts self
+        tokens that kept the reference, as their logits were not finite.
 
     Raises:
-        OfflineError: (a ValueError) the folder holds something else, or another process is writing it.
+        OfflineError: (a ValueError) the folder holds something else.
         ValueError: rows without the columns, or longer than the model's positions; values out of range.
     """
     folder = Path(folder).expanduser()
@@ -113,34 +115,33 @@ def write_contexts(
     check_folder(folder, "folder")
     with writing(folder):
         folder.mkdir(parents=True, exist_ok=True)
-    with alone(folder, OfflineError):
+    with alone(folder, OfflineError, _WAIT):
         record = _begin(folder, settings, {"model": generator.model.name_or_path, **(provenance or {})})
+        shards = _shards(folder, settings)
+        whole = {number for number, (shard, places) in enumerate(shards) if _is_whole(shard, len(places))}
+        if len(whole) < len(shards):
+            try:
+                terms = rounding(record["settings"], generator, batch_size, method)
+            except ValueError as error:
+                raise OfflineError(f"{folder}: {error}") from None
+            _note(folder, record, terms)
         with writing(folder):
             (folder / "data").mkdir(exist_ok=True)
-        shards = _shards(folder, settings)
-        missing = [(shard, places) for shard, places in shards if not _is_whole(shard, len(places))]
-        if missing:
-            _note_versions(folder, record)
-        left = sum(len(places) for _, places in missing)
-        with tqdm(total=len(rows), initial=len(rows) - left, desc="Contexts", unit="row", disable=not progress) as bar:
-            for shard, places in missing:
-                columns = rows.select(places)[:]
-                made, invalid = _contexts(
-                    generator, columns, batch_size, bar.update, self_prob=self_prob, seed=seed, method=method
-                )
-                table = pa.Table.from_pydict(columns | made, schema=FEATURES.arrow_schema)
-                table = table.replace_schema_metadata({**table.schema.metadata, _INVALID: str(invalid)})
-                write_whole(shard, partial(pq.write_table, table))
-        if "statistics" not in record:
-            record["statistics"] = _statistics([shard for shard, _ in shards])
-            if invalid := record["statistics"]["invalid"]:
-                logger.warning(
-                    "%d of %d self tokens are the reference, as their logits were not finite",
-                    invalid,
-                    record["statistics"]["self_tokens"],
-                )
-            _write_record(folder, record)
-    return record
+
+    def make(number: int, done: Callable[[int], object]) -> None:
+        shard, places = shards[number]
+        columns = rows.select(places)[:]
+        made, invalid = _contexts(generator, columns, batch_size, done, self_prob=self_prob, seed=seed, method=method)
+        table = pa.Table.from_pydict(columns | made, schema=FEATURES.arrow_schema)
+        table = table.replace_schema_metadata({**table.schema.metadata, _INVALID: str(invalid)})
+        write_whole(shard, partial(pq.write_table, table))
+
+    files, counts = [shard for shard, _ in shards], [len(places) for _, places in shards]
+    parts = Parts(files, counts, lambda number: number in whole or _is_whole(files[number], counts[number]))
+    parts.complete(make, "Contexts", progress)
+    last = Parts([folder / PROVENANCE], [0], lambda _: "statistics" in read_provenance(folder))
+    last.complete(lambda *_: _add_statistics(folder, files), "Statistics", progress=False)
+    return read_provenance(folder)
 
 
 def _checked(rows: Dataset, generator: ContextGenerator, batch_size: int, shard_rows: int) -> Dataset:
@@ -185,6 +186,18 @@ def _contexts(
         done(len(batch))
     made = {name: [contexts[i][which] for i in range(len(order))] for which, name in enumerate(CONTEXT_COLUMNS)}
     return made, invalid
+
+
+def _add_statistics(folder: Path, shards: list[Path]) -> None:
+    statistics = _statistics(shards)
+    if invalid := statistics["invalid"]:
+        logger.warning(
+            "%d of %d self tokens are the reference, as their logits were not finite",
+            invalid,
+            statistics["self_tokens"],
+        )
+    with alone(folder, OfflineError, _WAIT):
+        _write_record(folder, read_provenance(folder) | {"statistics": statistics})
 
 
 def _statistics(shards: list[Path]) -> dict[str, float]:
@@ -301,11 +314,15 @@ def _begin(folder: Path, settings: dict[str, Any], source: dict[str, Any]) -> di
     return record
 
 
-def _note_versions(folder: Path, record: dict[str, Any]) -> None:
+def _note(folder: Path, record: dict[str, Any], terms: dict[str, Any]) -> None:
+    """Add the versions that write shards, and what the first process has found out for all, if they are new."""
     installed = versions("selfgen", "torch", "transformers", "datasets")
+    if installed in record["versions"] and terms.items() <= record["settings"].items():
+        return
+    record["settings"] |= terms
     if installed not in record["versions"]:
         record["versions"].append(installed)
-        _write_record(folder, record)
+    _write_record(folder, record)
 
 
 def _write_record(folder: Path, record: dict[str, Any]) -> None:

@@ -373,10 +373,11 @@ def test_losses_that_are_no_numbers(options, capsys, tmp_path):
 
 def test_a_journal_is_strict(tmp_path):
     journal = Journal(tmp_path / "rows.jsonl", {"temperature": float("inf")})
-    journal.append([{"x": float("nan"), "y": [float("-inf"), 1.5], "z": b"a\xff"}])
+    line = {"x": float("nan"), "y": [float("-inf"), 1.5], "z": b"a\xff"}
+    journal.complete(Dataset.from_list([{"row": 0}]), 1, lambda part: [line], "Rows")
     strict((tmp_path / "rows.jsonl.settings.json").read_text())
     assert strict((tmp_path / "rows.jsonl").read_text()) == {"x": None, "y": [None, 1.5], "z": "a\\xff"}
-    assert read(tmp_path / "rows.jsonl")[0] == {"temperature": None}
+    assert read(tmp_path / "rows.jsonl")[0] == {"temperature": None, "chunk_rows": 1}
     Journal(tmp_path / "rows.jsonl", {"temperature": float("inf")})  # the same settings
 
 

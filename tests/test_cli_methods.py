@@ -13,7 +13,6 @@ from helpers.cli import flags, history, run
 from helpers.data import ROWS, TEMPLATE, make_tokenizer, read_jsonl, write_jsonl
 
 from selfgen.cli.journal import Journal
-from selfgen.files import alone
 
 RAC = {"method": "rac", "max_new_tokens": 5, "correction_cue": "a b"}
 
@@ -187,15 +186,6 @@ def test_conversations_may_end_with_a_question(generation, capsys):
     assert answers[0] == answers[1]
 
 
-def test_one_process_writes_a_file(generation, capsys):
-    with alone(Path(generation["output_file"])):
-        code, _, err = run(["generate", *flags(generation)], capsys)
-    assert code == 2
-    assert "another process is writing" in err
-    assert run(["generate", *flags(generation)], capsys)[0] == 0
-    assert len(lines(generation)) == 12
-
-
 def test_the_name_of_a_folder_is_no_setting(generation, capsys, monkeypatch):
     assert run(["generate", *flags(generation)], capsys)[0] == 0
     monkeypatch.chdir(Path(generation["model"]).parent)
@@ -228,11 +218,11 @@ def test_other_settings_need_another_file(generation, capsys):
 
 def test_a_journal_keeps_whole_lines(tmp_path):
     journal = Journal(tmp_path / "rows.jsonl", {"a": 1})
-    journal.append([{"x": 1}, {"x": 2}])
+    rows = Dataset.from_list([{"x": 1}, {"x": 2}, {"x": 3}])
+    journal.complete(rows.select(range(2)), 1, lambda part: part, "Rows")
     with (tmp_path / "rows.jsonl").open("a") as file:
         file.write('{"x": ')
     again = Journal(tmp_path / "rows.jsonl", {"a": 1})
-    rows = Dataset.from_list([{"x": 1}, {"x": 2}, {"x": 3}])
     again.complete(rows, 1, lambda part: part, "Rows")
     assert again.rows() == [{"x": 1}, {"x": 2}, {"x": 3}]
     with pytest.raises(ValueError, match="other settings"):

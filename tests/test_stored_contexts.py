@@ -9,7 +9,6 @@ import datasets
 import pytest
 import torch
 import torch.nn.functional as F
-from filelock import FileLock
 from helpers.cli import flags, history, run
 from helpers.data import ROWS, write_jsonl
 from helpers.processes import Killed, contents, kill_at, kill_command
@@ -173,13 +172,6 @@ def test_other_settings_are_refused(tmp_path, changes, words):
     with pytest.raises(OfflineError, match=words):
         write(tmp_path, **{**changes, "generator": generator})
     assert contents(tmp_path) == before
-
-
-def test_one_process_at_a_time(tmp_path):
-    with FileLock(tmp_path / ".lock"), pytest.raises(OfflineError, match="another process is writing"):
-        write(tmp_path)
-    write(tmp_path)
-    load_contexts(tmp_path)
 
 
 def test_bad_arguments(tmp_path):

@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 
 from ..context.masks import check_probability
 from ..files import check_folder
+from ..sharing import in_turn, is_first, let_first_speak
 from ..stored_contexts import write_contexts
 from ..training.config import GeneratorOptions
 from .options import (
@@ -50,12 +51,14 @@ class ContextArguments:
 
 def run(arguments: list[str]) -> int:
     show_log()
+    let_first_speak()
     parser = make_parser(
         (ModelArguments, DataArguments, ContextArguments, GeneratorOptions),
         prog=PROG,
         usage="selfgen contexts [CONFIG.yaml] --model NAME --dataset NAME --output-dir DIR [options]",
         description="Write mixed contexts as a data set, for selfgen train --method bash --contexts DIR.",
-        epilog="After a kill, the same command continues where it stopped.",
+        epilog="After a kill, the same command continues where it stopped. Processes that have one --output-dir, under "
+        "torchrun or not, share the work.",
     )
     try:
         model_arguments, data, options, how = parse(parser, arguments)
@@ -63,11 +66,14 @@ def run(arguments: list[str]) -> int:
         check_folder(options.output_dir, "output_dir")
         if data.assistant_turns != "last":
             raise ValueError("assistant_turns=all is for selfgen train --method bss: stored contexts are of one answer")
-        rows = data.load()
+        with in_turn():
+            rows = data.load()
         model, tokenizer = model_arguments.load()
         generator = how.generator(model.to(device(options.use_cpu)), tokenizer)
-        rows, report = data.tokenize(rows, tokenizer)
-        logger.log(report.level, "data: %s", report)
+        with in_turn():
+            rows, report = data.tokenize(rows, tokenizer)
+        if is_first():
+            logger.log(report.level, "data: %s", report)
         record = write_contexts(
             generator,
             rows,
@@ -81,9 +87,10 @@ def run(arguments: list[str]) -> int:
         )
     except (ValueError, TypeError, OSError, ImportError) as error:
         fail(error, PROG)
-    statistics = record["statistics"]
-    print(
-        f"contexts of {len(rows)} rows are in {options.output_dir}: {statistics['self_share']:.1%} self tokens, "
-        f"{statistics['agreement']:.1%} of them equal to the reference"
-    )
+    if is_first():
+        statistics = record["statistics"]
+        print(
+            f"contexts of {len(rows)} rows are in {options.output_dir}: {statistics['self_share']:.1%} self tokens, "
+            f"{statistics['agreement']:.1%} of them equal to the reference"
+        )
     return 0

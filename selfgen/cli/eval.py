@@ -33,8 +33,9 @@ from ..evaluation import (
 )
 from ..evaluation.report import table, write_plots
 from ..evaluation.symbolic import Undecided, decide, has_math_verify
-from ..files import check_folder, write_json, writing
+from ..files import alone, check_folder, write_json, writing
 from ..provenance import differences, rows_hash, versions, weights_hash
+from ..sharing import in_turn, is_first, let_first_speak, rounding
 from .answers import answer_rows, is_empty, tell_of_answers
 from .journal import NAMES, Journal, read
 from .options import (
@@ -68,7 +69,8 @@ _MEASURED = {
     "losses": {"loss", "curve"},
 }
 """The metrics that are computed from each file."""
-_CHUNK_BATCHES = 4  # of answers that are written at a time, as rows that end make room for others
+_CHUNK_BATCHES = 4  # of rows that one process makes and writes at a time, as answers that end make room for others
+_WAIT = 600.0  # seconds for which another process may write the results
 
 
 @dataclass
@@ -140,20 +142,25 @@ class EvalArguments:
 
 def run(arguments: list[str]) -> int:
     show_log()
+    let_first_speak()
     parser = make_parser(
         (ModelArguments, DataArguments, EvalArguments),
         prog=PROG,
         usage="selfgen eval [CONFIG.yaml] --model NAME --dataset NAME --output-dir DIR [--metrics NAME ...]",
-        description="Evaluate a model. After a kill, the same command continues where it stopped.",
+        description="Evaluate a model. After a kill, the same command continues where it stopped. Processes that have "
+        "one --output-dir, under torchrun or not, share the work.",
     )
     try:
         model_arguments, data, how = parse(parser, arguments)
         check_folder(how.output_dir, "output_dir")
         results = evaluate(model_arguments, data, how, shlex.join([*PROG.split(), *arguments]))
+        if results is None:
+            return 0
         folder = Path(how.output_dir)
-        write_json(folder / "results.json", results)
-        print(table(results))
-        plots = _plots(results, folder)
+        with alone(folder, wait=_WAIT):
+            write_json(folder / "results.json", results)
+            print(table(results))
+            plots = _plots(results, folder)
     except (ValueError, TypeError, OSError, ImportError) as error:
         fail(error, PROG)
     print(f"\nresults are in {', '.join(map(str, [folder / 'results.json', *plots]))}; row by row in {folder}/*.jsonl")
@@ -169,18 +176,26 @@ def _plots(results: dict[str, Any], folder: Path) -> list[Path]:
         return []
 
 
-def evaluate(model_arguments: ModelArguments, data: DataArguments, how: EvalArguments, command: str) -> dict[str, Any]:
-    """All numbers, with those of earlier commands on this folder, and what they were made with."""
+def evaluate(
+    model_arguments: ModelArguments, data: DataArguments, how: EvalArguments, command: str
+) -> dict[str, Any] | None:
+    """All numbers, with those of earlier commands on this folder, and what they were made with.
+
+    None in other processes than the first of a job, which have made some of the lines.
+    """
     if "rouge" in how.metrics:
         rouge("", "")  # a missing package shows here, not after hours
     if data.assistant_turns != "last":
         raise ValueError("assistant_turns=all is for training: the answer that is evaluated is the last turn")
-    dataset = data.load()
+    with in_turn():
+        dataset = data.load()
     model, tokenizer = model_arguments.load()
     vocab_size = unpadded_vocab_size(model, tokenizer)
     model.to(device(how.use_cpu))
-    rows, report = data.tokenize(dataset.select(range(min(how.limit or len(dataset), len(dataset)))), tokenizer)
-    logger.log(report.level, "data: %s", report)
+    with in_turn():
+        rows, report = data.tokenize(dataset.select(range(min(how.limit or len(dataset), len(dataset)))), tokenizer)
+    if is_first():
+        logger.log(report.level, "data: %s", report)
     limit = max_positions(model)
     if limit is not None and data.max_length is not None and data.max_length > limit:
         raise ValueError(f"max_length is {data.max_length}, but the model has {limit} positions")
@@ -200,14 +215,17 @@ def evaluate(model_arguments: ModelArguments, data: DataArguments, how: EvalArgu
 
     free = ContextGenerator(model, temperature=how.temperature, vocab_size=vocab_size)
     mixing = ContextGenerator(model, temperature=how.sampling_temperature, vocab_size=vocab_size)
-    chunk = (how.batch_size or 32) * _CHUNK_BATCHES
-    make: dict[str, tuple[int, Callable[[list[dict]], list[dict]]]] = {
-        "answers": (chunk, partial(answers, free, tokenizer, data, how)),
-        "corrections": (chunk, partial(corrections, free, tokenizer, data, how)),
-        "losses": (how.batch_size or 8, partial(losses, mixing, how)),
+    made_by: dict[str, tuple[ContextGenerator, int, Method | None, Callable[[list[dict]], list[dict]]]] = {
+        "answers": (free, how.batch_size or 32, None, partial(answers, free, tokenizer, data, how)),
+        "corrections": (free, how.batch_size or 32, None, partial(corrections, free, tokenizer, data, how)),
+        "losses": (mixing, how.batch_size or 8, how.context_method, partial(losses, mixing, how)),
     }
     for name, journal in journals.items():
-        journal.complete(rows, *make[name], title=name.capitalize())
+        generator, batch_size, method, make = made_by[name]
+        agree = partial(rounding, generator=generator, batch_size=batch_size, method=method)
+        journal.complete(rows, batch_size * _CHUNK_BATCHES, make, name.capitalize(), agree)
+    if not is_first():
+        return None
     lines = {name: journal.rows() for name, journal in journals.items()}
     for name in [name for name in _SETTINGS if name not in lines]:  # what is there already, of the same model and rows
         settings, found = read(folder / f"{name}.jsonl")
@@ -276,13 +294,17 @@ def corrections(
 
 def losses(generator: ContextGenerator, how: EvalArguments, rows: list[dict]) -> list[dict[str, Any]]:
     """Losses of each reference token of some rows, by kind of context."""
-    found = row_losses(generator, rows, _self_probs(how.self_prob), seed=how.seed, method=how.context_method)
-    by_row = zip(*found.values(), strict=True)
-    return [
-        {"sample_id": row["sample_id"]}
-        | {name: [round(loss, 6) for loss in row_of.tolist()] for name, row_of in zip(found, values, strict=True)}
-        for row, values in zip(rows, by_row, strict=True)
-    ]
+    lines: list[dict[str, Any]] = []
+    batch_size, self_probs = how.batch_size or 8, _self_probs(how.self_prob)
+    for start in range(0, len(rows), batch_size):
+        batch = rows[start : start + batch_size]
+        found = row_losses(generator, batch, self_probs, seed=how.seed, method=how.context_method)
+        lines += [
+            {"sample_id": row["sample_id"]}
+            | {name: [round(loss, 6) for loss in row_of.tolist()] for name, row_of in zip(found, values, strict=True)}
+            for row, values in zip(batch, zip(*found.values(), strict=True), strict=True)
+        ]
+    return lines
 
 
 def measure(lines: dict[str, list[dict[str, Any]]], metrics: list[str], self_prob: float) -> dict[str, Any]:
@@ -348,7 +370,7 @@ def _self_probs(self_prob: float) -> dict[str, float]:
 
 def _sampling(how: EvalArguments) -> dict[str, Any]:
     batch_size = how.batch_size or 32
-    return {"max_new_tokens": how.max_new_tokens, "seed": how.seed, "batch_size": batch_size, "progress": True}
+    return {"max_new_tokens": how.max_new_tokens, "seed": how.seed, "batch_size": batch_size, "progress": is_first()}
 
 
 def _asked(tokenizer: PreTrainedTokenizerBase, data: DataArguments, row: dict) -> dict[str, Any]:

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import logging
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
+from typing import Any
 
 from ..context import ContextGenerator
 from ..context.models import room_for_answers, unpadded_vocab_size
@@ -12,6 +14,7 @@ from ..correction import DEFAULT_CUE, CorrectionCue
 from ..data import sample_ids_of
 from ..files import check_place
 from ..provenance import rows_hash, weights_hash
+from ..sharing import in_turn, is_first, let_first_speak, rounding
 from .answers import answer_rows, tell_of_answers
 from .journal import Journal
 from .options import (
@@ -57,7 +60,13 @@ class GenerateArguments:
         default=None, metadata={"help": "Sample from the most likely tokens, up to this total probability, only."}
     )
     batch_size: int = field(default=32, metadata={"help": "Rows that are answered at a time. Fewer take less memory."})
-    chunk_rows: int = field(default=256, metadata={"help": "Rows written at a time; a kill loses at most these."})
+    chunk_rows: int = field(
+        default=256,
+        metadata={
+            "help": "Rows that one process answers and writes at a time; a kill loses at most these. A file keeps the "
+            "number that it began with."
+        },
+    )
     seed: int = field(default=0, metadata={"help": "Seed of the answers."})
     use_cpu: bool = field(default=False, metadata={"help": "Run on the CPU even if there is an accelerator."})
 
@@ -73,11 +82,13 @@ class GenerateArguments:
 
 def run(arguments: list[str]) -> int:
     show_log()
+    let_first_speak()
     parser = make_parser(
         (ModelArguments, DataArguments, GenerateArguments),
         prog=PROG,
         usage="selfgen generate [CONFIG.yaml] --model NAME --dataset NAME --output-file FILE.jsonl [--correct]",
-        description="Write answers to prompts. After a kill, the same command continues where it stopped.",
+        description="Write answers to prompts. After a kill, the same command continues where it stopped. Processes "
+        "that have one --output-file, under torchrun or not, share the work.",
     )
     try:
         model, data, how = parse(parser, arguments)
@@ -91,10 +102,12 @@ def answer(model_arguments: ModelArguments, data: DataArguments, how: GenerateAr
     check_place(how.output_file, "output_file")
     model, tokenizer = model_arguments.load()
     vocab_size = unpadded_vocab_size(model, tokenizer)
-    given = data.load()
-    rows, report = data.tokenize_prompts(given, tokenizer)
+    with in_turn():
+        given = data.load()
+        rows, report = data.tokenize_prompts(given, tokenizer)
     place_of = {sample_id: place for place, sample_id in enumerate(sample_ids_of(given))}
-    logger.log(report.level, "data: %s", report)
+    if is_first():
+        logger.log(report.level, "data: %s", report)
     cue = CorrectionCue.of(tokenizer, how.correction_cue, options=data) if how.correct else None
     room_for_answers(model, rows["prompt_ids"], len(cue.ids) if cue else 0)  # an error before hours of work
     settings = asdict(model_arguments) | asdict(data)
@@ -113,6 +126,10 @@ def answer(model_arguments: ModelArguments, data: DataArguments, how: GenerateAr
         ids = [row["sample_id"] for row in part]
         return [given[place_of[one]] | {"sample_id": one} | line for one, line in zip(ids, found, strict=True)]
 
-    journal.complete(rows, how.chunk_rows, lines_of, "Rows")
-    tell_of_answers(journal.rows(), "corrected" if how.correct else "own_answer")
-    print(f"answers are in {how.output_file}")
+    def agree(found: Mapping[str, Any]) -> dict[str, Any]:
+        return rounding(found, generator, how.batch_size)
+
+    journal.complete(rows, how.chunk_rows, lines_of, "Rows", agree)
+    if is_first():
+        tell_of_answers(journal.rows(), "corrected" if how.correct else "own_answer")
+        print(f"answers are in {how.output_file}")

@@ -4,16 +4,17 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Callable
-from contextlib import suppress
+import shutil
+from collections.abc import Callable, Mapping
+from contextlib import AbstractContextManager, suppress
 from pathlib import Path
 from typing import Any
 
 from datasets import Dataset
-from tqdm.auto import tqdm
 
-from ..files import alone, to_json, write_json, writing
+from ..files import alone, to_json, write_json, write_whole, writing
 from ..provenance import differences
+from ..sharing import Parts
 
 NAMES = {"model", "revision", "trust_remote_code", "dataset", "dataset_config", "dataset_split"}
 """Settings that lead to weights and rows, which may differ: hashes tell weights and rows apart."""
@@ -53,11 +54,19 @@ def _loads(file: Path, line: int, text: str) -> dict[str, Any]:
     return found
 
 
+_AGREED = ("chunk_rows", "batch_size", "method", "token_budget", "balance")
+"""What is noted down next to the settings by the first process, for all."""
+_WAIT = 600.0  # seconds for which another process may note something down, such as a budget that it measures first
+
+
 class Journal:
     """A file of rows, written in order and in whole lines, with the settings that they were made with next to it.
 
+    Several processes may write it at once. Each makes chunks of rows, as files in a hidden folder next to it, and adds
+    all that are next in order.
+
     Args:
-        file: of JSON lines; what a kill left of a line is removed. Values that JSON does not have become text, and NaN
+        file: of JSON lines; what a kill left of a chunk is removed. Values that JSON does not have become text, and NaN
             and infinities null.
         settings: what must be the same for more rows to be added; kept in ``FILE.settings.json``.
 
@@ -66,55 +75,135 @@ class Journal:
     """
 
     def __init__(self, file: Path, settings: dict[str, Any]):
-        self.file = file
+        self.file, self.settings = file, settings
+        self._chunks = file.with_name(f".{file.name}.chunks")
+        self._rows, self._chunk_rows = 0, 1
+        self._place, self._written = 0, 0  # where the rows end that were found in the file, and how many these are
         if file.is_dir():
             raise ValueError(f"{file} is a folder: give the name of a file")
         with writing(file):
             file.parent.mkdir(parents=True, exist_ok=True)
-        if not file.exists():
-            write_json(_settings_of(file), settings)
-        elif not _settings_of(file).exists():
-            raise ValueError(f"selfgen did not write {file}, and would add rows to it: give another file or folder")
-        elif other := differences(read(file)[0], settings, ignore=NAMES):
+        with self._alone():
+            self._check_settings()
+            self.rows()  # an error shows before hours of work
+
+    def _alone(self) -> AbstractContextManager:
+        return alone(self.file, wait=_WAIT)
+
+    def _is_begun(self) -> bool:
+        return self.file.exists() or self._chunks.exists()
+
+    def _check_settings(self) -> dict[str, Any]:
+        """What the settings file says, which is written if there is none."""
+        noted = _settings_of(self.file)
+        found = _loads(noted, 1, _text_of(noted)) if noted.exists() else None
+        other = differences(found or {}, self.settings, ignore=NAMES.union(_AGREED))
+        if found is not None and not other:
+            return found
+        if self._is_begun():
+            if found is None:
+                raise ValueError(
+                    f"selfgen did not write {self.file}, and would add rows to it: give another file or folder"
+                )
+            there = self.file if self.file.exists() else self._chunks
             raise ValueError(
-                f"{file} holds rows that were made with other settings ({'; '.join(other)}): give the former ones, or "
+                f"{there} holds rows that were made with other settings ({'; '.join(other)}): give the former ones, or "
                 "another file or folder, or remove it"
             )
-
-    def _cut_off_half_line(self) -> None:
-        if self.file.exists():
-            with self.file.open("rb+") as lines:
-                lines.truncate(lines.read().rfind(b"\n") + 1)
+        write_json(noted, self.settings)
+        return dict(self.settings)
 
     def rows(self) -> list[dict[str, Any]]:
         """The rows that are written."""
         return read(self.file)[1]
 
-    def complete(self, rows: Dataset, chunk_rows: int, make: Callable[[list[dict]], list[dict]], title: str) -> None:
-        """Write the lines that ``make`` makes of the rows that have none yet, ``chunk_rows`` at a time."""
-        with alone(self.file):
-            self._cut_off_half_line()
-            self._complete(rows, chunk_rows, make, title)
+    def complete(
+        self,
+        rows: Dataset,
+        chunk_rows: int,
+        make: Callable[[list[dict]], list[dict]],
+        title: str,
+        agree: Callable[[Mapping[str, Any]], dict[str, Any]] = lambda found: {},
+    ) -> None:
+        """Write the lines that ``make`` makes of the rows that have none yet, together with other processes.
 
-    def _complete(self, rows: Dataset, chunk_rows: int, make: Callable[[list[dict]], list[dict]], title: str) -> None:
-        begin = len(self.rows())
-        with tqdm(total=len(rows), initial=begin, desc=title) as bar:
-            for start in range(begin, len(rows), chunk_rows):
-                part = [rows[i] for i in range(start, min(start + chunk_rows, len(rows)))]
-                self.append(make(part))
-                bar.update(len(part))
+        Args:
+            rows: all rows.
+            chunk_rows: rows that are made and written at a time; a file keeps those that it began with.
+            make: from rows to their lines.
+            title: of the bar.
+            agree: from what the first process has noted down to what must be so in all of them, as `sharing.rounding`.
+        """
+        with self._alone():
+            found = self._check_settings()
+            if not self._is_begun():
+                found = {name: value for name, value in found.items() if name not in _AGREED}
+            self._rows, self._chunk_rows = len(rows), found.get("chunk_rows", chunk_rows)
+            self._place, self._written = 0, 0
+            if self._chunks_written() * self._chunk_rows < len(rows):
+                agreed = {"chunk_rows": self._chunk_rows, **agree(found)}
+                if not agreed.items() <= found.items():
+                    write_json(_settings_of(self.file), found | agreed)
+                with writing(self.file):
+                    self._chunks.mkdir(exist_ok=True)
+        parts = [
+            range(start, min(start + self._chunk_rows, len(rows))) for start in range(0, len(rows), self._chunk_rows)
+        ]
 
-    def append(self, rows: list[dict[str, Any]]) -> None:
-        """Add whole lines, or nothing."""
-        before = self.file.stat().st_size if self.file.exists() else 0
-        content = "".join(to_json(row) + "\n" for row in rows).encode()
-        with writing(self.file):
-            try:
-                with self.file.open("ab") as lines:
-                    lines.write(content)
-                    lines.flush()
-                    os.fsync(lines.fileno())
-            except OSError:
-                with suppress(OSError):
-                    os.truncate(self.file, before)
-                raise
+        def write(number: int, _: object) -> None:
+            content = "".join(to_json(line) + "\n" for line in make([rows[i] for i in parts[number]])).encode()
+            write_whole(self._chunk(number), lambda stream: stream.write(content))
+            self._gather()
+
+        chunks = Parts(
+            [self._chunk(number) for number in range(len(parts))],
+            [len(part) for part in parts],
+            lambda number: self._chunk(number).exists() or number < self._chunks_written(),  # in this order
+        )
+        chunks.complete(write, title, progress=True)
+        self._gather()
+        if self._chunks_written() < len(parts):
+            raise ValueError(f"{self.file} was changed by something else meanwhile: give the command again")
+        shutil.rmtree(self._chunks, ignore_errors=True)
+
+    def _chunk(self, number: int) -> Path:
+        return self._chunks / f"{number:06d}.{self.file.name}"
+
+    def _chunks_written(self) -> int:
+        """How many chunks the file has as a whole. Only what comes after those that were found before is read."""
+        with suppress(FileNotFoundError), self.file.open("rb") as stream:
+            stream.seek(self._place)
+            size = count = 0
+            for line in stream:
+                size, count = size + len(line), count + line.endswith(b"\n")
+                if count == min(self._chunk_rows, self._rows - self._written * self._chunk_rows):
+                    self._place, self._written = self._place + size, self._written + 1
+                    size = count = 0
+        return self._written
+
+    def _gather(self) -> None:
+        """Add the chunks that are next to the file, in order, and remove what a kill has left after the last one."""
+        with self._alone():
+            while True:
+                chunk = self._chunk(self._chunks_written())
+                with writing(self.file):
+                    if self.file.exists() and self.file.stat().st_size > self._place:
+                        os.truncate(self.file, self._place)
+                    try:
+                        content = chunk.read_bytes()
+                    except FileNotFoundError:
+                        return
+                    self._append(content)
+                    chunk.unlink()
+
+    def _append(self, content: bytes) -> None:
+        """Add all of it, or nothing."""
+        try:
+            with self.file.open("ab") as lines:
+                lines.write(content)
+                lines.flush()
+                os.fsync(lines.fileno())
+        except OSError:
+            with suppress(OSError):
+                os.truncate(self.file, self._place)
+            raise

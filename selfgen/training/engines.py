@@ -13,8 +13,9 @@ from transformers import Trainer
 from transformers.modeling_layers import GradientCheckpointingLayer
 
 from ..context.lockstep import Steps, lockstep
-from ..context.sharding import ALONE, Together, sharding_of, whole_weights
+from ..context.sharding import Together, sharding_of, tensor_parallel_size, together_of, whole_weights
 from .parallelism import check_deepspeed
+from .tensor import partial_gradients_apart
 from .weight_memory import chosen_weights
 
 
@@ -71,7 +72,16 @@ class Engine:
     @property
     def together(self) -> Together:
         """The processes that must take the same forwards."""
-        return Together(None, self.accelerator.device) if self.is_sharded else ALONE
+        return Together(None, self.accelerator.device) if self.is_sharded else together_of(self._model)
+
+    @property
+    def splits_weights(self) -> bool:
+        """Whether a process has only a part of some weights."""
+        return self.is_sharded or not together_of(self._model).is_alone
+
+    def backward_apart(self) -> AbstractContextManager[None]:
+        """Around the forward and backward of each micro-batch."""
+        return partial_gradients_apart(self._model)
 
     @property
     def stay_sharded(self) -> bool:
@@ -105,7 +115,8 @@ class Engine:
 
     def holds(self, model: nn.Module) -> bool:
         """Whether ``model`` is wrapped so that processes train it together."""
-        return isinstance(model, DistributedDataParallel | FSDPModule) or sharding_of(model) is not None
+        split = sharding_of(model) is not None or not together_of(model).is_alone
+        return split or isinstance(model, DistributedDataParallel | FSDPModule)
 
 
 class Zero(Engine):
@@ -178,4 +189,9 @@ def engine_of(trainer: Trainer) -> Engine:
         )
     if args.deepspeed and not trainer.is_deepspeed_enabled:
         raise ValueError("deepspeed is given, but Accelerate ignores it on this device; leave it out, or train on GPUs")
+    if tensor_parallel_size(trainer.model) > 1 and (trainer.is_fsdp_enabled or trainer.is_deepspeed_enabled):
+        raise ValueError(
+            "the model is tensor parallel, which goes without fsdp and deepspeed of the Trainer: leave them out, and "
+            "load the model with distributed_config=DistributedConfig(tp_size=..., fsdp_size=...), which shards it"
+        )
     return Zero(trainer) if trainer.is_deepspeed_enabled else Engine(trainer)

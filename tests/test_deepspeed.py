@@ -31,6 +31,8 @@ from selfgen.training.weights import DivergedError
 if importlib.util.find_spec("deepspeed") is None:
     pytest.skip("DeepSpeed is not installed: `make deepspeed` installs it and runs these", allow_module_level=True)
 
+pytestmark = pytest.mark.slow
+
 BATCH, ACCUMULATED = 2, 2  # of each process
 ROWS = rows(12)  # an epoch of one step of two micro-batches per process, and one of a single micro-batch
 SGD = {"optim": "sgd", "learning_rate": 3e-2, "lr_scheduler_type": "linear", "max_steps": 4, "report_to": []}

@@ -69,7 +69,8 @@ def _reuse_layer(
         raise ReuseError("a decoder layer has more than one input with a gradient")
     reused.append(index)
     if reenter:
-        needs_gradient = torch.empty(0, device=hidden.device, requires_grad=True)  # where only weights need one
+        learns = any(parameter.requires_grad for parameter in kept.layers[index].parameters())
+        needs_gradient = torch.empty(0, device=hidden.device, requires_grad=learns)  # as the output does
         return _ReenteredLayer.apply(
             lambda states: forward(states, *args),
             partial(kept.at, index, slots),

@@ -14,6 +14,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import torch
 from datasets import Dataset
+from torch.distributed.tensor import DTensor
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 from transformers import PreTrainedModel
 
@@ -23,10 +24,10 @@ _HASH = re.compile("[0-9a-f]{64}")  # SHA-256
 
 
 def weights_hash(model: PreTrainedModel) -> str:
-    """SHA-256 of the names, dtypes, shapes and values of all weights."""
+    """SHA-256 of the names, dtypes, shapes and values of all weights; where they are DTensors, all processes ask."""
     digest = hashlib.sha256()
     for name, weight in sorted(model.state_dict().items()):
-        for part, tensor in _parts(name, weight):
+        for part, tensor in _parts(name, weight.full_tensor() if isinstance(weight, DTensor) else weight):
             digest.update(f"{part} {tensor.dtype} {tuple(tensor.shape)}\n".encode())
             digest.update(tensor.detach().cpu().flatten().view(torch.uint8).numpy())
     return digest.hexdigest()

@@ -57,7 +57,6 @@ def test_what_accelerates_launcher_does_not_ask_for(tmp_path, monkeypatch):
 @pytest.mark.parametrize(
     ("name", "kind"),
     [
-        ("tp_size", "tensor parallelism"),
         ("cp_size", "context parallelism"),
         ("sp_size", "sequence parallelism"),
     ],
@@ -69,6 +68,16 @@ def test_parallelism_of_accelerate_is_refused(tmp_path, name, kind):
     with pytest.raises(ValueError, match=rf"^{kind} \({name}=2\)"):
         config(tmp_path, parallelism_config=parallelism(**{name: 2}))
     config(tmp_path, parallelism_config=parallelism(**{name: 1}))
+
+
+def test_tensor_parallelism_of_a_whole_model_is_refused(tmp_path, monkeypatch):
+    parallelism = pytest.importorskip("accelerate.parallelism_config").ParallelismConfig
+    with pytest.raises(ValueError, match=r"^tp_size is 2, but each weight of the model is split over 1 process:"):
+        make_trainer(tmp_path, parallelism_config=parallelism(tp_size=2))
+    monkeypatch.setenv("ACCELERATE_USE_PARALLELISM_CONFIG", "true")
+    monkeypatch.setenv("PARALLELISM_CONFIG_TP_SIZE", "2")
+    with pytest.raises(ValueError, match=r"^PARALLELISM_CONFIG_TP_SIZE is 2, but each weight .* \(--tp_size\)$"):
+        make_trainer(tmp_path)
 
 
 def test_the_command_line_says_so_before_it_loads_anything(tmp_path, capsys):
@@ -125,11 +134,21 @@ def sharded_by_torch(folder):
         ContextGenerator(model).contexts(**GOOD)
 
 
+def split_by_torch(folder):
+    from torch.distributed.device_mesh import init_device_mesh
+    from torch.distributed.tensor.parallel import ColwiseParallel, parallelize_module
+
+    model = t.AutoModelForCausalLM.from_pretrained(folder)
+    parallelize_module(model, init_device_mesh("cpu", (WORLD,)), {"lm_head": ColwiseParallel()})
+    with pytest.raises(ValueError, match=r"\(tensor parallelism by hand: lm_head.weight is a DTensor\).*use FSDP2"):
+        ContextGenerator(model)
+
+
 def worker(rank, folder):
     sharded_by_torch(folder / "llama")
+    split_by_torch(folder / "llama")
     known = _sizes()
     for family, sizes, message in (
-        ("llama", {"tp_size": 2}, "tensor parallelism: tp_size=2"),
         ("llama", {"pp_size": 2}, "pipeline parallelism: pp_size=2"),
         ("mixtral", {"fsdp_size": 2, "ep_size": 2}, "expert parallelism: ep_size=2"),
     ):

@@ -70,7 +70,11 @@ class ModelArguments:
         tokenizer = self.load_tokenizer()
         options = {"dtype": self.dtype, "attn_implementation": self.attn_implementation}
         hub = {"revision": self.revision, "trust_remote_code": self.trust_remote_code}
-        return self._from_pretrained(auto_class_of(self.model, **hub), **options), tokenizer
+        return self._from_pretrained(auto_class_of(self.model, **hub), **options, **self.split()), tokenizer
+
+    def split(self) -> dict[str, Any]:
+        """How weights are split over processes as they are loaded; each has all of them, here."""
+        return {}
 
     def load_tokenizer(self) -> PreTrainedTokenizerBase:
         return self._from_pretrained(AutoTokenizer)
@@ -101,6 +105,39 @@ class TrainedModelArguments(ModelArguments):
             "with in bfloat16."
         },
     )
+    tp_size: int = field(
+        default=1,
+        metadata={
+            "help": "Processes that each weight is split over (tensor parallelism, by transformers), for models that "
+            "don't fit one GPU: start as many with torchrun, on GPUs of one machine. They have the same rows. Not with "
+            "adapters."
+        },
+    )
+    fsdp_size: int = field(
+        default=1,
+        metadata={
+            "help": "Processes, or groups of --tp-size, that weights are sharded over by FSDP2, loaded so by "
+            "transformers; each has rows of its own. torchrun starts tp_size * fsdp_size processes."
+        },
+    )
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        check_least(self, 1, "tp_size", "fsdp_size")
+        asked, started = self.tp_size * self.fsdp_size, int(os.environ.get("WORLD_SIZE", "1"))
+        if asked > 1 and started != asked:
+            raise ValueError(
+                f"tp_size is {self.tp_size} and fsdp_size is {self.fsdp_size}, which is for {asked} processes, but "
+                f"there {'is' if started == 1 else 'are'} {started}: start it with `torchrun --nproc-per-node {asked} "
+                "-m selfgen train ...`"
+            )
+
+    def split(self) -> dict[str, Any]:
+        if self.tp_size * self.fsdp_size == 1:
+            return {}
+        from transformers.distributed import DistributedConfig  # which old versions lack
+
+        return {"distributed_config": DistributedConfig(tp_size=self.tp_size, fsdp_size=self.fsdp_size)}
 
 
 @dataclass
@@ -211,6 +248,7 @@ def _unknown(shown: str, parser: Parser, elsewhere: Mapping[str, str]) -> str:
 
     if option in RENAMED:
         return f"the option {shown!r} is called {spelled(RENAMED[option])} now"
+    elsewhere = {**dict.fromkeys(("tp_size", "fsdp_size"), "selfgen train"), **elsewhere}
     if option in elsewhere:
         return f"unknown option {shown!r}, which goes with {elsewhere[option]}"
     close = difflib.get_close_matches(option, [action.dest for action in parser._actions], n=1)

@@ -252,6 +252,7 @@ def _prepare(
     model_arguments: TrainedModelArguments, data: TrainingData, method: MethodArguments, config: BSSConfig
 ) -> Callable[[], None]:
     """Do all that can fail before the first step; returns a function that trains."""
+    config.tensor_parallel = model_arguments.tp_size
     checkpoint = _checkpoint(config)
     if method.contexts:
         _warn_of_what_has_no_effect(config, method.contexts)

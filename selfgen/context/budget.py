@@ -13,6 +13,7 @@ from transformers import PreTrainedModel
 from .forward import Forward
 from .models import arguments_of, max_positions
 from .ragged import RaggedPass
+from .sharding import ALONE, Together
 
 LARGEST = 8192
 _BALANCES = 8
@@ -30,13 +31,16 @@ class PassBudget:
     balance: float
 
 
-def measure_budget(model: PreTrainedModel, *, forward: Forward | None = None, repeats: int = 3) -> PassBudget:
+def measure_budget(
+    model: PreTrainedModel, *, forward: Forward | None = None, repeats: int = 3, together: Together = ALONE
+) -> PassBudget:
     """Measure the model's cost curve; the cap is 8 times its balance point.
 
     A forward over n tokens costs about ``fixed + n * per_token`` seconds: the weights are streamed once, whatever n is.
     The balance point is the n at which both parts are equal; above a few times that, a larger pass gains no more. n is
     doubled until the forward takes four times as long as that of a single token, and the last doubling shows what a
     token costs. ``forward``, if given, is what runs the passes; otherwise the model does, with an attention of its own.
+    All processes that are ``together`` measure, and each time is that of the slowest: they come to the same budget.
     """
     longest = min(max_positions(model) or LARGEST, LARGEST)
     device = model.device
@@ -58,7 +62,7 @@ def measure_budget(model: PreTrainedModel, *, forward: Forward | None = None, re
             run(tokens)
             _synchronize(device)
             times.append(time.perf_counter() - started)
-        return min(times)  # whatever else the machine does only adds to a time
+        return together.most(min(times))  # whatever else the machine does only adds to a time
 
     with nullcontext() if forward is None else forward.over(longest):
         seconds(1)  # warm-up

@@ -23,6 +23,7 @@ from .batch import left_pad
 from .free_running import Prompts, Work
 from .models import own_logits, text_inputs
 from .precision import full_precision
+from .sharding import ALONE, Together
 from .support import lengths_of
 
 logger = logging.getLogger(__name__)
@@ -55,8 +56,8 @@ _ENOUGH = 64  # tokens, those that begin answers aside, which show whether a str
 class Fallback:
     """Answers of one model by ``generate``, with the strategy that was found to suit it."""
 
-    def __init__(self, model: PreTrainedModel):
-        self.model = model
+    def __init__(self, model: PreTrainedModel, together: Together = ALONE):
+        self.model, self._together = model, together
         self._strategies = list(_STRATEGIES)
         self._lengths = lengths_of(model)
         self._shown: Counter[tuple[bool, int]] = Counter()  # tokens of each kind of batch that the first of these has
@@ -97,7 +98,7 @@ class Fallback:
                     sampling["status"].copy_(invalid)
                     continue
                 passes, tokens_computed = passes + sampler.passes, tokens_computed + sampler.tokens_computed
-                if not recompute and not self._suits(rows, prompts, answers, sampler.logits):
+                if not recompute and self._together.any(not self._suits(rows, prompts, answers, sampler.logits)):
                     self._next_strategy("logits differ from those of a forward over each row alone")
                     sampling["status"].copy_(invalid)
                     continue

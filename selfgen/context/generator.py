@@ -41,7 +41,7 @@ from .packed import packed_linears
 from .precision import autocast_dtype, autocast_inside, precision_of
 from .ragged import UnsupportedModelError
 from .sequential import ALONE, sequential
-from .sharding import check_splits
+from .sharding import agreed, check_splits, together_of
 from .support import inspect_model
 from .verification import Verification
 
@@ -123,7 +123,8 @@ class ContextGenerator:
         self._verified: dict[torch.dtype | None, Verification] = {}  # by what autocast computes in
         self._cuda_graphs = cuda_graphs
         self._passes: Forward | None = None
-        self._fallback = Fallback(self.model)
+        self._together = together_of(self.model)  # whose forwards wait for each other
+        self._fallback = Fallback(self.model, self._together)
         check_splits(self.model)
         check_here(self.model)
         head = getattr(self.model.get_output_embeddings(), "weight", None)
@@ -149,10 +150,11 @@ class ContextGenerator:
             verification.check_dtypes()
         with self.computing(), packed_linears(self.model):
             if not isinstance(forward, GraphedForward):
-                return measure_budget(self.model)
+                return measure_budget(self.model, together=self._together)
             verification.check_ragged(0)
             try:
-                return measure_budget(self.model, forward=forward)  # a pass takes another time than a forward
+                # A pass takes another time than a forward.
+                return measure_budget(self.model, forward=forward, together=self._together)
             finally:
                 forward.release()  # a generation's passes have other sizes
 
@@ -226,18 +228,23 @@ class ContextGenerator:
         if keep_hidden_states and method != "fixed_point":
             raise ReuseError(f'keep_hidden_states goes with method="fixed_point", but method is {method!r}')
         started = time.perf_counter()
-        batch = Batch.of(
-            prompts,
-            references,
-            self_prob,
-            seed=seed,
-            sample_ids=sample_ids,
-            model=self.model,
-            temperature=self.temperature,
-            masks=self.masks,
-            vocab_size=self.vocab_size,
-            may_be_self=may_be_self,
-        )
+
+        def checked() -> Batch:
+            return Batch.of(
+                prompts,
+                references,
+                self_prob,
+                seed=seed,
+                sample_ids=sample_ids,
+                model=self.model,
+                temperature=self.temperature,
+                masks=self.masks,
+                vocab_size=self.vocab_size,
+                may_be_self=may_be_self,
+            )
+
+        asked = [method, keep_hidden_states, self._token_budget, self._balance]
+        batch = agreed(self._together, checked, lambda batch: [*asked, *vars(batch).values()])
         if not batch.prompts:
             return MixedContext([], [], ContextStats.untouched([], []))
         support = inspect_model(self.model, max(batch.lengths))
@@ -271,6 +278,7 @@ class ContextGenerator:
             tokens, is_self, invalid = result.tokens, result.is_self, result.invalid
             passes, tokens_computed, hidden_states = result.passes, result.tokens_computed, None
 
+        agreed(self._together, lambda: tokens, lambda tokens: [tokens])
         if invalid:
             logger.warning("%d self tokens kept the reference, as their logits were not finite (NaN or inf)", invalid)
         mask, context, reference = torch.cat(is_self), torch.cat(tokens), torch.cat(batch.references)
@@ -325,15 +333,20 @@ class ContextGenerator:
             TypeError: wrong types or dtypes.
         """
         started = time.perf_counter()
-        for name, value in (("max_new_tokens", max_new_tokens), ("batch_size", batch_size)):
-            if type(value) is not int or value < 1:
-                raise ValueError(f"{name} is {value!r}; it must be an integer >= 1")
-        ids_known = self.vocab_size or vocab_size_of(self.model)
-        rows = check_token_rows("prompts", prompts, ids_known, self.model.device)
-        ids = check_sample_ids(range(len(rows)) if sample_ids is None else sample_ids, len(rows), self.model.device)
+
+        def checked() -> tuple[list[Tensor], Tensor, list[int]]:
+            for name, value in (("max_new_tokens", max_new_tokens), ("batch_size", batch_size)):
+                if type(value) is not int or value < 1:
+                    raise ValueError(f"{name} is {value!r}; it must be an integer >= 1")
+            ids_known = self.vocab_size or vocab_size_of(self.model)
+            rows = check_token_rows("prompts", prompts, ids_known, self.model.device)
+            ids = check_sample_ids(range(len(rows)) if sample_ids is None else sample_ids, len(rows), self.model.device)
+            return rows, ids, [min(max_new_tokens, room) for room in room_for_answers(self.model, rows)]
+
+        asked = [seed, self.temperature, self.vocab_size, top_k, top_p, min_p, eos_token_ids, batch_size]
+        rows, ids, limits = agreed(self._together, checked, lambda checked: [*checked, *asked])
         if not rows:
             return Answers([], [], 0, 0, 0, 0.0)
-        limits = [min(max_new_tokens, room) for room in room_for_answers(self.model, rows)]
         stop_ids = torch.tensor(
             self.eos_token_ids if eos_token_ids is None else list(eos_token_ids),
             dtype=torch.int64,
@@ -361,6 +374,7 @@ class ContextGenerator:
                 work = self._fallback(what, sampling, batch_size, finish, recompute=support.recompute)
             else:
                 work = free_running(self._forward(), what, sampling, batch_size, finish)
+        agreed(self._together, lambda: answers, lambda answers: [answers])
         ended = [bool(torch.isin(answer[-1], stop_ids)) for answer in answers]
         if status:
             logger.warning(
@@ -394,9 +408,9 @@ class ContextGenerator:
         make, precision = (active_adapters(self._given), make_of(self.model)), autocast_dtype(self.model.device)
         if make != self._make and not (self._passes and self._passes.is_busy):  # its own changes are no others
             transformers_model(self._given)  # refuses some adapters
-            self._make, self._verified, self._fallback = make, {}, Fallback(self.model)
+            self._make, self._verified, self._fallback = make, {}, Fallback(self.model, self._together)
         if precision not in self._verified:
-            self._verified[precision] = Verification(self.model, self._given)
+            self._verified[precision] = Verification(self.model, self._given, self._together)
         return self._verified[precision]
 
     def look_again(self) -> None:

@@ -35,6 +35,8 @@ from .packed import packed_linears
 from .precision import dtype_clash, full_precision
 from .ragged import RaggedCache, RaggedPass, UnsupportedModelError, ragged_logits, ragged_model
 from .sequential import ALONE, STRATEGIES, SequentialResult, Strategy, sequential
+from .sharding import ALONE as NOBODY
+from .sharding import Together, agreed
 from .support import lengths_of
 
 logger = logging.getLogger(__name__)
@@ -53,9 +55,12 @@ class LooksAheadError(UnsupportedModelError):
 class Verification:
     """What has been found out of one model. Each method raises what it has found once, and then again at each call."""
 
-    def __init__(self, model: PreTrainedModel, given: torch.nn.Module | None = None):
-        """``given`` is what the model is part of: a model of PEFT, or the model itself."""
-        self.model, self.given = model, given
+    def __init__(self, model: PreTrainedModel, given: torch.nn.Module | None = None, together: Together = NOBODY):
+        """``given`` is what the model is part of: a model of PEFT, or the model itself.
+
+        All processes that are ``together`` find out the same, at the same time.
+        """
+        self.model, self.given, self._together = model, given, together
         self._numbers = lengths_of(model)
         self._found: dict[tuple[str, int], UnsupportedModelError | None] = {}  # (what was tried, length of the probe)
         self._masks: list[_LayerMask] | None = None
@@ -113,7 +118,7 @@ class Verification:
         longer = (found for (of, long), found in self._found.items() if of == what and long > length)
         if (what, length) not in self._found and not any(found is None for found in longer):
             try:
-                check()
+                agreed(self._together, check)
             except UnsupportedModelError as error:
                 self._found[what, length] = type(error)(*error.args)  # without the frames, which hold logits
                 raise
@@ -138,7 +143,7 @@ class Verification:
         return self._strategies[length]
 
     def _suits(self, lengths: list[int], strategy: Strategy) -> bool:
-        return all(_suits(self.model, length, strategy) for length in lengths)
+        return not any(self._together.any(not _suits(self.model, length, strategy)) for length in lengths)
 
     def _choose(self, length: int, strategy: Strategy) -> None:
         if strategy != STRATEGIES[0]:

@@ -22,6 +22,7 @@ from transformers.trainer_pt_utils import LengthGroupedSampler
 from ..context import ContextStats, MixedContext, UnsupportedModelError
 from ..context.hidden_states import ReuseError, decoder_layers
 from ..context.models import (
+    active_adapters,
     auto_class_of,
     check_4bit_layout,
     check_here,
@@ -35,7 +36,7 @@ from ..context.models import (
     vocab_size_of,
 )
 from ..context.precision import full_precision
-from ..context.sharding import kept_whole, whole_weights
+from ..context.sharding import kept_whole, tensor_parallel_size, whole_weights
 from ..data import Collator, DataError, check_sample_ids, load_rows, pad_token_id, rows_of, write_contexts_into
 from ..data.batches import IGNORE_INDEX, ROWS, Row, lengths_of
 from ..data.streams import StreamedRows, refuse_stream
@@ -57,11 +58,13 @@ from .config import BSSConfig
 from .engines import engine_of
 from .losses import AnswerLoss, TokenMean, calls_loss_function, learns_its_input
 from .meter import Meter, StepTimer
+from .parallelism import check_tensor_parallel
 from .processes import meet, once_per_machine
 from .reuse import reuse_passes, without_hooks
 from .sampling import EpochOfSampler, SeededByEpoch
 from .schedules import Schedule
 from .streams import StreamProgress, check_stream, message_of, sorts_by_length, stream_loader
+from .tensor import allowed_to_resume, has_partial_gradients, is_split_at_load, load_split, whole_optimizer
 from .weights import (
     StopAtBrokenGradients,
     TellOfMissingGradients,
@@ -156,6 +159,14 @@ class BSSTrainer(Trainer):
         if processing_class is None:
             processing_class = AutoTokenizer.from_pretrained(name, trust_remote_code=trust_remote_code)
         check_here(transformers_model(model), everywhere=True)
+        args.tensor_parallel = tensor_parallel_size(transformers_model(model))
+        check_tensor_parallel(args, args.tensor_parallel)
+        if args.tensor_parallel > 1 and (hasattr(model, "peft_config") or active_adapters(model)):
+            raise ValueError(
+                "the model is tensor parallel and has an adapter: PEFT's adapters on weights whose inputs are split "
+                "(o_proj, down_proj) fail in plain fine-tuning, too. Leave tp_size out and shard the model with FSDP2, "
+                "or train all weights"
+            )
         self.generator = args.generator(model, processing_class)
         self._tell_of_padding()
         self.schedule = schedule
@@ -174,15 +185,17 @@ class BSSTrainer(Trainer):
         self._resumed_from: str | None = None
         # _prepare reads these; the Trainer's constructor sets them again.
         self.processing_class, self.args, self.eval_dataset = processing_class, args, None
-        super().__init__(
-            model=model,
-            args=args,
-            train_dataset=self._prepare("train", train_dataset),
-            eval_dataset=self._prepare("eval", eval_dataset),
-            processing_class=processing_class,
-            data_collator=data_collator or self.collator_class(pad_token_id(processing_class)),
-            **kwargs,
-        )
+        train_dataset, eval_dataset = self._prepare("train", train_dataset), self._prepare("eval", eval_dataset)
+        with allowed_to_resume(args, transformers_model(model)):
+            super().__init__(
+                model=model,
+                args=args,
+                train_dataset=train_dataset,
+                eval_dataset=eval_dataset,
+                processing_class=processing_class,
+                data_collator=data_collator or self.collator_class(pad_token_id(processing_class)),
+                **kwargs,
+            )
         self._engine = engine_of(self)
         self._end_answers_where_rows_end()
         check_savable(self.generator.model, adapter=self._adapters() is not None)
@@ -337,9 +350,10 @@ class BSSTrainer(Trainer):
         output_dir = at_home(output_dir or self.args.output_dir)
         with saving(output_dir):
             super()._save(output_dir, state_dict)
+            frozen = self._frozen_hash()  # of weights that may be split over processes
             if not self.args.should_save:  # every process is here
                 return
-            record = to_json(record_of(self.args, self._rows_hash(), self._frozen_hash()), indent=1)
+            record = to_json(record_of(self.args, self._rows_hash(), frozen), indent=1)
             (Path(output_dir) / SETTINGS).write_text(f"{record}\n")
             if self._adapters() and (config := getattr(self.generator.model, "generation_config", None)):
                 config.to_json_file(Path(output_dir) / "generation_config.json")  # where answers end; PEFT writes none
@@ -350,9 +364,21 @@ class BSSTrainer(Trainer):
         with whole_or_not_at_all(folder) if self.args.should_save else saving(folder):
             super()._save_checkpoint(*args, **kwargs)
 
+    def _save_optimizer_and_scheduler(self, output_dir):
+        split = is_split_at_load(self.model)
+        with whole_optimizer(self.optimizer, keep=self.args.should_save) if split else nullcontext():
+            super()._save_optimizer_and_scheduler(output_dir)
+
+    def _load_optimizer_and_scheduler(self, checkpoint):
+        split = checkpoint is not None and is_split_at_load(self.model)
+        with whole_optimizer(self.optimizer, keep=False) if split else nullcontext():
+            super()._load_optimizer_and_scheduler(checkpoint)
+
     def _load_from_checkpoint(self, resume_from_checkpoint, model=None):
         self._go_on_from(resume_from_checkpoint)
-        if not load_renamed(resume_from_checkpoint, self.model if model is None else model):
+        if is_split_at_load(self.model):
+            load_split(resume_from_checkpoint, self.model)
+        elif not load_renamed(resume_from_checkpoint, self.model if model is None else model):
             super()._load_from_checkpoint(resume_from_checkpoint, model)
 
     def _go_on_from(self, checkpoint: str) -> None:
@@ -361,7 +387,9 @@ class BSSTrainer(Trainer):
         self._logged_at = self.meter.load(Path(checkpoint), self.args.process_index)
 
     def _load_best_model(self):
-        if self.is_deepspeed_enabled or not load_renamed(self.state.best_model_checkpoint, self.model):
+        if is_split_at_load(self.model):
+            load_split(self.state.best_model_checkpoint, self.model)
+        elif self.is_deepspeed_enabled or not load_renamed(self.state.best_model_checkpoint, self.model):
             super()._load_best_model()
 
     def check_resumed(self, checkpoint: str | Path) -> None:
@@ -431,7 +459,7 @@ class BSSTrainer(Trainer):
         whole = self._runs_passes()  # weights were gathered for them, and are as they were until the optimizer's step
         last = self.accelerator.sync_gradients
         try:
-            with kept_whole(self.model, last=last) if whole else nullcontext():
+            with self._engine.backward_apart(), kept_whole(self.model, last=last) if whole else nullcontext():
                 loss = super().training_step(model, inputs, num_items_in_batch)
         finally:
             self._step.trained()
@@ -439,9 +467,14 @@ class BSSTrainer(Trainer):
             raise diverged(self.state.global_step + 1, f"the loss is {float(loss)}")
         return self.meter.step_loss(loss)
 
+    def _defer_fsdp_gradient_reduction(self):
+        if has_partial_gradients(self.model):  # a hook would sum what micro-batches have accumulated
+            return nullcontext()
+        return super()._defer_fsdp_gradient_reduction()
+
     def _stop_unless_weights_finite(self) -> None:
         broken = not_finite(self.model, trainable_only=True)
-        if self._engine.is_sharded:  # each process sees its own part
+        if self._engine.splits_weights:  # each process sees its own part
             broken = next(filter(None, meet(say=broken)), None)
         if broken:
             raise diverged(self.state.global_step, f"{broken} has values that are not finite (NaN or inf)")
@@ -565,16 +598,22 @@ class BSSTrainer(Trainer):
         frozen = None
         if args.kl_model:
             with self._engine.loading_whole():
-                frozen = _load(args.kl_model, self.generator.model.dtype, self._trust_remote_code)
+                frozen = _load(args.kl_model, self.generator.model.dtype, self._trust_remote_code, self.generator.model)
             sizes = [model.get_output_embeddings().weight.shape[0] for model in (frozen, self.generator.model)]
             if sizes[0] != sizes[1]:
                 raise ValueError(
                     f"kl_model has {sizes[0]} ids, but the model has {sizes[1]}: give one with the same tokenizer"
                 )
+        elif args.kl_weight and is_split_at_load(self.generator.model):
+            raise ValueError(
+                "kl_weight keeps the model near a copy of itself, and weights that transformers has split over "
+                "processes can't be copied: give the same model by name as kl_model"
+            )
         elif args.kl_weight:
             frozen = self.generator.model if self._adapters() else copy.deepcopy(self.generator.model)
         if frozen is not None and frozen is not self.generator.model:
-            frozen = frozen.to(args.device).requires_grad_(False).eval()
+            frozen = frozen if is_split_at_load(frozen) else frozen.to(args.device)
+            frozen = frozen.requires_grad_(False).eval()
         loss = AnswerLoss(
             self.generator.model,
             label_smoothing=args.label_smoothing_factor,
@@ -657,7 +696,7 @@ class BSSTrainer(Trainer):
         loader = self.accelerator.gradient_state.active_dataloader
         if isinstance(getattr(loader, "dataset", None), StreamedRows):  # whose last batch weighs as many rows as it has
             loader.remainder = len(inputs["labels"])
-        inputs = self._evaluated.without_repeated(inputs, self.accelerator)
+        inputs = self._evaluated.without_repeated(inputs, self.accelerator, self.args.row_share)
         loss, logits, labels = super().prediction_step(model, inputs, *args, **kwargs)
         if loss is not None:
             self._evaluated.add(loss, (inputs["labels"][:, 1:] != IGNORE_INDEX).sum())
@@ -727,7 +766,8 @@ class BSSTrainer(Trainer):
         training = name == "train"
         if training:
             check_stream(self.args)
-        split = {"rank": self.args.process_index, "processes": self.args.world_size} if training else {}
+        rank, processes = self.args.row_share
+        split = {"rank": rank, "processes": processes} if training else {}
         options = self.args.of_rows(self._longest_row(name))
         return StreamedRows(rows, self.processing_class, options, name=name, endless=training, **split)
 
@@ -835,9 +875,15 @@ class BSSTrainer(Trainer):
         super().log(logs, start_time)
 
 
-def _load(name: str, dtype: torch.dtype, trust_remote_code: bool) -> PreTrainedModel:
+def _load(
+    name: str, dtype: torch.dtype, trust_remote_code: bool, like: PreTrainedModel | None = None
+) -> PreTrainedModel:
+    """The model ``name``, split over processes as ``like`` is, if transformers has split that."""
     auto_class = auto_class_of(name, trust_remote_code=trust_remote_code)
-    return load_whole(auto_class, name, dtype=dtype, trust_remote_code=trust_remote_code)
+    split: dict[str, Any] = {}
+    if like is not None and is_split_at_load(like):
+        split = {"distributed_config": like.config.distributed_config}
+    return load_whole(auto_class, name, dtype=dtype, trust_remote_code=trust_remote_code, **split)
 
 
 def step_seed(seed: int, step: int, stream: int = 0) -> int:

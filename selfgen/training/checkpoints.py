@@ -415,7 +415,7 @@ def _method_of(settings: Collection[str]) -> str:
 
 def trainer_settings(args: BSSConfig) -> dict[str, object]:
     """The Trainer's options that the result depends on, and how many rows a step has."""
-    sizes = [args.train_batch_size, args.gradient_accumulation_steps, args.world_size]
+    sizes = [args.train_batch_size, args.gradient_accumulation_steps, args.row_share[1]]
     settings: dict[str, object] = {"rows_per_step": math.prod(sizes), "processes": args.world_size}
     if sorts_by_length(args):
         settings["sorted_batches"] = sizes

@@ -165,6 +165,7 @@ class BSSConfig(RowOptions, GeneratorOptions, TrainingArguments):
     """
 
     _argument_group_name = "training (transformers.TrainingArguments)"
+    tensor_parallel = 1  # processes that split each weight of the model; set where that is known
 
     def __new__(cls, *args, **kwargs):
         for old in RENAMED.keys() & kwargs.keys():
@@ -307,6 +308,14 @@ class BSSConfig(RowOptions, GeneratorOptions, TrainingArguments):
             if isinstance(value, int | float) and not least <= value <= most:
                 limit = f"at least {least}" if most == _INFINITE else f"from {least} to {most}"
                 raise ValueError(f"{one.name} is {value}; it must be {limit}")
+
+    @property
+    def row_share(self) -> tuple[int, int]:
+        """(number, count): which share of the rows this process has, and of how many.
+
+        Processes that split each weight (tensor parallelism) have the same rows.
+        """
+        return self.process_index // self.tensor_parallel, self.world_size // self.tensor_parallel
 
     def self_prob_at(self, step: int, max_steps: int, schedule: Schedule | None = None) -> float:
         """Self-probability of optimizer step ``step`` (0-based) of ``max_steps``, by ``schedule`` or the named one."""

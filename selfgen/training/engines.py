@@ -13,8 +13,9 @@ from transformers import Trainer
 from transformers.integrations.deepspeed import set_hf_deepspeed_config, unset_hf_deepspeed_config
 from transformers.modeling_layers import GradientCheckpointingLayer
 
-from ..context.sharding import ALONE, Together, sharding_of
+from ..context.sharding import Together, sharding_of, tensor_parallel_size, together_of
 from .parallelism import check_deepspeed
+from .tensor import partial_gradients_apart
 
 
 class Engine:
@@ -63,7 +64,16 @@ class Engine:
     @property
     def together(self) -> Together:
         """The processes that must take the same forwards."""
-        return Together(None, self.accelerator.device) if self.is_sharded else ALONE
+        return Together(None, self.accelerator.device) if self.is_sharded else together_of(self._model)
+
+    @property
+    def splits_weights(self) -> bool:
+        """Whether a process has only a part of some weights."""
+        return self.is_sharded or not together_of(self._model).is_alone
+
+    def backward_apart(self) -> AbstractContextManager[None]:
+        """Around the forward and backward of each micro-batch."""
+        return partial_gradients_apart(self._model)
 
     def why_no_reuse(self, layers: Sequence[nn.Module]) -> str | None:
         """Why passes can't be reused with weights that come and go, if they can't."""
@@ -86,7 +96,8 @@ class Engine:
 
     def holds(self, model: nn.Module) -> bool:
         """Whether ``model`` is wrapped so that processes train it together."""
-        return isinstance(model, DistributedDataParallel | FSDPModule) or sharding_of(model) is not None
+        split = sharding_of(model) is not None or not together_of(model).is_alone
+        return split or isinstance(model, DistributedDataParallel | FSDPModule)
 
 
 class Zero(Engine):
@@ -159,6 +170,11 @@ def engine_of(trainer: Trainer) -> Engine:
         raise ValueError(
             "FSDP1 is given (fsdp_config: version 1, or fsdp_version 1), and contexts can't be made with it: give "
             "version 2, which is FSDP2"
+        )
+    if tensor_parallel_size(trainer.model) > 1 and (trainer.is_fsdp_enabled or trainer.is_deepspeed_enabled):
+        raise ValueError(
+            "the model is tensor parallel, which goes without fsdp and deepspeed of the Trainer: leave them out, and "
+            "load the model with distributed_config=DistributedConfig(tp_size=..., fsdp_size=...), which shards it"
         )
     if args.deepspeed and not trainer.is_deepspeed_enabled:
         raise ValueError("deepspeed is given, but Accelerate ignores it on this device; leave it out, or train on GPUs")

@@ -30,6 +30,7 @@ from ..data import IGNORE_INDEX
 
 logger = logging.getLogger(__name__)
 
+_OWN = "_selfgen_own_forward"  # of a head, while another one is in its place
 _CHUNK_BYTES = 2**27  # of fp32 logits in memory at a time; much smaller chunks read the head's weights too often
 
 
@@ -133,7 +134,8 @@ class AnswerLoss:
         if not self.lean:
             return F.cross_entropy(states.float(), targets, reduction="sum", label_smoothing=smoothing)
         head = self.model.get_output_embeddings()
-        if is_sharded_now(head.weight):
+        multiply = product_of(head)
+        if multiply is None and is_sharded_now(head.weight):
             raise RuntimeError(
                 "the weights of the head are sharded when the loss is computed: shard the head together with the model "
                 "(fully_shard with reshard_after_forward=False), or give lean_loss=False"
@@ -141,7 +143,7 @@ class AnswerLoss:
         chunk = _chunk(head.out_features)
         full_precision = head.weight.dtype == torch.float32 and not torch.is_autocast_enabled(states.device.type)
         known = hasattr(F, "linear_cross_entropy")  # since torch 2.13
-        if smoothing == 0 and full_precision and known:  # autocast would be passed by
+        if multiply is None and smoothing == 0 and full_precision and known:  # autocast would be passed by
             options = nn.LinearCrossEntropyOptions(batch_chunk_size=chunk)
             return F.linear_cross_entropy(
                 states, head.weight, targets, linear_bias=head.bias, reduction="sum", options=options
@@ -170,9 +172,15 @@ class TokenMean:
         self.counts: list[Tensor] = []
         self._first: list[int] = []  # ids of this process' first batch
 
-    def without_repeated(self, batch: dict[str, Tensor], accelerator: Accelerator) -> dict[str, Tensor]:
-        """``batch`` without labels in rows of several processes that fill up the last batches: those seen first."""
-        if accelerator.num_processes == 1 or "sample_id" not in batch:
+    def without_repeated(
+        self, batch: dict[str, Tensor], accelerator: Accelerator, row_share: tuple[int, int]
+    ) -> dict[str, Tensor]:
+        """``batch`` without labels in rows of several processes that fill up the last batches: those seen first.
+
+        ``row_share`` is the number of this process' share of the rows, and of how many; processes may have the same.
+        """
+        share, shares = row_share
+        if shares == 1 or "sample_id" not in batch:
             return batch
         ids = batch["sample_id"].tolist()
         is_first = not self.means
@@ -180,8 +188,9 @@ class TokenMean:
         if not accelerator.gradient_state.end_of_dataloader:
             return batch
         told: list[tuple[list[int], list[int]]] = gather_object([(self._first, ids)])
+        told = told[:: accelerator.num_processes // shares]
         seen = set() if is_first else {row for first, _ in told for row in first}
-        seen.update(row for _, last in told[: accelerator.process_index] for row in last)
+        seen.update(row for _, last in told[:share] for row in last)
         repeated = []
         for row in ids:
             repeated.append(row in seen)
@@ -214,7 +223,7 @@ def _chunk(vocab_size: int) -> int:
 
 
 def _smoothed(states: Tensor, targets: Tensor, head: nn.Linear, smoothing: float) -> Tensor:
-    logits = F.linear(states, head.weight, head.bias).float()  # its own forward is left out
+    logits = _product(states, head).float()
     return F.cross_entropy(logits, targets, reduction="sum", label_smoothing=smoothing)
 
 
@@ -224,8 +233,25 @@ def _kl(states: Tensor, frozen_states: Tensor, head: nn.Linear | None, frozen_he
 
 
 def _log_probs(states: Tensor, head: nn.Linear | None) -> Tensor:
-    logits = states if head is None else F.linear(states, head.weight, head.bias)  # its own forward is left out
+    logits = states if head is None else _product(states, head)
     return logits.float().log_softmax(-1)
+
+
+def _product(states: Tensor, head: nn.Linear) -> Tensor:
+    """The logits; the head's forward may be left out."""
+    multiply = product_of(head)
+    return F.linear(states, head.weight, head.bias) if multiply is None else multiply(states)
+
+
+def product_of(head: nn.Linear) -> Callable[[Tensor], Tensor] | None:
+    """The forward by which transformers multiplies by a ``head`` whose rows are split over processes.
+
+    None for one that is whole. What comes out is whole, too: each process computes the logits of its rows of the head,
+    and they are gathered. It may have been replaced, as `_head_replaced` does.
+    """
+    forward = vars(head).get(_OWN, vars(head).get("forward"))
+    style = "TensorParallelLayer.install_forward.<locals>.tp_forward"
+    return forward if getattr(forward, "__qualname__", None) == style else None
 
 
 def _groups(row_weights: Tensor | None, learned: Tensor) -> list[tuple[float, Tensor]]:
@@ -243,7 +269,7 @@ def why_not_lean(model: PreTrainedModel) -> str | None:
     the loss and to the caller, and no weight but the head's may have a part in what comes out.
     """
     head, name = model.get_output_embeddings(), type(model).__name__
-    if not is_linear(head) or "forward" in vars(head):
+    if not is_linear(head) or ("forward" in vars(head) and product_of(head) is None):
         return f"the head of {name} is a {type(head).__name__} with a forward of its own (an adapter's, a hook's, ...)"
     if not is_plain(head.weight):
         return f"the head of {name} is quantized ({type(head.weight).__name__})"
@@ -371,8 +397,11 @@ def _head_left_out(model: PreTrainedModel) -> AbstractContextManager[None]:
 @contextmanager
 def _head_replaced(model: PreTrainedModel, forward: Callable[[Tensor], Tensor]) -> Iterator[None]:
     head = model.get_output_embeddings()
-    vars(head)["forward"] = forward
+    kept = {_OWN: vars(head)["forward"]} if "forward" in vars(head) and _OWN not in vars(head) else {}
+    vars(head).update({**kept, "forward": forward})
     try:
         yield
     finally:
         vars(head).pop("forward", None)
+        if kept:
+            vars(head)["forward"] = vars(head).pop(_OWN)

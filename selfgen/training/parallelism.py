@@ -10,12 +10,12 @@ import torch
 from transformers import TrainingArguments
 
 _SPLITS = {  # sizes of accelerate's ParallelismConfig
-    "tp_size": "tensor parallelism",
     "cp_size": "context parallelism",
     "sp_size": "sequence parallelism",
 }
 _LAUNCHED = {"ACCELERATE_USE_MEGATRON_LM": "Megatron-LM"}  # what `accelerate launch` asks for in the environment
 _SHARDS = {"ACCELERATE_USE_FSDP": "FSDP", "ACCELERATE_USE_DEEPSPEED": "DeepSpeed"}
+_NOT_SPLIT_ON = ("cpu",)  # devices on which Accelerate refuses tensor parallelism, and says something else
 _IGNORED_ON = ("cpu",)  # devices on which Accelerate takes DDP in place of them, and says nothing
 
 
@@ -41,15 +41,30 @@ def check_parallelism(args: TrainingArguments) -> None:
         )
 
 
-def _sizes(args: TrainingArguments) -> list[tuple[str, str, int]]:
-    """(name, what it is, size) of each kind of parallelism that is refused."""
+def check_tensor_parallel(args: TrainingArguments, size: int) -> None:
+    """Raise ValueError if a model that ``size`` processes split can't be trained with ``args``."""
+    for name, _, asked in _sizes(args, {"tp_size": "tensor parallelism"}):
+        if asked not in (1, size):
+            raise ValueError(
+                f"{name} is {asked}, but each weight of the model is split over {size} process{'es' * (size > 1)}: "
+                f"load the model with distributed_config=DistributedConfig(tp_size={asked}) (--tp_size)"
+            )
+    if size > 1 and args.device.type in _NOT_SPLIT_ON:
+        raise ValueError(
+            "the model is tensor parallel (tp_size), which Accelerate trains on accelerators only: leave use_cpu out, "
+            "or tp_size"
+        )
+
+
+def _sizes(args: TrainingArguments, kinds: Mapping[str, str] = _SPLITS) -> list[tuple[str, str, int]]:
+    """(name, what it is, size) of each of these kinds of parallelism: of those that are refused, where not given."""
     config = getattr(args, "parallelism_config", None)
     if config is not None:
-        return [(name, kind, getattr(config, name, None) or 1) for name, kind in _SPLITS.items()]
+        return [(name, kind, getattr(config, name, None) or 1) for name, kind in kinds.items()]
     if not _is_true("ACCELERATE_USE_PARALLELISM_CONFIG"):
         return []
-    names = {name: f"PARALLELISM_CONFIG_{name.upper()}" for name in _SPLITS}
-    return [(names[name], kind, int(os.environ.get(names[name], "1"))) for name, kind in _SPLITS.items()]
+    names = {name: f"PARALLELISM_CONFIG_{name.upper()}" for name in kinds}
+    return [(names[name], kind, int(os.environ.get(names[name], "1"))) for name, kind in kinds.items()]
 
 
 def _is_true(variable: str) -> bool:

@@ -16,6 +16,7 @@ from transformers import TrainingArguments
 from ..data import DataError, DataReport
 from ..data.streams import Read, StreamedRows
 from ..provenance import differences
+from .config import BSSConfig
 from .processes import meet
 
 logger = logging.getLogger(__name__)
@@ -37,7 +38,7 @@ def sorts_by_length(args: TrainingArguments) -> bool:
     return strategy in ("group_by_length", "batch_rebalance") or getattr(args, "group_by_length", False)
 
 
-def stream_loader(rows: StreamedRows, args: TrainingArguments, batch_size: int, collate: Callable) -> DataLoader:
+def stream_loader(rows: StreamedRows, args: BSSConfig, batch_size: int, collate: Callable) -> DataLoader:
     """Batches of rows on the device. Rows to train on are split over processes already, and endless.
 
     Rows to evaluate on are dealt out batch by batch, so that all processes have as many; the last ones may be the first
@@ -58,12 +59,12 @@ def stream_loader(rows: StreamedRows, args: TrainingArguments, batch_size: int, 
         prefetch_factor=args.dataloader_prefetch_factor if workers else None,
         multiprocessing_context=getattr(args, "dataloader_multiprocessing_context", None) if workers else None,
     )
-    shared = 1 if rows.endless else args.world_size
+    share, shared = (0, 1) if rows.endless else args.row_share
     return prepare_data_loader(
         loader,
         args.device,
         num_processes=shared,
-        process_index=args.process_index if shared > 1 else 0,
+        process_index=share,
         put_on_device=True,
         dispatch_batches=False,  # batches of different lengths can't be joined
     )
@@ -82,14 +83,14 @@ class StreamProgress:
         DataError: the checkpoint is of a run that read its stream in another way; processes see different streams.
     """
 
-    def __init__(self, rows: StreamedRows, args: TrainingArguments, batch_size: int, checkpoint: str | None):
+    def __init__(self, rows: StreamedRows, args: BSSConfig, batch_size: int, checkpoint: str | None):
         self.args, self.name = args, rows.name
         self.report = DataReport(0, 0, 0, {}, rows.options.max_length)
         self.places: dict[int, int] | None = {}  # reader -> what stands for the rows it has given; None: not known
         self._told: set[str] = set()
         self.checkpoint = checkpoint
         self._settings = {
-            "processes": args.world_size,
+            "processes": args.row_share[1],
             "dataloader_num_workers": rows.workers(args.dataloader_num_workers),
             "per_device_train_batch_size": batch_size,
             "gradient_accumulation_steps": args.gradient_accumulation_steps,
@@ -148,7 +149,8 @@ class StreamProgress:
 
     def gathered(self) -> DataReport:
         """Of all processes, which must all ask for it."""
-        first, *others = meet(say=self.report)
+        told = meet(say=self.report)
+        first, *others = told[:: len(told) // self.args.row_share[1]]  # each row once
         return sum(others, first)
 
     def save(self, folder: str | Path) -> None:

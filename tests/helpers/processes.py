@@ -26,18 +26,18 @@ _SERVED = multiprocessing.get_context("forkserver")
 _SERVED.set_forkserver_preload(["torch", "torch.distributed", "pytest", "selfgen", "selfgen.cli.train", "helpers.cli"])
 
 
-def in_ranks(function: Callable, folder: Path, *arguments) -> None:
-    """Call ``function(rank, folder, ...)`` in two processes that are connected by gloo; they meet in a file."""
+def in_ranks(function: Callable, folder: Path, *arguments, world: int = WORLD) -> None:
+    """Call ``function(rank, folder, ...)`` in processes that are connected by gloo; they meet in a file."""
     torch.multiprocessing.start_processes(
-        _rank, (function, folder, *arguments), nprocs=WORLD, start_method="forkserver"
+        _rank, (world, function, folder, *arguments), nprocs=world, start_method="forkserver"
     )
 
 
-def _rank(rank: int, function: Callable, folder: Path, *arguments) -> None:
+def _rank(rank: int, world: int, function: Callable, folder: Path, *arguments) -> None:
     _begin()
-    os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(WORLD)}
+    os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(world)}
     os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "0"}  # not used, but asked for
-    dist.init_process_group("gloo", init_method=f"file://{folder}/rendezvous", rank=rank, world_size=WORLD)
+    dist.init_process_group("gloo", init_method=f"file://{folder}/rendezvous", rank=rank, world_size=world)
     try:
         function(rank, folder, *arguments)
     finally:

@@ -7,16 +7,21 @@ would differ.
 
 from .found import check_splits, is_sharded_now, local_part, sharding_of
 from .gathered import is_whole, kept_whole, whole_weights
+from .tensor import agreed, tensor_mesh_of, tensor_parallel_size, together_of
 from .together import ALONE, Together
 
 __all__ = [
     "ALONE",
     "Together",
+    "agreed",
     "check_splits",
     "is_sharded_now",
     "is_whole",
     "kept_whole",
     "local_part",
     "sharding_of",
+    "tensor_mesh_of",
+    "tensor_parallel_size",
+    "together_of",
     "whole_weights",
 ]

@@ -9,6 +9,7 @@ from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor
 
 from . import zero
+from .tensor import tensor_parallel_size, uneven_heads
 
 Sharding = Literal["fsdp2", "zero3"]
 
@@ -26,7 +27,6 @@ def is_sharded_now(tensor: Tensor) -> bool:
 
 
 _REFUSED = {  # sizes of transformers' DistributedConfig
-    "tp_size": "tensor parallelism",
     "pp_size": "pipeline parallelism",
     "ep_size": "expert parallelism",
 }
@@ -47,8 +47,8 @@ def check_splits(model: nn.Module) -> None:
     if split:
         raise ValueError(
             f"the model's weights are split over processes ({split}), and contexts can't be made with them: use FSDP2 "
-            "(fully_shard, `--fsdp`, or distributed_config with fsdp_size), or load the model whole in each process "
-            "(DDP, torchrun) or on one device"
+            "(fully_shard, `--fsdp`, or distributed_config with fsdp_size) or tensor parallelism (distributed_config "
+            "with tp_size), or load the model whole in each process (DDP, torchrun) or on one device"
         )
 
 
@@ -60,6 +60,14 @@ def _refused(model: nn.Module) -> str | None:
         found = [f"{_REFUSED[name]}: {name}={size}" for name, size in sizes.items() if size > 1]
         if found:
             return ", ".join(found)
+    parts = [name for name, parameter in model.named_parameters() if isinstance(parameter, DTensor)]
+    if (getattr(model, "_tp_size", None) or 1) > 1:
+        if not parts:
+            return "tensor parallelism of a transformers that keeps parts as plain tensors; 5.23 or later does not"
+        if heads := uneven_heads(model):
+            return f"{heads}, which tp_size={tensor_parallel_size(model)} does not divide"
+    elif parts and sharding_of(model) is None:
+        return f"tensor parallelism by hand: {parts[0]} is a DTensor"
     if hasattr(model, "hf_split_points"):
         return "pipeline parallelism: accelerate's prepare_pippy"
     for name, module in model.named_modules():

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import importlib.util
 import logging
+import math
 import shlex
+from importlib import import_module
 from pathlib import Path
 
 import pytest
@@ -28,6 +30,8 @@ from selfgen.training.weights import DivergedError
 
 if importlib.util.find_spec("deepspeed") is None:
     pytest.skip("DeepSpeed is not installed: `make deepspeed` installs it and runs these", allow_module_level=True)
+
+pytestmark = pytest.mark.slow
 
 BATCH, ACCUMULATED = 2, 2  # of each process
 ROWS = rows(12)  # an epoch of one step of two micro-batches per process, and one of a single micro-batch
@@ -183,7 +187,7 @@ def lives(rank, folder, stage):
     with deepspeed_on_cpus():
         checks = [resumes, in_bf16]
         if stage > 1:
-            checks += [stops_at_broken_gradients, tells_of_missing_gradients, comes_apart_again, offloads]
+            checks += [stops_at_broken_gradients, tells_of_missing_gradients, comes_apart_again, offloads, in_fp16]
         for check in checks:
             forget_partitions()
             check(stage, folder / check.__name__, rank)
@@ -250,6 +254,31 @@ def in_bf16(stage, folder, rank):
         finer += int((exact != exact.bfloat16()).sum())
     assert finer
     assert trainer.meter.scales_loss is False
+
+
+def in_fp16(stage, folder, rank):
+    """DeepSpeed scales the loss, and leaves steps out that overflow, as a log line counts."""
+    if not import_module("deepspeed.accelerator").get_accelerator().is_fp16_supported():
+        return
+    scaling = {"enabled": "auto", "initial_scale_power": 18, "hysteresis": 1}
+    options = {**zero(stage, fp16=scaling), "fp16": True, "max_steps": 9, "lr_scheduler_type": "constant"}
+    if rank == 0:
+        tiny_model("llama").save_pretrained(folder / "model")
+    dist.barrier()
+    arguments = config(folder, **options)
+    model = str(folder / "model") if stage == 3 else AutoModelForCausalLM.from_pretrained(folder / "model")
+    trainer = BSSTrainer(model, arguments, train_dataset=ROWS, processing_class=Tokenizer())
+    trained(trainer)
+    logged = [entry for entry in trainer.state.log_history if "loss" in entry]
+    left_out = [entry["skipped_steps"] for entry in logged]
+    assert 0 < sum(left_out) < len(logged)
+    assert {weight.dtype for weight in trainer.model.parameters()} == {torch.float16}
+    assert sum(left_out) == trainer.deepspeed.skipped_steps
+    assert [math.isfinite(entry["grad_norm"]) for entry in logged] == [not one for one in left_out]
+    begun = dict(tiny_model_of_one_process().named_parameters())
+    moved = [(value.float() - begun[name]).norm() for name, value in whole_weights_of(trainer.model).items()]
+    step = options["learning_rate"]  # at most, as gradients are clipped to a norm of 1
+    assert step < torch.stack(moved).norm() <= step * left_out.count(0)
 
 
 def tiny_model_of_one_process():

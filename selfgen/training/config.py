@@ -161,8 +161,8 @@ class BSSConfig(RowOptions, GeneratorOptions, TrainingArguments):
     """Arguments of ``BSSTrainer``: everything of ``transformers.TrainingArguments``, and the fields below.
 
     Raises:
-        ValueError: a field out of its range, a NaN, a name in ``report_to`` whose package is missing, or FSDP,
-            DeepSpeed or another parallelism than DDP is asked for.
+        ValueError: a field out of its range, a NaN, a name in ``report_to`` whose package is missing, or a
+            parallelism under which no contexts can be made.
     """
 
     _argument_group_name = "training (transformers.TrainingArguments)"

@@ -77,7 +77,8 @@ def _reuse_layer(
     if checks is not None:
         checks[index] = partial(_check, index, again, kept.layers[index], leaving, bound)
     if reenter:
-        needs_gradient = torch.empty(0, device=hidden.device, requires_grad=True)  # where only weights need one
+        learns = any(parameter.requires_grad for parameter in kept.layers[index].parameters())
+        needs_gradient = torch.empty(0, device=hidden.device, requires_grad=learns)  # as the output does
         return _ReenteredLayer.apply(again, leaving, hidden, needs_gradient)
     # Not before the layer is called, as sharded weights are gathered only then.
     trainable = [parameter for parameter in kept.layers[index].parameters() if parameter.requires_grad]

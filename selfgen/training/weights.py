@@ -36,7 +36,8 @@ def check_trainable(model: nn.Module) -> None:
             "the model has no trainable parameter; PEFT loads adapters frozen: load them with "
             "PeftModel.from_pretrained(..., is_trainable=True), or merge them into the model"
         )
-    half = next((name for name, parameter in trainable if parameter.dtype == torch.float16), None)
+    own = [(name, one) for name, one in trainable if not hasattr(one, "ds_id")]  # else ZeRO-3 has fp32 ones, too
+    half = next((name for name, parameter in own if parameter.dtype == torch.float16), None)
     if half is not None:
         raise ValueError(
             f"the weights are float16 ({half}), which can't be trained: small updates are rounded away, and AdamW's "

@@ -3,7 +3,11 @@
 from __future__ import annotations
 
 import json
+import os
 import shlex
+import subprocess
+import sys
+import time
 
 import pytest
 import torch
@@ -204,6 +208,9 @@ def every_kind(rank, folder):
             assert [one.get(name) for one in found["log"]] == [one.get(name) for one in expected["log"]], (kind, name)
     settings = [json.loads(file.read_text()) for file in folder.glob("near another model-*/*/selfgen.json")]
     assert len({one["frozen"] for one in settings}) == 1 < len(settings)
+    split = ContextGenerator(split_model(folder / FAMILY, tp_size=WORLD))
+    with pytest.raises(ValueError, match="each of its processes would write the same contexts"):
+        write_contexts(split, rows(), folder / "never", self_prob=0.5, seed=0)
     with pytest.raises(ValueError, match="give the same model by name as kl_model"):
         trainer_of(folder / "kl", split_model(folder / FAMILY, tp_size=WORLD), kl_weight=0.1)
     adapted = get_peft_model(split_model(folder / FAMILY, tp_size=WORLD), LoraConfig(target_modules=["q_proj"]))
@@ -272,6 +279,45 @@ def test_split_and_sharded_by_fsdp2(tmp_path):
     torch.save(expected, tmp_path / "expected.pt")
     in_ranks(sharded_and_split, tmp_path, world=4)
     AutoModelForCausalLM.from_pretrained(tmp_path / "run" / "checkpoint-2")
+
+
+_FAILS = """
+import os, signal, sys
+import torch.distributed as dist
+from helpers.tensor import split_model
+from selfgen import ContextGenerator
+
+model, calls = split_model(sys.argv[1], tp_size=2), []
+
+def fail(*_):
+    calls.append(1)
+    if dist.get_rank() == 1 and len(calls) == 200:
+        if sys.argv[2] == "raises":
+            raise RuntimeError("rank 1 fails in a pass")
+        os.kill(os.getpid(), signal.SIGINT)
+
+model.model.layers[1].register_forward_hook(fail)
+while True:
+    rows = [[3, 4, 5], [6, 7]], [[5, 6, 7, 8, 9, 10, 11], [4, 5, 6]]
+    ContextGenerator(model).contexts(*rows, 0.7, seed=len(calls), sample_ids=range(2))
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("how", ["raises", "is interrupted"])
+def test_all_end_when_one_fails_in_a_pass(tmp_path, how):
+    saved(tmp_path)
+    (tmp_path / "fails.py").write_text(_FAILS)
+    command = ["-m", "torch.distributed.run", "--nproc-per-node", "2", tmp_path / "fails.py", tmp_path / FAMILY, how]
+    path = os.pathsep.join([str(ROOT), str(ROOT / "tests")])
+    began = time.monotonic()
+    found = subprocess.run(
+        [sys.executable, *map(str, command)], capture_output=True, text=True, timeout=120,
+        env={**os.environ, "PYTHONPATH": path, "OMP_NUM_THREADS": "1"},
+    )  # fmt: skip
+    assert found.returncode
+    assert ("rank 1 fails in a pass" if how == "raises" else "KeyboardInterrupt") in found.stderr
+    assert time.monotonic() - began < 60
 
 
 def run_example(rank, folder):

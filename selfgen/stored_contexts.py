@@ -24,6 +24,7 @@ from datasets import Dataset, Features, List, Value
 from .context import ContextGenerator
 from .context.generator import Method
 from .context.models import max_positions
+from .context.sharding import tensor_parallel_size
 from .data import check_sample_ids, load_rows
 from .data.streams import refuse_stream
 from .files import alone, check_folder, write_json, write_whole, writing
@@ -147,6 +148,11 @@ def write_contexts(
 def _checked(rows: Dataset, generator: ContextGenerator, batch_size: int, shard_rows: int) -> Dataset:
     """The columns of ``rows`` that are needed; ValueError if these rows can't have contexts."""
     refuse_stream(rows, "stored contexts")
+    if (size := tensor_parallel_size(generator.model)) > 1:
+        raise ValueError(
+            f"the model is tensor parallel (tp_size={size}), and each of its processes would write the same contexts: "
+            "load it whole in each process, or train with contexts of the training step (--method bss)"
+        )
     missing = [name for name in ROW_COLUMNS if name not in rows.column_names]
     if missing:
         raise ValueError(f"the rows lack {', '.join(missing)}; tokenize them with selfgen.data.tokenize_rows")

@@ -3,11 +3,16 @@
 from __future__ import annotations
 
 import json
+import os
 import shlex
+import subprocess
+import sys
+import time
 
 import pytest
 import torch
 import torch.distributed as dist
+import transformers
 from datasets import Dataset
 from helpers.cli import ROOT, flags, refused, save_model
 from helpers.contexts import assert_equal, batch
@@ -17,6 +22,7 @@ from helpers.sharded import whole_state
 from helpers.tensor import collectives, split_model, tensor_parallel_on_cpus
 from helpers.training import Tokenizer, config, make_rac_trainer, rows
 from models import CONFIGS, VOCAB, tiny_model
+from packaging.version import Version
 from peft import LoraConfig, get_peft_model
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
@@ -27,6 +33,9 @@ from selfgen.context.models import UnsupportedModelError
 from selfgen.context.sharding import agreed, together_of
 from selfgen.stored_contexts import write_contexts
 
+needs_plans = pytest.mark.skipif(
+    Version(transformers.__version__) < Version("5.23"), reason="before, transformers split weights in other ways"
+)
 STEPS = 3
 TEXTS = [{"prompt": "a b" if row % 3 else "", "completion": "c d e f"[: 1 + 2 * (row % 4)]} for row in range(40)]
 FAMILY = "qwen3"  # which has weights that each process has as a whole, though their gradients are partial
@@ -139,6 +148,7 @@ def two_processes(rank, folder):
     training_of_one_process(rank, folder)
 
 
+@needs_plans
 def test_as_in_one_process(tmp_path):
     model = saved(tmp_path)
     options = {"eval_strategy": "steps", "eval_steps": 1, "evaluated": rows(5, seed=1)}
@@ -204,6 +214,9 @@ def every_kind(rank, folder):
             assert [one.get(name) for one in found["log"]] == [one.get(name) for one in expected["log"]], (kind, name)
     settings = [json.loads(file.read_text()) for file in folder.glob("near another model-*/*/selfgen.json")]
     assert len({one["frozen"] for one in settings}) == 1 < len(settings)
+    split = ContextGenerator(split_model(folder / FAMILY, tp_size=WORLD))
+    with pytest.raises(ValueError, match="each of its processes would write the same contexts"):
+        write_contexts(split, rows(), folder / "never", self_prob=0.5, seed=0)
     with pytest.raises(ValueError, match="give the same model by name as kl_model"):
         trainer_of(folder / "kl", split_model(folder / FAMILY, tp_size=WORLD), kl_weight=0.1)
     adapted = get_peft_model(split_model(folder / FAMILY, tp_size=WORLD), LoraConfig(target_modules=["q_proj"]))
@@ -211,6 +224,7 @@ def every_kind(rank, folder):
         trainer_of(folder / "lora", adapted)
 
 
+@needs_plans
 @pytest.mark.slow
 def test_every_method_and_loss(tmp_path):
     saved(tmp_path / "other", seed=1)
@@ -237,6 +251,7 @@ def every_family(rank, folder):
 FAMILIES = ("llama", "qwen2", "gemma2", "phi3", "gpt_neox", "olmo2", "gpt_oss")
 
 
+@needs_plans
 @pytest.mark.slow
 def test_every_family(tmp_path):
     for family in (*FAMILIES, "gpt2"):
@@ -266,12 +281,53 @@ def sharded_and_split(rank, folder):
         assert torch.equal(weight, found["weights"][name]), name
 
 
+@needs_plans
 @pytest.mark.slow
 def test_split_and_sharded_by_fsdp2(tmp_path):
     _, expected = train(tmp_path / "one", saved(tmp_path), gradient_accumulation_steps=4)
     torch.save(expected, tmp_path / "expected.pt")
     in_ranks(sharded_and_split, tmp_path, world=4)
     AutoModelForCausalLM.from_pretrained(tmp_path / "run" / "checkpoint-2")
+
+
+_FAILS = """
+import os, signal, sys
+import torch.distributed as dist
+from helpers.tensor import split_model
+from selfgen import ContextGenerator
+
+model, calls = split_model(sys.argv[1], tp_size=2), []
+
+def fail(*_):
+    calls.append(1)
+    if dist.get_rank() == 1 and len(calls) == 200:
+        if sys.argv[2] == "raises":
+            raise RuntimeError("rank 1 fails in a pass")
+        os.kill(os.getpid(), signal.SIGINT)
+
+model.model.layers[1].register_forward_hook(fail)
+while True:
+    rows = [[3, 4, 5], [6, 7]], [[5, 6, 7, 8, 9, 10, 11], [4, 5, 6]]
+    ContextGenerator(model).contexts(*rows, 0.7, seed=len(calls), sample_ids=range(2))
+"""
+
+
+@needs_plans
+@pytest.mark.slow
+@pytest.mark.parametrize("how", ["raises", "is interrupted"])
+def test_all_end_when_one_fails_in_a_pass(tmp_path, how):
+    saved(tmp_path)
+    (tmp_path / "fails.py").write_text(_FAILS)
+    command = ["-m", "torch.distributed.run", "--nproc-per-node", "2", tmp_path / "fails.py", tmp_path / FAMILY, how]
+    path = os.pathsep.join([str(ROOT), str(ROOT / "tests")])
+    began = time.monotonic()
+    found = subprocess.run(
+        [sys.executable, *map(str, command)], capture_output=True, text=True, timeout=120,
+        env={**os.environ, "PYTHONPATH": path, "OMP_NUM_THREADS": "1"},
+    )  # fmt: skip
+    assert found.returncode
+    assert ("rank 1 fails in a pass" if how == "raises" else "KeyboardInterrupt") in found.stderr
+    assert time.monotonic() - began < 60
 
 
 def run_example(rank, folder):
@@ -290,6 +346,7 @@ def run_example(rank, folder):
     assert main([*arguments, "--use_cpu", "yes", "--report_to", "none"]) == 0
 
 
+@needs_plans
 def test_example(tmp_path):
     save_model(tmp_path / "model", num_key_value_heads=2)
     write_jsonl(tmp_path / "rows.jsonl", ROWS)

@@ -135,8 +135,10 @@ class TrainedModelArguments(ModelArguments):
     def split(self) -> dict[str, Any]:
         if self.tp_size * self.fsdp_size == 1:
             return {}
-        from transformers.distributed import DistributedConfig  # which old versions lack
-
+        try:
+            from transformers.distributed import DistributedConfig
+        except ImportError:
+            raise ValueError("tp_size and fsdp_size need transformers 5.23 or later") from None
         return {"distributed_config": DistributedConfig(tp_size=self.tp_size, fsdp_size=self.fsdp_size)}
 
 

@@ -15,6 +15,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.distributed.tensor import DTensor
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 from transformers import PreTrainedModel
 
@@ -37,6 +38,8 @@ def forward_of(model: PreTrainedModel, *, cuda_graphs: bool) -> Forward:
     parameters = list(model.parameters())
     one_gpu = len({parameter.device for parameter in parameters}) == 1 and parameters[0].device.type == "cuda"
     plain = not any(is_traceable_wrapper_subclass(parameter) for parameter in parameters)  # others hide their memory
+    if cuda_graphs and one_gpu and any(isinstance(parameter, DTensor) for parameter in parameters):
+        logger.info("passes are not recorded as CUDA graphs, as weights are split over processes")
     return GraphedForward(model) if cuda_graphs and one_gpu and plain and not torch.version.hip else Forward(model)
 
 

@@ -9,7 +9,6 @@ from contextlib import contextmanager
 import torch
 from accelerate import ParallelismConfig
 from transformers import AutoModelForCausalLM, PreTrainedModel
-from transformers.distributed import DistributedConfig
 
 from selfgen.training import parallelism
 
@@ -22,6 +21,8 @@ def tensor_parallel_on_cpus() -> None:
 
 def split_model(folder, **options) -> PreTrainedModel:
     """The model that ``folder`` holds, of which each process has a part; ``options`` are of a DistributedConfig."""
+    from transformers.distributed import DistributedConfig  # which old versions lack
+
     split = DistributedConfig(**options)
     return AutoModelForCausalLM.from_pretrained(folder, distributed_config=split, dtype="float32").eval()
 

@@ -262,10 +262,10 @@ def test_every_family(tmp_path):
     in_ranks(every_family, tmp_path)
 
 
-def sharded_and_split(rank, folder):
+def sharded_and_split(rank, folder, held):
     tensor_parallel_on_cpus()
     expected = torch.load(folder / "expected.pt", weights_only=True)
-    options = {"save_strategy": "steps", "save_steps": 2}
+    options = {"save_strategy": "steps", "save_steps": 2, "weights": held}
     sizes = {"tp_size": 2, "fsdp_size": 2}
     trainer, found = train(folder / "run", split_model(folder / FAMILY, **sizes), **options)
     share, shares = trainer.args.row_share
@@ -283,10 +283,11 @@ def sharded_and_split(rank, folder):
 
 @needs_plans
 @pytest.mark.slow
-def test_split_and_sharded_by_fsdp2(tmp_path):
+@pytest.mark.parametrize("held", ["gathered", "sharded"])
+def test_split_and_sharded_by_fsdp2(held, tmp_path):
     _, expected = train(tmp_path / "one", saved(tmp_path), gradient_accumulation_steps=4)
     torch.save(expected, tmp_path / "expected.pt")
-    in_ranks(sharded_and_split, tmp_path, world=4)
+    in_ranks(sharded_and_split, tmp_path, held, world=4)
     AutoModelForCausalLM.from_pretrained(tmp_path / "run" / "checkpoint-2")
 
 

@@ -13,7 +13,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from weakref import WeakKeyDictionary
+from weakref import WeakKeyDictionary, ref
 
 import torch
 from torch import nn
@@ -24,7 +24,7 @@ from .sharding import IN_STEP, Together, is_whole, sharding_of
 from .sharding.fsdp import ShardedModule, gathered_in_time
 
 _DONE, _BEGINS, _FAILED = range(3)
-_ORDERS: WeakKeyDictionary[nn.Module, list[ShardedModule]] = WeakKeyDictionary()  # in which a forward gathers
+_ORDERS: WeakKeyDictionary[nn.Module, list[ref]] = WeakKeyDictionary()  # in which a forward gathers; layers know models
 
 
 class _OtherFailed(BaseException):
@@ -154,7 +154,7 @@ def lockstep(model: nn.Module, *, keep: bool = False, together: Together | None 
 
 def _order_of(model: PreTrainedModel, sharded: list[ShardedModule]) -> list[ShardedModule]:
     """Which of the ``sharded`` modules a forward over text computes, in order; all processes find it out together."""
-    known = _ORDERS.get(model)
+    known = [module() for module in _ORDERS[model]] if model in _ORDERS else None
     if known is not None and set(known) <= set(sharded):
         return known
     found: list[ShardedModule] = []
@@ -176,7 +176,7 @@ def _order_of(model: PreTrainedModel, sharded: list[ShardedModule]) -> list[Shar
             f"a forward computes the same {type(twice).__name__} several times, and would gather its weights as "
             "often: make contexts with whole weights (weights=gathered, selfgen.whole_weights)"
         )
-    _ORDERS[model] = found
+    _ORDERS[model] = [ref(module) for module in found]
     return found
 
 

@@ -23,6 +23,7 @@ from helpers.sharded import fsdp_on_cpus, whole_state
 from helpers.training import make_trainer
 from models import VOCAB, tiny_model
 from torch.distributed.fsdp import fully_shard
+from torch.distributed.tensor import DTensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import AutoModelForCausalLM, BloomConfig, TrainerCallback
 from transformers.modeling_layers import GradientCheckpointingLayer
@@ -30,7 +31,7 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 from selfgen import ContextGenerator, UnsupportedModelError, lockstep
 from selfgen.cli import main
 from selfgen.context.hidden_states import ReuseError
-from selfgen.context.sharding import ALONE
+from selfgen.context.sharding import ALONE, local_part
 from selfgen.training import reuse, weight_memory
 from selfgen.training.weight_memory import chosen_weights
 
@@ -146,7 +147,34 @@ def raises_in_one(rank, generator, place):
         raise ValueError(place)
 
 
+def interrupted_in_all(rank):
+    """While weights are on their way: they must not be taken for those that a later forward needs."""
+    model, whole = sharded(bloom()), bloom()
+    generator = ContextGenerator(model)
+    most = []
+
+    def interrupt(*_):
+        layers = model.transformer.h
+        most.append(sum(not isinstance(layer.mlp.dense_h_to_4h.weight, DTensor) for layer in layers))
+        if len(most) == 9:
+            raise KeyboardInterrupt
+
+    hook = model.transformer.h[0].mlp.register_forward_hook(interrupt)
+    with pytest.raises(KeyboardInterrupt), lockstep(model):
+        generator.contexts(**ROWS, self_prob=0.7, seed=0, method="sequential")
+    hook.remove()
+    assert set(most) == {1}  # of three layers; the next one is on its way
+    with torch.no_grad():
+        for weight in (*model.parameters(), *whole.parameters()):
+            local_part(weight).mul_(0.9)
+    options = {**rows_of(rank), "self_prob": 0.7, "seed": 0, "method": "sequential"}
+    with lockstep(model):
+        found = generator.contexts(**options)
+    assert_equal(found, ContextGenerator(whole).contexts(**options))
+
+
 def in_ones_own_loop(rank, folder):
+    interrupted_in_all(rank)
     each_its_own(rank)
     one_has_nothing(rank)
     broken_off(rank)

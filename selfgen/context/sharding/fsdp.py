@@ -23,7 +23,7 @@ ShardedModule = Any
 @contextmanager
 def gathered(model: nn.Module, *, keep: bool) -> Iterator[None]:
     """Inside, ``model`` is whole; see ``whole_weights``."""
-    modules = [module for module in model.modules() if isinstance(module, FSDPModule)]
+    modules: list[ShardedModule] = [module for module in model.modules() if isinstance(module, FSDPModule)]
     whole = False
     try:
         for module in modules:
@@ -36,8 +36,7 @@ def gathered(model: nn.Module, *, keep: bool) -> Iterator[None]:
         whole = True
     finally:
         if not (whole and keep):
-            for module in modules:
-                module.reshard()  # which communicates nothing
+            _shard(modules)
 
 
 @contextmanager
@@ -88,8 +87,19 @@ def gathered_in_time(model: nn.Module, *, keep: bool) -> Iterator[list[ShardedMo
             yield in_time
         done = True
     finally:
-        for module in [*in_time, *([] if done and keep else rest)]:
-            module.reshard()
+        _shard([*in_time, *([] if done and keep else rest)])
+
+
+def _shard(modules: list[ShardedModule]) -> None:
+    """Shard ``modules`` again, which communicates nothing.
+
+    Where an exception has come in between, weights may be on their way still: FSDP2 would take them for the ones that
+    it gathers next, and by then they may have changed.
+    """
+    for module in modules:
+        if any(group._all_gather_result is not None for group in _groups(module)):
+            module.unshard()  # waits for them, and gathers no others
+        module.reshard()
 
 
 def parts_in_time(model: nn.Module) -> list[ShardedModule]:

@@ -40,10 +40,10 @@ EVEN = tuple(name for name in FAST if name != "short")  # of which four processe
 ROWS = {"prompts": [[3, 4, 5], [6, 7]], "references": [[5, 6, 7, 8, 9, 10, 11], [4, 5, 6]], "sample_ids": [0, 1]}
 
 
-def sharded(model):
+def sharded(model, **options):
     for layer in model.modules():
         if isinstance(layer, GradientCheckpointingLayer):
-            fully_shard(layer)
+            fully_shard(layer, **options)
     return fully_shard(model)
 
 
@@ -147,6 +147,15 @@ def raises_in_one(rank, generator, place):
         raise ValueError(place)
 
 
+def never_sharded_again(rank):
+    """After a forward, at least: then all weights are whole, and nobody waits."""
+    model, options = sharded(tiny_model("llama"), reshard_after_forward=False), {"self_prob": 0.7, "seed": 0}
+    with lockstep(model) as steps:
+        found = ContextGenerator(model).contexts(**rows_of(rank), **options)
+    assert steps.forwards == steps.gathers == 0
+    assert_equal(found, ContextGenerator(tiny_model("llama")).contexts(**rows_of(rank), **options))
+
+
 def interrupted_in_all(rank):
     """While weights are on their way: they must not be taken for those that a later forward needs."""
     model, whole = sharded(bloom()), bloom()
@@ -175,6 +184,7 @@ def interrupted_in_all(rank):
 
 def in_ones_own_loop(rank, folder):
     interrupted_in_all(rank)
+    never_sharded_again(rank)
     each_its_own(rank)
     one_has_nothing(rank)
     broken_off(rank)

@@ -16,7 +16,7 @@ import torch
 from datasets import Dataset, DatasetDict, IterableDataset, IterableDatasetDict
 from torch import Tensor
 from torch.utils.data import RandomSampler
-from transformers import AutoTokenizer, PreTrainedModel, Trainer
+from transformers import AutoTokenizer, PreTrainedModel, Trainer, TrainerCallback
 from transformers.trainer_pt_utils import LengthGroupedSampler
 
 from ..context import ContextStats, MixedContext, UnsupportedModelError
@@ -35,7 +35,7 @@ from ..context.models import (
     vocab_size_of,
 )
 from ..context.precision import full_precision
-from ..context.sharding import whole_weights
+from ..context.sharding import shard_again, whole_weights
 from ..data import Collator, DataError, check_sample_ids, load_rows, pad_token_id, rows_of, write_contexts_into
 from ..data.batches import IGNORE_INDEX, ROWS, Row, lengths_of
 from ..data.streams import StreamedRows, refuse_stream
@@ -54,7 +54,7 @@ from .checkpoints import (
     whole_or_not_at_all,
 )
 from .config import BSSConfig
-from .engines import engine_of
+from .engines import TellHowWeightsAreHeld, engine_of
 from .losses import AnswerLoss, TokenMean, calls_loss_function, learns_its_input
 from .meter import Meter, StepTimer
 from .processes import meet, once_per_machine
@@ -194,7 +194,7 @@ class BSSTrainer(Trainer):
         self._checked: str | None = None  # a checkpoint that this run can go on from
         self._nothing_left = False  # to train
         self._logged_at: int | None = None  # the step of the last line of the log before the checkpoint
-        self._looked = self._looks_now = False
+        self._looked = self._looks_now = self._loss_looks = False
         self._reuse_verified, self._reuse_open = False, True  # in this process; in one of all
         self._known = False  # what the model is like
         self._answer_loss: AnswerLoss | None = None
@@ -206,6 +206,7 @@ class BSSTrainer(Trainer):
         self.meter = Meter(scales_loss=self.accelerator.scaler is not None)
         self.add_callback(StepTimer(self.meter))
         self.add_callback(EpochOfSampler())
+        self.add_callback(TellHowWeightsAreHeld(self._engine))
         self.add_callback(TellOfMissingGradients())
         if self.accelerator.scaler is None:
             self.add_callback(StopAtBrokenGradients())
@@ -225,6 +226,13 @@ class BSSTrainer(Trainer):
         With ``keep``, a training forward follows at once.
         """
         return whole_weights(self.model, keep=keep)
+
+    @property
+    def _forward_follows(self) -> bool:
+        """Whether nothing can change the weights between making a step's batches and its first training forward."""
+        plain = TrainerCallback.on_step_begin
+        own = (one for one in self.callback_handler.callbacks if type(one).on_step_begin is not plain)
+        return all(type(one).__module__.startswith(("selfgen.", "transformers.")) for one in own)
 
     def _tell_of_padding(self) -> None:
         tokens, rows = self.generator.vocab_size, vocab_size_of(self.generator.model)
@@ -298,7 +306,7 @@ class BSSTrainer(Trainer):
         batches = self.prepare_batches(batches)
         self._step = Step(list(batches))
         if self.args.loss_on != "all":  # elsewhere after on_step_begin, where a callback may change the model
-            self._mix_next()
+            self._mix_next(keep=self._forward_follows)
             num_items = self._get_num_items_in_batch(batches, device)
         return batches, num_items
 
@@ -322,6 +330,7 @@ class BSSTrainer(Trainer):
         finally:
             _OF_TRAINER.removeFilter(_but_for_empty_epochs)
             self._step = Step()  # where the last one failed or was broken off
+            shard_again(self.model)
             self._stream = self._resumed_from = None
             self.generator.release()
 
@@ -335,10 +344,13 @@ class BSSTrainer(Trainer):
             super()._save(output_dir, state_dict)
             if not self.args.should_save:  # every process is here
                 return
-            record = to_json(record_of(self.args, self._rows_hash(), self._frozen_hash()), indent=1)
-            (Path(output_dir) / SETTINGS).write_text(f"{record}\n")
+            self._save_settings(Path(output_dir))
             if self._adapters() and (config := getattr(self.generator.model, "generation_config", None)):
                 config.to_json_file(Path(output_dir) / "generation_config.json")  # where answers end; PEFT writes none
+
+    def _save_settings(self, folder: Path) -> None:
+        record = to_json(record_of(self.args, self._rows_hash(), self._frozen_hash()), indent=1)
+        (folder / SETTINGS).write_text(f"{record}\n")
 
     def _save_checkpoint(self, *args, **kwargs):
         self._stop_unless_weights_finite()
@@ -346,15 +358,29 @@ class BSSTrainer(Trainer):
         with whole_or_not_at_all(folder) if self.args.should_save else saving(folder):
             super()._save_checkpoint(*args, **kwargs)
 
+    def save_model(self, output_dir: str | None = None, _internal_call: bool = False):
+        """Write a model that ``from_pretrained`` loads, also where checkpoints are written in shards."""
+        folder = Path(output_dir or self.args.output_dir)
+        if self._engine.saves_shards and _internal_call and folder.name.startswith("checkpoint-"):
+            if self.args.should_save:
+                with saving(folder):
+                    folder.mkdir(parents=True, exist_ok=True)
+                    self.generator.model.config.save_pretrained(str(folder))
+                    self._save_settings(folder)
+            return
+        with self._engine.whole_state_dicts():
+            super().save_model(output_dir, _internal_call)
+
     def _load_from_checkpoint(self, resume_from_checkpoint, model=None):
         self.check_resumed(resume_from_checkpoint)
         self._resumed_from = resume_from_checkpoint
         self._logged_at = self.meter.load(Path(resume_from_checkpoint), self.args.process_index)
-        if not load_renamed(resume_from_checkpoint, self.model if model is None else model):
+        own_names = self._engine.keeps_names
+        if own_names or not load_renamed(resume_from_checkpoint, self.model if model is None else model):
             super()._load_from_checkpoint(resume_from_checkpoint, model)
 
     def _load_best_model(self):
-        if not load_renamed(self.state.best_model_checkpoint, self.model):
+        if self._engine.keeps_names or not load_renamed(self.state.best_model_checkpoint, self.model):
             super()._load_best_model()
 
     def check_resumed(self, checkpoint: str | Path) -> None:
@@ -443,7 +469,9 @@ class BSSTrainer(Trainer):
             return
         self.meter.contexts_begin()
         runs = self._runs_passes() or self._looks_now or not self._engine.is_sharded
-        with self._whole_weights(keep=keep) if runs else nullcontext():
+        with self._whole_weights(keep=keep) if runs or self._loss_looks else nullcontext():
+            if self._loss_looks:
+                self._look_at_loss()
             if runs:  # a forward of the whole model
                 self._check_causal(batches)
             stats, self._step.passes = self.mix(batches)
@@ -611,13 +639,17 @@ class BSSTrainer(Trainer):
         if self._looks_now:
             self._looked, self._reuse_verified, self._reuse_open = True, False, True
             self.generator.look_again()
-        early = step & (step - 1) == 0  # powers of two, as this look is cheap
-        if self._answer_loss is None or not (regular or early):
+        self._loss_looks = regular or step & (step - 1) == 0  # powers of two, as this look is cheap
+
+    def _look_at_loss(self) -> None:
+        self._loss_looks = False
+        if self._answer_loss is None:
             return
-        with self._whole_weights(), self._engine.autocast():
+        with self._engine.autocast():
             changed = self._answer_loss.look_again()
         if changed:
-            logger.warning("from step %d on the loss is not lean: %s", step + 1, self._answer_loss.not_lean)
+            step = self.state.global_step + 1
+            logger.warning("from step %d on the loss is not lean: %s", step, self._answer_loss.not_lean)
 
     def _check_causal(self, batches: list[dict[str, Tensor]]) -> None:
         """The loss of a model that sees the answer teaches nothing."""

@@ -22,6 +22,7 @@ from transformers import GenerationConfig, PreTrainedModel, TrainingArguments
 from ..files import SaveError, alone, check_folder, code_in, writing
 from ..provenance import differences
 from .config import BSSConfig
+from .shards import MODEL, OPTIMIZER, fault_of_shards
 from .streams import sorts_by_length
 
 logger = logging.getLogger(__name__)
@@ -189,12 +190,15 @@ def fault_of(checkpoint: Path) -> str | None:
         shards |= set(json.loads(index.read_text()).get("weight_map", {}).values())
     if missing := sorted(shards - {file.name for file in weights}):
         return f"{missing[0]} is missing"
-    if not weights and not any(checkpoint.glob("*/adapter_model.*")):
+    in_shards = [checkpoint / name for name in (MODEL, OPTIMIZER) if (checkpoint / name).is_dir()]
+    if not weights and not in_shards and not any(checkpoint.glob("*/adapter_model.*")):
         return "the weights (model.safetensors) are missing"
+    if len(in_shards) == 1:
+        return f"{({MODEL, OPTIMIZER} - {in_shards[0].name}).pop()} is missing"
     states = [*checkpoint.glob("optimizer.*"), *checkpoint.glob("scheduler.pt"), *checkpoint.glob("scaler.pt")]
     states += checkpoint.glob("rng_state*.pth")
     there, processes = {state.name for state in states}, _processes_of(checkpoint)
-    if not any(name.startswith("optimizer.") for name in there):
+    if not in_shards and not any(name.startswith("optimizer.") for name in there):
         return "optimizer.pt is missing (save_only_model writes none)"
     of_generators = ["rng_state.pth"] if processes == 1 else [f"rng_state_{rank}.pth" for rank in range(processes)]
     for name in ("scheduler.pt", *of_generators):
@@ -203,7 +207,7 @@ def fault_of(checkpoint: Path) -> str | None:
     for file in (*weights, *sorted(states)):
         if broken := _broken(file):
             return f"{file.name} is broken ({broken})"
-    return None
+    return next(filter(None, map(fault_of_shards, in_shards)), None)
 
 
 def _step_of(checkpoint: Path) -> int | None:
@@ -358,7 +362,10 @@ def saving(folder: str | Path) -> Iterator[None]:
         yield
     except SaveError:
         raise
-    except Exception as error:
+    except BaseException as reason:
+        error = _of_one_process(reason)
+        if not isinstance(error, Exception):
+            raise
         said = str(error)
         of_system = isinstance(error, OSError) and error.errno is not None  # and none of the hub's
         if of_system or any(sign in said for sign in _NOT_WRITTEN):
@@ -369,8 +376,14 @@ def saving(folder: str | Path) -> Iterator[None]:
                 f"{folder} can't be written ({reason}): make room or "
                 "give the right to write there, and continue with --resume-from-checkpoint last. Earlier checkpoints "
                 "are as they were"
-            ) from error
+            ) from reason
         raise
+
+
+def _of_one_process(error: BaseException) -> BaseException:
+    """What the first of the processes has met that failed to write their parts of a checkpoint together."""
+    failures = getattr(error, "failures", None)  # of torch.distributed.checkpoint, whose errors are no Exception
+    return next(iter(failures.values()))[0] if isinstance(failures, dict) and failures else error
 
 
 _NOT_WRITTEN = ("os error", "I/O error", "PytorchStreamWriter", "inline_container", "No space left", "write failed")

@@ -247,7 +247,7 @@ class RACTrainer(BSSTrainer):
         unique = unique_rows(rows)
         ids, prompts = [row.sample_id for row in unique], [row.prompt for row in unique]
         seed = step_seed(self.args.seed, self.state.global_step, stream=1)
-        with self._whole_weights(), self._engine.autocast():
+        with self._whole_weights(keep=self._forward_follows), self._engine.autocast():
             if self.args.own_answer == "mixed":
                 mixed = self.generator.contexts(
                     prompts,

@@ -6,6 +6,7 @@ would differ.
 """
 
 from .found import check_splits, is_sharded_now, local_part, sharding_of
+from .fsdp import gathered_bytes, processes_of, shard_again
 from .gathered import is_whole, whole_weights
 from .together import ALONE, Together
 
@@ -13,9 +14,12 @@ __all__ = [
     "ALONE",
     "Together",
     "check_splits",
+    "gathered_bytes",
     "is_sharded_now",
     "is_whole",
     "local_part",
+    "processes_of",
+    "shard_again",
     "sharding_of",
     "whole_weights",
 ]

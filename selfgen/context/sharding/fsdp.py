@@ -6,17 +6,20 @@ gathered first, and the hooks are taken off: forwards inside are those of a mode
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from typing import Any
 
 from torch import nn
 from torch.distributed.fsdp import FSDPModule
+from torch.distributed.tensor import DTensor
 
 
 @contextmanager
 def gathered(model: nn.Module, *, keep: bool) -> Iterator[None]:
     """Inside, ``model`` is whole; see ``whole_weights``."""
-    modules = [module for module in model.modules() if isinstance(module, FSDPModule)]
+    modules = _modules(model)
     whole = False
     try:
         for module in modules:
@@ -29,8 +32,44 @@ def gathered(model: nn.Module, *, keep: bool) -> Iterator[None]:
         whole = True
     finally:
         if not (whole and keep):
-            for module in modules:
-                module.reshard()  # which communicates nothing
+            shard_again(model)
+
+
+def shard_again(model: nn.Module) -> None:
+    """Free the weights that are whole now, as after a forward that has not come; no communication."""
+    for module in _modules(model):
+        module.reshard()
+
+
+def gathered_bytes(model: nn.Module) -> list[int]:
+    """What is gathered in each of the collectives that make ``model`` whole."""
+    states = dict.fromkeys(module._get_fsdp_state() for module in _modules(model))
+    groups = [group for state in states for group in _groups(state) if group.fsdp_params]
+    return [
+        sum(one.sharded_param.numel() * (group.mp_policy.param_dtype or one.sharded_param.dtype).itemsize
+            for one in group.fsdp_params)
+        for group in groups
+    ]  # fmt: skip
+
+
+def processes_of(model: nn.Module) -> int:
+    """The number of processes that the weights of ``model`` are split over; with replicas, of one of them."""
+    weights = (one for one in model.parameters() if isinstance(one, DTensor))
+    counts = (
+        math.prod(size for size, place in zip(one.device_mesh.shape, one.placements, strict=True) if place.is_shard())
+        for one in weights
+    )
+    return max(counts, default=1)
+
+
+def _groups(state: Any) -> list[Any]:
+    if hasattr(state, "_fsdp_param_groups"):
+        return state._fsdp_param_groups
+    return [state._fsdp_param_group] if state._fsdp_param_group else []  # before torch 2.13
+
+
+def _modules(model: nn.Module) -> list[FSDPModule]:
+    return [module for module in model.modules() if isinstance(module, FSDPModule)]
 
 
 @contextmanager

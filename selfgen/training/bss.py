@@ -184,6 +184,13 @@ class BSSTrainer(Trainer):
             **kwargs,
         )
         self._engine = engine_of(self)
+        if args.kl_weight and not args.kl_model and not self._adapters() and not self._engine.can_be_copied:
+            raise ValueError(
+                "kl_weight is given, but the model is sharded or loaded in the first process alone, so no frozen copy "
+                "of it can be made: give kl_model (--kl-model), a folder or a name, which each process loads"
+            )
+        if self._engine.is_sharded:
+            self.generator._cuda_graphs = False  # gathered weights lie elsewhere in each step
         self._end_answers_where_rows_end()
         check_savable(self.generator.model, adapter=self._adapters() is not None)
         self._check_best_metric()
@@ -797,14 +804,15 @@ class BSSTrainer(Trainer):
 
     def _verify_reuse(self, model, loss, reusing) -> bool:
         """Once: the loss over reused passes is the ordinary one, for what no look at a model can tell."""
+        if reason := self._engine.why_no_reuse(decoder_layers(self.generator.model)):  # in all ranks, at once
+            self._reuse_verified = True
+            return self._reuse_off(reason)
         unwrapped = self.accelerator.unwrap_model(model)  # ranks may come to different ends, so no collectives
         with torch.no_grad():
             ordinary = loss(unwrapped)
         if not (ordinary[0] if isinstance(ordinary, tuple) else ordinary):
             return True  # a micro-batch with nothing to learn shows nothing; the next one will
         self._reuse_verified = True
-        if reason := self._engine.why_no_reuse(decoder_layers(self.generator.model)):
-            return self._reuse_off(reason)
         with self._engine.autocast():
             full = full_precision(self.generator.model)
         trainable = [parameter for parameter in unwrapped.parameters() if parameter.requires_grad]

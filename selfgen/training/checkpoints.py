@@ -362,8 +362,8 @@ def saving(folder: str | Path) -> Iterator[None]:
         yield
     except SaveError:
         raise
-    except BaseException as reason:
-        error = _of_one_process(reason)
+    except BaseException as met:
+        error = _of_one_process(met)
         if not isinstance(error, Exception):
             raise
         said = str(error)
@@ -376,7 +376,7 @@ def saving(folder: str | Path) -> Iterator[None]:
                 f"{folder} can't be written ({reason}): make room or "
                 "give the right to write there, and continue with --resume-from-checkpoint last. Earlier checkpoints "
                 "are as they were"
-            ) from reason
+            ) from met
         raise
 
 

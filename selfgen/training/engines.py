@@ -44,6 +44,11 @@ class Engine:
             trainer.model = trainer.model_wrapped = model
 
     @property
+    def can_be_copied(self) -> bool:
+        """Whether each process can make a copy of the model before training."""
+        return self.weights_are_here and sharding_of(self._model) is None
+
+    @property
     def keeps_names(self) -> bool:
         """Whether checkpoints have weights under the names that the model has for them, and are loaded so."""
         return self._of_accelerate

@@ -6,7 +6,7 @@ would differ.
 """
 
 from .found import check_splits, is_sharded_now, local_part, sharding_of
-from .fsdp import gathered_bytes, processes_of, shard_again
+from .fsdp import gathered_bytes, keep_after_forward, processes_of, shard_again
 from .gathered import is_whole, whole_weights
 from .together import ALONE, Together
 
@@ -17,6 +17,7 @@ __all__ = [
     "gathered_bytes",
     "is_sharded_now",
     "is_whole",
+    "keep_after_forward",
     "local_part",
     "processes_of",
     "shard_again",

@@ -41,6 +41,12 @@ def shard_again(model: nn.Module) -> None:
         module.reshard()
 
 
+def keep_after_forward(module: nn.Module) -> None:
+    """Leave the weights of ``module`` whole from its forward to its backward, if it is sharded by itself."""
+    if isinstance(module, FSDPModule):
+        module.set_reshard_after_forward(False, recurse=False)
+
+
 def gathered_bytes(model: nn.Module) -> list[int]:
     """What is gathered in each of the collectives that make ``model`` whole."""
     states = dict.fromkeys(module._get_fsdp_state() for module in _modules(model))

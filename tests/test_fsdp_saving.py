@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import json
 import logging
+import os
 import pickle
 import shutil
+import signal
 from pathlib import Path
 
 import pytest
@@ -13,6 +15,7 @@ import torch
 from helpers.processes import WORLD, in_ranks
 from helpers.runs import CASES
 from helpers.sharded import fsdp_on_cpus, whole_state
+from torch.multiprocessing import ProcessExitedException
 from transformers import AutoModelForCausalLM
 
 from selfgen.files import SaveError
@@ -124,6 +127,26 @@ def test_resumed_in_fewer_processes(tmp_path):
         (tmp_path / "rendezvous").unlink(missing_ok=True)
         in_ranks(fewer, tmp_path, kind, str(tmp_path / kind / "checkpoint-1"), world=2)
         (tmp_path / "rendezvous").unlink(missing_ok=True)
+
+
+def killed_while_saving(rank, folder):
+    trainer = make("plain", folder / "run", "SHARDED_STATE_DICT")
+    save = trainer._save_rng_state
+
+    def save_or_die(output_dir):
+        if rank == 1 and trainer.state.global_step == 2:
+            os.kill(os.getpid(), signal.SIGKILL)
+        save(output_dir)
+
+    trainer._save_rng_state = save_or_die
+    trainer.train()
+
+
+@pytest.mark.slow
+def test_killed_while_saving(tmp_path):
+    with pytest.raises(ProcessExitedException, match="SIGKILL"):
+        in_ranks(killed_while_saving, tmp_path)
+    assert last_checkpoint(tmp_path / "run") == str(tmp_path / "run" / "checkpoint-1")
 
 
 @pytest.mark.slow

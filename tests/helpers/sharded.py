@@ -42,9 +42,13 @@ def another_run() -> None:
 
 
 def whole_state(model: nn.Module) -> dict[str, Tensor]:
-    """The weights of a model, whole, wherever they are sharded; all processes must call it."""
-    named = model.named_parameters()
-    return {name: (one.full_tensor() if isinstance(one, DTensor) else one).detach().clone() for name, one in named}
+    """The weights of a model, whole, under its own names, wherever they are sharded; all processes must call it."""
+    found = {}
+    for name, one in model.named_parameters():
+        for wrapper in ("_orig_mod.", "_checkpoint_wrapped_module."):
+            name = name.replace(wrapper, "")
+        found[name] = (one.full_tensor() if isinstance(one, DTensor) else one).detach().clone()
+    return found
 
 
 class Collectives(TorchDispatchMode):

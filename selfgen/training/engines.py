@@ -26,7 +26,7 @@ from ..context.sharding import (
     together_of,
     whole_weights,
 )
-from .parallelism import check_deepspeed
+from .parallelism import check_deepspeed, check_fsdp_version
 from .tensor import partial_gradients_apart
 from .weight_memory import chosen_weights
 
@@ -270,11 +270,8 @@ def engine_of(trainer: Trainer) -> Engine:
     if args.fsdp and not trainer.is_fsdp_enabled:
         raise ValueError("fsdp is given, but Accelerate ignores it on this device; leave it out, or train on GPUs")
     plugin = getattr(state, "fsdp_plugin", None)
-    if plugin is not None and plugin.fsdp_version != 2:
-        raise ValueError(
-            "FSDP1 is given (fsdp_config: version 1, or fsdp_version 1), and contexts can't be made with it: give "
-            "version 2, which is FSDP2"
-        )
+    if plugin is not None:
+        check_fsdp_version(plugin.fsdp_version)
     if plugin is not None and args.fp16:
         raise ValueError("fp16 is given, and contexts can't be made with weights that FSDP2 has in fp16: give bf16")
     if plugin is not None:

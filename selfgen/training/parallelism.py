@@ -56,6 +56,15 @@ def check_tensor_parallel(args: TrainingArguments, size: int) -> None:
         )
 
 
+def check_fsdp_version(version: int) -> None:
+    """Raise ValueError for another version of FSDP than 2."""
+    if version != 2:
+        raise ValueError(
+            f"FSDP{version} is given (fsdp_config: version {version}, or fsdp_version {version}), and contexts can't "
+            "be made with it: give version 2, which is FSDP2"
+        )
+
+
 def _sizes(args: TrainingArguments, kinds: Mapping[str, str] = _SPLITS) -> list[tuple[str, str, int]]:
     """(name, what it is, size) of each of these kinds of parallelism: of those that are refused, where not given."""
     config = getattr(args, "parallelism_config", None)

@@ -36,7 +36,7 @@ from ..context.models import (
     vocab_size_of,
 )
 from ..context.precision import full_precision
-from ..context.sharding import kept_whole, tensor_parallel_size, whole_weights
+from ..context.sharding import kept_whole, tensor_parallel_size
 from ..data import Collator, DataError, check_sample_ids, load_rows, pad_token_id, rows_of, write_contexts_into
 from ..data.batches import IGNORE_INDEX, ROWS, Row, lengths_of
 from ..data.streams import StreamedRows, refuse_stream
@@ -238,7 +238,7 @@ class BSSTrainer(Trainer):
 
         With ``keep``, a training forward follows at once.
         """
-        return whole_weights(self.model, keep=keep)
+        return self._engine.whole_weights(self.model, keep=keep)
 
     def _tell_of_padding(self) -> None:
         tokens, rows = self.generator.vocab_size, vocab_size_of(self.generator.model)

@@ -13,7 +13,8 @@ from transformers import Trainer
 from transformers.integrations.deepspeed import set_hf_deepspeed_config, unset_hf_deepspeed_config
 from transformers.modeling_layers import GradientCheckpointingLayer
 
-from ..context.sharding import Together, sharding_of, tensor_parallel_size, together_of
+from ..context.sharding import Together, sharding_of, tensor_parallel_size, together_of, whole_weights
+from ..context.sharding.zero import hooks_off
 from .parallelism import check_deepspeed
 from .tensor import partial_gradients_apart
 
@@ -65,6 +66,10 @@ class Engine:
     def together(self) -> Together:
         """The processes that must take the same forwards."""
         return Together(None, self.accelerator.device) if self.is_sharded else together_of(self._model)
+
+    def whole_weights(self, model: nn.Module, *, keep: bool) -> AbstractContextManager[None]:
+        """Inside, forwards of the prepared ``model`` wait for no other process; see ``context.sharding``."""
+        return whole_weights(model, keep=keep)
 
     @property
     def splits_weights(self) -> bool:
@@ -133,6 +138,9 @@ class Zero(Engine):
             return float("inf")
         norm = engine.get_global_grad_norm()
         return None if norm is None else float(norm)
+
+    def whole_weights(self, model: nn.Module, *, keep: bool) -> AbstractContextManager[None]:
+        return whole_weights(model, keep=keep) if self.is_sharded else hooks_off(model)
 
     @contextmanager
     def loading_whole(self) -> Iterator[None]:

@@ -6,6 +6,7 @@ fused ops.
 """
 
 from .context import Answers, ContextGenerator, ContextStats, Masks, MixedContext, UnsupportedModelError
+from .context.lockstep import lockstep
 from .context.sharding import whole_weights
 from .generation import Corrected, answer, generate_corrected
 from .stored_contexts import load_contexts, write_contexts
@@ -29,6 +30,7 @@ __all__ = [
     "answer",
     "generate_corrected",
     "load_contexts",
+    "lockstep",
     "train_rounds",
     "whole_weights",
     "write_contexts",

@@ -2,46 +2,51 @@
 
 from __future__ import annotations
 
+import pytest
 import torch
+from accelerate import ParallelismConfig
 from helpers.contexts import assert_equal
 from helpers.processes import WORLD, in_ranks
-from helpers.sharded import fsdp_on_cpus, whole_state
-from helpers.training import losses_of, make_trainer
+from helpers.runs import CASES, FAST, compare, make_expected
+from helpers.sharded import fsdp_on_cpus
 from models import tiny_model
 
 from selfgen import ContextGenerator, whole_weights
 
-STEPS = 3
 
-
-def train(folder, micro_batches, **changes):
-    trainer = make_trainer(folder, gradient_accumulation_steps=micro_batches, max_steps=STEPS, **changes)
-    seen = losses_of(trainer)
-    return trainer, {
-        "ids": [batch["input_ids"] for _, batch in seen],
-        "log": [entry for entry in trainer.state.log_history if "loss" in entry],
-        "weights": whole_state(trainer.model),
-    }
-
-
-def sharded_as_one(rank, folder):
+def compared(rank, folder, names, world, engine):
     fsdp_on_cpus()
-    trainer, found = train(folder / "run", 2, fsdp=True)
-    assert trainer._reuse_verified
-    assert not trainer._reuse_open
-    expected = torch.load(folder / "expected.pt", weights_only=True)
-    assert all(map(torch.equal, found["ids"], expected["ids"][rank::WORLD]))
-    for name, tolerance in (("loss", 1e-6), ("grad_norm", 1e-5)):
-        for one, other in zip(found["log"], expected["log"], strict=True):
-            assert abs(one[name] / other[name] - 1) < tolerance
-    for name, weight in expected["weights"].items():
-        assert (found["weights"][name] - weight).abs().max() <= 1e-5 * weight.abs().max()
+    compare(rank, folder, names, world, fsdp=True, **engine)
+
+
+def check(folder, names, world=WORLD, **engine):
+    make_expected(folder, names, world)
+    in_ranks(compared, folder, names, world, engine, world=world)
 
 
 def test_sharded_by_accelerate(tmp_path):
-    _, expected = train(tmp_path / "one", 2 * WORLD)
-    torch.save(expected, tmp_path / "expected.pt")
-    in_ranks(sharded_as_one, tmp_path)
+    check(tmp_path, FAST)
+
+
+@pytest.mark.slow
+def test_all_sharded_by_accelerate(tmp_path):
+    check(tmp_path, tuple(CASES))
+
+
+@pytest.mark.slow
+def test_four_processes(tmp_path):
+    check(tmp_path, FAST, world=4)
+
+
+@pytest.mark.slow
+def test_replicas_of_shards(tmp_path):
+    """HSDP: two groups of two processes."""
+    check(tmp_path, FAST, world=4, parallelism_config=ParallelismConfig(dp_replicate_size=2, dp_shard_size=2))
+
+
+@pytest.mark.slow
+def test_checkpointed_by_accelerate(tmp_path):
+    check(tmp_path, ("plain", "lora", "rac"), fsdp_config={"activation_checkpointing": True})
 
 
 def sharded_by_torch(rank, folder):

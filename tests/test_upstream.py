@@ -103,6 +103,16 @@ UPSTREAM = [
         "gathered weights can't be kept for the next micro-batch",
     ),
     (
+        "torch.distributed.fsdp._fully_shard._fsdp_state:FSDPState.init",
+        mentions("self._modules", "self._mp_policy"),
+        "weights=sharded can't tell layers from the rest, nor weights=auto how large they are",
+    ),
+    (
+        "torch.distributed.fsdp._fully_shard._fsdp_param_group:FSDPParamGroup._reshard_after_forward",
+        exists,
+        "weights=sharded can't tell what is gathered in every pass",
+    ),
+    (
         "torch.distributed.fsdp._fully_shard._fsdp_param_group:FSDPParamGroup.__init__",
         mentions("self.post_forward_mesh_info", "self.reshard_after_backward"),
         "gathered weights can't be kept for the next micro-batch",

@@ -124,7 +124,7 @@ class Fallback:
                 use_cache=strategy.cache,
             ),
             logits_processor=LogitsProcessorList([sampler]),
-            synced_gpus=False,  # where weights are sharded elsewhere, they are whole here
+            synced_gpus=False,  # nothing waits for other processes here, or `lockstep` has them run along
         )[:, ids.shape[1] :]
         ends = [torch.isin(answer, prompts.stop_ids).nonzero().flatten().tolist() for answer in found]
         return [answer[: end[0] + 1 if end else limit] for answer, end in zip(found, ends, strict=True)]

@@ -41,7 +41,7 @@ from .packed import packed_linears
 from .precision import autocast_dtype, autocast_inside, precision_of
 from .ragged import UnsupportedModelError
 from .sequential import ALONE, sequential
-from .sharding import agreed, check_splits, together_of
+from .sharding import IN_STEP, Together, agreed, check_splits, together_of
 from .support import inspect_model
 from .verification import Verification
 
@@ -142,6 +142,11 @@ class ContextGenerator:
                 tokens, balance = tokens or measured.tokens, balance or measured.balance
             self._budget = PassBudget(tokens, balance)
         return self._budget
+
+    def agree_on_budget(self, together: Together) -> None:
+        """Use the largest budget of all processes, each of which knows its own; all call this."""
+        budget = self.budget
+        self._budget = PassBudget(int(together.most(budget.tokens)), together.most(budget.balance))
 
     def _measured(self) -> PassBudget:
         forward = self._forward()
@@ -398,8 +403,11 @@ class ContextGenerator:
 
     def _forward(self) -> Forward:
         """What runs the passes, where the model is now."""
-        if self._passes is None or self._passes.device != self.model.device:
-            self._passes = forward_of(self.model, cuda_graphs=self._cuda_graphs)
+        in_step = self.model in IN_STEP  # so that a pass gathers weights, which no graph does
+        moved = self._passes is None or self._passes.device != self.model.device
+        if moved or (in_step and isinstance(self._passes, GraphedForward)):
+            self._passes = forward_of(self.model, cuda_graphs=self._cuda_graphs and not in_step)
+        assert self._passes is not None
         return self._passes
 
     @property

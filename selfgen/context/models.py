@@ -21,7 +21,7 @@ from torch import Tensor
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.utils import find_adapter_config_file
 
-from .sharding import is_whole
+from .sharding import IN_STEP, is_whole
 
 logger = logging.getLogger(__name__)
 
@@ -307,6 +307,8 @@ def active_adapters(model: torch.nn.Module) -> tuple[str, ...]:
     return tuple(names)
 
 
+OF_LOCKSTEP = "_of_lockstep"
+"""An attribute of hooks that gather weights for a forward, and change nothing else."""
 _OF_TRAINING = ("training", "gradient_checkpointing")  # which change nothing in inference
 
 
@@ -320,7 +322,11 @@ def make_of(model: PreTrainedModel) -> object:
     return (
         modules,
         [type(module) for module in modules],
-        [(*module._forward_pre_hooks, *module._forward_hooks) for module in modules],  # keys, which never recur
+        [  # keys, which never recur
+            tuple(key for key, hook in (*before.items(), *after.items()) if not hasattr(hook, OF_LOCKSTEP))
+            for module in modules
+            for before, after in [(module._forward_pre_hooks, module._forward_hooks)]
+        ],
         [vars(module).get("forward") for module in modules],
         [  # switches, such as is_causal
             value
@@ -360,12 +366,13 @@ def check_whole(model: PreTrainedModel) -> None:
     """Raise ValueError if weights of ``model`` are not in this process: they are sharded, and not gathered now.
 
     Each process makes as many passes as its rows need, but a forward over a part of the weights waits for the same
-    forward of the other processes.
+    forward of the other processes, unless these run along (``lockstep``).
     """
-    if not is_whole(model):
+    if not is_whole(model) and model not in IN_STEP:
         raise ValueError(
             "the model's weights are sharded over processes: make contexts and answers inside "
-            "`with selfgen.whole_weights(model):`, which all processes enter together (the trainers do so)"
+            "`with selfgen.whole_weights(model):`, which all processes enter together (the trainers do so), or inside "
+            "`with selfgen.lockstep(model):` where the whole weights don't fit into the memory of a device"
         )
 
 

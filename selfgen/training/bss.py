@@ -6,8 +6,8 @@ import copy
 import logging
 import math
 import os
-from collections.abc import Callable
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -36,7 +36,7 @@ from ..context.models import (
     vocab_size_of,
 )
 from ..context.precision import full_precision
-from ..context.sharding import kept_whole, tensor_parallel_size
+from ..context.sharding import kept_whole, tensor_parallel_size, whole_weights
 from ..data import Collator, DataError, check_sample_ids, load_rows, pad_token_id, rows_of, write_contexts_into
 from ..data.batches import IGNORE_INDEX, ROWS, Row, lengths_of
 from ..data.streams import StreamedRows, refuse_stream
@@ -60,7 +60,7 @@ from .losses import AnswerLoss, TokenMean, calls_loss_function, learns_its_input
 from .meter import Meter, StepTimer
 from .parallelism import check_tensor_parallel
 from .processes import meet, once_per_machine
-from .reuse import reuse_passes, without_hooks
+from .reuse import reuse_passes
 from .sampling import EpochOfSampler, SeededByEpoch
 from .schedules import Schedule
 from .streams import StreamProgress, check_stream, message_of, sorts_by_length, stream_loader
@@ -111,7 +111,8 @@ class BSSTrainer(Trainer):
     Every training log has figures of the steps since the last one, in the process that logs: ``self_share`` (self
     tokens / answer tokens), ``agreement`` (self tokens equal to the reference / self tokens), ``computed_per_token``
     (tokens computed / context tokens), ``invalid`` (tokens that could not be sampled, as their logits were not finite),
-    and, as means per step, ``passes``, ``context_seconds`` and ``training_seconds``; with fp16 also ``skipped_steps``
+    and, as means per step, ``passes``, ``context_seconds`` and ``training_seconds``, with ``weights="sharded"`` also
+    ``passes_in_step`` (that all processes run together, trials of the model included); with fp16 also ``skipped_steps``
     (steps that the loss scaler left out, as gradients overflowed). On a stream they also have what was read so far, by
     all processes: ``rows_read``, ``rows_kept``, ``rows_truncated``, ``rows_dropped``, and ``rows_dropped/REASON``.
 
@@ -210,11 +211,14 @@ class BSSTrainer(Trainer):
         self._looked = self._looks_now = False
         self._reuse_verified, self._reuse_open = False, True  # in this process; in one of all
         self._known = False  # what the model is like
+        self._budget_agreed = False  # among processes
         self._answer_loss: AnswerLoss | None = None
+        self.meter = Meter(scales_loss=self._engine.scales_loss)
         if self._engine.weights_are_here:
             self._learn_of_model()
-        self._label_smoother = self.label_smoother  # type: ignore[has-type]
-        self.meter = Meter(scales_loss=self._engine.scales_loss)
+        smoother = self.label_smoother  # type: ignore[has-type]
+        # The Trainer shifts labels by the name of the model's class, which FSDP2 changes.
+        self._label_smoother = None if smoother is None else partial(smoother, shift_labels=True)
         self.add_callback(StepTimer(self.meter))
         self.add_callback(EpochOfSampler())
         after = self._engine.steps_in_backward
@@ -233,12 +237,16 @@ class BSSTrainer(Trainer):
             self._answer_loss = self._make_loss()
         self._known = True
 
-    def _whole_weights(self, *, keep: bool = False) -> AbstractContextManager[None]:
-        """Inside, forwards over the current weights wait for no other process; all processes enter together.
+    @contextmanager
+    def _whole_weights(self, *, keep: bool = False) -> Iterator[None]:
+        """Inside, each process runs as many forwards over the current weights as it needs; all enter together.
 
-        With ``keep``, a training forward follows at once.
+        The weights are whole, or others run along (``weights``). With ``keep``, a training forward follows at once.
         """
-        return self._engine.whole_weights(self.model, keep=keep)
+        with self._engine.own_forwards(self.model, keep=keep) as steps:
+            yield
+        if steps is not None:
+            self.meter.counts["passes_in_step"] += steps.forwards
 
     def _tell_of_padding(self) -> None:
         tokens, rows = self.generator.vocab_size, vocab_size_of(self.generator.model)
@@ -456,7 +464,8 @@ class BSSTrainer(Trainer):
                 f"this is one of {self.args.world_size} processes, but the model is not wrapped for them, so each "
                 "would train alone: make a new trainer, with a model that no other has prepared"
             )
-        whole = self._runs_passes()  # weights were gathered for them, and are as they were until the optimizer's step
+        # Weights were gathered for the passes, and are as they were until the optimizer's step.
+        whole = self._runs_passes() and not self._engine.stay_sharded
         last = self.accelerator.sync_gradients
         try:
             with self._engine.backward_apart(), kept_whole(self.model, last=last) if whole else nullcontext():
@@ -486,12 +495,23 @@ class BSSTrainer(Trainer):
             return
         self.meter.contexts_begin()
         runs = self._runs_passes() or self._looks_now or not self._engine.is_sharded
+        if self._runs_passes():
+            self._agree_on_budget()
         with self._whole_weights(keep=keep) if runs else nullcontext():
             if runs:  # a forward of the whole model
                 self._check_causal(batches)
             stats, self._step.passes = self.mix(batches)
         self._agree_on_reuse()
         self.meter.contexts_end(stats)
+
+    def _agree_on_budget(self) -> None:
+        """Once: where passes gather weights, all processes measure at the same time what a pass costs."""
+        self._engine.choose_weights(self.model)
+        if self._engine.stay_sharded and not self._budget_agreed:
+            self._budget_agreed = True
+            with self._whole_weights(), self._engine.autocast():
+                _ = self.generator.budget
+            self.generator.agree_on_budget(self._engine.together)
 
     def _runs_passes(self) -> bool:
         """Whether making the contexts of this step runs the model, in one process as in all."""
@@ -708,6 +728,7 @@ class BSSTrainer(Trainer):
         If the loss of a batch is not finite, neither is the mean: a warning tells, and it is never the best.
         """
         self._evaluated = TokenMean()
+        self._engine.shard(self)
         output = super().evaluation_loop(*args, metric_key_prefix=metric_key_prefix, **kwargs)
         name = f"{metric_key_prefix}_loss"
         if name in (output.metrics or {}) and not self._loss_is_users and self.args.n_gpu <= 1:
@@ -796,11 +817,10 @@ class BSSTrainer(Trainer):
                 return compute_loss(model, dict(inputs), return_outputs, num_items_in_batch)  # may take labels out
 
         if model.training and self._reuse_open and self._runs_passes():
-            with self._whole_weights(keep=True):
-                if passes is not None and not self._reuse_verified and not self._verify_reuse(model, loss, reusing):
-                    reusing = nullcontext
-            self._reuse_open = self._engine.together.any(self._reuses and not self._reuse_verified)
-            if not self._agree_on_reuse():
+            verify = (
+                None if passes is None or self._reuse_verified else partial(self._verify_reuse, model, loss, reusing)
+            )
+            if not self._try_reuse(verify):
                 reusing = nullcontext
         with reusing() as reused:
             result = loss(model)
@@ -809,6 +829,18 @@ class BSSTrainer(Trainer):
                 raise ReuseError("a training forward has skipped decoder layers: give reuse_passes=False")
             result = loss(model)  # a layer that a training forward skips is none of the gradient's
         return result
+
+    def _try_reuse(self, verify: Callable[..., bool] | None) -> bool:
+        """Whether passes are reused now; all processes call this as long as one of them has to ``verify`` it."""
+        checks: dict[int, Callable[[], None]] = {}  # of layers
+        stay = self._engine.stay_sharded
+        with self._whole_weights(keep=True):
+            fine = verify is None or verify(checks)
+            fine = fine and (stay or self._layers_computed_again(checks))
+        if stay:
+            fine = self._layers_computed_again(checks if fine else {}) and fine
+        self._reuse_open = self._engine.together.any(self._reuses and not self._reuse_verified)
+        return self._agree_on_reuse() and fine
 
     def _agree_on_reuse(self) -> bool:
         """Whether passes are reused now, in this process or, where they must, in all of them."""
@@ -824,8 +856,11 @@ class BSSTrainer(Trainer):
             return True
         return self._reuse_off(f"only {len(set(reused))} of {layers} decoder layers took what the passes computed")
 
-    def _verify_reuse(self, model, loss, reusing) -> bool:
-        """Once: the loss over reused passes is the ordinary one, for what no look at a model can tell."""
+    def _verify_reuse(self, model, loss, reusing, checks: dict[int, Callable[[], None]]) -> bool:
+        """Once: the loss over reused passes is the ordinary one, for what no look at a model can tell.
+
+        ``checks`` get what tries the backward of each layer.
+        """
         unwrapped = self.accelerator.unwrap_model(model)  # ranks may come to different ends, so no collectives
         with torch.no_grad():
             ordinary = loss(unwrapped)
@@ -836,9 +871,8 @@ class BSSTrainer(Trainer):
             return self._reuse_off(reason)
         with self._engine.autocast():
             full = full_precision(self.generator.model)
-        trainable = [parameter for parameter in unwrapped.parameters() if parameter.requires_grad]
         try:
-            with reusing(bound=1e-3 if full else 0.1, reenter=False) as reused:
+            with reusing(bound=1e-3 if full else 0.1, checks=checks, reenter=False) as reused:
                 found = loss(unwrapped)  # with gradients, as only these show what the layers must have one of
         except ReuseError as reason:
             return self._reuse_off(reason)
@@ -849,27 +883,40 @@ class BSSTrainer(Trainer):
         difference = float((found.detach() - ordinary).abs() / ordinary.abs())
         if not difference <= (1e-4 if full else 2e-2):  # NaN is a difference, too
             return self._reuse_off(f"the loss would be off by {difference:.1e} of its value in an ordinary forward")
-        self.generator.touch()  # what a layer reads of an earlier one must not be that of just this forward
-        try:
-            with without_hooks(trainable):
-                torch.autograd.grad(found, trainable, allow_unused=True)
-        except ReuseError as reason:
-            return self._reuse_off(reason)
-        except (AttributeError, IndexError, KeyError, RuntimeError, TypeError, ValueError) as error:
-            if isinstance(error, torch.OutOfMemoryError):
-                raise
-            return self._reuse_off(f"decoder layers can't be computed one by one ({type(error).__name__}: {error})")
         with inference(unwrapped):
             in_inference = loss(unwrapped)
         in_inference = in_inference[0] if isinstance(in_inference, tuple) else in_inference
         difference = float((in_inference - ordinary).abs() / ordinary.abs())
         if not difference <= 1e-4:  # in any precision, as rounding is the same
             return self._reuse_off(f"training and inference differ, their losses by {difference:.1e} of the value")
+        self.generator.touch()  # what a layer reads of an earlier one must not be that of just this forward
         return True
+
+    def _layers_computed_again(self, checks: dict[int, Callable[[], None]]) -> bool:
+        """Whether all is well with the ``checks`` of layers; where weights stay sharded, all processes call this."""
+        stay = self._engine.stay_sharded
+        if not (self._engine.together.any(bool(checks)) if stay else checks):
+            return True
+        reason: object = None
+        for index, layer in reversed([*enumerate(decoder_layers(self.generator.model))]):
+            with whole_weights(layer, keep=not stay):
+                try:
+                    if reason is None and index in checks:
+                        checks[index]()
+                except ReuseError as error:
+                    reason = error
+                except (AttributeError, IndexError, KeyError, RuntimeError, TypeError, ValueError) as error:
+                    if isinstance(error, torch.OutOfMemoryError):
+                        raise
+                    reason = f"decoder layers can't be computed one by one ({type(error).__name__}: {error})"
+        return reason is None or self._reuse_off(reason)
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         if "loss" in logs:
+            in_step = self.meter.counts["passes_in_step"] / max(1, self.meter.steps)
             logs.update(self.meter.flush())
+            if self._engine.stay_sharded:
+                logs["passes_in_step"] = in_step
             if self._stream is not None:
                 logs.update(self._stream.logs())
         super().log(logs, start_time)

@@ -16,6 +16,7 @@ from ..data import RowOptions
 from ..files import expand_home
 from .parallelism import check_deepspeed, check_parallelism
 from .schedules import SCHEDULES, Schedule
+from .weight_memory import WEIGHTS
 
 LOSS_ON = ("all", "after_self")
 _INFINITE = float("inf")
@@ -216,6 +217,15 @@ class BSSConfig(RowOptions, GeneratorOptions, TrainingArguments):
             "and the training step computes its own forward."
         },
     )
+    weights: str = field(
+        default="auto",
+        metadata={
+            "help": "Where FSDP2 shards the weights, what each process has of them while contexts are made: gathered "
+            "(all, gathered once a step, which is faster), sharded (its part; every pass gathers one layer after the "
+            "other, which takes little memory), or auto (gathered if they take at most half of the memory that is left "
+            "on every device). docs/scaling.md compares them."
+        },
+    )
     loss_on: str = field(
         default="all",
         metadata={
@@ -282,6 +292,8 @@ class BSSConfig(RowOptions, GeneratorOptions, TrainingArguments):
             raise ValueError(
                 f"self_prob_warmup is {self.self_prob_warmup}; give a number of steps >= 0, or a share of them below 1"
             )
+        if self.weights not in WEIGHTS:
+            raise ValueError(f"weights is {self.weights!r}; accepted: {', '.join(WEIGHTS)}")
         if self.loss_on not in LOSS_ON:
             raise ValueError(f"loss_on is {self.loss_on!r}; accepted: {', '.join(LOSS_ON)}")
         if self.loss_on == "after_self" and self.context_micro_batches:

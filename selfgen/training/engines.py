@@ -13,10 +13,12 @@ from transformers import Trainer
 from transformers.integrations.deepspeed import set_hf_deepspeed_config, unset_hf_deepspeed_config
 from transformers.modeling_layers import GradientCheckpointingLayer
 
+from ..context.lockstep import Steps, lockstep
 from ..context.sharding import Together, sharding_of, tensor_parallel_size, together_of, whole_weights
 from ..context.sharding.zero import hooks_off
 from .parallelism import check_deepspeed
 from .tensor import partial_gradients_apart
+from .weight_memory import chosen_weights
 
 
 class Engine:
@@ -25,6 +27,7 @@ class Engine:
     def __init__(self, trainer: Trainer):
         self.accelerator, self._model = trainer.accelerator, trainer.model
         self._of_accelerate = trainer.is_fsdp_enabled  # Accelerate shards the model, when training begins
+        self._weights, self._weights_chosen = trainer.args.weights, False
 
     @property
     def weights_are_here(self) -> bool:
@@ -53,6 +56,16 @@ class Engine:
         """Inside, other models are loaded whole, in each process."""
         return nullcontext()
 
+    def shard(self, trainer: Trainer) -> None:
+        """Shard the model now, where an evaluation comes before training.
+
+        Accelerate takes a model for FSDP2 only together with its optimizer, which the Trainer makes in training.
+        """
+        if self._of_accelerate and not self.accelerator._models:
+            trainer.create_optimizer()
+            model, trainer.optimizer = self.accelerator.prepare(trainer.model, trainer.optimizer)
+            trainer.model = trainer.model_wrapped = model
+
     def autocast(self) -> AbstractContextManager[None]:
         """The mixed precision of the training forward. FSDP2 has weights cast instead, without autocast."""
         return nullcontext() if self._of_accelerate else self.accelerator.autocast()
@@ -67,10 +80,6 @@ class Engine:
         """The processes that must take the same forwards."""
         return Together(None, self.accelerator.device) if self.is_sharded else together_of(self._model)
 
-    def whole_weights(self, model: nn.Module, *, keep: bool) -> AbstractContextManager[None]:
-        """Inside, forwards of the prepared ``model`` wait for no other process; see ``context.sharding``."""
-        return whole_weights(model, keep=keep)
-
     @property
     def splits_weights(self) -> bool:
         """Whether a process has only a part of some weights."""
@@ -79,6 +88,22 @@ class Engine:
     def backward_apart(self) -> AbstractContextManager[None]:
         """Around the forward and backward of each micro-batch."""
         return partial_gradients_apart(self._model)
+
+    @property
+    def stay_sharded(self) -> bool:
+        """Whether passes gather weights, so that a forward of one process is one of all."""
+        return self._weights == "sharded"
+
+    def choose_weights(self, model: nn.Module) -> None:
+        """Once, when ``model`` is as it is trained: whether passes gather weights. All processes call it."""
+        if sharding_of(model) == "fsdp2" and not self._weights_chosen:
+            self._weights = chosen_weights(self._weights, model, self.accelerator.device, self.together)
+            self._weights_chosen = True
+
+    def own_forwards(self, model: nn.Module, *, keep: bool) -> AbstractContextManager[Steps | None]:
+        """Inside, each process runs as many forwards as it needs; all enter together."""
+        self.choose_weights(model)
+        return lockstep(model, keep=keep) if self.stay_sharded else whole_weights(model, keep=keep)
 
     def why_no_reuse(self, layers: Sequence[nn.Module]) -> str | None:
         """Why passes can't be reused with weights that come and go, if they can't."""
@@ -139,7 +164,7 @@ class Zero(Engine):
         norm = engine.get_global_grad_norm()
         return None if norm is None else float(norm)
 
-    def whole_weights(self, model: nn.Module, *, keep: bool) -> AbstractContextManager[None]:
+    def own_forwards(self, model: nn.Module, *, keep: bool) -> AbstractContextManager[Steps | None]:
         return whole_weights(model, keep=keep) if self.is_sharded else hooks_off(model)
 
     @contextmanager
@@ -179,11 +204,16 @@ def engine_of(trainer: Trainer) -> Engine:
             "FSDP1 is given (fsdp_config: version 1, or fsdp_version 1), and contexts can't be made with it: give "
             "version 2, which is FSDP2"
         )
+    if args.weights == "sharded" and not (trainer.is_fsdp_enabled or sharding_of(trainer.model) == "fsdp2"):
+        raise ValueError(
+            "weights is sharded, but FSDP2 does not shard the weights (ZeRO-3 gathers them in an order of its own): "
+            "give --fsdp, or leave weights out"
+        )
+    if args.deepspeed and not trainer.is_deepspeed_enabled:
+        raise ValueError("deepspeed is given, but Accelerate ignores it on this device; leave it out, or train on GPUs")
     if tensor_parallel_size(trainer.model) > 1 and (trainer.is_fsdp_enabled or trainer.is_deepspeed_enabled):
         raise ValueError(
             "the model is tensor parallel, which goes without fsdp and deepspeed of the Trainer: leave them out, and "
             "load the model with distributed_config=DistributedConfig(tp_size=..., fsdp_size=...), which shards it"
         )
-    if args.deepspeed and not trainer.is_deepspeed_enabled:
-        raise ValueError("deepspeed is given, but Accelerate ignores it on this device; leave it out, or train on GPUs")
     return Zero(trainer) if trainer.is_deepspeed_enabled else Engine(trainer)

@@ -247,6 +247,8 @@ class RACTrainer(BSSTrainer):
         unique = unique_rows(rows)
         ids, prompts = [row.sample_id for row in unique], [row.prompt for row in unique]
         seed = step_seed(self.args.seed, self.state.global_step, stream=1)
+        if self.args.own_answer == "mixed":
+            self._agree_on_budget()
         with self._whole_weights(), self._engine.autocast():
             if self.args.own_answer == "mixed":
                 mixed = self.generator.contexts(

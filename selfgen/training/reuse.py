@@ -10,10 +10,11 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
+from dataclasses import dataclass
 from functools import partial
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
 from ..context.hidden_states import HiddenStates, ReuseError
@@ -24,14 +25,16 @@ def reuse_passes(
     kept: HiddenStates,
     slots: Tensor,
     *,
-    bound: float | None = None,
+    bound: float = 0.0,
+    checks: dict[int, Callable[[], None]] | None = None,
     unused: set[int] | None = None,
     reenter: bool = False,
 ) -> Iterator[list[int]]:
     """Inside, training forwards over [B, L] tokens whose slots are ``slots`` [B, L] reuse what is ``kept``.
 
     Their backward may come later, outside. The yielded list gets the number of each layer that has reused its passes.
-    With ``bound``, the backward raises ReuseError where a layer that is computed again differs by more than that many
+    ``checks``, if given, get by the same number what tries the backward of that layer by itself, for a caller that has
+    made its weights whole: it raises ReuseError where the layer, computed again, differs by more than ``bound``
     standard deviations, or gives a gradient to what is no part of it. With ``unused``, weights that a layer does not
     use get zeros, where else they get no gradient, and their ids are there until it does. With ``reenter``, weights
     get their gradients in a backward of the layer's own, as those do that are whole only inside it.
@@ -42,7 +45,7 @@ def reuse_passes(
         for index, layer in enumerate(kept.layers):
             layer.gradient_checkpointing = True
             layer._gradient_checkpointing_func = partial(
-                _reuse_layer, kept, reused, index, slots, bound, unused, reenter
+                _reuse_layer, kept, reused, index, slots, bound, checks, unused, reenter
             )
         yield reused
     finally:
@@ -57,7 +60,8 @@ def _reuse_layer(
     reused: list[int],
     index: int,
     slots: Tensor,
-    bound: float | None,
+    bound: float,
+    checks: dict[int, Callable[[], None]] | None,
     unused: set[int] | None,
     reenter: bool,
     forward: Callable,
@@ -68,27 +72,58 @@ def _reuse_layer(
     if any(isinstance(leaf, Tensor) and leaf.requires_grad for leaf in tree_leaves(given)):
         raise ReuseError("a decoder layer has more than one input with a gradient")
     reused.append(index)
+    entering, leaving = partial(kept.at, index, slots), partial(kept.at, index + 1, slots)
+    again = _Again(lambda states: forward(states, *args), entering, _autocast_now(hidden.device.type))
+    if checks is not None:
+        checks[index] = partial(_check, index, again, kept.layers[index], leaving, bound)
     if reenter:
         learns = any(parameter.requires_grad for parameter in kept.layers[index].parameters())
         needs_gradient = torch.empty(0, device=hidden.device, requires_grad=learns)  # as the output does
-        return _ReenteredLayer.apply(
-            lambda states: forward(states, *args),
-            partial(kept.at, index, slots),
-            partial(kept.at, index + 1, slots),
-            hidden,
-            needs_gradient,
-        )
+        return _ReenteredLayer.apply(again, leaving, hidden, needs_gradient)
     # Not before the layer is called, as sharded weights are gathered only then.
     trainable = [parameter for parameter in kept.layers[index].parameters() if parameter.requires_grad]
-    entering, leaving = partial(kept.at, index, slots), partial(kept.at, index + 1, slots)
+    return _ReusedLayer.apply(again, leaving, unused, hidden, *trainable)
 
-    def layer(states: Tensor) -> Tensor:
-        output = forward(states, *args)
-        if bound is not None:
-            _verify(index, output, leaving(), [states, *trainable], bound)
-        return output
 
-    return _ReusedLayer.apply(layer, entering, leaving, unused, hidden, *trainable)
+@dataclass
+class _Again:
+    """A layer that is computed again, and what enters it; under the autocast of its forward."""
+
+    layer: Callable[[Tensor], Tensor]
+    entering: Callable[[], Tensor]
+    autocast: Callable[[], AbstractContextManager]
+
+    def __call__(self) -> tuple[Tensor, Tensor]:
+        """What enters, and what leaves it, with gradients."""
+        with torch.enable_grad(), self.autocast():
+            hidden = self.entering().requires_grad_()
+            return hidden, self.layer(hidden)
+
+
+def _autocast_now(device: str) -> Callable[[], AbstractContextManager]:
+    if not torch.is_autocast_enabled(device):
+        return nullcontext
+    return partial(torch.autocast, device, dtype=torch.get_autocast_dtype(device))
+
+
+def _check(index: int, again: _Again, layer: nn.Module, leaving: Callable[[], Tensor], bound: float) -> None:
+    """Try the backward of a layer, whose weights are whole."""
+    trainable = [parameter for parameter in layer.parameters() if parameter.requires_grad]
+    hidden, output = again()
+    _verify(index, output, leaving(), [hidden, *trainable], bound)
+    _gradients(output, torch.ones_like(output), hidden, trainable)
+
+
+def _gradients(output: Tensor, gradient: Tensor, hidden: Tensor, trainable: Sequence[Tensor]) -> list[Tensor | None]:
+    """Of what entered the layer, and of its weights."""
+    with without_hooks(trainable):
+        found = torch.autograd.grad(output, [hidden, *trainable], gradient, allow_unused=True)
+    if trainable and all(one is None for one in found[1:]):
+        raise ReuseError(
+            "the weights of a decoder layer got no gradient, as it computes with others than it has when it is "
+            "called: give reuse_passes=False"
+        )
+    return list(found)
 
 
 def _verify(index: int, output: Tensor, kept: Tensor, inputs: list[Tensor], bound: float) -> None:
@@ -128,27 +163,17 @@ class _ReusedLayer(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx, layer, entering, leaving, unused, hidden, *trainable):
-        ctx.layer, ctx.entering, ctx.unused, ctx.trainable = layer, entering, unused, trainable
-        ctx.autocast = _autocast_on(hidden.device.type)
+    def forward(ctx, again, leaving, unused, hidden, *trainable):
+        ctx.again, ctx.unused, ctx.trainable = again, unused, trainable
         return leaving()
 
     @staticmethod
     def backward(ctx, gradient):
-        with torch.enable_grad(), ctx.autocast():
-            hidden = ctx.entering().requires_grad_()
-            output = ctx.layer(hidden)
-        inputs = hidden, *ctx.trainable
-        with without_hooks(ctx.trainable):
-            gradients = torch.autograd.grad(output, inputs, gradient.to(output.dtype), allow_unused=True)
-        if ctx.trainable and all(one is None for one in gradients[1:]):
-            raise ReuseError(
-                "the weights of a decoder layer got no gradient, as it computes with others than it has when it is "
-                "called: give reuse_passes=False"
-            )
+        hidden, output = ctx.again()
+        of_hidden, *found = _gradients(output, gradient.to(output.dtype), hidden, ctx.trainable)
         if ctx.unused is not None:
-            gradients = (gradients[0], *_filled(ctx.trainable, gradients[1:], ctx.unused))
-        return None, None, None, None, *gradients
+            found = [*_filled(ctx.trainable, found, ctx.unused)]
+        return None, None, None, of_hidden, *found
 
 
 class _ReenteredLayer(torch.autograd.Function):
@@ -158,24 +183,15 @@ class _ReenteredLayer(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx, layer, entering, leaving, hidden, needs_gradient):
-        ctx.layer, ctx.entering, ctx.autocast = layer, entering, _autocast_on(hidden.device.type)
+    def forward(ctx, again, leaving, hidden, needs_gradient):
+        ctx.again = again
         return leaving()
 
     @staticmethod
     def backward(ctx, gradient):
-        with torch.enable_grad(), ctx.autocast():
-            hidden = ctx.entering().requires_grad_()
-            output = ctx.layer(hidden)
+        hidden, output = ctx.again()
         torch.autograd.backward(output, gradient.to(output.dtype))
-        return None, None, None, hidden.grad, None
-
-
-def _autocast_on(device: str) -> Callable[[], AbstractContextManager]:
-    """What makes a backward compute in the precision of the forward that is running."""
-    if not torch.is_autocast_enabled(device):
-        return nullcontext
-    return partial(torch.autocast, device, dtype=torch.get_autocast_dtype(device))
+        return None, None, hidden.grad, None
 
 
 def _filled(weights: Sequence[Tensor], gradients: Sequence[Tensor | None], unused: set[int]) -> Iterator[Tensor]:
@@ -185,7 +201,7 @@ def _filled(weights: Sequence[Tensor], gradients: Sequence[Tensor | None], unuse
 
 
 @contextmanager
-def without_hooks(parameters: list[Tensor]) -> Iterator[None]:
+def without_hooks(parameters: Sequence[Tensor]) -> Iterator[None]:
     """Inside, hooks on ``parameters`` do not run: they do in the outer graph, once."""
     hooked = [(parameter, parameter._backward_hooks) for parameter in parameters if parameter._backward_hooks]
     try:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+
 from accelerate.state import AcceleratorState, PartialState
 from accelerate.utils import DistributedType
 from torch import Tensor, nn
@@ -9,14 +11,15 @@ from torch.distributed.tensor import DTensor
 
 from selfgen.training import parallelism
 
+_INIT = AcceleratorState.__init__
+
 
 def fsdp_on_cpus() -> None:
     """From here on, Accelerate shards by FSDP2 on CPUs, too, in this process."""
     parallelism._IGNORED_ON = ()
-    real = AcceleratorState.__init__
 
     def init(self, *args, fsdp_plugin=None, **kwargs):
-        real(self, *args, fsdp_plugin=fsdp_plugin, **kwargs)
+        _INIT(self, *args, fsdp_plugin=fsdp_plugin, **kwargs)
         if fsdp_plugin is not None:
             if self._mixed_precision != "no":
                 fsdp_plugin.set_mixed_precision(self._mixed_precision)
@@ -25,6 +28,15 @@ def fsdp_on_cpus() -> None:
             PartialState._shared_state["distributed_type"] = self.distributed_type
 
     AcceleratorState.__init__ = init
+
+
+def another_run() -> None:
+    """Forget what the last trainer of this process has asked Accelerate for; the processes stay connected."""
+    AcceleratorState._reset_state()
+    for name in [name for name in os.environ if name.startswith(("FSDP_", "ACCELERATE_USE_FSDP"))]:
+        del os.environ[name]
+    if PartialState._shared_state.get("distributed_type") == DistributedType.FSDP:
+        PartialState._shared_state["distributed_type"] = DistributedType.MULTI_CPU
 
 
 def whole_state(model: nn.Module) -> dict[str, Tensor]:

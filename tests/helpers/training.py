@@ -6,7 +6,7 @@ import torch
 from datasets import Dataset
 from models import VOCAB, tiny_model
 
-from selfgen import BSSConfig, BSSTrainer, ContextGenerator, RACConfig, RACTrainer
+from selfgen import BASHTrainer, BSSConfig, BSSTrainer, ContextGenerator, RACConfig, RACTrainer
 from selfgen.data import Collator
 
 from .data import TEMPLATE, make_tokenizer
@@ -53,13 +53,27 @@ def config(folder, **changes) -> BSSConfig:
     return BSSConfig(str(folder), **{**SMALL, "max_steps": 4, "learning_rate": 1e-2, "self_prob": 0.5, **changes})
 
 
-def make_trainer(folder, model=None, data=None, **changes) -> BSSTrainer:
-    return BSSTrainer(
+def make_trainer(folder, model=None, data=None, eval_dataset=None, trainer=BSSTrainer, **changes) -> BSSTrainer:
+    return trainer(
         model or tiny_model("llama"),
         config(folder, **changes),
         train_dataset=data or rows(),
+        eval_dataset=eval_dataset,
         processing_class=Tokenizer(),
     )
+
+
+def make_bash_trainer(folder, data=None, **changes) -> BASHTrainer:
+    """On contexts whose every other token is no reference token."""
+
+    def with_contexts(row):
+        answer = row["answer_ids"]
+        return {
+            "context_ids": [token if place % 2 else (token + 9) % VOCAB for place, token in enumerate(answer)],
+            "is_self": [place % 2 == 0 for place in range(len(answer))],
+        }
+
+    return make_trainer(folder, data=(data or rows()).map(with_contexts), trainer=BASHTrainer, **changes)
 
 
 def make_rac_trainer(folder, data=OWN_ANSWERS, model=None, **changes) -> RACTrainer:
@@ -77,13 +91,14 @@ def weights(model) -> torch.Tensor:
 
 
 def losses_of(trainer) -> list[tuple[torch.Tensor, dict]]:
-    """Train; the loss and the inputs of each micro-batch."""
+    """Train; the loss and the inputs of each micro-batch that was trained on."""
     found = []
     compute_loss = trainer.compute_loss
 
     def recorded(model, inputs, *args, **kwargs):
         loss = compute_loss(model, inputs, *args, **kwargs)
-        found.append((loss.detach().clone(), {name: column.clone() for name, column in inputs.items()}))
+        if model.training:
+            found.append((loss.detach().clone(), {name: column.clone() for name, column in inputs.items()}))
         return loss
 
     trainer.compute_loss = recorded

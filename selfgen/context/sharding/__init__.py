@@ -8,10 +8,11 @@ would differ.
 from .found import check_splits, is_sharded_now, local_part, sharding_of
 from .gathered import is_whole, kept_whole, whole_weights
 from .tensor import agreed, tensor_mesh_of, tensor_parallel_size, together_of
-from .together import ALONE, Together
+from .together import ALONE, IN_STEP, Together
 
 __all__ = [
     "ALONE",
+    "IN_STEP",
     "Together",
     "agreed",
     "check_splits",

@@ -8,12 +8,16 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from typing import Any
 
 from torch import nn
 from torch.distributed.fsdp import FSDPModule
 from torch.distributed.fsdp._fully_shard._fsdp_param_group import FSDPParamGroup
 
 from .hooks import hooks_taken_off
+
+ShardedModule = Any
+"""A ``Module`` that ``fully_shard`` has made an ``FSDPModule``, too, which no type can say."""
 
 
 @contextmanager
@@ -65,6 +69,39 @@ def _groups(module: FSDPModule) -> list[FSDPParamGroup]:
     if several is not None:
         return several
     return [] if state._fsdp_param_group is None else [state._fsdp_param_group]
+
+
+@contextmanager
+def gathered_in_time(model: nn.Module, *, keep: bool) -> Iterator[list[ShardedModule]]:
+    """Inside, FSDP2's hooks are off, and what it does not shard after a forward is whole: norm, head, what is no layer.
+
+    Gives what it does shard after every forward (`parts_in_time`), which the caller has to gather. With ``keep``, the
+    rest is left whole for a training forward that follows at once.
+    """
+    in_time = parts_in_time(model)
+    rest = [module for module in model.modules() if isinstance(module, FSDPModule) and module not in in_time]
+    done = False
+    try:
+        for module in rest:
+            module.unshard()
+        with hooks_taken_off(model, _is_fsdps):
+            yield in_time
+        done = True
+    finally:
+        for module in [*in_time, *([] if done and keep else rest)]:
+            module.reshard()
+
+
+def parts_in_time(model: nn.Module) -> list[ShardedModule]:
+    """What FSDP2 shards after a forward, and gathers for each: layers. It is not shared with another module."""
+    found: list[ShardedModule] = []
+    for module in model.modules():
+        if isinstance(module, FSDPModule):
+            state, groups = module._get_fsdp_state(), _groups(module)
+            state._lazy_init()  # the first one is the root
+            if groups and len(state._modules) == 1 and all(group._reshard_after_forward for group in groups):
+                found.append(module)
+    return found
 
 
 def _is_fsdps(hook: Callable) -> bool:

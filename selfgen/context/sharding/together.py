@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+from weakref import WeakSet
+
 import torch
 import torch.distributed as dist
+from torch import nn
 
 
 class Together:
@@ -29,6 +32,12 @@ class Together:
         """Whether ``flag`` holds in one of the processes."""
         return bool(self.most(flag))
 
+    def told(self, message: str | None) -> dict[int, str]:
+        """What the processes have to say, by their rank."""
+        said: list[str | None] = [None] * dist.get_world_size(self.group)
+        dist.all_gather_object(said, message, group=self.group)
+        return {rank: one for rank, one in enumerate(said) if one is not None}
+
 
 class _Alone(Together):
     def __init__(self) -> None:
@@ -41,6 +50,12 @@ class _Alone(Together):
     def most(self, number: float) -> float:
         return number
 
+    def told(self, message: str | None) -> dict[int, str]:
+        return {} if message is None else {0: message}
+
 
 ALONE = _Alone()
 """One process whose forwards wait for nobody."""
+
+IN_STEP: WeakSet[nn.Module] = WeakSet()
+"""Modules whose forwards processes run in step now; see ``context.lockstep``."""

@@ -26,6 +26,7 @@ from ..context.sharding import (
     together_of,
     whole_weights,
 )
+from ..context.sharding.zero import hooks_off
 from .parallelism import check_deepspeed, check_fsdp_version
 from .tensor import partial_gradients_apart
 from .weight_memory import chosen_weights
@@ -226,6 +227,9 @@ class Zero(Engine):
             return float("inf")
         norm = engine.get_global_grad_norm()
         return None if norm is None else float(norm)
+
+    def own_forwards(self, model: nn.Module, *, keep: bool) -> AbstractContextManager[Steps | None]:
+        return whole_weights(model, keep=keep) if self.is_sharded else hooks_off(model)
 
     @contextmanager
     def loading_whole(self) -> Iterator[None]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import json
 import os
 import shlex
@@ -25,13 +26,14 @@ from models import CONFIGS, VOCAB, tiny_model
 from packaging.version import Version
 from peft import LoraConfig, get_peft_model
 from safetensors.torch import load_file
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, Trainer
 
 from selfgen import BASHTrainer, BSSTrainer, ContextGenerator
 from selfgen.cli import main
 from selfgen.context.models import UnsupportedModelError
 from selfgen.context.sharding import agreed, together_of
 from selfgen.stored_contexts import write_contexts
+from selfgen.training import parallelism
 
 needs_plans = pytest.mark.skipif(
     Version(transformers.__version__) < Version("5.23"), reason="before, transformers split weights in other ways"
@@ -120,6 +122,8 @@ def passes_of_one_process(rank, folder):
 
 
 def training_of_one_process(rank, folder):
+    with pytest.raises(ValueError, match="on accelerators only: leave use_cpu out"):
+        trainer_of(folder / "never", split_model(folder / FAMILY, tp_size=WORLD))
     tensor_parallel_on_cpus()
     expected = torch.load(folder / "expected.pt", weights_only=True)
     options = {"save_strategy": "steps", "save_steps": 2, "eval_strategy": "steps", "eval_steps": 1}
@@ -361,6 +365,29 @@ def test_other_commands_know_where_the_options_go(command, capsys):
     output = "--output-file" if command == "generate" else "--output-dir"
     arguments = [command, "--model", "m", "--dataset", "d", output, "o", "--tp-size", "2"]
     assert "which goes with selfgen train" in refused(arguments, capsys)
+
+
+def test_another_sharding_on_top_is_refused(tmp_path, monkeypatch):
+    monkeypatch.setattr(parallelism, "_IGNORED_ON", ())
+    asked = config(tmp_path, fsdp=True)
+    with pytest.raises(ValueError, match=r"^fsdp: the model is tensor parallel, .*fsdp_size="):
+        parallelism.check_tensor_parallel(asked, 2)
+    parallelism.check_tensor_parallel(asked, 1)
+
+
+@needs_plans
+def test_names_of_transformers_that_are_leaned_on():
+    """What breaks without them is wrong in the tests above, too; this tells why."""
+    from transformers.distributed import mixin, tensor_parallel
+
+    def says(found, *texts):
+        return all(text in inspect.getsource(found) for text in texts)
+
+    assert says(tensor_parallel.TensorParallelLayer.install_forward, "def tp_forward(")  # the head of a lean loss
+    assert says(tensor_parallel, '"replicated_with_grad_allreduce"', "dist.all_reduce(param.grad")  # partial gradients
+    assert says(mixin, "model._device_mesh =", "model._tp_size =")  # a split model is taken for a whole one
+    assert says(Trainer.__init__, "and not args.save_only_model")  # no checkpoint
+    assert hasattr(Trainer, "_defer_fsdp_gradient_reduction")  # partial gradients under FSDP2
 
 
 def test_more_processes_are_asked_for_than_were_started(tmp_path, capsys):

@@ -12,7 +12,7 @@ from torch.nn.parallel import DistributedDataParallel
 from transformers import Trainer
 from transformers.modeling_layers import GradientCheckpointingLayer
 
-from ..context.sharding import Together, sharding_of, tensor_parallel_size, together_of
+from ..context.sharding import Together, sharding_of, together_of
 from .tensor import partial_gradients_apart
 
 
@@ -85,9 +85,4 @@ def engine_of(trainer: Trainer) -> Engine:
         )
     if trainer.is_deepspeed_enabled:
         raise ValueError("contexts can't be made with weights that DeepSpeed shards yet; use FSDP2 or DDP")
-    if tensor_parallel_size(trainer.model) > 1 and (trainer.is_fsdp_enabled or trainer.is_deepspeed_enabled):
-        raise ValueError(
-            "the model is tensor parallel, which goes without fsdp and deepspeed of the Trainer: leave them out, and "
-            "load the model with distributed_config=DistributedConfig(tp_size=..., fsdp_size=...), which shards it"
-        )
     return Engine(trainer)

@@ -188,12 +188,16 @@ def trainer_of_kind(kind: str, folder, model):
         "plain": {"lean_loss": False, "reuse_passes": False, "context_method": "sequential"},
         "clipped": {"max_grad_norm": 0.5, "activation_checkpointing": True},
         "bf16": {"bf16": True},
+        "the best": {
+            "eval_strategy": "steps", "eval_steps": 1, "save_strategy": "steps", "save_steps": 1,
+            "load_best_model_at_end": True, "evaluated": rows(5, seed=1),
+        },
     }[kind])  # fmt: skip
 
 
 KINDS = (
     "rac", "rac on mixed answers", "bash", "stream", "on self tokens, smoothed", "near another model",
-    "near another model, with logits", "plain", "clipped", "bf16",
+    "near another model, with logits", "plain", "clipped", "bf16", "the best",
 )  # fmt: skip
 
 
@@ -203,6 +207,8 @@ def is_split(model) -> bool:
 
 def result_of(kind: str, folder, model):
     trainer = trainer_of_kind(kind, folder, model)
+    if kind == "the best":
+        trainer.evaluate()  # before training
     trainer.train()
     log = [entry for entry in trainer.state.log_history if "loss" in entry]
     return {"ids": [], "log": log, "weights": whole_state(trainer.model)}
@@ -218,6 +224,11 @@ def every_kind(rank, folder):
             assert [one.get(name) for one in found["log"]] == [one.get(name) for one in expected["log"]], (kind, name)
     settings = [json.loads(file.read_text()) for file in folder.glob("near another model-*/*/selfgen.json")]
     assert len({one["frozen"] for one in settings}) == 1 < len(settings)
+    spoiled = split_model(folder / FAMILY, tp_size=WORLD)
+    if rank == 1:
+        spoiled.lm_head.weight.data.to_local()[0, 0] = torch.nan
+    with pytest.raises(ValueError, match=r"lm_head\.weight has values that are not finite"):
+        trainer_of(folder / "spoiled", spoiled)
     split = ContextGenerator(split_model(folder / FAMILY, tp_size=WORLD))
     with pytest.raises(ValueError, match="each of its processes would write the same contexts"):
         write_contexts(split, rows(), folder / "never", self_prob=0.5, seed=0)
@@ -266,14 +277,14 @@ def test_every_family(tmp_path):
     in_ranks(every_family, tmp_path)
 
 
-def sharded_and_split(rank, folder):
+def sharded_and_split(rank, folder, tp_size):
     tensor_parallel_on_cpus()
     expected = torch.load(folder / "expected.pt", weights_only=True)
     options = {"save_strategy": "steps", "save_steps": 2}
-    sizes = {"tp_size": 2, "fsdp_size": 2}
+    sizes = {"tp_size": tp_size, "fsdp_size": 2}
     trainer, found = train(folder / "run", split_model(folder / FAMILY, **sizes), **options)
     share, shares = trainer.args.row_share
-    assert (share, shares) == (rank // 2, 2)
+    assert (share, shares) == (rank // tp_size, 2)
     assert trainer._reuse_verified
     assert trainer._reuses
     assert trainer._answer_loss.lean
@@ -287,10 +298,11 @@ def sharded_and_split(rank, folder):
 
 @needs_plans
 @pytest.mark.slow
-def test_split_and_sharded_by_fsdp2(tmp_path):
+@pytest.mark.parametrize("tp_size", [1, 2])
+def test_split_and_sharded_by_fsdp2(tmp_path, tp_size):
     _, expected = train(tmp_path / "one", saved(tmp_path), gradient_accumulation_steps=4)
     torch.save(expected, tmp_path / "expected.pt")
-    in_ranks(sharded_and_split, tmp_path, world=4)
+    in_ranks(sharded_and_split, tmp_path, tp_size, world=2 * tp_size)
     AutoModelForCausalLM.from_pretrained(tmp_path / "run" / "checkpoint-2")
 
 

@@ -36,7 +36,7 @@ from ..context.models import (
     vocab_size_of,
 )
 from ..context.precision import full_precision
-from ..context.sharding import kept_whole, shard_again, tensor_parallel_size, whole_weights
+from ..context.sharding import agreed, kept_whole, shard_again, tensor_parallel_size, together_of, whole_weights
 from ..data import Collator, DataError, check_sample_ids, load_rows, pad_token_id, rows_of, write_contexts_into
 from ..data.batches import IGNORE_INDEX, ROWS, Row, lengths_of
 from ..data.streams import StreamedRows, refuse_stream
@@ -240,7 +240,7 @@ class BSSTrainer(Trainer):
         """Find out, once, what the model allows, with weights as they are before training."""
         with self._whole_weights(), self._engine.autocast():
             self.generator.check_causal(in_training=True)  # the loss of a model that sees the answer teaches nothing
-            check_finite(self.model)
+            agreed(together_of(self.generator.model), partial(check_finite, self.model))  # each sees its own part
             self._reuses = self._may_reuse()
             self._answer_loss = self._make_loss()
         self._known = True

@@ -287,11 +287,6 @@ def engine_of(trainer: Trainer) -> Engine:
         )
     if args.deepspeed and not trainer.is_deepspeed_enabled:
         raise ValueError("deepspeed is given, but Accelerate ignores it on this device; leave it out, or train on GPUs")
-    if tensor_parallel_size(trainer.model) > 1 and (trainer.is_fsdp_enabled or trainer.is_deepspeed_enabled):
-        raise ValueError(
-            "the model is tensor parallel, which goes without fsdp and deepspeed of the Trainer: leave them out, and "
-            "load the model with distributed_config=DistributedConfig(tp_size=..., fsdp_size=...), which shards it"
-        )
     return Zero(trainer) if trainer.is_deepspeed_enabled else Engine(trainer)
 
 

@@ -187,7 +187,8 @@ def lives(rank, folder, stage):
     with deepspeed_on_cpus():
         checks = [resumes, in_bf16]
         if stage > 1:
-            checks += [stops_at_broken_gradients, tells_of_missing_gradients, comes_apart_again, offloads, in_fp16]
+            checks += [stops_at_broken_gradients, tells_of_missing_gradients, comes_apart_again]
+            checks += [waits_for_no_timer, offloads, in_fp16]
         for check in checks:
             forget_partitions()
             check(stage, folder / check.__name__, rank)
@@ -346,6 +347,29 @@ def comes_apart_again(stage, folder, rank):
         (local_part(weight) if rank == WORLD - 1 or stage < 3 else weight).view(-1)[-1:] = float("inf")
     with pytest.raises(DivergedError, match=r"embed_tokens.weight has values that are not finite"):
         trainer._stop_unless_weights_finite()
+
+
+def waits_for_no_timer(stage, folder, rank):
+    """DeepSpeed starts one at each forward of the model, and waits for the device there; passes are forwards, too."""
+    trainer, started = bss(folder, **zero(stage)), []
+    make = trainer.make_contexts
+
+    class Begins(TrainerCallback):
+        def on_train_begin(self, *args, **kwargs):
+            timer = trainer.deepspeed.tput_timer
+            start = timer.start
+            timer.start = lambda: started.append(start())
+
+    def contexts(*args):
+        before = len(started)
+        made = make(*args)
+        assert len(started) == before
+        return made
+
+    trainer.make_contexts = contexts
+    trainer.add_callback(Begins())
+    trainer.train()
+    assert len(started) == 6  # micro-batches
 
 
 def offloads(stage, folder, rank):

@@ -10,6 +10,7 @@ from helpers.processes import WORLD, in_ranks
 from helpers.runs import CASES, FAST, compare, make_expected
 from helpers.sharded import fsdp_on_cpus
 from models import tiny_model
+from torch.distributed.tensor import DTensor
 
 from selfgen import ContextGenerator, whole_weights
 
@@ -49,6 +50,12 @@ def test_checkpointed_by_accelerate(tmp_path):
     check(tmp_path, ("plain", "lora", "rac"), fsdp_config={"activation_checkpointing": True})
 
 
+@pytest.mark.slow
+def test_compiled(tmp_path):
+    """The training forward is; passes are not, and can't be reused."""
+    check(tmp_path, ("not reused",), torch_compile=True, torch_compile_backend="eager")
+
+
 def sharded_by_torch(rank, folder):
     from torch.distributed.fsdp import fully_shard
 
@@ -64,6 +71,46 @@ def sharded_by_torch(rank, folder):
             found = generator.contexts(**options)
         assert_equal(found, whole.contexts(**options, method="sequential"))
         model(input_ids=torch.arange(3, 7)[None], labels=torch.arange(3, 7)[None]).loss.backward()
+
+
+class Broken(Exception):
+    pass
+
+
+def broken_off(rank, folder):
+    """An exception of one's own in the middle of a generation: weights are sharded again, and training goes on."""
+    from torch.distributed.fsdp import fully_shard
+
+    model, whole = tiny_model("llama"), tiny_model("llama")
+    for layer in model.model.layers:
+        fully_shard(layer)
+    fully_shard(model)
+    generator = ContextGenerator(model)
+    rows = {"prompts": [[3, 4, 5]], "references": [[5, 6, 7, 8]], "self_prob": 0.7, "seed": 1, "sample_ids": [rank]}
+    inputs = torch.arange(3, 7)[None]
+    for error in (Broken, KeyboardInterrupt):
+
+        def fails(*args, error=error, **kwargs):
+            raise error
+
+        handle = model.model.layers[1].register_forward_pre_hook(fails)
+        with pytest.raises(error), whole_weights(model, keep=True):
+            generator.contexts(**rows)
+        handle.remove()
+        assert all(isinstance(weight, DTensor) for weight in model.parameters())
+        with whole_weights(model, keep=True):
+            generator.contexts(**rows)
+        loss = model(input_ids=inputs, labels=inputs).loss
+        loss.backward()
+        want = whole(input_ids=inputs, labels=inputs).loss
+        want.backward()
+        assert torch.equal(loss, want)
+        for own, other in zip(model.parameters(), whole.parameters(), strict=True):
+            assert (own.grad.full_tensor() - other.grad).abs().max() <= 1e-5 * other.grad.abs().max()
+
+
+def test_broken_off_in_a_loop_of_ones_own(tmp_path):
+    in_ranks(broken_off, tmp_path)
 
 
 def test_sharded_by_torch_in_a_loop_of_ones_own(tmp_path):

@@ -226,6 +226,8 @@ def trained_and_counted(rank, folder):
             trainer.add_callback(counts := OfSteps(calls))
             trainer.train()
         found.append(counts.steps[-1])  # nothing is tried in it
+        told = trainer._engine.describe()
+        assert ("gathered in every context pass" in told) == ("weights" in changes), told
         logs.append([entry for entry in trainer.state.log_history if "loss" in entry][-1])
     of_step, of_fine_tuning = found
     passes, parts = int(logs[0]["passes_in_step"]), 1 + trainer.model.config.num_hidden_layers  # and the embedding
@@ -341,10 +343,11 @@ def test_reused_in_one_process(tmp_path):
 def test_what_fits_is_chosen(free, asked, chosen, monkeypatch, caplog):
     model = tiny_model("llama")
     size = 4 * sum(one.numel() for one in model.parameters())
+    monkeypatch.setattr(weight_memory, "gathered_bytes", lambda model: [size])
     monkeypatch.setattr(weight_memory, "free_bytes", lambda device: free * size)  # 3 go to gradients and Adam
     with caplog.at_level("INFO"):
         assert chosen_weights(asked, model, model.device, ALONE) == chosen
-    assert f"weights={chosen}" in caplog.text
+    assert (f"weights=auto: {chosen}" in caplog.text) == (asked == "auto")
 
 
 def test_weights_refused(tmp_path):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import json
 import os
 import shlex
@@ -25,13 +26,14 @@ from models import CONFIGS, VOCAB, tiny_model
 from packaging.version import Version
 from peft import LoraConfig, get_peft_model
 from safetensors.torch import load_file
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, Trainer
 
 from selfgen import BASHTrainer, BSSTrainer, ContextGenerator
 from selfgen.cli import main
 from selfgen.context.models import UnsupportedModelError
 from selfgen.context.sharding import agreed, together_of
 from selfgen.stored_contexts import write_contexts
+from selfgen.training import parallelism
 
 needs_plans = pytest.mark.skipif(
     Version(transformers.__version__) < Version("5.23"), reason="before, transformers split weights in other ways"
@@ -120,6 +122,8 @@ def passes_of_one_process(rank, folder):
 
 
 def training_of_one_process(rank, folder):
+    with pytest.raises(ValueError, match="on accelerators only: leave use_cpu out"):
+        trainer_of(folder / "never", split_model(folder / FAMILY, tp_size=WORLD))
     tensor_parallel_on_cpus()
     expected = torch.load(folder / "expected.pt", weights_only=True)
     options = {"save_strategy": "steps", "save_steps": 2, "eval_strategy": "steps", "eval_steps": 1}
@@ -184,12 +188,16 @@ def trainer_of_kind(kind: str, folder, model):
         "plain": {"lean_loss": False, "reuse_passes": False, "context_method": "sequential"},
         "clipped": {"max_grad_norm": 0.5, "activation_checkpointing": True},
         "bf16": {"bf16": True},
+        "the best": {
+            "eval_strategy": "steps", "eval_steps": 1, "save_strategy": "steps", "save_steps": 1,
+            "load_best_model_at_end": True, "evaluated": rows(5, seed=1),
+        },
     }[kind])  # fmt: skip
 
 
 KINDS = (
     "rac", "rac on mixed answers", "bash", "stream", "on self tokens, smoothed", "near another model",
-    "near another model, with logits", "plain", "clipped", "bf16",
+    "near another model, with logits", "plain", "clipped", "bf16", "the best",
 )  # fmt: skip
 
 
@@ -199,6 +207,8 @@ def is_split(model) -> bool:
 
 def result_of(kind: str, folder, model):
     trainer = trainer_of_kind(kind, folder, model)
+    if kind == "the best":
+        trainer.evaluate()  # before training
     trainer.train()
     log = [entry for entry in trainer.state.log_history if "loss" in entry]
     return {"ids": [], "log": log, "weights": whole_state(trainer.model)}
@@ -214,6 +224,11 @@ def every_kind(rank, folder):
             assert [one.get(name) for one in found["log"]] == [one.get(name) for one in expected["log"]], (kind, name)
     settings = [json.loads(file.read_text()) for file in folder.glob("near another model-*/*/selfgen.json")]
     assert len({one["frozen"] for one in settings}) == 1 < len(settings)
+    spoiled = split_model(folder / FAMILY, tp_size=WORLD)
+    if rank == 1:
+        spoiled.lm_head.weight.data.to_local()[0, 0] = torch.nan
+    with pytest.raises(ValueError, match=r"lm_head\.weight has values that are not finite"):
+        trainer_of(folder / "spoiled", spoiled)
     split = ContextGenerator(split_model(folder / FAMILY, tp_size=WORLD))
     with pytest.raises(ValueError, match="each of its processes would write the same contexts"):
         write_contexts(split, rows(), folder / "never", self_prob=0.5, seed=0)
@@ -262,14 +277,14 @@ def test_every_family(tmp_path):
     in_ranks(every_family, tmp_path)
 
 
-def sharded_and_split(rank, folder, held):
+def sharded_and_split(rank, folder, tp_size, held):
     tensor_parallel_on_cpus()
     expected = torch.load(folder / "expected.pt", weights_only=True)
     options = {"save_strategy": "steps", "save_steps": 2, "weights": held}
-    sizes = {"tp_size": 2, "fsdp_size": 2}
+    sizes = {"tp_size": tp_size, "fsdp_size": 2}
     trainer, found = train(folder / "run", split_model(folder / FAMILY, **sizes), **options)
     share, shares = trainer.args.row_share
-    assert (share, shares) == (rank // 2, 2)
+    assert (share, shares) == (rank // tp_size, 2)
     assert trainer._reuse_verified
     assert trainer._reuses
     assert trainer._answer_loss.lean
@@ -283,11 +298,11 @@ def sharded_and_split(rank, folder, held):
 
 @needs_plans
 @pytest.mark.slow
-@pytest.mark.parametrize("held", ["gathered", "sharded"])
-def test_split_and_sharded_by_fsdp2(held, tmp_path):
+@pytest.mark.parametrize(("tp_size", "held"), [(1, "gathered"), (2, "gathered"), (2, "sharded")])
+def test_split_and_sharded_by_fsdp2(tmp_path, tp_size, held):
     _, expected = train(tmp_path / "one", saved(tmp_path), gradient_accumulation_steps=4)
     torch.save(expected, tmp_path / "expected.pt")
-    in_ranks(sharded_and_split, tmp_path, held, world=4)
+    in_ranks(sharded_and_split, tmp_path, tp_size, held, world=2 * tp_size)
     AutoModelForCausalLM.from_pretrained(tmp_path / "run" / "checkpoint-2")
 
 
@@ -362,6 +377,29 @@ def test_other_commands_know_where_the_options_go(command, capsys):
     output = "--output-file" if command == "generate" else "--output-dir"
     arguments = [command, "--model", "m", "--dataset", "d", output, "o", "--tp-size", "2"]
     assert "which goes with selfgen train" in refused(arguments, capsys)
+
+
+def test_another_sharding_on_top_is_refused(tmp_path, monkeypatch):
+    monkeypatch.setattr(parallelism, "_IGNORED_ON", ())
+    asked = config(tmp_path, fsdp=True)
+    with pytest.raises(ValueError, match=r"^fsdp: the model is tensor parallel, .*fsdp_size="):
+        parallelism.check_tensor_parallel(asked, 2)
+    parallelism.check_tensor_parallel(asked, 1)
+
+
+@needs_plans
+def test_names_of_transformers_that_are_leaned_on():
+    """What breaks without them is wrong in the tests above, too; this tells why."""
+    from transformers.distributed import mixin, tensor_parallel
+
+    def says(found, *texts):
+        return all(text in inspect.getsource(found) for text in texts)
+
+    assert says(tensor_parallel.TensorParallelLayer.install_forward, "def tp_forward(")  # the head of a lean loss
+    assert says(tensor_parallel, '"replicated_with_grad_allreduce"', "dist.all_reduce(param.grad")  # partial gradients
+    assert says(mixin, "model._device_mesh =", "model._tp_size =")  # a split model is taken for a whole one
+    assert says(Trainer.__init__, "and not args.save_only_model")  # no checkpoint
+    assert hasattr(Trainer, "_defer_fsdp_gradient_reduction")  # partial gradients under FSDP2
 
 
 def test_more_processes_are_asked_for_than_were_started(tmp_path, capsys):

@@ -16,7 +16,7 @@ import torch
 from datasets import Dataset, DatasetDict, IterableDataset, IterableDatasetDict
 from torch import Tensor
 from torch.utils.data import RandomSampler
-from transformers import AutoTokenizer, PreTrainedModel, Trainer
+from transformers import AutoTokenizer, PreTrainedModel, Trainer, TrainerCallback
 from transformers.trainer_pt_utils import LengthGroupedSampler
 
 from ..context import ContextStats, MixedContext, UnsupportedModelError
@@ -36,7 +36,7 @@ from ..context.models import (
     vocab_size_of,
 )
 from ..context.precision import full_precision
-from ..context.sharding import kept_whole, tensor_parallel_size, whole_weights
+from ..context.sharding import agreed, kept_whole, shard_again, tensor_parallel_size, together_of, whole_weights
 from ..data import Collator, DataError, check_sample_ids, load_rows, pad_token_id, rows_of, write_contexts_into
 from ..data.batches import IGNORE_INDEX, ROWS, Row, lengths_of
 from ..data.streams import StreamedRows, refuse_stream
@@ -55,7 +55,7 @@ from .checkpoints import (
     whole_or_not_at_all,
 )
 from .config import BSSConfig
-from .engines import engine_of
+from .engines import TellHowWeightsAreHeld, engine_of
 from .losses import AnswerLoss, TokenMean, calls_loss_function, learns_its_input
 from .meter import Meter, StepTimer
 from .parallelism import check_tensor_parallel
@@ -198,6 +198,13 @@ class BSSTrainer(Trainer):
                 **kwargs,
             )
         self._engine = engine_of(self)
+        if args.kl_weight and not args.kl_model and not self._adapters() and not self._engine.can_be_copied:
+            raise ValueError(
+                "kl_weight is given, but the model is sharded or loaded in the first process alone, so no frozen copy "
+                "of it can be made: give kl_model (--kl-model), a folder or a name, which each process loads"
+            )
+        if self._engine.is_sharded:
+            self.generator._cuda_graphs = False  # gathered weights lie elsewhere in each step
         self._end_answers_where_rows_end()
         check_savable(self.generator.model, adapter=self._adapters() is not None)
         self._check_best_metric()
@@ -208,7 +215,7 @@ class BSSTrainer(Trainer):
         self._checked: str | None = None  # a checkpoint that this run can go on from
         self._nothing_left = False  # to train
         self._logged_at: int | None = None  # the step of the last line of the log before the checkpoint
-        self._looked = self._looks_now = False
+        self._looked = self._looks_now = self._loss_looks = False
         self._reuse_verified, self._reuse_open = False, True  # in this process; in one of all
         self._known = False  # what the model is like
         self._budget_agreed = False  # among processes
@@ -221,6 +228,7 @@ class BSSTrainer(Trainer):
         self._label_smoother = None if smoother is None else partial(smoother, shift_labels=True)
         self.add_callback(StepTimer(self.meter))
         self.add_callback(EpochOfSampler())
+        self.add_callback(TellHowWeightsAreHeld(self._engine))
         after = self._engine.steps_in_backward
         missing = TellOfMissingGradients(in_backward=after)
         self._unused = missing.unused if after else None
@@ -232,7 +240,7 @@ class BSSTrainer(Trainer):
         """Find out, once, what the model allows, with weights as they are before training."""
         with self._whole_weights(), self._engine.autocast():
             self.generator.check_causal(in_training=True)  # the loss of a model that sees the answer teaches nothing
-            check_finite(self.model)
+            agreed(together_of(self.generator.model), partial(check_finite, self.model))  # each sees its own part
             self._reuses = self._may_reuse()
             self._answer_loss = self._make_loss()
         self._known = True
@@ -247,6 +255,13 @@ class BSSTrainer(Trainer):
             yield
         if steps is not None:
             self.meter.counts["passes_in_step"] += steps.forwards
+
+    @property
+    def _forward_follows(self) -> bool:
+        """Whether nothing can change the weights between making a step's batches and its first training forward."""
+        plain = TrainerCallback.on_step_begin
+        own = (one for one in self.callback_handler.callbacks if type(one).on_step_begin is not plain)
+        return all(type(one).__module__.startswith(("selfgen.", "transformers.")) for one in own)
 
     def _tell_of_padding(self) -> None:
         tokens, rows = self.generator.vocab_size, vocab_size_of(self.generator.model)
@@ -320,7 +335,7 @@ class BSSTrainer(Trainer):
         batches = self.prepare_batches(batches)
         self._step = Step(list(batches))
         if self.args.loss_on != "all":  # elsewhere after on_step_begin, where a callback may change the model
-            self._mix_next()
+            self._mix_next(keep=self._forward_follows)
             num_items = self._get_num_items_in_batch(batches, device)
         return batches, num_items
 
@@ -347,6 +362,7 @@ class BSSTrainer(Trainer):
         finally:
             _OF_TRAINER.removeFilter(_but_for_empty_epochs)
             self._step = Step()  # where the last one failed or was broken off
+            shard_again(self.model)
             self._stream = self._resumed_from = None
             self.generator.release()
 
@@ -358,19 +374,36 @@ class BSSTrainer(Trainer):
         output_dir = at_home(output_dir or self.args.output_dir)
         with saving(output_dir):
             super()._save(output_dir, state_dict)
-            frozen = self._frozen_hash()  # of weights that may be split over processes
+            self._frozen_hash()  # of weights that may be split over processes
             if not self.args.should_save:  # every process is here
                 return
-            record = to_json(record_of(self.args, self._rows_hash(), frozen), indent=1)
-            (Path(output_dir) / SETTINGS).write_text(f"{record}\n")
+            self._save_settings(Path(output_dir))
             if self._adapters() and (config := getattr(self.generator.model, "generation_config", None)):
                 config.to_json_file(Path(output_dir) / "generation_config.json")  # where answers end; PEFT writes none
+
+    def _save_settings(self, folder: Path) -> None:
+        record = to_json(record_of(self.args, self._rows_hash(), self._frozen_hash()), indent=1)
+        (folder / SETTINGS).write_text(f"{record}\n")
 
     def _save_checkpoint(self, *args, **kwargs):
         self._stop_unless_weights_finite()
         folder = Path(self.args.output_dir) / f"checkpoint-{self.state.global_step}"
         with whole_or_not_at_all(folder) if self.args.should_save else saving(folder):
             super()._save_checkpoint(*args, **kwargs)
+
+    def save_model(self, output_dir: str | None = None, _internal_call: bool = False):
+        """Write a model that ``from_pretrained`` loads, also where checkpoints are written in shards."""
+        folder = Path(output_dir or self.args.output_dir)
+        if self._engine.saves_shards and _internal_call and folder.name.startswith("checkpoint-"):
+            self._frozen_hash()  # of weights that may be split over processes
+            if self.args.should_save:
+                with saving(folder):
+                    folder.mkdir(parents=True, exist_ok=True)
+                    self.generator.model.config.save_pretrained(str(folder))
+                    self._save_settings(folder)
+            return
+        with self._engine.whole_state_dicts():
+            super().save_model(output_dir, _internal_call)
 
     def _save_optimizer_and_scheduler(self, output_dir):
         split = is_split_at_load(self.model)
@@ -386,7 +419,9 @@ class BSSTrainer(Trainer):
         self._go_on_from(resume_from_checkpoint)
         if is_split_at_load(self.model):
             load_split(resume_from_checkpoint, self.model)
-        elif not load_renamed(resume_from_checkpoint, self.model if model is None else model):
+        elif self._engine.keeps_names or not load_renamed(
+            resume_from_checkpoint, self.model if model is None else model
+        ):
             super()._load_from_checkpoint(resume_from_checkpoint, model)
 
     def _go_on_from(self, checkpoint: str) -> None:
@@ -397,7 +432,7 @@ class BSSTrainer(Trainer):
     def _load_best_model(self):
         if is_split_at_load(self.model):
             load_split(self.state.best_model_checkpoint, self.model)
-        elif self.is_deepspeed_enabled or not load_renamed(self.state.best_model_checkpoint, self.model):
+        elif self._engine.keeps_names or not load_renamed(self.state.best_model_checkpoint, self.model):
             super()._load_best_model()
 
     def check_resumed(self, checkpoint: str | Path) -> None:
@@ -497,7 +532,9 @@ class BSSTrainer(Trainer):
         runs = self._runs_passes() or self._looks_now or not self._engine.is_sharded
         if self._runs_passes():
             self._agree_on_budget()
-        with self._whole_weights(keep=keep) if runs else nullcontext():
+        with self._whole_weights(keep=keep) if runs or self._loss_looks else nullcontext():
+            if self._loss_looks:
+                self._look_at_loss()
             if runs:  # a forward of the whole model
                 self._check_causal(batches)
             stats, self._step.passes = self.mix(batches)
@@ -682,13 +719,17 @@ class BSSTrainer(Trainer):
         if self._looks_now:
             self._looked, self._reuse_verified, self._reuse_open = True, False, True
             self.generator.look_again()
-        early = step & (step - 1) == 0  # powers of two, as this look is cheap
-        if self._answer_loss is None or not (regular or early):
+        self._loss_looks = regular or step & (step - 1) == 0  # powers of two, as this look is cheap
+
+    def _look_at_loss(self) -> None:
+        self._loss_looks = False
+        if self._answer_loss is None:
             return
-        with self._whole_weights(), self._engine.autocast():
+        with self._engine.autocast():
             changed = self._answer_loss.look_again()
         if changed:
-            logger.warning("from step %d on the loss is not lean: %s", step + 1, self._answer_loss.not_lean)
+            step = self.state.global_step + 1
+            logger.warning("from step %d on the loss is not lean: %s", step, self._answer_loss.not_lean)
 
     def _check_causal(self, batches: list[dict[str, Tensor]]) -> None:
         """The loss of a model that sees the answer teaches nothing."""
@@ -861,14 +902,15 @@ class BSSTrainer(Trainer):
 
         ``checks`` get what tries the backward of each layer.
         """
+        if reason := self._engine.why_no_reuse(decoder_layers(self.generator.model)):  # in all ranks, at once
+            self._reuse_verified = True
+            return self._reuse_off(reason)
         unwrapped = self.accelerator.unwrap_model(model)  # ranks may come to different ends, so no collectives
         with torch.no_grad():
             ordinary = loss(unwrapped)
         if not (ordinary[0] if isinstance(ordinary, tuple) else ordinary):
             return True  # a micro-batch with nothing to learn shows nothing; the next one will
         self._reuse_verified = True
-        if reason := self._engine.why_no_reuse(decoder_layers(self.generator.model)):
-            return self._reuse_off(reason)
         with self._engine.autocast():
             full = full_precision(self.generator.model)
         try:

@@ -22,6 +22,7 @@ from transformers import GenerationConfig, PreTrainedModel, TrainingArguments
 from ..files import SaveError, alone, check_folder, code_in, writing
 from ..provenance import differences
 from .config import BSSConfig
+from .shards import MODEL, OPTIMIZER, fault_of_shards
 from .streams import sorts_by_length
 
 logger = logging.getLogger(__name__)
@@ -195,8 +196,11 @@ def fault_of(checkpoint: Path) -> str | None:
         shards |= set(json.loads(index.read_text()).get("weight_map", {}).values())
     if missing := sorted(shards - {file.name for file in weights}):
         return f"{missing[0]} is missing"
-    if not weights and not any(checkpoint.glob("*/adapter_model.*")):
+    in_shards = [checkpoint / name for name in (MODEL, OPTIMIZER) if (checkpoint / name).is_dir()]
+    if not weights and not in_shards and not any(checkpoint.glob("*/adapter_model.*")):
         return "the weights (model.safetensors) are missing"
+    if len(in_shards) == 1:
+        return f"{({MODEL, OPTIMIZER} - {in_shards[0].name}).pop()} is missing"
     states = [*checkpoint.glob("optimizer.*"), *checkpoint.glob("scheduler.pt"), *checkpoint.glob("scaler.pt")]
     states += checkpoint.glob("rng_state*.pth")
     there, processes = {state.name for state in states}, _processes_of(checkpoint)
@@ -206,7 +210,7 @@ def fault_of(checkpoint: Path) -> str | None:
             return missing_part
         states += checkpoint.glob(f"{of_deepspeed.read_text().strip()}/*_states.pt")
         there.add("scheduler.pt")  # which may be DeepSpeed's own
-    elif not any(name.startswith("optimizer.") for name in there):
+    elif not in_shards and not any(name.startswith("optimizer.") for name in there):
         return "optimizer.pt is missing (save_only_model writes none)"
     of_generators = ["rng_state.pth"] if processes == 1 else [f"rng_state_{rank}.pth" for rank in range(processes)]
     for name in ("scheduler.pt", *of_generators):
@@ -215,7 +219,7 @@ def fault_of(checkpoint: Path) -> str | None:
     for file in (*weights, *sorted(states)):
         if broken := _broken(file):
             return f"{file.name} is broken ({broken})"
-    return None
+    return next(filter(None, map(fault_of_shards, in_shards)), None)
 
 
 def _missing_of_deepspeed(checkpoint: Path, processes: int) -> str | None:
@@ -379,7 +383,10 @@ def saving(folder: str | Path) -> Iterator[None]:
         yield
     except SaveError:
         raise
-    except Exception as error:
+    except BaseException as met:
+        error = _of_one_process(met)
+        if not isinstance(error, Exception):
+            raise
         said = str(error)
         of_system = isinstance(error, OSError) and error.errno is not None  # and none of the hub's
         if of_system or any(sign in said for sign in _NOT_WRITTEN):
@@ -390,8 +397,14 @@ def saving(folder: str | Path) -> Iterator[None]:
                 f"{folder} can't be written ({reason}): make room or "
                 "give the right to write there, and continue with --resume-from-checkpoint last. Earlier checkpoints "
                 "are as they were"
-            ) from error
+            ) from met
         raise
+
+
+def _of_one_process(error: BaseException) -> BaseException:
+    """What the first of the processes has met that failed to write their parts of a checkpoint together."""
+    failures = getattr(error, "failures", None)  # of torch.distributed.checkpoint, whose errors are no Exception
+    return next(iter(failures.values()))[0] if isinstance(failures, dict) and failures else error
 
 
 _NOT_WRITTEN = ("os error", "I/O error", "PytorchStreamWriter", "inline_container", "No space left", "write failed")

@@ -14,7 +14,7 @@ from ..context.masks import Masks, check_probability
 from ..context.models import transformers_model, unpadded_vocab_size
 from ..data import RowOptions
 from ..files import expand_home
-from .parallelism import check_deepspeed, check_parallelism
+from .parallelism import check_deepspeed, check_fsdp_version, check_parallelism
 from .schedules import SCHEDULES, Schedule
 from .weight_memory import WEIGHTS
 
@@ -275,6 +275,8 @@ class BSSConfig(RowOptions, GeneratorOptions, TrainingArguments):
         check_parallelism(self)
         self._check_numbers()
         super().__post_init__()
+        if self.fsdp:
+            check_fsdp_version((self.fsdp_plugin_args or {}).get("fsdp_version", 2))
         if self.deepspeed_plugin is not None:
             check_deepspeed(self.deepspeed_plugin.hf_ds_config.config)
         if self.fp16 and self.device.type == "cpu" and self.deepspeed_plugin is None:

@@ -2,22 +2,37 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
+from dataclasses import replace
 from typing import Any
 
+import torch
 from torch import nn
-from torch.distributed.fsdp import FSDPModule
+from torch.distributed.fsdp import FSDPModule, StateDictType
 from torch.nn.parallel import DistributedDataParallel
-from transformers import Trainer
+from transformers import Trainer, TrainerCallback
 from transformers.integrations.deepspeed import set_hf_deepspeed_config, unset_hf_deepspeed_config
 from transformers.modeling_layers import GradientCheckpointingLayer
 
 from ..context.lockstep import Steps, lockstep
-from ..context.sharding import Together, sharding_of, tensor_parallel_size, together_of, whole_weights
-from .parallelism import check_deepspeed
+from ..context.sharding import (
+    Together,
+    gathered_bytes,
+    processes_of,
+    sharding_of,
+    tensor_parallel_size,
+    together_of,
+    whole_weights,
+)
+from ..context.sharding.fsdp import parts_in_time
+from ..context.sharding.zero import hooks_off
+from .parallelism import check_deepspeed, check_fsdp_version
 from .tensor import partial_gradients_apart
 from .weight_memory import chosen_weights
+
+logger = logging.getLogger(__name__)
 
 
 class Engine:
@@ -27,12 +42,12 @@ class Engine:
         self.accelerator, self._model = trainer.accelerator, trainer.model
         self._of_accelerate = trainer.is_fsdp_enabled  # Accelerate shards the model, when training begins
         self._weights, self._weights_chosen = trainer.args.weights, False
+        self._plugin: Any = getattr(self.accelerator.state, "fsdp_plugin", None)
 
     @property
     def weights_are_here(self) -> bool:
         """Whether each process has weights before training; else the first one alone does."""
-        plugin: Any = getattr(self.accelerator.state, "fsdp_plugin", None)
-        return self.accelerator.num_processes == 1 or plugin is None or not plugin.cpu_ram_efficient_loading
+        return self.accelerator.num_processes == 1 or not getattr(self._plugin, "cpu_ram_efficient_loading", False)
 
     @property
     def scales_loss(self) -> bool:
@@ -64,6 +79,34 @@ class Engine:
             trainer.create_optimizer()
             model, trainer.optimizer = self.accelerator.prepare(trainer.model, trainer.optimizer)
             trainer.model = trainer.model_wrapped = model
+
+    @property
+    def can_be_copied(self) -> bool:
+        """Whether each process can make a copy of the model before training."""
+        return self.weights_are_here and sharding_of(self._model) is None
+
+    @property
+    def keeps_names(self) -> bool:
+        """Whether checkpoints have weights under the names that the model has for them, and are loaded so."""
+        return self._of_accelerate
+
+    @property
+    def saves_shards(self) -> bool:
+        """Whether each process writes its own part of a checkpoint."""
+        return self._of_accelerate and "SHARDED" in str(self._plugin.state_dict_type)
+
+    @contextmanager
+    def whole_state_dicts(self) -> Iterator[None]:
+        """Inside, the Trainer saves a whole model."""
+        if not self.saves_shards:
+            yield
+            return
+        kind = self._plugin.state_dict_type
+        self._plugin.state_dict_type = StateDictType.FULL_STATE_DICT
+        try:
+            yield
+        finally:
+            self._plugin.state_dict_type = kind
 
     def autocast(self) -> AbstractContextManager[None]:
         """The mixed precision of the training forward. FSDP2 has weights cast instead, without autocast."""
@@ -123,6 +166,25 @@ class Engine:
         """Whether all processes must reuse passes, or none: hooks inside the layers gather weights, and must run."""
         return False
 
+    def describe(self) -> str | None:
+        """How weights are held, and what it costs; None in one process."""
+        count = self.accelerator.num_processes
+        if not self.splits_weights:
+            return f"weights: whole in each of {count} processes (DDP)" if count > 1 else None
+        if not self.is_sharded:
+            return f"weights: each split over {tensor_parallel_size(self._model)} processes (tensor parallelism)"
+        self.choose_weights(self._model)
+        sizes = (
+            [*map(sum, map(gathered_bytes, parts_in_time(self._model)))]
+            if self.stay_sharded
+            else gathered_bytes(self._model)
+        )
+        when = "in every context pass, with an all-reduce" if self.stay_sharded else "once a step"
+        return (
+            f"weights: sharded over {processes_of(self._model)} processes (FSDP2), gathered {when}: "
+            f"{sum(sizes) / 1e9:.3g} GB in {len(sizes)} collectives per process"
+        )
+
     def holds(self, model: nn.Module) -> bool:
         """Whether ``model`` is wrapped so that processes train it together."""
         split = sharding_of(model) is not None or not together_of(model).is_alone
@@ -144,8 +206,18 @@ class Zero(Engine):
         return True
 
     @property
+    def keeps_names(self) -> bool:
+        return True
+
+    @property
     def is_sharded(self) -> bool:
         return self._config["zero_optimization"]["stage"] == 3
+
+    def describe(self) -> str | None:
+        stage, count = self._config["zero_optimization"]["stage"], self.accelerator.num_processes
+        how = "sharded over" if stage == 3 else "whole in each of"
+        again = ", gathered before contexts are made and again in training" if stage == 3 else ""
+        return f"weights: {how} {count} processes (DeepSpeed ZeRO-{stage}){again}"
 
     @property
     def scales_loss(self) -> bool:
@@ -162,6 +234,9 @@ class Zero(Engine):
             return float("inf")
         norm = engine.get_global_grad_norm()
         return None if norm is None else float(norm)
+
+    def own_forwards(self, model: nn.Module, *, keep: bool) -> AbstractContextManager[Steps | None]:
+        return whole_weights(model, keep=keep) if self.is_sharded else hooks_off(model)
 
     @contextmanager
     def loading_whole(self) -> Iterator[None]:
@@ -189,17 +264,29 @@ class Zero(Engine):
             )
 
 
+class TellHowWeightsAreHeld(TrainerCallback):
+    """Says it when training begins."""
+
+    def __init__(self, engine: Engine):
+        self.engine = engine
+
+    def on_train_begin(self, *args, **kwargs):
+        if told := self.engine.describe():
+            logger.info(told)
+
+
 def engine_of(trainer: Trainer) -> Engine:
     """Raises ValueError for one that no contexts can be made under."""
     args, state = trainer.args, trainer.accelerator.state
     if args.fsdp and not trainer.is_fsdp_enabled:
         raise ValueError("fsdp is given, but Accelerate ignores it on this device; leave it out, or train on GPUs")
     plugin = getattr(state, "fsdp_plugin", None)
-    if plugin is not None and plugin.fsdp_version != 2:
-        raise ValueError(
-            "FSDP1 is given (fsdp_config: version 1, or fsdp_version 1), and contexts can't be made with it: give "
-            "version 2, which is FSDP2"
-        )
+    if plugin is not None:
+        check_fsdp_version(plugin.fsdp_version)
+    if plugin is not None and args.fp16:
+        raise ValueError("fp16 is given, and contexts can't be made with weights that FSDP2 has in fp16: give bf16")
+    if plugin is not None:
+        _reduce_in_full_precision(plugin)
     if args.weights == "sharded" and not (trainer.is_fsdp_enabled or sharding_of(trainer.model) == "fsdp2"):
         raise ValueError(
             "weights is sharded, but FSDP2 does not shard the weights (ZeRO-3 gathers them in an order of its own): "
@@ -207,9 +294,15 @@ def engine_of(trainer: Trainer) -> Engine:
         )
     if args.deepspeed and not trainer.is_deepspeed_enabled:
         raise ValueError("deepspeed is given, but Accelerate ignores it on this device; leave it out, or train on GPUs")
-    if tensor_parallel_size(trainer.model) > 1 and (trainer.is_fsdp_enabled or trainer.is_deepspeed_enabled):
-        raise ValueError(
-            "the model is tensor parallel, which goes without fsdp and deepspeed of the Trainer: leave them out, and "
-            "load the model with distributed_config=DistributedConfig(tp_size=..., fsdp_size=...), which shards it"
-        )
     return Zero(trainer) if trainer.is_deepspeed_enabled else Engine(trainer)
+
+
+def _reduce_in_full_precision(plugin: Any) -> None:
+    """Sum gradients in fp32, and leave the loss as it is, where Accelerate would have both in the weights' dtype."""
+    policy = plugin.mixed_precision_policy
+    if policy is None or policy.param_dtype in (None, torch.float32):
+        return
+    if {policy.reduce_dtype, policy.output_dtype} == {policy.param_dtype}:  # none of the user's own
+        plugin.mixed_precision_policy = replace(policy, reduce_dtype=torch.float32, output_dtype=None)
+        kind = str(policy.param_dtype).removeprefix("torch.")
+        logger.info("FSDP2 computes with weights in %s; gradients are summed and the loss is kept in float32", kind)

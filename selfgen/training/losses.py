@@ -25,7 +25,7 @@ from transformers import PreTrainedModel
 
 from ..context.models import arguments_of, inference, text_inputs
 from ..context.precision import is_linear, is_plain
-from ..context.sharding import is_sharded_now, sharding_of
+from ..context.sharding import is_sharded_now, keep_after_forward, sharding_of
 from ..data import IGNORE_INDEX
 
 logger = logging.getLogger(__name__)
@@ -86,6 +86,8 @@ class AnswerLoss:
                 self._given = None, None
             return
         called = []
+        if self.lean:
+            keep_after_forward(self.model.get_output_embeddings())
 
         def loss_function(logits, labels, vocab_size=None, num_items_in_batch=None, **_):
             called.append(True)
@@ -137,8 +139,8 @@ class AnswerLoss:
         multiply = product_of(head)
         if multiply is None and is_sharded_now(head.weight):
             raise RuntimeError(
-                "the weights of the head are sharded when the loss is computed: shard the head together with the model "
-                "(fully_shard with reshard_after_forward=False), or give lean_loss=False"
+                "the weights of the head are sharded when the loss is computed: shard the head together with the "
+                "model, or give lean_loss=False"
             )
         chunk = _chunk(head.out_features)
         full_precision = head.weight.dtype == torch.float32 and not torch.is_autocast_enabled(states.device.type)

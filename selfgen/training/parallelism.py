@@ -31,8 +31,7 @@ def check_parallelism(args: TrainingArguments) -> None:
             f"{', '.join(refused)}: contexts can't be made with rows or layers that are split over processes; leave it "
             "out, and shard weights (FSDP2, DeepSpeed ZeRO, tensor parallelism) or use DDP (torchrun)"
         )
-    asked = [name for name in ("fsdp", "deepspeed") if getattr(args, name, None)]
-    asked += [f"{kind} ({name})" for name, kind in _SHARDS.items() if _is_true(name)]
+    asked = _shards(args)
     device = "cpu" if args.use_cpu or not torch.accelerator.is_available() else "an accelerator"
     if asked and device in _IGNORED_ON:
         raise ValueError(
@@ -49,11 +48,31 @@ def check_tensor_parallel(args: TrainingArguments, size: int) -> None:
                 f"{name} is {asked}, but each weight of the model is split over {size} process{'es' * (size > 1)}: "
                 f"load the model with distributed_config=DistributedConfig(tp_size={asked}) (--tp_size)"
             )
+    if size > 1 and (shards := _shards(args)):
+        raise ValueError(
+            f"{', '.join(shards)}: the model is tensor parallel, which goes without them: leave them out, and load the "
+            "model with distributed_config=DistributedConfig(tp_size=..., fsdp_size=...), which shards it, too"
+        )
     if size > 1 and args.device.type in _NOT_SPLIT_ON:
         raise ValueError(
             "the model is tensor parallel (tp_size), which Accelerate trains on accelerators only: leave use_cpu out, "
             "or tp_size"
         )
+
+
+def check_fsdp_version(version: int) -> None:
+    """Raise ValueError for another version of FSDP than 2."""
+    if version != 2:
+        raise ValueError(
+            f"FSDP{version} is given (fsdp_config: version {version}, or fsdp_version {version}), and contexts can't "
+            "be made with it: give version 2, which is FSDP2"
+        )
+
+
+def _shards(args: TrainingArguments) -> list[str]:
+    """What is asked to shard weights, by ``args`` or by accelerate's launcher."""
+    asked = [name for name in ("fsdp", "deepspeed") if getattr(args, name, None)]
+    return asked + [f"{kind} ({name})" for name, kind in _SHARDS.items() if _is_true(name)]
 
 
 def _sizes(args: TrainingArguments, kinds: Mapping[str, str] = _SPLITS) -> list[tuple[str, str, int]]:

@@ -43,12 +43,13 @@ def tied(family: str):
     return type(tiny_model(family))(config).eval()
 
 
-def lora(family: str = "llama", **changes):
+def lora(family: str = "llama", base=None, **changes):
     from peft import LoraConfig, get_peft_model
 
     options = {"r": 4, "target_modules": ["q_proj", "v_proj", "down_proj"], "lora_dropout": 0.0, **changes}
-    model = get_peft_model(tiny_model(family), LoraConfig(**options))
+    base = base or tiny_model(family)
     torch.manual_seed(5)
+    model = get_peft_model(base, LoraConfig(**options))
     for name, weight in model.named_parameters():
         if "lora_B" in name:
             torch.nn.init.normal_(weight, std=0.1)

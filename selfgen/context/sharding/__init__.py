@@ -6,6 +6,7 @@ would differ.
 """
 
 from .found import check_splits, is_sharded_now, local_part, sharding_of
+from .fsdp import gathered_bytes, keep_after_forward, processes_of, shard_again
 from .gathered import is_whole, kept_whole, whole_weights
 from .tensor import agreed, tensor_mesh_of, tensor_parallel_size, together_of
 from .together import ALONE, IN_STEP, Together
@@ -16,10 +17,14 @@ __all__ = [
     "Together",
     "agreed",
     "check_splits",
+    "gathered_bytes",
     "is_sharded_now",
     "is_whole",
+    "keep_after_forward",
     "kept_whole",
     "local_part",
+    "processes_of",
+    "shard_again",
     "sharding_of",
     "tensor_mesh_of",
     "tensor_parallel_size",

@@ -6,13 +6,14 @@ gathered first, and the hooks are taken off: forwards inside are those of a mode
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
 from torch import nn
 from torch.distributed.fsdp import FSDPModule
-from torch.distributed.fsdp._fully_shard._fsdp_param_group import FSDPParamGroup
+from torch.distributed.tensor import DTensor
 
 from .hooks import hooks_taken_off
 
@@ -23,7 +24,7 @@ ShardedModule = Any
 @contextmanager
 def gathered(model: nn.Module, *, keep: bool) -> Iterator[None]:
     """Inside, ``model`` is whole; see ``whole_weights``."""
-    modules: list[ShardedModule] = [module for module in model.modules() if isinstance(module, FSDPModule)]
+    modules = _modules(model)
     whole = False
     try:
         for module in modules:
@@ -36,7 +37,39 @@ def gathered(model: nn.Module, *, keep: bool) -> Iterator[None]:
         whole = True
     finally:
         if not (whole and keep):
-            _shard(modules)
+            shard_again(model)
+
+
+def shard_again(model: nn.Module) -> None:
+    """Free the weights that are whole now, as after a forward that has not come; no communication."""
+    _shard(_modules(model))
+
+
+def keep_after_forward(module: nn.Module) -> None:
+    """Leave the weights of ``module`` whole from its forward to its backward, if it is sharded by itself."""
+    if isinstance(module, FSDPModule):
+        module.set_reshard_after_forward(False, recurse=False)
+
+
+def gathered_bytes(model: nn.Module) -> list[int]:
+    """What is gathered in each of the collectives that make ``model`` whole."""
+    states = dict.fromkeys(module._get_fsdp_state() for module in _modules(model))
+    groups = [group for state in states for group in _groups(state) if group.fsdp_params]
+    return [
+        sum(one.sharded_param.numel() * (group.mp_policy.param_dtype or one.sharded_param.dtype).itemsize
+            for one in group.fsdp_params)
+        for group in groups
+    ]  # fmt: skip
+
+
+def processes_of(model: nn.Module) -> int:
+    """The number of processes that the weights of ``model`` are split over; with replicas, of one of them."""
+    weights = (one for one in model.parameters() if isinstance(one, DTensor))
+    counts = (
+        math.prod(size for size, place in zip(one.device_mesh.shape, one.placements, strict=True) if place.is_shard())
+        for one in weights
+    )
+    return max(counts, default=1)
 
 
 @contextmanager
@@ -45,8 +78,7 @@ def kept_whole(model: nn.Module, *, last: bool) -> Iterator[None]:
 
     They are sharded afterwards where that was the ``last`` one, or failed: an optimizer must not find them whole.
     """
-    modules = [module for module in model.modules() if isinstance(module, FSDPModule)]
-    groups = [group for module in modules for group in _groups(module)]
+    groups = [group for module in _modules(model) for group in _groups(module._get_fsdp_state())]
     before = [(group.post_forward_mesh_info, group.reshard_after_backward) for group in groups]
     done = False
     try:
@@ -58,16 +90,7 @@ def kept_whole(model: nn.Module, *, last: bool) -> Iterator[None]:
         for group, (forward, backward) in zip(groups, before, strict=True):
             group.post_forward_mesh_info, group.reshard_after_backward = forward, backward
         if last or not done:
-            for module in modules:
-                module.reshard()
-
-
-def _groups(module: FSDPModule) -> list[FSDPParamGroup]:
-    state = module._get_fsdp_state()
-    several = getattr(state, "_fsdp_param_groups", None)  # since torch 2.12
-    if several is not None:
-        return several
-    return [] if state._fsdp_param_group is None else [state._fsdp_param_group]
+            shard_again(model)
 
 
 @contextmanager
@@ -78,7 +101,7 @@ def gathered_in_time(model: nn.Module, *, keep: bool) -> Iterator[list[ShardedMo
     rest is left whole for a training forward that follows at once.
     """
     in_time = parts_in_time(model)
-    rest = [module for module in model.modules() if isinstance(module, FSDPModule) and module not in in_time]
+    rest = [module for module in _modules(model) if module not in in_time]
     done = False
     try:
         for module in rest:
@@ -97,7 +120,7 @@ def _shard(modules: list[ShardedModule]) -> None:
     it gathers next, and by then they may have changed.
     """
     for module in modules:
-        if any(group._all_gather_result is not None for group in _groups(module)):
+        if any(group._all_gather_result is not None for group in _groups(module._get_fsdp_state())):
             module.unshard()  # waits for them, and gathers no others
         module.reshard()
 
@@ -105,13 +128,23 @@ def _shard(modules: list[ShardedModule]) -> None:
 def parts_in_time(model: nn.Module) -> list[ShardedModule]:
     """What FSDP2 shards after a forward, and gathers for each: layers. It is not shared with another module."""
     found: list[ShardedModule] = []
-    for module in model.modules():
-        if isinstance(module, FSDPModule):
-            state, groups = module._get_fsdp_state(), _groups(module)
-            state._lazy_init()  # the first one is the root
-            if groups and len(state._modules) == 1 and all(group._reshard_after_forward for group in groups):
-                found.append(module)
+    for module in _modules(model):
+        state = module._get_fsdp_state()
+        groups = _groups(state)
+        state._lazy_init()  # the first one is the root
+        if groups and len(state._modules) == 1 and all(group._reshard_after_forward for group in groups):
+            found.append(module)
     return found
+
+
+def _groups(state: Any) -> list[Any]:
+    if hasattr(state, "_fsdp_param_groups"):
+        return state._fsdp_param_groups
+    return [state._fsdp_param_group] if state._fsdp_param_group else []  # before torch 2.13
+
+
+def _modules(model: nn.Module) -> list[FSDPModule]:
+    return [module for module in model.modules() if isinstance(module, FSDPModule)]
 
 
 def _is_fsdps(hook: Callable) -> bool:

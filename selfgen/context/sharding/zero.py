@@ -8,7 +8,7 @@ inside are those of a model that was never partitioned, and the order that DeepS
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from typing import Any
 
 import torch.distributed as dist
@@ -27,8 +27,13 @@ def gathered(model: nn.Module, *, keep: bool) -> Iterator[None]:
 
     weights = [weight for weight in model.parameters() if hasattr(weight, "ds_id")]
     _settle(model, weights)
-    with deepspeed.zero.GatheredParameters(weights), hooks_taken_off(model, _is_deepspeeds):
+    with deepspeed.zero.GatheredParameters(weights), hooks_off(model):
         yield
+
+
+def hooks_off(model: nn.Module) -> AbstractContextManager[None]:
+    """Inside, forwards of a model that DeepSpeed has prepared are its own: no timers, which wait for the device."""
+    return hooks_taken_off(model, _is_deepspeeds)
 
 
 def local_part(weight: Any) -> Tensor:

@@ -9,9 +9,9 @@ embedding, norm and head), of which K are kept after a forward (norm and head); 
     SFT         A (2 G - K) gathers, G reduce-scatters
     gathered    G gathers, before the passes, of weights that stay whole until the optimizer's step; as many
                 reduce-scatters
-    low memory  those of SFT, and the passes': P (G - K) + K gathers, and P + 1 all-reduces of a number
+    low memory  those of SFT, and the passes': P (G - K) gathers, and P + 1 all-reduces of a number
 
-`tests/test_scaling.py` compares these with what two processes do. A gather of b bytes over n GPUs takes
+`tests/test_fsdp_steps.py` and `tests/test_lockstep.py` compare these with what two processes do. A gather of b bytes over n GPUs takes
 
     (n - 1) hops + (n - 1) / n b / bandwidth
 

@@ -12,19 +12,21 @@ from helpers.training import SMALL, distance, losses_of, make_trainer, rows
 from models import tiny_model
 from transformers import Trainer, TrainerCallback, TrainingArguments
 
+from benchmarks.scaling import collectives
 from selfgen import ContextGenerator
 from selfgen.data import Collator
 from selfgen.training.bss import step_seed
 from selfgen.training.processes import meet
 
 STEPS = 3
-RUNS = {  # changes, the step that looks, and how many more times tokens are counted
+RUNS = {  # changes, the first step with passes, and how many more times tokens are counted
     "reused": ({}, 0, 0),
     "not reused": ({"reuse_passes": False}, 0, 0),
     "scheduled": ({"self_prob_warmup": 2}, 2, 0),
     "after_self": ({"loss_on": "after_self"}, 0, 1),
     "by micro-batch": ({"context_micro_batches": 1}, 0, 0),
 }
+GROUPS = 4  # of the model: two layers, the embedding, norm and head
 
 
 class ByStep(TrainerCallback):
@@ -74,17 +76,28 @@ def plain_trainer(folder, **changes):
 
 
 def collectives_of_steps(rank, folder, names):
-    """A step takes the collectives of plain fine-tuning, and one more where it looks whether passes can be reused."""
+    """Without passes, a step takes those of plain fine-tuning; with them, fewer: weights are gathered once.
+
+    The first step agrees on what fits into memory, and the first one with passes on whether they can be reused.
+    """
     fsdp_on_cpus()
     another_run()
     plain = counted(plain_trainer(folder / "plain", fsdp=True))
-    assert plain[1]["all_gather"] > plain[1]["reduce_scatter"] > 0
+    others = [1, 3, 3]  # gathers of the Trainer: the number of tokens, and two of the line of the log before
+    for one, more in zip(plain, others, strict=True):
+        gathers, reduce_scatters, _ = collectives(GROUPS, 2)
+        assert one["all_gather"] == gathers + more, plain
+        assert one["reduce_scatter"] == reduce_scatters
     for name in names:
         another_run()
-        changes, looks, more = RUNS[name]
+        changes, first, more = RUNS[name]
         found = counted(make_trainer(folder / name, fsdp=True, report_to=[], max_steps=STEPS, **changes))
         for step, (got, want) in enumerate(zip(found, plain, strict=True)):
-            expected = Counter(want) + Counter(all_reduce=step == looks, all_gather=more)
+            gathers, reduce_scatters, _ = collectives(GROUPS, 2, passes=step >= first)
+            expected = Counter(want) | Counter()
+            expected["all_gather"] = gathers + others[step] + more
+            expected["reduce_scatter"] = reduce_scatters
+            expected["all_reduce"] += (step == 0) + (step == first)
             assert got == expected, (name, step, got, expected)
 
 

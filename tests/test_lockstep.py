@@ -23,6 +23,7 @@ from helpers.sharded import fsdp_on_cpus, whole_state
 from helpers.training import make_trainer
 from models import VOCAB, tiny_model
 from torch.distributed.fsdp import fully_shard
+from torch.distributed.tensor import DTensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import AutoModelForCausalLM, BloomConfig, TrainerCallback
 from transformers.modeling_layers import GradientCheckpointingLayer
@@ -30,7 +31,7 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 from selfgen import ContextGenerator, UnsupportedModelError, lockstep
 from selfgen.cli import main
 from selfgen.context.hidden_states import ReuseError
-from selfgen.context.sharding import ALONE
+from selfgen.context.sharding import ALONE, local_part
 from selfgen.training import reuse, weight_memory
 from selfgen.training.weight_memory import chosen_weights
 
@@ -39,10 +40,10 @@ EVEN = tuple(name for name in FAST if name != "short")  # of which four processe
 ROWS = {"prompts": [[3, 4, 5], [6, 7]], "references": [[5, 6, 7, 8, 9, 10, 11], [4, 5, 6]], "sample_ids": [0, 1]}
 
 
-def sharded(model):
+def sharded(model, **options):
     for layer in model.modules():
         if isinstance(layer, GradientCheckpointingLayer):
-            fully_shard(layer)
+            fully_shard(layer, **options)
     return fully_shard(model)
 
 
@@ -146,7 +147,44 @@ def raises_in_one(rank, generator, place):
         raise ValueError(place)
 
 
+def never_sharded_again(rank):
+    """After a forward, at least: then all weights are whole, and nobody waits."""
+    model, options = sharded(tiny_model("llama"), reshard_after_forward=False), {"self_prob": 0.7, "seed": 0}
+    with lockstep(model) as steps:
+        found = ContextGenerator(model).contexts(**rows_of(rank), **options)
+    assert steps.forwards == steps.gathers == 0
+    assert_equal(found, ContextGenerator(tiny_model("llama")).contexts(**rows_of(rank), **options))
+
+
+def interrupted_in_all(rank):
+    """While weights are on their way: they must not be taken for those that a later forward needs."""
+    model, whole = sharded(bloom()), bloom()
+    generator = ContextGenerator(model)
+    most = []
+
+    def interrupt(*_):
+        layers = model.transformer.h
+        most.append(sum(not isinstance(layer.mlp.dense_h_to_4h.weight, DTensor) for layer in layers))
+        if len(most) == 9:
+            raise KeyboardInterrupt
+
+    hook = model.transformer.h[0].mlp.register_forward_hook(interrupt)
+    with pytest.raises(KeyboardInterrupt), lockstep(model):
+        generator.contexts(**ROWS, self_prob=0.7, seed=0, method="sequential")
+    hook.remove()
+    assert set(most) == {1}  # of three layers; the next one is on its way
+    with torch.no_grad():
+        for weight in (*model.parameters(), *whole.parameters()):
+            local_part(weight).mul_(0.9)
+    options = {**rows_of(rank), "self_prob": 0.7, "seed": 0, "method": "sequential"}
+    with lockstep(model):
+        found = generator.contexts(**options)
+    assert_equal(found, ContextGenerator(whole).contexts(**options))
+
+
 def in_ones_own_loop(rank, folder):
+    interrupted_in_all(rank)
+    never_sharded_again(rank)
     each_its_own(rank)
     one_has_nothing(rank)
     broken_off(rank)
@@ -188,6 +226,8 @@ def trained_and_counted(rank, folder):
             trainer.add_callback(counts := OfSteps(calls))
             trainer.train()
         found.append(counts.steps[-1])  # nothing is tried in it
+        told = trainer._engine.describe()
+        assert ("gathered in every context pass" in told) == ("weights" in changes), told
         logs.append([entry for entry in trainer.state.log_history if "loss" in entry][-1])
     of_step, of_fine_tuning = found
     passes, parts = int(logs[0]["passes_in_step"]), 1 + trainer.model.config.num_hidden_layers  # and the embedding
@@ -303,10 +343,11 @@ def test_reused_in_one_process(tmp_path):
 def test_what_fits_is_chosen(free, asked, chosen, monkeypatch, caplog):
     model = tiny_model("llama")
     size = 4 * sum(one.numel() for one in model.parameters())
+    monkeypatch.setattr(weight_memory, "gathered_bytes", lambda model: [size])
     monkeypatch.setattr(weight_memory, "free_bytes", lambda device: free * size)  # 3 go to gradients and Adam
     with caplog.at_level("INFO"):
         assert chosen_weights(asked, model, model.device, ALONE) == chosen
-    assert f"weights={chosen}" in caplog.text
+    assert (f"weights=auto: {chosen}" in caplog.text) == (asked == "auto")
 
 
 def test_weights_refused(tmp_path):

@@ -108,6 +108,11 @@ UPSTREAM = [
         "weights=sharded can't tell layers from the rest, nor weights=auto how large they are",
     ),
     (
+        "torch.distributed.fsdp._fully_shard._fsdp_param_group:FSDPParamGroup.unshard",
+        mentions("if self._all_gather_result is not None:"),
+        "after Ctrl-C in a pass, the next one computes with weights of before the last step",
+    ),
+    (
         "torch.distributed.fsdp._fully_shard._fsdp_param_group:FSDPParamGroup._reshard_after_forward",
         exists,
         "weights=sharded can't tell what is gathered in every pass",

@@ -132,10 +132,7 @@ def lockstep(model: nn.Module, *, keep: bool = False, together: Together | None 
     modules = list(model.modules())
     together = Together(None, inner.device) if together is None else together
     with gathered_in_time(model, keep=keep) as sharded:
-        order = _order_of(inner, sharded)
-        if not order:  # all weights are whole now
-            yield None
-            return
+        order = _order_of(inner, sharded)  # none, if all weights are whole now
         steps = Steps(inner, order, together)
         IN_STEP.update(modules)
         try:

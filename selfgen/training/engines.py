@@ -26,6 +26,7 @@ from ..context.sharding import (
     together_of,
     whole_weights,
 )
+from ..context.sharding.fsdp import parts_in_time
 from ..context.sharding.zero import hooks_off
 from .parallelism import check_deepspeed, check_fsdp_version
 from .tensor import partial_gradients_apart
@@ -172,9 +173,15 @@ class Engine:
             return f"weights: whole in each of {count} processes (DDP)" if count > 1 else None
         if not self.is_sharded:
             return f"weights: each split over {tensor_parallel_size(self._model)} processes (tensor parallelism)"
-        sizes = gathered_bytes(self._model)
+        self.choose_weights(self._model)
+        sizes = (
+            [*map(sum, map(gathered_bytes, parts_in_time(self._model)))]
+            if self.stay_sharded
+            else gathered_bytes(self._model)
+        )
+        when = "in every context pass, with an all-reduce" if self.stay_sharded else "once a step"
         return (
-            f"weights: sharded over {processes_of(self._model)} processes (FSDP2), gathered once a step: "
+            f"weights: sharded over {processes_of(self._model)} processes (FSDP2), gathered {when}: "
             f"{sum(sizes) / 1e9:.3g} GB in {len(sizes)} collectives per process"
         )
 

@@ -42,8 +42,7 @@ def gathered(model: nn.Module, *, keep: bool) -> Iterator[None]:
 
 def shard_again(model: nn.Module) -> None:
     """Free the weights that are whole now, as after a forward that has not come; no communication."""
-    for module in _modules(model):
-        module.reshard()
+    _shard(_modules(model))
 
 
 def keep_after_forward(module: nn.Module) -> None:
@@ -111,8 +110,19 @@ def gathered_in_time(model: nn.Module, *, keep: bool) -> Iterator[list[ShardedMo
             yield in_time
         done = True
     finally:
-        for module in [*in_time, *([] if done and keep else rest)]:
-            module.reshard()
+        _shard([*in_time, *([] if done and keep else rest)])
+
+
+def _shard(modules: list[ShardedModule]) -> None:
+    """Shard ``modules`` again, which communicates nothing.
+
+    Where an exception has come in between, weights may be on their way still: FSDP2 would take them for the ones that
+    it gathers next, and by then they may have changed.
+    """
+    for module in modules:
+        if any(group._all_gather_result is not None for group in _groups(module._get_fsdp_state())):
+            module.unshard()  # waits for them, and gathers no others
+        module.reshard()
 
 
 def parts_in_time(model: nn.Module) -> list[ShardedModule]:

@@ -11,7 +11,8 @@ embedding, norm and head), of which K are kept after a forward (norm and head); 
                 reduce-scatters
     low memory  those of SFT, and the passes': P (G - K) gathers, and P + 1 all-reduces of a number
 
-`tests/test_fsdp_steps.py` and `tests/test_lockstep.py` compare these with what two processes do. A gather of b bytes over n GPUs takes
+`tests/test_fsdp_steps.py` and `tests/test_lockstep.py` compare these with what two processes do. A gather of b bytes
+over n GPUs takes
 
     (n - 1) hops + (n - 1) / n b / bandwidth
 

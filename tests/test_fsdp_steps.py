@@ -119,7 +119,7 @@ def in_bf16(rank, folder):
     """Weights in fp32 are updated; contexts and gradients are those of a copy of them in bf16."""
     fsdp_on_cpus()
     another_run()
-    trainer = make_trainer(folder / "bf16", fsdp=True, bf16=True, max_steps=2, max_grad_norm=0.0, report_to=[])
+    trainer = make_trainer(folder / "bf16", fsdp=True, bf16=True, max_steps=1, max_grad_norm=0.0, report_to=[])
     twin = tiny_model("llama").to(torch.bfloat16)
     make, copies, gradients = trainer.make_contexts, [], []
 

@@ -28,6 +28,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import AutoModelForCausalLM, BloomConfig, TrainerCallback
 from transformers.modeling_layers import GradientCheckpointingLayer
 
+from benchmarks.scaling import collectives
 from selfgen import ContextGenerator, UnsupportedModelError, lockstep
 from selfgen.cli import main
 from selfgen.context.hidden_states import ReuseError
@@ -84,6 +85,9 @@ def each_its_own(rank):
             once = 1  # embedding, norm and head
             gathers = len(model.model.layers) * steps.forwards
             assert calls.count == {"allreduce": steps.forwards + 1, "allgather_base": once + gathers}, calls.count
+            groups = len(model.model.layers) + once
+            formula = collectives(groups, micro_batches=0, passes=steps.forwards, how="sharded")
+            assert (formula.gathers, formula.all_reduces) == (gathers, steps.forwards + 1)
             assert steps.gathers == gathers
             most = torch.tensor(found.stats.passes)
             dist.all_reduce(most, dist.ReduceOp.MAX)

@@ -231,6 +231,40 @@ UPSTREAM = [
         mentions("model.hf_device_map ="),
         "layers on several devices are not refused by name",
     ),
+    # Weights that FSDP2 shards
+    ("torch.distributed.fsdp:FSDPModule.unshard", arguments("async_op"), "weights can't be gathered for a generation"),
+    (
+        "torch.distributed.fsdp:FSDPModule._get_fsdp_state",
+        exists,
+        "weights can't be gathered before the first forward, and the log does not tell what that costs",
+    ),
+    (
+        "torch.distributed.fsdp._fully_shard._fsdp_state:FSDPState",
+        mentions("_lazy_init", "_fsdp_param_group", "def _pre_forward", "def _post_forward"),
+        "FSDP2's hooks are not found, so that each pass waits for the other processes",
+    ),
+    (
+        "torch.distributed.fsdp._fully_shard._fsdp_param_group:FSDPParamGroup",
+        mentions("self.fsdp_params", "self.mp_policy"),
+        "the log does not tell what gathering costs",
+    ),
+    ("torch.distributed.fsdp:MixedPrecisionPolicy.reduce_dtype", exists, "gradients are summed in bf16"),
+    (
+        "accelerate.utils:FullyShardedDataParallelPlugin",
+        mentions("fsdp_version", "mixed_precision_policy", "state_dict_type", "cpu_ram_efficient_loading"),
+        "FSDP1 is not refused, gradients are summed in bf16, or checkpoints in shards end without a model",
+    ),
+    ("accelerate:Accelerator", mentions("self._models"), "an evaluation before training fails under FSDP2"),
+    (
+        "accelerate.utils.fsdp_utils:save_fsdp_model",
+        mentions('{FSDP_MODEL_NAME}_{model_index}"', "dist_cp.save"),
+        "broken checkpoints in shards are taken",
+    ),
+    (
+        "torch.distributed.checkpoint.api:CheckpointException.failures",
+        exists,
+        "a full disk ends a run that saves in shards without a word on what to do",
+    ),
     # Streams
     (
         "datasets:IterableDataset.__init__",

@@ -23,7 +23,6 @@ import transformers
 from tqdm.auto import tqdm
 
 from .context import ContextGenerator
-from .context.budget import PassBudget
 from .context.generator import Method
 from .data.loading import cache_folder
 from .files import alone, taken
@@ -142,8 +141,7 @@ def rounding(
     now: dict[str, Any] = {"batch_size": batch_size} | ({} if method is None else {"method": method})
     if method == "fixed_point":
         if {"token_budget", "balance"} <= found.keys():
-            tokens, balance = generator._token_budget, generator._balance
-            generator._budget = PassBudget(tokens or found["token_budget"], balance or found["balance"])
+            generator.take_budget(found["token_budget"], found["balance"])
         now |= {"token_budget": generator.budget.tokens, "balance": generator.budget.balance}
     other = differences(found, now, ignore=(found.keys() | now.keys()) - (found.keys() & now.keys()))
     if other:

@@ -143,6 +143,10 @@ class ContextGenerator:
             self._budget = PassBudget(tokens, balance)
         return self._budget
 
+    def take_budget(self, tokens: int, balance: float) -> None:
+        """Use the budget that another process has measured, in what was not given here."""
+        self._budget = PassBudget(self._token_budget or tokens, self._balance or balance)
+
     def agree_on_budget(self, together: Together) -> None:
         """Use the largest budget of all processes, each of which knows its own; all call this."""
         budget = self.budget

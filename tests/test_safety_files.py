@@ -16,6 +16,7 @@ from helpers.data import write_jsonl
 from safetensors.torch import load_file
 
 from selfgen.files import code_in
+from selfgen.training.shards import MODEL, fault_of_shards
 from tools import licences
 
 ROWS = [{"prompt": "a b", "completion": "c d"}, {"prompt": "e", "completion": "f g h"}] * 4
@@ -91,6 +92,31 @@ def test_a_checkpoint_with_code_in_it(tmp_path, trained, mark, capsys, name, raw
     line = refused(["train", *flags(options), "--resume-from-checkpoint", "last"], capsys)
     assert f"{name} is broken" in line
     assert raw or "loading it would run posix.mkdir, so it isn't loaded" in line
+
+
+def calling(module: str, name: str, argument: Path) -> bytes:
+    """A pickle that calls what ``name`` is in ``module``."""
+    return f"c{module}\n{name}\n(V{argument}\ntR.".encode()
+
+
+@pytest.mark.parametrize(
+    ("module", "name"),
+    [
+        ("os", "mkdir"),
+        ("torch.distributed.checkpoint.filesystem", "os.mkdir"),
+        ("torch.distributed.checkpoint.filesystem", "FileSystemWriter"),
+        ("torch.distributed.checkpoint.metadata", "os.mkdir"),
+        ("torch", "os.mkdir"),
+        ("torch", "load"),
+        ("pathlib", "os.mkdir"),
+    ],
+)
+@pytest.mark.parametrize("protocol", [b"", b"\x80\x04"])  # from the fourth on, names may have dots
+def test_a_list_of_shards_with_code_in_it(tmp_path, mark, module, name, protocol):
+    (tmp_path / MODEL).mkdir()
+    (tmp_path / MODEL / ".metadata").write_bytes(protocol + calling(module, name, mark))
+    fault = fault_of_shards(tmp_path / MODEL)
+    assert f"loading it would run {module}.{name}, so it isn't loaded" in fault
 
 
 def test_states_of_a_run_hold_no_code(trained):
@@ -191,7 +217,10 @@ def test_code_of_a_data_set_is_not_run(cli, tmp_path, mark, capsys, name):
 
 SOURCES = ("selfgen", "selfgen_kernels", "benchmarks", "tools", "examples", "setup.py")
 PICKLING = {"pickle", "cPickle", "dill", "cloudpickle", "joblib", "marshal", "shelve"}
-MAY_PICKLE = {"selfgen/training/processes.py"}  # for itself, in a folder that only its user can read
+MAY_PICKLE = {
+    "selfgen/training/processes.py",  # for itself, in a folder that only its user can read
+    "selfgen/training/shards.py",  # reads a list of names and sizes, and nothing else
+}
 RUNNING = {"eval", "exec", "compile", "__import__"}
 FORBIDDEN_VALUES = {
     ("weights_only", False), ("allow_pickle", True), ("trust_remote_code", True), ("safe_serialization", False),

@@ -53,6 +53,13 @@ def hooks_of_a_tensor(_) -> bool:
     return hooked
 
 
+def has_hooks(_) -> bool:
+    module = nn.Linear(1, 1)
+    found = module._forward_pre_hooks, module._forward_hooks
+    handles = module.register_forward_pre_hook(print), module.register_forward_hook(print)
+    return all(handle.id in hooks for handle, hooks in zip(handles, found, strict=True))
+
+
 def own_forward(_) -> bool:
     module = nn.Linear(1, 1)
     vars(module)["forward"] = lambda states: "own"
@@ -127,7 +134,7 @@ UPSTREAM = [
         mentions("def __init_subclass__"),
         "passes are not reused under FSDP2: its hooks would run inside a checkpointed layer",
     ),
-    ("torch.nn:Module.__init__", mentions("_forward_pre_hooks", "_forward_hooks"), "FSDP2's hooks can't be taken off"),
+    ("torch.nn:Module", has_hooks, "FSDP2's hooks can't be taken off"),
     # Training
     (
         "transformers:Trainer.get_batch_samples",

@@ -7,21 +7,31 @@ from collections import defaultdict
 from pathlib import Path
 from typing import Any
 
+import torch
+
 MODEL, OPTIMIZER = "pytorch_model_fsdp_0", "optimizer_0"  # as Accelerate calls them in a checkpoint
 _DIRECTORY = ".metadata"
-_NAMED = {("pathlib", name) for name in ("Path", "PosixPath", "WindowsPath", "PurePosixPath")} | {
-    ("torch", "Size"), ("torch", "device"), ("torch.serialization", "_get_layout"), ("collections", "OrderedDict"),
+_NAMED = {
+    "pathlib": ("Path", "PosixPath", "WindowsPath", "PurePosixPath"),
+    "torch": ("Size", "device"),
+    "torch.serialization": ("_get_layout",),
+    "collections": ("OrderedDict",),
+    "torch.distributed.checkpoint.metadata": (
+        "BytesStorageMetadata", "ChunkStorageMetadata", "Metadata", "MetadataIndex", "StorageMeta", "TensorProperties",
+        "TensorStorageMetadata", "_MEM_FORMAT_ENCODING",
+    ),
+    "torch.distributed.checkpoint.filesystem": ("_StorageInfo", "_StoragePrefix"),
 }  # fmt: skip
-_ROOMS = ("torch.distributed.checkpoint.metadata", "torch.distributed.checkpoint.filesystem")
 
 
 class _Directory(pickle.Unpickler):
     """Reads what these folders have as their directory, and nothing that would run other code."""
 
     def find_class(self, module: str, name: str) -> Any:
-        dtype = module == "torch" and name.removeprefix("u").startswith(("float", "bfloat", "int", "bool", "complex"))
-        if module in _ROOMS or dtype or (module, name) in _NAMED:
+        if name in _NAMED.get(module, ()):
             return super().find_class(module, name)
+        if module == "torch" and isinstance(found := getattr(torch, name, None), torch.dtype):
+            return found
         raise _OtherCodeError(f"{module}.{name}")
 
 

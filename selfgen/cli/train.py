@@ -18,6 +18,7 @@ from ..context import UnsupportedModelError
 from ..context.models import unpadded_vocab_size
 from ..data import DataError, load_rows
 from ..files import check_folder
+from ..sharing import is_first, let_first_speak
 from ..stored_contexts import CONTEXT_COLUMNS, OfflineError
 from ..training.bash import BASHTrainer
 from ..training.bss import BSSTrainer, check_processes
@@ -202,6 +203,7 @@ class MethodArguments:
 
 def run(arguments: list[str]) -> int:
     show_log()
+    let_first_speak()
     with ExitStack() as stack:
         try:
             config_class = RACConfig if method_of(arguments) == "rac" else BSSConfig
@@ -228,7 +230,8 @@ def run(arguments: list[str]) -> int:
             if not in_rounds:  # which read and check as they go; elsewhere it is a fault of the program
                 raise
             fail(error, PROG)
-    print(f"model and tokenizer are in {config.output_dir}")
+    if is_first():
+        print(f"model and tokenizer are in {config.output_dir}")
     return 0
 
 

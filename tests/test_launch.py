@@ -96,7 +96,7 @@ def trained(arguments, command: list[str], **more: str) -> str:
 
 @pytest.mark.slow
 def test_ddp(arguments):
-    said = trained(arguments, [str(LAUNCH / "ddp.sh")], PROCESSES="2")
+    said = trained(arguments, [str(LAUNCH / "ddp.sh")], GPUS="2")
     assert "weights: whole in each of 2 processes (DDP)" in said
 
 

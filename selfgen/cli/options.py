@@ -119,8 +119,9 @@ class TrainedModelArguments(ModelArguments):
     fsdp_size: int = field(
         default=1,
         metadata={
-            "help": "Processes, or groups of --tp-size, that weights are sharded over by FSDP2, loaded so by "
-            "transformers; each has rows of its own. torchrun starts tp_size * fsdp_size processes."
+            "help": "Processes, or groups of --tp-size processes, that weights are sharded over by FSDP2: transformers "
+            "shards them as it loads the model, so torchrun is enough. Each has rows of its own. Start tp_size * "
+            "fsdp_size processes. (An FSDP2 configuration of accelerate launch does without this option.)"
         },
     )
 

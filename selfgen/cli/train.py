@@ -25,6 +25,7 @@ from ..training.bss import BSSTrainer, check_processes
 from ..training.checkpoints import ResumeError, check_resumed, output_of, resumed_checkpoint
 from ..training.config import BSSConfig, GeneratorOptions
 from ..training.ending import save_result
+from ..training.parallelism import check_tensor_parallel
 from ..training.processes import meet
 from ..training.rac import RACConfig, RACTrainer
 from ..training.rounds import train_rounds
@@ -256,6 +257,8 @@ def _prepare(
 ) -> Callable[[], None]:
     """Do all that can fail before the first step; returns a function that trains."""
     config.tensor_parallel = model_arguments.tp_size
+    if config.tensor_parallel > 1:
+        check_tensor_parallel(config, config.tensor_parallel)  # before weights are loaded
     checkpoint = _checkpoint(config)
     if method.contexts:
         _warn_of_what_has_no_effect(config, method.contexts)

@@ -22,7 +22,8 @@ takes the longer of both. So does a pass in low memory. The gather before the pa
 parallelism over T GPUs of a node has 2 (T - 1) hops + 2 (T - 1) / T b / bandwidth for each all-reduce of
 b = 2 n hidden bytes, two in a layer's forward and two in its backward, hidden by nothing. Replicas (HSDP) all-reduce
 their gradients between nodes. Gradients are reduced in fp32. Memory is that of weights, gradients and AdamW's state,
-and of gathered weights in bf16; activations and K/V come on top.
+and of gathered weights in bf16; activations and K/V come on top. Rows per second are those of all GPUs together: splits
+that give a step different numbers of rows are compared by them.
 """
 
 from __future__ import annotations
@@ -36,7 +37,7 @@ from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
 from .costs import BF16, GPUS, SHAPES, Costs, Pass, Shape, micro_batches
-from .roofline import PASSES, nearest_run, table
+from .roofline import PASSES, ROWS, nearest_run, table
 
 H100 = next(gpu for gpu in GPUS if gpu.name == "H100")
 PER_NODE = 8
@@ -143,7 +144,11 @@ def step(shape: Shape, layout: Layout, measured: dict[str, Any], achievable: flo
     return Step(sft, gathered, sharded, BF16.state * weights / layout.shards, copy)
 
 
-LAYOUTS = {8: (Layout(8), Layout(1, 8)), 512: (Layout(8, 1, 64), Layout(512), Layout(64, 8))}
+LAYOUTS = {
+    8: (Layout(8), Layout(1, 8)),
+    64: (Layout(8, 1, 8), Layout(64), Layout(8, 8)),
+    512: (Layout(8, 1, 64), Layout(512), Layout(64, 8)),
+}
 
 
 def rows_of(measured: dict[str, Any], achievable: float) -> list[dict[str, Any]]:
@@ -156,19 +161,22 @@ def rows_of(measured: dict[str, Any], achievable: float) -> list[dict[str, Any]]
                 names = {"replicas": layout.replicas, "FSDP2": layout.shards, "TP": layout.tensor}
                 memory = found.state, found.state + found.copy
 
-                def where_it_fits(text: str, needed: float) -> str:
-                    return text if needed <= H100.memory else "does not fit"
+                count = ROWS * layout.shards * layout.replicas
+
+                def per_second(seconds: float, needed: float, count: int = count) -> str:
+                    return f"{count / seconds:.0f}" if needed <= H100.memory else "does not fit"
 
                 rows.append(
                     {
                         "GPUs": gpus,
                         "model": name,
                         "split": " x ".join(f"{kind} {size}" for kind, size in names.items() if size > 1),
+                        "rows per step": count,
                         "GB sharded": round(memory[0] / 1e9, 1),
                         "GB gathered": round(memory[1] / 1e9, 1),
-                        "SFT, s": where_it_fits(f"{found.sft:.2f}", memory[0]),
-                        "gathered / SFT": where_it_fits(f"{found.gathered / found.sft:.2f}", memory[1]),
-                        "low memory / SFT": where_it_fits(f"{found.sharded / found.sft:.2f}", memory[0]),
+                        "SFT, rows/s": per_second(found.sft, memory[0]),
+                        "gathered, rows/s": per_second(found.gathered, memory[1]),
+                        "low memory, rows/s": per_second(found.sharded, memory[0]),
                     }
                 )
     return rows

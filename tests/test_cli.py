@@ -125,6 +125,22 @@ def test_unknown_options(arguments, capsys, tmp_path, monkeypatch, options, mess
     assert message in err
 
 
+@pytest.mark.parametrize("rank", ["0", "1"])
+def test_the_first_process_of_a_machine_tells_an_error(tmp_path, capsys, monkeypatch, rank):
+    """The others wait, as torchrun ends them when the first one ends; it repeats what the file says."""
+    waited = []
+    monkeypatch.setattr("selfgen.cli.options.time.sleep", waited.append)
+    monkeypatch.setenv("LOCAL_RANK", rank)
+    monkeypatch.setenv("TORCHELASTIC_RUN_ID", "none")
+    monkeypatch.setenv("TORCHELASTIC_ERROR_FILE", str(tmp_path / "error.json"))
+    code, _, err = run(["train", "--self-probb", "0.1"], capsys)
+    assert code == 2
+    assert len(waited) == int(rank)
+    told = json.loads((tmp_path / "error.json").read_text())["message"]
+    assert told["message"] == err.strip()
+    assert int(told["extraInfo"]["timestamp"]) > 0
+
+
 def test_a_failed_evaluation_costs_no_model(arguments, capsys, monkeypatch):
     """Full logits may not fit where training, which has none, did."""
 

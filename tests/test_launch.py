@@ -72,6 +72,17 @@ def test_all_processes_end(tmp_path, how):
     assert "[rank1]" in output
 
 
+@pytest.mark.slow
+def test_an_error_of_all_processes_is_told_once(arguments, tmp_path):
+    """And again at the end, in the summary of torchrun."""
+    script = tmp_path / "train.py"
+    script.write_text(COMMAND)
+    output, _ = torchrun(script, "train", *flags(arguments), "--weights", "some").communicate(timeout=150)
+    error = "selfgen train: error: weights is 'some'; accepted: auto, gathered, sharded"
+    assert [line for line in output.splitlines() if line.startswith("selfgen train")] == [error]
+    assert error in output.rpartition("Root Cause")[2]
+
+
 def trained(arguments, command: list[str], **more: str) -> str:
     """What a command says that trains in two processes."""
     given = {name: value for name, value in arguments.items() if name != "token_budget"}
@@ -85,7 +96,7 @@ def trained(arguments, command: list[str], **more: str) -> str:
 
 @pytest.mark.slow
 def test_ddp(arguments):
-    said = trained(arguments, [str(LAUNCH / "ddp.sh")], PROCESSES="2")
+    said = trained(arguments, [str(LAUNCH / "ddp.sh")], GPUS="2")
     assert "weights: whole in each of 2 processes (DDP)" in said
 
 

@@ -76,7 +76,7 @@ def test_tensor_parallelism_of_a_whole_model_is_refused(tmp_path, monkeypatch):
         make_trainer(tmp_path, parallelism_config=parallelism(tp_size=2))
     monkeypatch.setenv("ACCELERATE_USE_PARALLELISM_CONFIG", "true")
     monkeypatch.setenv("PARALLELISM_CONFIG_TP_SIZE", "2")
-    with pytest.raises(ValueError, match=r"^PARALLELISM_CONFIG_TP_SIZE is 2, but each weight .* \(--tp_size\)$"):
+    with pytest.raises(ValueError, match=r"^PARALLELISM_CONFIG_TP_SIZE is 2, but each weight .* \(--tp-size\)$"):
         make_trainer(tmp_path)
 
 

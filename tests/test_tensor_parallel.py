@@ -5,7 +5,6 @@ from __future__ import annotations
 import inspect
 import json
 import os
-import shlex
 import subprocess
 import sys
 import time
@@ -346,27 +345,25 @@ def test_all_end_when_one_fails_in_a_pass(tmp_path, how):
     assert time.monotonic() - began < 60
 
 
-def run_example(rank, folder):
+def run_example(rank, folder, arguments):
     tensor_parallel_on_cpus()
-    script = (ROOT / "examples/launch/tp.sh").read_text().replace("\\\n", " ").splitlines()[-1]
-    before, after = script.split(" -m selfgen ")
-    assert before == f"torchrun --nproc-per-node {WORLD}"
-    small = {"--model": folder / "model", "--dataset": folder / "rows.jsonl", "--dataset_config": "default",
-             "--max_steps": 2, "--max_length": 64, "--output_dir": folder / "run"}  # fmt: skip
-    arguments = shlex.split(after)
-    for name, value in small.items():
-        if name in arguments:
-            arguments[arguments.index(name) + 1] = str(value)
-        else:
-            arguments += [name, str(value)]
-    assert main([*arguments, "--use_cpu", "yes", "--report_to", "none"]) == 0
+    assert main(arguments) == 0
 
 
 @needs_plans
 def test_example(tmp_path):
+    """What examples/launch/tp.sh gives to torchrun."""
     save_model(tmp_path / "model", num_key_value_heads=2)
     write_jsonl(tmp_path / "rows.jsonl", ROWS)
-    in_ranks(run_example, tmp_path)
+    options = {"model": tmp_path / "model", "dataset": tmp_path / "rows.jsonl", "output-dir": tmp_path / "run"}
+    options |= {"max-steps": 2, "max-length": 64, "use-cpu": "yes", "report-to": "none"}
+    (tmp_path / "torchrun").write_text("#!/bin/sh\nprintf '%s\\n' \"$@\"\n")
+    (tmp_path / "torchrun").chmod(0o755)
+    environment = os.environ | {"GPUS": str(WORLD), "PATH": f"{tmp_path}:{os.environ['PATH']}"}
+    command = ["sh", ROOT / "examples/launch/tp.sh", *flags(options)]
+    given = subprocess.run(command, env=environment, check=True, capture_output=True, text=True).stdout.splitlines()
+    assert given[given.index("--nproc-per-node") + 1] == given[given.index("--tp-size") + 1] == str(WORLD)
+    in_ranks(run_example, tmp_path, given[given.index("selfgen") + 1 :])
     state = json.loads((tmp_path / "run" / "trainer_state.json").read_text())
     assert state["global_step"] == 2
     AutoModelForCausalLM.from_pretrained(tmp_path / "run")

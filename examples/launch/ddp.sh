@@ -1,15 +1,12 @@
-#!/usr/bin/env bash
-# Train in as many processes as this machine has GPUs; each has the whole model (DDP).
+#!/bin/sh
+# Train with one process per GPU; each has the whole model (DDP). Options of `selfgen train` follow:
 #
-#   examples/launch/ddp.sh --model HuggingFaceTB/SmolLM2-135M-Instruct --dataset openai/gsm8k --dataset-config main \
-#       --output-dir outputs/bss --bf16 yes --max-steps 100
+#   sh examples/launch/ddp.sh --model HuggingFaceTB/SmolLM2-135M-Instruct --dataset openai/gsm8k --dataset-config main \
+#       --prompt-column question --completion-column answer --self-prob 0.1 --bf16 yes --output-dir outputs/ddp
 #
-# PROCESSES=4 takes another number. On several machines, give each of them NODES, NODE (0, 1, ...) and the address of the
-# first one as MAIN (host:port).
-set -euo pipefail
-
-machines=(--standalone)
-if [[ "${NODES:-1}" -gt 1 ]]; then
-  machines=(--nnodes "$NODES" --node-rank "$NODE" --rdzv-backend c10d --rdzv-id selfgen --rdzv-endpoint "$MAIN")
-fi
-exec torchrun "${machines[@]}" --nproc-per-node "${PROCESSES:-gpu}" -m selfgen train "$@"
+# GPUS is the number of GPUs of this machine that are used; all of them by default. Several machines: give the same
+# command on each, with NODES (how many they are) and MAIN (host:port of one of them; the port must be free there).
+set -eu
+exec torchrun --nnodes "${NODES:-1}" --nproc-per-node "${GPUS:-gpu}" \
+    --rdzv-backend c10d --rdzv-endpoint "${MAIN:-localhost:0}" \
+    -m selfgen train "$@"

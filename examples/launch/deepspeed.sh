@@ -1,10 +1,11 @@
 #!/bin/sh
-# Train with DeepSpeed (pip install deepspeed), one process per GPU:
-#   MODEL=meta-llama/Llama-3.1-8B DATA=train.jsonl OUT=outputs/zero GPUS=8 sh examples/launch/deepspeed.sh [options]
+# Train with DeepSpeed (pip install deepspeed), one process per GPU. Options of `selfgen train` follow:
 #
-# ZERO=3 splits the weights, too; 2, the default, splits gradients and the optimizer's state.
-# Several machines: torchrun --nnodes N --rdzv-backend c10d --rdzv-endpoint HOST:29500 in place of --standalone, on each.
+#   sh examples/launch/deepspeed.sh --model meta-llama/Llama-3.1-8B --dataset train.jsonl --output-dir outputs/zero
+#
+# ZERO=3 splits the weights, too; 2, the default, splits gradients and the optimizer's state. GPUS, NODES and MAIN are as
+# in ddp.sh.
 set -eu
-exec torchrun --standalone --nproc-per-node "${GPUS:-8}" -m selfgen train \
-    --model "$MODEL" --dataset "$DATA" --output-dir "$OUT" --bf16 yes \
-    --deepspeed "$(dirname "$0")/deepspeed_zero${ZERO:-2}.json" "$@"
+exec torchrun --nnodes "${NODES:-1}" --nproc-per-node "${GPUS:-gpu}" \
+    --rdzv-backend c10d --rdzv-endpoint "${MAIN:-localhost:0}" \
+    -m selfgen train --bf16 yes --deepspeed "$(dirname "$0")/deepspeed_zero${ZERO:-2}.json" "$@"

@@ -1,12 +1,15 @@
 #!/bin/sh
-# Batch-scheduled sampling with a model whose weights two GPUs of one machine split between them.
-# The number of processes is tp_size * fsdp_size; with --fsdp_size 2, four GPUs train on twice as many rows.
-torchrun --nproc-per-node 2 -m selfgen train \
-  --model Qwen/Qwen3-8B \
-  --dataset openai/gsm8k --dataset_config main \
-  --method bss --self_prob 0.25 \
-  --tp_size 2 --fsdp_size 1 \
-  --bf16 yes --activation_checkpointing yes \
-  --per_device_train_batch_size 4 --gradient_accumulation_steps 8 \
-  --learning_rate 1e-5 --max_steps 1000 \
-  --output_dir outputs/tp
+# Train with tensor parallelism: the GPUs of a machine split each weight, and FSDP2 shards the parts between machines.
+# Options of `selfgen train` follow:
+#
+#   GPUS=8 sh examples/launch/tp.sh --model Qwen/Qwen3-8B --dataset openai/gsm8k --dataset-config main \
+#       --prompt-column question --completion-column answer --self-prob 0.1 --activation-checkpointing yes \
+#       --per-device-train-batch-size 4 --gradient-accumulation-steps 8 --output-dir outputs/tp
+#
+# The GPUs of a machine have the same rows, so a step has rows for one device per machine. GPUS must divide the model's
+# heads. Options that follow win: with --tp-size 2 --fsdp-size 4, eight GPUs are four such groups. Several machines: give
+# the same command on each, with NODES and MAIN as in ddp.sh.
+set -eu
+exec torchrun --nnodes "${NODES:-1}" --nproc-per-node "${GPUS:-8}" \
+    --rdzv-backend c10d --rdzv-endpoint "${MAIN:-localhost:0}" \
+    -m selfgen train --bf16 yes --tp-size "${GPUS:-8}" --fsdp-size "${NODES:-1}" "$@"

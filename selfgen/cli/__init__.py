@@ -6,7 +6,7 @@ import signal
 import sys
 from importlib import import_module
 
-from .options import fail
+from .options import fail, first_here
 
 COMMANDS = ("train", "contexts", "generate", "eval")
 
@@ -80,5 +80,6 @@ def main(arguments: list[str] | None = None) -> int:
         if not is_program:
             raise
         more = " with --resume-from-checkpoint last" if command == "train" else ""
-        print(f"selfgen {command}: stopped; the same command{more} goes on from what is written", file=sys.stderr)
+        if first_here():
+            print(f"selfgen {command}: stopped; the same command{more} goes on from what is written", file=sys.stderr)
         return 128 + signal.SIGINT

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
 import difflib
 import json
 import logging
 import os
 import shutil
 import sys
+import time
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -33,6 +35,7 @@ from .pretrained import from_pretrained
 from .yaml_file import read_file, value_of
 
 DTYPES = ("auto", "float32", "bfloat16", "float16")
+_FIRST_SPEAKS = 10.0  # seconds that other processes of a machine wait before they tell an error
 
 
 @dataclass
@@ -116,8 +119,9 @@ class TrainedModelArguments(ModelArguments):
     fsdp_size: int = field(
         default=1,
         metadata={
-            "help": "Processes, or groups of --tp-size, that weights are sharded over by FSDP2, loaded so by "
-            "transformers; each has rows of its own. torchrun starts tp_size * fsdp_size processes."
+            "help": "Processes, or groups of --tp-size processes, that weights are sharded over by FSDP2: transformers "
+            "shards them as it loads the model, so torchrun is enough. Each has rows of its own. Start tp_size * "
+            "fsdp_size processes. (An FSDP2 configuration of accelerate launch does without this option.)"
         },
     )
 
@@ -227,8 +231,21 @@ def show_log() -> None:
 
 
 def fail(message: object, command: str) -> NoReturn:
-    print(f"{command}: error: {' '.join(str(message).split())}", file=sys.stderr)
+    """End with one line. Of the processes of a machine the first one says it: torchrun then ends the others."""
+    line = f"{command}: error: {' '.join(str(message).split())}"
+    if not first_here() and "TORCHELASTIC_RUN_ID" in os.environ:
+        time.sleep(_FIRST_SPEAKS)  # after that, the error is this process's alone
+    print(line, file=sys.stderr, flush=True)
+    if file := os.environ.get("TORCHELASTIC_ERROR_FILE"):  # torchrun writes what is there at the end
+        with contextlib.suppress(OSError):
+            told = {"message": line, "extraInfo": {"timestamp": str(int(time.time()))}}
+            Path(file).write_text(json.dumps({"message": told}), encoding="utf-8")
     raise SystemExit(2)
+
+
+def first_here() -> bool:
+    """Whether this process is alone, or the first one of this machine."""
+    return os.environ.get("LOCAL_RANK", "0") == "0"
 
 
 def wants_everything(arguments: list[str]) -> bool:

@@ -18,12 +18,14 @@ from ..context import UnsupportedModelError
 from ..context.models import unpadded_vocab_size
 from ..data import DataError, load_rows
 from ..files import check_folder
+from ..sharing import is_first, let_first_speak
 from ..stored_contexts import CONTEXT_COLUMNS, OfflineError
 from ..training.bash import BASHTrainer
 from ..training.bss import BSSTrainer, check_processes
 from ..training.checkpoints import ResumeError, check_resumed, output_of, resumed_checkpoint
 from ..training.config import BSSConfig, GeneratorOptions
 from ..training.ending import save_result
+from ..training.parallelism import check_tensor_parallel
 from ..training.processes import meet
 from ..training.rac import RACConfig, RACTrainer
 from ..training.rounds import train_rounds
@@ -202,6 +204,7 @@ class MethodArguments:
 
 def run(arguments: list[str]) -> int:
     show_log()
+    let_first_speak()
     with ExitStack() as stack:
         try:
             config_class = RACConfig if method_of(arguments) == "rac" else BSSConfig
@@ -228,7 +231,8 @@ def run(arguments: list[str]) -> int:
             if not in_rounds:  # which read and check as they go; elsewhere it is a fault of the program
                 raise
             fail(error, PROG)
-    print(f"model and tokenizer are in {config.output_dir}")
+    if is_first():
+        print(f"model and tokenizer are in {config.output_dir}")
     return 0
 
 
@@ -253,6 +257,8 @@ def _prepare(
 ) -> Callable[[], None]:
     """Do all that can fail before the first step; returns a function that trains."""
     config.tensor_parallel = model_arguments.tp_size
+    if config.tensor_parallel > 1:
+        check_tensor_parallel(config, config.tensor_parallel)  # before weights are loaded
     checkpoint = _checkpoint(config)
     if method.contexts:
         _warn_of_what_has_no_effect(config, method.contexts)

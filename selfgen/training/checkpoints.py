@@ -500,6 +500,8 @@ def check_resumed(
             f"{checkpoint} comes from a run that stays near another model (kl_weight): resume with the former --model "
             "or --kl-model, or start another run with the checkpoint as its model"
         )
+    if args.process_index > 0:  # the first process tells the rest
+        return
     if kept := changed & _KEPT:
         logger.warning(
             "%s: no effect in a resumed run, as the optimizer and its schedule are the checkpoint's; for the new "

@@ -290,7 +290,7 @@ def engine_of(trainer: Trainer) -> Engine:
     if args.weights == "sharded" and not (trainer.is_fsdp_enabled or sharding_of(trainer.model) == "fsdp2"):
         raise ValueError(
             "weights is sharded, but FSDP2 does not shard the weights (ZeRO-3 gathers them in an order of its own): "
-            "give --fsdp, or leave weights out"
+            "start with accelerate launch and examples/launch/fsdp2.yaml, or give --fsdp-size, or leave weights out"
         )
     if args.deepspeed and not trainer.is_deepspeed_enabled:
         raise ValueError("deepspeed is given, but Accelerate ignores it on this device; leave it out, or train on GPUs")

@@ -36,7 +36,8 @@ def check_parallelism(args: TrainingArguments) -> None:
     if asked and device in _IGNORED_ON:
         raise ValueError(
             f"{', '.join(asked)}: on CPUs Accelerate would ignore it and train with DDP; leave it out and train with "
-            "DDP (torchrun), or load the model sharded (distributed_config with fsdp_size), which works on CPUs, too"
+            "DDP (torchrun), or have transformers shard the model as it loads it, which works on CPUs, too "
+            "(--fsdp-size, or DistributedConfig(fsdp_size=...) in Python)"
         )
 
 
@@ -46,7 +47,7 @@ def check_tensor_parallel(args: TrainingArguments, size: int) -> None:
         if asked not in (1, size):
             raise ValueError(
                 f"{name} is {asked}, but each weight of the model is split over {size} process{'es' * (size > 1)}: "
-                f"load the model with distributed_config=DistributedConfig(tp_size={asked}) (--tp_size)"
+                f"load the model with distributed_config=DistributedConfig(tp_size={asked}) (--tp-size)"
             )
     if size > 1 and (shards := _shards(args)):
         raise ValueError(

@@ -91,8 +91,8 @@ def train_rounds(
     output, resume = Path(config.output_dir), config.resume_from_checkpoint
     if config.world_size > 1:
         raise OfflineError(
-            "rounds run in one process. On several, take turns: `selfgen contexts`, then `selfgen train --method bash "
-            "--contexts DIR`, each on all of them"
+            "rounds run in one process. In several, write contexts with `selfgen contexts --output-dir DIR`, and then "
+            "train on them with `selfgen train --method bash --contexts DIR`"
         )
     if config.self_prob_warmup >= 1:
         raise OfflineError(

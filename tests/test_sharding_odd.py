@@ -181,6 +181,20 @@ def test_all_sharded(tmp_path):
     in_ranks(compared, tmp_path, SHARDED, {"weights": "sharded"})
 
 
+COMPILED = {
+    "compiled": Case({"reuse_passes": False}, reused=False),
+    "compiled, lora": Case({"kl_weight": 0.3}, model=lora, reused=False),
+}
+CASES |= COMPILED
+
+
+@pytest.mark.slow
+def test_compiled_and_sharded(tmp_path):
+    make_expected(tmp_path, COMPILED, WORLD)
+    compiled = {"torch_compile": True, "torch_compile_backend": "eager", "weights": "sharded"}
+    in_ranks(compared, tmp_path, list(COMPILED), compiled)
+
+
 INPUTS = torch.arange(3, 9)[None]
 ROWS = {"prompts": [[3, 4, 5]], "references": [[5, 6, 7, 8]], "self_prob": 0.7, "seed": 1, "sample_ids": [0]}
 
@@ -217,6 +231,8 @@ def not_in_one_another(model, whole, caplog):
     with pytest.raises(ValueError, match="leave one of the two out"), lockstep(model), whole_weights(model):
         pass
     with whole_weights(model), whole_weights(model), lockstep(model):
+        ContextGenerator(model).contexts(**ROWS)
+    with lockstep(torch.compile(model, backend="eager")):
         ContextGenerator(model).contexts(**ROWS)
 
 

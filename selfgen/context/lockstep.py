@@ -120,7 +120,7 @@ def lockstep(model: nn.Module, *, keep: bool = False, together: Together | None 
         >>> with lockstep(model):
         >>>     mixed = generator.contexts(prompts, references, 0.25, seed=0, sample_ids=ids)
     """
-    kind, inner = sharding_of(model), transformers_model(model)
+    kind, inner = sharding_of(model), transformers_model(getattr(model, "_orig_mod", model))  # torch.compile's
     if kind is None or is_whole(model) or inner in IN_STEP:
         yield None
         return

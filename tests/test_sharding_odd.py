@@ -8,9 +8,9 @@ import pytest
 import torch
 import transformers
 from helpers.processes import WORLD, in_ranks
-from helpers.runs import CASES, Case, compare, lora, make_expected, tied
-from helpers.sharded import fsdp_on_cpus
-from helpers.training import rows
+from helpers.runs import CASES, Case, compare, evaluate, lora, make_expected, tied
+from helpers.sharded import another_run, fsdp_on_cpus
+from helpers.training import make_trainer, rows
 from models import VOCAB, _base, tiny_model
 from torch.distributed.fsdp import fully_shard
 from transformers import AutoModelForCausalLM, TrainerCallback
@@ -57,6 +57,7 @@ def broken_off_within(trainer):
         trainer.train()
     hook.remove()
     trainer.make_contexts = make
+    return evaluate(trainer)
 
 
 class Changes(TrainerCallback):
@@ -134,9 +135,11 @@ SGD = {"optim": "sgd", "optim_args": "momentum=0.9"}
 MANY = {"context_micro_batches": 1, "gradient_accumulation_steps": 4}
 ODD = {
     "broken off between": Case({"weights": "gathered"}, before=broken_off_between),
-    "broken off within": Case({"weights": "gathered"}, before=broken_off_within),
+    "broken off within": Case({"weights": "gathered", "eval_dataset": rows(5, seed=3)}, before=broken_off_within),
     "broken off within a forward": Case(
-        {"reuse_passes": False, "max_grad_norm": 0.0}, before=broken_off_within, reused=False
+        {"reuse_passes": False, "max_grad_norm": 0.0, "eval_dataset": rows(5, seed=3)},
+        before=broken_off_within,
+        reused=False,
     ),
     "only the head": Case(SGD, model=only("lm_head")),
     "only the embedding": Case(model=only("embed_tokens")),
@@ -272,6 +275,9 @@ def in_a_loop_of_ones_own(rank, folder):
     for check in (nothing_outside, no_backward_inside, not_in_one_another, no_change_inside):
         check(sharded(), whole, caplog)
     compared(rank, folder, FAST, {})
+    another_run()
+    with pytest.raises(ValueError, match="auto_find_batch_size is given, and weights are split"):
+        make_trainer(folder / "auto", fsdp=True, auto_find_batch_size=True)
 
 
 class Logged(logging.Handler):

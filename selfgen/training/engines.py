@@ -290,7 +290,14 @@ def engine_of(trainer: Trainer) -> Engine:
         )
     if args.deepspeed and not trainer.is_deepspeed_enabled:
         raise ValueError("deepspeed is given, but Accelerate ignores it on this device; leave it out, or train on GPUs")
-    return Zero(trainer) if trainer.is_deepspeed_enabled else Engine(trainer)
+    engine = Zero(trainer) if trainer.is_deepspeed_enabled else Engine(trainer)
+    if args.auto_find_batch_size and engine.splits_weights:
+        raise ValueError(
+            "auto_find_batch_size is given, and weights are split over processes: one that runs out of memory would "
+            "begin anew while others wait for it, and FSDP2 would go on with the step that was broken off. Give "
+            "per_device_train_batch_size, and leave auto_find_batch_size out"
+        )
+    return engine
 
 
 def _reduce_in_full_precision(plugin: Any) -> None:

@@ -229,6 +229,11 @@ UPSTREAM = [
         "contexts are computed in another precision than training, and graphs replay casts that are out of date",
     ),
     (
+        "torch.distributed.fsdp._fully_shard._fsdp_param:FSDPParam",
+        mentions("self.unsharded_accumulated_grad", "self._unsharded_param"),
+        "after an exception between micro-batches, the next run adds the gradients of those before it",
+    ),
+    (
         "accelerate:Accelerator.__init__",
         mentions("ACCELERATE_USE_FSDP", "ACCELERATE_USE_DEEPSPEED", "ACCELERATE_USE_MEGATRON_LM"),
         "sharding that accelerate's launcher asks for is not refused by name",

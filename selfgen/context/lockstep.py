@@ -19,8 +19,8 @@ import torch
 from torch import nn
 from transformers import PreTrainedModel
 
-from .models import OF_LOCKSTEP, inference, own_logits, transformers_model
-from .sharding import IN_STEP, Together, is_whole, sharding_of
+from .models import inference, own_logits, transformers_model
+from .sharding import IN_STEP, OF_SHARDING, Together, is_whole, sharding_of
 from .sharding.fsdp import ShardedModule, gathered_in_time
 
 _DONE, _BEGINS, _FAILED = range(3)
@@ -120,7 +120,7 @@ def lockstep(model: nn.Module, *, keep: bool = False, together: Together | None 
         >>> with lockstep(model):
         >>>     mixed = generator.contexts(prompts, references, 0.25, seed=0, sample_ids=ids)
     """
-    kind, inner = sharding_of(model), transformers_model(model)
+    kind, inner = sharding_of(model), transformers_model(getattr(model, "_orig_mod", model))  # torch.compile's
     if kind is None or is_whole(model) or inner in IN_STEP:
         yield None
         return
@@ -189,7 +189,7 @@ def _hooked(modules: list[ShardedModule], enter: Callable[[ShardedModule], None]
 
     handles = []
     for hook in (before, after):
-        setattr(hook, OF_LOCKSTEP, True)
+        setattr(hook, OF_SHARDING, True)
     for module in modules:
         handles.append(module.register_forward_pre_hook(before, prepend=True))
         handles.append(module.register_forward_hook(after, always_call=True))

@@ -21,7 +21,7 @@ from torch import Tensor
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.utils import find_adapter_config_file
 
-from .sharding import IN_STEP, is_whole
+from .sharding import IN_STEP, OF_SHARDING, is_whole
 
 logger = logging.getLogger(__name__)
 
@@ -307,8 +307,6 @@ def active_adapters(model: torch.nn.Module) -> tuple[str, ...]:
     return tuple(names)
 
 
-OF_LOCKSTEP = "_of_lockstep"
-"""An attribute of hooks that gather weights for a forward, and change nothing else."""
 _OF_TRAINING = ("training", "gradient_checkpointing")  # which change nothing in inference
 
 
@@ -323,7 +321,7 @@ def make_of(model: PreTrainedModel) -> object:
         modules,
         [type(module) for module in modules],
         [  # keys, which never recur
-            tuple(key for key, hook in (*before.items(), *after.items()) if not hasattr(hook, OF_LOCKSTEP))
+            tuple(key for key, hook in (*before.items(), *after.items()) if not hasattr(hook, OF_SHARDING))
             for module in modules
             for before, after in [(module._forward_pre_hooks, module._forward_hooks)]
         ],

@@ -36,7 +36,15 @@ from ..context.models import (
     vocab_size_of,
 )
 from ..context.precision import full_precision
-from ..context.sharding import agreed, kept_whole, shard_again, tensor_parallel_size, together_of, whole_weights
+from ..context.sharding import (
+    agreed,
+    forget_steps,
+    kept_whole,
+    shard_again,
+    tensor_parallel_size,
+    together_of,
+    whole_weights,
+)
 from ..data import Collator, DataError, check_sample_ids, load_rows, pad_token_id, rows_of, write_contexts_into
 from ..data.batches import IGNORE_INDEX, ROWS, Row, lengths_of
 from ..data.streams import StreamedRows, refuse_stream
@@ -351,6 +359,7 @@ class BSSTrainer(Trainer):
             # By an evaluation; accelerate would take it as it is, and each process would train alone.
             self.accelerator.unwrap_model(self.model, keep_fp32_wrapper=False)
         self._engine.check_first()
+        forget_steps(self.model)  # of a run that an exception has ended
         try:
             if checkpoint and self.is_deepspeed_enabled:  # which loads it in its own way
                 self._go_on_from(checkpoint)

@@ -39,7 +39,7 @@ class Engine:
     """One process, DDP, or FSDP2, by Accelerate or as transformers has loaded the model."""
 
     def __init__(self, trainer: Trainer):
-        self.accelerator, self._model = trainer.accelerator, trainer.model
+        self.accelerator, self._trainer, self._model = trainer.accelerator, trainer, trainer.model
         self._of_accelerate = trainer.is_fsdp_enabled  # Accelerate shards the model, when training begins
         self._weights, self._weights_chosen = trainer.args.weights, False
         self._plugin: Any = getattr(self.accelerator.state, "fsdp_plugin", None)
@@ -173,15 +173,12 @@ class Engine:
             return f"weights: whole in each of {count} processes (DDP)" if count > 1 else None
         if not self.is_sharded:
             return f"weights: each split over {tensor_parallel_size(self._model)} processes (tensor parallelism)"
-        self.choose_weights(self._model)
-        sizes = (
-            [*map(sum, map(gathered_bytes, parts_in_time(self._model)))]
-            if self.stay_sharded
-            else gathered_bytes(self._model)
-        )
+        model = self._trainer.model  # as it is trained: torch.compile may be around what the trainer was given
+        self.choose_weights(model)
+        sizes = [*map(sum, map(gathered_bytes, parts_in_time(model)))] if self.stay_sharded else gathered_bytes(model)
         when = "in every context pass, with an all-reduce" if self.stay_sharded else "once a step"
         return (
-            f"weights: sharded over {processes_of(self._model)} processes (FSDP2), gathered {when}: "
+            f"weights: sharded over {processes_of(model)} processes (FSDP2), gathered {when}: "
             f"{sum(sizes) / 1e9:.3g} GB in {len(sizes)} collectives per process"
         )
 
@@ -196,7 +193,6 @@ class Zero(Engine):
 
     def __init__(self, trainer: Trainer):
         super().__init__(trainer)
-        self._trainer = trainer
         self._plugin = trainer.accelerator.state.deepspeed_plugin
         self._config = self._plugin.hf_ds_config.config
         check_deepspeed(self._config)
@@ -294,7 +290,14 @@ def engine_of(trainer: Trainer) -> Engine:
         )
     if args.deepspeed and not trainer.is_deepspeed_enabled:
         raise ValueError("deepspeed is given, but Accelerate ignores it on this device; leave it out, or train on GPUs")
-    return Zero(trainer) if trainer.is_deepspeed_enabled else Engine(trainer)
+    engine = Zero(trainer) if trainer.is_deepspeed_enabled else Engine(trainer)
+    if args.auto_find_batch_size and engine.splits_weights:
+        raise ValueError(
+            "auto_find_batch_size is given, and weights are split over processes: one that runs out of memory would "
+            "begin anew while others wait for it, and FSDP2 would go on with the step that was broken off. Give "
+            "per_device_train_batch_size, and leave auto_find_batch_size out"
+        )
+    return engine
 
 
 def _reduce_in_full_precision(plugin: Any) -> None:

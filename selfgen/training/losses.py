@@ -113,8 +113,9 @@ class AnswerLoss:
         """
         assert self.frozen is not None
         given = {name: inputs[name] for name in ("input_ids", "attention_mask", "position_ids") if name in inputs}
+        called = self.frozen if through is None else through  # a compiled one has no truth value
         with inference(self.frozen), _head_left_out(self.frozen) if self.lean else nullcontext():
-            return (through or self.frozen)(**arguments_of(self.frozen, **given, use_cache=False)).logits
+            return called(**arguments_of(self.frozen, **given, use_cache=False)).logits
 
     def _loss(self, states, labels, num_items_in_batch, row_weights, frozen_states) -> Tensor:
         """``states`` are [B, L, D], or logits [B, L, V]; ``labels`` [B, L] are not shifted yet."""

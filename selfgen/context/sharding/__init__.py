@@ -6,17 +6,20 @@ would differ.
 """
 
 from .found import check_splits, is_sharded_now, local_part, sharding_of
-from .fsdp import gathered_bytes, keep_after_forward, processes_of, shard_again
+from .fsdp import forget_steps, gathered_bytes, keep_after_forward, processes_of, shard_again
 from .gathered import is_whole, kept_whole, whole_weights
+from .hooks import OF_SHARDING
 from .tensor import agreed, tensor_mesh_of, tensor_parallel_size, together_of
 from .together import ALONE, IN_STEP, Together
 
 __all__ = [
     "ALONE",
     "IN_STEP",
+    "OF_SHARDING",
     "Together",
     "agreed",
     "check_splits",
+    "forget_steps",
     "gathered_bytes",
     "is_sharded_now",
     "is_whole",

@@ -11,11 +11,12 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
-from torch import nn
+from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor
+from torch.utils._pytree import tree_leaves
 
-from .hooks import hooks_taken_off
+from .hooks import OF_SHARDING, hooks_taken_off
 
 ShardedModule = Any
 """A ``Module`` that ``fully_shard`` has made an ``FSDPModule``, too, which no type can say."""
@@ -32,7 +33,7 @@ def gathered(model: nn.Module, *, keep: bool) -> Iterator[None]:
         for handle in [module.unshard(async_op=True) for module in modules]:
             assert handle is not None
             handle.wait()
-        with hooks_taken_off(model, _is_fsdps):
+        with hooks_taken_off(model, _is_fsdps), _no_backward(modules):
             yield
         whole = True
     finally:
@@ -43,6 +44,32 @@ def gathered(model: nn.Module, *, keep: bool) -> Iterator[None]:
 def shard_again(model: nn.Module) -> None:
     """Free the weights that are whole now, as after a forward that has not come; no communication."""
     _shard(_modules(model))
+
+
+def forget_steps(model: nn.Module) -> None:
+    """Leave nothing of a step that an exception has broken off: without this, the next ones train on wrong gradients.
+
+    Gradients that wait for the last micro-batch are none that ``zero_grad`` finds, and FSDP2 takes a module whose
+    forward or backward was broken off for one that is in it still: it would reduce no gradient of it any more.
+
+    Raises:
+        RuntimeError: this torch can't.
+    """
+    for module in _modules(model):
+        state = module._get_fsdp_state()
+        groups = _groups(state)
+        if hasattr(module, "reset_iter_state"):
+            if state._is_root:
+                module.reset_iter_state()
+        elif any(one._training_state.name != "IDLE" for one in (state, *groups)):
+            raise RuntimeError(
+                "a step was broken off, and FSDP2 of this torch would go on with it: make a new model and trainer, or "
+                "install torch 2.13 or later"
+            )
+        for one in [one for group in groups for one in group.fsdp_params]:
+            one.unsharded_accumulated_grad = None
+            if hasattr(one, "_unsharded_param"):
+                one._unsharded_param.grad = None
 
 
 def keep_after_forward(module: nn.Module) -> None:
@@ -106,11 +133,35 @@ def gathered_in_time(model: nn.Module, *, keep: bool) -> Iterator[list[ShardedMo
     try:
         for module in rest:
             module.unshard()
-        with hooks_taken_off(model, _is_fsdps):
+        with hooks_taken_off(model, _is_fsdps), _no_backward(_modules(model)):
             yield in_time
         done = True
     finally:
         _shard([*in_time, *([] if done and keep else rest)])
+
+
+@contextmanager
+def _no_backward(modules: list[ShardedModule]) -> Iterator[None]:
+    """Inside, a forward of the model has no backward: its gradients would be this process' own, and never be used."""
+
+    def refuse(_gradient: Tensor) -> None:
+        raise RuntimeError(
+            "a backward of a forward inside whole_weights or lockstep: its gradients would reach no optimizer, as "
+            "nothing sums them over processes. Run the training forward and the backward after the block"
+        )
+
+    def watch(_module: nn.Module, _args: tuple, output: object) -> None:
+        for leaf in tree_leaves(output):
+            if isinstance(leaf, Tensor) and leaf.requires_grad:
+                leaf.register_hook(refuse)
+
+    setattr(watch, OF_SHARDING, True)
+    handles = [module.register_forward_hook(watch) for module in modules if module._get_fsdp_state()._is_root]
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
 
 
 def _shard(modules: list[ShardedModule]) -> None:

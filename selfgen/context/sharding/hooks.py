@@ -7,6 +7,9 @@ from contextlib import contextmanager
 
 from torch import nn
 
+OF_SHARDING = "_of_sharding"
+"""An attribute of hooks that gather weights for a forward, or watch it, and change nothing."""
+
 
 @contextmanager
 def hooks_taken_off(model: nn.Module, chosen: Callable[[Callable], bool]) -> Iterator[None]:

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import pytest
 import torch
-from accelerate import ParallelismConfig
 from helpers.contexts import assert_equal
 from helpers.processes import WORLD, in_ranks
-from helpers.runs import CASES, FAST, compare, make_expected
+from helpers.runs import CASES, FAST, compare, make_expected, train_on, under_fsdp2
 from helpers.sharded import fsdp_on_cpus
+from helpers.versions import FSDP2_ONCE, needs
 from models import tiny_model
 from torch.distributed.tensor import DTensor
 
@@ -21,12 +21,33 @@ def compared(rank, folder, names, world, engine):
 
 
 def check(folder, names, world=WORLD, **engine):
+    names = under_fsdp2(names)
     make_expected(folder, names, world)
     in_ranks(compared, folder, names, world, engine, world=world)
 
 
 def test_sharded_by_accelerate(tmp_path):
     check(tmp_path, FAST)
+
+
+def refused(rank, folder):
+    """Other weights than the model's would be trained, or a run would go on with an optimizer that knows nothing."""
+    fsdp_on_cpus()
+    for name in ("evaluated", "twice"):
+        case = CASES[name]
+        trainer = case.trainer(folder / name, 1, fsdp=True)
+        (case.before or train_on)(trainer)
+        with pytest.raises(ValueError, match=r"would train other weights .*: install accelerate 1\.13 or later"):
+            trainer.train()
+    with pytest.raises(ValueError, match=r"no checkpoints .* accelerate 1\.13 or later, or give save_strategy=no"):
+        CASES["best"].trainer(folder / "best", 1, fsdp=True)
+    with pytest.raises(ValueError, match=r"loses the optimizer's state .*: install accelerate 1\.13 or later"):
+        CASES["plain"].trainer(folder / "resumed", 1, fsdp=True)._engine.check_first(resumes=True)
+
+
+@pytest.mark.skipif(not FSDP2_ONCE, reason="accelerate 1.13 or later refuses nothing of it")
+def test_what_an_old_accelerate_can_not_do(tmp_path):
+    in_ranks(refused, tmp_path)
 
 
 @pytest.mark.slow
@@ -39,9 +60,12 @@ def test_four_processes(tmp_path):
     check(tmp_path, FAST, world=4)
 
 
+@needs("accelerate", "1.10", "ParallelismConfig")
 @pytest.mark.slow
 def test_replicas_of_shards(tmp_path):
     """HSDP: two groups of two processes."""
+    from accelerate import ParallelismConfig
+
     check(tmp_path, FAST, world=4, parallelism_config=ParallelismConfig(dp_replicate_size=2, dp_shard_size=2))
 
 

@@ -11,6 +11,7 @@ from helpers.processes import WORLD, in_ranks
 from helpers.runs import CASES, assert_same, lora, run
 from helpers.sharded import another_run, fsdp_on_cpus
 from helpers.training import make_trainer
+from helpers.versions import needs
 from models import tiny_model
 from torch.distributed.fsdp import FSDPModule
 from transformers import AutoModelForCausalLM
@@ -18,6 +19,7 @@ from transformers.distributed import DistributedConfig
 
 from selfgen.training import parallelism
 
+sized = needs("transformers", "5.23", "it shards no model as it loads it")
 PART_BY_PART = {"transformer_layer_cls_to_wrap": ["LlamaDecoderLayer", "Linear"]}  # the head, too
 
 
@@ -69,6 +71,7 @@ def make_ready(folder, names):
         torch.save(run(CASES[name], folder / "one" / name, WORLD), folder / f"{name}.pt")
 
 
+@sized
 def test_other_ways(tmp_path):
     make_ready(tmp_path, ["plain", "not reused"])
     in_ranks(others, tmp_path)
@@ -97,6 +100,7 @@ def more(rank, folder):
     check(rank, folder, "plain", model=lambda: str(folder / "model"), **efficient)
 
 
+@sized
 @pytest.mark.slow
 def test_more_other_ways(tmp_path):
     names = ["plain", "evaluated", "uneven", "after_self", "by micro-batch", "twice", "kl", "lora", "smoothed"]

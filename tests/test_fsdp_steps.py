@@ -9,6 +9,7 @@ import torch
 from helpers.processes import in_ranks
 from helpers.sharded import Collectives, another_run, fsdp_on_cpus
 from helpers.training import SMALL, distance, losses_of, make_trainer, rows
+from helpers.versions import APART, REUSED_IN_SHARDS, asked_for, needs
 from models import tiny_model
 from transformers import Trainer, TrainerCallback, TrainingArguments
 
@@ -27,6 +28,7 @@ RUNS = {  # changes, the first step with passes, and how many more times tokens 
     "by micro-batch": ({"context_micro_batches": 1}, 0, 0),
 }
 GROUPS = 4  # of the model: two layers, the embedding, norm and head
+apart = needs("accelerate", "1.15", "it gathers the embedding, and norm and head, with the rest of the model")
 
 
 class ByStep(TrainerCallback):
@@ -65,7 +67,7 @@ def plain_trainer(folder, **changes):
     names = ("token_budget", "balance", "max_length")
     given = {name: value for name, value in SMALL.items() if name not in names}
     args = TrainingArguments(
-        str(folder), **given, max_steps=STEPS, remove_unused_columns=False, report_to=[], **changes
+        str(folder), **given, max_steps=STEPS, remove_unused_columns=False, report_to=[], **asked_for(changes)
     )
     model_inputs = ("input_ids", "attention_mask", "labels")
 
@@ -101,6 +103,7 @@ def collectives_of_steps(rank, folder, names):
             assert got == expected, (name, step, got, expected)
 
 
+@apart
 def test_collectives_and_bf16(tmp_path):
     in_ranks(steps_of_two_kinds, tmp_path)
 
@@ -110,6 +113,12 @@ def steps_of_two_kinds(rank, folder):
     in_bf16(rank, folder)
 
 
+@pytest.mark.skipif(APART, reason="part of test_collectives_and_bf16")
+def test_bf16(tmp_path):
+    in_ranks(in_bf16, tmp_path)
+
+
+@apart
 @pytest.mark.slow
 def test_collectives_of_other_steps(tmp_path):
     in_ranks(collectives_of_steps, tmp_path, list(RUNS))
@@ -150,7 +159,7 @@ def in_bf16(rank, folder):
     assert {weight.dtype for weight in trainer.model.parameters()} == {torch.float32}
     assert {one.dtype for one in gradients[0].values()} == {torch.float32}
     assert trainer._reuse_verified
-    assert trainer._reuses
+    assert trainer._reuses == REUSED_IN_SHARDS
     everyone = meet(say=[batch for _, batch in seen])
     for step, (copy, found) in enumerate(zip(copies, gradients, strict=True)):
         twin.load_state_dict(copy)

@@ -12,7 +12,6 @@ import time
 import pytest
 import torch
 import torch.distributed as dist
-import transformers
 from datasets import Dataset
 from helpers.cli import ROOT, flags, refused, save_model
 from helpers.contexts import assert_equal, batch
@@ -21,8 +20,8 @@ from helpers.processes import WORLD, in_ranks
 from helpers.sharded import whole_state
 from helpers.tensor import collectives, split_model, tensor_parallel_on_cpus
 from helpers.training import Tokenizer, config, make_rac_trainer, rows
+from helpers.versions import needs
 from models import CONFIGS, VOCAB, tiny_model
-from packaging.version import Version
 from peft import LoraConfig, get_peft_model
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, Trainer
@@ -34,9 +33,7 @@ from selfgen.context.sharding import agreed, together_of
 from selfgen.stored_contexts import write_contexts
 from selfgen.training import parallelism
 
-needs_plans = pytest.mark.skipif(
-    Version(transformers.__version__) < Version("5.23"), reason="before, transformers split weights in other ways"
-)
+needs_plans = needs("transformers", "5.23", "before, it kept the parts of split weights as plain tensors")
 STEPS = 3
 TEXTS = [{"prompt": "a b" if row % 3 else "", "completion": "c d e f"[: 1 + 2 * (row % 4)]} for row in range(40)]
 FAMILY = "qwen3"  # which has weights that each process has as a whole, though their gradients are partial

@@ -10,6 +10,7 @@ import inspect
 
 import pytest
 import torch
+from helpers.versions import has
 from models import tiny_model
 from torch import nn
 from transformers.cache_utils import CacheLayerMixin
@@ -39,6 +40,17 @@ def mentions(*texts: str):
 
 def exists(_) -> bool:
     return True
+
+
+def since(package: str, version: str, check):
+    """Older ones go without, and without what it is for."""
+
+    def check_or_skip(found) -> bool:
+        if not has(package, version):
+            pytest.skip(f"needs {package} {version} or later")
+        return check(found)
+
+    return check_or_skip
 
 
 def can_be_set(found) -> bool:
@@ -131,7 +143,7 @@ UPSTREAM = [
     ),
     (
         "transformers.modeling_layers:GradientCheckpointingLayer",
-        mentions("def __init_subclass__"),
+        since("transformers", "5.23", mentions("def __init_subclass__")),
         "passes are not reused under FSDP2: its hooks would run inside a checkpointed layer",
     ),
     ("torch.nn:Module", has_hooks, "FSDP2's hooks can't be taken off"),
@@ -208,7 +220,7 @@ UPSTREAM = [
     ),
     (
         "accelerate:Accelerator.prepare_model",
-        mentions("model._is_accelerate_prepared = True"),
+        since("accelerate", "1.15", mentions("model._is_accelerate_prepared = True")),
         "after an evaluation before training, each of several processes trains alone",
     ),
     (

@@ -48,6 +48,17 @@ CORE = (
     "tests/test_bad_input.py",
     "tests/test_refusals.py",
     "tests/test_guards.py",
+    # Several processes
+    "tests/test_ranks.py",
+    "tests/test_ddp.py",
+    "tests/test_fsdp.py",
+    "tests/test_fsdp_loading.py",
+    "tests/test_fsdp_saving.py",
+    "tests/test_fsdp_steps.py",
+    "tests/test_lockstep.py",
+    "tests/test_tensor_parallel.py",
+    "tests/test_launch.py",
+    "tests/test_sharing.py",
 )
 
 

@@ -141,9 +141,10 @@ class TrainedModelArguments(ModelArguments):
             return {}
         try:
             from transformers.distributed import DistributedConfig
-        except ImportError:
+
+            return {"distributed_config": DistributedConfig(tp_size=self.tp_size, fsdp_size=self.fsdp_size)}
+        except (ImportError, TypeError):  # an old one knows no sizes
             raise ValueError("tp_size and fsdp_size need transformers 5.23 or later") from None
-        return {"distributed_config": DistributedConfig(tp_size=self.tp_size, fsdp_size=self.fsdp_size)}
 
 
 @dataclass

@@ -358,7 +358,7 @@ class BSSTrainer(Trainer):
         if self.args.world_size > 1 and self.model.__dict__.pop("_is_accelerate_prepared", False):
             # By an evaluation; accelerate would take it as it is, and each process would train alone.
             self.accelerator.unwrap_model(self.model, keep_fp32_wrapper=False)
-        self._engine.check_first()
+        self._engine.check_first(resumes=bool(checkpoint))
         forget_steps(self.model)  # of a run that an exception has ended
         try:
             if checkpoint and self.is_deepspeed_enabled:  # which loads it in its own way

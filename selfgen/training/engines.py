@@ -28,7 +28,7 @@ from ..context.sharding import (
 )
 from ..context.sharding.fsdp import parts_in_time
 from ..context.sharding.zero import hooks_off
-from .parallelism import check_deepspeed, check_fsdp_version
+from .parallelism import check_accelerate, check_deepspeed, check_fsdp_version
 from .tensor import partial_gradients_apart
 from .weight_memory import chosen_weights
 
@@ -63,8 +63,18 @@ class Engine:
         """Of the step that was just taken, where `steps_in_backward`."""
         return None
 
-    def check_first(self) -> None:
-        """Raise RuntimeError where training can't begin (again)."""
+    def check_first(self, *, resumes: bool) -> None:
+        """Raise RuntimeError or ValueError where training can't begin (again), or from a checkpoint."""
+        if self._of_accelerate and resumes:
+            check_accelerate(
+                "this accelerate loses the optimizer's state of a checkpoint under FSDP2", "begin a new run"
+            )
+        if self._of_accelerate and sharding_of(self._model) is not None:
+            check_accelerate(
+                "the model is sharded already, by an earlier train() or evaluate(), and this accelerate would train "
+                "other weights than the model's",
+                "make a new trainer with a new model",
+            )
 
     def loading_whole(self) -> AbstractContextManager[None]:
         """Inside, other models are loaded whole, in each process."""
@@ -252,7 +262,7 @@ class Zero(Engine):
     def holds(self, model: nn.Module) -> bool:
         return model is self._trainer.deepspeed
 
-    def check_first(self) -> None:
+    def check_first(self, *, resumes: bool) -> None:
         if self._trainer.deepspeed is not None:
             raise RuntimeError(
                 "DeepSpeed has prepared this trainer's model already, by an earlier train() or evaluate(), and "
@@ -283,6 +293,11 @@ def engine_of(trainer: Trainer) -> Engine:
         raise ValueError("fp16 is given, and contexts can't be made with weights that FSDP2 has in fp16: give bf16")
     if plugin is not None:
         _reduce_in_full_precision(plugin)
+        if args.save_strategy != "no":
+            check_accelerate(
+                "under FSDP2, this accelerate writes no checkpoints that a run can be resumed from",
+                "give save_strategy=no: the model is saved at the end",
+            )
     if args.weights == "sharded" and not (trainer.is_fsdp_enabled or sharding_of(trainer.model) == "fsdp2"):
         raise ValueError(
             "weights is sharded, but FSDP2 does not shard the weights (ZeRO-3 gathers them in an order of its own): "

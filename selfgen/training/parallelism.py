@@ -6,8 +6,10 @@ import os
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+import accelerate
 import torch
 from transformers import TrainingArguments
+from transformers.utils import is_accelerate_available
 
 _SPLITS = {  # sizes of accelerate's ParallelismConfig
     "cp_size": "context parallelism",
@@ -65,9 +67,15 @@ def check_fsdp_version(version: int) -> None:
     """Raise ValueError for another version of FSDP than 2."""
     if version != 2:
         raise ValueError(
-            f"FSDP{version} is given (fsdp_config: version {version}, or fsdp_version {version}), and contexts can't "
-            "be made with it: give version 2, which is FSDP2"
+            f"FSDP{version} is given (fsdp_config: version {version}, or fsdp_version {version}; old transformers have "
+            "it by default), and contexts can't be made with it: give version 2, which is FSDP2"
         )
+
+
+def check_accelerate(why: str, remedy: str) -> None:
+    """Raise ValueError where Accelerate is older than the first one whose FSDP2 does what is asked for."""
+    if not is_accelerate_available("1.13.0"):
+        raise ValueError(f"{why} (accelerate {accelerate.__version__}): install accelerate 1.13 or later, or {remedy}")
 
 
 def _shards(args: TrainingArguments) -> list[str]:

@@ -7,7 +7,6 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 
 import torch
-from accelerate import ParallelismConfig
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from selfgen.training import parallelism
@@ -15,6 +14,8 @@ from selfgen.training import parallelism
 
 def tensor_parallel_on_cpus() -> None:
     """From here on, Accelerate trains tensor parallel models on CPUs, too, in this process."""
+    from accelerate import ParallelismConfig  # which old versions lack
+
     ParallelismConfig._validate_accelerator = lambda *_: None
     parallelism._NOT_SPLIT_ON = ()
 

@@ -10,6 +10,7 @@ from selfgen import BASHTrainer, BSSConfig, BSSTrainer, ContextGenerator, RACCon
 from selfgen.data import Collator
 
 from .data import TEMPLATE, make_tokenizer
+from .versions import asked_for
 
 SMALL = {
     "per_device_train_batch_size": 2,
@@ -50,7 +51,8 @@ def rows(count: int = 16, seed: int = 0) -> Dataset:
 
 
 def config(folder, **changes) -> BSSConfig:
-    return BSSConfig(str(folder), **{**SMALL, "max_steps": 4, "learning_rate": 1e-2, "self_prob": 0.5, **changes})
+    defaults = {**SMALL, "max_steps": 4, "learning_rate": 1e-2, "self_prob": 0.5}
+    return BSSConfig(str(folder), **{**defaults, **asked_for(changes)})
 
 
 def make_trainer(folder, model=None, data=None, eval_dataset=None, trainer=BSSTrainer, **changes) -> BSSTrainer:
@@ -80,7 +82,7 @@ def make_rac_trainer(folder, data=OWN_ANSWERS, model=None, **changes) -> RACTrai
     defaults = {"max_steps": 1, "learning_rate": 0.0, "max_new_tokens": 6, "correction_cue": "h g", "report_to": []}
     return RACTrainer(
         model or tiny_model("llama"),
-        RACConfig(str(folder), **{**SMALL, **defaults, **changes}),
+        RACConfig(str(folder), **{**SMALL, **defaults, **asked_for(changes)}),
         train_dataset=Dataset.from_list(data),
         processing_class=make_tokenizer(TEMPLATE, size=VOCAB),
     )

@@ -177,12 +177,18 @@ def _shard(modules: list[ShardedModule]) -> None:
 
 
 def parts_in_time(model: nn.Module) -> list[ShardedModule]:
-    """What FSDP2 shards after a forward, and gathers for each: layers. It is not shared with another module."""
+    """What FSDP2 shards after a forward, and gathers for each: layers. It is not shared with another module.
+
+    The root is none of them, even where it is sharded after a forward: passes compute what is in it, and not itself.
+    """
     found: list[ShardedModule] = []
-    for module in _modules(model):
+    modules: list[ShardedModule] = [*_modules(model)]
+    for module in modules:
         state = module._get_fsdp_state()
         groups = _groups(state)
         state._lazy_init()  # the first one is the root
+        if module is modules[0] and set(modules) <= set(module.modules()):
+            continue
         if groups and len(state._modules) == 1 and all(group._reshard_after_forward for group in groups):
             found.append(module)
     return found

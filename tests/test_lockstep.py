@@ -18,13 +18,12 @@ from helpers.cli import ROOT, flags, save_model
 from helpers.contexts import assert_equal
 from helpers.processes import WORLD, in_ranks
 from helpers.runs import CASES, FAST, assert_same, compare, make_expected, run, under_fsdp2
-from helpers.sharded import fsdp_on_cpus, whole_state
+from helpers.sharded import Collectives, fsdp_on_cpus, whole_state
 from helpers.training import make_trainer
 from helpers.versions import APART, has, needs
 from models import SINCE, VOCAB, tiny_model
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor
-from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import AutoModelForCausalLM, BloomConfig, TrainerCallback
 from transformers.modeling_layers import GradientCheckpointingLayer
 
@@ -60,32 +59,19 @@ def rows_of(rank: int) -> dict:
     return {name: column[rank:] for name, column in ROWS.items()}
 
 
-class Calls(TorchDispatchMode):
-    """Counts collectives by name."""
-
-    def __init__(self):
-        super().__init__()
-        self.count: Counter[str] = Counter()
-
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        if func.namespace == "c10d":
-            self.count[func._schema.name.removeprefix("c10d::").strip("_")] += 1
-        return func(*args, **(kwargs or {}))
-
-
 def each_its_own(rank):
     """Also what it costs."""
     model, whole = sharded(tiny_model("llama")), ContextGenerator(tiny_model("llama"))
     generator = ContextGenerator(model, token_budget=6, balance=2)
     for seed in range(3):
         options = {**rows_of(rank), "self_prob": 0.7, "seed": seed}
-        with Calls() as calls, lockstep(model) as steps:
+        with Collectives() as calls, lockstep(model) as steps:
             found = generator.contexts(**options)
         assert_equal(found, whole.contexts(**options, method="sequential"))
         if seed:  # what the model is like is known, so that all forwards are passes
             once = 1  # embedding, norm and head
             gathers = len(model.model.layers) * steps.forwards
-            assert calls.count == {"allreduce": steps.forwards + 1, "allgather_base": once + gathers}, calls.count
+            assert calls.counts == {"all_reduce": steps.forwards + 1, "all_gather": once + gathers}, calls.counts
             groups = len(model.model.layers) + once
             formula = collectives(groups, micro_batches=0, passes=steps.forwards, how="sharded")
             assert (formula.gathers, formula.all_reduces) == (gathers, steps.forwards + 1)
@@ -229,12 +215,12 @@ def check(folder, names, world=WORLD, **engine):
 class OfSteps(TrainerCallback):
     """The collectives of each optimizer step."""
 
-    def __init__(self, calls: Calls):
+    def __init__(self, calls: Collectives):
         self.calls, self.before, self.steps = calls, Counter(), []
 
     def on_step_end(self, *_, **__):
-        self.steps.append(self.calls.count - self.before)
-        self.before = Counter(self.calls.count)
+        self.steps.append(self.calls.counts - self.before)
+        self.before = Counter(self.calls.counts)
 
 
 def trained_and_counted(rank, folder):
@@ -243,7 +229,7 @@ def trained_and_counted(rank, folder):
     found, logs = [], []
     for changes in ({"weights": "sharded"}, {"self_prob": 0.0}):
         trainer = CASES["plain"].trainer(folder / "counted", 1, fsdp=True, max_steps=4, **changes)
-        with Calls() as calls:
+        with Collectives() as calls:
             trainer.add_callback(counts := OfSteps(calls))
             trainer.train()
         found.append(counts.steps[-1])  # nothing is tried in it
@@ -253,7 +239,7 @@ def trained_and_counted(rank, folder):
     of_step, of_fine_tuning = found
     passes, parts = int(logs[0]["passes_in_step"]), trainer.model.config.num_hidden_layers + APART  # the embedding
     assert passes >= logs[0]["passes"]
-    assert of_step - of_fine_tuning == {"allgather_base": passes * parts, "allreduce": passes + 1}
+    assert of_step - of_fine_tuning == {"all_gather": passes * parts, "all_reduce": passes + 1}
     assert not of_fine_tuning - of_step
 
 

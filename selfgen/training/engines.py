@@ -212,6 +212,10 @@ class Zero(Engine):
         return True
 
     @property
+    def can_be_copied(self) -> bool:
+        return True  # while weights are whole
+
+    @property
     def keeps_names(self) -> bool:
         return True
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 from helpers.processes import WORLD, in_ranks
-from helpers.runs import CASES, FAST, compare, make_expected
+from helpers.runs import CASES, EVEN, FAST, compare, make_expected
 
 
 def compared(rank, folder, names, world):
@@ -27,4 +27,4 @@ def test_all_in_two_processes(tmp_path):
 
 @pytest.mark.slow
 def test_four_processes(tmp_path):
-    check(tmp_path, FAST, world=4)
+    check(tmp_path, EVEN, world=4)

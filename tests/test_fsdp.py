@@ -6,7 +6,7 @@ import pytest
 import torch
 from helpers.contexts import assert_equal
 from helpers.processes import WORLD, in_ranks
-from helpers.runs import CASES, FAST, compare, make_expected, train_on, under_fsdp2
+from helpers.runs import CASES, EVEN, FAST, compare, make_expected, train_on, under_fsdp2
 from helpers.sharded import fsdp_on_cpus
 from helpers.versions import FSDP2_ONCE, needs
 from models import tiny_model
@@ -57,7 +57,7 @@ def test_all_sharded_by_accelerate(tmp_path):
 
 @pytest.mark.slow
 def test_four_processes(tmp_path):
-    check(tmp_path, FAST, world=4)
+    check(tmp_path, EVEN, world=4)
 
 
 @needs("accelerate", "1.10", "ParallelismConfig")
@@ -66,7 +66,7 @@ def test_replicas_of_shards(tmp_path):
     """HSDP: two groups of two processes."""
     from accelerate import ParallelismConfig
 
-    check(tmp_path, FAST, world=4, parallelism_config=ParallelismConfig(dp_replicate_size=2, dp_shard_size=2))
+    check(tmp_path, EVEN, world=4, parallelism_config=ParallelismConfig(dp_replicate_size=2, dp_shard_size=2))
 
 
 @pytest.mark.slow

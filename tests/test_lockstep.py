@@ -17,7 +17,7 @@ from accelerate.utils.launch import prepare_multi_gpu_env
 from helpers.cli import ROOT, flags, save_model
 from helpers.contexts import assert_equal
 from helpers.processes import WORLD, in_ranks
-from helpers.runs import CASES, FAST, assert_same, compare, make_expected, run, under_fsdp2
+from helpers.runs import CASES, EVEN, assert_same, compare, make_expected, run, under_fsdp2
 from helpers.sharded import Collectives, fsdp_on_cpus, whole_state
 from helpers.training import make_trainer
 from helpers.versions import APART, has, needs
@@ -37,7 +37,6 @@ from selfgen.training.weight_memory import chosen_weights
 
 QUICK = under_fsdp2(("many", "rac, lora"))
 FAMILY = "gpt2" if has("transformers", SINCE["gpt2"]) else "llama"
-EVEN = tuple(name for name in FAST if name != "short")  # of which four processes would get other numbers of batches
 ROWS = {"prompts": [[3, 4, 5], [6, 7]], "references": [[5, 6, 7, 8, 9, 10, 11], [4, 5, 6]], "sample_ids": [0, 1]}
 
 

@@ -195,6 +195,8 @@ if not has("transformers", SINCE["gemma2"]):
     del CASES["gemma2"]
 FAST = ("many", "short", "lora, kl", "rac, direct", "bash")
 """Together they have most of what the others have."""
+EVEN = tuple(name for name in FAST if name != "short")
+"""Those of which four processes get equally many batches, as they must in any training."""
 PREPARED_TWICE = ("many", "evaluated", "evaluated, lora", "twice", "best")
 
 

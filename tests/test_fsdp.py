@@ -7,7 +7,7 @@ import torch
 from helpers.contexts import assert_equal
 from helpers.processes import WORLD, in_ranks
 from helpers.runs import CASES, EVEN, FAST, compare, make_expected, train_on, under_fsdp2
-from helpers.sharded import fsdp_on_cpus
+from helpers.sharded import fsdp_on_cpus, whole_state
 from helpers.versions import FSDP2_ONCE, needs
 from models import tiny_model
 from torch.distributed.tensor import DTensor
@@ -95,6 +95,12 @@ def sharded_by_torch(rank, folder):
             found = generator.contexts(**options)
         assert_equal(found, whole.contexts(**options, method="sequential"))
         model(input_ids=torch.arange(3, 7)[None], labels=torch.arange(3, 7)[None]).loss.backward()
+    optimizer, before = torch.optim.SGD(model.parameters(), lr=0.5), whole_state(model)
+    with whole_weights(model, keep=True):  # but no forward follows
+        pass
+    optimizer.step()
+    with whole_weights(model):
+        assert not any(torch.equal(weight, before[name]) for name, weight in model.named_parameters())
 
 
 class Broken(Exception):

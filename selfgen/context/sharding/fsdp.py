@@ -10,10 +10,12 @@ import math
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
+from weakref import WeakSet
 
 from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor
+from torch.optim.optimizer import register_optimizer_step_pre_hook
 from torch.utils._pytree import tree_leaves
 
 from .hooks import OF_SHARDING, hooks_taken_off
@@ -37,8 +39,26 @@ def gathered(model: nn.Module, *, keep: bool) -> Iterator[None]:
             yield
         whole = True
     finally:
-        if not (whole and keep):
+        if whole and keep:
+            _shard_before_a_step(model)
+        else:
             shard_again(model)
+
+
+_KEPT: WeakSet[nn.Module] = WeakSet()
+
+
+def _shard_before_a_step(model: nn.Module) -> None:
+    """Shard ``model`` again when an optimizer steps before a training forward has come: it would stay as it was."""
+
+    def shard_kept(*_) -> None:
+        for one in [*_KEPT]:
+            shard_again(one)
+        _KEPT.clear()
+
+    if not hasattr(_shard_before_a_step, "handle"):
+        _shard_before_a_step.handle = register_optimizer_step_pre_hook(shard_kept)  # type: ignore[attr-defined]
+    _KEPT.add(model)
 
 
 def shard_again(model: nn.Module) -> None:

@@ -53,7 +53,13 @@ COMMANDS: dict[str, list[str]] = {
     "eval": [
         "eval",
         *flags(COMMON | {"output_dir": "out", "batch_size": 1, "max_new_tokens": 6, "temperature": 1.0}),
-        *("--metrics", "correction", "loss", "curve"),  # exact_match starts processes of its own, which takes seconds
+        *(
+            "--metrics",
+            "gap",
+            "correction",
+            "loss",
+            "curve",
+        ),  # exact_match starts processes of its own, which takes seconds
     ],
 }
 COUNT = 16

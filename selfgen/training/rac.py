@@ -468,7 +468,7 @@ class RACTrainer(BSSTrainer):
         }
         if "finished" in rows.column_names:  # as `selfgen generate` writes it
             finished = zip(sample_ids_of(rows), rows["finished"], strict=True)
-            self._broken_off = {one for one, ended in finished if not ended}
+            self._broken_off = {one for one, ended in finished if ended is not None and not ended}
         tokens = self.args.answer_ids(self.processing_class, list(given.values()))
         return dict(zip(given, tokens, strict=True))
 

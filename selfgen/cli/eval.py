@@ -29,6 +29,7 @@ from ..evaluation import (
     exact_match,
     exposure_bias,
     extract_answer,
+    greedy_of,
     rouge,
     row_gaps,
     row_losses,
@@ -224,8 +225,9 @@ def evaluate(
 
     free = ContextGenerator(model, temperature=how.temperature, vocab_size=vocab_size)
     mixing = ContextGenerator(model, temperature=how.sampling_temperature, vocab_size=vocab_size)
+    greedy = free if how.temperature == 0 else greedy_of(free)
     made_by: dict[str, tuple[ContextGenerator, int, Method | None, Callable[[list[dict]], list[dict]]]] = {
-        "gap": (mixing, how.batch_size or 8, how.context_method, partial(gaps, mixing, tokenizer, data, how)),
+        "gap": (mixing, how.batch_size or 8, how.context_method, partial(gaps, mixing, greedy, tokenizer, data, how)),
         "answers": (free, how.batch_size or 32, None, partial(answers, free, tokenizer, data, how)),
         "corrections": (free, how.batch_size or 32, None, partial(corrections, free, tokenizer, data, how)),
         "losses": (mixing, how.batch_size or 8, how.context_method, partial(losses, mixing, how)),
@@ -308,6 +310,7 @@ def corrections(
 
 def gaps(
     generator: ContextGenerator,
+    greedy: ContextGenerator,
     tokenizer: PreTrainedTokenizerBase,
     data: DataArguments,
     how: EvalArguments,
@@ -317,6 +320,7 @@ def gaps(
     return row_gaps(
         generator,
         rows,
+        greedy=greedy,
         self_prob=how.self_prob,
         seed=how.seed,
         method=how.context_method,

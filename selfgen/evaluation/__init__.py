@@ -2,7 +2,7 @@
 
 from .answers import Share, compared, exact_match, extract_answer, rouge
 from .corrections import Corrections
-from .gap import Gap, free_running_gap, row_gaps
+from .gap import Gap, free_running_gap, greedy_of, row_gaps
 from .losses import PositionLoss, exposure_bias, held_out_losses, row_losses
 from .symbolic import symbolic_match
 
@@ -16,6 +16,7 @@ __all__ = [
     "exposure_bias",
     "extract_answer",
     "free_running_gap",
+    "greedy_of",
     "held_out_losses",
     "rouge",
     "row_gaps",

@@ -37,6 +37,7 @@ def row_gaps(
     generator: ContextGenerator,
     rows: Sequence[dict[str, Any]],
     *,
+    greedy: ContextGenerator | None = None,
     self_prob: float = 0.25,
     seed: int = 0,
     method: Method = "fixed_point",
@@ -53,20 +54,23 @@ def row_gaps(
     Args:
         generator: of the model, with the temperature of self tokens.
         rows: tokenized, with ``sample_id``, ``prompt_ids`` and ``answer_ids``.
+        greedy: what answers: a generator of the same model, with temperature 0. By default one is made for this call.
         seed, method: of the contexts.
         eos_token_ids: an answer ends with the first of these; by default those of the model.
         batch_size, answer_batch_size: rows at a time, of forwards and of answers.
     """
     check_columns(rows)
-    greedy = copy.copy(generator)
-    greedy.temperature = 0.0
-    answers = greedy.answer(
-        [row["prompt_ids"] for row in rows],
-        max_new_tokens=max((len(row["answer_ids"]) for row in rows), default=1),
-        sample_ids=[row["sample_id"] for row in rows],
-        eos_token_ids=eos_token_ids,
-        batch_size=answer_batch_size,
-    ).tokens
+    answers = (
+        (greedy or greedy_of(generator))
+        .answer(
+            [row["prompt_ids"] for row in rows],
+            max_new_tokens=max((len(row["answer_ids"]) for row in rows), default=1),
+            sample_ids=[row["sample_id"] for row in rows],
+            eos_token_ids=eos_token_ids,
+            batch_size=answer_batch_size,
+        )
+        .tokens
+    )
     counted: list[dict[str, int]] = []
     for start in range(0, len(rows), batch_size):
         part = rows[start : start + batch_size]
@@ -88,6 +92,13 @@ def row_gaps(
                 }
             )
     return counted
+
+
+def greedy_of(generator: ContextGenerator) -> ContextGenerator:
+    """A generator like another one, with temperature 0."""
+    greedy = copy.copy(generator)
+    greedy.temperature = 0.0
+    return greedy
 
 
 def _right_under_references(generator: ContextGenerator, rows: Sequence[dict[str, Any]]) -> list[Tensor]:
@@ -202,6 +213,7 @@ def free_running_gap(
     """
     refuse_stream(rows, "the gap")
     lines: list[dict[str, int]] = []
+    options.setdefault("greedy", greedy_of(generator))  # one for all chunks
     for start in tqdm(range(0, len(rows), chunk_rows), desc="Gap", disable=not progress, leave=False):
         part = [rows[i] for i in range(start, min(start + chunk_rows, len(rows)))]
         lines += row_gaps(generator, part, **options)

@@ -6,7 +6,6 @@ learned. At inference the model answers, gets the cue, and corrects itself, with
 
 from __future__ import annotations
 
-import copy
 import hashlib
 import logging
 from dataclasses import dataclass, field, replace
@@ -26,7 +25,7 @@ from ..correction import DEFAULT_CUE, CorrectionCue
 from ..data import Collator, load_rows, pad_token_id, rows_of, sample_ids_of
 from ..data.batches import IGNORE_INDEX, Row
 from ..data.streams import StreamedRows, refuse_stream
-from ..evaluation import Corrections
+from ..evaluation import Corrections, greedy_of
 from ..generation import generate_corrected
 from .batches import unique_rows
 from .bss import BSSTrainer, step_seed
@@ -434,8 +433,7 @@ class RACTrainer(BSSTrainer):
         chosen = [*enumerate(islice(fitting, most))]
         share, shares = self.args.row_share
         mine = chosen[share::shares]
-        greedy = copy.copy(self.generator)
-        greedy.temperature = 0.0
+        greedy = greedy_of(self.generator)
         with self._whole_weights(), self._engine.autocast():
             found = generate_corrected(
                 greedy,

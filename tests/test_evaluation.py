@@ -504,11 +504,11 @@ def test_a_killed_evaluation_goes_on(arguments, capsys):
 @pytest.mark.parametrize(
     ("changes", "words"),
     [
-        ({"seed": 1}, "answers.jsonl holds rows that were made with other settings (seed was 0, is 1)"),
+        ({"seed": 1}, "gap.jsonl holds rows that were made with other settings (seed was 0, is 1)"),
         ({"max_new_tokens": 9}, "(max_new_tokens was 8, is 9)"),
         ({"temperature": 0.5}, "(temperature was 0.0, is 0.5)"),
         ({"limit": 3}, "(limit was None, is 3; rows was"),
-        ({"self_prob": 0.5}, "losses.jsonl holds rows that were made with other settings (self_prob was 0.25, is 0.5)"),
+        ({"self_prob": 0.5}, "gap.jsonl holds rows that were made with other settings (self_prob was 0.25, is 0.5)"),
     ],
 )
 def test_other_settings_need_another_folder(changes, words, arguments, monkeypatch, capsys):
@@ -559,7 +559,7 @@ def test_without_matplotlib_there_are_no_plots(arguments, monkeypatch, capsys):
 @pytest.mark.parametrize(
     ("changes", "words"),
     [
-        ({"metrics": "bleu"}, "metrics are bleu; accepted: exact_match, rouge, loss, curve, correction"),
+        ({"metrics": "bleu"}, "metrics are bleu; accepted: gap, exact_match, rouge, loss, curve, correction"),
         ({"self_prob": 2}, "self_prob is 2.0; a probability must be in [0, 1]"),
         ({"temperature": -1}, "temperature is -1.0; it must be a finite number >= 0"),
         ({"sampling_temperature": "inf"}, "sampling_temperature is inf"),

@@ -77,7 +77,7 @@ COMMANDS: dict[str, list[str]] = {
     "rounds": ["train", *flags(TRAIN | ROUNDS)],
     "contexts": ["contexts", *flags(CONTEXTS)],
     "generate": ["generate", *flags(ANSWERS), "--correct"],
-    "eval": ["eval", *flags(EVAL), "--metrics", "exact_match", "loss", "curve", "correction"],
+    "eval": ["eval", *flags(EVAL), "--metrics", "gap", "exact_match", "loss", "curve", "correction"],
 }
 MORE: dict[str, list[str]] = {
     "stream": ["train", *flags(TRAIN | {"streaming": True, "dataset": "data", "dataloader_num_workers": 2})],

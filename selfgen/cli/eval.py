@@ -1,4 +1,4 @@
-"""``selfgen eval``: answers, losses by context and self-corrections of a checkpoint, on rows it was not trained on."""
+"""``selfgen eval``: the gap, answers, losses and self-corrections of a checkpoint, on rows it was not trained on."""
 
 from __future__ import annotations
 
@@ -22,13 +22,16 @@ from ..context.models import max_positions, unpadded_vocab_size
 from ..correction import DEFAULT_CUE
 from ..evaluation import (
     Corrections,
+    Gap,
     PositionLoss,
     Share,
     compared,
     exact_match,
     exposure_bias,
     extract_answer,
+    greedy_of,
     rouge,
+    row_gaps,
     row_losses,
 )
 from ..evaluation.report import table, write_plots
@@ -54,16 +57,19 @@ from .options import (
 logger = logging.getLogger(__name__)
 
 PROG = "selfgen eval"
-METRICS = ("exact_match", "rouge", "loss", "curve", "correction")
+METRICS = ("gap", "exact_match", "rouge", "loss", "curve", "correction")
 
 # What must be the same, with the model and the data, for more rows to be added to a file.
 _SAMPLING = ("seed", "max_new_tokens", "temperature")
+_CONTEXTS = ("seed", "self_prob", "sampling_temperature", "context_method")
 _SETTINGS = {
+    "gap": _CONTEXTS,
     "answers": _SAMPLING,
     "corrections": (*_SAMPLING, "rounds", "correction_cue"),
-    "losses": ("seed", "self_prob", "sampling_temperature", "context_method"),
+    "losses": _CONTEXTS,
 }
 _MEASURED = {
+    "gap": {"gap"},
     "answers": {"exact_match", "rouge"},
     "corrections": {"correction"},
     "losses": {"loss", "curve"},
@@ -81,15 +87,19 @@ class EvalArguments:
 
     output_dir: str = field(metadata={"help": "Folder for results.json, plots, and files with one line per row."})
     metrics: list[str] = field(
-        default_factory=lambda: ["exact_match", "loss", "curve"],
+        default_factory=lambda: ["gap", "exact_match", "loss", "curve"],
         metadata={
-            "help": "One or more of exact_match (with symbolic_match, where math-verify is installed) and rouge (of "
-            "free-running answers), loss (under reference, mixed and "
-            "own contexts), curve (loss by position), correction (for models trained with RAC)."
+            "help": "One or more of gap (what the model loses when it runs freely), exact_match (with symbolic_match, "
+            "where math-verify is installed) and rouge (of free-running answers), loss (under reference, mixed and own "
+            "contexts), curve (loss by position), correction (for models trained with RAC)."
         },
     )
     self_prob: float = field(
         default=0.25, metadata={"help": "Probability that a token of a mixed context is a self token, in [0, 1]."}
+    )
+    gap_rows: int = field(
+        default=256,
+        metadata={"help": "For gap: the number of rows that it is measured on, the first ones. More can be added."},
     )
     max_new_tokens: int = field(
         default=256, metadata={"help": "Most tokens of a free-running answer; longer ones are broken off."}
@@ -130,7 +140,7 @@ class EvalArguments:
         check_seed(self.seed)
         if self.context_method not in METHODS:
             raise ValueError(f"context_method is {self.context_method!r}; accepted: {', '.join(METHODS)}")
-        check_least(self, 1, "max_new_tokens", "rounds", "batch_size", "limit")
+        check_least(self, 1, "gap_rows", "max_new_tokens", "rounds", "batch_size", "limit")
         if "correction" not in self.metrics and (self.rounds, self.correction_cue) != (1, DEFAULT_CUE):
             raise ValueError("rounds and correction_cue need the metric correction: add it, or leave them out")
 
@@ -199,10 +209,10 @@ def evaluate(
     limit = max_positions(model)
     if limit is not None and data.max_length is not None and data.max_length > limit:
         raise ValueError(f"max_length is {data.max_length}, but the model has {limit} positions")
-    if report.truncated and how.files != ["losses"]:
+    if report.truncated and {"answers", "corrections"} & set(how.files):
         raise ValueError(
             f"{report.truncated} reference answers do not fit into max_length={data.max_length}, so that "
-            "answers can't be compared with their ends; give a larger --max-length, or measure only loss and curve"
+            "answers can't be compared with their ends; give a larger --max-length, or measure only gap, loss and curve"
         )
 
     what = asdict(model_arguments) | asdict(data) | {"limit": how.limit}
@@ -215,7 +225,9 @@ def evaluate(
 
     free = ContextGenerator(model, temperature=how.temperature, vocab_size=vocab_size)
     mixing = ContextGenerator(model, temperature=how.sampling_temperature, vocab_size=vocab_size)
+    greedy = free if how.temperature == 0 else greedy_of(free)
     made_by: dict[str, tuple[ContextGenerator, int, Method | None, Callable[[list[dict]], list[dict]]]] = {
+        "gap": (mixing, how.batch_size or 8, how.context_method, partial(gaps, mixing, greedy, tokenizer, data, how)),
         "answers": (free, how.batch_size or 32, None, partial(answers, free, tokenizer, data, how)),
         "corrections": (free, how.batch_size or 32, None, partial(corrections, free, tokenizer, data, how)),
         "losses": (mixing, how.batch_size or 8, how.context_method, partial(losses, mixing, how)),
@@ -223,13 +235,17 @@ def evaluate(
     for name, journal in journals.items():
         generator, batch_size, method, make = made_by[name]
         agree = partial(rounding, generator=generator, batch_size=batch_size, method=method)
-        journal.complete(rows, batch_size * _CHUNK_BATCHES, make, name.capitalize(), agree)
+        part = rows
+        if name == "gap":  # what is there of more rows stays
+            part = rows.select(range(min(len(rows), max(how.gap_rows, len(journal.rows())))))
+        journal.complete(part, batch_size * _CHUNK_BATCHES, make, name.capitalize(), agree)
     if not is_first():
         return None
     lines = {name: journal.rows() for name, journal in journals.items()}
     for name in [name for name in _SETTINGS if name not in lines]:  # what is there already, of the same model and rows
         settings, found = read(folder / f"{name}.jsonl")
-        if len(found) == len(rows) and not differences(settings, settings | what, ignore=NAMES):
+        enough = len(found) == len(rows) or (name == "gap" and found)
+        if enough and not differences(settings, settings | what, ignore=NAMES):
             lines[name], made[name] = found, {key: settings[key] for key in _SETTINGS[name]}
     asked = {*how.metrics, *before.get("metrics", [])}
     metrics = [name for name in METRICS if name in asked & set().union(*(_MEASURED[kind] for kind in lines))]
@@ -292,6 +308,28 @@ def corrections(
     return lines
 
 
+def gaps(
+    generator: ContextGenerator,
+    greedy: ContextGenerator,
+    tokenizer: PreTrainedTokenizerBase,
+    data: DataArguments,
+    how: EvalArguments,
+    rows: list[dict],
+) -> list[dict[str, Any]]:
+    """How many tokens of some rows are right under references, and how many running freely."""
+    return row_gaps(
+        generator,
+        rows,
+        greedy=greedy,
+        self_prob=how.self_prob,
+        seed=how.seed,
+        method=how.context_method,
+        eos_token_ids=sorted(data.answer_ends(tokenizer, generator.eos_token_ids)),
+        batch_size=how.batch_size or 8,
+        answer_batch_size=how.batch_size or 32,
+    )
+
+
 def losses(generator: ContextGenerator, how: EvalArguments, rows: list[dict]) -> list[dict[str, Any]]:
     """Losses of each reference token of some rows, by kind of context."""
     lines: list[dict[str, Any]] = []
@@ -310,6 +348,8 @@ def losses(generator: ContextGenerator, how: EvalArguments, rows: list[dict]) ->
 def measure(lines: dict[str, list[dict[str, Any]]], metrics: list[str], self_prob: float) -> dict[str, Any]:
     """The numbers of the metrics, from the lines of all rows; ``self_prob`` is that of mixed contexts."""
     results: dict[str, Any] = {}
+    if "gap" in metrics:
+        results["gap"] = Gap.of(lines["gap"]).to_dict()
     if made := lines.get("answers"):
         if "exact_match" in metrics:
             results["exact_match"] = Share(sum(line["generated_right"] for line in made), len(made)).to_dict()

@@ -43,5 +43,17 @@ class Corrections:
             "stayed_wrong": Share(self.stayed_wrong, wrong),
         }
 
+    @property
+    def of_all(self) -> dict[str, float]:
+        """Shares of all rows, of which ``corrected_right`` is ``first_right + wrong_to_right - right_to_wrong``."""
+        counts = {
+            "first_right": self.stayed_right + self.right_to_wrong,
+            "corrected_right": self.stayed_right + self.wrong_to_right,
+            "wrong_to_right": self.wrong_to_right,
+            "right_to_wrong": self.right_to_wrong,
+        }
+        rows = counts["first_right"] + self.wrong_to_right + self.stayed_wrong
+        return {name: count / max(1, rows) for name, count in counts.items()}
+
     def to_dict(self) -> dict[str, Any]:
         return {name: share.to_dict() for name, share in self.shares.items()}

@@ -97,9 +97,7 @@ def row_losses(
     method: Method = "fixed_point",
 ) -> dict[str, list[Tensor]]:
     """The losses of one batch token by token: for each kind of context float32 [T_i] per row, on the CPU."""
-    missing = [name for name in ("prompt_ids", "answer_ids", "sample_id") if rows and name not in rows[0]]
-    if missing:
-        raise ValueError(f"the rows lack {', '.join(missing)}; tokenize them with selfgen.data.tokenize_rows")
+    check_columns(rows)
     prompts, references, ids = ([row[name] for row in rows] for name in ("prompt_ids", "answer_ids", "sample_id"))
     losses = {}
     for name, self_prob in self_probs.items():
@@ -108,8 +106,26 @@ def row_losses(
     return losses
 
 
+def check_columns(rows: Sequence[dict[str, Any]]) -> None:
+    """Raise ValueError if rows are not tokenized."""
+    missing = [name for name in ("prompt_ids", "answer_ids", "sample_id") if rows and name not in rows[0]]
+    if missing:
+        raise ValueError(f"the rows lack {', '.join(missing)}; tokenize them with selfgen.data.tokenize_rows")
+
+
 def _token_losses(generator: ContextGenerator, rows: Sequence[dict[str, Any]], contexts: list[Tensor]) -> list[Tensor]:
     """Cross-entropy of each reference token, [T_i] per row, with ``contexts`` as input."""
+    logits, labels, lengths = answer_logits(generator, rows, contexts)
+    return list(F.cross_entropy(logits.float(), labels, reduction="none").cpu().split(lengths))
+
+
+def answer_logits(
+    generator: ContextGenerator, rows: Sequence[dict[str, Any]], contexts: Sequence[Tensor | Sequence[int]]
+) -> tuple[Tensor, Tensor, list[int]]:
+    """Logits [N, V] and references [N] of all answer tokens, one row after another, and their number per row.
+
+    The input is the ``contexts``, [T_i] per row.
+    """
     model, collate = generator.model, Collator(pad_token_id=0)  # padding is masked
     batch = {key: value.to(model.device) for key, value in collate(list(rows)).items()}
     write_contexts_into(batch, contexts)
@@ -118,8 +134,7 @@ def _token_losses(generator: ContextGenerator, rows: Sequence[dict[str, Any]], c
         logits = model(**arguments_of(model, **given, use_cache=False)).logits  # [B, L, V]
     labels = batch["labels"][:, 1:]
     learned = labels != IGNORE_INDEX
-    losses = F.cross_entropy(logits[:, :-1][learned].float(), labels[learned], reduction="none")
-    return list(losses.cpu().split(batch["answer_length"].tolist()))
+    return logits[:, :-1][learned], labels[learned], batch["answer_length"].tolist()
 
 
 def exposure_bias(reference: PositionLoss, own: PositionLoss, width: int | None = None) -> list[dict[str, float]]:

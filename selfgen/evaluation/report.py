@@ -7,6 +7,10 @@ from pathlib import Path
 from typing import Any
 
 NAMES = {
+    "under_references": "tokens, under references",
+    "running_freely": "tokens, running freely",
+    "whole_answers": "whole answers, freely",
+    "agreement": "equal to the reference",
     "exact_match": "exact match",
     "symbolic_match": "symbolic match",
     "finished": "ended by themselves",
@@ -24,8 +28,15 @@ NAMES = {
 
 
 def table(results: Mapping[str, Any]) -> str:
-    """What was measured, as text."""
+    """What was measured, as text; its first line is the gap, if that was."""
     lines = []
+    if gap := results.get("gap"):
+        lines += [gap["advice"], ""]
+        for name in ("under_references", "running_freely"):
+            lines.append(f"{NAMES[name]:28}{gap[name]:9.2%}  of {gap['tokens']} in {gap['rows']} rows")
+        lines.append(_share(NAMES["whole_answers"], gap["whole_answers"]))
+        if gap["agreement"] is not None:
+            lines.append(f"{NAMES['agreement']:28}{gap['agreement']:9.2%}  of {gap['self_tokens']} self tokens")
     for name in ("exact_match", "symbolic_match", "finished", "empty"):
         if name in results:
             lines.append(_share(NAMES[name], results[name]))

@@ -88,6 +88,7 @@ _ROW_COLUMNS = ("sample_id", "prompt_ids", "answer_ids", "is_learned", "context_
 _FIRST_LOOK = 10  # the steps before the first look again
 _LOOK_EVERY = 100  # steps between two looks at what contexts, reuse and a lean loss take for granted
 _BOOKKEEPING = (*ROWS, "loss_weight", "read")  # columns that are not the model's
+_OF_TIME = ("runtime", "samples_per_second", "steps_per_second")  # metrics of every evaluation
 _OF_TRAINER = logging.getLogger("transformers.trainer")
 
 
@@ -137,6 +138,7 @@ class BSSTrainer(Trainer):
     """
 
     _weighs_rows = False  # whether batches have a column loss_weight
+    _weighing = "direct_weight"  # the options that such a column comes from
     _lean_by_default = False  # also where self_prob is 0
     collator_class = Collator
     compute_loss_func: Callable | None
@@ -289,15 +291,19 @@ class BSSTrainer(Trainer):
         metric = args.metric_for_best_model
         if metric is None or args.eval_strategy == "no" or self.compute_metrics is not None:
             return
-        known = ["loss", "runtime", "samples_per_second", "steps_per_second"]
+        known = self._metrics_of_evaluations()
         if isinstance(sets, dict):
             known = [f"{one}_{of}" for one in sets for of in known]
         if metric.removeprefix("eval_") not in known:
-            losses = ", ".join(f"eval_{one}" for one in known if one.endswith("loss"))
+            losses = ", ".join(f"eval_{one}" for one in known if not one.endswith(_OF_TIME))
             raise ValueError(
                 f"metric_for_best_model is {metric!r}, which no evaluation has; accepted: {losses}, or a metric of "
                 "compute_metrics"
             )
+
+    def _metrics_of_evaluations(self) -> list[str]:
+        """Names of what an evaluation measures, without a prefix."""
+        return ["loss", *_OF_TIME]
 
     def _end_answers_where_rows_end(self) -> None:
         """Make the trained model end its answers as its training rows do, also when it is loaded later."""
@@ -639,7 +645,7 @@ class BSSTrainer(Trainer):
         lean = (args.self_prob > 0 or self._lean_by_default) if args.lean_loss is None else args.lean_loss
         asked = [name for name in ("kl_weight", "lean_loss") if getattr(args, name)]
         if self._weighs_rows:
-            asked.append("direct_weight")
+            asked.append(self._weighing)
         name = type(self.generator.model).__name__
         given = "_loss_function" in vars(self.generator.model)
         outside = not (self.compute_loss_func is not None or given) and learns_its_input(self.generator.model)

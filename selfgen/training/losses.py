@@ -261,7 +261,8 @@ def _groups(row_weights: Tensor | None, learned: Tensor) -> list[tuple[float, Te
     """(weight, bool [B]) for each weight that occurs."""
     if row_weights is None:
         return [(1.0, learned.new_ones(len(learned)))]
-    return [(weight, row_weights == weight) for weight in sorted(set(row_weights.tolist())) if weight]
+    groups = [(weight, row_weights == weight) for weight in sorted(set(row_weights.tolist())) if weight]
+    return groups or [(0.0, learned.new_ones(len(learned)))]  # every weight must have a gradient
 
 
 def why_not_lean(model: PreTrainedModel) -> str | None:

@@ -9,25 +9,34 @@ from __future__ import annotations
 import hashlib
 import logging
 from dataclasses import dataclass, field, replace
+from functools import partial
+from itertools import islice
 
 import numpy as np
 import torch
+from accelerate.utils import gather_object
 from datasets import Dataset
 from torch import Tensor
 
 from ..context import Answers, ContextStats
 from ..context.masks import check_probability
+from ..context.models import max_positions
 from ..correction import DEFAULT_CUE, CorrectionCue
 from ..data import Collator, load_rows, pad_token_id, rows_of, sample_ids_of
-from ..data.batches import Row
-from ..data.streams import refuse_stream
+from ..data.batches import IGNORE_INDEX, Row
+from ..data.streams import StreamedRows, refuse_stream
+from ..evaluation import Corrections, greedy_of
+from ..generation import generate_corrected
 from .batches import unique_rows
 from .bss import BSSTrainer, step_seed
 from .config import BSSConfig
+from .right_answers import RIGHT_ANSWERS, Judge, left_out, same_as_eval
 
 logger = logging.getLogger(__name__)
 
 OWN_ANSWERS = ("generated", "mixed", "column")
+_MEASURED = ("first_right", "corrected_right", "wrong_to_right", "right_to_wrong")
+_NO_LIMIT = 2**31
 _DIRECT = 1 << 62  # the bit of a sample id that tells the row without a correction; negative ids may be the user's
 
 
@@ -85,10 +94,33 @@ class RACConfig(BSSConfig):
         },
     )
     direct_weight: float = field(
-        default=0.0,
+        default=1.0,
         metadata={
             "help": "Weight of the loss on the reference right after the prompt, in addition to that on the "
-            "correction. 0 trains on corrections only; 1 gives both the same weight, with twice the rows."
+            "correction. 1 gives both the same weight, with twice the rows; 0 trains on corrections only, and first "
+            "answers may get worse."
+        },
+    )
+    right_answers: str = field(
+        default="reference",
+        metadata={
+            "help": "What is learned as the correction of an own answer that is right already: reference (as of any "
+            "other), or keep (the own answer itself, which teaches not to spoil right answers)."
+        },
+    )
+    right_answer_share: float = field(
+        default=1.0,
+        metadata={
+            "help": "Most of a step's corrections whose own answer is right already, as a share in [0, 1]; others of "
+            "them are left out of the loss. 0 corrects wrong answers only; 1 leaves out none."
+        },
+    )
+    eval_corrections: int = field(
+        default=0,
+        metadata={
+            "help": "Number of rows of the evaluation data, the first ones, that are answered and corrected in every "
+            "evaluation: its metrics then have first_right, corrected_right, wrong_to_right and right_to_wrong. 0 is "
+            "none."
         },
     )
 
@@ -106,6 +138,22 @@ class RACConfig(BSSConfig):
             raise ValueError(f"own_answer_self_prob goes with own_answer=mixed, but own_answer is {self.own_answer!r}")
         if not 0.0 <= self.direct_weight < float("inf"):
             raise ValueError(f"direct_weight is {self.direct_weight}; it must be a finite number >= 0")
+        if self.right_answers not in RIGHT_ANSWERS:
+            raise ValueError(f"right_answers is {self.right_answers!r}; accepted: {', '.join(RIGHT_ANSWERS)}")
+        if not 0.0 <= self.right_answer_share <= 1.0:
+            raise ValueError(f"right_answer_share is {self.right_answer_share}; it must be a share in [0, 1]")
+        if self.right_answers == "keep" and self.right_answer_share == 0.0:
+            raise ValueError(
+                "right_answers=keep, but right_answer_share is 0, which leaves all right answers out: give a share "
+                "above 0, or right_answers=reference"
+            )
+        if self.eval_corrections < 0:
+            raise ValueError(f"eval_corrections is {self.eval_corrections}; it must be at least 0")
+
+    @property
+    def judges(self) -> bool:
+        """Whether it matters to the loss which own answers are right."""
+        return self.right_answers == "keep" or self.right_answer_share < 1.0
 
 
 class RACTrainer(BSSTrainer):
@@ -116,27 +164,43 @@ class RACTrainer(BSSTrainer):
     answer, cue and reference together have at most ``max_length`` tokens: an own answer is cut to what is left, and
     ``own_answers_cut`` in the logs is the share of own answers that were cut. ``own_answers_empty`` is the share of
     those without a token, which are shown as such, and ``own_answers_unfinished``, where they are generated, that of
-    those which did not end within ``max_new_tokens`` or the model's positions.
+    those which did not end within ``max_new_tokens`` or the model's positions. ``own_answers_right`` is the share of
+    those that were right before the correction: they ended, were not cut, and say what a reference says that was not
+    cut, either. Where ``right_answer_share`` leaves some out, ``own_answers_left_out`` is their share.
 
     Args:
         model, args, train_dataset, eval_dataset, processing_class, **kwargs: as in ``BSSTrainer``; ``args`` is an
             ``RACConfig``. With ``own_answer="column"`` the training rows have a column with own answers. What is
-            evaluated is the answer right after the prompt, without a correction.
+            evaluated is the answer right after the prompt, without a correction; with ``eval_corrections``, some rows
+            are also answered and corrected.
+        judge: a function (answer, reference) -> whether the answer is right, of their texts, in place of
+            ``evaluation.exact_match``. It must say the same whenever it is asked the same.
     """
 
     _lean_by_default = True  # its rows are the longest
 
-    def __init__(self, model, args: RACConfig, *, train_dataset=None, data_collator=None, **kwargs):
+    def __init__(
+        self, model, args: RACConfig, *, train_dataset=None, data_collator=None, judge: Judge | None = None, **kwargs
+    ):
         if not isinstance(args, RACConfig):
             raise TypeError(f"args is a {type(args).__name__}; RACTrainer takes an RACConfig")
         if data_collator is not None:
             raise ValueError("RACTrainer makes its batches with selfgen's collator; leave data_collator out")
         if args.own_answer == "column":
             refuse_stream(train_dataset, "own answers of a column")
+        self._judge = judge or same_as_eval
         self._own_answers: dict[int, list[int]] = {}
+        self._broken_off: set[int] = set()  # of these
         self._known_cue: CorrectionCue | None = None
-        self._weighs_rows = args.direct_weight > 0
+        self._has_direct = args.direct_weight > 0
+        self._counts_anew = args.loss_on != "all" or args.judges  # direct rows and corrections learn other tokens
+        self._weighing = "right_answer_share" if args.right_answer_share < 1 else "direct_weight"
+        self._weighs_rows = args.right_answer_share < 1 or (
+            self._has_direct and (args.direct_weight != 1 or self._counts_anew)
+        )
         super().__init__(model, args, train_dataset=train_dataset, **kwargs)
+        if args.eval_corrections:
+            self._check_eval_corrections()
         if args.own_answer == "column":
             self._own_answers = self._read_own_answers(train_dataset)
             self.train_dataset = self._rows_with_own_answers(self.train_dataset)  # type: ignore[has-type]
@@ -169,61 +233,122 @@ class RACTrainer(BSSTrainer):
         if not batches:
             return batches
         rows = [rows_of(batch) for batch in batches]
+        unique = unique_rows([row for part in rows for row in part])
         self.meter.contexts_begin()
-        own, work = self._own([row for part in rows for row in part])
+        own, work = self._own(unique)
         self.meter.contexts_end(work)
-        return [self._corrections(part, own) for part in rows]
+        right = self._right(unique, own)
+        out: set[int] = set()
+        if self.args.right_answer_share < 1:
+            wrong = {row.sample_id for row in unique} - right
+            seed = step_seed(self.args.seed, self.state.global_step, stream=1)
+            together = self.args.world_size > 1
+            out = left_out(right, wrong, self.args.right_answer_share, seed, together=together)
+        return [self._corrections(part, own, right, out) for part in rows]
 
     def get_batch_samples(self, epoch_iterator, num_batches, device):
         batches, num_items = super().get_batch_samples(epoch_iterator, num_batches, device)
-        if batches and self._weighs_rows and self.args.loss_on != "all":
-            # Direct rows have other self tokens, so they get a mean of their own.
-            direct = super()._get_num_items_in_batch([_half(batch, 1) for batch in batches], device)
+        if not batches or not self._counts_anew:
+            return batches, num_items
+        if self.args.loss_on == "all":  # counted before there were corrections
+            num_items = self._get_num_items_in_batch(batches, device)
+        if self._has_direct and num_items is not None:  # they get a mean of their own
+            direct = super()._get_num_items_in_batch([self._learned(batch, direct=True) for batch in batches], device)
             for batch in batches:
                 weights = batch["loss_weight"]
                 weights[len(weights) // 2 :] = self.args.direct_weight * max(1, int(num_items)) / max(1, int(direct))
         return batches, num_items
 
     def _get_num_items_in_batch(self, batch_samples, device):
-        """Learned tokens are counted in corrections only: the first half of the rows, where direct rows follow them."""
-        first = [_half(batch, 0) if "loss_weight" in batch else batch for batch in batch_samples]
+        """Learned tokens are counted in corrections only, without those that are left out."""
+        first = [self._learned(batch) if "loss_weight" in batch else batch for batch in batch_samples]
         return super()._get_num_items_in_batch(first, device)
 
-    def _corrections(self, rows: list[Row], own: dict[int, list[int]]) -> dict[str, Tensor]:
+    def _learned(self, batch: dict[str, Tensor], *, direct: bool = False) -> dict[str, Tensor]:
+        """A batch with the labels of its direct rows, or of its corrections that have a weight."""
+        labels, weights = batch["labels"], batch["loss_weight"]
+        if direct:
+            return {**batch, "labels": labels.chunk(2)[1]}
+        if self._has_direct:  # they follow the corrections
+            labels, weights = labels.chunk(2)[0], weights.chunk(2)[0]
+        return {**batch, "labels": labels.masked_fill((weights == 0)[:, None], IGNORE_INDEX)}
+
+    def _corrections(
+        self, rows: list[Row], own: dict[int, list[int]], right: set[int], out: set[int]
+    ) -> dict[str, Tensor]:
         """The micro-batch of some rows and their own answers."""
-        prompts = [self._correction_prompt(row, own[row.sample_id]) for row in rows]
-        ids, weights = [row.sample_id for row in rows], [1.0] * len(rows)
-        if self._weighs_rows:
+        made = [self._correction(row, own[row.sample_id], row.sample_id in right) for row in rows]
+        prompts, targets = [prompt for prompt, _ in made], [target for _, target in made]
+        ids, weights = [row.sample_id for row in rows], [float(row.sample_id not in out) for row in rows]
+        self.meter.counts["own_answers_left_out"] += weights.count(0.0)
+        if self._has_direct:
             prompts += [row.prompt for row in rows]
+            targets += [row.reference for row in rows]
             ids += [row ^ _DIRECT for row in ids]  # a row of its own, with own noise
             weights += [self.args.direct_weight] * len(rows)
-        references = [row.reference for row in rows] * (len(ids) // len(rows))
-        batch = Collator(pad_token_id(self.processing_class)).pad(prompts, references, ids)
+        batch = Collator(pad_token_id(self.processing_class)).pad(prompts, targets, ids)
         if self._weighs_rows:
             batch["loss_weight"] = torch.tensor(weights, device=batch["input_ids"].device)
         return batch
 
-    def _correction_prompt(self, row: Row, own: list[int]) -> Tensor:
-        """Prompt, own answer and cue, int64 [P]; the answer is cut to the room that there is."""
+    def _correction(self, row: Row, own: list[int], is_right: bool) -> tuple[Tensor, Tensor]:
+        """Prompt, own answer and cue, int64 [P], the answer cut to the room that there is; and what is learned, [T]."""
+        own, room = self._cue.ended(own), self._room(row)
+        self.meter.counts["own_answers"] += 1
+        self.meter.counts["own_answers_cut"] += len(own) > room
+        self.meter.counts["own_answers_empty"] += not own
+        self.meter.counts["own_answers_right"] += is_right
+        prompt = torch.cat([row.prompt, row.prompt.new_tensor(self._cue.prompt([], own[:room]))])
+        target = row.reference
+        if is_right and self.args.right_answers == "keep":
+            kept = torch.cat([target.new_tensor(own), self._end_of(target)])
+            if self.args.max_length is None or len(prompt) + len(kept) <= self.args.max_length:
+                target = kept
+        return prompt, target
+
+    def _room(self, row: Row) -> int:
+        """The most tokens of an own answer that can be shown before the reference."""
+        if self.args.max_length is None:
+            return _NO_LIMIT
         prompt, answer, cue = len(row.prompt), len(row.reference), len(self._cue.ids)
-        room = len(own) if self.args.max_length is None else self.args.max_length - prompt - cue - answer
+        room = self.args.max_length - prompt - cue - answer
         if room < 0:
             raise ValueError(
                 f"row {row.sample_id} has no room for the cue of {cue} tokens within max_length="
                 f"{self.args.max_length}: its prompt has {prompt} tokens and its answer {answer}; raise max_length, or "
                 "leave the row out"
             )
-        own = self._cue.ended(own)
-        self.meter.counts["own_answers"] += 1
-        self.meter.counts["own_answers_cut"] += len(own) > room
-        self.meter.counts["own_answers_empty"] += not own
-        return torch.cat([row.prompt, row.prompt.new_tensor(self._cue.prompt([], own[:room]))])
+        return room
+
+    def _end_of(self, reference: Tensor) -> Tensor:
+        """What a reference has after what it says; nothing if it was cut."""
+        return reference[len(self._cue.ended(reference.tolist())) :]
+
+    def _right(self, rows: list[Row], own: dict[int, list[int]]) -> set[int]:
+        """Sample ids of own answers that are right: none that is empty, broken off or cut, nor of a cut reference."""
+        whole = []
+        for row in rows:
+            answer = self._cue.ended(own[row.sample_id])
+            ended = self.args.own_answer == "column" or not self._cue.stop_ids.isdisjoint(own[row.sample_id])
+            ended = ended and row.sample_id not in self._broken_off and len(self._end_of(row.reference)) > 0
+            if answer and ended and len(answer) <= self._room(row):
+                whole.append((row, answer))
+        says = partial(self.args.answer_texts, self.processing_class)
+        texts = zip(says([answer for _, answer in whole]), says([row.reference for row, _ in whole]), strict=True)
+        return {
+            row.sample_id
+            for (row, _), (answer, reference) in zip(whole, texts, strict=True)
+            if self._judge(answer, reference)
+        }
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         counts = self.meter.counts
         if "loss" in logs and (shown := counts["own_answers"]):
             logs["own_answers_cut"] = counts["own_answers_cut"] / shown
             logs["own_answers_empty"] = counts["own_answers_empty"] / shown
+            logs["own_answers_right"] = counts["own_answers_right"] / shown
+            if self.args.right_answer_share < 1:
+                logs["own_answers_left_out"] = counts["own_answers_left_out"] / shown
             if generated := counts["own_answers_generated"]:
                 logs["own_answers_unfinished"] = counts["own_answers_unfinished"] / generated
         super().log(logs, start_time)
@@ -236,16 +361,16 @@ class RACTrainer(BSSTrainer):
         digest = hashlib.sha256(found.encode())
         for sample_id, answer in sorted(self._own_answers.items()):
             digest.update(np.asarray([sample_id, len(answer), *answer], dtype="<i8").tobytes())
+        digest.update(np.asarray(sorted(self._broken_off), dtype="<i8").tobytes())
         return digest.hexdigest()
 
     def _own(self, rows: list[Row]) -> tuple[dict[int, list[int]], ContextStats]:
-        """Own answers by sample id, and what they cost."""
+        """Own answers by sample id, with the token that ends them if they are generated, and what they cost."""
         work = ContextStats.untouched([], [])
         cost: Answers | ContextStats
         if self.args.own_answer == "column":
             return self._own_answers, work
-        unique = unique_rows(rows)
-        ids, prompts = [row.sample_id for row in unique], [row.prompt for row in unique]
+        ids, prompts = [row.sample_id for row in rows], [row.prompt for row in rows]
         seed = step_seed(self.args.seed, self.state.global_step, stream=1)
         if self.args.own_answer == "mixed":
             self._agree_on_budget()
@@ -253,7 +378,7 @@ class RACTrainer(BSSTrainer):
             if self.args.own_answer == "mixed":
                 mixed = self.generator.contexts(
                     prompts,
-                    [row.reference for row in unique],
+                    [row.reference for row in rows],
                     self.args.own_answer_self_prob,
                     seed=seed,
                     sample_ids=ids,
@@ -275,6 +400,59 @@ class RACTrainer(BSSTrainer):
         work = replace(work, passes=cost.passes, tokens_computed=cost.tokens_computed, invalid=cost.invalid)
         return {row: answer.tolist() for row, answer in zip(ids, tokens, strict=True)}, work
 
+    def _check_eval_corrections(self) -> None:
+        known = self.eval_dataset
+        sets = list(known.values()) if isinstance(known, dict) else [known]
+        if any(isinstance(one, StreamedRows) for one in sets):
+            raise ValueError("eval_corrections reads the first rows anew: give evaluation data that is no stream")
+
+    def _metrics_of_evaluations(self) -> list[str]:
+        return [*super()._metrics_of_evaluations(), *(_MEASURED if self.args.eval_corrections else ())]
+
+    def evaluation_loop(self, *args, metric_key_prefix="eval", **kwargs):
+        """BSSTrainer's, and what becomes of some rows' answers when they are corrected."""
+        output = super().evaluation_loop(*args, metric_key_prefix=metric_key_prefix, **kwargs)
+        if self.args.eval_corrections and output.metrics is not None and metric_key_prefix.startswith("eval"):
+            loader = args[0] if args else kwargs["dataloader"]
+            found = self.measure_corrections(loader.dataset, self.args.eval_corrections)
+            output.metrics.update({f"{metric_key_prefix}_{name}": value for name, value in found.items()})
+        return output
+
+    def measure_corrections(self, rows: Dataset, most: int) -> dict[str, float]:
+        """Shares of the first ``most`` rows: right at first, right when corrected, made right, and spoilt.
+
+        Answers are greedy, and asked to be corrected once, as by ``selfgen eval --metrics correction``. Rows whose
+        prompt leaves no room for that are passed over. Processes share the rows.
+
+        Args:
+            rows: tokenized, with columns ``prompt_ids`` and ``answer_ids``.
+        """
+        refuse_stream(rows, "eval_corrections")
+        limit = max_positions(self.generator.model) or _NO_LIMIT
+        fitting = (row for row in rows if len(row["prompt_ids"]) + len(self._cue.ids) + 2 <= limit)
+        chosen = [*enumerate(islice(fitting, most))]
+        share, shares = self.args.row_share
+        mine = chosen[share::shares]
+        greedy = greedy_of(self.generator)
+        with self._whole_weights(), self._engine.autocast():
+            found = generate_corrected(
+                greedy,
+                self.processing_class,
+                [row["prompt_ids"] for _, row in mine],
+                cue=self.args.correction_cue,
+                row_options=self.args,
+                max_new_tokens=self.args.max_new_tokens,
+                batch_size=self.args.own_answer_batch_size,
+                sample_ids=[number for number, _ in mine],
+            )
+        greedy.release()
+        says = partial(self.args.answer_texts, self.processing_class)
+        texts = zip(says(found.first), says(found.corrected), says([row["answer_ids"] for _, row in mine]), strict=True)
+        judged = [(self._judge(first, truth), self._judge(corrected, truth)) for first, corrected, truth in texts]
+        told = [(number, pair) for (number, _), pair in zip(mine, judged, strict=True)]
+        everyone = dict(gather_object(told) if self.args.world_size > 1 else told)
+        return Corrections.of(everyone.values()).of_all
+
     def _read_own_answers(self, rows) -> dict[int, list[int]]:
         column = self.args.own_answer_column
         rows = load_rows(rows)
@@ -286,6 +464,9 @@ class RACTrainer(BSSTrainer):
         given = {
             one: text for one, text in zip(sample_ids_of(rows), rows[column], strict=True) if isinstance(text, str)
         }
+        if "finished" in rows.column_names:  # as `selfgen generate` writes it
+            finished = zip(sample_ids_of(rows), rows["finished"], strict=True)
+            self._broken_off = {one for one, ended in finished if ended is not None and not ended}
         tokens = self.args.answer_ids(self.processing_class, list(given.values()))
         return dict(zip(given, tokens, strict=True))
 
@@ -303,8 +484,3 @@ class RACTrainer(BSSTrainer):
             raise ValueError(f"{said}; own answers must be text, so fill or drop these rows")
         logger.warning("%s; they are dropped", said)
         return rows.select(kept)
-
-
-def _half(batch: dict[str, Tensor], which: int) -> dict[str, Tensor]:
-    """Labels of the corrections (0) or of the rows as they were (1)."""
-    return {**batch, "labels": batch["labels"].chunk(2)[which]}

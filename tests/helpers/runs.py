@@ -147,6 +147,10 @@ OWN = [
     ]
 ]  # fmt: skip
 RAC = {"self_prob": 0.5, "per_device_train_batch_size": 1, "gradient_accumulation_steps": 2}
+RIGHT = {
+    **RAC, "own_answer": "column", "right_answers": "keep", "right_answer_share": 0.4, "direct_weight": 0.5,
+    "judge": lambda answer, reference: answer[-1:] in "aeh",
+}  # fmt: skip
 EVALUATED = {"eval_strategy": "steps", "eval_steps": 1, "eval_dataset": rows(5, seed=3)}
 
 CASES = {
@@ -180,6 +184,7 @@ CASES = {
     "rac, direct, after_self": Case(
         {**RAC, "direct_weight": 0.5, "loss_on": "after_self"}, make=make_rac, data=OWN, reused=True
     ),
+    "rac, right": Case(RIGHT, make=make_rac, data=OWN, reused=True),
     "rac, lora": Case(RAC, make=make_rac, data=OWN, model=lora),
     "bash": Case({"lean_loss": True}, make=make_bash_trainer, reused=False),
     "bash, lora": Case({"lean_loss": True}, make=make_bash_trainer, reused=False, model=lora),

@@ -78,13 +78,17 @@ def make_bash_trainer(folder, data=None, **changes) -> BASHTrainer:
     return make_trainer(folder, data=(data or rows()).map(with_contexts), trainer=BASHTrainer, **changes)
 
 
-def make_rac_trainer(folder, data=OWN_ANSWERS, model=None, **changes) -> RACTrainer:
+def make_rac_trainer(folder, data=OWN_ANSWERS, model=None, eval_dataset=None, judge=None, **changes) -> RACTrainer:
+    """On corrections alone, if no ``direct_weight`` is given."""
     defaults = {"max_steps": 1, "learning_rate": 0.0, "max_new_tokens": 6, "correction_cue": "h g", "report_to": []}
+    defaults["direct_weight"] = 0.0
     return RACTrainer(
         model or tiny_model("llama"),
         RACConfig(str(folder), **{**SMALL, **defaults, **asked_for(changes)}),
         train_dataset=Dataset.from_list(data),
+        eval_dataset=eval_dataset,
         processing_class=make_tokenizer(TEMPLATE, size=VOCAB),
+        judge=judge,
     )
 
 

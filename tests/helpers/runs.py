@@ -161,6 +161,7 @@ CASES = {
     "kl, not lean": Case({"kl_weight": 0.3, "lean_loss": False}, lean=False),
     "not reused": Case({"reuse_passes": False}, reused=False),
     "scheduled": Case({"self_prob_warmup": 2}),
+    "auto": Case({"self_prob": "auto", "difference_target": 0.3, "self_prob_cap": 0.9, "self_prob_warmup": 1}),
     "not clipped": Case({"max_grad_norm": 0.0}),
     "evaluated": Case(EVALUATED, before=evaluate, after=predict),
     "checkpointed": Case({"gradient_checkpointing": True}),

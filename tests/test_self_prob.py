@@ -10,20 +10,19 @@ from statistics import median
 
 import pytest
 import torch
-from datasets import Dataset
 from helpers.processes import in_ranks
-from helpers.runs import compare, make_expected
+from helpers.runs import EASY, compare, make_expected
 from helpers.training import config, make_bash_trainer, make_rac_trainer, make_trainer, rows, weights
 from models import tiny_model
 from transformers import TrainerCallback
 
+from selfgen.cli.contexts import ContextArguments
 from selfgen.training import self_prob
 from selfgen.training.checkpoints import ResumeError
+from selfgen.training.processes import meet
 from selfgen.training.self_prob import DifferenceBudget, least_steps, settled
 
 FILE = "selfgen_self_prob.json"
-EASY = Dataset.from_list([{"sample_id": i, "prompt_ids": [3 + i], "answer_ids": [7] * (6 + i % 5)} for i in range(16)])
-"""Answers of one token, which are soon learned, so that self tokens agree with them."""
 AUTO = {"self_prob": "auto", "difference_target": 0.3, "self_prob_cap": 0.9}
 
 
@@ -359,16 +358,28 @@ def test_a_checkpoint_with_a_number_goes_on_with_it(tmp_path):
 # Several processes
 
 
-def _in_ranks(rank, folder):
+def _resume_in_ranks(rank, folder):
     self_prob.settled = lambda losses, least: len(losses) == 3
-    resumed_equals_whole(folder, 5, gradient_accumulation_steps=1)
+    found = resumed_equals_whole(folder, 5, gradient_accumulation_steps=1)
+    assert len({*found}) > 1
+    assert len({*map(tuple, meet(say=found))}) == 1
+
+
+@pytest.mark.slow
+def test_a_resumed_run_of_two_processes(tmp_path):
+    in_ranks(_resume_in_ranks, tmp_path)
+
+
+def _compare_in_ranks(rank, folder):
     compare(rank, folder, ["auto"], 2)
 
 
 def test_two_processes(tmp_path):
-    """They have one p, that of one process with the rows of both; and a resumed run is the unbroken one."""
+    """They have one p, which is that of one process with the rows of both."""
     make_expected(tmp_path, ["auto"], 2)
-    in_ranks(_in_ranks, tmp_path)
+    log = torch.load(tmp_path / "auto.pt")["log"]
+    assert len({entry["self_prob"] for entry in log}) > 1
+    in_ranks(_compare_in_ranks, tmp_path)
 
 
 # Options
@@ -408,6 +419,11 @@ def test_a_function_is_no_schedule_of_auto(tmp_path):
     trainer.schedule = lambda start, end, progress: end
     with pytest.raises(ValueError, match="schedule is given"):
         trainer.train()
+
+
+def test_contexts_that_no_training_needs_have_a_number(tmp_path):
+    with pytest.raises(ValueError, match=r"self_prob is auto, .* here nothing is trained: give a probability"):
+        ContextArguments(str(tmp_path), self_prob="auto")
 
 
 def test_what_auto_gives_is_not_known_beforehand(tmp_path):

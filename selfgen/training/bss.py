@@ -118,12 +118,13 @@ class BSSTrainer(Trainer):
         **kwargs: of ``transformers.Trainer``.
 
     Every training log has figures of the steps since the last one, in the process that logs: ``self_share`` (self
-    tokens / answer tokens), ``agreement`` (self tokens equal to the reference / self tokens), ``computed_per_token``
-    (tokens computed / context tokens), ``invalid`` (tokens that could not be sampled, as their logits were not finite),
-    and, as means per step, ``passes``, ``context_seconds`` and ``training_seconds``, with ``weights="sharded"`` also
-    ``passes_in_step`` (that all processes run together, trials of the model included); with fp16 also ``skipped_steps``
-    (steps that the loss scaler left out, as gradients overflowed). On a stream they also have what was read so far, by
-    all processes: ``rows_read``, ``rows_kept``, ``rows_truncated``, ``rows_dropped``, and ``rows_dropped/REASON``.
+    tokens / answer tokens), ``agreement`` (self tokens equal to the reference / self tokens), ``differing_share`` (self
+    tokens that differ from it / answer tokens), ``computed_per_token`` (tokens computed / context tokens), ``invalid``
+    (tokens that could not be sampled, as their logits were not finite), and, as means per step, ``self_prob``,
+    ``passes``, ``context_seconds`` and ``training_seconds``, with ``weights="sharded"`` also ``passes_in_step`` (that
+    all processes run together, trials of the model included); with fp16 also ``skipped_steps`` (steps that the loss
+    scaler left out, as gradients overflowed). On a stream they also have what was read so far, by all processes:
+    ``rows_read``, ``rows_kept``, ``rows_truncated``, ``rows_dropped``, and ``rows_dropped/REASON``.
 
     Only ids of the tokenizer are sampled. Where the model's embedding is padded with more rows, a warning says so.
 

@@ -33,9 +33,8 @@ logger = logging.getLogger(__name__)
 
 _FILE = "selfgen_self_prob.json"  # in every checkpoint of a run whose p follows its steps
 _DECAY = 0.95  # of what a step has counted, with each step after it
-_FIRST = 16  # steps, whose mean loss is what the loss has fallen from
-_LEAST = 4 * _FIRST  # steps: before them, quarters are too short to be compared
-_SURE = 1.5  # standard errors, by which a difference could be larger than it looks
+_FIRST = 4  # steps, whose mean loss is what the loss has fallen from
+_LEAST = 64  # steps: before them, quarters are too short to be compared
 _OF_FALL = 0.05  # of what the loss has fallen so far
 _OF_LOSS = 0.02  # of the loss itself, for one that was low when training began
 
@@ -45,8 +44,8 @@ def settled(losses: Sequence[float], least: int = _LEAST) -> bool:
 
     They have if the last quarter of the steps is hardly better than the quarter before: if the mean falls by at most 5%
     of what it has fallen since the first steps. They have, too, if there is hardly any fall at all: if the mean of the
-    last quarter is below those of the first and of the third one by at most 2%. A fall counts as 1.5 standard errors
-    larger than it is, so that noise delays the answer.
+    last quarter is below those of the first and of the third one by at most 2%. A fall counts as one standard error
+    larger than it looks, so that noise rather delays the answer.
 
     Args:
         losses: of all steps, each the mean over its tokens.
@@ -59,7 +58,7 @@ def settled(losses: Sequence[float], least: int = _LEAST) -> bool:
     both = losses[count - 2 * size :]
     last = _mean(both[size:])
     # Differences of neighbours have twice the variance of a step, and hardly any trend.
-    error = _SURE * math.sqrt(_mean([(after - one) ** 2 for one, after in pairwise(both)]) / size)
+    error = math.sqrt(_mean([(after - one) ** 2 for one, after in pairwise(both)]) / size)
     falls = [_mean(losses[:size]) - last + error, _mean(both[:size]) - last + error]
     return falls[1] <= _OF_FALL * (_mean(losses[:_FIRST]) - last) or max(falls) <= _OF_LOSS * last
 

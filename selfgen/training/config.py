@@ -190,8 +190,9 @@ class BSSConfig(RowOptions, GeneratorOptions, TrainingArguments):
     difference_target: float = field(
         default=0.02,
         metadata={
-            "help": "For self_prob=auto: share of the answer tokens that are to be self tokens which differ from the "
-            "reference, above 0 and at most 1. Near 0 it is plain fine-tuning; at 1, self_prob is self_prob_cap."
+            "help": "For self_prob=auto, which aims at it: share of the answer tokens that are self tokens and differ "
+            "from the reference, above 0 and at most 1. Near 0 it is plain fine-tuning; at 1, self_prob is "
+            "self_prob_cap."
         },
     )
     self_prob_cap: float = field(

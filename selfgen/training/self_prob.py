@@ -166,7 +166,8 @@ class SelfProb(TrainerCallback):
             self._losses.append(loss)
         if settled(self._losses, least_steps(self._args.get_warmup_steps(max_steps), max_steps)):
             self._losses = None
-            logger.info("the loss has settled after %d steps under references: contexts are mixed from now on", steps)
+            if self._args.process_index == 0:
+                logger.info("the loss has settled after %d steps, and contexts are mixed from now on", steps)
 
     def _of_all(self) -> list[list[float]]:
         """The loss, self tokens and differing tokens of the processes; of those that have the same rows, one counts."""

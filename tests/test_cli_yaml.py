@@ -47,6 +47,12 @@ def from_yaml(tmp_path, content: str, *more: str):
         ("learning_rate: .5", 0.5),
         ("learning_rate: '2'", 2.0),
         ("max_grad_norm: .inf", float("inf")),
+        ("self_prob: auto", "auto"),
+        ("self_prob: '0.5'", 0.5),
+        ("self_prob: 1", 1.0),
+        ("self_prob_warmup: settled", "settled"),
+        ("self_prob_warmup: 20", 20.0),
+        ("self_prob_warmup:", None),
         ("max_steps: -1", -1),
         ("max_steps: 1_000", 1000),
         ("max_steps: +5", 5),
@@ -95,6 +101,9 @@ def test_yaml_values(tmp_path, line, value):
         ("max_steps: 0b11\n", "line 4: max_steps is 0b11, which some"),
         ("max_steps: 1:30\n", "line 4: max_steps is 1:30, which some"),
         ("learning_rate: 010\n", "line 4: learning_rate is 010"),
+        ("self_prob: 0o1\n", "line 4: self_prob is 0o1, which some"),
+        ("self_prob: automatic\n", "argument --self_prob: 'automatic' is neither a number nor auto"),
+        ("self_prob: [auto]\n", "line 4: self_prob takes one value, and not a list"),
         ("learning_rate: 1:30.5\n", "line 4: learning_rate is 1:30.5"),
         ("lr_scheduler_kwargs: {a: 010}\n", "line 4: a is 010"),
         ("max_steps: 1.5\n", "line 4: max_steps: argument --max_steps: invalid int value: '1.5'"),
@@ -127,6 +136,13 @@ def test_yaml_that_is_refused(tmp_path, capsys, content, words):
     with pytest.raises((ValueError, SystemExit)) as error:
         from_yaml(tmp_path, content)
     assert words in " ".join(str(error.value).split()) + capsys.readouterr().err
+
+
+def test_a_number_or_a_word_as_a_flag(tmp_path):
+    words = from_yaml(tmp_path, "", "--self-prob", "auto", "--self_prob_warmup=settled")[-1]
+    assert (words.self_prob, words.warm_up) == ("auto", "settled")
+    numbers = from_yaml(tmp_path, "self_prob: auto\n", "--self-prob", ".5", "--self-prob-warmup", "1e1")[-1]
+    assert (numbers.self_prob, numbers.warm_up) == (0.5, 10.0)
 
 
 def test_yaml_merges_and_encodings(tmp_path):

@@ -9,7 +9,7 @@ from ..context.masks import check_probability
 from ..files import check_folder
 from ..sharing import in_turn, is_first, let_first_speak
 from ..stored_contexts import write_contexts
-from ..training.config import GeneratorOptions
+from ..training.config import AUTO, GeneratorOptions
 from .options import (
     DataArguments,
     ModelArguments,
@@ -35,7 +35,7 @@ class ContextArguments:
     _argument_group_name = "contexts"
 
     output_dir: str = field(metadata={"help": "Folder for the contexts; if it has a part of them, the rest is added."})
-    self_prob: float = field(
+    self_prob: float | str = field(
         default=0.25, metadata={"help": "Probability that a context token is a self token, in [0, 1]."}
     )
     seed: int = field(default=0, metadata={"help": "Seed of the contexts; another one gives other self tokens."})
@@ -44,6 +44,11 @@ class ContextArguments:
     use_cpu: bool = field(default=False, metadata={"help": "Run on the CPU even if there is an accelerator."})
 
     def __post_init__(self) -> None:
+        if isinstance(self.self_prob, str):
+            raise ValueError(
+                f"self_prob is {AUTO}, which follows a training step by step, and here nothing is trained: give a "
+                "probability, or train with selfgen train --method bss"
+            )
         check_probability("self_prob", self.self_prob)
         check_seed(self.seed)
         check_least(self, 1, "shard_rows", "batch_size")

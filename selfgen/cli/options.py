@@ -30,9 +30,9 @@ from transformers.utils.hub import cached_file, extract_commit_hash
 from ..context.models import auto_class_of
 from ..data import RowOptions, load_rows
 from ..files import PATHS, expand_home
-from ..training.config import RENAMED
+from ..training.config import RENAMED, WORDS
 from .pretrained import from_pretrained
-from .yaml_file import read_file, value_of
+from .yaml_file import NumberOr, read_file, value_of
 
 DTYPES = ("auto", "float32", "bfloat16", "float16")
 _FIRST_SPEAKS = 10.0  # seconds that other processes of a machine wait before they tell an error
@@ -200,13 +200,17 @@ class Parser(HfArgumentParser):
         return found, unknown
 
     def kinds(self) -> dict[str, str]:
-        """What each option takes: "one" value, a "list", "either" of them, a "dict", or "json", a list of anything."""
+        """What each option takes.
+
+        "one" value, a "number or word", a "list", "either" of one and a list, a "dict", or "json", a list of anything.
+        """
         found = {}
         for one in self.dataclass_types:
             for name, hint in get_type_hints(one).items():
                 parts = get_args(hint) if get_origin(hint) in (Union, UnionType) else (hint,)
                 kinds = {get_origin(part) or part for part in parts}
                 kind = "one" if list not in kinds else "either" if {str, list[str]} <= {*parts} else "list"
+                kind = "number or word" if {float, str} <= kinds and name in WORDS else kind
                 found[name] = "dict" if dict in kinds else "json" if list in parts else kind
         return found
 
@@ -368,6 +372,8 @@ def make_parser(groups: Iterable[type], prog: str, usage: str, description: str,
         kind = kinds.get(action.dest)
         if kind == "either":
             action.nargs = "+"
+        elif kind == "number or word":
+            action.type = NumberOr(WORDS[action.dest])
         elif kind == "dict" and action.dest not in PATHS:  # where it may be a file
             action.type = json_text if action.type is str else json_object
     return parser

@@ -50,6 +50,8 @@ PROG = "selfgen train"
 TRAINERS: dict[str, type[BSSTrainer]] = {"bss": BSSTrainer, "bash": BASHTrainer, "rac": RACTrainer}
 MAKE_CONTEXTS = {f.name for f in fields(GeneratorOptions)} | {
     "self_prob",
+    "difference_target",
+    "self_prob_cap",
     "self_prob_schedule",
     "self_prob_start",
     "self_prob_warmup",

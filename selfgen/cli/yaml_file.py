@@ -26,6 +26,21 @@ _SEVERAL_WAYS = re.compile(
 
 
 @dataclass(frozen=True)
+class NumberOr:
+    """The type of an option that takes a number or one word."""
+
+    word: str
+
+    def __call__(self, text: str) -> float | str:
+        if text == self.word:
+            return text
+        try:
+            return float(text)
+        except ValueError:
+            raise argparse.ArgumentTypeError(f"{text!r} is neither a number nor {self.word}") from None
+
+
+@dataclass(frozen=True)
 class Entry:
     """One line ``key: value`` of the file."""
 
@@ -92,7 +107,8 @@ def value_of(file: str, entry: Entry, action: argparse.Action, kind: str) -> Any
 
     Args:
         action: of the option.
-        kind: "one" value, "list", "either", "dict", which is a mapping of YAML, or "json", a list of anything.
+        kind: "one" value, "number or word", "list", "either", "dict", which is a mapping of YAML, or "json", a list of
+            anything.
     """
     where = f"{file}, line {entry.line}: {entry.key}"
     node = entry.value
@@ -127,7 +143,7 @@ def _scalar(file: str, where: str, node: yaml.Node, action: argparse.Action) -> 
     if _is_null(file, node) or not isinstance(node, yaml.ScalarNode):
         raise ValueError(f"{where} has an item that is no value, but empty, a list or a mapping")
     text, plain = node.value, node.style is None
-    number = action.type in (int, float)
+    number = action.type in (int, float) or isinstance(action.type, NumberOr)
     if number:
         _refuse_ambiguous(where, text)
     if number and plain:

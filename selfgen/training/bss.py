@@ -71,6 +71,7 @@ from .processes import meet, once_per_machine
 from .reuse import reuse_passes
 from .sampling import EpochOfSampler, SeededByEpoch
 from .schedules import Schedule
+from .self_prob import SelfProb
 from .streams import StreamProgress, check_stream, message_of, sorts_by_length, stream_loader
 from .tensor import allowed_to_resume, has_partial_gradients, is_split_at_load, load_split, whole_optimizer
 from .weights import (
@@ -118,12 +119,13 @@ class BSSTrainer(Trainer):
         **kwargs: of ``transformers.Trainer``.
 
     Every training log has figures of the steps since the last one, in the process that logs: ``self_share`` (self
-    tokens / answer tokens), ``agreement`` (self tokens equal to the reference / self tokens), ``computed_per_token``
-    (tokens computed / context tokens), ``invalid`` (tokens that could not be sampled, as their logits were not finite),
-    and, as means per step, ``passes``, ``context_seconds`` and ``training_seconds``, with ``weights="sharded"`` also
-    ``passes_in_step`` (that all processes run together, trials of the model included); with fp16 also ``skipped_steps``
-    (steps that the loss scaler left out, as gradients overflowed). On a stream they also have what was read so far, by
-    all processes: ``rows_read``, ``rows_kept``, ``rows_truncated``, ``rows_dropped``, and ``rows_dropped/REASON``.
+    tokens / answer tokens), ``agreement`` (self tokens equal to the reference / self tokens), ``differing_share`` (self
+    tokens that differ from it / answer tokens), ``computed_per_token`` (tokens computed / context tokens), ``invalid``
+    (tokens that could not be sampled, as their logits were not finite), and, as means per step, ``self_prob``,
+    ``passes``, ``context_seconds`` and ``training_seconds``, with ``weights="sharded"`` also ``passes_in_step`` (that
+    all processes run together, trials of the model included); with fp16 also ``skipped_steps`` (steps that the loss
+    scaler left out, as gradients overflowed). On a stream they also have what was read so far, by all processes:
+    ``rows_read``, ``rows_kept``, ``rows_truncated``, ``rows_dropped``, and ``rows_dropped/REASON``.
 
     Only ids of the tokenizer are sampled. Where the model's embedding is padded with more rows, a warning says so.
 
@@ -180,6 +182,7 @@ class BSSTrainer(Trainer):
             )
         self.generator = args.generator(model, processing_class)
         self._tell_of_padding()
+        args.check_schedule(schedule)
         self.schedule = schedule
         limit = max_positions(self.generator.model)
         if args.max_length is None:
@@ -237,6 +240,8 @@ class BSSTrainer(Trainer):
         # The Trainer shifts labels by the name of the model's class, which FSDP2 changes.
         self._label_smoother = None if smoother is None else partial(smoother, shift_labels=True)
         self.add_callback(StepTimer(self.meter))
+        self._self_prob = SelfProb(args, self.accelerator, self.meter)
+        self.add_callback(self._self_prob)
         self.add_callback(EpochOfSampler())
         self.add_callback(TellHowWeightsAreHeld(self._engine))
         after = self._engine.steps_in_backward
@@ -441,6 +446,7 @@ class BSSTrainer(Trainer):
 
     def _go_on_from(self, checkpoint: str) -> None:
         self.check_resumed(checkpoint)
+        self._self_prob.load(Path(checkpoint))
         self._resumed_from = checkpoint
         self._logged_at = self.meter.load(Path(checkpoint), self.args.process_index)
 
@@ -477,6 +483,7 @@ class BSSTrainer(Trainer):
     def _save_rng_state(self, output_dir):
         super()._save_rng_state(output_dir)
         self.meter.save(Path(output_dir), self.args.process_index, self._globalstep_last_logged)
+        self._self_prob.save(Path(output_dir))
         if self._stream is not None:
             self._stream.save(output_dir)
 
@@ -524,6 +531,7 @@ class BSSTrainer(Trainer):
             self._step.trained()
         if not self._engine.scales_loss and not math.isfinite(float(loss)):  # it leaves such steps out
             raise diverged(self.state.global_step + 1, f"the loss is {float(loss)}")
+        self._self_prob.trained(loss)
         return self.meter.step_loss(loss)
 
     def _defer_fsdp_gradient_reduction(self):
@@ -567,20 +575,28 @@ class BSSTrainer(Trainer):
 
     def _runs_passes(self) -> bool:
         """Whether making the contexts of this step runs the model, in one process as in all."""
-        return self.args.self_prob_at(self.state.global_step, self.state.max_steps, self.schedule) > 0
+        return self.self_prob_now > 0
+
+    @property
+    def self_prob_now(self) -> float:
+        """The self-probability of the step that is under way, or comes next; it is the same in all processes."""
+        return self._self_prob.at(self.state.global_step, self.state.max_steps, self.schedule)
 
     def mix(self, batches: list[dict[str, Tensor]]) -> tuple[ContextStats, RowSlots | None]:
         """Write mixed contexts over the answers in ``input_ids``, for all micro-batches at once; labels stay.
 
         Returns what the contexts are like and cost, and, if the step may reuse it, what their passes computed.
         """
-        self_prob = self.args.self_prob_at(self.state.global_step, self.state.max_steps, self.schedule)
+        self_prob = self.self_prob_now
         rows = [rows_of(batch) for batch in batches]
         if self_prob == 0.0:
             lengths = ([len(row.prompt), len(row.reference)] for part in rows for row in part)
-            return ContextStats.untouched(*zip(*lengths, strict=True)), None
+            stats = ContextStats.untouched(*zip(*lengths, strict=True))
+            self._self_prob.mixed(self_prob, stats)
+            return stats, None
         unique = unique_rows([row for part in rows for row in part])
         mixed = self.make_contexts(unique, self_prob)
+        self._self_prob.mixed(self_prob, mixed.stats)
         place = {row.sample_id: index for index, row in enumerate(unique)}
         for batch, part in zip(batches, rows, strict=True):
             write_contexts_into(batch, [mixed.tokens[place[row.sample_id]] for row in part])
@@ -642,7 +658,7 @@ class BSSTrainer(Trainer):
     def _make_loss(self) -> AnswerLoss | None:
         """The loss that the arguments ask for; None where it is the Trainer's own."""
         args = self.args
-        lean = (args.self_prob > 0 or self._lean_by_default) if args.lean_loss is None else args.lean_loss
+        lean = (args.self_prob != 0 or self._lean_by_default) if args.lean_loss is None else args.lean_loss
         asked = [name for name in ("kl_weight", "lean_loss") if getattr(args, name)]
         if self._weighs_rows:
             asked.append(self._weighing)

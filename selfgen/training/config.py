@@ -19,6 +19,12 @@ from .schedules import SCHEDULES, Schedule
 from .weight_memory import WEIGHTS
 
 LOSS_ON = ("all", "after_self")
+AUTO = "auto"
+"""The ``self_prob`` that follows a budget of differing tokens."""
+SETTLED = "settled"
+"""The ``self_prob_warmup`` that ends when the loss has settled."""
+WORDS = {"self_prob": AUTO, "self_prob_warmup": SETTLED}
+"""Fields that take a number -> the word that they take, too."""
 _INFINITE = float("inf")
 _BETWEEN: dict[str, tuple[float, float]] = {
     "per_device_train_batch_size": (1, _INFINITE),
@@ -173,11 +179,27 @@ class BSSConfig(RowOptions, GeneratorOptions, TrainingArguments):
             raise TypeError(f"{cls.__name__} has no field {old!r}: it is called {RENAMED[old]!r} now")
         return super().__new__(cls)
 
-    self_prob: float = field(
+    self_prob: float | str = field(
         default=0.25,
         metadata={
-            "help": "Probability that a context token is a self token, which the model samples, in [0, 1]. 0 is plain "
-            "fine-tuning; 1 is a free run of the model, as long as the reference."
+            "help": "Probability that a context token is a self token, which the model samples, in [0, 1], or auto. 0 "
+            "is plain fine-tuning; 1 is a free run of the model, as long as the reference. auto follows the training, "
+            "so that difference_target of the answer tokens are self tokens that differ from the reference."
+        },
+    )
+    difference_target: float = field(
+        default=0.02,
+        metadata={
+            "help": "For self_prob=auto, which aims at it: share of the answer tokens that are self tokens and differ "
+            "from the reference, above 0 and at most 1. Near 0 it is plain fine-tuning; at 1, self_prob is "
+            "self_prob_cap."
+        },
+    )
+    self_prob_cap: float = field(
+        default=0.5,
+        metadata={
+            "help": "For self_prob=auto: largest self-probability, in [0, 1], which it comes to where hardly any self "
+            "token differs. 0 is plain fine-tuning; with 1 the target alone counts."
         },
     )
     self_prob_schedule: str = field(
@@ -194,11 +216,12 @@ class BSSConfig(RowOptions, GeneratorOptions, TrainingArguments):
             "self_prob, the schedule falls."
         },
     )
-    self_prob_warmup: float = field(
-        default=0.0,
+    self_prob_warmup: float | str | None = field(
+        default=None,
         metadata={
-            "help": "Number of steps of plain fine-tuning before the schedule begins: 0 is none, and a number below 1 "
-            "is a share of all steps."
+            "help": "Steps of plain fine-tuning before contexts are mixed: a number (0 is none, and one below 1 is a "
+            "share of all steps), or settled (until the loss has settled, in a short run to its end). By default "
+            "settled with self_prob=auto, and 0 with a number."
         },
     )
     context_micro_batches: int | None = field(
@@ -286,14 +309,7 @@ class BSSConfig(RowOptions, GeneratorOptions, TrainingArguments):
             )
         self.check_rows()
         check_reporters(self.report_to)
-        for name in ("self_prob", "self_prob_start"):
-            check_probability(name, getattr(self, name))
-        if self.self_prob_schedule not in SCHEDULES:
-            raise ValueError(f"self_prob_schedule is {self.self_prob_schedule!r}; accepted: {', '.join(SCHEDULES)}")
-        if not 0.0 <= self.self_prob_warmup < float("inf"):
-            raise ValueError(
-                f"self_prob_warmup is {self.self_prob_warmup}; give a number of steps >= 0, or a share of them below 1"
-            )
+        self._check_self_prob()
         if self.weights not in WEIGHTS:
             raise ValueError(f"weights is {self.weights!r}; accepted: {', '.join(WEIGHTS)}")
         if self.loss_on not in LOSS_ON:
@@ -323,6 +339,56 @@ class BSSConfig(RowOptions, GeneratorOptions, TrainingArguments):
                 limit = f"at least {least}" if most == _INFINITE else f"from {least} to {most}"
                 raise ValueError(f"{one.name} is {value}; it must be {limit}")
 
+    def _check_self_prob(self) -> None:
+        for name, word in WORDS.items():
+            value = getattr(self, name)
+            if isinstance(value, str) and value != word:
+                raise ValueError(f"{name} is {value!r}; accepted: a number, or {word}")
+        for name in ("self_prob", "self_prob_start", "self_prob_cap"):
+            if getattr(self, name) != AUTO:
+                check_probability(name, getattr(self, name))
+        if not 0.0 < self.difference_target <= 1.0:
+            raise ValueError(f"difference_target is {self.difference_target}; it must be above 0 and at most 1")
+        if self.self_prob_schedule not in SCHEDULES:
+            raise ValueError(f"self_prob_schedule is {self.self_prob_schedule!r}; accepted: {', '.join(SCHEDULES)}")
+        if self.warm_up != SETTLED and not 0.0 <= float(self.warm_up) < float("inf"):
+            raise ValueError(
+                f"self_prob_warmup is {self.self_prob_warmup}; give a number of steps >= 0, a share of them below 1, "
+                f"or {SETTLED}"
+            )
+        defaults = {one.name: one.default for one in fields(self)}
+        for name in ("difference_target", "self_prob_cap"):
+            if self.self_prob != AUTO and getattr(self, name) != defaults[name]:
+                raise ValueError(f"{name} goes with self_prob={AUTO}, but self_prob is {self.self_prob}")
+        for name in ("self_prob_schedule", "self_prob_start"):
+            if self.follows_steps and getattr(self, name) != defaults[name]:
+                raise ValueError(self._no_schedule(f"{name} is {getattr(self, name)!r}"))
+
+    def _no_schedule(self, given: str) -> str:
+        """Why what is ``given`` does not go with a self-probability that follows the steps."""
+        name = "self_prob" if self.self_prob == AUTO else "self_prob_warmup"
+        return (
+            f"{given}, but {name} is {getattr(self, name)}, which follows what the training steps measure and knows no "
+            f"schedule: leave the schedule out, or give a number as {name}"
+        )
+
+    @property
+    def warm_up(self) -> float | str:
+        """``self_prob_warmup``, with its default where none is given."""
+        if self.self_prob_warmup is None:
+            return SETTLED if self.self_prob == AUTO else 0.0
+        return self.self_prob_warmup
+
+    @property
+    def follows_steps(self) -> bool:
+        """Whether the self-probability of a step depends on what the steps before it have measured."""
+        return self.self_prob == AUTO or self.warm_up == SETTLED
+
+    def check_schedule(self, schedule: Schedule | None) -> None:
+        """Raise ValueError if a function can't take the place of the schedule."""
+        if schedule is not None and self.follows_steps:
+            raise ValueError(self._no_schedule("schedule is given"))
+
     @property
     def row_share(self) -> tuple[int, int]:
         """(number, count): which share of the rows this process has, and of how many.
@@ -331,16 +397,30 @@ class BSSConfig(RowOptions, GeneratorOptions, TrainingArguments):
         """
         return self.process_index // self.tensor_parallel, self.world_size // self.tensor_parallel
 
+    def first_mixed_step(self, max_steps: int) -> int:
+        """The 0-based step after a warm-up that is a number."""
+        warmup = float(self.warm_up)
+        return round(warmup * max_steps) if warmup < 1 else int(warmup)
+
     def self_prob_at(self, step: int, max_steps: int, schedule: Schedule | None = None) -> float:
-        """Self-probability of optimizer step ``step`` (0-based) of ``max_steps``, by ``schedule`` or the named one."""
-        warmup = self.self_prob_warmup
-        first = round(warmup * max_steps) if warmup < 1 else int(warmup)
+        """Self-probability of optimizer step ``step`` (0-based) of ``max_steps``, by ``schedule`` or the named one.
+
+        Raises:
+            ValueError: it depends on what the steps before measure.
+        """
+        if self.follows_steps:
+            raise ValueError(
+                f"self_prob is {self.self_prob} and self_prob_warmup is {self.warm_up}, so that the "
+                "self-probability follows what training steps measure, and is not known beforehand: see self_prob in "
+                "the log, or give numbers"
+            )
+        first = self.first_mixed_step(max_steps)
         if step < first:
             return 0.0
         last = max_steps - 1
         progress = min(1.0, (step - first) / (last - first)) if last > first else 1.0
         schedule = schedule or SCHEDULES[self.self_prob_schedule]
-        self_prob = schedule(self.self_prob_start, self.self_prob, progress)
+        self_prob = schedule(self.self_prob_start, float(self.self_prob), progress)
         check_probability(f"the self-probability that the schedule gives for step {step}", self_prob)
         return self_prob
 

@@ -24,6 +24,11 @@ MOST_LEFT_OUT = 50
 """Steps in a row that fp16's loss scaler may leave out: it begins at 2**16, and halves with each of them."""
 
 
+def differing_tokens(stats: ContextStats) -> int:
+    """Self tokens that are not the reference."""
+    return round((1 - stats.agreement) * stats.self_tokens)
+
+
 class Meter:
     """What contexts and training cost since the last log, and what the contexts were like."""
 
@@ -103,12 +108,15 @@ class Meter:
         logs = {
             "self_share": self_tokens / max(1, total("answer_tokens")),
             "agreement": agreeing / self_tokens if self_tokens else 1.0,
+            "differing_share": sum(map(differing_tokens, self.stats)) / max(1, total("answer_tokens")),
             "passes": total("passes") / steps,
             "computed_per_token": total("tokens_computed") / max(1, total("context_tokens")),
             "invalid": total("invalid"),
             "context_seconds": self.context_seconds / steps,
             "training_seconds": self.training_seconds / steps,
         }
+        if "self_prob" in self.counts:
+            logs["self_prob"] = self.counts["self_prob"] / steps
         if self.scales_loss:
             logs["skipped_steps"] = self.skipped_steps
         self._reset()

@@ -48,11 +48,11 @@ class RACConfig(BSSConfig):
     too, which makes the method RAC and BSS at once.
     """
 
-    self_prob: float = field(
+    self_prob: float | str = field(
         default=0.0,
         metadata={
-            "help": "Probability that a context token of the correction is a self token, in [0, 1]. 0 is plain RAC; "
-            "above 0 the method is RAC and BSS at once."
+            "help": "Probability that a context token of the correction is a self token, in [0, 1], or auto, as in "
+            "BSS. 0 is plain RAC; above 0 the method is RAC and BSS at once."
         },
     )
     own_answer: str = field(

@@ -94,9 +94,14 @@ def train_rounds(
             "rounds run in one process. In several, write contexts with `selfgen contexts --output-dir DIR`, and then "
             "train on them with `selfgen train --method bash --contexts DIR`"
         )
-    if config.self_prob_warmup >= 1:
+    if config.follows_steps:
         raise OfflineError(
-            f"self_prob_warmup is {config.self_prob_warmup}; here the schedule advances once per round, so give "
+            f"self_prob is {config.self_prob} and self_prob_warmup is {config.warm_up}, which follow what training "
+            "steps measure, but the contexts of a round are made before its steps: give numbers"
+        )
+    if float(config.warm_up) >= 1:
+        raise OfflineError(
+            f"self_prob_warmup is {config.warm_up}; here the schedule advances once per round, so give "
             "the warm-up as a share of the rounds, below 1"
         )
     if resume not in (None, "last"):

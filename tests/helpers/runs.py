@@ -146,6 +146,10 @@ OWN = [
         ("c", "f g", "h"), ("d", "f g h a b", ""), ("b b", "b", "a a a a"),
     ]
 ]  # fmt: skip
+AUTO = {"self_prob": "auto", "difference_target": 0.3, "self_prob_cap": 0.9, "self_prob_warmup": 0}
+EASY = Dataset.from_list(
+    [{"sample_id": i, "prompt_ids": [3 + i], "answer_ids": [7] * (6 + i % 5)} for i in range(16)]
+)  # answers that are soon learned, so that self tokens agree with them
 RAC = {"self_prob": 0.5, "per_device_train_batch_size": 1, "gradient_accumulation_steps": 2}
 RIGHT = {
     **RAC, "own_answer": "column", "right_answers": "keep", "right_answer_share": 0.4, "direct_weight": 0.5,
@@ -165,6 +169,7 @@ CASES = {
     "kl, not lean": Case({"kl_weight": 0.3, "lean_loss": False}, lean=False),
     "not reused": Case({"reuse_passes": False}, reused=False),
     "scheduled": Case({"self_prob_warmup": 2}),
+    "auto": Case({**AUTO, "learning_rate": 0.03}, data=EASY),
     "not clipped": Case({"max_grad_norm": 0.0}),
     "evaluated": Case(EVALUATED, before=evaluate, after=predict),
     "checkpointed": Case({"gradient_checkpointing": True}),

@@ -1,0 +1,211 @@
+"""The self-probability of each step: a given one, or one that follows what the steps before it have measured.
+
+What counts is how many tokens of a context differ from the reference, and that is p times the share of self tokens that
+differ: a third for one model, one in seventy for another. So ``self_prob="auto"`` keeps that product at a target. It
+begins where the loss under references has settled, as before that the model learns more from references.
+
+All processes count the tokens and losses of all, and p depends on nothing else. So it is the same everywhere, and known
+before the contexts of a step are made. A checkpoint has what was counted.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import math
+from collections.abc import Sequence
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate import Accelerator
+from torch import Tensor
+from transformers import TrainerCallback
+
+from ..context import ContextStats
+from .checkpoints import SETTINGS, ResumeError
+from .config import AUTO, SETTLED, BSSConfig
+from .meter import Meter, differing_tokens
+from .schedules import Schedule
+
+logger = logging.getLogger(__name__)
+
+_FILE = "selfgen_self_prob.json"  # in every checkpoint of a run whose p follows its steps
+_DECAY = 0.95  # of what a step has counted, with each step after it
+_FIRST = 4  # steps, whose mean loss is what the loss has fallen from
+_LEAST = 64  # steps: before them, quarters are too short to be compared
+_OF_FALL = 0.05  # of what the loss has fallen so far
+_OF_LOSS = 0.02  # of the loss itself, for one that was low when training began
+
+
+def settled(losses: Sequence[float], least: int = _LEAST) -> bool:
+    """Whether the losses of the steps so far have settled.
+
+    They have if the last quarter of the steps is hardly better than the quarter before: if the mean falls by at most 5%
+    of what it has fallen since the first steps. They have, too, if there is hardly any fall at all: if the mean of the
+    last quarter is below those of the first and of the third one by at most 2%. A fall counts as one standard error
+    larger than it looks, so that noise rather delays the answer.
+
+    Args:
+        losses: of all steps, each the mean over its tokens.
+        least: steps before which they have not.
+    """
+    count = len(losses)
+    if count < least:
+        return False
+    size = count // 4
+    both = losses[count - 2 * size :]
+    last = _mean(both[size:])
+    # Differences of neighbours have twice the variance of a step, and hardly any trend.
+    error = math.sqrt(_mean([(after - one) ** 2 for one, after in pairwise(both)]) / size)
+    falls = [_mean(losses[:size]) - last + error, _mean(both[:size]) - last + error]
+    return falls[1] <= _OF_FALL * (_mean(losses[:_FIRST]) - last) or max(falls) <= _OF_LOSS * last
+
+
+def least_steps(warmup: int, max_steps: int) -> int:
+    """The steps before which the loss of a run has not settled, whatever it is like.
+
+    They are a tenth of the run, and enough for the last two quarters to lie after the ``warmup`` steps in which the
+    learning rate rises from 0, where losses stand still.
+    """
+    return max(_LEAST, 2 * warmup, max_steps // 10)
+
+
+def _mean(values: Sequence[float]) -> float:
+    return math.fsum(values) / len(values)
+
+
+class DifferenceBudget:
+    """The p under which the share ``target`` of all answer tokens are self tokens that differ from the reference.
+
+    It is target / d, and at most ``cap``; d is the share of self tokens that differ, in steps of which later ones count
+    more. One self token that differs is counted beforehand, so that p begins at the target: then even a model whose
+    self tokens all differ stays within it.
+    """
+
+    def __init__(self, target: float, cap: float):
+        self.target, self.cap = target, cap
+        self.self_tokens = self.differing = 0.0
+
+    @property
+    def self_prob(self) -> float:
+        return min(self.cap, self.target * (1 + self.self_tokens) / (1 + self.differing))
+
+    def count(self, self_tokens: float, differing: float) -> None:
+        """Take what a step has counted."""
+        self.self_tokens = _DECAY * self.self_tokens + self_tokens
+        self.differing = _DECAY * self.differing + differing
+
+
+class SelfProb(TrainerCallback):
+    """Tells p before the contexts of a step are made, and learns from each step when it is done.
+
+    Args:
+        args: of the run.
+        accelerator: of its processes.
+        meter: is told the p of each step.
+    """
+
+    def __init__(self, args: BSSConfig, accelerator: Accelerator, meter: Meter):
+        self._args, self._accelerator, self._meter = args, accelerator, meter
+        self._begin()
+
+    def _begin(self) -> None:
+        auto = self._args.self_prob == AUTO
+        self._budget = DifferenceBudget(self._args.difference_target, self._args.self_prob_cap) if auto else None
+        self._losses: list[float] | None = [] if self._args.warm_up == SETTLED else None  # None: settled
+        self._forget_step()
+
+    def _forget_step(self) -> None:
+        self._used: float | None = None
+        self._loss, self._self_tokens, self._differing = 0.0, 0, 0
+
+    def at(self, step: int, max_steps: int, schedule: Schedule | None = None) -> float:
+        """p of the 0-based ``step`` that comes next, or is under way."""
+        args = self._args
+        if not args.follows_steps:
+            return args.self_prob_at(step, max_steps, schedule)
+        args.check_schedule(schedule)
+        if self._losses is not None or (args.warm_up != SETTLED and step < args.first_mixed_step(max_steps)):
+            return 0.0
+        return float(args.self_prob) if self._budget is None else self._budget.self_prob
+
+    def mixed(self, self_prob: float, stats: ContextStats) -> None:
+        """Count contexts of this step, which were made with ``self_prob``."""
+        self._used = self_prob
+        self._self_tokens += stats.self_tokens
+        self._differing += differing_tokens(stats)
+
+    def trained(self, loss: Tensor) -> None:
+        """Count the loss of a micro-batch, which is its part of that of the step."""
+        if self._losses is not None:
+            self._loss += float(loss)
+
+    def on_train_begin(self, args, state, control, **kwargs):
+        if state.global_step == 0:  # else a checkpoint was loaded
+            self._begin()
+
+    def on_step_end(self, args, state, control, **kwargs):
+        if self._used is None:  # contexts are not made here
+            return
+        self._meter.counts["self_prob"] += self._used  # type: ignore[assignment]
+        if self._args.follows_steps:
+            self._learn(state.global_step, state.max_steps)
+        self._forget_step()
+
+    def _learn(self, steps: int, max_steps: int) -> None:
+        """Take what all processes have counted in a step, of which each calls this; ``steps`` are done now."""
+        losses, self_tokens, differing = self._of_all()
+        if self._budget is not None and self._used:
+            self._budget.count(sum(self_tokens), sum(differing))
+        if self._losses is None:
+            return
+        loss = _mean(losses)
+        if math.isfinite(loss):  # fp16's loss scaler leaves out steps that overflow
+            self._losses.append(loss)
+        if settled(self._losses, least_steps(self._args.get_warmup_steps(max_steps), max_steps)):
+            self._losses = None
+            if self._args.process_index == 0:
+                logger.info("the loss has settled after %d steps, and contexts are mixed from now on", steps)
+
+    def _of_all(self) -> list[list[float]]:
+        """The loss, self tokens and differing tokens of the processes; of those that have the same rows, one counts."""
+        mine = [self._loss, self._self_tokens, self._differing]
+        if self._accelerator.num_processes == 1:
+            return [[one] for one in mine]
+        told = torch.tensor([mine], dtype=torch.float64, device=self._accelerator.device)
+        told = self._accelerator.gather(told)[:: self._args.tensor_parallel]
+        return told.T.tolist()  # summed up in the same order in each process
+
+    def save(self, folder: Path) -> None:
+        """Write what `load` reads: one file, as all processes have counted the same."""
+        if self._args.follows_steps and self._args.should_save:
+            state: dict[str, Any] = {"losses": self._losses}
+            if self._budget is not None:
+                state |= {"self_tokens": self._budget.self_tokens, "differing": self._budget.differing}
+            (folder / _FILE).write_text(json.dumps(state) + "\n")
+
+    def load(self, folder: Path) -> None:
+        """Go on from a checkpoint.
+
+        Raises:
+            ResumeError: it lacks what was counted.
+        """
+        self._begin()
+        if not self._args.follows_steps:
+            return
+        file, how = folder / _FILE, "auto" if self._budget else "settled"
+        if file.is_file():
+            state = json.loads(file.read_text())
+            self._losses = state["losses"]
+            if self._budget is not None:
+                self._budget.self_tokens, self._budget.differing = state["self_tokens"], state["differing"]
+        elif (folder / SETTINGS).is_file():
+            name = "self_prob" if self._budget else "self_prob_warmup"
+            raise ResumeError(
+                f"{folder} has no {_FILE}, which {name}={how} goes on from: give an earlier checkpoint, or start "
+                "another run with the checkpoint as its model"
+            )
+        elif self._args.process_index == 0:  # of another program
+            logger.warning("%s has no %s, so what self_prob follows is counted from this step on", folder, _FILE)

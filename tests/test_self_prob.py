@@ -1,0 +1,438 @@
+"""A self-probability that follows what steps measure: a budget of differing tokens, after a loss that has settled."""
+
+from __future__ import annotations
+
+import json
+import math
+import random
+from pathlib import Path
+from statistics import median
+
+import pytest
+import torch
+from helpers.processes import in_ranks
+from helpers.runs import EASY, compare, make_expected
+from helpers.training import config, make_bash_trainer, make_rac_trainer, make_trainer, rows, weights
+from models import tiny_model
+from transformers import TrainerCallback
+
+from selfgen.cli.contexts import ContextArguments
+from selfgen.training import self_prob
+from selfgen.training.checkpoints import ResumeError
+from selfgen.training.processes import meet
+from selfgen.training.self_prob import DifferenceBudget, least_steps, settled
+
+FILE = "selfgen_self_prob.json"
+AUTO = {"self_prob": "auto", "difference_target": 0.3, "self_prob_cap": 0.9}
+
+
+# The budget
+
+
+def follow(share_of, target=0.02, cap=0.5, tokens=2000, steps=200, seed=0):
+    """p, and the share of all tokens that differ, at each step of a model whose self tokens differ by ``share_of``."""
+    draw, budget, found = random.Random(seed), DifferenceBudget(target, cap), []
+    for step in range(steps):
+        p = budget.self_prob
+        self_tokens = sum(draw.random() < p for _ in range(tokens))
+        differing = sum(draw.random() < share_of(step / steps) for _ in range(self_tokens))
+        found.append((p, differing / tokens))
+        budget.count(self_tokens, differing)
+    return found
+
+
+@pytest.mark.parametrize("share", [0.02, 0.1, 0.66, 1.0])
+def test_the_share_of_differing_tokens_comes_to_the_target(share):
+    found = follow(lambda _: share)
+    p = min(0.5, 0.02 / share)
+    assert median(one for one, _ in found[50:]) == pytest.approx(p, rel=0.1)
+    assert sum(differing for _, differing in found[50:]) / 150 == pytest.approx(p * share, rel=0.1)
+    assert all(one <= 0.5 for one, _ in found)
+
+
+def test_it_begins_at_the_target_and_does_not_overshoot():
+    assert DifferenceBudget(0.02, 0.5).self_prob == 0.02
+    assert DifferenceBudget(0.02, 0.01).self_prob == 0.01
+    assert max(differing for _, differing in follow(lambda _: 1.0)) < 0.035  # three standard deviations
+
+
+def test_it_follows_a_model_that_gets_better():
+    found = follow(lambda progress: 0.8 - 0.7 * progress, steps=1000, tokens=1000)
+    late = [differing for _, differing in found[20:]]
+    assert sum(late) / len(late) == pytest.approx(0.02, rel=0.1)
+    assert found[-1][0] > 5 * found[20][0]
+
+
+def test_a_model_that_never_differs_gets_the_cap():
+    assert follow(lambda _: 0.0)[-1][0] == 0.5
+
+
+def test_steps_without_self_tokens_are_no_reason_to_change():
+    budget = DifferenceBudget(0.02, 0.5)
+    for _ in range(100):
+        budget.count(0, 0)
+    assert budget.self_prob == 0.02
+
+
+# A loss that has settled
+
+
+def curve(of, steps=1000, noise=0.0, seed=0):
+    draw = random.Random(seed)
+    return [of(step / steps) * (1 + draw.gauss(0, noise)) for step in range(steps)]
+
+
+def first_settled(losses, warmup=0, run=None):
+    least = least_steps(warmup, run or len(losses))
+    return next((step for step in range(1, len(losses) + 1) if settled(losses[:step], least)), math.inf)
+
+
+def fast(progress):
+    return 0.4 + 4 * math.exp(-8 * progress)
+
+
+def line(progress):
+    return 4 - 3 * progress
+
+
+@pytest.mark.parametrize("noise", [0.0, 0.05, 0.1])
+@pytest.mark.parametrize("steps", [300, 1000])
+def test_a_toy_task_settles_within_the_run(steps, noise):
+    assert 0.4 < first_settled(curve(fast, steps, noise)) / steps < 0.65
+
+
+def test_a_cosine_learning_rate():
+    """Losses go on falling until the rate is 0, by less and less."""
+
+    def cosine(progress):
+        return 4.5 * math.exp(-6 * (progress / 2 + math.sin(math.pi * progress) / 2 / math.pi)) + 0.2
+
+    assert 0.2 < first_settled(curve(cosine, 1000, 0.05)) / 1000 < 0.7
+
+
+def test_a_short_run_never_settles():
+    assert all(first_settled(curve(lambda _: 1.0, 63, 0.1, seed)) == math.inf for seed in range(20))
+    falling = [first_settled(curve(lambda x: 0.6 + 0.7 * math.exp(-3 * x), 100, 0.15, seed)) for seed in range(20)]
+    assert falling.count(math.inf) >= 18  # chance may have it settle early
+
+
+def test_a_steady_fall_never_settles():
+    assert first_settled(curve(line)) == math.inf
+    noisy = [first_settled(curve(line, noise=0.03, seed=seed)) for seed in range(10)]
+    assert noisy.count(math.inf) >= 8
+
+
+def test_noise_delays():
+    clean = first_settled(curve(fast))
+    found = [first_settled(curve(fast, noise=0.4, seed=seed)) for seed in range(9)]
+    assert median(found) > clean
+    assert sorted(found)[1] > 0.7 * clean
+
+
+@pytest.mark.parametrize("noise", [0.0, 0.05, 0.1])
+def test_epochs_over_few_rows(noise):
+    """Of 50 steps each, whose losses drop from one to the next: it settles within the second or third, or never."""
+    means = (0.72, 0.58, 0.46, 0.36, 0.29, 0.24)
+
+    def memorised(progress):
+        return means[int(6 * progress)] + 0.7 * math.exp(-75 * progress)
+
+    found = [first_settled(curve(memorised, 300, noise, seed)) for seed in range(9)]
+    assert all(64 <= step <= 150 or step == math.inf for step in found)
+    assert found.count(math.inf) <= 3
+
+
+@pytest.mark.parametrize("of", [lambda x: 1.0, lambda x: 1 + x, lambda x: 1e-9])
+def test_a_loss_that_does_not_fall_has_settled(of):
+    assert first_settled(curve(of, 600, 0.02)) < 100
+
+
+def test_a_long_run_waits_for_a_tenth_of_its_steps():
+    losses = curve(lambda x: 2 + 6 / (1 + 300 * x), 10_000, 0.05)[:1001]
+    assert first_settled(losses, run=1000) < 1000
+    assert first_settled(losses, run=10_000) == 1000
+
+
+def test_the_warm_up_of_the_learning_rate_is_no_plateau():
+    losses = [5.0] * 100 + curve(fast, 400)
+    assert first_settled(losses) < 100
+    assert first_settled(losses, warmup=100) > 250
+
+
+# Training
+
+
+def logged(trainer, *names):
+    timed = ("context_seconds", "training_seconds", "train_runtime", "train_samples_per_second")
+    names = names or {name for entry in trainer.state.log_history for name in entry} - {
+        *timed,
+        "train_steps_per_second",
+    }
+    return [{name: entry[name] for name in names if name in entry} for entry in trainer.state.log_history[:-1]]
+
+
+def asked(trainer):
+    """The probabilities that contexts are made with, from here on."""
+    found, generate = [], trainer.generator.contexts
+    trainer.generator.contexts = lambda *args, **kwargs: (found.append(args[2]), generate(*args, **kwargs))[1]
+    return found
+
+
+def test_p_follows_what_steps_measure(tmp_path):
+    trainer = make_trainer(tmp_path, data=EASY, **AUTO, self_prob_warmup=2, max_steps=8)
+    made, mix = [], trainer.mix
+    trainer.mix = lambda batches: (made.append(mix(batches)), made[-1])[1]
+    found = asked(trainer)
+    trainer.train()
+    log, budget = logged(trainer), DifferenceBudget(0.3, 0.9)
+    assert [entry["self_prob"] for entry in log] == [0.0, 0.0, *found]
+    for p, entry, (stats, _) in zip(found, log[2:], made[2:], strict=True):
+        assert p == budget.self_prob
+        differing = stats.self_tokens - round(stats.agreement * stats.self_tokens)
+        assert entry["differing_share"] == differing / stats.answer_tokens
+        budget.count(stats.self_tokens, differing)
+    assert found[0] == 0.3
+    assert len({*found}) > 3
+
+
+def test_one_p_for_all_contexts_of_a_step(tmp_path):
+    """However many micro-batches have theirs made at once."""
+    options = {**AUTO, "data": EASY, "self_prob_warmup": 1, "max_steps": 5}
+    whole = make_trainer(tmp_path / "a", **options)
+    parts = make_trainer(tmp_path / "b", context_micro_batches=1, **options)
+    found = [asked(trainer) for trainer in (whole, parts)]
+    for trainer in (whole, parts):
+        trainer.train()
+    assert found[1] == [p for p in found[0] for _ in range(2)]
+    assert len({*found[0]}) > 2
+    names = ("self_prob", "self_share", "differing_share")
+    assert logged(parts, *names) == logged(whole, *names)
+
+
+def test_until_the_loss_has_settled_nothing_is_mixed(tmp_path, monkeypatch, caplog):
+    caplog.set_level("INFO", logger="selfgen")
+    monkeypatch.setattr(self_prob, "settled", lambda losses, least: len(losses) == 3)
+    trainer = make_trainer(tmp_path, **AUTO, max_steps=6)
+    trainer.train()
+    log = logged(trainer)
+    assert [entry["self_prob"] > 0 for entry in log] == [False] * 3 + [True] * 3
+    assert [entry["passes"] > 0 for entry in log] == [False] * 3 + [True] * 3
+    assert "settled after 3 steps" in caplog.text
+
+
+def test_the_losses_are_those_of_the_log(tmp_path, monkeypatch):
+    seen = []
+    monkeypatch.setattr(self_prob, "settled", lambda losses, least: seen.append(([*losses], least)))
+    trainer = make_trainer(tmp_path, **AUTO, max_steps=4, warmup_steps=40)
+    trainer.train()
+    assert seen[-1][0] == pytest.approx([entry["loss"] for entry in logged(trainer)], rel=1e-6)
+    assert seen[-1][1] == 80
+
+
+def test_a_fixed_p_may_wait_too(tmp_path, monkeypatch):
+    monkeypatch.setattr(self_prob, "settled", lambda losses, least: len(losses) == 2)
+    trainer = make_trainer(tmp_path, self_prob=0.4, self_prob_warmup="settled", max_steps=4)
+    found = asked(trainer)
+    trainer.train()
+    assert found == [0.4, 0.4]
+    assert [entry["self_prob"] for entry in logged(trainer)] == [0.0, 0.0, 0.4, 0.4]
+
+
+def test_a_run_that_never_settles_is_plain_fine_tuning(tmp_path):
+    plain = make_trainer(tmp_path / "sft", self_prob=0.0, lean_loss=True)
+    auto = make_trainer(tmp_path / "auto", self_prob="auto")
+    found = asked(auto)
+    for trainer in (plain, auto):
+        trainer.train()
+    assert not found
+    assert torch.equal(weights(auto.model), weights(plain.model))
+    assert not any(entry["passes"] or entry["self_prob"] for entry in logged(auto))
+
+
+class Stop(TrainerCallback):
+    def __init__(self, step):
+        self.step = step
+
+    def on_step_end(self, args, state, control, **kwargs):
+        control.should_training_stop = state.global_step >= self.step
+
+
+def resumed_equals_whole(folder, step, **options):
+    """A run that is broken off after ``step``, in the middle of an interval of the log, and resumed."""
+    options = {**AUTO, "data": EASY, "max_steps": 8, "logging_steps": 4, "report_to": [], **options}
+    whole = make_trainer(folder / "whole", **options)
+    whole.train()
+    options |= {"save_strategy": "steps", "save_steps": step}
+    stopped = make_trainer(folder / "run", **options)
+    stopped.add_callback(Stop(step))
+    stopped.train()
+    resumed = make_trainer(folder / "run", model=tiny_model("llama", seed=9), **options)
+    found = asked(resumed)
+    resumed.train(resume_from_checkpoint=str(folder / "run" / f"checkpoint-{step}"))
+    assert torch.equal(weights(resumed.model), weights(whole.model))
+    if whole.is_world_process_zero():  # which writes the log of all
+        assert logged(resumed) == logged(whole)
+    return found
+
+
+@pytest.mark.parametrize(
+    ("step", "options"),
+    [
+        (5, {}),
+        pytest.param(2, {}, marks=pytest.mark.slow),
+        pytest.param(6, {"context_micro_batches": 1, "gradient_accumulation_steps": 4}, marks=pytest.mark.slow),
+    ],
+)
+def test_a_resumed_run_is_the_unbroken_one(tmp_path, monkeypatch, step, options):
+    monkeypatch.setattr(self_prob, "settled", lambda losses, least: len(losses) == 4)
+    found = resumed_equals_whole(tmp_path, step, **options)
+    assert len({*found}) > 1
+
+
+def test_a_second_run_begins_anew(tmp_path):
+    trainer = make_trainer(tmp_path, **AUTO, self_prob_warmup=0, max_steps=2)
+    found = asked(trainer)
+    trainer.train()
+    trainer.train()
+    assert found[0] == found[2] == 0.3
+
+
+def test_corrections(tmp_path):
+    trainer = make_rac_trainer(tmp_path, **AUTO, self_prob_warmup=1, max_steps=6, learning_rate=1e-2)
+    found = asked(trainer)
+    trainer.train()
+    assert [entry["self_prob"] for entry in logged(trainer)] == [0.0, *found]
+    assert found[0] == 0.3
+    assert len({*found}) > 1
+
+
+def test_stored_contexts_are_trained_on_as_they_are(tmp_path):
+    trainer = make_bash_trainer(tmp_path, self_prob="auto", max_steps=2)
+    trainer.train()
+    assert all("self_prob" not in entry and entry["differing_share"] > 0.4 for entry in logged(trainer))
+
+
+# Checkpoints
+
+
+def checkpoint(folder, **options) -> Path:
+    options = {**AUTO, "self_prob_warmup": 0, "max_steps": 2, "save_strategy": "steps", "save_steps": 2, **options}
+    make_trainer(folder, **options).train()
+    return folder / "checkpoint-2"
+
+
+def resume(folder, found, **options):
+    make_trainer(folder, **{**AUTO, "self_prob_warmup": 0, "max_steps": 3, **options}).train(
+        resume_from_checkpoint=str(found)
+    )
+
+
+def test_a_checkpoint_without_what_was_counted(tmp_path, caplog):
+    found = checkpoint(tmp_path)
+    (found / FILE).unlink()
+    with pytest.raises(ResumeError, match=f"checkpoint-2 has no {FILE}, which self_prob=auto goes on from"):
+        resume(tmp_path, found)
+    (found / "selfgen.json").unlink()  # as of another program
+    resume(tmp_path, found)
+    assert "counted from this step on" in caplog.text
+
+
+def test_a_checkpoint_with_another_target_is_refused(tmp_path):
+    found = checkpoint(tmp_path)
+    for change in ({"difference_target": 0.1}, {"self_prob_cap": 0.5}, {"self_prob_warmup": 1}):
+        with pytest.raises(ResumeError, match=next(iter(change))):
+            resume(tmp_path, found, **change)
+
+
+def test_a_checkpoint_with_a_number_goes_on_with_it(tmp_path):
+    """Also one of an earlier version, which has no file and no new names."""
+    number = {name: config(tmp_path, self_prob=0.5).__dict__[name] for name in AUTO} | {"self_prob_warmup": None}
+    found = checkpoint(tmp_path, **number)
+    assert not (found / FILE).exists()
+    settings = json.loads((found / "selfgen.json").read_text())
+    assert settings["self_prob_warmup"] == 0.0
+    for name in ("difference_target", "self_prob_cap"):
+        del settings[name]
+    (found / "selfgen.json").write_text(json.dumps(settings))
+    resume(tmp_path, found, **number)
+    with pytest.raises(ResumeError, match=r"self_prob was 0\.5, is 'auto'"):
+        resume(tmp_path, found)
+
+
+# Several processes
+
+
+def _resume_in_ranks(rank, folder):
+    self_prob.settled = lambda losses, least: len(losses) == 3
+    found = resumed_equals_whole(folder, 5, gradient_accumulation_steps=1)
+    assert len({*found}) > 1
+    assert len({*map(tuple, meet(say=found))}) == 1
+
+
+@pytest.mark.slow
+def test_a_resumed_run_of_two_processes(tmp_path):
+    in_ranks(_resume_in_ranks, tmp_path)
+
+
+def _compare_in_ranks(rank, folder):
+    compare(rank, folder, ["auto"], 2)
+
+
+def test_two_processes(tmp_path):
+    """They have one p, which is that of one process with the rows of both."""
+    make_expected(tmp_path, ["auto"], 2)
+    log = torch.load(tmp_path / "auto.pt")["log"]
+    assert len({entry["self_prob"] for entry in log}) > 1
+    in_ranks(_compare_in_ranks, tmp_path)
+
+
+# Options
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"self_prob": "half"}, "self_prob is 'half'; accepted: a number, or auto"),
+        ({"self_prob_warmup": "late"}, "self_prob_warmup is 'late'; accepted: a number, or settled"),
+        ({"difference_target": 0.1}, r"difference_target goes with self_prob=auto, but self_prob is 0\.5"),
+        ({"self_prob_cap": 0.1}, "self_prob_cap goes with self_prob=auto"),
+        ({"self_prob": "auto", "difference_target": 0.0}, r"difference_target is 0\.0; it must be above 0"),
+        ({"self_prob": "auto", "difference_target": 1.5}, "at most 1"),
+        ({"self_prob": "auto", "self_prob_cap": 1.5}, r"self_prob_cap is 1\.5"),
+        ({"self_prob": "auto", "self_prob_schedule": "linear"}, "schedule is 'linear', but self_prob is auto"),
+        ({"self_prob": "auto", "self_prob_start": 0.1}, r"start is 0\.1, but self_prob is auto"),
+        ({"self_prob_warmup": "settled", "self_prob_schedule": "cosine"}, "but self_prob_warmup is settled"),
+        ({"self_prob": "auto", "self_prob_warmup": math.nan}, "self_prob_warmup is nan"),
+    ],
+)
+def test_what_does_not_go_together(tmp_path, change, message):
+    with pytest.raises(ValueError, match=message):
+        config(tmp_path, **change)
+
+
+def test_a_function_is_no_schedule_of_auto(tmp_path):
+    trainer = make_trainer(tmp_path, self_prob="auto")
+    with pytest.raises(ValueError, match="schedule is given, but self_prob is auto"):
+        type(trainer)(
+            trainer.model,
+            trainer.args,
+            train_dataset=rows(),
+            processing_class=trainer.processing_class,
+            schedule=lambda start, end, progress: end,
+        )
+    trainer.schedule = lambda start, end, progress: end
+    with pytest.raises(ValueError, match="schedule is given"):
+        trainer.train()
+
+
+def test_contexts_that_no_training_needs_have_a_number(tmp_path):
+    with pytest.raises(ValueError, match=r"self_prob is auto, .* here nothing is trained: give a probability"):
+        ContextArguments(str(tmp_path), self_prob="auto")
+
+
+def test_what_auto_gives_is_not_known_beforehand(tmp_path):
+    with pytest.raises(ValueError, match="not known beforehand: see self_prob in the log"):
+        config(tmp_path, self_prob="auto").self_prob_at(0, 10)
+    assert config(tmp_path, self_prob=0.3).warm_up == 0.0
+    assert config(tmp_path, self_prob="auto").warm_up == "settled"
+    assert config(tmp_path, self_prob="auto", self_prob_warmup=3).warm_up == 3

@@ -50,7 +50,7 @@ from ..data.batches import IGNORE_INDEX, ROWS, Row, lengths_of
 from ..data.streams import StreamedRows, refuse_stream
 from ..files import at_home, to_json
 from ..provenance import columns_hash, weights_hash
-from .batches import RowSlots, Step, learn_after_self, unique_rows
+from .batches import LEARN_ON, RowSlots, Step, unique_rows
 from .checkpoints import (
     SETTINGS,
     STATE,
@@ -222,6 +222,7 @@ class BSSTrainer(Trainer):
         self._known_frozen_hash: str | None = None
         self._checked: str | None = None  # a checkpoint that this run can go on from
         self._nothing_left = False  # to train
+        self._told_of_nothing = False  # that a step learns
         self._logged_at: int | None = None  # the step of the last line of the log before the checkpoint
         self._looked = self._looks_now = self._loss_looks = False
         self._reuse_verified, self._reuse_open = False, True  # in this process; in one of all
@@ -344,8 +345,21 @@ class BSSTrainer(Trainer):
         self._step = Step(list(batches))
         if self.args.loss_on != "all":  # elsewhere after on_step_begin, where a callback may change the model
             self._mix_next(keep=self._forward_follows)
-            num_items = self._get_num_items_in_batch(batches, device)
+            num_items = self._at_least_one(self._get_num_items_in_batch(batches, device))
         return batches, num_items
+
+    def _at_least_one(self, num_items):
+        """The number of learned tokens of a step, by which its loss is divided: nothing learned is a loss of 0."""
+        if num_items is None or torch.as_tensor(num_items).all():
+            return num_items
+        if not self._told_of_nothing:
+            self._told_of_nothing = True
+            logger.warning(
+                "step %d learns no token, as loss_on=%s finds none in its contexts; later ones like it are not told",
+                self.state.global_step + 1,
+                self.args.loss_on,
+            )
+        return torch.as_tensor(num_items).clamp(min=1)
 
     def prepare_batches(self, batches: list[dict[str, Tensor]]) -> list[dict[str, Tensor]]:
         """What a method does to the micro-batches of a step before their contexts are mixed: nothing, here."""
@@ -578,9 +592,9 @@ class BSSTrainer(Trainer):
         place = {row.sample_id: index for index, row in enumerate(unique)}
         for batch, part in zip(batches, rows, strict=True):
             write_contexts_into(batch, [mixed.tokens[place[row.sample_id]] for row in part])
-            if self.args.loss_on == "after_self":
+            if learn := LEARN_ON.get(self.args.loss_on):
                 for row in part:
-                    learn_after_self(row.labels, mixed.is_self[place[row.sample_id]])
+                    learn(row.labels, mixed.is_self[place[row.sample_id]])
         return mixed.stats, None if mixed.hidden_states is None else RowSlots(mixed.hidden_states, unique)
 
     def make_contexts(self, rows: list[Row], self_prob: float) -> MixedContext:

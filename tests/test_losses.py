@@ -204,7 +204,7 @@ def test_kl_of_adapters_is_to_the_model_without_them(tmp_path):
     trainer = make_trainer(tmp_path, model=model, kl_weight=2.0, learning_rate=0.0, max_steps=1)
     assert trainer._answer_loss.frozen is trainer.generator.model
     found = losses_of(trainer)
-    assert trainer._reuses
+    assert trainer._reuse.on
     total, divergence, count = torch.zeros(()), torch.zeros(()), 0
     for _, inputs in found:
         with torch.no_grad():

@@ -225,8 +225,8 @@ def test_with_self_tokens_it_is_bss_on_corrections(tmp_path, direct_weight):
     """RAC and BSS at once: contexts of the reference are mixed after the correction prompt, and their passes reused."""
     trainer = make_rac_trainer(tmp_path, self_prob=0.6, direct_weight=direct_weight)
     found = losses_of(trainer)
-    assert trainer._reuse_verified
-    assert trainer._reuses
+    assert trainer._reuse.verified
+    assert trainer._reuse.on
     oracle = ContextGenerator(tiny_model("llama"))
     rows = tokenized()
     different = 0

@@ -246,7 +246,7 @@ def test_masks_of_the_arguments_are_those_of_the_contexts(tmp_path, options):
     seen = []
     trainer.compute_loss = _record(trainer.compute_loss, seen)
     trainer.train()
-    assert trainer._reuse_verified
+    assert trainer._reuse.verified
     oracle = ContextGenerator(tiny_model("llama"), masks=config(tmp_path, **options).masks)
     plain = ContextGenerator(tiny_model("llama"))
     differs = False

@@ -66,6 +66,7 @@ class BASHTrainer(BSSTrainer):
     """
 
     collator_class = ContextCollator
+    _makes_contexts = False
 
     def __init__(
         self, model: PreTrainedModel | torch.nn.Module | str, args: BSSConfig, *, train_dataset=None, **kwargs
@@ -108,9 +109,6 @@ class BASHTrainer(BSSTrainer):
 
     def _runs_passes(self) -> bool:
         return False
-
-    def _may_reuse(self) -> bool:
-        return False  # there are no passes whose work could be used
 
 
 def _check_prefixes(rows: Dataset) -> None:

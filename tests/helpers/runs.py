@@ -90,10 +90,10 @@ def run(case: Case, folder: Path, micro_batches: int = 1, **engine) -> dict:
     seen = losses_of(trainer)
     after = case.after(trainer) if case.after else None
     if case.reused and not REUSED_IN_SHARDS and trainer._engine.is_sharded:
-        assert not trainer._reuses
+        assert not trainer._reuse.on
     elif case.reused:
-        assert trainer._reuses
-        assert trainer._reuse_verified
+        assert trainer._reuse.on
+        assert trainer._reuse.verified
     loss = trainer._answer_loss
     assert (loss is not None and loss.lean) == case.lean, loss and loss.not_lean
     return {

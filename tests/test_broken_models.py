@@ -232,7 +232,7 @@ def test_layers_that_share_more_than_hidden_states_are_not_reused(tmp_path, capl
         trainer.add_callback(gradients)
         trainer.train()
         steps.append(gradients.steps)
-        assert not trainer._reuses
+        assert not trainer._reuse.on
     assert "passes are not reused" in caplog.text
     assert distance(*steps) <= 1e-5
 

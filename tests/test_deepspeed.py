@@ -122,7 +122,7 @@ def trained(trainer, **arguments) -> dict:
         "eval_loss": [entry["eval_loss"] for entry in trainer.state.log_history if "eval_loss" in entry],
         "norm": [entry["grad_norm"] for entry in logged],
         "weights": whole_weights_of(trainer.model),
-        "reuses": trainer._reuses,
+        "reuses": trainer._reuse.on,
         "lean": trainer._answer_loss is not None and trainer._answer_loss.lean,
     }
 
@@ -424,7 +424,7 @@ def communicates(folder):
     trainer.add_callback(Steps())
     with counted:
         trainer.train()
-    assert trainer._reuses
+    assert trainer._reuse.on
     assert in_passes == [0] * 4
     gathered, reduced = found[3]  # a step without a look at what the model allows; it has one micro-batch
     assert gathered == pytest.approx(2 * 1 + 1, abs=0.02)

@@ -58,7 +58,7 @@ def train(folder, steps: int, every: int):
         callbacks=[samples],
     )
     trainer.train()
-    assert trainer._reuses
+    assert trainer._reuse.on
     assert trainer._answer_loss.lean
     assert len(list(folder.glob("checkpoint-*"))) <= 2
     return samples.watch.samples

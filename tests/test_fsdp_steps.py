@@ -158,8 +158,8 @@ def in_bf16(rank, folder):
     assert {loss.dtype for loss, _ in seen} == {torch.float32}
     assert {weight.dtype for weight in trainer.model.parameters()} == {torch.float32}
     assert {one.dtype for one in gradients[0].values()} == {torch.float32}
-    assert trainer._reuse_verified
-    assert trainer._reuses == REUSED_IN_SHARDS
+    assert trainer._reuse.verified
+    assert trainer._reuse.on == REUSED_IN_SHARDS
     everyone = meet(say=[batch for _, batch in seen])
     for step, (copy, found) in enumerate(zip(copies, gradients, strict=True)):
         twin.load_state_dict(copy)

@@ -41,7 +41,7 @@ def test_passes_that_no_layer_takes_are_not_reused(tmp_path, monkeypatch, caplog
     monkeypatch.setattr(LlamaDecoderLayer, "forward", inspect.unwrap(LlamaDecoderLayer.forward))
     monkeypatch.setattr(LlamaDecoderLayer, "__call__", torch.nn.Module.__call__)
     trainer.train()
-    assert not trainer._reuses
+    assert not trainer._reuse.on
     assert "0 of 2 decoder layers took what the passes computed" in caplog.text
 
 

@@ -335,7 +335,7 @@ def reused_in_one(rank, folder):
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(reuse, "_verify", refuse)
-        case = replace(CASES["plain"], reused=False, after=lambda trainer: 1.0 + trainer._reuses)
+        case = replace(CASES["plain"], reused=False, after=lambda trainer: 1.0 + trainer._reuse.on)
         found = run(case, folder / "several", fsdp=True, weights="sharded")
     assert found.pop("others") == [2.0 - rank]
     expected = torch.load(folder / "plain.pt", weights_only=True)

@@ -8,15 +8,18 @@ from inspect import signature
 import pytest
 import torch
 import torch.nn.functional as F
-from helpers.training import losses_of, make_trainer, rows
+from helpers.training import Tokenizer, config, losses_of, make_trainer, rows
 from models import VOCAB, tiny_model
 from peft import LoraConfig, get_peft_model
 from transformers import BartConfig, BartForCausalLM
 from transformers.trainer_pt_utils import LabelSmoother
 
+from selfgen import BSSTrainer
 from selfgen.data import Collator
 from selfgen.training import losses
+from selfgen.training.bss import step_seed
 from selfgen.training.losses import AnswerLoss, why_not_lean
+from selfgen_kernels.backends.reference.philox import MASK, random_words
 
 llama = partial(tiny_model, "llama")
 
@@ -201,7 +204,7 @@ def test_kl_of_adapters_is_to_the_model_without_them(tmp_path):
     trainer = make_trainer(tmp_path, model=model, kl_weight=2.0, learning_rate=0.0, max_steps=1)
     assert trainer._answer_loss.frozen is trainer.generator.model
     found = losses_of(trainer)
-    assert trainer._reuses
+    assert trainer._reuse.on
     total, divergence, count = torch.zeros(()), torch.zeros(()), 0
     for _, inputs in found:
         with torch.no_grad():
@@ -214,9 +217,31 @@ def test_kl_of_adapters_is_to_the_model_without_them(tmp_path):
     torch.testing.assert_close(sum(loss for loss, _ in found), want, rtol=1e-5, atol=1e-6)
 
 
-def test_only_after_self_tokens(tmp_path):
-    """Labels stay where a self token stands before them, and the loss is the mean over these."""
-    trainer = make_trainer(tmp_path, loss_on="after_self", self_prob=0.2, learning_rate=0.0, max_steps=1)
+def after_self(is_self, _):
+    return [bool(is_self[:place].any()) for place in range(len(is_self))]
+
+
+def after_switch(is_self, uniform):
+    """By the definition of prefixes, from the row's uniform number."""
+    length = len(is_self)
+    places = [(place + 0.5) / length for place in range(length)]
+    prefix = [uniform < 0.6 + 0.4 * (1 - 2 * place) for place in places]
+    assert is_self.tolist() == prefix
+    return [not one for one in prefix]
+
+
+@pytest.mark.parametrize("lean", [True, False])
+@pytest.mark.parametrize(
+    ("options", "learned"),
+    [
+        ({"loss_on": "after_self", "self_prob": 0.2}, after_self),
+        ({"loss_on": "after_switch", "self_prob": 0.6, "granularity": "prefix"}, after_switch),
+    ],
+    ids=["after_self", "after_switch"],
+)
+def test_only_a_part_is_learned(tmp_path, options, learned, lean):
+    """Labels stay where the option says, and the loss is the mean over these."""
+    trainer = make_trainer(tmp_path, learning_rate=0.0, max_steps=1, lean_loss=lean, **options)
     masks = {}
     generate = trainer.generator.contexts
 
@@ -227,22 +252,59 @@ def test_only_after_self_tokens(tmp_path):
 
     trainer.generator.contexts = recorded
     found = losses_of(trainer)
-    total, count = torch.zeros(()), 0
+    total, count, parts = torch.zeros(()), 0, []
     for _, inputs in found:
         for row in range(2):
             begin, length = (int(inputs[name][row]) for name in ("prompt_length", "answer_length"))
             labels = inputs["labels"][row, begin : begin + length]
             is_self = masks[int(inputs["sample_id"][row])]
-            after = [bool(is_self[:place].any()) for place in range(length)]
-            assert (labels != -100).tolist() == after
+            word = random_words(step_seed(42, 0), inputs["sample_id"][row, None], torch.zeros(1, dtype=int), 1, MASK)
+            assert (labels != -100).tolist() == learned(is_self, int(word) / 2**32)
+            parts.append(labels != -100)
         own, targets, _ = log_probs(llama(), inputs)
         total, count = total + F.nll_loss(own, targets, reduction="sum"), count + len(targets)
-    assert count
+    assert 0 < count < torch.cat(parts).numel()
     torch.testing.assert_close(sum(loss for loss, _ in found), total / count, rtol=1e-5, atol=1e-6)
 
 
-def test_after_self_at_p_zero_learns_everything(tmp_path):
-    found = losses_of(make_trainer(tmp_path, loss_on="after_self", self_prob=0.0, max_steps=1))
+@pytest.mark.parametrize("lean", [True, False])
+@pytest.mark.parametrize("bf16", [True, False])
+def test_rows_without_a_token_to_learn_cost_nothing(tmp_path, caplog, lean, bf16):
+    """Some rows are self tokens to their ends: in a micro-batch of their own, and, in the last step, all of them."""
+    options = {"granularity": "prefix", "loss_on": "after_switch", "lean_loss": lean, "bf16": bf16}
+    step = {"per_device_train_batch_size": 1, "gradient_accumulation_steps": 4, "max_steps": 2}
+    schedule = {"self_prob": 1.0, "self_prob_start": 0.6, "self_prob_schedule": "linear"}
+    trainer = make_trainer(tmp_path, **options, **step, **schedule)
+    found = losses_of(trainer)
+    learned = [int((inputs["labels"] != -100).sum()) for _, inputs in found]
+    assert {bool(count) for count in learned[:4]} == {False, True}
+    assert learned[4:] == [0] * 4
+    for (loss, _), count in zip(found, learned, strict=True):
+        assert (loss > 0) if count else (loss == 0)
+    logs = [entry for entry in trainer.state.log_history if "loss" in entry]
+    assert [entry["grad_norm"] > 0 for entry in logs] == [True, False]
+    assert logs[1]["loss"] == 0
+    assert caplog.text.count("learns no token") == 1
+    assert "step 2 learns no token, as loss_on=after_switch finds none" in caplog.text
+
+
+def test_a_step_without_a_token_to_learn_is_none_to_a_loss_of_the_user(tmp_path):
+    """Which is not the library's, and divides by the number of learned tokens."""
+
+    def own(outputs, labels, num_items_in_batch):
+        logits, targets = outputs["logits"][:, :-1].flatten(0, 1), labels[:, 1:].flatten()
+        return F.cross_entropy(logits, targets, reduction="sum") / num_items_in_batch
+
+    args = config(tmp_path, granularity="prefix", loss_on="after_switch", self_prob=1.0, max_steps=2)
+    trainer = BSSTrainer(llama(), args, train_dataset=rows(), processing_class=Tokenizer(), compute_loss_func=own)
+    assert [float(loss) for loss, _ in losses_of(trainer)] == [0.0] * 4
+
+
+@pytest.mark.parametrize(
+    "how", [{"loss_on": "after_self"}, {"loss_on": "after_switch", "granularity": "prefix"}], ids=str
+)
+def test_at_p_zero_everything_is_learned(tmp_path, how):
+    found = losses_of(make_trainer(tmp_path, self_prob=0.0, max_steps=1, **how))
     assert all((inputs["labels"] != -100).sum() == inputs["answer_length"].sum() for _, inputs in found)
 
 
@@ -270,8 +332,10 @@ def test_kl_to_another_model(tmp_path):
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"loss_on": "some"}, "accepted: all, after_self"),
+        ({"loss_on": "some"}, "accepted: all, after_self, after_switch"),
         ({"loss_on": "after_self", "context_micro_batches": 1}, "context_micro_batches"),
+        ({"loss_on": "after_switch", "granularity": "prefix", "context_micro_batches": 1}, "context_micro_batches"),
+        ({"loss_on": "after_switch", "granularity": "span"}, "give granularity=prefix, or loss_on=after_self"),
         ({"kl_weight": -1.0}, ">= 0"),
         ({"kl_model": "x"}, "kl_weight is 0"),
     ],

@@ -1,4 +1,4 @@
-"""Masks: shares, spans, answers, curves and confidence, each drawn as its definition says."""
+"""Masks: shares, spans, prefixes, answers, curves and confidence, each drawn as its definition says."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from models import tiny_model
 
 from selfgen import ContextGenerator, Masks
-from selfgen.context.masks import rising
+from selfgen.context.masks import CURVES, falling, rising
 from selfgen_kernels import self_mask
 
 model_of = cache(tiny_model)
@@ -32,10 +32,17 @@ def test_single_tokens_are_the_coins_of_the_kernels():
 
 
 @pytest.mark.parametrize("p", [0.1, 0.25, 0.5, 0.9])
-@pytest.mark.parametrize("masks", [Masks("span", 2.0), Masks("span", 12.0), Masks("sequence"), Masks(curve="rising")])
+@pytest.mark.parametrize(
+    "masks",
+    [
+        Masks("span", 2.0), Masks("span", 12.0), Masks("sequence"), Masks(curve="rising"), Masks(curve="falling"),
+        Masks("prefix"),
+    ],
+)  # fmt: skip
 def test_the_share_of_self_tokens_is_p(masks, p):
-    mask = draw(masks, p, rows=4000 if masks.granularity == "sequence" else ROWS)
-    runs = {"token": 1, "span": 24, "sequence": LENGTH}[masks.granularity]  # tokens that hang together, about
+    mask = draw(masks, p, rows=4000 if masks.granularity in ("prefix", "sequence") else ROWS)
+    whole = {"prefix": LENGTH, "sequence": LENGTH}
+    runs = {"token": 1, "span": 24, **whole}[masks.granularity]  # tokens that hang together, about
     deviation = math.sqrt(p * (1 - p) * runs / mask.numel())
     assert abs(mask.double().mean() - p) < 4 * deviation
 
@@ -51,13 +58,20 @@ def test_spans_have_their_mean_length_and_are_geometric(length):
     assert abs(float(stops) * length - 1) < 0.06
 
 
-@pytest.mark.parametrize("p", [0.3, 0.5, 0.8])
-@pytest.mark.parametrize("length", [8, 64])
-def test_spans_follow_a_curve(p, length):
+@pytest.mark.parametrize(
+    ("granularity", "curve", "p", "length"),
+    [
+        *(("span", "rising", p, length) for p in (0.3, 0.5, 0.8) for length in (8, 64)),
+        *(("span", "falling", p, length) for p, length in ((0.3, 8), (0.8, 64))),
+        *(("prefix", "falling", p, length) for p, length in ((0.3, 1), (0.5, 64), (0.8, 8))),
+    ],
+)
+def test_runs_follow_a_curve(granularity, curve, p, length):
     """At each position the share is the curve's."""
-    mask = draw(Masks("span", 8.0, "rising"), p, rows=6000, length=length)
+    masks = Masks(granularity, 8.0, curve)
+    mask = draw(masks, p, rows=6000, length=length)
     place = (torch.arange(length, dtype=torch.float64) + 0.5) / length
-    want = rising(torch.full((length,), p, dtype=torch.float64), place)
+    want = CURVES[masks.curve](torch.full((length,), p, dtype=torch.float64), place)
     assert (mask.double().mean(0) - want).abs().max() < 5 * 0.5 / 6000**0.5
 
 
@@ -71,14 +85,89 @@ def test_a_sequence_is_one_coin():
     assert (mask.all(1) | ~mask.any(1)).all()
 
 
+@given(
+    p=st.floats(0, 1),
+    lengths=st.lists(st.integers(1, 12), min_size=1, max_size=5),
+    seed=st.integers(-(2**63), 2**63 - 1),
+    curve=st.sampled_from([None, "falling", lambda p, u: p * (u < 0.7), lambda p, u: p * (1 - u) ** 2]),
+)
+def test_a_prefix_is_where_one_uniform_number_of_the_row_is_below_the_curve(p, lengths, seed, curve):
+    ids = torch.arange(len(lengths)) - 2
+    prob = torch.full((len(lengths),), p, dtype=torch.float64)
+    masks = Masks("prefix", curve=curve)
+    drawn = masks.draw(seed, ids, lengths, prob)
+    for row, length, mask in zip(ids, lengths, drawn, strict=True):
+        assert mask.tolist() == sorted(mask.tolist(), reverse=True)
+        place = (torch.arange(length, dtype=torch.float64) + 0.5) / length
+        chance = (falling if curve in (None, "falling") else curve)(
+            torch.full((length,), p, dtype=torch.float64), place
+        )
+        coins = [self_mask(seed, row[None], torch.zeros(1, dtype=torch.int64), float(one))[0] for one in chance]
+        assert mask.tolist() == [bool(coin) for coin in coins]
+        alone = masks.draw(seed, row[None], [length], prob[:1])[0]
+        assert torch.equal(alone, mask)
+
+
+@pytest.mark.parametrize("length", [1, 7, 40])
+def test_at_one_half_each_switch_place_is_as_likely(length):
+    """The first and the last of the ``length`` + 1 places are half as wide as the others."""
+    rows = 20_000
+    places = draw(Masks("prefix"), 0.5, rows, length).sum(1)
+    found = torch.bincount(places, minlength=length + 1).double()
+    want = torch.full((length + 1,), rows / length, dtype=torch.float64)
+    want[[0, -1]] /= 2
+    chi2 = float(((found - want) ** 2 / want).sum())
+    assert chi2 < length + 4 * math.sqrt(2 * length)  # of `length` degrees of freedom
+
+
+@pytest.mark.parametrize("p", [0.0, 1.0])
+def test_prefixes_at_both_ends_of_p(p):
+    assert (draw(Masks("prefix"), p, 20, 9) == bool(p)).all()
+
+
+def test_prefix_and_sequence_have_one_coin():
+    """Where the curve is the probability itself, at the middle of an odd answer, they agree row by row."""
+    prefix, sequence = (draw(Masks(name), 0.3, 300, 5)[:, 2] for name in ("prefix", "sequence"))
+    assert torch.equal(prefix, sequence)
+    assert 0 < prefix.sum() < 300
+
+
+@pytest.mark.parametrize(
+    ("curve", "words"),
+    [
+        (lambda p, u: p * u, r"from 0\.0500\d+ at token 0 of an answer to 0\.1500"),
+        (lambda p, u: p * torch.where(u > 0.5, torch.nan, 1.0), "to nan at the next one"),
+        (lambda p, u: (0.5 - u).abs(), "token 2 of an answer"),
+    ],
+)
+def test_a_function_for_prefixes_must_not_rise(curve, words):
+    with pytest.raises(ValueError, match=words):
+        draw(Masks("prefix", curve=curve), 0.5, 2, 5)
+    Masks(curve=lambda p, u: p * u).draw(0, torch.arange(2), [3, 4], torch.full((2,), 0.5))
+
+
+def test_a_new_row_may_begin_higher_than_the_last_ended():
+    prob = torch.tensor([0.1, 0.9], dtype=torch.float64)
+    drawn = Masks("prefix", curve=lambda p, u: p * (1 - u)).draw(0, torch.arange(2), [3, 4], prob)
+    assert [len(row) for row in drawn] == [3, 4]
+
+
+@pytest.mark.parametrize("granularity", ["token", "span", "prefix", "sequence"])
+def test_the_curve_that_is_used_is_told(granularity):
+    masks = Masks(granularity)
+    assert masks.describe()["curve"] == masks.curve == ("falling" if granularity == "prefix" else "flat")
+    assert masks == Masks(granularity, curve=masks.curve)
+
+
+@pytest.mark.parametrize("sign", [1, -1])
 @given(p=st.floats(0, 1), length=st.integers(1, 50))
-def test_rising_keeps_the_mean_and_its_bounds(p, length):
+def test_lines_keep_the_mean_and_their_bounds(sign, p, length):
     place = (torch.arange(length, dtype=torch.float64) + 0.5) / length
-    curve = rising(torch.full((length,), p, dtype=torch.float64), place)
+    curve = (rising if sign == 1 else falling)(torch.full((length,), p, dtype=torch.float64), place)
     assert abs(float(curve.mean()) - p) < 1e-9
     assert (curve >= -1e-12).all()
     assert (curve <= 1 + 1e-12).all()
-    assert (curve.diff() >= 0).all()
+    assert (sign * curve.diff() >= 0).all()
 
 
 def test_rising_has_more_self_tokens_later():
@@ -102,11 +191,14 @@ def test_a_mask_does_not_depend_on_what_follows():
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ({"granularity": "word"}, "accepted: token, span, sequence"),
+        ({"granularity": "word"}, "accepted: token, span, prefix, sequence"),
         ({"span_length": 0.5}, ">= 1"),
         ({"span_length": math.nan}, ">= 1"),
-        ({"curve": "falling"}, "accepted: flat, rising"),
+        ({"curve": "steep"}, "accepted: flat, rising, falling"),
         ({"granularity": "sequence", "curve": "rising"}, "draws once"),
+        ({"granularity": "prefix", "curve": "rising"}, 'give "falling", or a function'),
+        ({"granularity": "prefix", "curve": "flat"}, 'granularity="sequence" for that'),
+        ({"granularity": "prefix", "min_reference_prob": 0.1}, "leave gaps"),
         ({"min_reference_prob": 1.5}, r"in \[0, 1\]"),
     ],
 )
@@ -121,9 +213,10 @@ def test_bad_arguments(arguments, message):
         Masks,
         granularity=st.sampled_from(["token", "span"]),
         span_length=st.sampled_from([1.0, 4.0]),
-        curve=st.sampled_from(["flat", "rising"]),
+        curve=st.sampled_from(["flat", "rising", "falling"]),
         min_reference_prob=st.sampled_from([0.0, 1e-3, 0.01, 0.1]),
-    ),
+    )
+    | st.just(Masks("prefix")),
     self_prob=st.sampled_from([0.3, 1.0]),
     budget=st.integers(1, 100),
     temperature=st.sampled_from([0.0, 1.0]),

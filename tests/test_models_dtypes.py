@@ -282,7 +282,7 @@ def test_a_step_of_the_trainer(tmp_path, mix):
     for number, how in enumerate([{"reuse_passes": False, "lean_loss": False}, {"lean_loss": True}]):
         trainer = make_trainer(tmp_path / str(number), mixed("llama", mix), max_steps=2, **how)
         found.append([loss for loss, _ in losses_of(trainer)])
-        assert trainer._reuses == how.get("reuse_passes", True)
+        assert trainer._reuse.on == how.get("reuse_passes", True)
     torch.testing.assert_close(torch.stack(found[1]), torch.stack(found[0]), rtol=1e-4, atol=0)
 
 
@@ -293,7 +293,7 @@ def test_mixed_precision_trains_what_only_autocast_computes(tmp_path):
     for number, how in enumerate([{"reuse_passes": False, "lean_loss": False}, {"lean_loss": True}]):
         trainer = make_trainer(tmp_path / str(number), bf16_with_fp32_norms(), max_steps=1, bf16=True, **how)
         found.append([loss for loss, _ in losses_of(trainer)])
-        assert trainer._reuses == how.get("reuse_passes", True)
+        assert trainer._reuse.on == how.get("reuse_passes", True)
     torch.testing.assert_close(torch.stack(found[1]), torch.stack(found[0]), rtol=2e-2, atol=0)
 
 
@@ -303,5 +303,5 @@ def test_training_computes_something_else(tmp_path, caplog):
     model.lm_head.register_forward_hook(lambda head, _, logits: logits * (1.01 if head.training else 1.0))
     trainer = make_trainer(tmp_path, model, max_steps=1)
     trainer.train()
-    assert not trainer._reuses
+    assert not trainer._reuse.on
     assert "training and inference differ" in caplog.text

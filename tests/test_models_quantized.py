@@ -168,7 +168,7 @@ def step(model, folder, **how):
 def test_a_step_is_the_same_over_reused_passes(folder, tmp_path, backend, caplog):
     losses, gradients, _ = step(q_lora(folder, backend), tmp_path / "plain", reuse_passes=False, lean_loss=False)
     found, of_reused, trainer = step(q_lora(folder, backend), tmp_path / "reused", lean_loss=True)
-    assert trainer._reuses == (backend not in NOT_REUSED)
+    assert trainer._reuse.on == (backend not in NOT_REUSED)
     assert ("training and inference differ" in caplog.text) == (backend in NOT_REUSED)
     torch.testing.assert_close(found, losses, rtol=1e-5, atol=0)
     for name, gradient in gradients.items():

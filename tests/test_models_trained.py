@@ -90,7 +90,7 @@ def test_reuse_is_verified_again(tmp_path, caplog):
     trainer.train()
     assert "passes are not reused" in caplog.text
     assert "the loss would be off" in caplog.text
-    assert not trainer._reuses
+    assert not trainer._reuse.on
 
 
 class InBlocks(nn.Module):

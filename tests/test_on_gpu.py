@@ -82,7 +82,13 @@ def test_contexts_are_those_of_the_cpu(family):
 
 @pytest.mark.parametrize(
     "masks",
-    [Masks("span", span_length=3), Masks("sequence"), Masks(curve="rising"), Masks(min_reference_prob=0.01)],
+    [
+        Masks("span", span_length=3),
+        Masks("prefix"),
+        Masks("sequence"),
+        Masks(curve="rising"),
+        Masks(min_reference_prob=0.01),
+    ],
     ids=str,
 )
 def test_contexts_under_every_mask_are_those_of_the_loop(masks):

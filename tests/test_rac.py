@@ -10,7 +10,7 @@ from helpers.data import EOS, TEMPLATE, make_tokenizer
 from helpers.training import OWN_ANSWERS, losses_of, make_rac_trainer
 from models import tiny_model
 
-from selfgen import ContextGenerator, RACConfig, RACTrainer
+from selfgen import ContextGenerator, Masks, RACConfig, RACTrainer
 from selfgen.correction import CorrectionCue
 from selfgen.data import RowOptions, tokenize_rows
 from selfgen.training.bss import step_seed
@@ -116,6 +116,24 @@ def test_only_corrections_are_counted_where_self_tokens_are_asked_for(tmp_path):
     check_loss(found, lambda row: 1.0 if not is_direct(row) else 0.5)
 
 
+@pytest.mark.parametrize("self_prob", [0.5, 1.0])
+def test_only_what_follows_a_prefix_is_learned(tmp_path, self_prob):
+    """Of corrections and of direct rows, each with a prefix of its own; where there is nothing, the loss is 0."""
+    options = {"granularity": "prefix", "loss_on": "after_switch", "direct_weight": 0.5, "self_prob": self_prob}
+    found = losses_of(make_rac_trainer(tmp_path, **options))
+    learned = 0
+    for sample_id, _, _, labels in all_rows(found):
+        masks = Masks("prefix").draw(
+            step_seed(42, 0), torch.tensor([sample_id]), [len(labels)], torch.tensor([self_prob], dtype=torch.float64)
+        )
+        assert [label == -100 for label in labels] == masks[0].tolist()
+        learned += sum(label != -100 for label in labels)
+    assert bool(learned) == (self_prob < 1)
+    losses = torch.stack([loss for loss, _ in found])
+    assert losses.isfinite().all()
+    assert bool(losses.any()) == bool(learned)
+
+
 @pytest.mark.slow
 def test_direct_rows_are_a_mean_of_their_own_after_self_tokens(tmp_path):
     """They have other self tokens than the corrections, so another number of learned ones; none is no division by 1."""
@@ -207,8 +225,8 @@ def test_with_self_tokens_it_is_bss_on_corrections(tmp_path, direct_weight):
     """RAC and BSS at once: contexts of the reference are mixed after the correction prompt, and their passes reused."""
     trainer = make_rac_trainer(tmp_path, self_prob=0.6, direct_weight=direct_weight)
     found = losses_of(trainer)
-    assert trainer._reuse_verified
-    assert trainer._reuses
+    assert trainer._reuse.verified
+    assert trainer._reuse.on
     oracle = ContextGenerator(tiny_model("llama"))
     rows = tokenized()
     different = 0

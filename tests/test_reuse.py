@@ -120,7 +120,7 @@ def trained(tmp_path, name, model=None, **changes):
 @pytest.mark.filterwarnings("ignore:`gradient_checkpointing` is deprecated")
 def test_training_with_and_without_reuse_is_the_same(tmp_path, changes):
     trainer, step = trained(tmp_path, "reuse_passes", **changes)
-    assert trainer._reuses
+    assert trainer._reuse.on
     assert trainer._step.passes is None  # freed
     _, want = trained(tmp_path, "ordinary", reuse_passes=False)
     assert (step - want).norm() <= 1e-4 * want.norm()
@@ -135,7 +135,7 @@ def test_lora(tmp_path):
         return peft.get_peft_model(tiny_model("llama"), peft.LoraConfig(target_modules=["q_proj", "up_proj"]))
 
     trainer, step = trained(tmp_path, "reuse_passes", model=model())
-    assert trainer._reuses
+    assert trainer._reuse.on
     _, want = trained(tmp_path, "ordinary", model=model(), reuse_passes=False)
     assert want.norm() > 0
     assert (step - want).norm() <= 1e-4 * want.norm()
@@ -184,7 +184,7 @@ def test_refused_with_a_reason_in_the_log(tmp_path, caplog, make, reason):
     trainer = make(tmp_path)
     assert "passes are not reused, and the training step computes its own forward: " in caplog.text
     assert reason in caplog.text
-    assert not trainer._reuses
+    assert not trainer._reuse.on
     trainer.train()
     assert trainer.state.global_step == 4
 
@@ -196,7 +196,7 @@ def test_a_layer_that_changes_in_training_is_found_out(tmp_path, caplog):
     model.model.layers[1].mlp.forward = lambda x: forward(x) * (0.5 if model.training else 1.0)
     trainer, step = trained(tmp_path, "reuse_passes", model=model)
     assert "the loss would be off by" in caplog.text
-    assert not trainer._reuses
+    assert not trainer._reuse.on
     other = tiny_model("llama")
     usual = other.model.layers[1].mlp.forward
     other.model.layers[1].mlp.forward = lambda x: usual(x) * (0.5 if other.training else 1.0)
@@ -209,7 +209,7 @@ def test_a_layer_with_more_than_hidden_states_is_found_out(tmp_path, caplog):
     model.model.layers[1].register_forward_pre_hook(lambda _, args: (args[0] * 1.0, *args[1:]))
     trainer, _ = trained(tmp_path, "reuse_passes", model=model)
     assert "first argument is not the hidden states that left the one before it" in caplog.text
-    assert not trainer._reuses
+    assert not trainer._reuse.on
 
 
 def test_a_second_input_with_a_gradient_is_found_out(tmp_path, caplog):
@@ -222,7 +222,7 @@ def test_a_second_input_with_a_gradient_is_found_out(tmp_path, caplog):
     model = AutoModelForCausalLM.from_config(transformers.Gemma4TextConfig(**settings, **embeddings))
     trainer, step = trained(tmp_path, "reuse_passes", model=model)
     assert "a decoder layer has more than one input with a gradient" in caplog.text
-    assert not trainer._reuses
+    assert not trainer._reuse.on
     assert step.norm() > 0
 
 

@@ -83,7 +83,7 @@ def check(folder, make=llama, prepare=lambda trainer: None, **changes) -> None:
         trainer = trainer_for(folder, make, reuse_passes=reuse, **changes)
         prepare(trainer)
         results.append(run(trainer))
-        assert trainer._reuses == reuse
+        assert trainer._reuse.on == reuse
     (losses, gradients), (want_losses, want_gradients) = results
     torch.testing.assert_close(losses, want_losses, rtol=1e-5, atol=0)
     assert distance(gradients, want_gradients) <= 1e-5
@@ -339,7 +339,7 @@ def check_ddp(folder, changes):
     for reuse in (True, False):
         trainer = make_trainer(folder, reuse_passes=reuse, optim="sgd", max_steps=3, ddp_backend="gloo", **changes)
         reused = []
-        trainer.add_callback(At("on_substep_end", lambda _, t=trainer, r=reused: r.append(t._reuses)))
+        trainer.add_callback(At("on_substep_end", lambda _, t=trainer, r=reused: r.append(t._reuse.on)))
         before = weights(trainer.model)
         trainer.train()
         assert isinstance(trainer.model_wrapped, DistributedDataParallel)

@@ -24,7 +24,7 @@ def test_random_depth_is_a_reason_against_reuse(tmp_path, caplog, attribute, val
     with pytest.raises(ReuseError, match=f"{attribute} of model.layers.1 is {value}: training and inference compute"):
         decoder_layers(model)
     trainer = make_trainer(tmp_path, model=model, max_steps=1)
-    assert not trainer._reuses
+    assert not trainer._reuse.on
     assert f"{attribute} of model.layers.1" in caplog.text
     setattr(model.model.layers[1], attribute, 0.0)
     assert decoder_layers(model)

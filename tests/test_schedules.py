@@ -72,7 +72,8 @@ def test_a_function_that_gives_no_probability(tmp_path, value):
         ({"self_prob_warmup": -1}, "share of them"),
         ({"self_prob_schedule": "step"}, "inverse_sigmoid"),
         ({"granularity": "word"}, "span"),
-        ({"self_prob_curve": "falling"}, "rising"),
+        ({"self_prob_curve": "steep"}, "rising"),
+        ({"granularity": "prefix", "self_prob_curve": "rising"}, "falling"),
         ({"min_reference_prob": 2.0}, r"in \[0, 1\]"),
     ],
 )

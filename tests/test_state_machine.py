@@ -48,6 +48,7 @@ MASKS = [
     Masks("span", span_length=3.0),
     Masks("span", span_length=2.0, curve="rising"),
     Masks("sequence"),
+    Masks("prefix"),
     Masks(min_reference_prob=0.004),
 ]
 SETTINGS = st.fixed_dictionaries(

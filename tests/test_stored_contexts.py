@@ -12,11 +12,11 @@ import torch.nn.functional as F
 from helpers.cli import flags, history, run
 from helpers.data import ROWS, write_jsonl
 from helpers.processes import Killed, contents, kill_at, kill_command
-from helpers.training import Tokenizer, config, rows, weights
+from helpers.training import Tokenizer, config, losses_of, rows, weights
 from models import VOCAB, tiny_model
 from transformers import AutoModelForCausalLM
 
-from selfgen import BASHTrainer, BSSTrainer, ContextGenerator, load_contexts, write_contexts
+from selfgen import BASHTrainer, BSSTrainer, ContextGenerator, Masks, load_contexts, write_contexts
 from selfgen.data import load_rows
 from selfgen.provenance import weights_hash
 from selfgen.stored_contexts import OfflineError, read_provenance
@@ -276,6 +276,27 @@ def test_evaluation_is_under_the_contexts_that_the_rows_have(tmp_path):
         assert trainer.evaluate(given)["eval_loss"] == pytest.approx(expected, rel=1e-5)
 
 
+def test_only_what_follows_a_prefix_is_learned(tmp_path):
+    """As online: a row that is self tokens to its end has nothing to learn; contexts of another kind are refused."""
+    write(tmp_path / "contexts", rows(16), make_generator(masks=Masks("prefix")), self_prob=0.6)
+    written = {row["sample_id"]: row for row in load_contexts(tmp_path / "contexts")}
+    options = {"granularity": "prefix", "loss_on": "after_switch", "learning_rate": 0.0, "num_train_epochs": 1}
+    found = losses_of(make_trainer(tmp_path, tmp_path / "contexts", max_steps=-1, **options))
+    learned = {}
+    for _, inputs in found:
+        for row, sample_id in enumerate(inputs["sample_id"].tolist()):
+            begin, length = (int(inputs[name][row]) for name in ("prompt_length", "answer_length"))
+            is_self = written[sample_id]["is_self"]
+            assert is_self == sorted(is_self, reverse=True)
+            learned[sample_id] = [not one for one in is_self]
+            assert (inputs["labels"][row, begin : begin + length] != -100).tolist() == learned[sample_id]
+    assert len(learned) == 16
+    assert {sum(one) == 0 for one in learned.values()} == {False, True}
+    write(tmp_path / "tokens", rows(16))
+    with pytest.raises(ValueError, match="of row 0 a self token follows a reference token: write contexts with"):
+        make_trainer(tmp_path, tmp_path / "tokens", **options)
+
+
 def test_contexts_that_do_not_fit_the_model_are_refused(tmp_path):
     write(tmp_path / "contexts", rows(4))
     written = load_contexts(tmp_path / "contexts")
@@ -348,6 +369,19 @@ def test_contexts_then_training(arguments, writing, caplog, capsys):
     (log,) = history(arguments["output_dir"])
     assert log["self_share"] == pytest.approx(record["statistics"]["self_share"])
     assert AutoModelForCausalLM.from_pretrained(arguments["output_dir"])
+
+
+def test_contexts_with_prefixes_then_training(arguments, writing, caplog, capsys):
+    assert run(["contexts", *flags({**writing, "granularity": "prefix"})], capsys)[0] == 0
+    record = read_provenance(writing["output_dir"])
+    assert (record["settings"]["masks"]["granularity"], record["settings"]["masks"]["curve"]) == ("prefix", "falling")
+    contexts = load_contexts(writing["output_dir"])
+    assert all(row == sorted(row, reverse=True) for row in contexts["is_self"])
+    del arguments["dataset"]
+    options = {**arguments, "method": "bash", "contexts": writing["output_dir"], "max_steps": 1}
+    options |= {"granularity": "prefix", "loss_on": "after_switch"}
+    assert run(["train", *flags(options)], capsys)[0] == 0
+    assert "have no effect: token_budget, balance\n" in caplog.text
 
 
 @pytest.mark.slow

@@ -125,8 +125,8 @@ def training_of_one_process(rank, folder):
     options = {"save_strategy": "steps", "save_steps": 2, "eval_strategy": "steps", "eval_steps": 1}
     model = split_model(folder / FAMILY, tp_size=WORLD)
     trainer, found = train(folder / "run", model, **options, evaluated=rows(5, seed=1))
-    assert trainer._reuse_verified
-    assert trainer._reuses
+    assert trainer._reuse.verified
+    assert trainer._reuse.on
     assert trainer._answer_loss.lean
     assert_as_one(found, expected)
     evaluated = [entry["eval_loss"] for entry in trainer.state.log_history if "eval_loss" in entry]
@@ -281,8 +281,8 @@ def sharded_and_split(rank, folder, tp_size, held):
     trainer, found = train(folder / "run", split_model(folder / FAMILY, **sizes), **options)
     share, shares = trainer.args.row_share
     assert (share, shares) == (rank // tp_size, 2)
-    assert trainer._reuse_verified
-    assert trainer._reuses
+    assert trainer._reuse.verified
+    assert trainer._reuse.on
     assert trainer._answer_loss.lean
     assert_as_one(found, {**expected, "ids": expected["ids"][share::shares]})
     checkpoint = folder / "run" / "checkpoint-2"

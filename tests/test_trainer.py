@@ -18,6 +18,7 @@ from selfgen.data import Collator, rows_of
 from selfgen.evaluation import held_out_losses, row_losses
 from selfgen.generation import answer
 from selfgen.training.bss import check_processes, step_seed
+from selfgen.training.checkpoints import ResumeError
 
 LOGGED = {"self_share", "agreement", "passes", "computed_per_token", "context_seconds", "training_seconds"}
 
@@ -155,19 +156,34 @@ def test_linear_schedule(tmp_path):
     assert shares == sorted(shares)
 
 
-def test_resume_repeats_the_uninterrupted_run(tmp_path):
+@pytest.mark.parametrize("options", [{}, {"granularity": "prefix", "loss_on": "after_switch"}], ids=str)
+def test_resume_repeats_the_uninterrupted_run(tmp_path, options):
     """A run that was stopped at a checkpoint goes on with the very contexts and weights of one that was not."""
-    whole = make_trainer(tmp_path / "whole", max_steps=6, save_strategy="no", lr_scheduler_type="constant")
+    options = {"lr_scheduler_type": "constant", **options}
+    whole = make_trainer(tmp_path / "whole", max_steps=6, save_strategy="no", **options)
     whole.train()
-    stopped = make_trainer(
-        tmp_path / "run", max_steps=3, save_strategy="steps", save_steps=3, lr_scheduler_type="constant"
-    )
+    stopped = make_trainer(tmp_path / "run", max_steps=3, save_strategy="steps", save_steps=3, **options)
     stopped.train()
-    resumed = make_trainer(
-        tmp_path / "run", model=tiny_model("llama", seed=9), max_steps=6, lr_scheduler_type="constant"
-    )
+    resumed = make_trainer(tmp_path / "run", model=tiny_model("llama", seed=9), max_steps=6, **options)
     resumed.train(resume_from_checkpoint=str(tmp_path / "run" / "checkpoint-3"))
     torch.testing.assert_close(weights(resumed.model), weights(whole.model), rtol=0, atol=0)
+    logs = [trainer.state.log_history[:6] for trainer in (whole, resumed)]
+    for entry in (*logs[0], *logs[1]):
+        del entry["context_seconds"], entry["training_seconds"]
+    assert logs[0] == logs[1]
+
+
+def test_a_checkpoint_names_the_curve_that_is_used(tmp_path):
+    """As earlier checkpoints do, so that a run whose options leave it out goes on from them."""
+    saving = {"max_steps": 1, "save_strategy": "steps", "save_steps": 1}
+    for granularity, curve in (("token", "flat"), ("prefix", "falling")):
+        make_trainer(tmp_path / granularity, granularity=granularity, **saving).train()
+        checkpoint = tmp_path / granularity / "checkpoint-1"
+        assert json.loads((checkpoint / "selfgen.json").read_text())["self_prob_curve"] == curve
+        make_trainer(tmp_path, granularity=granularity).check_resumed(checkpoint)
+        make_trainer(tmp_path, granularity=granularity, self_prob_curve=curve).check_resumed(checkpoint)
+    with pytest.raises(ResumeError, match="granularity was 'token', is 'prefix'; self_prob_curve was"):
+        make_trainer(tmp_path, granularity="prefix").check_resumed(tmp_path / "token" / "checkpoint-1")
 
 
 def test_repeated_rows_in_a_batch_share_their_context(tmp_path):
@@ -217,6 +233,7 @@ def test_contexts_under_bf16_autocast_are_made_in_it(tmp_path):
     [
         {"granularity": "span", "span_length": 3.0},
         {"granularity": "sequence"},
+        {"granularity": "prefix"},
         {"self_prob_curve": "rising"},
         {"min_reference_prob": 0.008},
         {"granularity": "span", "self_prob_curve": "rising", "min_reference_prob": 0.008},
@@ -229,7 +246,7 @@ def test_masks_of_the_arguments_are_those_of_the_contexts(tmp_path, options):
     seen = []
     trainer.compute_loss = _record(trainer.compute_loss, seen)
     trainer.train()
-    assert trainer._reuse_verified
+    assert trainer._reuse.verified
     oracle = ContextGenerator(tiny_model("llama"), masks=config(tmp_path, **options).masks)
     plain = ContextGenerator(tiny_model("llama"))
     differs = False

@@ -168,7 +168,7 @@ def train(task: AnyTask, method: Method, seed: int, setting: Setting, without: D
         if isinstance(trainer, ApproximateTrainer):
             trainer.passes = method.passes
         if method.kind in ("offline", "approximate"):
-            trainer._reuses = False  # what made the contexts is not this step's forward
+            trainer._reuse.on = False  # what made the contexts is not this step's forward
         trainer.train()
     return model.eval(), int(trainer.state.num_input_tokens_seen)
 

@@ -1,4 +1,4 @@
-"""Which positions of an answer hold self tokens: single tokens, spans or whole answers, evenly or more of them later.
+"""Which positions of an answer hold self tokens: single ones, spans, a prefix or all, and where there are more of them.
 
 A mask is drawn before any forward, from the coins of ``selfgen_kernels.self_mask``: a pure function of (seed, sample
 id, position). Only confidence has to wait for the model (``min_reference_prob``); it takes positions away, never adds.
@@ -15,8 +15,8 @@ from torch import Tensor
 
 from selfgen_kernels import self_mask
 
-Granularity = Literal["token", "span", "sequence"]
-GRANULARITIES = ("token", "span", "sequence")
+Granularity = Literal["token", "span", "prefix", "sequence"]
+GRANULARITIES = ("token", "span", "prefix", "sequence")
 Curve = Callable[[Tensor, Tensor], Tensor]
 """(self-probabilities [S], places in their answers [S], from 0 to 1) -> self-probabilities [S]"""
 
@@ -31,7 +31,12 @@ def rising(self_prob: Tensor, place: Tensor) -> Tensor:
     return self_prob + torch.minimum(self_prob, 1 - self_prob) * (2 * place - 1)
 
 
-CURVES: dict[str, Curve] = {"flat": flat, "rising": rising}
+def falling(self_prob: Tensor, place: Tensor) -> Tensor:
+    """The mirror of ``rising``: more self tokens at the beginning; its mean is ``self_prob``, too."""
+    return self_prob + torch.minimum(self_prob, 1 - self_prob) * (1 - 2 * place)
+
+
+CURVES: dict[str, Curve] = {"flat": flat, "rising": rising, "falling": falling}
 
 
 def check_probability(name: str, value: float) -> None:
@@ -46,14 +51,17 @@ class Masks:
 
     Args:
         granularity: "token", a coin per token (scheduled sampling, Bengio et al. 2015, arXiv 1506.03099); "span", runs
-            of self tokens of geometric length; "sequence", a coin per answer (GKD's lambda, Agarwal et al. 2023, arXiv
-            2306.13649, for each row).
+            of self tokens of geometric length; "prefix", self tokens up to a switch place and the reference after it;
+            "sequence", a coin per answer (GKD's lambda, Agarwal et al. 2023, arXiv 2306.13649, for each row).
         span_length: mean number of tokens per span, at least 1. Single tokens already make runs of 1 / (1 - p) tokens
             on average; a ``span_length`` below that has no effect. The share of self tokens is p in any case.
-        curve: of the probability over an answer, "flat", "rising", or a function (see `Curve`). Not with "sequence".
+        curve: of the probability over an answer, "flat", "rising", "falling", or a function (see `Curve`). None is
+            "falling" with "prefix", and "flat" else. Not with "sequence". With "prefix" it must fall: the prefix of a
+            row has the places whose probability is above one uniform number of the row, so that with "falling" and a
+            probability of 1/2 each switch place is as likely as any other.
         min_reference_prob: a token is a self token only where the model gives the reference at least this
             probability, in [0, 1], at temperature 1 and under the context so far (confidence-aware scheduled sampling,
-            Liu et al. 2021, arXiv 2107.10427). 0 means no condition.
+            Liu et al. 2021, arXiv 2107.10427). 0 means no condition. Not with "prefix".
 
     Raises:
         ValueError: an argument out of range.
@@ -61,7 +69,7 @@ class Masks:
 
     granularity: Granularity = "token"
     span_length: float = 8.0
-    curve: str | Curve = "flat"
+    curve: str | Curve | None = None
     min_reference_prob: float = 0.0
 
     def __post_init__(self) -> None:
@@ -69,13 +77,31 @@ class Masks:
             raise ValueError(f"granularity is {self.granularity!r}; accepted: {', '.join(GRANULARITIES)}")
         if not 1.0 <= self.span_length < float("inf"):
             raise ValueError(f"span_length is {self.span_length}; it must be a finite number >= 1")
+        if self.curve is None:
+            object.__setattr__(self, "curve", "falling" if self.granularity == "prefix" else "flat")
         if not callable(self.curve) and self.curve not in CURVES:
             raise ValueError(f"curve is {self.curve!r}; accepted: {', '.join(CURVES)}, or a function")
         if self.granularity == "sequence" and self.curve != "flat":
             raise ValueError(
-                'a curve needs granularity="token" or "span": granularity="sequence" draws once for the whole answer'
+                'a curve needs granularity="token", "span" or "prefix": granularity="sequence" draws once for the '
+                "whole answer"
+            )
+        if self.granularity == "prefix" and self.curve == "rising":
+            raise ValueError(
+                'curve is "rising", but the self tokens of granularity="prefix" are the first ones of an answer: give '
+                '"falling", or a function that does not rise'
+            )
+        if self.granularity == "prefix" and self.curve == "flat":
+            raise ValueError(
+                'curve is "flat", which makes granularity="prefix" a coin per answer: give granularity="sequence" for '
+                'that, or the curve "falling"'
             )
         check_probability("min_reference_prob", self.min_reference_prob)
+        if self.granularity == "prefix" and self.min_reference_prob:
+            raise ValueError(
+                f"min_reference_prob is {self.min_reference_prob}, which would leave gaps in the self tokens of "
+                'granularity="prefix": leave it out, or give granularity="token" or "span"'
+            )
 
     def describe(self) -> dict[str, Any]:
         """How masks are drawn, in words and numbers, for the provenance of contexts."""
@@ -89,9 +115,11 @@ class Masks:
         positions = torch.cat([torch.arange(length, device=device) for length in lengths])  # [S]
         ids, prob = sample_ids.repeat_interleave(repeats), self_prob.repeat_interleave(repeats)  # [S]
         place = (positions + 0.5) / repeats.repeat_interleave(repeats)  # [S]
-        curve = self.curve if callable(self.curve) else CURVES[self.curve]
+        curve = self.curve if callable(self.curve) else CURVES[str(self.curve)]
         prob = curve(prob, place).clamp(0.0, 1.0)
-        if self.granularity == "sequence":
+        if self.granularity == "prefix" and callable(self.curve):
+            _check_falls(prob, positions)
+        if self.granularity in ("prefix", "sequence"):  # one uniform number per row
             mask = self_mask(seed, ids, torch.zeros_like(positions), prob)
         elif self.granularity == "span":
             mask = self._spans(seed, ids, positions, prob)
@@ -116,3 +144,15 @@ class Masks:
         decided = on | ~holds | first
         places = torch.arange(len(positions), device=positions.device)
         return on[torch.where(decided, places, 0).cummax(0).values]
+
+
+def _check_falls(prob: Tensor, positions: Tensor) -> None:
+    """Raise ValueError if a curve [S] rises within a row, whose ``positions`` begin at 0."""
+    rises = ~(prob[1:] <= prob[:-1]) & (positions[1:] > 0)  # NaN rises, too
+    if rises.any():
+        at = int(rises.nonzero()[0, 0])
+        raise ValueError(
+            f"the curve rises from {float(prob[at])} at token {int(positions[at])} of an answer to "
+            f'{float(prob[at + 1])} at the next one, but the self tokens of granularity="prefix" are the first ones: '
+            'give a function that does not rise, or granularity="token" or "span"'
+        )

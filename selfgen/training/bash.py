@@ -22,7 +22,7 @@ from ..context.models import vocab_size_of
 from ..data import Collator, rows_of, write_contexts_into
 from ..data.streams import refuse_stream
 from ..stored_contexts import CONTEXT_COLUMNS, ROW_COLUMNS, load_contexts
-from .batches import learn_after_self
+from .batches import LEARN_ON
 from .bss import BSSTrainer
 from .config import BSSConfig
 
@@ -57,7 +57,8 @@ class BASHTrainer(BSSTrainer):
 
     Raises:
         OfflineError: (a ValueError) a folder without contexts, or whose contexts are not complete.
-        ValueError: rows without contexts, longer than ``max_length``, or with ids that the model does not have.
+        ValueError: rows without contexts, longer than ``max_length``, or with ids that the model does not have; or
+            ``loss_on`` is "after_switch", but a row's self tokens are no prefix.
 
     Example:
         >>> config = BSSConfig("outputs/bash", num_train_epochs=1)
@@ -65,6 +66,7 @@ class BASHTrainer(BSSTrainer):
     """
 
     collator_class = ContextCollator
+    _makes_contexts = False
 
     def __init__(
         self, model: PreTrainedModel | torch.nn.Module | str, args: BSSConfig, *, train_dataset=None, **kwargs
@@ -77,6 +79,8 @@ class BASHTrainer(BSSTrainer):
             if missing:
                 raise ValueError(f"the rows lack {', '.join(missing)}; give the folder that write_contexts wrote")
             self._has_self_tokens = any(any(row) for row in train_dataset["is_self"])
+            if args.loss_on == "after_switch":
+                _check_prefixes(train_dataset)
         super().__init__(model, args, train_dataset=train_dataset, **kwargs)
         if train_dataset is not None:
             vocab_size = self.generator.vocab_size or vocab_size_of(self.generator.model)
@@ -92,10 +96,10 @@ class BASHTrainer(BSSTrainer):
         lengths = [
             torch.cat([batch[name] for batch in batches]).tolist() for name in ("prompt_length", "answer_length")
         ]
-        if self.args.loss_on == "after_self" and self._has_self_tokens:
+        if (learn := LEARN_ON.get(self.args.loss_on)) and self._has_self_tokens:
             for batch in batches:
                 for row, is_self in zip(rows_of(batch), batch["is_self"], strict=True):
-                    learn_after_self(row.labels, is_self[len(row.prompt) :][: len(row.labels)])
+                    learn(row.labels, is_self[len(row.prompt) :][: len(row.labels)])
         agreement = agreeing / self_tokens if self_tokens else 1.0
         return replace(ContextStats.untouched(*lengths), self_tokens=self_tokens, agreement=agreement), None
 
@@ -106,8 +110,15 @@ class BASHTrainer(BSSTrainer):
     def _runs_passes(self) -> bool:
         return False
 
-    def _may_reuse(self) -> bool:
-        return False  # there are no passes whose work could be used
+
+def _check_prefixes(rows: Dataset) -> None:
+    """Raise ValueError if the self tokens of a row are not the first ones of its context."""
+    for sample_id, is_self in zip(rows["sample_id"], rows["is_self"], strict=True):
+        if is_self != sorted(is_self, reverse=True):
+            raise ValueError(
+                f"loss_on is 'after_switch', but in the context of row {sample_id} a self token follows a reference "
+                "token: write contexts with granularity=prefix, or give loss_on=all or after_self"
+            )
 
 
 def _check_fit(rows: Dataset, vocab_size: int, max_length: int | None) -> None:

@@ -37,6 +37,19 @@ def learn_after_self(labels: Tensor, is_self: Tensor) -> None:
     labels[own.cumsum(0) == own] = IGNORE_INDEX
 
 
+def learn_after_switch(labels: Tensor, is_self: Tensor) -> None:
+    """Ignore those of an answer's ``labels`` [T] that lie in its prefix of self tokens.
+
+    The prefix ends at the first token that is learned and may be a self token, but is none.
+    """
+    after = (labels != IGNORE_INDEX) & ~is_self
+    labels[after.cumsum(0) == 0] = IGNORE_INDEX
+
+
+LEARN_ON = {"after_self": learn_after_self, "after_switch": learn_after_switch}
+"""What ``loss_on`` ignores, but for "all"."""
+
+
 @dataclass
 class Step:
     """The optimizer step that is being trained on."""

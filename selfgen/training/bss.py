@@ -20,13 +20,12 @@ from transformers import AutoTokenizer, PreTrainedModel, Trainer, TrainerCallbac
 from transformers.trainer_pt_utils import LengthGroupedSampler
 
 from ..context import ContextStats, MixedContext, UnsupportedModelError
-from ..context.hidden_states import ReuseError, decoder_layers
+from ..context.hidden_states import ReuseError
 from ..context.models import (
     active_adapters,
     auto_class_of,
     check_4bit_layout,
     check_here,
-    inference,
     keep_4bit_layout,
     load_whole,
     max_positions,
@@ -35,7 +34,6 @@ from ..context.models import (
     transformers_model,
     vocab_size_of,
 )
-from ..context.precision import full_precision
 from ..context.sharding import (
     agreed,
     forget_steps,
@@ -43,14 +41,13 @@ from ..context.sharding import (
     shard_again,
     tensor_parallel_size,
     together_of,
-    whole_weights,
 )
 from ..data import Collator, DataError, check_sample_ids, load_rows, pad_token_id, rows_of, write_contexts_into
 from ..data.batches import IGNORE_INDEX, ROWS, Row, lengths_of
 from ..data.streams import StreamedRows, refuse_stream
 from ..files import at_home, to_json
 from ..provenance import columns_hash, weights_hash
-from .batches import RowSlots, Step, learn_after_self, unique_rows
+from .batches import LEARN_ON, RowSlots, Step, unique_rows
 from .checkpoints import (
     SETTINGS,
     STATE,
@@ -68,7 +65,7 @@ from .losses import AnswerLoss, TokenMean, calls_loss_function, learns_its_input
 from .meter import Meter, StepTimer
 from .parallelism import check_tensor_parallel
 from .processes import meet, once_per_machine
-from .reuse import reuse_passes
+from .reuse_trial import ReuseTrial
 from .sampling import EpochOfSampler, SeededByEpoch
 from .schedules import Schedule
 from .self_prob import SelfProb
@@ -142,6 +139,7 @@ class BSSTrainer(Trainer):
     _weighs_rows = False  # whether batches have a column loss_weight
     _weighing = "direct_weight"  # the options that such a column comes from
     _lean_by_default = False  # also where self_prob is 0
+    _makes_contexts = True  # by passes, whose work may be used
     collator_class = Collator
     compute_loss_func: Callable | None
 
@@ -227,9 +225,10 @@ class BSSTrainer(Trainer):
         self._known_frozen_hash: str | None = None
         self._checked: str | None = None  # a checkpoint that this run can go on from
         self._nothing_left = False  # to train
+        self._told_of_nothing = False  # that a step learns
         self._logged_at: int | None = None  # the step of the last line of the log before the checkpoint
         self._looked = self._looks_now = self._loss_looks = False
-        self._reuse_verified, self._reuse_open = False, True  # in this process; in one of all
+        self._reuse = ReuseTrial(args, self.generator, self._engine, self._whole_weights)
         self._known = False  # what the model is like
         self._budget_agreed = False  # among processes
         self._answer_loss: AnswerLoss | None = None
@@ -256,7 +255,7 @@ class BSSTrainer(Trainer):
         with self._whole_weights(), self._engine.autocast():
             self.generator.check_causal(in_training=True)  # the loss of a model that sees the answer teaches nothing
             agreed(together_of(self.generator.model), partial(check_finite, self.model))  # each sees its own part
-            self._reuses = self._may_reuse()
+            self._reuse.on = self._makes_contexts and self._reuse.may_begin()
             self._answer_loss = self._make_loss()
         self._known = True
 
@@ -355,8 +354,21 @@ class BSSTrainer(Trainer):
         self._step = Step(list(batches))
         if self.args.loss_on != "all":  # elsewhere after on_step_begin, where a callback may change the model
             self._mix_next(keep=self._forward_follows)
-            num_items = self._get_num_items_in_batch(batches, device)
+            num_items = self._at_least_one(self._get_num_items_in_batch(batches, device))
         return batches, num_items
+
+    def _at_least_one(self, num_items):
+        """The number of learned tokens of a step, by which its loss is divided: nothing learned is a loss of 0."""
+        if num_items is None or torch.as_tensor(num_items).all():
+            return num_items
+        if not self._told_of_nothing:
+            self._told_of_nothing = True
+            logger.warning(
+                "step %d learns no token, as loss_on=%s finds none in its contexts; later ones like it are not told",
+                self.state.global_step + 1,
+                self.args.loss_on,
+            )
+        return torch.as_tensor(num_items).clamp(min=1)
 
     def prepare_batches(self, batches: list[dict[str, Tensor]]) -> list[dict[str, Tensor]]:
         """What a method does to the micro-batches of a step before their contexts are mixed: nothing, here."""
@@ -561,7 +573,7 @@ class BSSTrainer(Trainer):
             if runs:  # a forward of the whole model
                 self._check_causal(batches)
             stats, self._step.passes = self.mix(batches)
-        self._agree_on_reuse()
+        self._reuse.agree(self._step)
         self.meter.contexts_end(stats)
 
     def _agree_on_budget(self) -> None:
@@ -600,9 +612,9 @@ class BSSTrainer(Trainer):
         place = {row.sample_id: index for index, row in enumerate(unique)}
         for batch, part in zip(batches, rows, strict=True):
             write_contexts_into(batch, [mixed.tokens[place[row.sample_id]] for row in part])
-            if self.args.loss_on == "after_self":
+            if learn := LEARN_ON.get(self.args.loss_on):
                 for row in part:
-                    learn_after_self(row.labels, mixed.is_self[place[row.sample_id]])
+                    learn(row.labels, mixed.is_self[place[row.sample_id]])
         return mixed.stats, None if mixed.hidden_states is None else RowSlots(mixed.hidden_states, unique)
 
     def make_contexts(self, rows: list[Row], self_prob: float) -> MixedContext:
@@ -621,39 +633,15 @@ class BSSTrainer(Trainer):
                 sample_ids=[row.sample_id for row in rows],
                 method=self.args.context_method,
                 may_be_self=[row.labels != IGNORE_INDEX for row in rows],
-                keep_hidden_states=self._reuses,
+                keep_hidden_states=self._reuse.on,
             )
 
         with self._engine.autocast():
             try:
                 return contexts()
             except ReuseError as reason:
-                self._reuse_off(reason)
+                self._reuse.off(reason)
                 return contexts()
-
-    def _may_reuse(self) -> bool:
-        """Whether to try to reuse passes; some reasons against it show only in a pass, later."""
-        if not self.args.reuse_passes:
-            return False
-        reasons = {
-            f"context_method is {self.args.context_method}": self.args.context_method != "fixed_point",
-            "neftune_noise_alpha adds noise to embeddings": bool(self.args.neftune_noise_alpha),
-            "torch_compile compiles the training pass": self.args.torch_compile,
-            "several GPUs in one process split batches": self.args.n_gpu > 1,
-        }
-        try:
-            decoder_layers(self.generator.model)
-        except ReuseError as error:
-            reasons[str(error)] = True
-        for reason, holds in reasons.items():
-            if holds:
-                return self._reuse_off(reason)
-        return True
-
-    def _reuse_off(self, reason: object) -> bool:
-        logger.warning("passes are not reused, and the training step computes its own forward: %s", reason)
-        self._reuses, self._step.passes = False, None
-        return False
 
     def _make_loss(self) -> AnswerLoss | None:
         """The loss that the arguments ask for; None where it is the Trainer's own."""
@@ -748,7 +736,8 @@ class BSSTrainer(Trainer):
         regular = not self._looked or step % _LOOK_EVERY == 0
         self._looks_now = regular or step == _FIRST_LOOK
         if self._looks_now:
-            self._looked, self._reuse_verified, self._reuse_open = True, False, True
+            self._looked = True
+            self._reuse.look_again()
             self.generator.look_again()
         self._loss_looks = regular or step & (step - 1) == 0  # powers of two, as this look is cheap
 
@@ -869,12 +858,9 @@ class BSSTrainer(Trainer):
         return self.args.max_length
 
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
-        passes = self._step.passes if model.training else None
         if not model.training and not self._loss_is_users:
             num_items_in_batch = None  # the mean over the tokens that this process has
-        reuse = partial(reuse_passes, unused=self._unused, reenter=self._engine.reuses_together)
-        reusing = nullcontext if passes is None else partial(reuse, passes.hidden_states, passes.slots(inputs))
-        row_weights = inputs.get("loss_weight")
+        batch, row_weights = inputs, inputs.get("loss_weight")
         inputs = {key: value for key, value in inputs.items() if key not in _BOOKKEEPING}
         inputs = text_inputs(self.generator.model, inputs["input_ids"]) | inputs
         compute_loss = super().compute_loss
@@ -888,101 +874,10 @@ class BSSTrainer(Trainer):
             with own(), text_positions(self.generator.model):
                 return compute_loss(model, dict(inputs), return_outputs, num_items_in_batch)  # may take labels out
 
-        if model.training and self._reuse_open and self._runs_passes():
-            verify = (
-                None if passes is None or self._reuse_verified else partial(self._verify_reuse, model, loss, reusing)
-            )
-            if not self._try_reuse(verify):
-                reusing = nullcontext
-        with reusing() as reused:
-            result = loss(model)
-        if reused is not None and not self._all_layers_in(reused):
-            if self._engine.is_sharded:  # the others have gone on
-                raise ReuseError("a training forward has skipped decoder layers: give reuse_passes=False")
-            result = loss(model)  # a layer that a training forward skips is none of the gradient's
-        return result
-
-    def _try_reuse(self, verify: Callable[..., bool] | None) -> bool:
-        """Whether passes are reused now; all processes call this as long as one of them has to ``verify`` it."""
-        checks: dict[int, Callable[[], None]] = {}  # of layers
-        stay = self._engine.stay_sharded
-        with self._whole_weights(keep=True):
-            fine = verify is None or verify(checks)
-            fine = fine and (stay or self._layers_computed_again(checks))
-        if stay:
-            fine = self._layers_computed_again(checks if fine else {}) and fine
-        self._reuse_open = self._engine.together.any(self._reuses and not self._reuse_verified)
-        return self._agree_on_reuse() and fine
-
-    def _agree_on_reuse(self) -> bool:
-        """Whether passes are reused now, in this process or, where they must, in all of them."""
-        together = self._engine.together
-        if self._engine.reuses_together and together.any(self._step.passes is None):
-            self._step.passes = None
-        return self._step.passes is not None
-
-    def _all_layers_in(self, reused: list[int]) -> bool:
-        """Whether each decoder layer took what the passes computed, once; where not, passes are reused no more."""
-        layers = len(decoder_layers(self.generator.model))
-        if sorted(reused) == list(range(layers)):
-            return True
-        return self._reuse_off(f"only {len(set(reused))} of {layers} decoder layers took what the passes computed")
-
-    def _verify_reuse(self, model, loss, reusing, checks: dict[int, Callable[[], None]]) -> bool:
-        """Once: the loss over reused passes is the ordinary one, for what no look at a model can tell.
-
-        ``checks`` get what tries the backward of each layer.
-        """
-        if reason := self._engine.why_no_reuse(decoder_layers(self.generator.model)):  # in all ranks, at once
-            self._reuse_verified = True
-            return self._reuse_off(reason)
-        unwrapped = self.accelerator.unwrap_model(model)  # ranks may come to different ends, so no collectives
-        with torch.no_grad():
-            ordinary = loss(unwrapped)
-        if not (ordinary[0] if isinstance(ordinary, tuple) else ordinary):
-            return True  # a micro-batch with nothing to learn shows nothing; the next one will
-        self._reuse_verified = True
-        with self._engine.autocast():
-            full = full_precision(self.generator.model)
-        try:
-            with reusing(bound=1e-3 if full else 0.1, checks=checks, reenter=False) as reused:
-                found = loss(unwrapped)  # with gradients, as only these show what the layers must have one of
-        except ReuseError as reason:
-            return self._reuse_off(reason)
-        if not self._all_layers_in(reused):  # equal losses would show nothing
-            return False
-        if isinstance(ordinary, tuple):  # with outputs
-            ordinary, found = ordinary[0], found[0]
-        difference = float((found.detach() - ordinary).abs() / ordinary.abs())
-        if not difference <= (1e-4 if full else 2e-2):  # NaN is a difference, too
-            return self._reuse_off(f"the loss would be off by {difference:.1e} of its value in an ordinary forward")
-        with inference(unwrapped):
-            in_inference = loss(unwrapped)
-        in_inference = in_inference[0] if isinstance(in_inference, tuple) else in_inference
-        difference = float((in_inference - ordinary).abs() / ordinary.abs())
-        if not difference <= 1e-4:  # in any precision, as rounding is the same
-            return self._reuse_off(f"training and inference differ, their losses by {difference:.1e} of the value")
-        self.generator.touch()  # what a layer reads of an earlier one must not be that of just this forward
-        return True
-
-    def _layers_computed_again(self, checks: dict[int, Callable[[], None]]) -> bool:
-        """Whether all is well with the ``checks`` of layers; where weights stay sharded, all processes call this."""
-        stay = self._engine.stay_sharded
-        if not (self._engine.together.any(bool(checks)) if stay else checks):
-            return True
-        reason: object = None
-        for index, layer in reversed([*enumerate(decoder_layers(self.generator.model))]):
-            with whole_weights(layer, keep=not stay):
-                try:
-                    if reason is None and index in checks:
-                        checks[index]()
-                except ReuseError as error:
-                    reason = error
-                except (AttributeError, IndexError, KeyError, RuntimeError, TypeError, ValueError) as error:
-                    if isinstance(error, torch.OutOfMemoryError):
-                        raise
-                    reason = f"decoder layers can't be computed one by one ({type(error).__name__}: {error})"
-        return reason is None or self._reuse_off(reason)
+        if not model.training:
+            return loss(model)
+        tries = self._runs_passes()
+        return self._reuse.loss(model, loss, self._step, batch, tries=tries, unused=self._unused)
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         if "loss" in logs:

@@ -418,7 +418,8 @@ def resumed_settings(args: BSSConfig) -> dict[str, object]:
     """What contexts and losses depend on, which must be the same in a resumed run."""
     of_trainer = {field.name for field in fields(TrainingArguments)} - {"seed"}
     names = [field.name for field in fields(args) if field.name not in of_trainer | _MAY_CHANGE]
-    return {name: getattr(args, name) for name in names} | {"self_prob_warmup": args.warm_up}
+    more = {"self_prob_warmup": args.warm_up, "self_prob_curve": args.masks.curve}  # what is used where none is given
+    return {name: getattr(args, name) for name in names} | more
 
 
 def _method_of(settings: Collection[str]) -> str:

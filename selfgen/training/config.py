@@ -18,7 +18,7 @@ from .parallelism import check_deepspeed, check_fsdp_version, check_parallelism
 from .schedules import SCHEDULES, Schedule
 from .weight_memory import WEIGHTS
 
-LOSS_ON = ("all", "after_self")
+LOSS_ON = ("all", "after_self", "after_switch")
 AUTO = "auto"
 """The ``self_prob`` that follows a budget of differing tokens."""
 SETTLED = "settled"
@@ -61,7 +61,8 @@ class MaskOptions:
         default="token",
         metadata={
             "help": "What self_prob is a probability of: token (each token is drawn by itself), span (runs of self "
-            "tokens, of geometric length), or sequence (the whole answer of a row)."
+            "tokens, of geometric length), prefix (self tokens up to a switch place, the reference after it), or "
+            "sequence (the whole answer of a row)."
         },
     )
     span_length: float = field(
@@ -71,18 +72,20 @@ class MaskOptions:
             "value few long runs; the share of self tokens stays self_prob."
         },
     )
-    self_prob_curve: str = field(
-        default="flat",
+    self_prob_curve: str | None = field(
+        default=None,
         metadata={
-            "help": "Probability along an answer: flat (the same everywhere), or rising (few self tokens at the "
-            "beginning, more at the end, with self_prob as the mean; not with granularity=sequence)."
+            "help": "Probability along an answer, whose mean is self_prob: flat (the same everywhere), rising (few "
+            "self tokens at the beginning, more at the end), or falling (the other way round). By default it is "
+            "falling with granularity=prefix, which takes no other, and flat else; granularity=sequence takes flat "
+            "only."
         },
     )
     min_reference_prob: float = field(
         default=0.0,
         metadata={
             "help": "Keep the reference token where the model gives it less than this probability, in [0, 1]. 0 is no "
-            "such condition; near 1 there are hardly any self tokens."
+            "such condition; near 1 there are hardly any self tokens. Not with granularity=prefix."
         },
     )
 
@@ -229,7 +232,7 @@ class BSSConfig(RowOptions, GeneratorOptions, TrainingArguments):
         metadata={
             "help": "Number of micro-batches whose contexts are made at once, at least 1; by default all of an "
             "optimizer step. Fewer take less memory and more time. The contexts are the same. Not with "
-            "loss_on=after_self."
+            "loss_on=after_self or after_switch."
         },
     )
     reuse_passes: bool = field(
@@ -252,8 +255,9 @@ class BSSConfig(RowOptions, GeneratorOptions, TrainingArguments):
     loss_on: str = field(
         default="all",
         metadata={
-            "help": "Answer tokens that are learned: all, or after_self (only those with a self token somewhere before "
-            "them in the answer; all of them where self_prob is 0)."
+            "help": "Answer tokens that are learned: all, after_self (only those with a self token somewhere before "
+            "them in the answer; all of them where self_prob is 0), or after_switch (for granularity=prefix: only "
+            "those after the self tokens, from the first reference token of the context on)."
         },
     )
     kl_weight: float = field(
@@ -314,10 +318,15 @@ class BSSConfig(RowOptions, GeneratorOptions, TrainingArguments):
             raise ValueError(f"weights is {self.weights!r}; accepted: {', '.join(WEIGHTS)}")
         if self.loss_on not in LOSS_ON:
             raise ValueError(f"loss_on is {self.loss_on!r}; accepted: {', '.join(LOSS_ON)}")
-        if self.loss_on == "after_self" and self.context_micro_batches:
+        if self.loss_on != "all" and self.context_micro_batches:
             raise ValueError(
-                "loss_on=after_self counts tokens over the whole step: leave out context_micro_batches, or give "
+                f"loss_on={self.loss_on} counts tokens over the whole step: leave out context_micro_batches, or give "
                 "loss_on=all"
+            )
+        if self.loss_on == "after_switch" and self.granularity != "prefix":
+            raise ValueError(
+                f"loss_on=after_switch learns what follows a prefix of self tokens, but granularity is "
+                f"{self.granularity!r}: give granularity=prefix, or loss_on=after_self"
             )
         if not 0.0 <= self.kl_weight < float("inf"):
             raise ValueError(f"kl_weight is {self.kl_weight}; it must be a finite number >= 0")

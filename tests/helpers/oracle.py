@@ -115,15 +115,16 @@ class Oracle:
         masks, before, row = self.masks, 0.0, [False]
         for position in range(length):
             prob = self_prob
-            if masks.curve == "rising":
-                prob += min(prob, 1 - prob) * (2 * (position + 0.5) / length - 1)
+            if masks.curve in ("rising", "falling"):
+                slope = 2 if masks.curve == "rising" else -2
+                prob += min(prob, 1 - prob) * slope * ((position + 0.5) / length - 0.5)
             chance = prob
             if masks.granularity == "span" and position > 0:
                 stay = max(prob, 1 - 1 / masks.span_length)
                 stay = min(stay, prob / before if before > 0 else 1.0)
                 enter = (prob - before * stay) / (1 - before) if before < 1 else stay
                 chance = stay if row[-1] else max(0.0, min(enter, stay))
-            word = words[0] if masks.granularity == "sequence" else words[position]
+            word = words[0] if masks.granularity in ("prefix", "sequence") else words[position]
             row.append(word < round(min(max(chance, 0.0), 1.0) * 2**32))
             before = prob
         return row[1:]

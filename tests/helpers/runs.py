@@ -90,10 +90,10 @@ def run(case: Case, folder: Path, micro_batches: int = 1, **engine) -> dict:
     seen = losses_of(trainer)
     after = case.after(trainer) if case.after else None
     if case.reused and not REUSED_IN_SHARDS and trainer._engine.is_sharded:
-        assert not trainer._reuses
+        assert not trainer._reuse.on
     elif case.reused:
-        assert trainer._reuses
-        assert trainer._reuse_verified
+        assert trainer._reuse.on
+        assert trainer._reuse.verified
     loss = trainer._answer_loss
     assert (loss is not None and loss.lean) == case.lean, loss and loss.not_lean
     return {
@@ -163,6 +163,7 @@ CASES = {
     "by micro-batch": Case({"context_micro_batches": 1}),
     "short": Case({"num_train_epochs": 2, "max_steps": -1, **GIVEN}, data=SHORT),
     "after_self": Case({"loss_on": "after_self", "self_prob": 0.2}, data=UNEVEN),
+    "after_switch": Case({"loss_on": "after_switch", "granularity": "prefix", "self_prob": 0.6}, data=UNEVEN),
     "smoothed": Case({"label_smoothing_factor": 0.1}),
     "not lean": Case({"lean_loss": False}, lean=False),
     "kl": Case({"kl_weight": 0.3}),
@@ -203,7 +204,7 @@ CASES["many"] = Case(
 )
 if not has("transformers", SINCE["gemma2"]):
     del CASES["gemma2"]
-FAST = ("many", "short", "lora, kl", "rac, direct", "bash")
+FAST = ("many", "short", "after_switch", "lora, kl", "rac, direct", "bash")
 """Together they have most of what the others have."""
 EVEN = tuple(name for name in FAST if name != "short")
 """Those of which four processes get equally many batches, as they must in any training."""

@@ -121,7 +121,7 @@ def reuse(model) -> str:
             for number, (prompt, reference) in enumerate(zip(prompts, references, strict=True))
         ]
     )
-    log, logger = Lines(), logging.getLogger("selfgen.training.bss")
+    log, logger = Lines(), logging.getLogger("selfgen.training")
     logger.addHandler(log)
     level = logger.level
     logger.setLevel(logging.WARNING)

@@ -7,12 +7,21 @@ import json
 import random
 
 import pytest
+import torch
 from scipy.stats import t as student
 from scipy.stats import ttest_rel
 
+from benchmarks.quality import methods, tasks
 from benchmarks.quality import run as quality
-from benchmarks.quality import tasks
-from benchmarks.quality.methods import ABLATIONS, METHODS, Setting, _share_of_rows, measure
+from benchmarks.quality.methods import (
+    ABLATIONS,
+    METHODS,
+    Setting,
+    _right_under_references,
+    _share_of_rows,
+    measure,
+    train,
+)
 from benchmarks.quality.report import main as report
 from benchmarks.quality.report import summary
 from benchmarks.quality.tasks import EOS, FIRST, SEP, TASKS, Problems, Task
@@ -47,15 +56,7 @@ def test_rows(name):
 
 
 def test_answers_by_hand():
-    def number(tokens):
-        return int("".join(str(token - FIRST) for token in tokens))
-
     for seed in range(20):
-        prompt, answer = TASKS["working"].row(random.Random(seed))
-        value = number(prompt[:2])
-        for place, (operation, operand) in enumerate(zip(prompt[2::2], prompt[3::2], strict=True)):
-            value = eval(f"({value} {'+-*'[operation - FIRST - 10]} {operand - FIRST}) % 100")
-            assert number(answer[2 * place : 2 * place + 2]) == value
         prompt, answer = TASKS["words"].row(random.Random(seed))
         assert answer == sorted(prompt)
         assert len(answer) == 24
@@ -89,25 +90,31 @@ def test_every_method_trains(method, monkeypatch):
     """Shares are shares; for each kind of method, the same seed gives the same model."""
     monkeypatch.setattr(Task, "test_rows", 50)
     setting = Setting(steps=4, rows=2, width=16, layers=1)
-    found = measure(TASKS["working"], method, 0, setting)
+    record = measure(TASKS["cubic"], method, 0, setting)
+    found = record["found"]
     assert all(0 <= value <= 1 for name, value in found.items() if name != "tokens_seen")
     assert found["tokens_seen"] > 0
     if method.name in ONE_OF_A_KIND:
-        assert found == measure(TASKS["working"], method, 0, setting)
-    assert ("first_token" in found) == (method.kind == "correction")
+        again = measure(TASKS["cubic"], method, 0, setting)
+        assert (found, record["curve"]) == (again["found"], again["curve"])
+    if method.kind == "correction":
+        assert "first_token" in found
+    assert record["train_seconds"] >= 0 <= record["evaluation_seconds"]
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("method", ["BASH", "BSS + RAC"])
-def test_a_pretrained_model_trains(method, monkeypatch):
+@pytest.mark.parametrize(("method", "lora_rank"), [("BASH", 0), ("BSS + RAC", 0), ("BSS", 2)])
+def test_a_pretrained_model_trains(method, lora_rank, monkeypatch):
     monkeypatch.setattr(Problems, "test_rows", 2)
-    task = Problems("gsm_symbolic-short", "", longest_answer=56, spare=30)
+    task = Problems("gsm_symbolic-short", "", longest_prompt=96, longest_answer=56, spare=30)
     rows = task.rows(2, seed=1)
     reference = rows["answer_ids"][0]
     number = task.tokenizer.decode(reference, skip_special_tokens=True).rsplit("####")[-1]
     assert task.is_right(task.tokenizer(f"So it is {number}").input_ids, reference)
     assert not task.is_right(task.tokenizer(f"So it is {number}1").input_ids, reference)
-    found = measure(task, METHODS[method], 0, Setting(steps=2, rows=3, learning_rate=1e-6))
+    found = measure(task, METHODS[method], 0, Setting(steps=2, rows=3, learning_rate=1e-6, lora_rank=lora_rank))[
+        "found"
+    ]
     assert 0.5 < found["reference_token"] < 1
 
 
@@ -130,7 +137,63 @@ def test_few_rows_are_seen_again_and_again(monkeypatch):
     task = dataclasses.replace(TASKS["wave-few"], train_rows=3)
     found = measure(task, METHODS["BSS"], 0, Setting(steps=4, rows=2, width=16, layers=1))
     assert counts == [task.test_rows, 3]
-    assert found["tokens_seen"] > 3 * 50
+    assert found["found"]["tokens_seen"] > 3 * 50
+
+
+@pytest.mark.parametrize("method", ["BSS", "RAC"])
+def test_a_learning_curve_leaves_the_training_as_it_is(method, monkeypatch):
+    """Weights are equal bit for bit with it and without; its last point is of the trained model."""
+    monkeypatch.setattr(Task, "test_rows", 20)
+    monkeypatch.setattr(Task, "curve_rows", 20)
+    task, setting = TASKS["words-few"], Setting(steps=8, rows=4, width=32, layers=1)
+    rows = task.rows(20, seed=1)
+    trained = [train(task, METHODS[method], 3, setting, rows, curve) for curve in (None, lambda model: {"token": 0.0})]
+    record = measure(task, METHODS[method], 3, setting)
+    steps = [point["step"] for point in record["curve"]]
+    assert steps == [2, 4, 6, 8]
+    assert [point["step"] for point in trained[1].points] == steps[:-1]
+    assert record["curve"][-1] == {
+        "step": 8,
+        **{name: record["found"][name] for name in record["curve"][-1].keys() - {"step"}},
+    }
+    measured = train(
+        task, METHODS[method], 3, setting, rows, lambda model: methods._point(task, METHODS[method], rows, model)
+    )
+    weights = [one.model.state_dict() for one in (*trained, measured)]
+    for other in weights[1:]:
+        assert all(torch.equal(value, other[name]) for name, value in weights[0].items())
+    assert measured.model(torch.tensor([[5]])).logits.isfinite().all()
+
+
+def test_accuracy_under_references():
+    """As that of single rows, without padding, all of whose logits are computed."""
+    task = dataclasses.replace(TASKS["wave"], row=ragged)
+    rows = task.rows(20, seed=1)
+    model = task.model(32, 1).eval()
+    found = _right_under_references(task, model, rows)
+    for row, pair in zip(rows, found, strict=True):
+        ids = torch.tensor([row["prompt_ids"] + row["answer_ids"]])
+        predicted = model(ids).logits[0, len(row["prompt_ids"]) - 1 : -1].argmax(-1).tolist()
+        right = sum(a == b for a, b in zip(predicted, row["answer_ids"], strict=True))
+        assert pair == (right, len(row["answer_ids"]))
+
+
+def ragged(draw):
+    prompt, answer = ([draw.randrange(FIRST, 40) for _ in range(draw.randrange(1, 9))] for _ in range(2))
+    return prompt, answer
+
+
+def test_sentences():
+    """Sorting has natural sentences, none twice; their words are sorted."""
+    task = TASKS["sort"]
+    if not has_gsm8k():
+        pytest.skip("no GSM8K")
+    texts = task.texts(100, 7)
+    assert len(set(texts["prompt"])) == 100
+    for row in texts:
+        sentence = row["prompt"].split(": ")[1].split()
+        assert row["completion"].split() == sorted(sentence)
+        assert 10 <= len(sentence) <= 20
 
 
 def test_a_killed_comparison_goes_on(tmp_path, monkeypatch):
@@ -139,7 +202,7 @@ def test_a_killed_comparison_goes_on(tmp_path, monkeypatch):
 
     def fake(task, method, seed, setting):
         ran.append((task.name, method.name, seed))
-        return {"reference_token": 0.9, "token": 0.5 + seed / 100, "exact": 0.1, "rouge_l": 0.7}
+        return {"found": {"reference_token": 0.9, "token": 0.5 + seed / 100, "exact": 0.1, "rouge_l": 0.7}}
 
     monkeypatch.setattr(quality, "measure", fake)
     file = tmp_path / "runs.jsonl"

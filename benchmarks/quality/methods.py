@@ -7,13 +7,15 @@ from __future__ import annotations
 
 import copy
 import tempfile
-from collections.abc import Sequence
+import time
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field
+from functools import partial
 from typing import Any
 
 import torch
 from datasets import Dataset
-from transformers import PreTrainedModel
+from transformers import PreTrainedModel, TrainerCallback
 
 from selfgen import BSSConfig, BSSTrainer, MixedContext, RACConfig, RACTrainer
 from selfgen.context import ContextStats
@@ -39,6 +41,8 @@ class Setting:
     learning_rate: float = 2e-3
     width: int = 64
     layers: int = 3
+    lora_rank: int = 0  # of an adapter on all linear layers; 0 trains all weights
+    lora_alpha: int = 32
 
 
 @dataclass(frozen=True)
@@ -125,10 +129,48 @@ class ApproximateTrainer(BSSTrainer):
         )
 
 
-def train(task: AnyTask, method: Method, seed: int, setting: Setting, without: Dataset) -> tuple[PreTrainedModel, int]:
-    """The model trained on rows that are not ``without``, and how many tokens it has seen, padding aside."""
+class LearningCurve(TrainerCallback):
+    """Measures the model on its way, at shares of all steps; the training goes on as if nothing had been.
+
+    ``seconds`` is what that took, in processor time.
+    """
+
+    def __init__(self, measure: Callable[[], dict[str, float]], shares: Sequence[float] = (0.25, 0.5, 0.75)):
+        self.measure, self.shares = measure, shares
+        self.points: list[dict[str, float]] = []
+        self.seconds = 0.0
+
+    def on_step_end(self, args, state, control, **kwargs):
+        if state.global_step in {round(share * state.max_steps) for share in self.shares}:
+            started = time.process_time()
+            with torch.random.fork_rng():
+                self.points.append({"step": state.global_step, **self.measure()})
+            self.seconds += time.process_time() - started
+
+
+@dataclass(frozen=True)
+class Trained:
+    """``seconds`` are those of the training, contexts included and points of the curve not, in processor time."""
+
+    model: PreTrainedModel
+    tokens_seen: int  # padding aside
+    seconds: float
+    points: list[dict[str, float]]
+
+
+def train(
+    task: AnyTask,
+    method: Method,
+    seed: int,
+    setting: Setting,
+    without: Dataset,
+    curve: Callable[[PreTrainedModel], dict[str, float]] | None = None,
+) -> Trained:
+    """Train on rows that are not ``without``; ``curve`` measures the model on its way."""
     torch.manual_seed(seed)
     model = task.model(setting.width, setting.layers)
+    if setting.lora_rank:
+        model = with_lora(model, setting)
     correction = method.kind == "correction"
     rows = task.rows(task.train_rows or setting.steps * setting.rows, seed=1000 + seed, without=without)
     options = dict(method.options)
@@ -137,6 +179,9 @@ def train(task: AnyTask, method: Method, seed: int, setting: Setting, without: D
         options["max_new_tokens"] = max(map(len, rows["answer_ids"]))
         if not method.equal_rows:
             step_rows = round(step_rows * _share_of_rows(task, rows))
+    if task.by_length:
+        options["train_sampling_strategy"] = "group_by_length"
+    callback = None if curve is None else LearningCurve(partial(curve, model))
     with tempfile.TemporaryDirectory() as folder:
         args = (RACConfig if correction else BSSConfig)(
             folder,
@@ -154,7 +199,6 @@ def train(task: AnyTask, method: Method, seed: int, setting: Setting, without: D
             disable_tqdm=True,
             logging_steps=setting.steps,
             use_cpu=True,
-            bf16=task.bf16,
             include_num_input_tokens_seen="non_padding",
             **options,
         )
@@ -164,13 +208,38 @@ def train(task: AnyTask, method: Method, seed: int, setting: Setting, without: D
             "approximate": ApproximateTrainer,
             "correction": RACTrainer,
         }
-        trainer = kinds[method.kind](model, args, train_dataset=rows, processing_class=task.tokenizer)
+        trainer = kinds[method.kind](
+            model,
+            args,
+            train_dataset=rows,
+            processing_class=task.tokenizer,
+            callbacks=[] if callback is None else [callback],
+        )
         if isinstance(trainer, ApproximateTrainer):
             trainer.passes = method.passes
         if method.kind in ("offline", "approximate"):
             trainer._reuses = False  # what made the contexts is not this step's forward
+        started = time.process_time()
         trainer.train()
-    return model.eval(), int(trainer.state.num_input_tokens_seen)
+        seconds = time.process_time() - started
+    seen = int(trainer.state.num_input_tokens_seen)
+    if callback is None:
+        return Trained(model.eval(), seen, seconds, [])
+    return Trained(model.eval(), seen, seconds - callback.seconds, callback.points)
+
+
+def with_lora(model: PreTrainedModel, setting: Setting):
+    """The model with an adapter on all linear layers, without dropout."""
+    from peft import LoraConfig, get_peft_model
+
+    lora = LoraConfig(
+        r=setting.lora_rank,
+        lora_alpha=setting.lora_alpha,
+        lora_dropout=0.0,
+        target_modules="all-linear",
+        task_type="CAUSAL_LM",
+    )
+    return get_peft_model(model, lora)
 
 
 def _share_of_rows(task: AnyTask, rows: Dataset) -> float:
@@ -180,28 +249,69 @@ def _share_of_rows(task: AnyTask, rows: Dataset) -> float:
     return direct / (2 * direct + answer + len(CorrectionCue.of(task.tokenizer).ids))
 
 
-def measure(task: AnyTask, method: Method, seed: int, setting: Setting) -> dict[str, float]:
-    """Train and evaluate: shares of tokens and of answers that are right, on rows that no training has.
+def measure(task: AnyTask, method: Method, seed: int, setting: Setting) -> dict[str, Any]:
+    """Train and evaluate: the record's ``found``, ``curve``, ``train_seconds`` and ``evaluation_seconds``.
 
-    ``rouge_l`` (F1) counts what stands in order, wherever it stands: one word too few makes all later *tokens* wrong.
+    Found are shares of tokens and of answers that are right, on rows that no training has. ``rouge_l`` (F1) counts what
+    stands in order, wherever it stands: one word too few makes all later *tokens* wrong. The last point of the curve is
+    of the trained model. Seconds are processor time, as other processes may run.
     """
     rows = task.rows(task.test_rows, seed=1)
-    model, seen = train(task, method, seed, setting, without=rows)
-    references = list(rows["answer_ids"])
-    longest = max(map(len, references))
-    found: dict[str, float] = {"reference_token": _under_references(task, model, rows)}
-    options: dict[str, Any] = {"max_new_tokens": longest, "batch_size": task.batch_size}
+    some = rows.select(range(min(task.curve_rows, len(rows))))
+    trained = train(task, method, seed, setting, rows, partial(_point, task, method, some))
+    started = time.process_time()
+    answers = _answers(task, method, trained.model, rows)
+    right = _right_under_references(task, trained.model, rows)
+    found = _shares_of_all(task, answers, rows, right) | {"tokens_seen": trained.tokens_seen}
+    last = _shares_of_all(task, [part[: len(some)] for part in answers], some, right[: len(some)])
+    return {
+        "found": found,
+        "curve": [*trained.points, {"step": setting.steps, **_of_curve(last)}],
+        "train_seconds": round(trained.seconds, 1),
+        "evaluation_seconds": round(time.process_time() - started, 1),
+    }
+
+
+def _point(task: AnyTask, method: Method, rows: Dataset, model: PreTrainedModel) -> dict[str, float]:
+    """Of a learning curve; the model may be in the midst of a training."""
+    was_training = model.training
+    model.eval()
+    try:
+        right = _right_under_references(task, model, rows)
+        return _of_curve(_shares_of_all(task, _answers(task, method, model, rows), rows, right))
+    finally:
+        model.train(was_training)
+
+
+def _of_curve(found: dict[str, float]) -> dict[str, float]:
+    return {name: found[name] for name in ("reference_token", "token", "exact")}
+
+
+def _answers(task: AnyTask, method: Method, model: PreTrainedModel, rows: Dataset) -> list[list[list[int]]]:
+    """[answers], or [first answers, corrected ones] of a method that corrects; token ids."""
+    prompts = list(rows["prompt_ids"])
+    options: dict[str, Any] = {"max_new_tokens": max(map(len, rows["answer_ids"])), "batch_size": task.batch_size}
     if method.kind == "correction":
-        both = generate_corrected(model, task.tokenizer, list(rows["prompt_ids"]), temperature=0.0, **options)
-        answers, first = both.corrected, both.first
-        found |= {f"first_{name}": value for name, value in _shares(task, first, references).items()}
+        both = generate_corrected(model, task.tokenizer, prompts, temperature=0.0, **options)
+        found = [both.first, both.corrected]
     else:
-        answers = answer(model, list(rows["prompt_ids"]), **options).tokens
-    return found | _shares(task, answers, references) | {"tokens_seen": seen}
+        found = [answer(model, prompts, **options).tokens]
+    return [[one.tolist() for one in answers] for answers in found]
 
 
-def _shares(task: AnyTask, answers: Sequence[torch.Tensor], references: list[list[int]]) -> dict[str, float]:
-    pairs = list(zip([answer.tolist() for answer in answers], references, strict=True))
+def _shares_of_all(
+    task: AnyTask, answers: list[list[list[int]]], rows: Dataset, right: list[tuple[int, int]]
+) -> dict[str, float]:
+    """Shares of the last answers, and of first ones with that word before their names."""
+    references = list(rows["answer_ids"])
+    found = {"reference_token": sum(one for one, _ in right) / sum(learned for _, learned in right)}
+    if len(answers) > 1:
+        found |= {f"first_{name}": value for name, value in _shares(task, answers[0], references).items()}
+    return found | _shares(task, answers[-1], references)
+
+
+def _shares(task: AnyTask, answers: list[list[int]], references: list[list[int]]) -> dict[str, float]:
+    pairs = list(zip(answers, references, strict=True))
     right = [sum(a == b for a, b in zip(answer, reference, strict=False)) for answer, reference in pairs]
     overlap = [rouge(*(" ".join(map(str, row)) for row in pair))["rougeL"] for pair in pairs]
     return {
@@ -212,15 +322,23 @@ def _shares(task: AnyTask, answers: Sequence[torch.Tensor], references: list[lis
 
 
 @torch.no_grad()
-def _under_references(task: AnyTask, model: PreTrainedModel, rows: Dataset) -> float:
-    collate, right, learned = Collator(task.tokenizer.pad_token_id), 0, 0
-    for first in range(0, len(rows), 8):
-        batch = collate([*rows.select(range(first, min(first + 8, len(rows))))])
-        logits = model(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"]).logits[:, :-1]
-        labels = batch["labels"][:, 1:]
-        right += int((logits.argmax(-1) == labels).sum())
-        learned += int((labels != IGNORE_INDEX).sum())
-    return right / learned
+def _right_under_references(task: AnyTask, model: PreTrainedModel, rows: Dataset) -> list[tuple[int, int]]:
+    """(tokens right, tokens) of each row; rows of about the same length are computed together."""
+    collate = Collator(task.tokenizer.pad_token_id)
+    prompts, answers = ([len(row) for row in rows[name]] for name in ("prompt_ids", "answer_ids"))
+    order = sorted(range(len(rows)), key=lambda row: (prompts[row] + answers[row], row))
+    found: dict[int, tuple[int, int]] = {}
+    for first in range(0, len(order), 8):
+        some = order[first : first + 8]
+        batch = collate([*rows.select(some)])
+        kept = batch["input_ids"].shape[1] - min(prompts[row] for row in some) + 1  # from the last prompt token on
+        logits = model(
+            input_ids=batch["input_ids"], attention_mask=batch["attention_mask"], logits_to_keep=kept
+        ).logits[:, :-1]
+        labels = batch["labels"][:, 1 - kept :]  # [B, K - 1]
+        right, learned = (logits.argmax(-1) == labels).sum(1), (labels != IGNORE_INDEX).sum(1)
+        found |= dict(zip(some, zip(right.tolist(), learned.tolist(), strict=True), strict=True))
+    return [found[row] for row in range(len(rows))]
 
 
 def describe(task: AnyTask, method: Method, setting: Setting) -> dict[str, Any]:

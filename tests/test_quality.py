@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import os
 import random
+import signal
+import time
 
 import pytest
 import torch
@@ -14,7 +17,7 @@ from scipy.stats import ttest_rel
 from benchmarks.quality import methods, tasks
 from benchmarks.quality import run as quality
 from benchmarks.quality.methods import (
-    ABLATIONS,
+    ALL_METHODS,
     METHODS,
     Setting,
     _right_under_references,
@@ -25,6 +28,7 @@ from benchmarks.quality.methods import (
 from benchmarks.quality.report import main as report
 from benchmarks.quality.report import summary
 from benchmarks.quality.tasks import EOS, FIRST, SEP, TASKS, Problems, Task
+from selfgen import RACConfig
 from tools.real_parts import gsm_symbolic, has_gsm8k
 
 
@@ -77,7 +81,7 @@ def test_corrections_see_as_many_tokens(task):
     assert _share_of_rows(TASKS[task], rows) == pytest.approx((direct + correction) / seen)
 
 
-EVERY_METHOD = [*METHODS.values(), *ABLATIONS.values()]
+EVERY_METHOD = [*ALL_METHODS.values()]
 ONE_OF_A_KIND = list({method.kind: method.name for method in EVERY_METHOD}.values())
 
 
@@ -86,9 +90,17 @@ ONE_OF_A_KIND = list({method.kind: method.name for method in EVERY_METHOD}.value
     [pytest.param(one, marks=[pytest.mark.slow] * (one.name not in ONE_OF_A_KIND)) for one in EVERY_METHOD],
     ids=lambda method: method.name,
 )
-def test_every_method_trains(method, monkeypatch):
+def test_every_method_trains(method, monkeypatch, tmp_path):
     """Shares are shares; for each kind of method, the same seed gives the same model."""
-    monkeypatch.setattr(Task, "test_rows", 50)
+    try:
+        RACConfig(tmp_path, use_cpu=True, report_to=[], **method.options)
+    except (TypeError, ValueError) as error:
+        pytest.skip(f"this version has no such option: {error}")
+    monkeypatch.setattr(methods, "cache_dir", lambda: tmp_path)
+    monkeypatch.setattr(Task, "test_rows", 20)
+    monkeypatch.setattr(Task, "pass_rows", 2)
+    if method.needs == "base":
+        pytest.skip("no base")
     setting = Setting(steps=4, rows=2, width=16, layers=1)
     record = measure(TASKS["cubic"], method, 0, setting)
     found = record["found"]
@@ -97,8 +109,13 @@ def test_every_method_trains(method, monkeypatch):
     if method.name in ONE_OF_A_KIND:
         again = measure(TASKS["cubic"], method, 0, setting)
         assert (found, record["curve"]) == (again["found"], again["curve"])
-    if method.kind == "correction":
-        assert "first_token" in found
+    assert ("passes_per_token" in found) == (method.kind != "correction")
+    assert (
+        ("first_token" in found) == ("wrong_to_right" in found) == (method.kind == "correction" or method.name == "SFT")
+    )
+    if method.name == "SFT":
+        assert found["first_token"] == found["token"]
+        assert 0 < found["passes_per_token_greedy"] <= 1
     assert record["train_seconds"] >= 0 <= record["evaluation_seconds"]
 
 
@@ -205,6 +222,7 @@ def test_a_killed_comparison_goes_on(tmp_path, monkeypatch):
         return {"found": {"reference_token": 0.9, "token": 0.5 + seed / 100, "exact": 0.1, "rouge_l": 0.7}}
 
     monkeypatch.setattr(quality, "measure", fake)
+    monkeypatch.setattr(quality, "cache_dir", lambda: tmp_path)
     file = tmp_path / "runs.jsonl"
     arguments = ["--tasks", "wave", "--methods", "SFT", "BSS", "--output", str(file)]
     quality.main([*arguments, "--seeds", "2"])
@@ -214,8 +232,80 @@ def test_a_killed_comparison_goes_on(tmp_path, monkeypatch):
     ran.clear()
     quality.main([*arguments, "--seeds", "3"])
     assert ran == [("wave", "BSS", 1), ("wave", "SFT", 2), ("wave", "BSS", 2)]
+    assert not [*(tmp_path / "quality" / "claims").iterdir()]
     assert report(["--runs", str(file)]) == 0
-    assert {path.suffix for path in tmp_path.iterdir()} == {".jsonl", ".json", ".md", ".png"}
+    assert {path.suffix for path in tmp_path.iterdir()} == {"", ".jsonl", ".json", ".md", ".png"}
+
+
+def test_a_run_is_of_one_process(tmp_path, monkeypatch):
+    """Others leave it alone until that process is killed, at any time; half a line it left spoils no other."""
+    monkeypatch.setattr(quality, "cache_dir", lambda: tmp_path)
+    ran = []
+    monkeypatch.setattr(quality, "measure", lambda *run: ran.append(run[1].name) or {"found": {}})
+    file = tmp_path / "runs.jsonl"
+    arguments = ["--tasks", "wave", "--methods", "SFT", "BSS", "--seeds", "1", "--output", str(file)]
+    key = quality.key_of({"seed": 0, **methods.describe(TASKS["wave"], METHODS["SFT"], quality.setting_of("wave"))})
+    ready, say = os.pipe()
+    process = os.fork()
+    if process == 0:
+        with quality.claimed(file, key) as is_mine:
+            file.write_text('{"seed": 0, "ta')
+            os.write(say, b"1" if is_mine else b"0")
+            time.sleep(60)
+        os._exit(0)
+    try:
+        assert os.read(ready, 1) == b"1"
+        assert quality.main(arguments) == 0
+        assert ran == ["BSS"]
+    finally:
+        os.kill(process, signal.SIGKILL)
+        os.waitpid(process, 0)
+    assert quality.main(arguments) == 0
+    assert ran == ["BSS", "SFT"]
+    assert [line["method"]["name"] for line in quality.read(file)] == ["BSS", "SFT"]
+
+
+def test_a_failing_run_stops_no_other(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(quality, "cache_dir", lambda: tmp_path)
+
+    def fake(task, method, seed, setting):
+        if method.name == "SFT":
+            raise ValueError("no such option")
+        return {"found": {}}
+
+    monkeypatch.setattr(quality, "measure", fake)
+    file = tmp_path / "runs.jsonl"
+    arguments = ["--tasks", "cubic", "wave", "--methods", "SFT", "BSS", "--seeds", "1", "--output", str(file)]
+    assert quality.main(arguments) == 1
+    assert [line["task"] for line in quality.read(file)] == ["cubic", "wave"]
+    assert "no such option" in capsys.readouterr().out
+
+
+def test_stages_share_no_seed(tmp_path, monkeypatch):
+    """Each has a file of its own; methods are left out where a task has not what they need."""
+    ran = []
+    monkeypatch.setattr(quality, "RESULTS", tmp_path / "quality.jsonl")
+    monkeypatch.setattr(
+        quality, "run_once", lambda file, task, method, seed: ran.append((file.name, task, seed)) or True
+    )
+    for stage in quality.STAGES:
+        quality.main(
+            ["--stage", stage, "--tasks", "sort", "wave", "--methods", "SFT + KL to base", "GKD, whole answers"]
+        )
+    files = {
+        f"quality_{stage}.jsonl": {seed for name, _, seed in ran if name.endswith(f"{stage}.jsonl")}
+        for stage in quality.STAGES
+    }
+    assert {name for name, _, _ in ran} == set(files)
+    assert not set.intersection(*files.values())
+    assert len(ran) == 2 * sum(map(len, quality.STAGES.values()))
+
+
+def test_key_ignores_what_a_method_needs():
+    """So that records outlive a change of it."""
+    record = {"seed": 1, **methods.describe(TASKS["sort"], ALL_METHODS["SFT + KL to base"], Setting())}
+    method = {name: value for name, value in record["method"].items() if name != "needs"}
+    assert quality.key_of(record) == quality.key_of(record | {"method": method})
 
 
 def test_statistics():

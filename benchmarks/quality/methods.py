@@ -5,25 +5,32 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
+import hashlib
+import json
+import shutil
 import tempfile
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import torch
 from datasets import Dataset
 from transformers import PreTrainedModel, TrainerCallback
 
-from selfgen import BSSConfig, BSSTrainer, MixedContext, RACConfig, RACTrainer
+from selfgen import BSSConfig, BSSTrainer, ContextGenerator, MixedContext, RACConfig, RACTrainer
 from selfgen.context import ContextStats
 from selfgen.correction import CorrectionCue
-from selfgen.data import IGNORE_INDEX, Collator
+from selfgen.data import IGNORE_INDEX, Collator, rows_of
+from selfgen.evaluation import Corrections
 from selfgen.evaluation.answers import rouge
 from selfgen.generation import answer, generate_corrected
 from selfgen.training.bss import step_seed
+from tools.real_parts import cache_dir
 
 from ..peers import Rows, parallel_scheduled_sampling
 from .tasks import AnyTask
@@ -47,10 +54,11 @@ class Setting:
 
 @dataclass(frozen=True)
 class Method:
-    """``kind`` is online (which SFT is at p = 0), offline, approximate (K passes) or correction.
+    """``kind`` is online (which SFT is at p = 0), offline, approximate (K passes), correction or own_answers (GKD).
 
     A row of a correction is two, and longer; so that steps have as many tokens as the others', they have fewer rows,
-    unless ``equal_rows``.
+    unless ``equal_rows``. ``needs`` is what not every task has: a base (it begins with a pretrained model) or a teacher
+    (a larger model can be trained for it).
     """
 
     name: str
@@ -58,37 +66,62 @@ class Method:
     kind: str = "online"
     passes: int = 0
     equal_rows: bool = False
+    needs: str = ""
+
+    def is_for(self, task: AnyTask) -> bool:
+        return not self.needs or getattr(task, f"has_{self.needs}")
 
 
-P = {"self_prob": 0.25}
+def by_name(*methods: Method) -> dict[str, Method]:
+    return {method.name: method for method in methods}
+
+
+P, LESS, AUTO = {"self_prob": 0.25}, {"self_prob": 0.1}, {"self_prob": "auto"}
+PLAIN = {"self_prob": 0.0}
+PREFIX = P | {"granularity": "prefix"}
 CORRECTION = {"direct_weight": 1.0}
-METHODS = {
-    method.name: method
-    for method in (
-        Method("SFT", {"self_prob": 0.0}),
-        Method("BSS", P),
-        Method("BASH", P, "offline"),
-        Method("RAC", CORRECTION, "correction"),
-        Method("BSS + RAC", P | CORRECTION, "correction"),
-    )
-}
-ABLATIONS = {
-    method.name: method
-    for method in (
-        Method("BSS, p = 0.1", {"self_prob": 0.1}),
-        Method("BSS, p = 0.5", {"self_prob": 0.5}),
-        Method("BSS, p = 0.9", {"self_prob": 0.9}),
-        Method("BSS, p rising to 0.25", P | {"self_prob_schedule": "linear"}),
-        Method("BSS, p rising to 0.5", {"self_prob": 0.5, "self_prob_schedule": "linear"}),
-        Method("BSS, greedy", P | {"sampling_temperature": 0.0}),
-        Method("BSS, confident", P | {"min_reference_prob": 0.5}),
-        Method("BSS, spans", P | {"granularity": "span"}),
-        Method("BSS, answers", P | {"granularity": "sequence"}),
-        Method("BSS, 1 pass", P, "approximate", passes=1),
-        Method("BSS, 2 passes", P, "approximate", passes=2),
-        Method("RAC, equal rows", CORRECTION, "correction", equal_rows=True),
-    )
-}
+METHODS = by_name(
+    Method("SFT", PLAIN),
+    Method("BSS", P),
+    Method("BASH", P, "offline"),
+    Method("RAC", CORRECTION, "correction"),
+    Method("BSS + RAC", P | CORRECTION, "correction"),
+)
+BASELINES = by_name(
+    Method("SFT + DFT", PLAIN | {"target": "dft"}),
+    Method("SFT + KL to base", PLAIN | {"kl_weight": 0.1}, needs="base"),
+    Method(
+        "GKD, whole answers", PLAIN | {"target": "teacher", "target_weight": 1.0}, kind="own_answers", needs="teacher"
+    ),
+)
+CANDIDATES = by_name(
+    Method("BSS, p = 0.1", LESS),
+    Method("BSS, greedy", P | {"sampling_temperature": 0.0}),
+    Method("BSS, auto", AUTO),
+    Method("BSS, auto 0.01", AUTO | {"difference_target": 0.01}),
+    Method("BSS, auto 0.05", AUTO | {"difference_target": 0.05}),
+    Method("BSS, auto, greedy", AUTO | {"sampling_temperature": 0.0}),
+    Method("BSS, prefix", PREFIX),
+    Method("BSS, prefix, after switch", PREFIX | {"loss_on": "after_switch"}),
+    Method("BSS + DFT", LESS | {"target": "dft"}),
+    Method("BSS, auto + DFT", AUTO | {"target": "dft"}),
+    Method("BSS + teacher-forced", LESS | {"target": "teacher_forced"}),
+    Method("BSS, privileged", LESS | {"target": "privileged"}),
+)
+"""One of these may become the default."""
+ABLATIONS = by_name(
+    Method("BSS, p = 0.5", {"self_prob": 0.5}),
+    Method("BSS, p = 0.9", {"self_prob": 0.9}),
+    Method("BSS, p rising to 0.25", P | {"self_prob_schedule": "linear"}),
+    Method("BSS, p rising to 0.5", {"self_prob": 0.5, "self_prob_schedule": "linear"}),
+    Method("BSS, confident", P | {"min_reference_prob": 0.5}),
+    Method("BSS, spans", P | {"granularity": "span"}),
+    Method("BSS, answers", P | {"granularity": "sequence"}),
+    Method("BSS, 1 pass", P, "approximate", passes=1),
+    Method("BSS, 2 passes", P, "approximate", passes=2),
+    Method("RAC, equal rows", CORRECTION, "correction", equal_rows=True),
+)
+ALL_METHODS = METHODS | BASELINES | CANDIDATES | ABLATIONS
 
 
 class OfflineTrainer(BSSTrainer):
@@ -129,6 +162,60 @@ class ApproximateTrainer(BSSTrainer):
         )
 
 
+class OwnAnswersTrainer(BSSTrainer):
+    """GKD (arXiv 2306.13649): half of the rows have a whole answer of the model in place of the reference.
+
+    Of both, the model learns the distribution of the teacher (``target="teacher"``).
+    """
+
+    own_share, max_new_tokens = 0.5, 256
+
+    def prepare_batches(self, batches):
+        step = self.state.global_step
+        draw = torch.Generator().manual_seed(step_seed(self.args.seed, step, stream=1))
+        return [self._with_own_answers(batch, draw, step_seed(self.args.seed, step, stream=1)) for batch in batches]
+
+    def get_batch_samples(self, epoch_iterator, num_batches, device):
+        batches, num_items = super().get_batch_samples(epoch_iterator, num_batches, device)
+        return batches, self._get_num_items_in_batch(batches, device) if batches else num_items
+
+    def _with_own_answers(self, batch, draw: torch.Generator, seed: int):
+        rows = rows_of(batch)
+        answers = [row.reference for row in rows]
+        own = (torch.rand(len(rows), generator=draw) < self.own_share).nonzero().flatten().tolist()
+        if own:
+            found = self.generator.answer(
+                [rows[place].prompt for place in own],
+                max_new_tokens=self.max_new_tokens,
+                seed=seed,
+                sample_ids=[rows[place].sample_id for place in own],
+                batch_size=len(own),
+            )
+            for place, tokens in zip(own, found.tokens, strict=True):
+                answers[place] = tokens
+        collate = Collator(self.processing_class.pad_token_id)
+        return collate.pad([row.prompt for row in rows], answers, [row.sample_id for row in rows])
+
+
+def teacher_of(task: AnyTask, seed: int, setting: Setting, without: Dataset) -> tuple[Path, float]:
+    """The folder of a model of twice the width, trained as SFT is, and the seconds that took; made once, then kept."""
+    wider = replace(setting, width=2 * setting.width, layers=setting.layers + 1)
+    about = json.dumps([task.name, seed, asdict(wider), task.test_rows, task.train_rows], sort_keys=True)
+    folder = cache_dir() / "quality" / f"{task.name}-{seed}-{hashlib.sha256(about.encode()).hexdigest()[:12]}"
+    if not folder.is_dir():
+        trained = train(task, METHODS["SFT"], seed, wider, without)
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        staging = Path(tempfile.mkdtemp(prefix=f"{folder.name}.", dir=folder.parent))
+        try:
+            trained.model.save_pretrained(staging)
+            (staging / "seconds.json").write_text(json.dumps(trained.seconds))
+            with contextlib.suppress(OSError):  # another process was faster
+                staging.rename(folder)
+        finally:
+            shutil.rmtree(staging, ignore_errors=True)
+    return folder, json.loads((folder / "seconds.json").read_text())
+
+
 class LearningCurve(TrainerCallback):
     """Measures the model on its way, at shares of all steps; the training goes on as if nothing had been.
 
@@ -156,6 +243,7 @@ class Trained:
     tokens_seen: int  # padding aside
     seconds: float
     points: list[dict[str, float]]
+    teacher_seconds: float = 0.0
 
 
 def train(
@@ -167,16 +255,20 @@ def train(
     curve: Callable[[PreTrainedModel], dict[str, float]] | None = None,
 ) -> Trained:
     """Train on rows that are not ``without``; ``curve`` measures the model on its way."""
+    options = dict(method.options)
+    teacher_seconds = 0.0
+    if method.kind == "own_answers":
+        teacher, teacher_seconds = teacher_of(task, seed, setting, without)
+        options["teacher_model"] = str(teacher)
     torch.manual_seed(seed)
     model = task.model(setting.width, setting.layers)
     if setting.lora_rank:
         model = with_lora(model, setting)
     correction = method.kind == "correction"
     rows = task.rows(task.train_rows or setting.steps * setting.rows, seed=1000 + seed, without=without)
-    options = dict(method.options)
-    step_rows = setting.rows
+    step_rows, longest = setting.rows, max(map(len, rows["answer_ids"]))
     if correction:
-        options["max_new_tokens"] = max(map(len, rows["answer_ids"]))
+        options["max_new_tokens"] = longest
         if not method.equal_rows:
             step_rows = round(step_rows * _share_of_rows(task, rows))
     if task.by_length:
@@ -207,6 +299,7 @@ def train(
             "offline": OfflineTrainer,
             "approximate": ApproximateTrainer,
             "correction": RACTrainer,
+            "own_answers": OwnAnswersTrainer,
         }
         trainer = kinds[method.kind](
             model,
@@ -217,15 +310,16 @@ def train(
         )
         if isinstance(trainer, ApproximateTrainer):
             trainer.passes = method.passes
+        if isinstance(trainer, OwnAnswersTrainer):
+            trainer.max_new_tokens = longest
         if method.kind in ("offline", "approximate"):
             trainer._reuses = False  # what made the contexts is not this step's forward
         started = time.process_time()
         trainer.train()
         seconds = time.process_time() - started
     seen = int(trainer.state.num_input_tokens_seen)
-    if callback is None:
-        return Trained(model.eval(), seen, seconds, [])
-    return Trained(model.eval(), seen, seconds - callback.seconds, callback.points)
+    points, curve_seconds = ([], 0.0) if callback is None else (callback.points, callback.seconds)
+    return Trained(model.eval(), seen, seconds - curve_seconds, points, teacher_seconds)
 
 
 def with_lora(model: PreTrainedModel, setting: Setting):
@@ -250,7 +344,7 @@ def _share_of_rows(task: AnyTask, rows: Dataset) -> float:
 
 
 def measure(task: AnyTask, method: Method, seed: int, setting: Setting) -> dict[str, Any]:
-    """Train and evaluate: the record's ``found``, ``curve``, ``train_seconds`` and ``evaluation_seconds``.
+    """Train and evaluate: the record's ``found``, ``curve`` and seconds.
 
     Found are shares of tokens and of answers that are right, on rows that no training has. ``rouge_l`` (F1) counts what
     stands in order, wherever it stands: one word too few makes all later *tokens* wrong. The last point of the curve is
@@ -260,14 +354,21 @@ def measure(task: AnyTask, method: Method, seed: int, setting: Setting) -> dict[
     some = rows.select(range(min(task.curve_rows, len(rows))))
     trained = train(task, method, seed, setting, rows, partial(_point, task, method, some))
     started = time.process_time()
-    answers = _answers(task, method, trained.model, rows)
+    answers = _answers(task, trained.model, rows, corrects=method.kind == "correction" or method.name == "SFT")
     right = _right_under_references(task, trained.model, rows)
-    found = _shares_of_all(task, answers, rows, right) | {"tokens_seen": trained.tokens_seen}
-    last = _shares_of_all(task, [part[: len(some)] for part in answers], some, right[: len(some)])
+    found: dict[str, float] = {"tokens_seen": trained.tokens_seen}
+    if len(answers) > 1:
+        found |= _corrections(task, *answers, list(rows["answer_ids"]))
+    if method.kind != "correction":
+        answers = answers[:1]
+        found |= _passes(trained.model, rows.select(range(min(task.pass_rows, len(rows)))))
+    found |= _shares_of_all(task, answers[-1], rows, right)
+    last = _shares_of_all(task, answers[-1][: len(some)], some, right[: len(some)])
     return {
         "found": found,
         "curve": [*trained.points, {"step": setting.steps, **_of_curve(last)}],
         "train_seconds": round(trained.seconds, 1),
+        "teacher_seconds": round(trained.teacher_seconds, 1),
         "evaluation_seconds": round(time.process_time() - started, 1),
     }
 
@@ -278,7 +379,8 @@ def _point(task: AnyTask, method: Method, rows: Dataset, model: PreTrainedModel)
     model.eval()
     try:
         right = _right_under_references(task, model, rows)
-        return _of_curve(_shares_of_all(task, _answers(task, method, model, rows), rows, right))
+        answers = _answers(task, model, rows, corrects=method.kind == "correction")
+        return _of_curve(_shares_of_all(task, answers[-1], rows, right))
     finally:
         model.train(was_training)
 
@@ -287,11 +389,11 @@ def _of_curve(found: dict[str, float]) -> dict[str, float]:
     return {name: found[name] for name in ("reference_token", "token", "exact")}
 
 
-def _answers(task: AnyTask, method: Method, model: PreTrainedModel, rows: Dataset) -> list[list[list[int]]]:
-    """[answers], or [first answers, corrected ones] of a method that corrects; token ids."""
+def _answers(task: AnyTask, model: PreTrainedModel, rows: Dataset, *, corrects: bool) -> list[list[list[int]]]:
+    """[answers], or [first answers, what the model corrects them to]; token ids."""
     prompts = list(rows["prompt_ids"])
     options: dict[str, Any] = {"max_new_tokens": max(map(len, rows["answer_ids"])), "batch_size": task.batch_size}
-    if method.kind == "correction":
+    if corrects:
         both = generate_corrected(model, task.tokenizer, prompts, temperature=0.0, **options)
         found = [both.first, both.corrected]
     else:
@@ -299,15 +401,45 @@ def _answers(task: AnyTask, method: Method, model: PreTrainedModel, rows: Datase
     return [[one.tolist() for one in answers] for answers in found]
 
 
-def _shares_of_all(
-    task: AnyTask, answers: list[list[list[int]]], rows: Dataset, right: list[tuple[int, int]]
+def _corrections(
+    task: AnyTask, first: list[list[int]], corrected: list[list[int]], references: list[list[int]]
 ) -> dict[str, float]:
-    """Shares of the last answers, and of first ones with that word before their names."""
-    references = list(rows["answer_ids"])
-    found = {"reference_token": sum(one for one, _ in right) / sum(learned for _, learned in right)}
-    if len(answers) > 1:
-        found |= {f"first_{name}": value for name, value in _shares(task, answers[0], references).items()}
-    return found | _shares(task, answers[-1], references)
+    """Shares of first and of corrected answers that are right, and shares of all rows that change sides."""
+    right = [
+        (task.is_right(before, reference), task.is_right(after, reference))
+        for before, after, reference in zip(first, corrected, references, strict=True)
+    ]
+    changes = Corrections.of(right)
+    found = {f"first_{name}": value for name, value in _shares(task, first, references).items()}
+    found |= {f"corrected_{name}": value for name, value in _shares(task, corrected, references).items()}
+    return found | {
+        "wrong_to_right": changes.wrong_to_right / len(right),
+        "right_to_wrong": changes.right_to_wrong / len(right),
+    }
+
+
+def _passes(model: PreTrainedModel, rows: Dataset) -> dict[str, float]:
+    """Passes per token of free runs as long as the references, row by row, with all guesses computed ahead.
+
+    One token after the other is 1 pass per token.
+    """
+    found = {}
+    for name, temperature in (("passes_per_token", 1.0), ("passes_per_token_greedy", 0.0)):
+        generator = ContextGenerator(model, temperature=temperature, token_budget=4096, balance=4096)
+        passes = tokens = 0
+        for row in rows:
+            ids = [row["sample_id"]]
+            stats = generator.contexts([row["prompt_ids"]], [row["answer_ids"]], 1.0, seed=1, sample_ids=ids).stats
+            passes, tokens = passes + stats.passes, tokens + stats.answer_tokens
+        found[name] = passes / tokens
+    return found
+
+
+def _shares_of_all(
+    task: AnyTask, answers: list[list[int]], rows: Dataset, right: list[tuple[int, int]]
+) -> dict[str, float]:
+    under_references = sum(one for one, _ in right) / sum(learned for _, learned in right)
+    return {"reference_token": under_references} | _shares(task, answers, list(rows["answer_ids"]))
 
 
 def _shares(task: AnyTask, answers: list[list[int]], references: list[list[int]]) -> dict[str, float]:

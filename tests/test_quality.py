@@ -25,8 +25,8 @@ from benchmarks.quality.methods import (
     measure,
     train,
 )
+from benchmarks.quality.report import CORRECTED, decision, holm, page, passes, rac, seconds, summary
 from benchmarks.quality.report import main as report
-from benchmarks.quality.report import summary
 from benchmarks.quality.tasks import EOS, FIRST, SEP, TASKS, Problems, Task
 from selfgen import RACConfig
 from tools.real_parts import gsm_symbolic, has_gsm8k
@@ -323,3 +323,117 @@ def test_statistics():
     assert second["token_p_value"] == pytest.approx(ttest_rel(bss, sft).pvalue)
     low, high = student.interval(0.95, 3, loc=0, scale=(sum((x - sum(sft) / 4) ** 2 for x in sft) / 3 / 4) ** 0.5)
     assert first["token_interval"] == pytest.approx(100 * (high - low) / 2)
+
+
+def test_holm_is_by_hand():
+    assert holm([0.04, 0.01, 0.03]) == pytest.approx([0.06, 0.03, 0.06])
+    assert holm([0.9, 0.6]) == [1.0, 1.0]
+    assert holm([]) == []
+
+
+def made_up(task, name, shift, *, seeds=5, **more):
+    """Records of a method whose tokens are ``shift`` (a number, or one for each seed) above SFT's."""
+    shifts = shift if isinstance(shift, list) else [shift + 0.001 * seed for seed in range(seeds)]
+    for seed, one in enumerate(shifts):
+        found = {"reference_token": 0.9, "token": 0.5 + 0.01 * seed + one, "exact": 0.2, "rouge_l": 0.8}
+        found |= {"tokens_seen": 10**6, "passes_per_token": 0.5 - one, "passes_per_token_greedy": 0.4}
+        found |= more.get("found", {})
+        points = [{"step": step, "reference_token": 0.8, "token": step / 20 + one, "exact": 0.1} for step in (5, 10)]
+        yield {"task": task, "seed": seed, "setting": {}, "method": {"name": name}, "found": found, "curve": points} | {
+            "train_seconds": 30.0,
+            "teacher_seconds": more.get("teacher_seconds", 0.0),
+        }
+
+
+def records():
+    correction = dict.fromkeys(CORRECTED, 0.3)
+    lines = []
+    for task in ("wave", "words", "sort", "gsm_symbolic"):
+        lines += made_up(task, "SFT", [0.0] * 5, found=correction | {"wrong_to_right": 0.01})
+        lines += made_up(task, "BSS", -0.1)
+        lines += made_up(task, "BSS, auto", 0.002 if task == "wave" else 0.08)
+        lines += made_up(task, "BSS, p = 0.1", 0.08 if task == "wave" else [-0.2, 0.2, 0.1, -0.1, 0.0])
+        lines += made_up(task, "SFT + DFT", 0.5)
+    lines += made_up("wave", "RAC, equal rows", -0.05, found=correction)
+    lines += made_up("wave", "GKD, whole answers", 0.01, teacher_seconds=70.0)
+    lines += made_up("working", "SFT", 0.0)  # a task of old files
+    lines += made_up("wave", "a method of old files", 0.0)
+    return json.loads(json.dumps(lines))
+
+
+def test_the_rule_of_decision():
+    rows = summary(records())
+    assert {row["task"] for row in rows} == {"wave", "words", "sort", "gsm_symbolic"}
+    said = {(row["task"], row["method"]): row["verdict"] for row in rows}
+    assert said["wave", "BSS"] == "worse"
+    assert (said["wave", "BSS, auto"], said["sort", "BSS, auto"]) == ("not worse", "better")
+    assert (said["wave", "BSS, p = 0.1"], said["words", "BSS, p = 0.1"]) == ("better", "open")
+    assert said["wave", "SFT + DFT"] == said["wave", "SFT"] == ""  # no candidates
+    family = [row for row in rows if row["task"] == "wave" and row["token_corrected_p_value"] is not None]
+    assert [row["method"] for row in family] == ["BSS", "BSS, p = 0.1", "BSS, auto"]
+    assert [row["token_corrected_p_value"] for row in family] == holm([row["token_p_value"] for row in family])
+    fit = {line[0]: line[1:] for line in decision(rows)[1:]}
+    assert fit["BSS, auto"] == ["4 of 4", "4", "3", "", "yes"]
+    assert fit["BSS"] == ["4 of 4", "0", "0", "wave, words, sort, gsm_symbolic", "no"]
+    assert fit["BSS, p = 0.1"][-1] == "no"
+
+
+def test_one_seed_decides_nothing():
+    lines = [line for line in records() if line["seed"] == 0]
+    assert all(row["verdict"] == "" for row in summary(lines))
+    assert len(decision(summary(lines))) == 1
+
+
+def test_tables_of_passes_and_corrections():
+    rows = summary(records())
+    head, *lines = passes(rows)
+    found = {tuple(line[:2]): line[2:] for line in lines}
+    assert len(head) == len(lines[0])
+    assert found["wave", "SFT"][:2] == ["0.500 ± 0.000", ""]
+    assert found["sort", "BSS, auto"][1].startswith("-0.082 ± ")
+    lines = rac(rows)[1:]
+    assert [line[:2] for line in lines] == [["wave", "SFT"], ["wave", "RAC, equal rows"]]
+    assert lines[0][-2:] == ["1.0 ± 0.0", "30.0 ± 0.0"]
+    costs = {row["method"]: seconds(row) for row in rows if row["task"] == "wave"}
+    assert costs["GKD, whole answers"] == "30 + 70"
+    assert costs["SFT"] == "30"
+    curve = next(row["curve"] for row in rows if row["method"] == "BSS, auto" and row["task"] == "sort")
+    assert curve == [
+        {
+            "step": step,
+            "reference_token": pytest.approx(80),
+            "token": pytest.approx(5 * step + 8.2),
+            "exact": pytest.approx(10),
+        }
+        for step in (5, 10)
+    ]
+
+
+def test_a_report_of_everything(tmp_path):
+    """Two plots, a page and its numbers; a page without candidates has no decision."""
+    file = tmp_path / "quality_selection.jsonl"
+    for line in records():
+        quality.append(file, line)
+    assert report(["--runs", str(file)]) == 0
+    assert (tmp_path / "quality_selection_curves.png").stat().st_size > 10_000
+    page = (tmp_path / "quality_selection.md").read_text()
+    for title in ("The gap: SFT", "What the rule says", "Candidates: sort", "Methods: wave", "Ablations: wave", "RAC"):
+        assert f"## {title}\n" in page
+    assert "| BSS, auto | 4 of 4 | 4 | 3 |  | yes |" in page
+    tables = [block.splitlines() for block in page.split("\n\n") if block.startswith("|")]
+    assert all(len({line.count("|") for line in lines}) == 1 for lines in tables)
+    numbers = json.loads((tmp_path / "quality_selection.json").read_text())
+    assert numbers[0]["train_seconds"] == 30
+
+
+def test_old_files_are_read():
+    """Of runs before there were curves and seconds."""
+    lines = [line for line in records() if line["method"]["name"] in ("SFT", "BSS")]
+    for line in lines:
+        for name in ("curve", "train_seconds", "teacher_seconds"):
+            del line[name]
+        for name in ("passes_per_token", "passes_per_token_greedy", *CORRECTED):
+            line["found"].pop(name, None)
+    rows = summary(lines)
+    assert all(row["curve"] == [] and seconds(row) == "" for row in rows)
+    assert "Passes" not in page(rows, "quality.jsonl")

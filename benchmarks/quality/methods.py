@@ -358,7 +358,7 @@ def measure(task: AnyTask, method: Method, seed: int, setting: Setting) -> dict[
     right = _right_under_references(task, trained.model, rows)
     found: dict[str, float] = {"tokens_seen": trained.tokens_seen}
     if len(answers) > 1:
-        found |= _corrections(task, *answers, list(rows["answer_ids"]))
+        found |= _corrections(task, answers[0], answers[1], list(rows["answer_ids"]))
     if method.kind != "correction":
         answers = answers[:1]
         found |= _passes(trained.model, rows.select(range(min(task.pass_rows, len(rows)))))

@@ -189,17 +189,21 @@ class TextTask:
     def rows(self, count: int, seed: int, without: Dataset | None = None) -> Dataset:
         taken = set() if without is None else {tuple(prompt) for prompt in without["prompt_ids"]}
         limits = {"prompt": self.longest_prompt or self.longest, "completion": self.longest_answer or self.longest}
-        texts = self.texts(self.spare * count, seed)
-        texts = texts.filter(lambda row: all(len(row[name]) <= 6 * limit for name, limit in limits.items()))  # quicker
-        rows, _ = tokenize_rows(texts, self.tokenizer, max_length=self.longest)
-        rows = rows.filter(
-            lambda row: (
-                len(row["prompt_ids"]) <= limits["prompt"]
-                and len(row["answer_ids"]) <= limits["completion"]
-                and tuple(row["prompt_ids"]) not in taken
+        drawn = self.spare * count
+        while True:
+            texts = self.texts(drawn, seed)
+            texts = texts.filter(lambda row: all(len(row[name]) <= 6 * limit for name, limit in limits.items()))
+            rows, _ = tokenize_rows(texts, self.tokenizer, max_length=self.longest)
+            rows = rows.filter(
+                lambda row: (
+                    len(row["prompt_ids"]) <= limits["prompt"]
+                    and len(row["answer_ids"]) <= limits["completion"]
+                    and tuple(row["prompt_ids"]) not in taken
+                )
             )
-        )
-        return rows.select(range(count))
+            if len(rows) >= count:
+                return rows.select(range(count))
+            drawn *= 2
 
     def _decoded(self, *rows: list[int]) -> list[str]:
         return [self.tokenizer.decode(ids, skip_special_tokens=True) for ids in rows]
@@ -218,7 +222,7 @@ class Problems(TextTask):
 @functools.cache
 def _sentences(shortest: int = 10, longest: int = 20) -> list[str]:
     """Sentences of GSM8K's questions without digits, as small letters and spaces."""
-    found = {}
+    found: dict[str, None] = {}
     for row in gsm8k("train", 0, 7473):
         for sentence in re.split(r"(?<=[.?!])\s+", row["prompt"]):
             words = re.findall("[a-z]+", sentence.lower())

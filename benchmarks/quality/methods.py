@@ -1,6 +1,6 @@
 """The methods that are compared, over equal optimizer steps and, but where said, equal tokens seen.
 
-``self_prob`` is 0.25 and constant, the library's defaults, on every task; the ablations change it.
+``BSS`` has a constant ``self_prob`` of 0.25 on every task; candidates and ablations change it.
 """
 
 from __future__ import annotations
@@ -271,6 +271,8 @@ def train(
         options["max_new_tokens"] = longest
         if not method.equal_rows:
             step_rows = round(step_rows * _share_of_rows(task, rows))
+    if method.kind in ("offline", "approximate"):
+        options["reuse_passes"] = False  # what made the contexts is not this step's forward
     if task.by_length:
         options["train_sampling_strategy"] = "group_by_length"
     callback = None if curve is None else LearningCurve(partial(curve, model))
@@ -312,8 +314,6 @@ def train(
             trainer.passes = method.passes
         if isinstance(trainer, OwnAnswersTrainer):
             trainer.max_new_tokens = longest
-        if method.kind in ("offline", "approximate"):
-            trainer._reuses = False  # what made the contexts is not this step's forward
         started = time.process_time()
         trainer.train()
         seconds = time.process_time() - started
@@ -343,7 +343,7 @@ def _share_of_rows(task: AnyTask, rows: Dataset) -> float:
     return direct / (2 * direct + answer + len(CorrectionCue.of(task.tokenizer).ids))
 
 
-def measure(task: AnyTask, method: Method, seed: int, setting: Setting) -> dict[str, Any]:
+def measure(task: AnyTask, method: Method, seed: int, setting: Setting, *, count_passes: bool = True) -> dict[str, Any]:
     """Train and evaluate: the record's ``found``, ``curve`` and seconds.
 
     Found are shares of tokens and of answers that are right, on rows that no training has. ``rouge_l`` (F1) counts what
@@ -361,7 +361,8 @@ def measure(task: AnyTask, method: Method, seed: int, setting: Setting) -> dict[
         found |= _corrections(task, answers[0], answers[1], list(rows["answer_ids"]))
     if method.kind != "correction":
         answers = answers[:1]
-        found |= _passes(trained.model, rows.select(range(min(task.pass_rows, len(rows)))))
+        if count_passes:
+            found |= _passes(trained.model, rows.select(range(min(task.pass_rows, len(rows)))))
     found |= _shares_of_all(task, answers[-1], rows, right)
     last = _shares_of_all(task, answers[-1][: len(some)], some, right[: len(some)])
     return {

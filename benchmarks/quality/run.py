@@ -60,6 +60,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--seeds", type=int, default=5)
     parser.add_argument("--first-seed", type=int, default=0)
     parser.add_argument("--output", type=Path)
+    parser.add_argument("--no-passes", action="store_true", help="don't count the passes that answers take: quicker")
     options = parser.parse_args(arguments)
     torch.set_num_threads(1)  # such small models are slower on more; run several processes instead
     seeds = STAGES[options.stage] if options.stage else range(options.first_seed, options.first_seed + options.seeds)
@@ -78,7 +79,7 @@ def main(arguments: list[str] | None = None) -> int:
             taken = []  # by other processes
             for run in runs:
                 try:
-                    mine = run_once(output, *run)
+                    mine = run_once(output, *run, count_passes=not options.no_passes)
                 except Exception:
                     failed, mine = failed + 1, True
                     tqdm.write(f"{run[0]}, {run[1].name}, seed {run[2]} failed:\n{traceback.format_exc()}")
@@ -92,7 +93,7 @@ def main(arguments: list[str] | None = None) -> int:
     return 1 if failed else 0
 
 
-def run_once(output: Path, task: str, method: Method, seed: int) -> bool:
+def run_once(output: Path, task: str, method: Method, seed: int, *, count_passes: bool = True) -> bool:
     """Train and record, unless that is done; False if another process is at it."""
     setting = setting_of(task)
     record = {"seed": seed, **describe(TASKS[task], method, setting)}
@@ -103,7 +104,7 @@ def run_once(output: Path, task: str, method: Method, seed: int) -> bool:
                 return False
             if key not in {key_of(line) for line in read(output)}:  # another has just done it
                 started = time.perf_counter()
-                measured = measure(TASKS[task], method, seed, setting)
+                measured = measure(TASKS[task], method, seed, setting, count_passes=count_passes)
                 append(output, record | measured | {"seconds": round(time.perf_counter() - started, 1)})
                 tqdm.write(f"{task}, {method.name}, seed {seed}: {measured['found']}")
     return True

@@ -168,7 +168,7 @@ class TextTask:
     train_rows: int | None = None  # all that a training has, over and over
     longest = 768
     test_rows, batch_size = 200, 64
-    curve_rows, pass_rows = 100, 8
+    curve_rows, pass_rows = 100, 4
     by_length = True  # a batch has rows of about the same length, so that little padding is computed
     has_base, has_teacher = True, False
 

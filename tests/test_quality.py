@@ -4,18 +4,31 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import os
 import random
+import signal
+import time
 
 import pytest
+import torch
 from scipy.stats import t as student
 from scipy.stats import ttest_rel
 
+from benchmarks.quality import methods, tasks
 from benchmarks.quality import run as quality
-from benchmarks.quality import tasks
-from benchmarks.quality.methods import ABLATIONS, METHODS, Setting, _share_of_rows, measure
+from benchmarks.quality.methods import (
+    ALL_METHODS,
+    METHODS,
+    Setting,
+    _right_under_references,
+    _share_of_rows,
+    measure,
+    train,
+)
+from benchmarks.quality.report import CORRECTED, decision, holm, page, passes, rac, seconds, summary
 from benchmarks.quality.report import main as report
-from benchmarks.quality.report import summary
 from benchmarks.quality.tasks import EOS, FIRST, SEP, TASKS, Problems, Task
+from selfgen import RACConfig
 from tools.real_parts import gsm_symbolic, has_gsm8k
 
 
@@ -47,15 +60,7 @@ def test_rows(name):
 
 
 def test_answers_by_hand():
-    def number(tokens):
-        return int("".join(str(token - FIRST) for token in tokens))
-
     for seed in range(20):
-        prompt, answer = TASKS["working"].row(random.Random(seed))
-        value = number(prompt[:2])
-        for place, (operation, operand) in enumerate(zip(prompt[2::2], prompt[3::2], strict=True)):
-            value = eval(f"({value} {'+-*'[operation - FIRST - 10]} {operand - FIRST}) % 100")
-            assert number(answer[2 * place : 2 * place + 2]) == value
         prompt, answer = TASKS["words"].row(random.Random(seed))
         assert answer == sorted(prompt)
         assert len(answer) == 24
@@ -76,7 +81,7 @@ def test_corrections_see_as_many_tokens(task):
     assert _share_of_rows(TASKS[task], rows) == pytest.approx((direct + correction) / seen)
 
 
-EVERY_METHOD = [*METHODS.values(), *ABLATIONS.values()]
+EVERY_METHOD = [*ALL_METHODS.values()]
 ONE_OF_A_KIND = list({method.kind: method.name for method in EVERY_METHOD}.values())
 
 
@@ -85,29 +90,48 @@ ONE_OF_A_KIND = list({method.kind: method.name for method in EVERY_METHOD}.value
     [pytest.param(one, marks=[pytest.mark.slow] * (one.name not in ONE_OF_A_KIND)) for one in EVERY_METHOD],
     ids=lambda method: method.name,
 )
-def test_every_method_trains(method, monkeypatch):
+def test_every_method_trains(method, monkeypatch, tmp_path):
     """Shares are shares; for each kind of method, the same seed gives the same model."""
-    monkeypatch.setattr(Task, "test_rows", 50)
+    try:
+        RACConfig(tmp_path, use_cpu=True, report_to=[], **method.options)
+    except (TypeError, ValueError) as error:
+        pytest.skip(f"this version has no such option: {error}")
+    monkeypatch.setattr(methods, "cache_dir", lambda: tmp_path)
+    monkeypatch.setattr(Task, "test_rows", 20)
+    monkeypatch.setattr(Task, "pass_rows", 2)
+    if method.needs == "base":
+        pytest.skip("no base")
     setting = Setting(steps=4, rows=2, width=16, layers=1)
-    found = measure(TASKS["working"], method, 0, setting)
+    record = measure(TASKS["words-12"], method, 0, setting)
+    found = record["found"]
     assert all(0 <= value <= 1 for name, value in found.items() if name != "tokens_seen")
     assert found["tokens_seen"] > 0
     if method.name in ONE_OF_A_KIND:
-        assert found == measure(TASKS["working"], method, 0, setting)
-    assert ("first_token" in found) == (method.kind == "correction")
+        again = measure(TASKS["words-12"], method, 0, setting)
+        assert (found, record["curve"]) == (again["found"], again["curve"])
+    assert ("passes_per_token" in found) == (method.kind != "correction")
+    assert (
+        ("first_token" in found) == ("wrong_to_right" in found) == (method.kind == "correction" or method.name == "SFT")
+    )
+    if method.name == "SFT":
+        assert found["first_token"] == found["token"]
+        assert 0 < found["passes_per_token_greedy"] <= 1
+    assert record["train_seconds"] >= 0 <= record["evaluation_seconds"]
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("method", ["BASH", "BSS + RAC"])
-def test_a_pretrained_model_trains(method, monkeypatch):
+@pytest.mark.parametrize(("method", "lora_rank"), [("BASH", 0), ("BSS", 2), ("BSS + RAC", 2)])
+def test_a_pretrained_model_trains(method, lora_rank, monkeypatch):
     monkeypatch.setattr(Problems, "test_rows", 2)
-    task = Problems("gsm_symbolic-short", "", longest_answer=56, spare=30)
+    task = Problems("gsm_symbolic-short", "", longest_prompt=96, longest_answer=56, spare=30)
     rows = task.rows(2, seed=1)
     reference = rows["answer_ids"][0]
     number = task.tokenizer.decode(reference, skip_special_tokens=True).rsplit("####")[-1]
     assert task.is_right(task.tokenizer(f"So it is {number}").input_ids, reference)
     assert not task.is_right(task.tokenizer(f"So it is {number}1").input_ids, reference)
-    found = measure(task, METHODS[method], 0, Setting(steps=2, rows=3, learning_rate=1e-6))
+    found = measure(task, METHODS[method], 0, Setting(steps=2, rows=3, learning_rate=1e-6, lora_rank=lora_rank))[
+        "found"
+    ]
     assert 0.5 < found["reference_token"] < 1
 
 
@@ -130,18 +154,75 @@ def test_few_rows_are_seen_again_and_again(monkeypatch):
     task = dataclasses.replace(TASKS["wave-few"], train_rows=3)
     found = measure(task, METHODS["BSS"], 0, Setting(steps=4, rows=2, width=16, layers=1))
     assert counts == [task.test_rows, 3]
-    assert found["tokens_seen"] > 3 * 50
+    assert found["found"]["tokens_seen"] > 3 * 50
+
+
+@pytest.mark.parametrize("method", ["BSS", "RAC"])
+def test_a_learning_curve_leaves_the_training_as_it_is(method, monkeypatch):
+    """Weights are equal bit for bit with it and without; its last point is of the trained model."""
+    monkeypatch.setattr(Task, "test_rows", 20)
+    monkeypatch.setattr(Task, "curve_rows", 20)
+    task, setting = TASKS["words-few"], Setting(steps=8, rows=4, width=32, layers=1)
+    rows = task.rows(20, seed=1)
+    trained = [train(task, METHODS[method], 3, setting, rows, curve) for curve in (None, lambda model: {"token": 0.0})]
+    record = measure(task, METHODS[method], 3, setting)
+    steps = [point["step"] for point in record["curve"]]
+    assert steps == [2, 4, 6, 8]
+    assert [point["step"] for point in trained[1].points] == steps[:-1]
+    assert record["curve"][-1] == {
+        "step": 8,
+        **{name: record["found"][name] for name in record["curve"][-1].keys() - {"step"}},
+    }
+    measured = train(
+        task, METHODS[method], 3, setting, rows, lambda model: methods._point(task, METHODS[method], rows, model)
+    )
+    weights = [one.model.state_dict() for one in (*trained, measured)]
+    for other in weights[1:]:
+        assert all(torch.equal(value, other[name]) for name, value in weights[0].items())
+    assert measured.model(torch.tensor([[5]])).logits.isfinite().all()
+
+
+def test_accuracy_under_references():
+    """As that of single rows, without padding, all of whose logits are computed."""
+    task = dataclasses.replace(TASKS["wave"], row=ragged)
+    rows = task.rows(20, seed=1)
+    model = task.model(32, 1).eval()
+    found = _right_under_references(task, model, rows)
+    for row, pair in zip(rows, found, strict=True):
+        ids = torch.tensor([row["prompt_ids"] + row["answer_ids"]])
+        predicted = model(ids).logits[0, len(row["prompt_ids"]) - 1 : -1].argmax(-1).tolist()
+        right = sum(a == b for a, b in zip(predicted, row["answer_ids"], strict=True))
+        assert pair == (right, len(row["answer_ids"]))
+
+
+def ragged(draw):
+    prompt, answer = ([draw.randrange(FIRST, 40) for _ in range(draw.randrange(1, 9))] for _ in range(2))
+    return prompt, answer
+
+
+def test_sentences():
+    """Sorting has natural sentences, none twice; their words are sorted."""
+    task = TASKS["sort"]
+    if not has_gsm8k():
+        pytest.skip("no GSM8K")
+    texts = task.texts(100, 7)
+    assert len(set(texts["prompt"])) == 100
+    for row in texts:
+        sentence = row["prompt"].split(": ")[1].split()
+        assert row["completion"].split() == sorted(sentence)
+        assert 10 <= len(sentence) <= 20
 
 
 def test_a_killed_comparison_goes_on(tmp_path, monkeypatch):
     """What is written down is not run again, half a line is, and other seeds are added."""
     ran = []
 
-    def fake(task, method, seed, setting):
+    def fake(task, method, seed, setting, **_):
         ran.append((task.name, method.name, seed))
-        return {"reference_token": 0.9, "token": 0.5 + seed / 100, "exact": 0.1, "rouge_l": 0.7}
+        return {"found": {"reference_token": 0.9, "token": 0.5 + seed / 100, "exact": 0.1, "rouge_l": 0.7}}
 
     monkeypatch.setattr(quality, "measure", fake)
+    monkeypatch.setattr(quality, "cache_dir", lambda: tmp_path)
     file = tmp_path / "runs.jsonl"
     arguments = ["--tasks", "wave", "--methods", "SFT", "BSS", "--output", str(file)]
     quality.main([*arguments, "--seeds", "2"])
@@ -151,8 +232,80 @@ def test_a_killed_comparison_goes_on(tmp_path, monkeypatch):
     ran.clear()
     quality.main([*arguments, "--seeds", "3"])
     assert ran == [("wave", "BSS", 1), ("wave", "SFT", 2), ("wave", "BSS", 2)]
+    assert not [*(tmp_path / "quality" / "claims").iterdir()]
     assert report(["--runs", str(file)]) == 0
-    assert {path.suffix for path in tmp_path.iterdir()} == {".jsonl", ".json", ".md", ".png"}
+    assert {path.suffix for path in tmp_path.iterdir()} == {"", ".jsonl", ".json", ".md", ".png"}
+
+
+def test_a_run_is_of_one_process(tmp_path, monkeypatch):
+    """Others leave it alone until that process is killed, at any time; half a line it left spoils no other."""
+    monkeypatch.setattr(quality, "cache_dir", lambda: tmp_path)
+    ran = []
+    monkeypatch.setattr(quality, "measure", lambda *run, **_: ran.append(run[1].name) or {"found": {}})
+    file = tmp_path / "runs.jsonl"
+    arguments = ["--tasks", "wave", "--methods", "SFT", "BSS", "--seeds", "1", "--output", str(file)]
+    key = quality.key_of({"seed": 0, **methods.describe(TASKS["wave"], METHODS["SFT"], quality.setting_of("wave"))})
+    ready, say = os.pipe()
+    process = os.fork()
+    if process == 0:
+        with quality.claimed(file, key) as is_mine:
+            file.write_text('{"seed": 0, "ta')
+            os.write(say, b"1" if is_mine else b"0")
+            time.sleep(60)
+        os._exit(0)
+    try:
+        assert os.read(ready, 1) == b"1"
+        assert quality.main(arguments) == 0
+        assert ran == ["BSS"]
+    finally:
+        os.kill(process, signal.SIGKILL)
+        os.waitpid(process, 0)
+    assert quality.main(arguments) == 0
+    assert ran == ["BSS", "SFT"]
+    assert [line["method"]["name"] for line in quality.read(file)] == ["BSS", "SFT"]
+
+
+def test_a_failing_run_stops_no_other(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(quality, "cache_dir", lambda: tmp_path)
+
+    def fake(task, method, seed, setting, **_):
+        if method.name == "SFT":
+            raise ValueError("no such option")
+        return {"found": {}}
+
+    monkeypatch.setattr(quality, "measure", fake)
+    file = tmp_path / "runs.jsonl"
+    arguments = ["--tasks", "cubic", "wave", "--methods", "SFT", "BSS", "--seeds", "1", "--output", str(file)]
+    assert quality.main(arguments) == 1
+    assert [line["task"] for line in quality.read(file)] == ["cubic", "wave"]
+    assert "no such option" in capsys.readouterr().out
+
+
+def test_stages_share_no_seed(tmp_path, monkeypatch):
+    """Each has a file of its own; methods are left out where a task has not what they need."""
+    ran = []
+    monkeypatch.setattr(quality, "RESULTS", tmp_path / "quality.jsonl")
+    monkeypatch.setattr(
+        quality, "run_once", lambda file, task, method, seed, **_: ran.append((file.name, task, seed)) or True
+    )
+    for stage in quality.STAGES:
+        quality.main(
+            ["--stage", stage, "--tasks", "sort", "wave", "--methods", "SFT + KL to base", "GKD, whole answers"]
+        )
+    files = {
+        f"quality_{stage}.jsonl": {seed for name, _, seed in ran if name.endswith(f"{stage}.jsonl")}
+        for stage in quality.STAGES
+    }
+    assert {name for name, _, _ in ran} == set(files)
+    assert not set.intersection(*files.values())
+    assert len(ran) == 2 * sum(map(len, quality.STAGES.values()))
+
+
+def test_key_ignores_what_a_method_needs():
+    """So that records outlive a change of it."""
+    record = {"seed": 1, **methods.describe(TASKS["sort"], ALL_METHODS["SFT + KL to base"], Setting())}
+    method = {name: value for name, value in record["method"].items() if name != "needs"}
+    assert quality.key_of(record) == quality.key_of(record | {"method": method})
 
 
 def test_statistics():
@@ -170,3 +323,117 @@ def test_statistics():
     assert second["token_p_value"] == pytest.approx(ttest_rel(bss, sft).pvalue)
     low, high = student.interval(0.95, 3, loc=0, scale=(sum((x - sum(sft) / 4) ** 2 for x in sft) / 3 / 4) ** 0.5)
     assert first["token_interval"] == pytest.approx(100 * (high - low) / 2)
+
+
+def test_holm_is_by_hand():
+    assert holm([0.04, 0.01, 0.03]) == pytest.approx([0.06, 0.03, 0.06])
+    assert holm([0.9, 0.6]) == [1.0, 1.0]
+    assert holm([]) == []
+
+
+def made_up(task, name, shift, *, seeds=5, **more):
+    """Records of a method whose tokens are ``shift`` (a number, or one for each seed) above SFT's."""
+    shifts = shift if isinstance(shift, list) else [shift + 0.001 * seed for seed in range(seeds)]
+    for seed, one in enumerate(shifts):
+        found = {"reference_token": 0.9, "token": 0.5 + 0.01 * seed + one, "exact": 0.2, "rouge_l": 0.8}
+        found |= {"tokens_seen": 10**6, "passes_per_token": 0.5 - one, "passes_per_token_greedy": 0.4}
+        found |= more.get("found", {})
+        points = [{"step": step, "reference_token": 0.8, "token": step / 20 + one, "exact": 0.1} for step in (5, 10)]
+        yield {"task": task, "seed": seed, "setting": {}, "method": {"name": name}, "found": found, "curve": points} | {
+            "train_seconds": 30.0,
+            "teacher_seconds": more.get("teacher_seconds", 0.0),
+        }
+
+
+def records():
+    correction = dict.fromkeys(CORRECTED, 0.3)
+    lines = []
+    for task in ("wave", "words", "sort", "gsm_symbolic"):
+        lines += made_up(task, "SFT", [0.0] * 5, found=correction | {"wrong_to_right": 0.01})
+        lines += made_up(task, "BSS", -0.1)
+        lines += made_up(task, "BSS, auto", 0.002 if task == "wave" else 0.08)
+        lines += made_up(task, "BSS, p = 0.1", 0.08 if task == "wave" else [-0.2, 0.2, 0.1, -0.1, 0.0])
+        lines += made_up(task, "SFT + DFT", 0.5)
+    lines += made_up("wave", "RAC, equal rows", -0.05, found=correction)
+    lines += made_up("wave", "GKD, whole answers", 0.01, teacher_seconds=70.0)
+    lines += made_up("working", "SFT", 0.0)  # a task of old files
+    lines += made_up("wave", "a method of old files", 0.0)
+    return json.loads(json.dumps(lines))
+
+
+def test_the_rule_of_decision():
+    rows = summary(records())
+    assert {row["task"] for row in rows} == {"wave", "words", "sort", "gsm_symbolic"}
+    said = {(row["task"], row["method"]): row["verdict"] for row in rows}
+    assert said["wave", "BSS"] == "worse"
+    assert (said["wave", "BSS, auto"], said["sort", "BSS, auto"]) == ("not worse", "better")
+    assert (said["wave", "BSS, p = 0.1"], said["words", "BSS, p = 0.1"]) == ("better", "open")
+    assert said["wave", "SFT + DFT"] == said["wave", "SFT"] == ""  # no candidates
+    family = [row for row in rows if row["task"] == "wave" and row["token_corrected_p_value"] is not None]
+    assert [row["method"] for row in family] == ["BSS", "BSS, p = 0.1", "BSS, auto"]
+    assert [row["token_corrected_p_value"] for row in family] == holm([row["token_p_value"] for row in family])
+    fit = {line[0]: line[1:] for line in decision(rows)[1:]}
+    assert fit["BSS, auto"] == ["4 of 4", "4", "3", "", "yes"]
+    assert fit["BSS"] == ["4 of 4", "0", "0", "wave, words, sort, gsm_symbolic", "no"]
+    assert fit["BSS, p = 0.1"][-1] == "no"
+
+
+def test_one_seed_decides_nothing():
+    lines = [line for line in records() if line["seed"] == 0]
+    assert all(row["verdict"] == "" for row in summary(lines))
+    assert len(decision(summary(lines))) == 1
+
+
+def test_tables_of_passes_and_corrections():
+    rows = summary(records())
+    head, *lines = passes(rows)
+    found = {tuple(line[:2]): line[2:] for line in lines}
+    assert len(head) == len(lines[0])
+    assert found["wave", "SFT"][:2] == ["0.500 ± 0.000", ""]
+    assert found["sort", "BSS, auto"][1].startswith("-0.082 ± ")
+    lines = rac(rows)[1:]
+    assert [line[:2] for line in lines] == [["wave", "SFT"], ["wave", "RAC, equal rows"]]
+    assert lines[0][-2:] == ["1.0 ± 0.0", "30.0 ± 0.0"]
+    costs = {row["method"]: seconds(row) for row in rows if row["task"] == "wave"}
+    assert costs["GKD, whole answers"] == "30 + 70"
+    assert costs["SFT"] == "30"
+    curve = next(row["curve"] for row in rows if row["method"] == "BSS, auto" and row["task"] == "sort")
+    assert curve == [
+        {
+            "step": step,
+            "reference_token": pytest.approx(80),
+            "token": pytest.approx(5 * step + 8.2),
+            "exact": pytest.approx(10),
+        }
+        for step in (5, 10)
+    ]
+
+
+def test_a_report_of_everything(tmp_path):
+    """Two plots, a page and its numbers; a page without candidates has no decision."""
+    file = tmp_path / "quality_selection.jsonl"
+    for line in records():
+        quality.append(file, line)
+    assert report(["--runs", str(file)]) == 0
+    assert (tmp_path / "quality_selection_curves.png").stat().st_size > 10_000
+    page = (tmp_path / "quality_selection.md").read_text()
+    for title in ("The gap: SFT", "What the rule says", "Candidates: sort", "Methods: wave", "Ablations: wave", "RAC"):
+        assert f"## {title}\n" in page
+    assert "| BSS, auto | 4 of 4 | 4 | 3 |  | yes |" in page
+    tables = [block.splitlines() for block in page.split("\n\n") if block.startswith("|")]
+    assert all(len({line.count("|") for line in lines}) == 1 for lines in tables)
+    numbers = json.loads((tmp_path / "quality_selection.json").read_text())
+    assert numbers[0]["train_seconds"] == 30
+
+
+def test_old_files_are_read():
+    """Of runs before there were curves and seconds."""
+    lines = [line for line in records() if line["method"]["name"] in ("SFT", "BSS")]
+    for line in lines:
+        for name in ("curve", "train_seconds", "teacher_seconds"):
+            del line[name]
+        for name in ("passes_per_token", "passes_per_token_greedy", *CORRECTED):
+            line["found"].pop(name, None)
+    rows = summary(lines)
+    assert all(row["curve"] == [] and seconds(row) == "" for row in rows)
+    assert "Passes" not in page(rows, "quality.jsonl")

@@ -1,27 +1,36 @@
 """The methods that are compared, over equal optimizer steps and, but where said, equal tokens seen.
 
-``self_prob`` is 0.25 and constant, the library's defaults, on every task; the ablations change it.
+``BSS`` has a constant ``self_prob`` of 0.25 on every task; candidates and ablations change it.
 """
 
 from __future__ import annotations
 
+import contextlib
 import copy
+import hashlib
+import json
+import shutil
 import tempfile
-from collections.abc import Sequence
-from dataclasses import asdict, dataclass, field
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass, field, replace
+from functools import partial
+from pathlib import Path
 from typing import Any
 
 import torch
 from datasets import Dataset
-from transformers import PreTrainedModel
+from transformers import PreTrainedModel, TrainerCallback
 
-from selfgen import BSSConfig, BSSTrainer, MixedContext, RACConfig, RACTrainer
+from selfgen import BSSConfig, BSSTrainer, ContextGenerator, MixedContext, RACConfig, RACTrainer
 from selfgen.context import ContextStats
 from selfgen.correction import CorrectionCue
-from selfgen.data import IGNORE_INDEX, Collator
+from selfgen.data import IGNORE_INDEX, Collator, rows_of
+from selfgen.evaluation import Corrections
 from selfgen.evaluation.answers import rouge
 from selfgen.generation import answer, generate_corrected
 from selfgen.training.bss import step_seed
+from tools.real_parts import cache_dir
 
 from ..peers import Rows, parallel_scheduled_sampling
 from .tasks import AnyTask
@@ -39,14 +48,17 @@ class Setting:
     learning_rate: float = 2e-3
     width: int = 64
     layers: int = 3
+    lora_rank: int = 0  # of an adapter on all linear layers; 0 trains all weights
+    lora_alpha: int = 32
 
 
 @dataclass(frozen=True)
 class Method:
-    """``kind`` is online (which SFT is at p = 0), offline, approximate (K passes) or correction.
+    """``kind`` is online (which SFT is at p = 0), offline, approximate (K passes), correction or own_answers (GKD).
 
     A row of a correction is two, and longer; so that steps have as many tokens as the others', they have fewer rows,
-    unless ``equal_rows``.
+    unless ``equal_rows``. ``needs`` is what not every task has: a base (it begins with a pretrained model) or a teacher
+    (a larger model can be trained for it).
     """
 
     name: str
@@ -54,37 +66,62 @@ class Method:
     kind: str = "online"
     passes: int = 0
     equal_rows: bool = False
+    needs: str = ""
+
+    def is_for(self, task: AnyTask) -> bool:
+        return not self.needs or getattr(task, f"has_{self.needs}")
 
 
-P = {"self_prob": 0.25}
+def by_name(*methods: Method) -> dict[str, Method]:
+    return {method.name: method for method in methods}
+
+
+P, LESS, AUTO = {"self_prob": 0.25}, {"self_prob": 0.1}, {"self_prob": "auto"}
+PLAIN = {"self_prob": 0.0}
+PREFIX = P | {"granularity": "prefix"}
 CORRECTION = {"direct_weight": 1.0}
-METHODS = {
-    method.name: method
-    for method in (
-        Method("SFT", {"self_prob": 0.0}),
-        Method("BSS", P),
-        Method("BASH", P, "offline"),
-        Method("RAC", CORRECTION, "correction"),
-        Method("BSS + RAC", P | CORRECTION, "correction"),
-    )
-}
-ABLATIONS = {
-    method.name: method
-    for method in (
-        Method("BSS, p = 0.1", {"self_prob": 0.1}),
-        Method("BSS, p = 0.5", {"self_prob": 0.5}),
-        Method("BSS, p = 0.9", {"self_prob": 0.9}),
-        Method("BSS, p rising to 0.25", P | {"self_prob_schedule": "linear"}),
-        Method("BSS, p rising to 0.5", {"self_prob": 0.5, "self_prob_schedule": "linear"}),
-        Method("BSS, greedy", P | {"sampling_temperature": 0.0}),
-        Method("BSS, confident", P | {"min_reference_prob": 0.5}),
-        Method("BSS, spans", P | {"granularity": "span"}),
-        Method("BSS, answers", P | {"granularity": "sequence"}),
-        Method("BSS, 1 pass", P, "approximate", passes=1),
-        Method("BSS, 2 passes", P, "approximate", passes=2),
-        Method("RAC, equal rows", CORRECTION, "correction", equal_rows=True),
-    )
-}
+METHODS = by_name(
+    Method("SFT", PLAIN),
+    Method("BSS", P),
+    Method("BASH", P, "offline"),
+    Method("RAC", CORRECTION, "correction"),
+    Method("BSS + RAC", P | CORRECTION, "correction"),
+)
+BASELINES = by_name(
+    Method("SFT + DFT", PLAIN | {"target": "dft"}),
+    Method("SFT + KL to base", PLAIN | {"kl_weight": 0.1}, needs="base"),
+    Method(
+        "GKD, whole answers", PLAIN | {"target": "teacher", "target_weight": 1.0}, kind="own_answers", needs="teacher"
+    ),
+)
+CANDIDATES = by_name(
+    Method("BSS, p = 0.1", LESS),
+    Method("BSS, greedy", P | {"sampling_temperature": 0.0}),
+    Method("BSS, auto", AUTO),
+    Method("BSS, auto 0.01", AUTO | {"difference_target": 0.01}),
+    Method("BSS, auto 0.05", AUTO | {"difference_target": 0.05}),
+    Method("BSS, auto, greedy", AUTO | {"sampling_temperature": 0.0}),
+    Method("BSS, prefix", PREFIX),
+    Method("BSS, prefix, after switch", PREFIX | {"loss_on": "after_switch"}),
+    Method("BSS + DFT", LESS | {"target": "dft"}),
+    Method("BSS, auto + DFT", AUTO | {"target": "dft"}),
+    Method("BSS + teacher-forced", LESS | {"target": "teacher_forced"}),
+    Method("BSS, privileged", LESS | {"target": "privileged"}),
+)
+"""One of these may become the default."""
+ABLATIONS = by_name(
+    Method("BSS, p = 0.5", {"self_prob": 0.5}),
+    Method("BSS, p = 0.9", {"self_prob": 0.9}),
+    Method("BSS, p rising to 0.25", P | {"self_prob_schedule": "linear"}),
+    Method("BSS, p rising to 0.5", {"self_prob": 0.5, "self_prob_schedule": "linear"}),
+    Method("BSS, confident", P | {"min_reference_prob": 0.5}),
+    Method("BSS, spans", P | {"granularity": "span"}),
+    Method("BSS, answers", P | {"granularity": "sequence"}),
+    Method("BSS, 1 pass", P, "approximate", passes=1),
+    Method("BSS, 2 passes", P, "approximate", passes=2),
+    Method("RAC, equal rows", CORRECTION, "correction", equal_rows=True),
+)
+ALL_METHODS = METHODS | BASELINES | CANDIDATES | ABLATIONS
 
 
 class OfflineTrainer(BSSTrainer):
@@ -125,18 +162,120 @@ class ApproximateTrainer(BSSTrainer):
         )
 
 
-def train(task: AnyTask, method: Method, seed: int, setting: Setting, without: Dataset) -> tuple[PreTrainedModel, int]:
-    """The model trained on rows that are not ``without``, and how many tokens it has seen, padding aside."""
+class OwnAnswersTrainer(BSSTrainer):
+    """GKD (arXiv 2306.13649): half of the rows have a whole answer of the model in place of the reference.
+
+    Of both, the model learns the distribution of the teacher (``target="teacher"``).
+    """
+
+    own_share, max_new_tokens = 0.5, 256
+
+    def prepare_batches(self, batches):
+        step = self.state.global_step
+        draw = torch.Generator().manual_seed(step_seed(self.args.seed, step, stream=1))
+        return [self._with_own_answers(batch, draw, step_seed(self.args.seed, step, stream=1)) for batch in batches]
+
+    def get_batch_samples(self, epoch_iterator, num_batches, device):
+        batches, num_items = super().get_batch_samples(epoch_iterator, num_batches, device)
+        return batches, self._get_num_items_in_batch(batches, device) if batches else num_items
+
+    def _with_own_answers(self, batch, draw: torch.Generator, seed: int):
+        rows = rows_of(batch)
+        answers = [row.reference for row in rows]
+        own = (torch.rand(len(rows), generator=draw) < self.own_share).nonzero().flatten().tolist()
+        if own:
+            found = self.generator.answer(
+                [rows[place].prompt for place in own],
+                max_new_tokens=self.max_new_tokens,
+                seed=seed,
+                sample_ids=[rows[place].sample_id for place in own],
+                batch_size=len(own),
+            )
+            for place, tokens in zip(own, found.tokens, strict=True):
+                answers[place] = tokens
+        collate = Collator(self.processing_class.pad_token_id)
+        return collate.pad([row.prompt for row in rows], answers, [row.sample_id for row in rows])
+
+
+def teacher_of(task: AnyTask, seed: int, setting: Setting, without: Dataset) -> tuple[Path, float]:
+    """The folder of a model of twice the width, trained as SFT is, and the seconds that took; made once, then kept."""
+    wider = replace(setting, width=2 * setting.width, layers=setting.layers + 1)
+    about = json.dumps([task.name, seed, asdict(wider), task.test_rows, task.train_rows], sort_keys=True)
+    folder = cache_dir() / "quality" / f"{task.name}-{seed}-{hashlib.sha256(about.encode()).hexdigest()[:12]}"
+    if not folder.is_dir():
+        trained = train(task, METHODS["SFT"], seed, wider, without)
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        staging = Path(tempfile.mkdtemp(prefix=f"{folder.name}.", dir=folder.parent))
+        try:
+            trained.model.save_pretrained(staging)
+            (staging / "seconds.json").write_text(json.dumps(trained.seconds))
+            with contextlib.suppress(OSError):  # another process was faster
+                staging.rename(folder)
+        finally:
+            shutil.rmtree(staging, ignore_errors=True)
+    return folder, json.loads((folder / "seconds.json").read_text())
+
+
+class LearningCurve(TrainerCallback):
+    """Measures the model on its way, at shares of all steps; the training goes on as if nothing had been.
+
+    ``seconds`` is what that took, in processor time.
+    """
+
+    def __init__(self, measure: Callable[[], dict[str, float]], shares: Sequence[float] = (0.25, 0.5, 0.75)):
+        self.measure, self.shares = measure, shares
+        self.points: list[dict[str, float]] = []
+        self.seconds = 0.0
+
+    def on_step_end(self, args, state, control, **kwargs):
+        if state.global_step in {round(share * state.max_steps) for share in self.shares}:
+            started = time.process_time()
+            with torch.random.fork_rng():
+                self.points.append({"step": state.global_step, **self.measure()})
+            self.seconds += time.process_time() - started
+
+
+@dataclass(frozen=True)
+class Trained:
+    """``seconds`` are those of the training, contexts included and points of the curve not, in processor time."""
+
+    model: PreTrainedModel
+    tokens_seen: int  # padding aside
+    seconds: float
+    points: list[dict[str, float]]
+    teacher_seconds: float = 0.0
+
+
+def train(
+    task: AnyTask,
+    method: Method,
+    seed: int,
+    setting: Setting,
+    without: Dataset,
+    curve: Callable[[PreTrainedModel], dict[str, float]] | None = None,
+) -> Trained:
+    """Train on rows that are not ``without``; ``curve`` measures the model on its way."""
+    options = dict(method.options)
+    teacher_seconds = 0.0
+    if method.kind == "own_answers":
+        teacher, teacher_seconds = teacher_of(task, seed, setting, without)
+        options["teacher_model"] = str(teacher)
     torch.manual_seed(seed)
     model = task.model(setting.width, setting.layers)
+    if setting.lora_rank:
+        model = with_lora(model, setting)
     correction = method.kind == "correction"
     rows = task.rows(task.train_rows or setting.steps * setting.rows, seed=1000 + seed, without=without)
-    options = dict(method.options)
-    step_rows = setting.rows
+    step_rows, longest = setting.rows, max(map(len, rows["answer_ids"]))
     if correction:
-        options["max_new_tokens"] = max(map(len, rows["answer_ids"]))
+        options["max_new_tokens"] = longest
         if not method.equal_rows:
             step_rows = round(step_rows * _share_of_rows(task, rows))
+    if method.kind in ("offline", "approximate"):
+        options["reuse_passes"] = False  # what made the contexts is not this step's forward
+    if task.by_length:
+        options["train_sampling_strategy"] = "group_by_length"
+    callback = None if curve is None else LearningCurve(partial(curve, model))
     with tempfile.TemporaryDirectory() as folder:
         args = (RACConfig if correction else BSSConfig)(
             folder,
@@ -154,7 +293,6 @@ def train(task: AnyTask, method: Method, seed: int, setting: Setting, without: D
             disable_tqdm=True,
             logging_steps=setting.steps,
             use_cpu=True,
-            bf16=task.bf16,
             include_num_input_tokens_seen="non_padding",
             **options,
         )
@@ -163,14 +301,39 @@ def train(task: AnyTask, method: Method, seed: int, setting: Setting, without: D
             "offline": OfflineTrainer,
             "approximate": ApproximateTrainer,
             "correction": RACTrainer,
+            "own_answers": OwnAnswersTrainer,
         }
-        trainer = kinds[method.kind](model, args, train_dataset=rows, processing_class=task.tokenizer)
+        trainer = kinds[method.kind](
+            model,
+            args,
+            train_dataset=rows,
+            processing_class=task.tokenizer,
+            callbacks=[] if callback is None else [callback],
+        )
         if isinstance(trainer, ApproximateTrainer):
             trainer.passes = method.passes
-        if method.kind in ("offline", "approximate"):
-            trainer._reuse.on = False  # what made the contexts is not this step's forward
+        if isinstance(trainer, OwnAnswersTrainer):
+            trainer.max_new_tokens = longest
+        started = time.process_time()
         trainer.train()
-    return model.eval(), int(trainer.state.num_input_tokens_seen)
+        seconds = time.process_time() - started
+    seen = int(trainer.state.num_input_tokens_seen)
+    points, curve_seconds = ([], 0.0) if callback is None else (callback.points, callback.seconds)
+    return Trained(model.eval(), seen, seconds - curve_seconds, points, teacher_seconds)
+
+
+def with_lora(model: PreTrainedModel, setting: Setting):
+    """The model with an adapter on all linear layers, without dropout."""
+    from peft import LoraConfig, get_peft_model
+
+    lora = LoraConfig(
+        r=setting.lora_rank,
+        lora_alpha=setting.lora_alpha,
+        lora_dropout=0.0,
+        target_modules="all-linear",
+        task_type="CAUSAL_LM",
+    )
+    return get_peft_model(model, lora)
 
 
 def _share_of_rows(task: AnyTask, rows: Dataset) -> float:
@@ -180,28 +343,108 @@ def _share_of_rows(task: AnyTask, rows: Dataset) -> float:
     return direct / (2 * direct + answer + len(CorrectionCue.of(task.tokenizer).ids))
 
 
-def measure(task: AnyTask, method: Method, seed: int, setting: Setting) -> dict[str, float]:
-    """Train and evaluate: shares of tokens and of answers that are right, on rows that no training has.
+def measure(task: AnyTask, method: Method, seed: int, setting: Setting, *, count_passes: bool = True) -> dict[str, Any]:
+    """Train and evaluate: the record's ``found``, ``curve`` and seconds.
 
-    ``rouge_l`` (F1) counts what stands in order, wherever it stands: one word too few makes all later *tokens* wrong.
+    Found are shares of tokens and of answers that are right, on rows that no training has. ``rouge_l`` (F1) counts what
+    stands in order, wherever it stands: one word too few makes all later *tokens* wrong. The last point of the curve is
+    of the trained model. Seconds are processor time, as other processes may run.
     """
     rows = task.rows(task.test_rows, seed=1)
-    model, seen = train(task, method, seed, setting, without=rows)
-    references = list(rows["answer_ids"])
-    longest = max(map(len, references))
-    found: dict[str, float] = {"reference_token": _under_references(task, model, rows)}
-    options: dict[str, Any] = {"max_new_tokens": longest, "batch_size": task.batch_size}
-    if method.kind == "correction":
-        both = generate_corrected(model, task.tokenizer, list(rows["prompt_ids"]), temperature=0.0, **options)
-        answers, first = both.corrected, both.first
-        found |= {f"first_{name}": value for name, value in _shares(task, first, references).items()}
+    some = rows.select(range(min(task.curve_rows, len(rows))))
+    trained = train(task, method, seed, setting, rows, partial(_point, task, method, some))
+    started = time.process_time()
+    answers = _answers(task, trained.model, rows, corrects=method.kind == "correction" or method.name == "SFT")
+    right = _right_under_references(task, trained.model, rows)
+    found: dict[str, float] = {"tokens_seen": trained.tokens_seen}
+    if len(answers) > 1:
+        found |= _corrections(task, answers[0], answers[1], list(rows["answer_ids"]))
+    if method.kind != "correction":
+        answers = answers[:1]
+        if count_passes:
+            found |= _passes(trained.model, rows.select(range(min(task.pass_rows, len(rows)))))
+    found |= _shares_of_all(task, answers[-1], rows, right)
+    last = _shares_of_all(task, answers[-1][: len(some)], some, right[: len(some)])
+    return {
+        "found": found,
+        "curve": [*trained.points, {"step": setting.steps, **_of_curve(last)}],
+        "train_seconds": round(trained.seconds, 1),
+        "teacher_seconds": round(trained.teacher_seconds, 1),
+        "evaluation_seconds": round(time.process_time() - started, 1),
+    }
+
+
+def _point(task: AnyTask, method: Method, rows: Dataset, model: PreTrainedModel) -> dict[str, float]:
+    """Of a learning curve; the model may be in the midst of a training."""
+    was_training = model.training
+    model.eval()
+    try:
+        right = _right_under_references(task, model, rows)
+        answers = _answers(task, model, rows, corrects=method.kind == "correction")
+        return _of_curve(_shares_of_all(task, answers[-1], rows, right))
+    finally:
+        model.train(was_training)
+
+
+def _of_curve(found: dict[str, float]) -> dict[str, float]:
+    return {name: found[name] for name in ("reference_token", "token", "exact")}
+
+
+def _answers(task: AnyTask, model: PreTrainedModel, rows: Dataset, *, corrects: bool) -> list[list[list[int]]]:
+    """[answers], or [first answers, what the model corrects them to]; token ids."""
+    prompts = list(rows["prompt_ids"])
+    options: dict[str, Any] = {"max_new_tokens": max(map(len, rows["answer_ids"])), "batch_size": task.batch_size}
+    if corrects:
+        both = generate_corrected(model, task.tokenizer, prompts, temperature=0.0, **options)
+        found = [both.first, both.corrected]
     else:
-        answers = answer(model, list(rows["prompt_ids"]), **options).tokens
-    return found | _shares(task, answers, references) | {"tokens_seen": seen}
+        found = [answer(model, prompts, **options).tokens]
+    return [[one.tolist() for one in answers] for answers in found]
 
 
-def _shares(task: AnyTask, answers: Sequence[torch.Tensor], references: list[list[int]]) -> dict[str, float]:
-    pairs = list(zip([answer.tolist() for answer in answers], references, strict=True))
+def _corrections(
+    task: AnyTask, first: list[list[int]], corrected: list[list[int]], references: list[list[int]]
+) -> dict[str, float]:
+    """Shares of first and of corrected answers that are right, and shares of all rows that change sides."""
+    right = [
+        (task.is_right(before, reference), task.is_right(after, reference))
+        for before, after, reference in zip(first, corrected, references, strict=True)
+    ]
+    changes = Corrections.of(right)
+    found = {f"first_{name}": value for name, value in _shares(task, first, references).items()}
+    found |= {f"corrected_{name}": value for name, value in _shares(task, corrected, references).items()}
+    return found | {
+        "wrong_to_right": changes.wrong_to_right / len(right),
+        "right_to_wrong": changes.right_to_wrong / len(right),
+    }
+
+
+def _passes(model: PreTrainedModel, rows: Dataset) -> dict[str, float]:
+    """Passes per token of free runs as long as the references, row by row, with all guesses computed ahead.
+
+    One token after the other is 1 pass per token.
+    """
+    found = {}
+    for name, temperature in (("passes_per_token", 1.0), ("passes_per_token_greedy", 0.0)):
+        generator = ContextGenerator(model, temperature=temperature, token_budget=4096, balance=4096)
+        passes = tokens = 0
+        for row in rows:
+            ids = [row["sample_id"]]
+            stats = generator.contexts([row["prompt_ids"]], [row["answer_ids"]], 1.0, seed=1, sample_ids=ids).stats
+            passes, tokens = passes + stats.passes, tokens + stats.answer_tokens
+        found[name] = passes / tokens
+    return found
+
+
+def _shares_of_all(
+    task: AnyTask, answers: list[list[int]], rows: Dataset, right: list[tuple[int, int]]
+) -> dict[str, float]:
+    under_references = sum(one for one, _ in right) / sum(learned for _, learned in right)
+    return {"reference_token": under_references} | _shares(task, answers, list(rows["answer_ids"]))
+
+
+def _shares(task: AnyTask, answers: list[list[int]], references: list[list[int]]) -> dict[str, float]:
+    pairs = list(zip(answers, references, strict=True))
     right = [sum(a == b for a, b in zip(answer, reference, strict=False)) for answer, reference in pairs]
     overlap = [rouge(*(" ".join(map(str, row)) for row in pair))["rougeL"] for pair in pairs]
     return {
@@ -212,15 +455,23 @@ def _shares(task: AnyTask, answers: Sequence[torch.Tensor], references: list[lis
 
 
 @torch.no_grad()
-def _under_references(task: AnyTask, model: PreTrainedModel, rows: Dataset) -> float:
-    collate, right, learned = Collator(task.tokenizer.pad_token_id), 0, 0
-    for first in range(0, len(rows), 8):
-        batch = collate([*rows.select(range(first, min(first + 8, len(rows))))])
-        logits = model(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"]).logits[:, :-1]
-        labels = batch["labels"][:, 1:]
-        right += int((logits.argmax(-1) == labels).sum())
-        learned += int((labels != IGNORE_INDEX).sum())
-    return right / learned
+def _right_under_references(task: AnyTask, model: PreTrainedModel, rows: Dataset) -> list[tuple[int, int]]:
+    """(tokens right, tokens) of each row; rows of about the same length are computed together."""
+    collate = Collator(task.tokenizer.pad_token_id)
+    prompts, answers = ([len(row) for row in rows[name]] for name in ("prompt_ids", "answer_ids"))
+    order = sorted(range(len(rows)), key=lambda row: (prompts[row] + answers[row], row))
+    found: dict[int, tuple[int, int]] = {}
+    for first in range(0, len(order), 8):
+        some = order[first : first + 8]
+        batch = collate([*rows.select(some)])
+        kept = batch["input_ids"].shape[1] - min(prompts[row] for row in some) + 1  # from the last prompt token on
+        logits = model(
+            input_ids=batch["input_ids"], attention_mask=batch["attention_mask"], logits_to_keep=kept
+        ).logits[:, :-1]
+        labels = batch["labels"][:, 1 - kept :]  # [B, K - 1]
+        right, learned = (logits.argmax(-1) == labels).sum(1), (labels != IGNORE_INDEX).sum(1)
+        found |= dict(zip(some, zip(right.tolist(), learned.tolist(), strict=True), strict=True))
+    return [found[row] for row in range(len(rows))]
 
 
 def describe(task: AnyTask, method: Method, setting: Setting) -> dict[str, Any]:

@@ -1,10 +1,14 @@
-"""Tables, JSON and a plot of the finished runs: means over seeds, 95% intervals, paired tests against SFT.
+"""Tables, JSON and plots of the finished runs: means over seeds, 95% intervals, paired tests against SFT.
 
-    python -m benchmarks.quality.report
+    python -m benchmarks.quality.report [--stage selection]
 
 The gap that there is to close comes first: the share of tokens that SFT has right under reference contexts and running
 freely. Intervals are Student's t over seeds; the p-value is that of a paired, two-sided t-test on the seeds that both
-methods have, as a seed has the same initial weights and rows for every method. No correction is made for many tests.
+methods have, as a seed has the same initial weights and rows for every method. Corrected p-values are Holm's, over the
+candidates that a task was run with; those of other methods, and of other measures than tokens, are as they are.
+
+The rule: on a task a candidate is *not worse* than SFT if the lower end of the interval of the difference in tokens is
+above -1 point, and *better* if the difference is at least 5 points and its corrected p-value below 0.05.
 """
 
 from __future__ import annotations
@@ -17,52 +21,117 @@ from pathlib import Path
 from statistics import fmean, stdev
 from typing import Any
 
-from .methods import ABLATIONS, METHODS
-from .run import RESULTS, read
+from .methods import ALL_METHODS, BASELINES, CANDIDATES, METHODS
+from .run import RESULTS, STAGES, read
 from .tasks import MAIN, TASKS
 
 Found = dict[int, dict[str, float]]  # seed -> measures
 COMPARED = ("token", "exact", "rouge_l")  # with SFT, of answers of models that run freely
+PASSES = ("passes_per_token", "passes_per_token_greedy")
+CORRECTED = ("first_token", "corrected_token", "first_exact", "corrected_exact", "wrong_to_right", "right_to_wrong")
+SHARES = ("reference_token", *COMPARED, *CORRECTED)  # in per cent
+NUMBERS = ("tokens_seen", *PASSES, "train_seconds", "teacher_seconds")
+MAY_BECOME_DEFAULT = ("BSS", *CANDIDATES)
+NOT_WORSE, BETTER, WINS = -1.0, 5.0, 3  # points, points, and tasks on which the default has to be better
 
 
 def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n\n")[0])
-    parser.add_argument("--runs", type=Path, default=RESULTS)
+    parser.add_argument("--stage", choices=list(STAGES))
+    parser.add_argument("--runs", type=Path)
     options = parser.parse_args(arguments)
-    rows = summary(read(options.runs))
+    runs = options.runs or (RESULTS.with_name(f"quality_{options.stage}.jsonl") if options.stage else RESULTS)
+    rows = summary(read(runs))
     if not rows:
-        parser.error(f"{options.runs} has no finished run; make quality")
-    text = page(rows, options.runs.name)
-    options.runs.with_suffix(".md").write_text(text + "\n")
-    options.runs.with_suffix(".json").write_text(json.dumps(rows, indent=1) + "\n")
-    plot(rows, options.runs.with_suffix(".png"))
+        parser.error(f"{runs} has no finished run; make quality")
+    text = page(rows, runs.name)
+    runs.with_suffix(".md").write_text(text + "\n")
+    runs.with_suffix(".json").write_text(json.dumps(rows, indent=1) + "\n")
+    plot(rows, runs.with_suffix(".png"))
+    if any(row["curve"] for row in rows):
+        plot_curves(rows, runs.with_name(f"{runs.stem}_curves.png"))
     print(text)
     return 0
 
 
 def summary(lines: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """A row for each task, setting and method; shares of tokens and answers in per cent, SFT's row first."""
+    """A row for each task, setting and method; shares of tokens and answers in per cent, SFT's row first.
+
+    Runs of tasks and methods that are no more are left out.
+    """
     runs: dict[tuple[str, str, str], Found] = defaultdict(dict)
+    curves: dict[tuple[str, str, str], list[list[dict[str, float]]]] = defaultdict(list)
     for line in lines:
+        if line["task"] not in TASKS or line["method"]["name"] not in ALL_METHODS:
+            continue
         setting = json.dumps(line["setting"] | {"test_rows": line.get("test_rows")}, sort_keys=True)
-        runs[line["task"], setting, line["method"]["name"]][line["seed"]] = line["found"]
-    places = {name: place for place, name in enumerate((*METHODS, *ABLATIONS))}
+        key = line["task"], setting, line["method"]["name"]
+        seconds = {name: line[name] for name in NUMBERS if name in line}
+        runs[key][line["seed"]] = line["found"] | seconds
+        curves[key].append(line.get("curve", []))
+    places = {name: place for place, name in enumerate(ALL_METHODS)}
     rows = []
     for (task, setting, method), found in sorted(runs.items(), key=lambda item: (item[0][:2], places[item[0][2]])):
         sft = runs.get((task, setting, "SFT"), {})
         row: dict[str, Any] = {"task": task, "method": method, "setting": json.loads(setting), "seeds": sorted(found)}
-        for measure in ("reference_token", "token", "exact", "rouge_l", "first_token"):
-            values = [100 * one[measure] for one in found.values() if measure in one]
-            row[measure], row[f"{measure}_interval"] = mean(values), half_interval(values)
-        row["tokens_seen"] = mean([one["tokens_seen"] for one in found.values() if "tokens_seen" in one])
         common = sorted(found.keys() & sft.keys()) if method != "SFT" else []
-        for measure in COMPARED:
-            differences = [100 * (found[seed][measure] - sft[seed][measure]) for seed in common]
+        for measure in (*SHARES, *NUMBERS):
+            scale = 100 if measure in SHARES else 1
+            values = [scale * one[measure] for one in found.values() if measure in one]
+            row[measure], row[f"{measure}_interval"] = mean(values), half_interval(values)
+            if measure not in (*COMPARED, *PASSES):
+                continue
+            both = [(found[seed], sft[seed]) for seed in common if measure in found[seed] and measure in sft[seed]]
+            differences = [scale * (ours[measure] - theirs[measure]) for ours, theirs in both]
             row[f"{measure}_over_sft"] = mean(differences)
             row[f"{measure}_over_sft_interval"] = half_interval(differences)
             row[f"{measure}_p_value"] = p_value(differences)
+        row["curve"] = mean_curve(curves[task, setting, method])
         rows.append(row)
+    judge(rows)
     return rows
+
+
+def mean_curve(curves: list[list[dict[str, float]]]) -> list[dict[str, float]]:
+    """Means over seeds, in per cent, at each step."""
+    points: dict[int, list[dict[str, float]]] = defaultdict(list)
+    for curve in curves:
+        for point in curve:
+            points[int(point["step"])].append(point)
+    names = ("reference_token", "token", "exact")
+    return [
+        {"step": step, **{name: 100 * fmean(point[name] for point in some) for name in names}}
+        for step, some in sorted(points.items())
+    ]
+
+
+def judge(rows: list[dict[str, Any]]) -> None:
+    """Write corrected p-values and what the rule says into the rows of candidates."""
+    families: dict[str, list[dict[str, Any]]] = defaultdict(list)
+    for row in rows:
+        row["token_corrected_p_value"], row["verdict"] = None, ""
+        if row["method"] in MAY_BECOME_DEFAULT:
+            families[json.dumps([row["task"], row["setting"]], sort_keys=True)].append(row)
+    for family in families.values():
+        known = [row for row in family if row["token_p_value"] is not None]
+        for row, p in zip(known, holm([row["token_p_value"] for row in known]), strict=True):
+            difference, interval = row["token_over_sft"], row["token_over_sft_interval"]
+            row["token_corrected_p_value"] = p
+            if difference >= BETTER and p < 0.05:
+                row["verdict"] = "better"
+            elif difference - interval > NOT_WORSE:
+                row["verdict"] = "not worse"
+            else:
+                row["verdict"] = "worse" if difference + interval < 0 else "open"
+
+
+def holm(p_values: list[float]) -> list[float]:
+    """Corrected for as many tests (Holm 1979), in the order given."""
+    corrected, largest = [0.0] * len(p_values), 0.0
+    for rank, place in enumerate(sorted(range(len(p_values)), key=p_values.__getitem__)):
+        largest = max(largest, min(1.0, (len(p_values) - rank) * p_values[place]))
+        corrected[place] = largest
+    return corrected
 
 
 def mean(values: list[float]) -> float | None:
@@ -85,7 +154,7 @@ def p_value(differences: list[float]) -> float | None:
 
 
 def page(rows: list[dict[str, Any]], runs: str) -> str:
-    """The gap, the methods, the ablations."""
+    """The gap, what the rule says, the methods, their passes and corrections."""
     tasks = [name for name in TASKS if any(row["task"] == name for row in rows)]
     gap = [["task", "", "tokens right under references, %", "running freely, %", "answers right, %"]]
     for row in rows:
@@ -96,37 +165,119 @@ def page(rows: list[dict[str, Any]], runs: str) -> str:
     about = (
         f"Of {runs}, seeds {seeds[0]} to {seeds[-1]}: `python -m benchmarks.quality.run --first-seed {seeds[0]}`, with "
         f"`--tasks` and `--methods` as below and `--output benchmarks/results/{runs}`; then `python -m "
-        f"benchmarks.quality.report --runs benchmarks/results/{runs}`. Means with 95% intervals."
+        f"benchmarks.quality.report --runs benchmarks/results/{runs}`. Means with 95% intervals. Seconds are processor "
+        "time of the training, contexts included, on one thread."
     )
     parts = ["# Free-running answers", about, "## The gap: SFT", table(gap)]
-    for title, names in (("Methods", METHODS), ("Ablations", ABLATIONS)):
+    if len(decided := decision(rows)) > 1:
+        parts += ["## What the rule says", RULE, table(decided)]
+    methods = {name for name in METHODS if name not in MAY_BECOME_DEFAULT} | BASELINES.keys()
+    others = ALL_METHODS.keys() - methods - {*MAY_BECOME_DEFAULT}
+    for title, names in (("Candidates", {*MAY_BECOME_DEFAULT}), ("Methods", methods), ("Ablations", others)):
         for task in tasks:
             some = [row for row in rows if row["task"] == task and (row["method"] in names or row["method"] == "SFT")]
             if any(row["method"] != "SFT" for row in some):
                 parts += [f"## {title}: {task}", table([HEAD, *map(cells, some)])]
+    for title, text, lines in (("Passes that answers take", OF_PASSES, passes(rows)), ("RAC", OF_RAC, rac(rows))):
+        if len(lines) > 1:
+            parts += [f"## {title}", text, table(lines)]
     return "\n\n".join(parts)
 
 
+RULE = (
+    f"Not worse than SFT: the lower end of the 95% interval of the difference in tokens is above {NOT_WORSE:.0f} "
+    f"point. Better: at least {BETTER:.0f} points, p < 0.05 (Holm, over the candidates of the task). The default has "
+    f"to be not worse on every task, and better on at least {WINS}."
+)
+OF_PASSES = (
+    "Passes per token of free runs as long as the references, row by row; one token after the other takes 1. Answers "
+    "are sampled at temperature 1 with the same noise for every model, or greedy."
+)
+OF_RAC = (
+    "First and corrected answers, and the shares of all rows whose answer became right, or wrong. SFT has not learned "
+    "to correct."
+)
 HEAD = [
-    "method", "seeds", "M tokens seen", "tokens under references, %", "tokens running freely, %", "over SFT", "p",
-    "answers, %", "over SFT", "p", "ROUGE-L", "over SFT", "p",
+    "method", "seeds", "M tokens seen", "seconds", "tokens under references, %", "tokens running freely, %", "over SFT",
+    "p", "corrected p", "verdict", "answers, %", "over SFT", "p", "ROUGE-L", "over SFT", "p",
 ]  # fmt: skip
 
 
 def cells(row: dict[str, Any]) -> list[str]:
-    seen = "" if row["tokens_seen"] is None else f"{row['tokens_seen'] / 1e6:.2f}"
-    result = [row["method"], str(len(row["seeds"])), seen, share(row, "reference_token")]
+    result = [row["method"], str(len(row["seeds"])), millions(row), seconds(row), share(row, "reference_token")]
     for measure in COMPARED:
-        p = row[f"{measure}_p_value"]
-        result += [share(row, measure), share(row, f"{measure}_over_sft", "+"), "" if p is None else f"{p:.1g}"]
+        result += [share(row, measure), share(row, f"{measure}_over_sft", "+"), small(row[f"{measure}_p_value"])]
+        if measure == "token":
+            result += [small(row["token_corrected_p_value"]), row["verdict"]]
     return result
 
 
-def share(row: dict[str, Any], name: str, sign: str = "") -> str:
+def decision(rows: list[dict[str, Any]]) -> list[list[str]]:
+    """On how many of the main tasks each candidate is not worse, and better."""
+    lines = [["candidate", "tasks", "not worse", "better", "may be worse on", "fit for the default"]]
+    main_tasks = {task.name for task in MAIN}
+    tasks = {row["task"] for row in rows if row["method"] == "SFT"} & main_tasks
+    for name in MAY_BECOME_DEFAULT:
+        verdicts = {row["task"]: row["verdict"] for row in rows if row["method"] == name and row["task"] in main_tasks}
+        verdicts = {task.name: verdicts[task.name] for task in MAIN if verdicts.get(task.name)}
+        if not verdicts:
+            continue
+        bad = [task for task, verdict in verdicts.items() if verdict not in ("better", "not worse")]
+        wins = sum(verdict == "better" for verdict in verdicts.values())
+        fit = "yes" if not bad and verdicts.keys() == tasks and wins >= WINS else "no"
+        lines.append(
+            [name, f"{len(verdicts)} of {len(tasks)}", str(len(verdicts) - len(bad)), str(wins), ", ".join(bad), fit]
+        )
+    return lines
+
+
+def passes(rows: list[dict[str, Any]]) -> list[list[str]]:
+    lines = [["task", "method", "sampled", "over SFT", "greedy", "over SFT"]]
+    for row in rows:
+        if row[PASSES[0]] is not None:
+            found = [
+                share(row, name + what, sign, 3) for name in PASSES for what, sign in (("", ""), ("_over_sft", "+"))
+            ]
+            lines.append([row["task"], row["method"], *found])
+    return lines
+
+
+def rac(rows: list[dict[str, Any]]) -> list[list[str]]:
+    """Methods that correct, and SFT on the same tasks."""
+    lines = [[
+        "task", "method", "M tokens seen", "seconds", "first tokens, %", "corrected tokens, %", "first answers, %",
+        "corrected answers, %", "wrong to right, %", "right to wrong, %",
+    ]]  # fmt: skip
+    correct = [row for row in rows if row["corrected_token"] is not None]
+    tasks = {row["task"] for row in correct if row["method"] != "SFT"}
+    for row in correct:
+        if row["task"] in tasks:
+            found = [share(row, name) for name in CORRECTED]
+            lines.append([row["task"], row["method"], millions(row), seconds(row), *found])
+    return lines
+
+
+def millions(row: dict[str, Any]) -> str:
+    return "" if row["tokens_seen"] is None else f"{row['tokens_seen'] / 1e6:.2f}"
+
+
+def seconds(row: dict[str, Any]) -> str:
+    """Of the training, and of the teacher's before it."""
+    if row["train_seconds"] is None:
+        return ""
+    teacher = row["teacher_seconds"]
+    return f"{row['train_seconds']:.0f}" + (f" + {teacher:.0f}" if teacher else "")
+
+
+def small(p: float | None) -> str:
+    return "" if p is None else f"{p:.1g}"
+
+
+def share(row: dict[str, Any], name: str, sign: str = "", digits: int = 1) -> str:
     if row[name] is None:
         return ""
     interval = row[f"{name}_interval"]
-    return f"{row[name]:{sign}.1f}" + ("" if interval is None else f" ± {interval:.1f}")
+    return f"{row[name]:{sign}.{digits}f}" + ("" if interval is None else f" ± {interval:.{digits}f}")
 
 
 def table(lines: list[list[str]]) -> str:
@@ -153,6 +304,40 @@ def plot(rows: list[dict[str, Any]], file: Path) -> None:
         axis.set(title=task, ylabel="tokens right running freely, %", ylim=(0, 100))
     axes[0][0].legend(fontsize=7)
     figure.savefig(file, dpi=120)
+    plt.close(figure)
+
+
+def plot_curves(rows: list[dict[str, Any]], file: Path) -> None:
+    """Tokens right running freely over steps: a small plot per task, SFT against the candidates."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    drawn = [row for row in rows if row["curve"] and row["method"] in ("SFT", *MAY_BECOME_DEFAULT)]
+    tasks = [name for name in TASKS if any(row["task"] == name for row in drawn)]
+    names = [name for name in MAY_BECOME_DEFAULT if any(row["method"] == name for row in drawn)]
+    colours = {"SFT": "black"} | {name: plt.get_cmap("tab20")(place % 20) for place, name in enumerate(names)}
+    columns = min(4, len(tasks))
+    lines = math.ceil(len(tasks) / columns)
+    figure, axes = plt.subplots(
+        lines, columns, figsize=(1 + 3.6 * columns, 0.8 + 3 * lines), layout="constrained", squeeze=False
+    )
+    for axis, task in zip(axes.flat, tasks, strict=False):
+        for row in (row for row in drawn if row["task"] == task):
+            steps, colour = [point["step"] for point in row["curve"]], colours[row["method"]]
+            width = 2.2 if row["method"] == "SFT" else 1.3
+            axis.plot(steps, [point["token"] for point in row["curve"]], "o-", color=colour, lw=width, ms=3)
+            if row["method"] == "SFT":
+                references = [point["reference_token"] for point in row["curve"]]
+                axis.plot(steps, references, ":", color="grey", label="SFT under references")
+        axis.set(title=task, xlabel="step", ylabel="tokens right running freely, %", ylim=(0, 100))
+    for axis in axes.flat[len(tasks) :]:
+        axis.axis("off")
+    known = [plt.Line2D([], [], color=colour, label=name) for name, colour in colours.items()]
+    known.append(plt.Line2D([], [], color="grey", linestyle=":", label="SFT under references"))
+    figure.legend(handles=known, loc="outside lower center", ncols=5, fontsize=8)
+    figure.savefig(file, dpi=110)
     plt.close(figure)
 
 

@@ -1,35 +1,50 @@
 """Train every method on every task with several seeds, and record how they run freely. Hours; a killed run continues.
 
     make quality          (or: python -m benchmarks.quality.run [--seeds 5] [--tasks wave ...] [--methods SFT BSS ...])
+    python -m benchmarks.quality.run --stage selection --methods SFT "BSS, auto" ...
 
-Each finished run is a line of ``benchmarks/results/quality.jsonl``; what is there already is not run again.
+Each finished run is a line of ``benchmarks/results/quality.jsonl``, or of the stage's file; what is there already is
+not run again. Several processes may share a file: each takes runs that no other is at, and those of a killed process.
+A run that fails is told, and the others go on.
 ``python -m benchmarks.quality.report`` makes tables, JSON and plots of it.
 """
 
 from __future__ import annotations
 
 import argparse
+import fcntl
+import hashlib
 import json
 import os
 import time
+import traceback
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import torch
 from tqdm.auto import tqdm
 
-from .methods import ABLATIONS, METHODS, Setting, describe, measure
+from tools.real_parts import cache_dir
+
+from .methods import ALL_METHODS, METHODS, Method, Setting, describe, measure
 from .tasks import TASKS
 
 RESULTS = Path(__file__).parent.parent / "results" / "quality.jsonl"
+STAGES = {"selection": range(20, 22), "confirmation": range(30, 35)}
+"""Seeds of each stage, which share none; its file is ``quality_STAGE.jsonl``."""
 SETTINGS = {
     "wave": Setting(steps=700),
     "cubic": Setting(steps=700),
     "words": Setting(steps=1000),
-    "working": Setting(steps=1500, width=96),
-    "gsm_symbolic": Setting(steps=100, rows=4, learning_rate=1e-4),
+    "words-few": Setting(steps=1000),
+    "sort": Setting(steps=200, rows=8, learning_rate=5e-4, lora_rank=16),
     "gsm_symbolic-short": Setting(steps=60, rows=8, learning_rate=1e-4),
+    "gsm_symbolic-few": Setting(steps=300, rows=7, learning_rate=5e-4, lora_rank=16),
+    "gsm_symbolic": Setting(steps=100, rows=4, learning_rate=1e-4),
 }
-"""Steps are such that SFT is good under references and worse by itself."""
+"""Steps are such that SFT is good under references and worse by itself. From cheap to costly."""
 
 
 def setting_of(task: str) -> Setting:
@@ -40,40 +55,96 @@ def setting_of(task: str) -> Setting:
 def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n\n")[0])
     parser.add_argument("--tasks", nargs="+", default=list(SETTINGS), choices=list(TASKS))
-    parser.add_argument("--methods", nargs="+", default=list(METHODS), choices=[*METHODS, *ABLATIONS])
+    parser.add_argument("--methods", nargs="+", default=list(METHODS), choices=list(ALL_METHODS))
+    parser.add_argument("--stage", choices=list(STAGES), help="its seeds and its file, in place of the next two")
     parser.add_argument("--seeds", type=int, default=5)
     parser.add_argument("--first-seed", type=int, default=0)
-    parser.add_argument("--output", type=Path, default=RESULTS)
+    parser.add_argument("--output", type=Path)
+    parser.add_argument("--no-passes", action="store_true", help="don't count the passes that answers take: quicker")
     options = parser.parse_args(arguments)
-    torch.set_num_threads(1)  # such small models are slower on more; run several processes with other seeds instead
+    torch.set_num_threads(1)  # such small models are slower on more; run several processes instead
+    seeds = STAGES[options.stage] if options.stage else range(options.first_seed, options.first_seed + options.seeds)
+    output = options.output or (RESULTS.with_name(f"quality_{options.stage}.jsonl") if options.stage else RESULTS)
+    output.parent.mkdir(exist_ok=True)
     runs = [
-        (task, (METHODS | ABLATIONS)[method], seed)
-        for seed in range(options.first_seed, options.first_seed + options.seeds)
+        (task, ALL_METHODS[method], seed)
         for task in options.tasks
+        for seed in seeds
         for method in options.methods
+        if ALL_METHODS[method].is_for(TASKS[task])
     ]
-    done = {key_of(line) for line in read(options.output)}
-    options.output.parent.mkdir(exist_ok=True)
-    for task, method, seed in tqdm(runs, desc="Runs"):
-        setting = setting_of(task)
-        record = {"seed": seed, **describe(TASKS[task], method, setting)}
-        if key_of(record) in done:
-            continue
-        started = time.perf_counter()
-        found = measure(TASKS[task], method, seed, setting)
-        line = record | {"found": found, "seconds": round(time.perf_counter() - started, 1)}
-        with options.output.open("a") as file:  # a line at once: processes may share the file
-            file.write(json.dumps(line) + "\n")
-            file.flush()
-            os.fsync(file.fileno())
-        tqdm.write(f"{task}, {method.name}, seed {seed}: {found}")
-    return 0
+    failed = 0
+    with tqdm(total=len(runs), desc="Runs") as bar:
+        while runs:
+            taken = []  # by other processes
+            for run in runs:
+                try:
+                    mine = run_once(output, *run, count_passes=not options.no_passes)
+                except Exception:
+                    failed, mine = failed + 1, True
+                    tqdm.write(f"{run[0]}, {run[1].name}, seed {run[2]} failed:\n{traceback.format_exc()}")
+                if mine:
+                    bar.update()
+                else:
+                    taken.append(run)
+            if len(taken) == len(runs):
+                break  # they are at all that is left
+            runs = taken
+    return 1 if failed else 0
+
+
+def run_once(output: Path, task: str, method: Method, seed: int, *, count_passes: bool = True) -> bool:
+    """Train and record, unless that is done; False if another process is at it."""
+    setting = setting_of(task)
+    record = {"seed": seed, **describe(TASKS[task], method, setting)}
+    key = key_of(record)
+    if key not in {key_of(line) for line in read(output)}:
+        with claimed(output, key) as is_mine:
+            if not is_mine:
+                return False
+            if key not in {key_of(line) for line in read(output)}:  # another has just done it
+                started = time.perf_counter()
+                measured = measure(TASKS[task], method, seed, setting, count_passes=count_passes)
+                append(output, record | measured | {"seconds": round(time.perf_counter() - started, 1)})
+                tqdm.write(f"{task}, {method.name}, seed {seed}: {measured['found']}")
+    return True
+
+
+@contextmanager
+def claimed(output: Path, key: str) -> Iterator[bool]:
+    """Whether the run ``key`` is this process's; the system gives it back when the process ends, however it does."""
+    folder = cache_dir() / "quality" / "claims"
+    folder.mkdir(parents=True, exist_ok=True)
+    name = folder / hashlib.sha256(f"{output.resolve()} {key}".encode()).hexdigest()[:24]
+    with name.open("a") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            yield False
+            return
+        yield True
+        name.unlink(missing_ok=True)  # who has it open finds the run done
+
+
+def append(output: Path, line: dict[str, Any]) -> None:
+    """Write a line at once, after what a killed process may have left of another."""
+    with output.open("ab+") as file:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        size = file.seek(0, os.SEEK_END)
+        if size:
+            file.seek(size - 1)
+            if file.read(1) != b"\n":
+                file.write(b"\n")
+        file.write(json.dumps(line).encode() + b"\n")
+        file.flush()
+        os.fsync(file.fileno())
 
 
 def key_of(record: dict) -> str:
-    return json.dumps(
-        {name: record[name] for name in ("task", "seed", "method", "setting", "test_rows")}, sort_keys=True
-    )
+    """What tells runs from each other."""
+    known = {name: record[name] for name in ("task", "seed", "setting", "test_rows")}
+    method = {name: value for name, value in record["method"].items() if name != "needs"}
+    return json.dumps(known | {"method": method}, sort_keys=True)
 
 
 def read(file: Path) -> list[dict]:

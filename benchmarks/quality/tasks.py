@@ -57,7 +57,9 @@ class Task:
     train_rows: int | None = None
     longest = LONGEST
     test_rows = batch_size = 400
-    bf16 = False
+    curve_rows, pass_rows = 200, 32  # of the test rows: for points of the learning curve, and to count passes
+    by_length = False  # rows of one task are equally long
+    has_base, has_teacher = False, True
     tokenizer = Tokenizer()
 
     def model(self, width: int, layers: int) -> PreTrainedModel:
@@ -129,18 +131,6 @@ def cubic(draw: random.Random, length: int = 48, levels: int = 24) -> Row:
     return [FIRST + levels + 8 + coefficient for coefficient in coefficients], answer
 
 
-def working(draw: random.Random, steps: int = 12) -> Row:
-    """A chain of additions, subtractions and multiplications by small numbers modulo 100, with every result."""
-    value = draw.randrange(100)
-    prompt, answer = [FIRST + value // 10, FIRST + value % 10], []
-    for _ in range(steps):
-        operation, operand = draw.randrange(3), draw.randrange(2, 10)
-        value = (value + operand, value - operand, value * operand)[operation] % 100
-        prompt += [FIRST + 10 + operation, FIRST + operand]
-        answer += [FIRST + value // 10, FIRST + value % 10]
-    return prompt, answer
-
-
 COMMON_WORDS = 200
 
 
@@ -164,17 +154,23 @@ def words(draw: random.Random, length: int = 24) -> Row:
 
 
 @dataclass(eq=False)
-class Problems:
-    """Generated word problems with worked solutions, for SmolLM2-135M-Instruct. Right is what has the right number."""
+class TextTask:
+    """Rows of text, for SmolLM2-135M-Instruct.
+
+    ``longest_prompt`` and ``longest_answer`` are in tokens, the chat template included; longer rows are left out.
+    """
 
     name: str
     about: str
-    longest_answer: int | None = None  # tokens
-    spare: int = 2  # problems drawn for each that is wanted
+    longest_prompt: int | None = None
+    longest_answer: int | None = None
+    spare: int = 2  # rows drawn for each that is wanted
+    train_rows: int | None = None  # all that a training has, over and over
     longest = 768
     test_rows, batch_size = 200, 64
-    train_rows = None
-    bf16 = True  # mixed precision: the steps take less than half of the time
+    curve_rows, pass_rows = 100, 4
+    by_length = True  # a batch has rows of about the same length, so that little padding is computed
+    has_base, has_teacher = True, False
 
     @functools.cached_property
     def tokenizer(self):
@@ -183,33 +179,111 @@ class Problems:
     def model(self, *_) -> PreTrainedModel:
         return load_smollm2()[0]
 
-    def rows(self, count: int, seed: int, without: Dataset | None = None) -> Dataset:
-        taken = set() if without is None else {tuple(prompt) for prompt in without["prompt_ids"]}
-        longest = self.longest_answer or self.longest
-        rows, _ = tokenize_rows(gsm_symbolic(self.spare * count, seed), self.tokenizer, max_length=self.longest)
-        rows = rows.filter(lambda row: len(row["answer_ids"]) <= longest and tuple(row["prompt_ids"]) not in taken)
-        return rows.select(range(count))
+    def texts(self, count: int, seed: int) -> Dataset:
+        """``count`` rows as ``prompt``/``completion``."""
+        raise NotImplementedError
 
     def is_right(self, answer: list[int], reference: list[int]) -> bool:
-        return exact_match(*(self.tokenizer.decode(ids, skip_special_tokens=True) for ids in (answer, reference)))
+        raise NotImplementedError
+
+    def rows(self, count: int, seed: int, without: Dataset | None = None) -> Dataset:
+        taken = set() if without is None else {tuple(prompt) for prompt in without["prompt_ids"]}
+        limits = {"prompt": self.longest_prompt or self.longest, "completion": self.longest_answer or self.longest}
+        drawn = self.spare * count
+        while True:
+            texts = self.texts(drawn, seed)
+            texts = texts.filter(lambda row: all(len(row[name]) <= 6 * limit for name, limit in limits.items()))
+            rows, _ = tokenize_rows(texts, self.tokenizer, max_length=self.longest)
+            rows = rows.filter(
+                lambda row: (
+                    len(row["prompt_ids"]) <= limits["prompt"]
+                    and len(row["answer_ids"]) <= limits["completion"]
+                    and tuple(row["prompt_ids"]) not in taken
+                )
+            )
+            if len(rows) >= count:
+                return rows.select(range(count))
+            drawn *= 2
+
+    def _decoded(self, *rows: list[int]) -> list[str]:
+        return [self.tokenizer.decode(ids, skip_special_tokens=True) for ids in rows]
 
 
-AnyTask = Task | Problems
+class Problems(TextTask):
+    """Generated word problems with worked solutions. Right is what has the right number."""
+
+    def texts(self, count: int, seed: int) -> Dataset:
+        return gsm_symbolic(count, seed)
+
+    def is_right(self, answer: list[int], reference: list[int]) -> bool:
+        return exact_match(*self._decoded(answer, reference))
+
+
+@functools.cache
+def _sentences(shortest: int = 10, longest: int = 20) -> list[str]:
+    """Sentences of GSM8K's questions without digits, as small letters and spaces."""
+    found: dict[str, None] = {}
+    for row in gsm8k("train", 0, 7473):
+        for sentence in re.split(r"(?<=[.?!])\s+", row["prompt"]):
+            words = re.findall("[a-z]+", sentence.lower())
+            if shortest <= len(words) <= longest and not re.search(r"\d", sentence):
+                found[" ".join(words)] = None
+    return list(found)
+
+
+class Sorting(TextTask):
+    """The words of a natural sentence in alphabetical order. Right is the whole answer."""
+
+    def texts(self, count: int, seed: int) -> Dataset:
+        sentences = _sentences()
+        drawn = random.Random(f"{self.name} {seed}").sample(range(len(sentences)), count)
+        return Dataset.from_list(
+            [
+                {
+                    "prompt": f"Sort the words of this sentence alphabetically: {sentences[place]}",
+                    "completion": " ".join(sorted(sentences[place].split())),
+                    "sample_id": place,
+                }
+                for place in drawn
+            ]
+        )
+
+    def is_right(self, answer: list[int], reference: list[int]) -> bool:
+        found, want = self._decoded(answer, reference)
+        return found.split() == want.split()
+
+
+AnyTask = Task | TextTask
 WORDS = FIRST + COMMON_WORDS
-MAIN = (
+MAIN: tuple[AnyTask, ...] = (
     Task("wave", "a discretised sine wave from its amplitude, period and phase", wave),
     Task("cubic", "the values of a cubic polynomial from its coefficients", cubic),
-    Task("working", "multi-step arithmetic with working", working),
     Task("words", "the words of a passage of GSM8K in alphabetical order", words, WORDS),
+    Task("words-few", "the same, 2,000 rows again and again", words, WORDS, train_rows=2000),
+    Sorting("sort", "the words of a sentence of GSM8K in alphabetical order, SmolLM2-135M-Instruct with LoRA"),
+    Problems(
+        "gsm_symbolic-short",
+        "word problems of at most 96 tokens with worked solutions of at most 56, SmolLM2-135M-Instruct",
+        longest_prompt=96,
+        longest_answer=56,
+        spare=12,
+    ),
+    Problems(
+        "gsm_symbolic-few",
+        "those, 400 problems again and again, with LoRA",
+        longest_prompt=96,
+        longest_answer=56,
+        spare=12,
+        train_rows=400,
+    ),
     Problems("gsm_symbolic", "grade-school word problems with worked solutions, SmolLM2-135M-Instruct"),
-    Problems("gsm_symbolic-short", "those with solutions of at most 56 tokens", longest_answer=56, spare=10),
 )
+"""From cheap to costly."""
 VARIANTS = (
     Task("wave-24", "half as long", functools.partial(wave, length=24)),
     Task("wave-96", "twice as long", functools.partial(wave, length=96)),
     Task("wave-few", "2,000 rows again and again", wave, train_rows=2000),
     Task("words-12", "half as long", functools.partial(words, length=12), WORDS),
-    Task("words-few", "2,000 rows again and again", words, WORDS, train_rows=2000),
 )
 """Where it helps: other lengths, less data."""
 

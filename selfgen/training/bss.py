@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import logging
 import math
 import os
@@ -23,12 +22,10 @@ from ..context import ContextStats, MixedContext, UnsupportedModelError
 from ..context.hidden_states import ReuseError, decoder_layers
 from ..context.models import (
     active_adapters,
-    auto_class_of,
     check_4bit_layout,
     check_here,
     inference,
     keep_4bit_layout,
-    load_whole,
     max_positions,
     text_inputs,
     text_positions,
@@ -49,7 +46,7 @@ from ..data import Collator, DataError, check_sample_ids, load_rows, pad_token_i
 from ..data.batches import IGNORE_INDEX, ROWS, Row, lengths_of
 from ..data.streams import StreamedRows, refuse_stream
 from ..files import at_home, to_json
-from ..provenance import columns_hash, weights_hash
+from ..provenance import columns_hash
 from .batches import RowSlots, Step, learn_after_self, unique_rows
 from .checkpoints import (
     SETTINGS,
@@ -64,8 +61,9 @@ from .checkpoints import (
 )
 from .config import BSSConfig
 from .engines import TellHowWeightsAreHeld, engine_of
-from .losses import AnswerLoss, TokenMean, calls_loss_function, learns_its_input
+from .losses import AnswerLoss, TokenMean
 from .meter import Meter, StepTimer
+from .objective import adapters_of, frozen_hash, frozen_states, load_model, make_loss
 from .parallelism import check_tensor_parallel
 from .processes import meet, once_per_machine
 from .reuse import reuse_passes
@@ -158,7 +156,7 @@ class BSSTrainer(Trainer):
             raise TypeError(f"args is a {type(args).__name__}; BSSTrainer takes a BSSConfig")
         self._trust_remote_code = trust_remote_code
         if isinstance(model, str | Path):
-            model = _load(at_home(model), torch.float32, trust_remote_code)
+            model = load_model(at_home(model), torch.float32, trust_remote_code)
         name = transformers_model(model).name_or_path
         check_trainable(model)
         check_4bit_layout(model)
@@ -206,7 +204,7 @@ class BSSTrainer(Trainer):
                 **kwargs,
             )
         self._engine = engine_of(self)
-        if args.kl_weight and not args.kl_model and not self._adapters() and not self._engine.can_be_copied:
+        if args.kl_weight and not args.kl_model and not adapters_of(self) and not self._engine.can_be_copied:
             raise ValueError(
                 "kl_weight is given, but the model is sharded or loaded in the first process alone, so no frozen copy "
                 "of it can be made: give kl_model (--kl-model), a folder or a name, which each process loads"
@@ -214,7 +212,7 @@ class BSSTrainer(Trainer):
         if self._engine.is_sharded:
             self.generator._cuda_graphs = False  # gathered weights lie elsewhere in each step
         self._end_answers_where_rows_end()
-        check_savable(self.generator.model, adapter=self._adapters() is not None)
+        check_savable(self.generator.model, adapter=adapters_of(self) is not None)
         self._check_best_metric()
         check_processes(self.args.world_size)
         self._step = Step()
@@ -250,7 +248,7 @@ class BSSTrainer(Trainer):
             self.generator.check_causal(in_training=True)  # the loss of a model that sees the answer teaches nothing
             agreed(together_of(self.generator.model), partial(check_finite, self.model))  # each sees its own part
             self._reuses = self._may_reuse()
-            self._answer_loss = self._make_loss()
+            self._answer_loss = make_loss(self)
         self._known = True
 
     @contextmanager
@@ -387,7 +385,7 @@ class BSSTrainer(Trainer):
             if not self.args.should_save:  # every process is here
                 return
             self._save_settings(Path(output_dir))
-            if self._adapters() and (config := getattr(self.generator.model, "generation_config", None)):
+            if adapters_of(self) and (config := getattr(self.generator.model, "generation_config", None)):
                 config.to_json_file(Path(output_dir) / "generation_config.json")  # where answers end; PEFT writes none
 
     def _save_settings(self, folder: Path) -> None:
@@ -452,11 +450,8 @@ class BSSTrainer(Trainer):
 
     def _frozen_hash(self) -> str | None:
         """Of the weights of another model that this one stays near."""
-        loss = self._answer_loss
-        if loss is None or loss.frozen is None or loss.frozen is self.generator.model:
-            return None
         if self._known_frozen_hash is None:
-            self._known_frozen_hash = weights_hash(loss.frozen)
+            self._known_frozen_hash = frozen_hash(self._answer_loss)
         return self._known_frozen_hash
 
     def _rows_hash(self) -> str | None:
@@ -633,92 +628,10 @@ class BSSTrainer(Trainer):
         self._reuses, self._step.passes = False, None
         return False
 
-    def _make_loss(self) -> AnswerLoss | None:
-        """The loss that the arguments ask for; None where it is the Trainer's own."""
-        args = self.args
-        lean = (args.self_prob > 0 or self._lean_by_default) if args.lean_loss is None else args.lean_loss
-        asked = [name for name in ("kl_weight", "lean_loss") if getattr(args, name)]
-        if self._weighs_rows:
-            asked.append("direct_weight")
-        name = type(self.generator.model).__name__
-        given = "_loss_function" in vars(self.generator.model)
-        outside = not (self.compute_loss_func is not None or given) and learns_its_input(self.generator.model)
-        others = {
-            "compute_loss_func": self.compute_loss_func is not None,
-            f"the loss_function that {name} was given": given,
-            "use_liger_kernel": args.use_liger_kernel,
-            "training on several GPUs in one process": args.n_gpu > 1,
-        }
-        for other, holds in others.items():
-            if holds and asked:
-                raise ValueError(
-                    f"{other} takes the place of the loss that {', '.join(asked)} would change: give one or the other"
-                )
-            if holds and not outside:
-                return None
-        if not (lean or asked or args.loss_on != "all" or outside):
-            return None
-        if not outside and not calls_loss_function(self.generator.model):
-            self._keep_loss_of_model([*asked, *(["loss_on"] if args.loss_on != "all" else [])])
-            return None
-        frozen = None
-        if args.kl_model:
-            with self._engine.loading_whole():
-                frozen = _load(args.kl_model, self.generator.model.dtype, self._trust_remote_code, self.generator.model)
-            sizes = [model.get_output_embeddings().weight.shape[0] for model in (frozen, self.generator.model)]
-            if sizes[0] != sizes[1]:
-                raise ValueError(
-                    f"kl_model has {sizes[0]} ids, but the model has {sizes[1]}: give one with the same tokenizer"
-                )
-        elif args.kl_weight and is_split_at_load(self.generator.model):
-            raise ValueError(
-                "kl_weight keeps the model near a copy of itself, and weights that transformers has split over "
-                "processes can't be copied: give the same model by name as kl_model"
-            )
-        elif args.kl_weight:
-            frozen = self.generator.model if self._adapters() else copy.deepcopy(self.generator.model)
-        if frozen is not None and frozen is not self.generator.model:
-            frozen = frozen if is_split_at_load(frozen) else frozen.to(args.device)
-            frozen = frozen.requires_grad_(False).eval()
-        loss = AnswerLoss(
-            self.generator.model,
-            label_smoothing=args.label_smoothing_factor,
-            kl_weight=args.kl_weight,
-            frozen=frozen,
-            lean=lean,
-            outside=outside,
-        )
-        if outside:
-            logger.warning(
-                "the loss of %s itself compares a position with its own token, not with the next one: it is not used, "
-                "and the cross-entropy of the next token is computed of the logits; it is not lean",
-                name,
-            )
-            self.compute_loss_func = loss.of_outputs
-        if loss.not_lean:
-            level = logging.WARNING if args.lean_loss else logging.INFO  # asked for, or a default
-            logger.log(level, "the loss is not lean, so the logits of all positions are in memory: %s", loss.not_lean)
-        return loss
-
     @property
     def _loss_is_users(self) -> bool:
         ours = self._answer_loss is not None and self._answer_loss.outside
         return self.compute_loss_func is not None and not ours
-
-    def _keep_loss_of_model(self, needed: list[str]) -> None:
-        """The model's own loss can't be replaced: use it, or refuse the options ``needed`` that must change it."""
-        name = type(self.generator.model).__name__
-        needed = [option for option in needed if option != "lean_loss"]
-        if needed:
-            raise ValueError(
-                f"{name} does not compute its loss through transformers' loss_function, so {', '.join(needed)} can't "
-                "change it: leave these out"
-            )
-        logger.warning(
-            "the loss is not lean, but that of %s itself: the model does not compute it through transformers' "
-            "loss_function, where it could be replaced",
-            name,
-        )
 
     def _look_again(self) -> None:
         """From time to time: what a model computes may depend on weights, or on a setting that changed."""
@@ -748,19 +661,6 @@ class BSSTrainer(Trainer):
                 self.generator.check_causal(longest, in_training=True)
         except UnsupportedModelError as error:
             raise type(error)(f"at step {self.state.global_step + 1}: {error}") from error
-
-    def _adapters(self):
-        """The PEFT model whose adapters can be switched off, if it is one."""
-        model = self.accelerator.unwrap_model(self.model)
-        return model if hasattr(model, "disable_adapter") else None
-
-    def _frozen_states(self, inputs: dict[str, Tensor]) -> Tensor | None:
-        loss = self._answer_loss
-        if loss is None or loss.frozen is None:
-            return None
-        adapters = self._adapters() if loss.frozen is self.generator.model else None
-        with self._engine.autocast(), nullcontext() if adapters is None else adapters.disable_adapter():
-            return loss.frozen_states(inputs, through=adapters)
 
     def prediction_step(self, model, inputs, *args, **kwargs):
         loader = self.accelerator.gradient_state.active_dataloader
@@ -860,7 +760,7 @@ class BSSTrainer(Trainer):
         self.label_smoother = self._label_smoother
         if self._answer_loss is not None and not self._loss_is_users and model.training:
             self.label_smoother = None  # the smoothing is the loss's own; in evaluation it is the Trainer's
-            own = partial(self._answer_loss.inside, row_weights, self._frozen_states(inputs))
+            own = partial(self._answer_loss.inside, row_weights, frozen_states(self, inputs))
 
         def loss(model):
             with own(), text_positions(self.generator.model):
@@ -971,17 +871,6 @@ class BSSTrainer(Trainer):
             if self._stream is not None:
                 logs.update(self._stream.logs())
         super().log(logs, start_time)
-
-
-def _load(
-    name: str, dtype: torch.dtype, trust_remote_code: bool, like: PreTrainedModel | None = None
-) -> PreTrainedModel:
-    """The model ``name``, split over processes as ``like`` is, if transformers has split that."""
-    auto_class = auto_class_of(name, trust_remote_code=trust_remote_code)
-    split: dict[str, Any] = {}
-    if like is not None and is_split_at_load(like):
-        split = {"distributed_config": like.config.distributed_config}
-    return load_whole(auto_class, name, dtype=dtype, trust_remote_code=trust_remote_code, **split)
 
 
 def step_seed(seed: int, step: int, stream: int = 0) -> int:

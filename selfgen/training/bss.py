@@ -63,13 +63,14 @@ from .config import BSSConfig
 from .engines import TellHowWeightsAreHeld, engine_of
 from .losses import AnswerLoss, TokenMean
 from .meter import Meter, StepTimer
-from .objective import adapters_of, frozen_hash, frozen_states, load_model, make_loss
+from .objective import adapters_of, check_target, compared, hashes_of, load_model, make_loss
 from .parallelism import check_tensor_parallel
 from .processes import meet, once_per_machine
 from .reuse import reuse_passes
 from .sampling import EpochOfSampler, SeededByEpoch
 from .schedules import Schedule
 from .streams import StreamProgress, check_stream, message_of, sorts_by_length, stream_loader
+from .targets import REFERENCES, keep_references
 from .tensor import allowed_to_resume, has_partial_gradients, is_split_at_load, load_split, whole_optimizer
 from .weights import (
     StopAtBrokenGradients,
@@ -85,7 +86,7 @@ logger = logging.getLogger(__name__)
 _ROW_COLUMNS = ("sample_id", "prompt_ids", "answer_ids", "is_learned", "context_ids", "is_self")
 _FIRST_LOOK = 10  # the steps before the first look again
 _LOOK_EVERY = 100  # steps between two looks at what contexts, reuse and a lean loss take for granted
-_BOOKKEEPING = (*ROWS, "loss_weight", "read")  # columns that are not the model's
+_BOOKKEEPING = (*ROWS, REFERENCES, "loss_weight", "read")  # columns that are not the model's
 _OF_TRAINER = logging.getLogger("transformers.trainer")
 
 
@@ -111,7 +112,9 @@ class BSSTrainer(Trainer):
         processing_class: the tokenizer; by default it is loaded from where the model came from.
         schedule: a function (self_prob_start, self_prob, progress in [0, 1]) -> self-probability, in place of
             ``args.self_prob_schedule``.
-        trust_remote_code: run the code that comes with a ``model`` given by name, its tokenizer and ``args.kl_model``.
+        trust_remote_code: run the code that comes with a ``model`` given by name, its tokenizer, ``args.kl_model`` and
+            ``args.teacher_model``.
+        teacher: the frozen model of ``args.target="teacher"``, in place of ``args.teacher_model``. It gets no gradient.
         **kwargs: of ``transformers.Trainer``.
 
     Every training log has figures of the steps since the last one, in the process that logs: ``self_share`` (self
@@ -150,11 +153,12 @@ class BSSTrainer(Trainer):
         data_collator=None,
         schedule: Schedule | None = None,
         trust_remote_code: bool = False,
+        teacher: PreTrainedModel | None = None,
         **kwargs,
     ):
         if not isinstance(args, BSSConfig):
             raise TypeError(f"args is a {type(args).__name__}; BSSTrainer takes a BSSConfig")
-        self._trust_remote_code = trust_remote_code
+        self._trust_remote_code, self._teacher = trust_remote_code, teacher
         if isinstance(model, str | Path):
             model = load_model(at_home(model), torch.float32, trust_remote_code)
         name = transformers_model(model).name_or_path
@@ -209,6 +213,7 @@ class BSSTrainer(Trainer):
                 "kl_weight is given, but the model is sharded or loaded in the first process alone, so no frozen copy "
                 "of it can be made: give kl_model (--kl-model), a folder or a name, which each process loads"
             )
+        self._privileged = check_target(self)
         if self._engine.is_sharded:
             self.generator._cuda_graphs = False  # gathered weights lie elsewhere in each step
         self._end_answers_where_rows_end()
@@ -217,7 +222,7 @@ class BSSTrainer(Trainer):
         check_processes(self.args.world_size)
         self._step = Step()
         self._known_rows_hash: str | None = None
-        self._known_frozen_hash: str | None = None
+        self._known_hashes: dict[str, str | None] | None = None  # of models that this one is compared with
         self._checked: str | None = None  # a checkpoint that this run can go on from
         self._nothing_left = False  # to train
         self._logged_at: int | None = None  # the step of the last line of the log before the checkpoint
@@ -381,7 +386,7 @@ class BSSTrainer(Trainer):
         output_dir = at_home(output_dir or self.args.output_dir)
         with saving(output_dir):
             super()._save(output_dir, state_dict)
-            self._frozen_hash()  # of weights that may be split over processes
+            self._hashes()  # of weights that may be split over processes
             if not self.args.should_save:  # every process is here
                 return
             self._save_settings(Path(output_dir))
@@ -389,7 +394,7 @@ class BSSTrainer(Trainer):
                 config.to_json_file(Path(output_dir) / "generation_config.json")  # where answers end; PEFT writes none
 
     def _save_settings(self, folder: Path) -> None:
-        record = to_json(record_of(self.args, self._rows_hash(), self._frozen_hash()), indent=1)
+        record = to_json(record_of(self.args, self._rows_hash(), self._hashes()), indent=1)
         (folder / SETTINGS).write_text(f"{record}\n")
 
     def _save_checkpoint(self, *args, **kwargs):
@@ -402,7 +407,7 @@ class BSSTrainer(Trainer):
         """Write a model that ``from_pretrained`` loads, also where checkpoints are written in shards."""
         folder = Path(output_dir or self.args.output_dir)
         if self._engine.saves_shards and _internal_call and folder.name.startswith("checkpoint-"):
-            self._frozen_hash()  # of weights that may be split over processes
+            self._hashes()  # of weights that may be split over processes
             if self.args.should_save:
                 with saving(folder):
                     folder.mkdir(parents=True, exist_ok=True)
@@ -445,14 +450,14 @@ class BSSTrainer(Trainer):
     def check_resumed(self, checkpoint: str | Path) -> None:
         """Raise ResumeError if this run can't go on from ``checkpoint``: broken, or of other settings or rows."""
         if str(checkpoint) != self._checked:
-            check_resumed(checkpoint, self.args, self._rows_hash, self._frozen_hash)
+            check_resumed(checkpoint, self.args, self._rows_hash, self._hashes)
             self._checked = str(checkpoint)
 
-    def _frozen_hash(self) -> str | None:
-        """Of the weights of another model that this one stays near."""
-        if self._known_frozen_hash is None:
-            self._known_frozen_hash = frozen_hash(self._answer_loss)
-        return self._known_frozen_hash
+    def _hashes(self) -> dict[str, str | None]:
+        """Of the weights of other models that this one is compared with."""
+        if self._known_hashes is None:
+            self._known_hashes = hashes_of(self._answer_loss)
+        return self._known_hashes
 
     def _rows_hash(self) -> str | None:
         """Of what training rows are; a stream has none."""
@@ -541,6 +546,8 @@ class BSSTrainer(Trainer):
                 self._look_at_loss()
             if runs:  # a forward of the whole model
                 self._check_causal(batches)
+            if self.args.target in ("teacher_forced", "privileged"):
+                keep_references(batches)
             stats, self._step.passes = self.mix(batches)
         self._agree_on_reuse()
         self.meter.contexts_end(stats)
@@ -752,7 +759,7 @@ class BSSTrainer(Trainer):
             num_items_in_batch = None  # the mean over the tokens that this process has
         reuse = partial(reuse_passes, unused=self._unused, reenter=self._engine.reuses_together)
         reusing = nullcontext if passes is None else partial(reuse, passes.hidden_states, passes.slots(inputs))
-        row_weights = inputs.get("loss_weight")
+        batch = inputs
         inputs = {key: value for key, value in inputs.items() if key not in _BOOKKEEPING}
         inputs = text_inputs(self.generator.model, inputs["input_ids"]) | inputs
         compute_loss = super().compute_loss
@@ -760,7 +767,7 @@ class BSSTrainer(Trainer):
         self.label_smoother = self._label_smoother
         if self._answer_loss is not None and not self._loss_is_users and model.training:
             self.label_smoother = None  # the smoothing is the loss's own; in evaluation it is the Trainer's
-            own = partial(self._answer_loss.inside, row_weights, frozen_states(self, inputs))
+            own = partial(self._answer_loss.inside, compared=compared(self, batch))
 
         def loss(model):
             with own(), text_positions(self.generator.model):

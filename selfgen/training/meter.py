@@ -109,6 +109,8 @@ class Meter:
             "context_seconds": self.context_seconds / steps,
             "training_seconds": self.training_seconds / steps,
         }
+        if rows := self.counts["privileged"]:
+            logs["privileged_too_long"] = self.counts["privileged_too_long"] / rows
         if self.scales_loss:
             logs["skipped_steps"] = self.skipped_steps
         self._reset()

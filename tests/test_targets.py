@@ -13,7 +13,7 @@ from helpers.training import losses_of, make_bash_trainer, make_rac_trainer, mak
 from models import VOCAB, tiny_model
 from peft import LoraConfig, get_peft_model
 from torch.utils._python_dispatch import TorchDispatchMode
-from transformers import LlamaForCausalLM
+from transformers import BartConfig, BartForCausalLM, LlamaForCausalLM
 
 from selfgen import BSSConfig, BSSTrainer
 from selfgen.data import Collator
@@ -291,6 +291,33 @@ def test_a_teacher_that_is_named(tmp_path, lean, kind):
     torch.testing.assert_close(total(found), want, rtol=1e-5, atol=1e-6)
 
 
+def test_a_teacher_that_caps_its_logits(tmp_path):
+    """They are made as a whole, and the model's are not."""
+    teacher = tiny_model("gemma2")
+    trainer = make(tmp_path, teacher=teacher, target="teacher", **STILL)
+    assert trainer._answer_loss.lean
+    everywhere = torch.tensor(True)
+    found = losses_of(trainer)
+    want = expected(found, llama(), lambda p, c, r: (row_logits(teacher, p, c), everywhere))
+    torch.testing.assert_close(total(found), want, rtol=1e-5, atol=1e-6)
+
+
+def test_a_model_whose_loss_is_its_own(tmp_path):
+    """Bart's, whose logits the loss is computed of."""
+    config = BartConfig(
+        vocab_size=VOCAB, d_model=16, decoder_layers=1, decoder_attention_heads=2, decoder_ffn_dim=16,
+        max_position_embeddings=64, dropout=0.0,
+    )  # fmt: skip
+    torch.manual_seed(0)
+    model = BartForCausalLM(config).eval()
+    trainer = make(tmp_path, model=model, target="teacher_forced", context_method="sequential", **STILL)
+    want = trainer.evaluate(rows(6))["eval_loss"]
+    found = losses_of(trainer)
+    assert trainer._answer_loss.outside
+    torch.testing.assert_close(total(found), expected(found, model, under_the_reference(model)), rtol=1e-5, atol=1e-6)
+    assert trainer.evaluate(rows(6))["eval_loss"] == pytest.approx(want)
+
+
 def test_a_teacher_from_python_learns_nothing(tmp_path):
     teacher = llama(seed=5, hidden_size=48)
     before = weights(teacher).clone()
@@ -428,12 +455,19 @@ TARGETS = {
 """One of each kind, for what all have in common."""
 
 
+def each(*fast: str):
+    """Tests of all targets, of which the others are slow."""
+    return pytest.mark.parametrize(
+        "name", [pytest.param(name, marks=() if name in fast else pytest.mark.slow) for name in TARGETS]
+    )
+
+
 def one_of_each(folder, name, **changes):
     teacher = llama(seed=5, hidden_size=48) if name == "teacher" else None
     return make(folder, teacher=teacher, tokenizer=tokenizer(), **{**TARGETS[name], **changes})
 
 
-@pytest.mark.parametrize("name", TARGETS)
+@each("teacher_forced")
 def test_accumulated_steps_are_one_big_batch(tmp_path, name):
     runs = []
     for size, accumulated in ((4, 1), (2, 2), (1, 4)):
@@ -443,7 +477,7 @@ def test_accumulated_steps_are_one_big_batch(tmp_path, name):
     torch.testing.assert_close(runs[1:], runs[:1] * 2, rtol=1e-5, atol=1e-6)
 
 
-@pytest.mark.parametrize("name", TARGETS)
+@each("privileged")
 def test_a_lean_run_is_a_plain_one(tmp_path, name):
     runs = []
     for change in ({}, {"lean_loss": False}, {"reuse_passes": False}, {"context_micro_batches": 1}):
@@ -452,7 +486,7 @@ def test_a_lean_run_is_a_plain_one(tmp_path, name):
         torch.testing.assert_close(run, runs[0], rtol=1e-4, atol=1e-6)
 
 
-@pytest.mark.parametrize("name", TARGETS)
+@each("teacher_forced", "privileged")
 def test_a_resumed_run_is_the_unbroken_one(tmp_path, name):
     saved = {"save_strategy": "steps", "save_steps": 2, "loss_on": "all"}
     whole = one_of_each(tmp_path / "whole", name, **saved, max_steps=4)
@@ -482,7 +516,7 @@ def test_evaluation_is_by_the_reference(tmp_path, name):
     assert one_of_each(tmp_path, name, **STILL).evaluate(rows(6))["eval_loss"] == pytest.approx(want, rel=1e-6)
 
 
-@pytest.mark.parametrize("name", TARGETS)
+@each("teacher")
 def test_under_autocast(tmp_path, name):
     found, want = (total(losses_of(one_of_each(tmp_path, name, bf16=bf16, **STILL))) for bf16 in (True, False))
     assert float((found - want).abs() / want) < 0.1

@@ -44,7 +44,7 @@ _CHUNK_BYTES = 2**27  # of fp32 logits in memory at a time; much smaller chunks 
 class Compared:
     """What the loss of a micro-batch takes besides the states of its forward.
 
-    States are what a model's head gets [B, L, D], or its logits [B, L, V] where the loss is not lean.
+    States are what a model's head gets [B, L, D], or its logits [B, L, V] (`AnswerLoss.states_of`).
     """
 
     row_weights: Tensor | None = None  # [B]
@@ -80,7 +80,8 @@ class AnswerLoss:
         target_weight: in [0, 1].
         teacher: the model whose head makes logits of the states of the target, ``model`` by default.
         divergence: of ``model`` from the target.
-        lean: never have all logits in memory, if the models allow it; ``not_lean`` says why they do not.
+        lean: never have all logits in memory, if the model allows it; ``not_lean`` says why it does not. Those of
+            another model never are where that allows it.
         outside: compute it of the logits that the model returns (`of_outputs`), not in place of the model's loss.
     """
 
@@ -106,14 +107,15 @@ class AnswerLoss:
         self._given: Compared | None = None
         self.not_lean: str | None = None
         self.lean = lean and not outside
+        others = {id(one): one for one in (frozen, teacher) if one is not None and one is not model}
+        self._lean_others = {number: why_not_lean(one) is None for number, one in others.items()}
         self.look_again()
 
     def look_again(self) -> bool:
         """Whether the loss has been lean and can't be any more: training may change what a model does to its logits."""
         if not self.lean:
             return False
-        models = {id(one): one for one in (self.model, self.frozen, self.teacher) if one is not None}
-        self.not_lean = next(filter(None, map(why_not_lean, models.values())), None)
+        self.not_lean = why_not_lean(self.model)
         self.lean = self.not_lean is None
         return not self.lean
 
@@ -154,13 +156,13 @@ class AnswerLoss:
         return self._loss(logits, labels, num_items_in_batch, self._given)
 
     def states_of(self, model: PreTrainedModel, inputs: dict[str, Tensor], through: nn.Module | None = None) -> Tensor:
-        """What the head of ``model`` gets [B, L, D], or its logits [B, L, V] where the loss is not lean.
+        """What the head of ``model`` gets [B, L, D], or its logits [B, L, V] where it does not allow a lean loss.
 
         ``through`` is what is called: the PEFT model around it, which FSDP2 may shard as a whole.
         """
         given = {name: inputs[name] for name in ("input_ids", "attention_mask", "position_ids") if name in inputs}
         called = model if through is None else through  # a compiled one has no truth value
-        with inference(model), _head_left_out(model) if self.lean else nullcontext():
+        with inference(model), _head_left_out(model) if self._is_lean(model) else nullcontext():
             return called(**arguments_of(model, **given, use_cache=False)).logits
 
     def _loss(self, states, labels, num_items_in_batch, given: Compared | None) -> Tensor:
@@ -203,9 +205,12 @@ class AnswerLoss:
                 total = total + self._weighted(states[where], targets[where], weight, dft, terms)
         return total
 
+    def _is_lean(self, model: PreTrainedModel) -> bool:
+        return self.lean if model is self.model else self._lean_others[id(model)]
+
     def _head(self, model: PreTrainedModel) -> nn.Linear | None:
         """What makes logits of its states; None where these are logits already."""
-        if not self.lean:
+        if not self._is_lean(model):
             return None
         head = model.get_output_embeddings()
         if product_of(head) is None and is_sharded_now(head.weight):
@@ -241,8 +246,8 @@ class AnswerLoss:
     ) -> Tensor:
         """Sum over [N] of all losses with their weights; a chunk's logits are computed once for all of them."""
         head = self._head(self.model)
-        widest = max(states.shape[1] if one is None else one.out_features for one in (head, *(t.head for t in terms)))
-        chunk = _chunk(widest * (1 + len(terms)))
+        sources = [(states, head), *((term.states, term.head) for term in terms)]
+        chunk = _chunk(sum(part.shape[1] if one is None else one.out_features for part, one in sources))
         weights = cross_entropy, dft, self.label_smoothing
         total = states[:0].sum(dtype=torch.float32)  # which has a gradient where there are no positions
         for first in range(0, len(states), chunk):

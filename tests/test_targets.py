@@ -382,14 +382,15 @@ def test_teacher_forced_after_self_tokens(tmp_path):
     torch.testing.assert_close(total(found), sums / count, rtol=1e-5, atol=1e-6)
 
 
-@pytest.mark.parametrize("lean", [True, False])
-def test_teacher_forced_at_p_zero_is_plain(tmp_path, lean):
+@pytest.mark.parametrize("change", [{}, {"lean_loss": True}, {"label_smoothing_factor": 0.1}, {"kl_weight": 0.1}])
+def test_teacher_forced_at_p_zero_is_plain(tmp_path, change):
     runs = []
     for target in ("reference", "teacher_forced"):
-        trainer = make(tmp_path, target=target, self_prob=0.0, lean_loss=lean, max_steps=3)
+        trainer = make(tmp_path, target=target, self_prob=0.0, max_steps=3, **change)
         trainer.train()
-        runs.append(weights(trainer.model))
-    assert torch.equal(*runs)
+        runs.append((weights(trainer.model), [entry.get("loss") for entry in trainer.state.log_history]))
+    assert torch.equal(runs[0][0], runs[1][0])
+    assert runs[0][1] == runs[1][1]
 
 
 def test_the_default_is_the_reference(tmp_path):

@@ -765,9 +765,10 @@ class BSSTrainer(Trainer):
         compute_loss = super().compute_loss
         own: Callable[[], AbstractContextManager] = nullcontext
         self.label_smoother = self._label_smoother
-        if self._answer_loss is not None and not self._loss_is_users and model.training:
+        ours = self._answer_loss if model.training and not self._loss_is_users else None
+        if ours is not None and (given := compared(self, batch)) is not None:
             self.label_smoother = None  # the smoothing is the loss's own; in evaluation it is the Trainer's
-            own = partial(self._answer_loss.inside, compared=compared(self, batch))
+            own = partial(ours.inside, compared=given)
 
         def loss(model):
             with own(), text_positions(self.generator.model):

@@ -30,7 +30,8 @@ def make_loss(trainer: Any) -> AnswerLoss | None:
     args, model = trainer.args, trainer.generator.model
     lean = args.lean_loss
     if lean is None:
-        lean = args.self_prob > 0 or trainer._lean_by_default or args.target != "reference"
+        always = args.target not in ("reference", "teacher_forced")  # also where nothing is mixed
+        lean = args.self_prob > 0 or trainer._lean_by_default or always
     asked = [name for name in ("kl_weight", "lean_loss") if getattr(args, name)]
     if args.target != "reference":
         asked.append("target")
@@ -230,8 +231,11 @@ def adapters_of(trainer: Any) -> Any:
     return model if hasattr(model, "disable_adapter") else None
 
 
-def compared(trainer: Any, batch: dict[str, Tensor]) -> Compared:
-    """What the loss of a micro-batch takes besides the states of its forward."""
+def compared(trainer: Any, batch: dict[str, Tensor]) -> Compared | None:
+    """What the loss of a micro-batch takes besides the states of its forward; None where it is the Trainer's own.
+
+    So it is where the target differs nowhere from the reference, and nothing else is asked for.
+    """
     loss, target = trainer._answer_loss, trainer.args.target
     frozen = states = has_target = None
     if loss.frozen is not None:
@@ -241,6 +245,11 @@ def compared(trainer: Any, batch: dict[str, Tensor]) -> Compared:
         states = frozen if shared else _states_without_adapters(trainer, loss.teacher, batch)
     elif target == "teacher_forced":
         states, has_target = _under_references(trainer, batch)
+        others = (
+            loss.lean or loss.outside or frozen is not None or trainer._weighs_rows or trainer.args.loss_on != "all"
+        )
+        if states is None and not others and trainer.args.lean_loss is None:
+            return None
     elif target == "privileged":
         states, has_target = _privileged(trainer, batch)
     return Compared(batch.get("loss_weight"), frozen, states, has_target)

@@ -224,7 +224,7 @@ CASES["many"] = Case(
 )
 if not has("transformers", SINCE["gemma2"]):
     del CASES["gemma2"]
-FAST = ("many", "short", "lora, kl", "rac, direct", "bash")
+FAST = ("many", "short", "lora, kl", "rac, direct", "bash", "teacher_forced")
 """Together they have most of what the others have."""
 EVEN = tuple(name for name in FAST if name != "short")
 """Those of which four processes get equally many batches, as they must in any training."""

@@ -18,8 +18,8 @@ from filelock import FileLock, Timeout
 from torch.serialization import get_unsafe_globals_in_checkpoint
 
 PATHS = (
-    "model", "dataset", "eval_dataset", "contexts", "output_dir", "output_file", "kl_model", "resume_from_checkpoint",
-    "logging_dir", "accelerator_config", "fsdp_config", "deepspeed",
+    "model", "dataset", "eval_dataset", "contexts", "output_dir", "output_file", "kl_model", "teacher_model",
+    "resume_from_checkpoint", "logging_dir", "accelerator_config", "fsdp_config", "deepspeed",
 )  # fmt: skip
 """Options whose values are paths, or may be: a name on the hub never begins with ``~``."""
 

@@ -78,10 +78,13 @@ RUNS = {  # what is trained, and its options; each under one process, and under 
     "one by one": (bss, {"context_micro_batches": 1}),
     "after self": (bss, {"loss_on": "after_self"}),
     "near": (bss, {"kl_weight": 0.3}),
+    "under the reference": (bss, {"target": "teacher_forced"}),
     "rac": (rac, {"self_prob": 0.5, "direct_weight": 0.5}),
     "bash": (bash, {"self_prob": 0.5}),
     "lora": (bss_lora, {}),
     "lora, near": (bss_lora, {"kl_weight": 0.3}),
+    "lora, under the reference": (bss_lora, {"target": "teacher_forced", "divergence": "jsd"}),
+    "lora, taught": (bss_lora, {"target": "teacher"}),
     "tied": (lambda folder, **o: bss(folder, model=tiny_model("gemma2"), **o), {}),
 }
 

@@ -8,7 +8,7 @@ import pytest
 import torch
 from accelerate.utils import enable_fsdp_ram_efficient_loading
 from helpers.processes import WORLD, in_ranks
-from helpers.runs import CASES, assert_same, lora, run
+from helpers.runs import CASES, Case, assert_same, lora, run
 from helpers.sharded import another_run, fsdp_on_cpus
 from helpers.training import make_trainer
 from helpers.versions import needs
@@ -108,6 +108,29 @@ def test_more_other_ways(tmp_path):
     many = replace(CASES["many"], model=CASES["plain"].model)
     torch.save(run(many, tmp_path / "one" / "many", WORLD), tmp_path / "many.pt")
     in_ranks(more, tmp_path)
+
+
+def with_targets(rank, folder):
+    """The model that is learned from is sharded, too, where the trained one is as it is loaded."""
+    CASES["taught"] = Case({"target": "teacher", "teacher_model": str(folder / "model"), "divergence": "jsd"})
+    for name in ("teacher_forced", "privileged", "taught"):
+        check(rank, folder, name, model=lambda: shard_at_load(folder))
+    for name in ("lora, teacher", "lora, teacher_forced"):
+        check(rank, folder, name, model=lambda: lora(base=shard_at_load(folder)))
+    fsdp_on_cpus()
+    efficient = {"fsdp": True, "fsdp_config": {"cpu_ram_efficient_loading": True}}
+    for name in ("teacher_forced", "taught"):
+        check(rank, folder, name, fsdp=True, fsdp_config=PART_BY_PART, reused=False)
+        check(rank, folder, name, model=lambda: in_the_first_process(rank, folder), **efficient)
+
+
+@sized
+@pytest.mark.slow
+def test_targets(tmp_path):
+    make_ready(tmp_path, ["teacher_forced", "privileged", "lora, teacher", "lora, teacher_forced"])
+    taught = Case({"target": "teacher", "teacher_model": str(tmp_path / "model"), "divergence": "jsd"})
+    torch.save(run(taught, tmp_path / "one" / "taught", WORLD), tmp_path / "taught.pt")
+    in_ranks(with_targets, tmp_path)
 
 
 def refused(rank, folder):

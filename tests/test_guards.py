@@ -72,7 +72,7 @@ def test_a_model_with_a_loss_of_its_own_is_trained_with_it(tmp_path, caplog):
     assert trainer.state.global_step == 1
 
 
-@pytest.mark.parametrize("change", [{"kl_weight": 0.1}, {"loss_on": "after_self"}])
+@pytest.mark.parametrize("change", [{"kl_weight": 0.1}, {"loss_on": "after_self"}, {"target": "dft"}])
 def test_what_would_change_a_loss_that_cannot_be_replaced_is_refused(tmp_path, change):
     (name,) = change
     with pytest.raises(ValueError, match=f"OwnLoss does not compute its loss .* so {name} can't change it"):

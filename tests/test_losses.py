@@ -18,7 +18,7 @@ from selfgen import BSSTrainer
 from selfgen.data import Collator
 from selfgen.training import losses
 from selfgen.training.bss import step_seed
-from selfgen.training.losses import AnswerLoss, why_not_lean
+from selfgen.training.losses import AnswerLoss, Compared, why_not_lean
 from selfgen_kernels.backends.reference.philox import MASK, random_words
 
 llama = partial(tiny_model, "llama")
@@ -52,10 +52,10 @@ def test_is_its_formula(lean, weights, smoothing, kl_weight, items):
     model, frozen, inputs = llama(), llama(seed=1), batch()
     loss = AnswerLoss(model, label_smoothing=smoothing, kl_weight=kl_weight, frozen=frozen, lean=lean)
     assert loss.lean == lean
-    states = loss.frozen_states(inputs) if kl_weight else None
+    states = loss.states_of(frozen, inputs) if kl_weight else None
     row_weights = None if weights is None else torch.tensor(weights)
     more = {} if items is None else {"num_items_in_batch": torch.tensor(items)}
-    with loss.inside(row_weights, states):
+    with loss.inside(compared=Compared(row_weights, states)):
         found = model(**inputs, **more).loss
     found_gradient = gradients(model, found)
 

@@ -184,7 +184,16 @@ def test_decoders_that_take_shifted_labels_learn_the_next_token(tmp_path, caplog
         assert trainer.evaluate(rows(5))["eval_loss"] == pytest.approx(want, rel=1e-4)
 
 
-@pytest.mark.parametrize("change", [{"kl_weight": 0.5}, {"loss_on": "after_self"}, {"label_smoothing_factor": 0.1}])
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"kl_weight": 0.5},
+        {"loss_on": "after_self"},
+        {"label_smoothing_factor": 0.1},
+        {"target": "dft"},
+        {"target": "teacher_forced"},
+    ],
+)
 def test_options_of_the_loss_work_for_them(tmp_path, change):
     trainer = make_trainer(tmp_path, model=own_loss_model("Bart"), context_method="sequential", max_steps=2, **change)
     trainer.train()

@@ -181,6 +181,8 @@ def trainer_of_kind(kind: str, folder, model):
         "near another model, with logits": {
             "kl_weight": 0.3, "kl_model": str(folder / "other" / FAMILY), "lean_loss": False
         },
+        "under the reference": {"target": "teacher_forced"},
+        "taught": {"target": "teacher", "teacher_model": str(folder / "other" / FAMILY), "teacher_top_k": 5},
         "plain": {"lean_loss": False, "reuse_passes": False, "context_method": "sequential"},
         "clipped": {"max_grad_norm": 0.5, "activation_checkpointing": True},
         "bf16": {"bf16": True},
@@ -193,7 +195,7 @@ def trainer_of_kind(kind: str, folder, model):
 
 KINDS = (
     "rac", "rac on mixed answers", "bash", "stream", "on self tokens, smoothed", "near another model",
-    "near another model, with logits", "plain", "clipped", "bf16", "the best",
+    "near another model, with logits", "under the reference", "taught", "plain", "clipped", "bf16", "the best",
 )  # fmt: skip
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import logging
 import math
 import os
@@ -23,11 +22,9 @@ from ..context import ContextStats, MixedContext, UnsupportedModelError
 from ..context.hidden_states import ReuseError
 from ..context.models import (
     active_adapters,
-    auto_class_of,
     check_4bit_layout,
     check_here,
     keep_4bit_layout,
-    load_whole,
     max_positions,
     text_inputs,
     text_positions,
@@ -46,7 +43,7 @@ from ..data import Collator, DataError, check_sample_ids, load_rows, pad_token_i
 from ..data.batches import IGNORE_INDEX, ROWS, Row, lengths_of
 from ..data.streams import StreamedRows, refuse_stream
 from ..files import at_home, to_json
-from ..provenance import columns_hash, weights_hash
+from ..provenance import columns_hash
 from .batches import LEARN_ON, RowSlots, Step, unique_rows
 from .checkpoints import (
     SETTINGS,
@@ -61,8 +58,9 @@ from .checkpoints import (
 )
 from .config import BSSConfig
 from .engines import TellHowWeightsAreHeld, engine_of
-from .losses import AnswerLoss, TokenMean, calls_loss_function, learns_its_input
+from .losses import AnswerLoss, TokenMean
 from .meter import Meter, StepTimer
+from .objective import adapters_of, check_target, compared, hashes_of, load_model, make_loss
 from .parallelism import check_tensor_parallel
 from .processes import meet, once_per_machine
 from .reuse_trial import ReuseTrial
@@ -70,6 +68,7 @@ from .sampling import EpochOfSampler, SeededByEpoch
 from .schedules import Schedule
 from .self_prob import SelfProb
 from .streams import StreamProgress, check_stream, message_of, sorts_by_length, stream_loader
+from .targets import REFERENCES, keep_references
 from .tensor import allowed_to_resume, has_partial_gradients, is_split_at_load, load_split, whole_optimizer
 from .weights import (
     StopAtBrokenGradients,
@@ -85,7 +84,7 @@ logger = logging.getLogger(__name__)
 _ROW_COLUMNS = ("sample_id", "prompt_ids", "answer_ids", "is_learned", "context_ids", "is_self")
 _FIRST_LOOK = 10  # the steps before the first look again
 _LOOK_EVERY = 100  # steps between two looks at what contexts, reuse and a lean loss take for granted
-_BOOKKEEPING = (*ROWS, "loss_weight", "read")  # columns that are not the model's
+_BOOKKEEPING = (*ROWS, REFERENCES, "loss_weight", "read")  # columns that are not the model's
 _OF_TIME = ("runtime", "samples_per_second", "steps_per_second")  # metrics of every evaluation
 _OF_TRAINER = logging.getLogger("transformers.trainer")
 
@@ -112,7 +111,9 @@ class BSSTrainer(Trainer):
         processing_class: the tokenizer; by default it is loaded from where the model came from.
         schedule: a function (self_prob_start, self_prob, progress in [0, 1]) -> self-probability, in place of
             ``args.self_prob_schedule``.
-        trust_remote_code: run the code that comes with a ``model`` given by name, its tokenizer and ``args.kl_model``.
+        trust_remote_code: run the code that comes with a ``model`` given by name, its tokenizer, ``args.kl_model`` and
+            ``args.teacher_model``.
+        teacher: the frozen model of ``args.target="teacher"``, in place of ``args.teacher_model``. It gets no gradient.
         **kwargs: of ``transformers.Trainer``.
 
     Every training log has figures of the steps since the last one, in the process that logs: ``self_share`` (self
@@ -154,13 +155,14 @@ class BSSTrainer(Trainer):
         data_collator=None,
         schedule: Schedule | None = None,
         trust_remote_code: bool = False,
+        teacher: PreTrainedModel | None = None,
         **kwargs,
     ):
         if not isinstance(args, BSSConfig):
             raise TypeError(f"args is a {type(args).__name__}; BSSTrainer takes a BSSConfig")
-        self._trust_remote_code = trust_remote_code
+        self._trust_remote_code, self._teacher = trust_remote_code, teacher
         if isinstance(model, str | Path):
-            model = _load(at_home(model), torch.float32, trust_remote_code)
+            model = load_model(at_home(model), torch.float32, trust_remote_code)
         name = transformers_model(model).name_or_path
         check_trainable(model)
         check_4bit_layout(model)
@@ -209,20 +211,21 @@ class BSSTrainer(Trainer):
                 **kwargs,
             )
         self._engine = engine_of(self)
-        if args.kl_weight and not args.kl_model and not self._adapters() and not self._engine.can_be_copied:
+        if args.kl_weight and not args.kl_model and not adapters_of(self) and not self._engine.can_be_copied:
             raise ValueError(
                 "kl_weight is given, but the model is sharded or loaded in the first process alone, so no frozen copy "
                 "of it can be made: give kl_model (--kl-model), a folder or a name, which each process loads"
             )
+        self._privileged = check_target(self)
         if self._engine.is_sharded:
             self.generator._cuda_graphs = False  # gathered weights lie elsewhere in each step
         self._end_answers_where_rows_end()
-        check_savable(self.generator.model, adapter=self._adapters() is not None)
+        check_savable(self.generator.model, adapter=adapters_of(self) is not None)
         self._check_best_metric()
         check_processes(self.args.world_size)
         self._step = Step()
         self._known_rows_hash: str | None = None
-        self._known_frozen_hash: str | None = None
+        self._known_hashes: dict[str, str | None] | None = None  # of models that this one is compared with
         self._checked: str | None = None  # a checkpoint that this run can go on from
         self._nothing_left = False  # to train
         self._told_of_nothing = False  # that a step learns
@@ -256,7 +259,7 @@ class BSSTrainer(Trainer):
             self.generator.check_causal(in_training=True)  # the loss of a model that sees the answer teaches nothing
             agreed(together_of(self.generator.model), partial(check_finite, self.model))  # each sees its own part
             self._reuse.on = self._makes_contexts and self._reuse.may_begin()
-            self._answer_loss = self._make_loss()
+            self._answer_loss = make_loss(self)
         self._known = True
 
     @contextmanager
@@ -406,15 +409,15 @@ class BSSTrainer(Trainer):
         output_dir = at_home(output_dir or self.args.output_dir)
         with saving(output_dir):
             super()._save(output_dir, state_dict)
-            self._frozen_hash()  # of weights that may be split over processes
+            self._hashes()  # of weights that may be split over processes
             if not self.args.should_save:  # every process is here
                 return
             self._save_settings(Path(output_dir))
-            if self._adapters() and (config := getattr(self.generator.model, "generation_config", None)):
+            if adapters_of(self) and (config := getattr(self.generator.model, "generation_config", None)):
                 config.to_json_file(Path(output_dir) / "generation_config.json")  # where answers end; PEFT writes none
 
     def _save_settings(self, folder: Path) -> None:
-        record = to_json(record_of(self.args, self._rows_hash(), self._frozen_hash()), indent=1)
+        record = to_json(record_of(self.args, self._rows_hash(), self._hashes()), indent=1)
         (folder / SETTINGS).write_text(f"{record}\n")
 
     def _save_checkpoint(self, *args, **kwargs):
@@ -427,7 +430,7 @@ class BSSTrainer(Trainer):
         """Write a model that ``from_pretrained`` loads, also where checkpoints are written in shards."""
         folder = Path(output_dir or self.args.output_dir)
         if self._engine.saves_shards and _internal_call and folder.name.startswith("checkpoint-"):
-            self._frozen_hash()  # of weights that may be split over processes
+            self._hashes()  # of weights that may be split over processes
             if self.args.should_save:
                 with saving(folder):
                     folder.mkdir(parents=True, exist_ok=True)
@@ -471,17 +474,14 @@ class BSSTrainer(Trainer):
     def check_resumed(self, checkpoint: str | Path) -> None:
         """Raise ResumeError if this run can't go on from ``checkpoint``: broken, or of other settings or rows."""
         if str(checkpoint) != self._checked:
-            check_resumed(checkpoint, self.args, self._rows_hash, self._frozen_hash)
+            check_resumed(checkpoint, self.args, self._rows_hash, self._hashes)
             self._checked = str(checkpoint)
 
-    def _frozen_hash(self) -> str | None:
-        """Of the weights of another model that this one stays near."""
-        loss = self._answer_loss
-        if loss is None or loss.frozen is None or loss.frozen is self.generator.model:
-            return None
-        if self._known_frozen_hash is None:
-            self._known_frozen_hash = weights_hash(loss.frozen)
-        return self._known_frozen_hash
+    def _hashes(self) -> dict[str, str | None]:
+        """Of the weights of other models that this one is compared with."""
+        if self._known_hashes is None:
+            self._known_hashes = hashes_of(self._answer_loss)
+        return self._known_hashes
 
     def _rows_hash(self) -> str | None:
         """Of what training rows are; a stream has none."""
@@ -572,6 +572,8 @@ class BSSTrainer(Trainer):
                 self._look_at_loss()
             if runs:  # a forward of the whole model
                 self._check_causal(batches)
+            if self.args.target in ("teacher_forced", "privileged"):
+                keep_references(batches)
             stats, self._step.passes = self.mix(batches)
         self._reuse.agree(self._step)
         self.meter.contexts_end(stats)
@@ -643,92 +645,10 @@ class BSSTrainer(Trainer):
                 self._reuse.off(reason)
                 return contexts()
 
-    def _make_loss(self) -> AnswerLoss | None:
-        """The loss that the arguments ask for; None where it is the Trainer's own."""
-        args = self.args
-        lean = (args.self_prob != 0 or self._lean_by_default) if args.lean_loss is None else args.lean_loss
-        asked = [name for name in ("kl_weight", "lean_loss") if getattr(args, name)]
-        if self._weighs_rows:
-            asked.append(self._weighing)
-        name = type(self.generator.model).__name__
-        given = "_loss_function" in vars(self.generator.model)
-        outside = not (self.compute_loss_func is not None or given) and learns_its_input(self.generator.model)
-        others = {
-            "compute_loss_func": self.compute_loss_func is not None,
-            f"the loss_function that {name} was given": given,
-            "use_liger_kernel": args.use_liger_kernel,
-            "training on several GPUs in one process": args.n_gpu > 1,
-        }
-        for other, holds in others.items():
-            if holds and asked:
-                raise ValueError(
-                    f"{other} takes the place of the loss that {', '.join(asked)} would change: give one or the other"
-                )
-            if holds and not outside:
-                return None
-        if not (lean or asked or args.loss_on != "all" or outside):
-            return None
-        if not outside and not calls_loss_function(self.generator.model):
-            self._keep_loss_of_model([*asked, *(["loss_on"] if args.loss_on != "all" else [])])
-            return None
-        frozen = None
-        if args.kl_model:
-            with self._engine.loading_whole():
-                frozen = _load(args.kl_model, self.generator.model.dtype, self._trust_remote_code, self.generator.model)
-            sizes = [model.get_output_embeddings().weight.shape[0] for model in (frozen, self.generator.model)]
-            if sizes[0] != sizes[1]:
-                raise ValueError(
-                    f"kl_model has {sizes[0]} ids, but the model has {sizes[1]}: give one with the same tokenizer"
-                )
-        elif args.kl_weight and is_split_at_load(self.generator.model):
-            raise ValueError(
-                "kl_weight keeps the model near a copy of itself, and weights that transformers has split over "
-                "processes can't be copied: give the same model by name as kl_model"
-            )
-        elif args.kl_weight:
-            frozen = self.generator.model if self._adapters() else copy.deepcopy(self.generator.model)
-        if frozen is not None and frozen is not self.generator.model:
-            frozen = frozen if is_split_at_load(frozen) else frozen.to(args.device)
-            frozen = frozen.requires_grad_(False).eval()
-        loss = AnswerLoss(
-            self.generator.model,
-            label_smoothing=args.label_smoothing_factor,
-            kl_weight=args.kl_weight,
-            frozen=frozen,
-            lean=lean,
-            outside=outside,
-        )
-        if outside:
-            logger.warning(
-                "the loss of %s itself compares a position with its own token, not with the next one: it is not used, "
-                "and the cross-entropy of the next token is computed of the logits; it is not lean",
-                name,
-            )
-            self.compute_loss_func = loss.of_outputs
-        if loss.not_lean:
-            level = logging.WARNING if args.lean_loss else logging.INFO  # asked for, or a default
-            logger.log(level, "the loss is not lean, so the logits of all positions are in memory: %s", loss.not_lean)
-        return loss
-
     @property
     def _loss_is_users(self) -> bool:
         ours = self._answer_loss is not None and self._answer_loss.outside
         return self.compute_loss_func is not None and not ours
-
-    def _keep_loss_of_model(self, needed: list[str]) -> None:
-        """The model's own loss can't be replaced: use it, or refuse the options ``needed`` that must change it."""
-        name = type(self.generator.model).__name__
-        needed = [option for option in needed if option != "lean_loss"]
-        if needed:
-            raise ValueError(
-                f"{name} does not compute its loss through transformers' loss_function, so {', '.join(needed)} can't "
-                "change it: leave these out"
-            )
-        logger.warning(
-            "the loss is not lean, but that of %s itself: the model does not compute it through transformers' "
-            "loss_function, where it could be replaced",
-            name,
-        )
 
     def _look_again(self) -> None:
         """From time to time: what a model computes may depend on weights, or on a setting that changed."""
@@ -759,19 +679,6 @@ class BSSTrainer(Trainer):
                 self.generator.check_causal(longest, in_training=True)
         except UnsupportedModelError as error:
             raise type(error)(f"at step {self.state.global_step + 1}: {error}") from error
-
-    def _adapters(self):
-        """The PEFT model whose adapters can be switched off, if it is one."""
-        model = self.accelerator.unwrap_model(self.model)
-        return model if hasattr(model, "disable_adapter") else None
-
-    def _frozen_states(self, inputs: dict[str, Tensor]) -> Tensor | None:
-        loss = self._answer_loss
-        if loss is None or loss.frozen is None:
-            return None
-        adapters = self._adapters() if loss.frozen is self.generator.model else None
-        with self._engine.autocast(), nullcontext() if adapters is None else adapters.disable_adapter():
-            return loss.frozen_states(inputs, through=adapters)
 
     def prediction_step(self, model, inputs, *args, **kwargs):
         loader = self.accelerator.gradient_state.active_dataloader
@@ -860,15 +767,16 @@ class BSSTrainer(Trainer):
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
         if not model.training and not self._loss_is_users:
             num_items_in_batch = None  # the mean over the tokens that this process has
-        batch, row_weights = inputs, inputs.get("loss_weight")
+        batch = inputs
         inputs = {key: value for key, value in inputs.items() if key not in _BOOKKEEPING}
         inputs = text_inputs(self.generator.model, inputs["input_ids"]) | inputs
         compute_loss = super().compute_loss
         own: Callable[[], AbstractContextManager] = nullcontext
         self.label_smoother = self._label_smoother
-        if self._answer_loss is not None and not self._loss_is_users and model.training:
+        ours = self._answer_loss if model.training and not self._loss_is_users else None
+        if ours is not None and (given := compared(self, batch)) is not None:
             self.label_smoother = None  # the smoothing is the loss's own; in evaluation it is the Trainer's
-            own = partial(self._answer_loss.inside, row_weights, self._frozen_states(inputs))
+            own = partial(ours.inside, compared=given)
 
         def loss(model):
             with own(), text_positions(self.generator.model):
@@ -888,17 +796,6 @@ class BSSTrainer(Trainer):
             if self._stream is not None:
                 logs.update(self._stream.logs())
         super().log(logs, start_time)
-
-
-def _load(
-    name: str, dtype: torch.dtype, trust_remote_code: bool, like: PreTrainedModel | None = None
-) -> PreTrainedModel:
-    """The model ``name``, split over processes as ``like`` is, if transformers has split that."""
-    auto_class = auto_class_of(name, trust_remote_code=trust_remote_code)
-    split: dict[str, Any] = {}
-    if like is not None and is_split_at_load(like):
-        split = {"distributed_config": like.config.distributed_config}
-    return load_whole(auto_class, name, dtype=dtype, trust_remote_code=trust_remote_code, **split)
 
 
 def step_seed(seed: int, step: int, stream: int = 0) -> int:

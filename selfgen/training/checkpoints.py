@@ -443,21 +443,22 @@ def trainer_settings(args: BSSConfig) -> dict[str, object]:
     return settings
 
 
-def record_of(args: BSSConfig, rows: str | None, frozen: str | None = None) -> dict[str, object]:
+def record_of(args: BSSConfig, rows: str | None, models: dict[str, str | None] | None = None) -> dict[str, object]:
     """What a checkpoint says of the run that writes it.
 
-    ``rows`` is the hash of its training rows, ``frozen`` that of the weights of another model that it stays near.
+    ``rows`` is the hash of its training rows, and ``models`` has those of the weights of the models that it compares
+    with: ``frozen`` of one that it stays near, ``teacher`` of one that it learns from.
     """
-    return {**resumed_settings(args), "rows": rows, "frozen": frozen, "trainer": trainer_settings(args)}
+    return {**resumed_settings(args), "rows": rows, **(models or {}), "trainer": trainer_settings(args)}
 
 
 def check_resumed(
     checkpoint: str | Path,
     args: BSSConfig,
     rows: Callable[[], str | None] | None = None,
-    frozen: Callable[[], str | None] = lambda: None,
+    models: Callable[[], dict[str, str | None]] = dict,
 ) -> None:
-    """Compare the run that wrote ``checkpoint`` with that of ``args`` and of the hashes ``rows`` and ``frozen``.
+    """Compare the run that wrote ``checkpoint`` with that of ``args`` and of the hashes ``rows`` and ``models``.
 
     A warning tells which options of the Trainer are others, where users may want that.
 
@@ -474,7 +475,7 @@ def check_resumed(
             )
         return
     before_trainer, before_rows = before.pop("trainer", {}), before.pop("rows", None)
-    before_frozen = before.pop("frozen", None)
+    before_models = {name: before.pop(name, None) for name in _COMPARED_WITH}
     now, now_trainer = resumed_settings(args), trainer_settings(args)
     known = before_trainer.keys() & now_trainer.keys()  # another version may have other ones
     changed = {name for name in known if differences({name: before_trainer[name]}, {name: now_trainer[name]})}
@@ -496,11 +497,12 @@ def check_resumed(
             f"{checkpoint} comes from a run on other rows (or the same in another order, or tokenized otherwise): "
             "resume with the former data set, or start another run with the checkpoint as its model"
         )
-    if before_frozen is not None and before_frozen != frozen():
-        raise ResumeError(
-            f"{checkpoint} comes from a run that stays near another model (kl_weight): resume with the former --model "
-            "or --kl-model, or start another run with the checkpoint as its model"
-        )
+    for name, (does, option) in _COMPARED_WITH.items():
+        if before_models[name] is not None and before_models[name] != models().get(name):
+            raise ResumeError(
+                f"{checkpoint} comes from a run that {does}: resume with the former {option}, or start another run "
+                "with the checkpoint as its model"
+            )
     if args.process_index > 0:  # the first process tells the rest
         return
     if kept := changed & _KEPT:
@@ -513,6 +515,10 @@ def check_resumed(
         logger.warning("the run goes on otherwise than it would have: %s", "; ".join(told(rest)))
 
 
+_COMPARED_WITH = {
+    "frozen": ("stays near another model (kl_weight)", "--model or --kl-model"),
+    "teacher": ("learns from another model (target=teacher)", "--teacher-model"),
+}
 _OTHER_RUN = {
     "rows_per_step", "sorted_batches", "optim", "optim_args", "optim_target_modules", "label_smoothing_factor",
     "neftune_noise_alpha", "train_sampling_strategy", "group_by_length", "dataloader_drop_last", "data_seed",

@@ -16,6 +16,7 @@ from ..data import RowOptions
 from ..files import expand_home
 from .parallelism import check_deepspeed, check_fsdp_version, check_parallelism
 from .schedules import SCHEDULES, Schedule
+from .targets import TargetOptions
 from .weight_memory import WEIGHTS
 
 LOSS_ON = ("all", "after_self", "after_switch")
@@ -166,7 +167,7 @@ class GeneratorOptions(MaskOptions):
 
 
 @dataclass
-class BSSConfig(RowOptions, GeneratorOptions, TrainingArguments):
+class BSSConfig(RowOptions, GeneratorOptions, TargetOptions, TrainingArguments):
     """Arguments of ``BSSTrainer``: everything of ``transformers.TrainingArguments``, and the fields below.
 
     Raises:
@@ -332,6 +333,18 @@ class BSSConfig(RowOptions, GeneratorOptions, TrainingArguments):
             raise ValueError(f"kl_weight is {self.kl_weight}; it must be a finite number >= 0")
         if self.kl_model and not self.kl_weight:
             raise ValueError(f"kl_model is {self.kl_model!r}, but kl_weight is 0; set kl_weight to use it")
+        self.check_target()
+        if self.weight_of_target == 1.0 and self.label_smoothing_factor:
+            raise ValueError(
+                f"label_smoothing_factor is {self.label_smoothing_factor}, but the target {self.target} has all the "
+                "weight, and leaves none to the cross-entropy that is smoothed: give a target_weight below 1, or leave "
+                "label_smoothing_factor out"
+            )
+        if self.target == "privileged" and self.assistant_turns != "last":
+            raise ValueError(
+                "assistant_turns=all is not for target=privileged, which asks for one answer per row again: the last "
+                "turn"
+            )
         self.check_generator()
         if self.remove_unused_columns:
             raise ValueError(

@@ -1,4 +1,7 @@
-"""The loss of a training step: cross-entropy to the reference answers, smoothed, weighted, with a KL term, and lean.
+"""The loss of a training step: cross-entropy to the reference answers, smoothed, weighted, and what else is asked for.
+
+Other terms are divergences from distributions that have no gradient: those of a frozen model, or of the target that is
+learned besides the reference. Their states are computed before, and their logits chunk by chunk, as the model's are.
 
 transformers' models compute logits [B, L, V] of every position, prompts and padding included, and hand them to their
 ``loss_function``. Inside ``AnswerLoss.inside`` a model's LM head hands its input on as it is, and the loss function
@@ -14,6 +17,7 @@ import logging
 import math
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
+from dataclasses import dataclass, replace
 
 import torch
 import torch.nn.functional as F
@@ -27,22 +31,57 @@ from ..context.models import arguments_of, inference, text_inputs
 from ..context.precision import is_linear, is_plain
 from ..context.sharding import is_sharded_now, keep_after_forward, sharding_of
 from ..data import IGNORE_INDEX
+from .divergences import Divergence
 
 logger = logging.getLogger(__name__)
 
 _OWN = "_selfgen_own_forward"  # of a head, while another one is in its place
+_NEAR, _FROM_TARGET = Divergence("reverse_kl"), Divergence()
 _CHUNK_BYTES = 2**27  # of fp32 logits in memory at a time; much smaller chunks read the head's weights too often
+
+
+@dataclass(frozen=True)
+class Compared:
+    """What the loss of a micro-batch takes besides the states of its forward.
+
+    States are what a model's head gets [B, L, D], or its logits [B, L, V] (`AnswerLoss.states_of`).
+    """
+
+    row_weights: Tensor | None = None  # [B]
+    frozen: Tensor | None = None  # states of the model to stay near
+    target: Tensor | None = None  # states of the target
+    has_target: Tensor | None = None  # bool [B, L]: the positions whose states the target has; None is all of them
+
+
+@dataclass(frozen=True)
+class _Term:
+    """A divergence, from the logits that ``head`` makes of ``states`` [N, D]; those are logits [N, V] without one."""
+
+    weight: float
+    divergence: Divergence
+    states: Tensor
+    head: nn.Linear | None
 
 
 class AnswerLoss:
     """Sum over the answers' positions of weighted losses, over ``num_items_in_batch``.
 
+    At each position it is (1 - ``target_weight``) times the cross-entropy to the reference, plus ``target_weight``
+    times what ``target`` names. Where a micro-batch has no such target, the cross-entropy has its full weight.
+
     Args:
         model: a transformers causal language model.
-        label_smoothing: share of the target that is spread evenly over the vocabulary, in [0, 1].
-        kl_weight: the weight of KL(model || frozen) at each position, under the same context.
+        label_smoothing: share of the reference that is spread evenly over the vocabulary, in [0, 1].
+        kl_weight: the weight of ``near`` at each position, added to the loss.
         frozen: the model to stay near; it may be ``model`` itself, if the caller switches its adapters off meanwhile.
-        lean: never have all logits in memory, if the model allows it; ``not_lean`` says why it does not.
+        near: the divergence of ``model`` from ``frozen`` under the same context, KL(model || frozen) by default.
+        target: "reference" for none; "dft" for the cross-entropy times the probability of the reference, which has no
+            gradient; "divergence" for that from states which `inside` gets.
+        target_weight: in [0, 1].
+        teacher: the model whose head makes logits of the states of the target, ``model`` by default.
+        divergence: of ``model`` from the target.
+        lean: never have all logits in memory, if the model allows it; ``not_lean`` says why it does not. Those of
+            another model never are where that allows it.
         outside: compute it of the logits that the model returns (`of_outputs`), not in place of the model's loss.
     """
 
@@ -53,37 +92,46 @@ class AnswerLoss:
         label_smoothing: float = 0.0,
         kl_weight: float = 0.0,
         frozen: PreTrainedModel | None = None,
+        near: Divergence = _NEAR,
+        target: str = "reference",
+        target_weight: float = 0.0,
+        teacher: PreTrainedModel | None = None,
+        divergence: Divergence = _FROM_TARGET,
         lean: bool = True,
         outside: bool = False,
     ):
         self.model, self.label_smoothing, self.kl_weight, self.frozen = model, label_smoothing, kl_weight, frozen
+        self.near, self.target, self.target_weight, self.divergence = near, target, target_weight, divergence
+        self.teacher = model if teacher is None else teacher
         self.outside = outside
-        self._given: tuple[Tensor | None, Tensor | None] = None, None
+        self._given: Compared | None = None
         self.not_lean: str | None = None
         self.lean = lean and not outside
+        others = {id(one): one for one in (frozen, teacher) if one is not None and one is not model}
+        self._lean_others = {number: why_not_lean(one) is None for number, one in others.items()}
         self.look_again()
 
     def look_again(self) -> bool:
         """Whether the loss has been lean and can't be any more: training may change what a model does to its logits."""
         if not self.lean:
             return False
-        frozen = self.frozen if self.frozen is not self.model else None
-        self.not_lean = why_not_lean(self.model) or (why_not_lean(frozen) if frozen is not None else None)
+        self.not_lean = why_not_lean(self.model)
         self.lean = self.not_lean is None
         return not self.lean
 
     @contextmanager
-    def inside(self, row_weights: Tensor | None = None, frozen_states: Tensor | None = None) -> Iterator[None]:
+    def inside(self, row_weights: Tensor | None = None, compared: Compared | None = None) -> Iterator[None]:
         """Inside, the model's own loss is this one.
 
-        ``row_weights`` [B] weigh the rows of the batch, ``frozen_states`` are the frozen model's (`states_of`).
+        ``row_weights`` [B] weigh the rows of the batch, where ``compared`` is not given, which has them, too.
         """
+        given = compared or Compared(row_weights)
         if self.outside:
-            self._given = row_weights, frozen_states
+            self._given = given
             try:
                 yield
             finally:
-                self._given = None, None
+                self._given = None
             return
         called = []
         if self.lean:
@@ -91,58 +139,95 @@ class AnswerLoss:
 
         def loss_function(logits, labels, vocab_size=None, num_items_in_batch=None, **_):
             called.append(True)
-            return self._loss(logits, labels, num_items_in_batch, row_weights, frozen_states)
+            return self._loss(logits, labels, num_items_in_batch, given)
 
         with _loss_of(self.model, loss_function), _head_left_out(self.model) if self.lean else nullcontext():
             yield
         if not called:
             raise ValueError(
                 f"{type(self.model).__name__} does not compute its loss through transformers' loss_function, which "
-                "lean_loss, kl_weight and direct_weight need; set lean_loss to False, and the weights to 0"
+                "lean_loss, target, kl_weight and direct_weight need; set lean_loss to False, target to reference, and "
+                "the weights to 0"
             )
 
     def of_outputs(self, outputs, labels: Tensor, num_items_in_batch=None) -> Tensor:
         """The loss of what the model returned without labels, as ``compute_loss_func`` of the Trainer."""
         logits = outputs["logits"] if isinstance(outputs, dict) else outputs[0]
-        return self._loss(logits, labels, num_items_in_batch, *self._given)
+        return self._loss(logits, labels, num_items_in_batch, self._given)
 
-    def frozen_states(self, inputs: dict[str, Tensor], through: nn.Module | None = None) -> Tensor:
-        """What the frozen model's head gets [B, L, D], or its logits [B, L, V] where the loss is not lean.
+    def states_of(self, model: PreTrainedModel, inputs: dict[str, Tensor], through: nn.Module | None = None) -> Tensor:
+        """What the head of ``model`` gets [B, L, D], or its logits [B, L, V] where it does not allow a lean loss.
 
-        ``through`` is what is called: the PEFT model around the frozen one, which FSDP2 may shard as a whole.
+        ``through`` is what is called: the PEFT model around it, which FSDP2 may shard as a whole.
         """
-        assert self.frozen is not None
         given = {name: inputs[name] for name in ("input_ids", "attention_mask", "position_ids") if name in inputs}
-        called = self.frozen if through is None else through  # a compiled one has no truth value
-        with inference(self.frozen), _head_left_out(self.frozen) if self.lean else nullcontext():
-            return called(**arguments_of(self.frozen, **given, use_cache=False)).logits
+        called = model if through is None else through  # a compiled one has no truth value
+        with inference(model), _head_left_out(model) if self._is_lean(model) else nullcontext():
+            return called(**arguments_of(model, **given, use_cache=False)).logits
 
-    def _loss(self, states, labels, num_items_in_batch, row_weights, frozen_states) -> Tensor:
-        """``states`` are [B, L, D], or logits [B, L, V]; ``labels`` [B, L] are not shifted yet."""
+    def _loss(self, states, labels, num_items_in_batch, given: Compared | None) -> Tensor:
+        """``states`` are [B, L, D], or logits [B, L, V]; ``labels`` [B, L] are not shifted yet.
+
+        Without ``given`` it is the cross-entropy to the reference, as in evaluation.
+        """
         targets = F.pad(labels, (0, 1), value=IGNORE_INDEX)[:, 1:].to(states.device)  # [B, L]
         learned = targets != IGNORE_INDEX
         total = torch.zeros((), dtype=torch.float32, device=states.device)
-        for weight, rows in _groups(row_weights, learned):
+        for weight, rows in _groups(None if given is None else given.row_weights, learned):
             here = learned & rows[:, None]
-            loss = self._cross_entropy(states[here], targets[here])
-            if frozen_states is not None:
-                loss = loss + self.kl_weight * self._kl(states[here], frozen_states[here])
-            total = total + weight * loss
+            total = total + weight * self._sum(states, targets, here, given)
         items = learned.sum() if num_items_in_batch is None else num_items_in_batch
         return total / torch.as_tensor(items, device=total.device).clamp(min=1)
+
+    def _sum(self, states: Tensor, targets: Tensor, here: Tensor, given: Compared | None) -> Tensor:
+        """Over the positions ``here``, bool [B, L]."""
+        if given is None:
+            return self._cross_entropy(states[here], targets[here])
+        near: list[tuple[float, Divergence, Tensor, PreTrainedModel]] = []
+        if given.frozen is not None and self.frozen is not None:
+            near.append((self.kl_weight, self.near, given.frozen, self.frozen))
+        dft = self.target_weight if self.target == "dft" else 0.0
+        parts = [(here, 1.0 - dft, near)]
+        if self.target == "divergence" and given.target is not None:
+            weight = self.target_weight
+            has_target = here if given.has_target is None else here & given.has_target
+            with_target = (has_target, 1.0 - weight, [*near, (weight, self.divergence, given.target, self.teacher)])
+            parts = [with_target] if given.has_target is None else [with_target, (here & ~has_target, 1.0, near)]
+        total = torch.zeros((), dtype=torch.float32, device=states.device)
+        for where, weight, compared in parts:
+            if dft == 0.0 and not compared:
+                total = total + self._cross_entropy(states[where], targets[where])
+            else:
+                terms = [
+                    _Term(one, divergence, other[where], self._head(model))
+                    for one, divergence, other, model in compared
+                ]
+                total = total + self._weighted(states[where], targets[where], weight, dft, terms)
+        return total
+
+    def _is_lean(self, model: PreTrainedModel) -> bool:
+        return self.lean if model is self.model else self._lean_others[id(model)]
+
+    def _head(self, model: PreTrainedModel) -> nn.Linear | None:
+        """What makes logits of its states; None where these are logits already."""
+        if not self._is_lean(model):
+            return None
+        head = model.get_output_embeddings()
+        if product_of(head) is None and is_sharded_now(head.weight):
+            raise RuntimeError(
+                "the weights of the head are sharded when the loss is computed: shard the head together with the "
+                "model, or give lean_loss=False"
+            )
+        return head
 
     def _cross_entropy(self, states: Tensor, targets: Tensor) -> Tensor:
         """Sum over [N]."""
         smoothing = self.label_smoothing
         if not self.lean:
             return F.cross_entropy(states.float(), targets, reduction="sum", label_smoothing=smoothing)
-        head = self.model.get_output_embeddings()
+        head = self._head(self.model)
+        assert head is not None
         multiply = product_of(head)
-        if multiply is None and is_sharded_now(head.weight):
-            raise RuntimeError(
-                "the weights of the head are sharded when the loss is computed: shard the head together with the "
-                "model, or give lean_loss=False"
-            )
         chunk = _chunk(head.out_features)
         full_precision = head.weight.dtype == torch.float32 and not torch.is_autocast_enabled(states.device.type)
         known = hasattr(F, "linear_cross_entropy")  # since torch 2.13
@@ -156,14 +241,21 @@ class AnswerLoss:
             total = total + checkpoint(_smoothed, part, part_targets, head, smoothing, use_reentrant=False)
         return total
 
-    def _kl(self, states: Tensor, frozen_states: Tensor) -> Tensor:
-        """Sum over [N] of KL(model || frozen)."""
-        assert self.frozen is not None
-        heads = [model.get_output_embeddings() if self.lean else None for model in (self.model, self.frozen)]
-        chunk = _chunk(heads[0].out_features if heads[0] else states.shape[1])
-        total = states.new_zeros((), dtype=torch.float32)
-        for part, frozen_part in zip(states.split(chunk), frozen_states.split(chunk), strict=True):
-            total = total + checkpoint(_kl, part, frozen_part, *heads, use_reentrant=False)
+    def _weighted(
+        self, states: Tensor, targets: Tensor, cross_entropy: float, dft: float, terms: list[_Term]
+    ) -> Tensor:
+        """Sum over [N] of all losses with their weights; a chunk's logits are computed once for all of them."""
+        head = self._head(self.model)
+        sources = [(states, head), *((term.states, term.head) for term in terms)]
+        chunk = _chunk(sum(part.shape[1] if one is None else one.out_features for part, one in sources))
+        weights = cross_entropy, dft, self.label_smoothing
+        total = states[:0].sum(dtype=torch.float32)  # which has a gradient where there are no positions
+        for first in range(0, len(states), chunk):
+            part = slice(first, first + chunk)
+            others = [replace(term, states=term.states[part]) for term in terms]
+            total = total + checkpoint(
+                _weighted, states[part], targets[part], head, weights, others, use_reentrant=False
+            )
         return total
 
 
@@ -230,14 +322,28 @@ def _smoothed(states: Tensor, targets: Tensor, head: nn.Linear, smoothing: float
     return F.cross_entropy(logits, targets, reduction="sum", label_smoothing=smoothing)
 
 
-def _kl(states: Tensor, frozen_states: Tensor, head: nn.Linear | None, frozen_head: nn.Linear | None) -> Tensor:
-    own = _log_probs(states, head)
-    return (own.exp() * (own - _log_probs(frozen_states, frozen_head))).sum()
+def _weighted(
+    states: Tensor, targets: Tensor, head: nn.Linear | None, weights: tuple[float, float, float], terms: list[_Term]
+) -> Tensor:
+    cross_entropy, dft, smoothing = weights
+    own = _logits(states, head).log_softmax(-1)
+    of_reference = own.gather(1, targets[:, None])[:, 0]
+    total = torch.zeros((), dtype=torch.float32, device=states.device)
+    if cross_entropy:
+        smoothed = smoothing * own.mean(1) if smoothing else 0.0
+        total = total - cross_entropy * ((1 - smoothing) * of_reference + smoothed).sum()
+    if dft:
+        total = total - dft * (of_reference.detach().exp() * of_reference).sum()
+    for term in terms:
+        with torch.no_grad():
+            target = _logits(term.states, term.head)
+        total = total + term.weight * term.divergence(own, target).sum()
+    return total
 
 
-def _log_probs(states: Tensor, head: nn.Linear | None) -> Tensor:
-    logits = states if head is None else _product(states, head)
-    return logits.float().log_softmax(-1)
+def _logits(states: Tensor, head: nn.Linear | None) -> Tensor:
+    """In fp32; the states are logits without a head."""
+    return (states if head is None else _product(states, head)).float()
 
 
 def _product(states: Tensor, head: nn.Linear) -> Tensor:

@@ -117,6 +117,8 @@ class Meter:
         }
         if "self_prob" in self.counts:
             logs["self_prob"] = self.counts["self_prob"] / steps
+        if rows := self.counts["privileged"]:
+            logs["privileged_too_long"] = self.counts["privileged_too_long"] / rows
         if self.scales_loss:
             logs["skipped_steps"] = self.skipped_steps
         self._reset()

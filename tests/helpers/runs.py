@@ -4,12 +4,17 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 
 import torch
 from datasets import Dataset
 from models import OPTIONS, SINCE, VOCAB, tiny_model
+from transformers import LlamaForCausalLM
 
+from selfgen import BSSTrainer
+
+from .data import TEMPLATE, make_tokenizer
 from .sharded import another_run, whole_state
 from .training import losses_of, make_bash_trainer, make_rac_trainer, make_trainer, rows
 from .versions import FSDP2_ONCE, REUSED_IN_SHARDS, has
@@ -139,6 +144,24 @@ def make_rac(folder, **changes):
     return make_rac_trainer(folder, **{"learning_rate": 1e-2, **changes})
 
 
+def make_taught(folder, **changes):
+    """With a teacher of another hidden size."""
+    config = tiny_model("llama").config
+    config.hidden_size = 48
+    torch.manual_seed(5)
+    teacher = LlamaForCausalLM(config).eval()
+    return make_trainer(folder, trainer=partial(BSSTrainer, teacher=teacher), **{"target": "teacher", **changes})
+
+
+def make_privileged(folder, **changes):
+    """With a tokenizer that can make prompts."""
+
+    def trainer(model, config, **given):
+        return BSSTrainer(model, config, **{**given, "processing_class": make_tokenizer(TEMPLATE, size=VOCAB)})
+
+    return make_trainer(folder, trainer=trainer, **{"target": "privileged", "privileged_cue": "h g", **changes})
+
+
 OWN = [
     {"prompt": p, "completion": c, "own_answer": o}
     for p, c, o in [
@@ -168,6 +191,11 @@ CASES = {
     "not lean": Case({"lean_loss": False}, lean=False),
     "kl": Case({"kl_weight": 0.3}),
     "kl, not lean": Case({"kl_weight": 0.3, "lean_loss": False}, lean=False),
+    "dft": Case({"target": "dft"}),
+    "teacher_forced": Case({"target": "teacher_forced", "self_prob": 0.1}, data=UNEVEN),
+    "teacher_forced, not lean": Case({"target": "teacher_forced", "lean_loss": False}, lean=False),
+    "teacher": Case(make=make_taught),
+    "privileged": Case(make=make_privileged),
     "not reused": Case({"reuse_passes": False}, reused=False),
     "scheduled": Case({"self_prob_warmup": 2}),
     "auto": Case({**AUTO, "learning_rate": 0.03}, data=EASY),
@@ -182,6 +210,9 @@ CASES = {
     "best": Case({**EVALUATED, "save_strategy": "steps", "save_steps": 1, "load_best_model_at_end": True}),
     "lora": Case(model=lora),
     "lora, kl": Case({"kl_weight": 0.3}, model=lora),
+    "lora, teacher": Case({"target": "teacher", "divergence": "jsd"}, model=lora),
+    "lora, teacher_forced": Case({"target": "teacher_forced"}, model=lora),
+    "lora, privileged": Case(model=lora, make=make_privileged),
     "lora, after_self": Case({"loss_on": "after_self"}, model=lora),
     "rac": Case(RAC, make=make_rac, data=OWN),
     "rac, mixed": Case({**RAC, "own_answer": "mixed"}, make=make_rac, data=OWN),
@@ -204,7 +235,7 @@ CASES["many"] = Case(
 )
 if not has("transformers", SINCE["gemma2"]):
     del CASES["gemma2"]
-FAST = ("many", "short", "after_switch", "lora, kl", "rac, direct", "bash")
+FAST = ("many", "short", "after_switch", "lora, kl", "rac, direct", "bash", "teacher_forced")
 """Together they have most of what the others have."""
 EVEN = tuple(name for name in FAST if name != "short")
 """Those of which four processes get equally many batches, as they must in any training."""

@@ -282,7 +282,7 @@ def test_a_teacher_that_is_named(tmp_path, lean, kind):
     named = {"target": "teacher", "teacher_model": str(tmp_path / "other"), "lean_loss": lean, **kind}
     trainer = make(tmp_path / "out", **STILL, **named)
     found = losses_of(trainer)
-    assert trainer._reuses
+    assert trainer._reuse.on
     assert trainer._answer_loss.lean == lean
     assert not any(p.requires_grad or p.grad is not None for p in trainer._answer_loss.teacher.parameters())
     everywhere = torch.tensor(True)
@@ -359,7 +359,7 @@ def test_teacher_forced_is_its_formula(tmp_path, lean, adapter):
     model = lora if adapter else llama
     trainer = make(tmp_path, model=model(), target="teacher_forced", lean_loss=lean, **STILL)
     found = losses_of(trainer)
-    assert trainer._reuses
+    assert trainer._reuse.on
     torch.testing.assert_close(
         total(found), expected(found, model(), under_the_reference(model())), rtol=1e-5, atol=1e-6
     )
@@ -406,7 +406,7 @@ def test_privileged_is_a_forward_over_rows_by_hand(tmp_path, lean):
         **STILL,
     )  # fmt: skip
     found = losses_of(trainer)
-    assert trainer._reuses
+    assert trainer._reuse.on
     model = llama()
     end = words.convert_tokens_to_ids("<eos>")
     between = words("<eos> <nl> <user> h g <eos> <nl> <assistant>", add_special_tokens=False).input_ids

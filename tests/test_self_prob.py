@@ -394,6 +394,11 @@ def test_two_processes(tmp_path):
     [
         ({"self_prob": "half"}, "self_prob is 'half'; accepted: a number, or auto"),
         ({"self_prob_warmup": "late"}, "self_prob_warmup is 'late'; accepted: a number, or settled"),
+        ({"self_prob": "0.25"}, "self_prob is '0.25'; accepted: a number, or auto"),
+        ({"self_prob": None}, "self_prob is None; accepted: a number, or auto"),
+        ({"self_prob": "auto", "self_prob_cap": "auto"}, "self_prob_cap is 'auto'; accepted: a number"),
+        ({"self_prob_start": "auto"}, "self_prob_start is 'auto'; accepted: a number"),
+        ({"self_prob": "auto", "difference_target": "2%"}, "difference_target is '2%'; accepted: a number"),
         ({"difference_target": 0.1}, r"difference_target goes with self_prob=auto, but self_prob is 0\.5"),
         ({"self_prob_cap": 0.1}, "self_prob_cap goes with self_prob=auto"),
         ({"self_prob": "auto", "difference_target": 0.0}, r"difference_target is 0\.0; it must be above 0"),

@@ -5,9 +5,11 @@ from __future__ import annotations
 import json
 import math
 import random
+from functools import partial
 from pathlib import Path
 from statistics import median
 
+import numpy as np
 import pytest
 import torch
 from helpers.processes import in_ranks
@@ -16,6 +18,7 @@ from helpers.training import config, make_bash_trainer, make_rac_trainer, make_t
 from models import tiny_model
 from transformers import TrainerCallback
 
+from selfgen import BSSTrainer
 from selfgen.cli.contexts import ContextArguments
 from selfgen.training import self_prob
 from selfgen.training.checkpoints import ResumeError
@@ -297,6 +300,52 @@ def test_a_second_run_begins_anew(tmp_path):
     assert found[0] == found[2] == 0.3
 
 
+class Break(TrainerCallback):
+    def on_step_end(self, args, state, control, **kwargs):
+        if state.global_step == 3:
+            raise InterruptedError
+
+
+def test_a_run_after_one_that_was_broken_off_counts_its_own_steps_only(tmp_path):
+    trainer = make_trainer(tmp_path, **AUTO, self_prob_warmup=2, max_steps=4, logging_steps=2)
+    trainer.add_callback(Break())
+    with pytest.raises(InterruptedError):
+        trainer.train()
+    trainer.remove_callback(Break)
+    trainer.train()
+    first = logged(trainer, "self_prob", "self_share", "differing_share", "passes", "computed_per_token")[0]
+    assert not any(first.values())
+
+
+@pytest.mark.parametrize("number", [np.float32, torch.tensor])
+def test_numbers_of_other_kinds(tmp_path, number):
+    """They are none that JSON knows, in which checkpoints have what was counted."""
+    saved = {"max_steps": 2, "save_strategy": "steps", "save_steps": 1}
+    auto = {"difference_target": number(0.25), "self_prob_cap": number(0.5), "self_prob_warmup": 0}
+    expected = make_trainer(tmp_path / "a", self_prob=0.25, **saved)
+    scheduled = make_trainer(
+        tmp_path / "b", trainer=partial(BSSTrainer, schedule=lambda start, end, progress: number(0.25)), **saved
+    )
+    followed = make_trainer(tmp_path / "c", self_prob="auto", **auto, max_steps=1, save_strategy="epoch")
+    for trainer in (expected, scheduled, followed):
+        trainer.train()
+    assert logged(scheduled) == logged(expected)
+    assert logged(followed, "self_prob", "self_share") == logged(expected, "self_prob", "self_share")[:1]
+
+
+def test_a_callback_may_have_p_follow_the_steps_from_now_on(tmp_path):
+    class Follow(TrainerCallback):
+        def on_step_end(self, args, state, control, **kwargs):
+            args.self_prob = "auto"
+
+    trainer = make_trainer(tmp_path, data=EASY, max_steps=4)
+    trainer.add_callback(Follow())
+    found = asked(trainer)
+    trainer.train()
+    assert found[0] == 0.5
+    assert all(0 < p < 0.1 for p in found[1:])
+
+
 def test_corrections(tmp_path):
     trainer = make_rac_trainer(tmp_path, **AUTO, self_prob_warmup=1, max_steps=6, learning_rate=1e-2)
     found = asked(trainer)
@@ -330,11 +379,24 @@ def resume(folder, found, **options):
 def test_a_checkpoint_without_what_was_counted(tmp_path, caplog):
     found = checkpoint(tmp_path)
     (found / FILE).unlink()
-    with pytest.raises(ResumeError, match=f"checkpoint-2 has no {FILE}, which self_prob=auto goes on from"):
+    with pytest.raises(ResumeError, match=f"checkpoint-2 can't be continued from, as {FILE} is missing"):
         resume(tmp_path, found)
     (found / "selfgen.json").unlink()  # as of another program
     resume(tmp_path, found)
     assert "counted from this step on" in caplog.text
+
+
+@pytest.mark.parametrize(
+    ("content", "fault"),
+    [(None, "is missing"), ('{"los', "is broken"), ("[]", "is no JSON object"), ("{}", "lacks losses")],
+)
+def test_a_checkpoint_whose_counts_are_broken_is_passed_over(tmp_path, caplog, content, fault):
+    found = checkpoint(tmp_path, save_steps=1)
+    (found / FILE).unlink() if content is None else (found / FILE).write_text(content)
+    caplog.clear()
+    resume(tmp_path, "last")
+    assert f"checkpoint-2 is passed over, as {FILE} {fault}" in caplog.text
+    assert f"goes on from {tmp_path / 'checkpoint-1'}" in caplog.text
 
 
 def test_a_checkpoint_with_another_target_is_refused(tmp_path):

@@ -443,7 +443,7 @@ class BSSConfig(RowOptions, GeneratorOptions, TargetOptions, TrainingArguments):
         last = max_steps - 1
         progress = min(1.0, (step - first) / (last - first)) if last > first else 1.0
         schedule = schedule or SCHEDULES[self.self_prob_schedule]
-        self_prob = schedule(self.self_prob_start, float(self.self_prob), progress)
+        self_prob = float(schedule(self.self_prob_start, float(self.self_prob), progress))
         check_probability(f"the self-probability that the schedule gives for step {step}", self_prob)
         return self_prob
 

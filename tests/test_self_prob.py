@@ -6,6 +6,7 @@ import json
 import math
 import random
 from functools import partial
+from itertools import pairwise
 from pathlib import Path
 from statistics import median
 
@@ -241,7 +242,7 @@ def test_a_fixed_p_may_wait_too(tmp_path, monkeypatch):
     assert [entry["self_prob"] for entry in logged(trainer)] == [0.0, 0.0, 0.4, 0.4]
 
 
-def test_a_run_that_never_settles_is_plain_fine_tuning(tmp_path):
+def test_a_run_that_never_settles_is_plain_fine_tuning(tmp_path, caplog):
     plain = make_trainer(tmp_path / "sft", self_prob=0.0, lean_loss=True)
     auto = make_trainer(tmp_path / "auto", self_prob="auto")
     found = asked(auto)
@@ -250,6 +251,19 @@ def test_a_run_that_never_settles_is_plain_fine_tuning(tmp_path):
     assert not found
     assert torch.equal(weights(auto.model), weights(plain.model))
     assert not any(entry["passes"] or entry["self_prob"] for entry in logged(auto))
+    assert caplog.text.count("nothing was mixed, as the loss of the first 4 steps has not settled") == 1
+
+
+def test_of_a_long_run_not_every_step_is_looked_at(tmp_path, monkeypatch):
+    """As a look reads the losses of all steps so far."""
+    looks = []
+    monkeypatch.setattr(self_prob, "settled", lambda losses, least: looks.append(len(losses)))
+    prob = make_trainer(tmp_path, **AUTO)._self_prob
+    for steps in range(1, 10_001):
+        prob._learn(steps, 10_000)
+    assert looks[:512] == [*range(1, 513)]
+    assert len(looks) < 2000
+    assert max(after / one for one, after in pairwise(looks[64:])) < 1.02
 
 
 class Stop(TrainerCallback):

@@ -31,6 +31,7 @@ from .schedules import Schedule
 logger = logging.getLogger(__name__)
 
 _DECAY = 0.95  # of what a step has counted, with each step after it
+_LOOKS = 256  # while the steps double: each reads the losses of all steps so far
 _FIRST = 4  # steps, whose mean loss is what the loss has fallen from
 _LEAST = 64  # steps: before them, quarters are too short to be compared
 _OF_FALL = 0.05  # of what the loss has fallen so far
@@ -143,6 +144,14 @@ class SelfProb(TrainerCallback):
         if state.global_step == 0:  # else a checkpoint was loaded
             self._begin()
 
+    def on_train_end(self, args, state, control, **kwargs):
+        if self._losses and self._args.process_index == 0:
+            logger.warning(
+                "nothing was mixed, as the loss of the first %d steps has not settled: to mix contexts earlier, give "
+                "self_prob_warmup a number (--self-prob-warmup 0)",
+                state.global_step,
+            )
+
     def on_step_end(self, args, state, control, **kwargs):
         if self._used is None:  # contexts are not made here
             return
@@ -161,6 +170,8 @@ class SelfProb(TrainerCallback):
         loss = _mean(losses)
         if math.isfinite(loss):  # fp16's loss scaler leaves out steps that overflow
             self._losses.append(loss)
+        if len(self._losses) % max(1, len(self._losses) // _LOOKS):
+            return
         if settled(self._losses, least_steps(self._args.get_warmup_steps(max_steps), max_steps)):
             self._losses = None
             if self._args.process_index == 0:

@@ -133,6 +133,17 @@ def test_noise_delays():
     assert sorted(found)[1] > 0.7 * clean
 
 
+@pytest.mark.parametrize("noise", [0.1, 0.3])
+def test_chance_is_no_plateau(noise):
+    """However often one looks, as a rise by chance is not subtracted from the error."""
+    falling = [first_settled(curve(line, 500, noise, seed)) for seed in range(6)]
+    slow = [first_settled(curve(lambda x: 0.6 + 0.4 * math.exp(-4 * x), 500, noise, seed)) for seed in range(6)]
+    assert {*falling} == {math.inf}
+    assert min(slow) > 250
+    flat = [first_settled(curve(lambda _: 1.0, 500, noise, seed)) for seed in range(6)]
+    assert min(flat) > 2 * 4 * (noise / 0.02) ** 2 * 0.7  # two quarters whose difference is known to 2%
+
+
 @pytest.mark.parametrize("noise", [0.0, 0.05, 0.1])
 def test_epochs_over_few_rows(noise):
     """Of 50 steps each, whose losses drop from one to the next: it settles within the second or third, or never."""

@@ -44,7 +44,7 @@ def settled(losses: Sequence[float], least: int = _LEAST) -> bool:
     They have if the last quarter of the steps is hardly better than the quarter before: if the mean falls by at most 5%
     of what it has fallen since the first steps. They have, too, if there is hardly any fall at all: if the mean of the
     last quarter is below those of the first and of the third one by at most 2%. A fall counts as one standard error
-    larger than it looks, so that noise rather delays the answer.
+    larger than it looks, and a rise as no fall, so that noise delays the answer.
 
     Args:
         losses: of all steps, each the mean over its tokens.
@@ -58,7 +58,7 @@ def settled(losses: Sequence[float], least: int = _LEAST) -> bool:
     last = _mean(both[size:])
     # Differences of neighbours have twice the variance of a step, and hardly any trend.
     error = math.sqrt(_mean([(after - one) ** 2 for one, after in pairwise(both)]) / size)
-    falls = [_mean(losses[:size]) - last + error, _mean(both[:size]) - last + error]
+    falls = [max(0.0, _mean(before) - last) + error for before in (losses[:size], both[:size])]
     return falls[1] <= _OF_FALL * (_mean(losses[:_FIRST]) - last) or max(falls) <= _OF_LOSS * last
 
 

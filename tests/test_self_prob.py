@@ -224,6 +224,22 @@ def test_one_p_for_all_contexts_of_a_step(tmp_path):
     assert logged(parts, *names) == logged(whole, *names)
 
 
+def test_passes_are_tried_though_a_callback_has_changed_p_since(tmp_path):
+    """Where contexts are made before a step begins."""
+
+    class Change(TrainerCallback):
+        def on_step_begin(self, args, state, control, **kwargs):
+            args.self_prob = 0.5 - args.self_prob
+
+    trainer = make_trainer(tmp_path, loss_on="after_self", max_steps=1)
+    trainer.add_callback(Change())
+    found = asked(trainer)
+    trainer.train()
+    assert found == [0.5]
+    assert trainer._reuse.on
+    assert trainer._reuse.verified
+
+
 def test_until_the_loss_has_settled_nothing_is_mixed(tmp_path, monkeypatch, caplog):
     caplog.set_level("INFO", logger="selfgen")
     monkeypatch.setattr(self_prob, "settled", lambda losses, least: len(losses) == 3)

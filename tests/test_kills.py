@@ -59,6 +59,10 @@ TRAIN = {
     "use_cpu": True,
     "resume_from_checkpoint": "last",
 }
+AUTO = {
+    "self_prob": "auto", "difference_target": 0.3, "self_prob_cap": 0.9, "self_prob_warmup": 2, "logging_steps": 3,
+    "granularity": "prefix", "loss_on": "after_switch",
+}  # fmt: skip
 ROUNDS = {"method": "bash", "rounds": 2, "shard_rows": 4, "max_steps": 3, "save_steps": 1, "eval_split": "train[:4]"}
 WRITTEN = {name: value for name, value in TRAIN.items() if name != "dataset"} | {
     "method": "bash",
@@ -84,6 +88,7 @@ MORE: dict[str, list[str]] = {
     "save at the end": ["train", *flags(TRAIN | {"save_strategy": "no"})],
     "few logs": ["train", *flags(TRAIN | {"logging_steps": 3, "gradient_accumulation_steps": 2})],
     "few logs of rac": ["train", *flags(TRAIN | {"method": "rac", "max_new_tokens": 4, "logging_steps": 3})],
+    "auto": ["train", *flags(TRAIN | AUTO)],
     "written contexts": ["train", *flags(WRITTEN)],
 }
 

@@ -5,9 +5,12 @@ from __future__ import annotations
 import json
 import math
 import random
+from functools import partial
+from itertools import pairwise
 from pathlib import Path
 from statistics import median
 
+import numpy as np
 import pytest
 import torch
 from helpers.processes import in_ranks
@@ -16,6 +19,7 @@ from helpers.training import config, make_bash_trainer, make_rac_trainer, make_t
 from models import tiny_model
 from transformers import TrainerCallback
 
+from selfgen import BSSTrainer
 from selfgen.cli.contexts import ContextArguments
 from selfgen.training import self_prob
 from selfgen.training.checkpoints import ResumeError
@@ -129,6 +133,17 @@ def test_noise_delays():
     assert sorted(found)[1] > 0.7 * clean
 
 
+@pytest.mark.parametrize("noise", [0.1, 0.3])
+def test_chance_is_no_plateau(noise):
+    """However often one looks, as a rise by chance is not subtracted from the error."""
+    falling = [first_settled(curve(line, 500, noise, seed)) for seed in range(6)]
+    slow = [first_settled(curve(lambda x: 0.6 + 0.4 * math.exp(-4 * x), 500, noise, seed)) for seed in range(6)]
+    assert {*falling} == {math.inf}
+    assert min(slow) > 250
+    flat = [first_settled(curve(lambda _: 1.0, 500, noise, seed)) for seed in range(6)]
+    assert min(flat) > 2 * 4 * (noise / 0.02) ** 2 * 0.7  # two quarters whose difference is known to 2%
+
+
 @pytest.mark.parametrize("noise", [0.0, 0.05, 0.1])
 def test_epochs_over_few_rows(noise):
     """Of 50 steps each, whose losses drop from one to the next: it settles within the second or third, or never."""
@@ -209,6 +224,22 @@ def test_one_p_for_all_contexts_of_a_step(tmp_path):
     assert logged(parts, *names) == logged(whole, *names)
 
 
+def test_passes_are_tried_though_a_callback_has_changed_p_since(tmp_path):
+    """Where contexts are made before a step begins."""
+
+    class Change(TrainerCallback):
+        def on_step_begin(self, args, state, control, **kwargs):
+            args.self_prob = 0.5 - args.self_prob
+
+    trainer = make_trainer(tmp_path, loss_on="after_self", max_steps=1)
+    trainer.add_callback(Change())
+    found = asked(trainer)
+    trainer.train()
+    assert found == [0.5]
+    assert trainer._reuse.on
+    assert trainer._reuse.verified
+
+
 def test_until_the_loss_has_settled_nothing_is_mixed(tmp_path, monkeypatch, caplog):
     caplog.set_level("INFO", logger="selfgen")
     monkeypatch.setattr(self_prob, "settled", lambda losses, least: len(losses) == 3)
@@ -238,7 +269,7 @@ def test_a_fixed_p_may_wait_too(tmp_path, monkeypatch):
     assert [entry["self_prob"] for entry in logged(trainer)] == [0.0, 0.0, 0.4, 0.4]
 
 
-def test_a_run_that_never_settles_is_plain_fine_tuning(tmp_path):
+def test_a_run_that_never_settles_is_plain_fine_tuning(tmp_path, caplog):
     plain = make_trainer(tmp_path / "sft", self_prob=0.0, lean_loss=True)
     auto = make_trainer(tmp_path / "auto", self_prob="auto")
     found = asked(auto)
@@ -247,6 +278,19 @@ def test_a_run_that_never_settles_is_plain_fine_tuning(tmp_path):
     assert not found
     assert torch.equal(weights(auto.model), weights(plain.model))
     assert not any(entry["passes"] or entry["self_prob"] for entry in logged(auto))
+    assert caplog.text.count("nothing was mixed, as the loss of the first 4 steps has not settled") == 1
+
+
+def test_of_a_long_run_not_every_step_is_looked_at(tmp_path, monkeypatch):
+    """As a look reads the losses of all steps so far."""
+    looks = []
+    monkeypatch.setattr(self_prob, "settled", lambda losses, least: looks.append(len(losses)))
+    prob = make_trainer(tmp_path, **AUTO)._self_prob
+    for steps in range(1, 10_001):
+        prob._learn(steps, 10_000)
+    assert looks[:512] == [*range(1, 513)]
+    assert len(looks) < 2000
+    assert max(after / one for one, after in pairwise(looks[64:])) < 1.02
 
 
 class Stop(TrainerCallback):
@@ -297,6 +341,52 @@ def test_a_second_run_begins_anew(tmp_path):
     assert found[0] == found[2] == 0.3
 
 
+class Break(TrainerCallback):
+    def on_step_end(self, args, state, control, **kwargs):
+        if state.global_step == 3:
+            raise InterruptedError
+
+
+def test_a_run_after_one_that_was_broken_off_counts_its_own_steps_only(tmp_path):
+    trainer = make_trainer(tmp_path, **AUTO, self_prob_warmup=2, max_steps=4, logging_steps=2)
+    trainer.add_callback(Break())
+    with pytest.raises(InterruptedError):
+        trainer.train()
+    trainer.remove_callback(Break)
+    trainer.train()
+    first = logged(trainer, "self_prob", "self_share", "differing_share", "passes", "computed_per_token")[0]
+    assert not any(first.values())
+
+
+@pytest.mark.parametrize("number", [np.float32, torch.tensor])
+def test_numbers_of_other_kinds(tmp_path, number):
+    """They are none that JSON knows, in which checkpoints have what was counted."""
+    saved = {"max_steps": 2, "save_strategy": "steps", "save_steps": 1}
+    auto = {"difference_target": number(0.25), "self_prob_cap": number(0.5), "self_prob_warmup": 0}
+    expected = make_trainer(tmp_path / "a", self_prob=0.25, **saved)
+    scheduled = make_trainer(
+        tmp_path / "b", trainer=partial(BSSTrainer, schedule=lambda start, end, progress: number(0.25)), **saved
+    )
+    followed = make_trainer(tmp_path / "c", self_prob="auto", **auto, max_steps=1, save_strategy="epoch")
+    for trainer in (expected, scheduled, followed):
+        trainer.train()
+    assert logged(scheduled) == logged(expected)
+    assert logged(followed, "self_prob", "self_share") == logged(expected, "self_prob", "self_share")[:1]
+
+
+def test_a_callback_may_have_p_follow_the_steps_from_now_on(tmp_path):
+    class Follow(TrainerCallback):
+        def on_step_end(self, args, state, control, **kwargs):
+            args.self_prob = "auto"
+
+    trainer = make_trainer(tmp_path, data=EASY, max_steps=4)
+    trainer.add_callback(Follow())
+    found = asked(trainer)
+    trainer.train()
+    assert found[0] == 0.5
+    assert all(0 < p < 0.1 for p in found[1:])
+
+
 def test_corrections(tmp_path):
     trainer = make_rac_trainer(tmp_path, **AUTO, self_prob_warmup=1, max_steps=6, learning_rate=1e-2)
     found = asked(trainer)
@@ -330,11 +420,24 @@ def resume(folder, found, **options):
 def test_a_checkpoint_without_what_was_counted(tmp_path, caplog):
     found = checkpoint(tmp_path)
     (found / FILE).unlink()
-    with pytest.raises(ResumeError, match=f"checkpoint-2 has no {FILE}, which self_prob=auto goes on from"):
+    with pytest.raises(ResumeError, match=f"checkpoint-2 can't be continued from, as {FILE} is missing"):
         resume(tmp_path, found)
     (found / "selfgen.json").unlink()  # as of another program
     resume(tmp_path, found)
     assert "counted from this step on" in caplog.text
+
+
+@pytest.mark.parametrize(
+    ("content", "fault"),
+    [(None, "is missing"), ('{"los', "is broken"), ("[]", "is no JSON object"), ("{}", "lacks losses")],
+)
+def test_a_checkpoint_whose_counts_are_broken_is_passed_over(tmp_path, caplog, content, fault):
+    found = checkpoint(tmp_path, save_steps=1)
+    (found / FILE).unlink() if content is None else (found / FILE).write_text(content)
+    caplog.clear()
+    resume(tmp_path, "last")
+    assert f"checkpoint-2 is passed over, as {FILE} {fault}" in caplog.text
+    assert f"goes on from {tmp_path / 'checkpoint-1'}" in caplog.text
 
 
 def test_a_checkpoint_with_another_target_is_refused(tmp_path):
@@ -394,6 +497,11 @@ def test_two_processes(tmp_path):
     [
         ({"self_prob": "half"}, "self_prob is 'half'; accepted: a number, or auto"),
         ({"self_prob_warmup": "late"}, "self_prob_warmup is 'late'; accepted: a number, or settled"),
+        ({"self_prob": "0.25"}, "self_prob is '0.25'; accepted: a number, or auto"),
+        ({"self_prob": None}, "self_prob is None; accepted: a number, or auto"),
+        ({"self_prob": "auto", "self_prob_cap": "auto"}, "self_prob_cap is 'auto'; accepted: a number"),
+        ({"self_prob_start": "auto"}, "self_prob_start is 'auto'; accepted: a number"),
+        ({"self_prob": "auto", "difference_target": "2%"}, "difference_target is '2%'; accepted: a number"),
         ({"difference_target": 0.1}, r"difference_target goes with self_prob=auto, but self_prob is 0\.5"),
         ({"self_prob_cap": 0.1}, "self_prob_cap goes with self_prob=auto"),
         ({"self_prob": "auto", "difference_target": 0.0}, r"difference_target is 0\.0; it must be above 0"),

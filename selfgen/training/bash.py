@@ -49,7 +49,8 @@ class BASHTrainer(BSSTrainer):
     """Fine-tune on contexts that were written beforehand (arXiv 2410.14655, Batch-scheduled Sampling).
 
     The step is that of ``BSSTrainer`` with these contexts. Nothing is generated, and the options of ``BSSConfig`` for
-    making contexts have no effect. Logs have the same figures; ``passes`` and ``computed_per_token`` are 0.
+    making contexts have no effect. Logs have the same figures but for ``self_prob``; ``passes`` and
+    ``computed_per_token`` are 0.
 
     Args:
         model, args, **kwargs: as of ``BSSTrainer``. Evaluation rows that have contexts are evaluated under these.

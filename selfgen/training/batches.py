@@ -56,6 +56,7 @@ class Step:
 
     waiting: list[dict[str, Tensor]] = field(default_factory=list)  # micro-batches without contexts yet
     ready: int = 0  # micro-batches with contexts that are not trained on yet
+    runs_passes: bool = False  # whether making their contexts ran the model, in one process as in all
     passes: RowSlots | None = None  # what making their contexts has computed, where it may be reused
 
     def take(self, count: int | None) -> list[dict[str, Tensor]]:

@@ -534,7 +534,7 @@ class BSSTrainer(Trainer):
                 "would train alone: make a new trainer, with a model that no other has prepared"
             )
         # Weights were gathered for the passes, and are as they were until the optimizer's step.
-        whole = self._runs_passes() and not self._engine.stay_sharded
+        whole = self._step.runs_passes and not self._engine.stay_sharded
         last = self.accelerator.sync_gradients
         try:
             with self._engine.backward_apart(), kept_whole(self.model, last=last) if whole else nullcontext():
@@ -564,8 +564,9 @@ class BSSTrainer(Trainer):
         if not batches:
             return
         self.meter.contexts_begin()
-        runs = self._runs_passes() or self._looks_now or not self._engine.is_sharded
-        if self._runs_passes():
+        self._step.runs_passes = self._runs_passes()  # a callback may change it before the training forward
+        runs = self._step.runs_passes or self._looks_now or not self._engine.is_sharded
+        if self._step.runs_passes:
             self._agree_on_budget()
         with self._whole_weights(keep=keep) if runs or self._loss_looks else nullcontext():
             if self._loss_looks:
@@ -784,7 +785,7 @@ class BSSTrainer(Trainer):
 
         if not model.training:
             return loss(model)
-        tries = self._runs_passes()
+        tries = self._step.runs_passes
         return self._reuse.loss(model, loss, self._step, batch, tries=tries, unused=self._unused)
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:

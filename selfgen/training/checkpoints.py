@@ -13,6 +13,7 @@ from collections.abc import Callable, Collection, Iterator
 from contextlib import contextmanager
 from dataclasses import fields
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -21,7 +22,7 @@ from transformers import GenerationConfig, PreTrainedModel, TrainingArguments
 
 from ..files import SaveError, alone, check_folder, code_in, writing
 from ..provenance import differences
-from .config import BSSConfig
+from .config import WORDS, BSSConfig
 from .shards import MODEL, OPTIMIZER, fault_of_shards
 from .streams import sorts_by_length
 
@@ -29,6 +30,8 @@ logger = logging.getLogger(__name__)
 
 SETTINGS = "selfgen.json"  # next to the weights of every checkpoint
 STATE = "trainer_state.json"  # what the Trainer writes last
+SELF_PROB = "selfgen_self_prob.json"  # in every checkpoint of a run whose self-probability follows its steps
+COUNTED = ("losses", "self_tokens", "differing")  # what it has
 UNFINISHED = ".model.whole"  # in an output folder whose model is about to be put in its place, file by file
 _OBJECTS = (SETTINGS, STATE, "config.json", "generation_config.json", "adapter_config.json")
 _LATEST = "latest"  # what DeepSpeed writes last, with the name of its folder
@@ -216,10 +219,24 @@ def fault_of(checkpoint: Path) -> str | None:
     for name in ("scheduler.pt", *of_generators):
         if name not in there:
             return f"{name} is missing"
+    if fault := _fault_of_counts(checkpoint):
+        return fault
     for file in (*weights, *sorted(states)):
         if broken := _broken(file):
             return f"{file.name} is broken ({broken})"
     return next(filter(None, map(fault_of_shards, in_shards)), None)
+
+
+def _fault_of_counts(checkpoint: Path) -> str | None:
+    """What lacks of that which the self-probability of the run follows, if it follows anything."""
+    settings = _settings_of(checkpoint)
+    if all(settings.get(name) != word for name, word in WORDS.items()):
+        return None
+    if not (checkpoint / SELF_PROB).is_file():
+        return f"{SELF_PROB} is missing"
+    counted = json.loads((checkpoint / SELF_PROB).read_text())
+    lacks = [name for name in COUNTED if name not in counted]
+    return f"{SELF_PROB} lacks {', '.join(lacks)}" if lacks else None
 
 
 def _missing_of_deepspeed(checkpoint: Path, processes: int) -> str | None:
@@ -240,10 +257,16 @@ def _step_of(checkpoint: Path) -> int | None:
     return step if isinstance(step, int) else None
 
 
+def _settings_of(checkpoint: Path) -> dict[str, Any]:
+    """Of the run that wrote it; none, if another program did."""
+    file = checkpoint / SETTINGS
+    return json.loads(file.read_text()) if file.is_file() else {}
+
+
 def _processes_of(checkpoint: Path) -> int:
     try:
-        return int(json.loads((checkpoint / SETTINGS).read_text())["trainer"]["processes"])
-    except (OSError, ValueError, KeyError, TypeError):  # of another program
+        return int(_settings_of(checkpoint)["trainer"]["processes"])
+    except (KeyError, TypeError):  # of another program
         return max(1, len(list(checkpoint.glob("rng_state_*.pth"))))
 
 

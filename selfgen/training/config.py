@@ -362,10 +362,11 @@ class BSSConfig(RowOptions, GeneratorOptions, TargetOptions, TrainingArguments):
                 raise ValueError(f"{one.name} is {value}; it must be {limit}")
 
     def _check_self_prob(self) -> None:
-        for name, word in WORDS.items():
-            value = getattr(self, name)
-            if isinstance(value, str) and value != word:
-                raise ValueError(f"{name} is {value!r}; accepted: a number, or {word}")
+        for name in (*WORDS, "self_prob_start", "self_prob_cap", "difference_target"):
+            value, word = getattr(self, name), WORDS.get(name)
+            no_number = isinstance(value, str) or (value is None and name != "self_prob_warmup")
+            if no_number and value != word:
+                raise ValueError(f"{name} is {value!r}; accepted: a number{f', or {word}' if word else ''}")
         for name in ("self_prob", "self_prob_start", "self_prob_cap"):
             if getattr(self, name) != AUTO:
                 check_probability(name, getattr(self, name))
@@ -442,7 +443,7 @@ class BSSConfig(RowOptions, GeneratorOptions, TargetOptions, TrainingArguments):
         last = max_steps - 1
         progress = min(1.0, (step - first) / (last - first)) if last > first else 1.0
         schedule = schedule or SCHEDULES[self.self_prob_schedule]
-        self_prob = schedule(self.self_prob_start, float(self.self_prob), progress)
+        self_prob = float(schedule(self.self_prob_start, float(self.self_prob), progress))
         check_probability(f"the self-probability that the schedule gives for step {step}", self_prob)
         return self_prob
 

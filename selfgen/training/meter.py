@@ -35,9 +35,10 @@ class Meter:
     def __init__(self, scales_loss: bool = False) -> None:
         self.scales_loss = scales_loss  # as fp16 does, so that steps may be left out
         self._mark = 0.0
-        self._reset()
+        self.reset()
 
-    def _reset(self) -> None:
+    def reset(self) -> None:
+        """Begin anew."""
         self.steps = 0
         self.stats: list[ContextStats] = []
         self.context_seconds = self.training_seconds = 0.0
@@ -85,7 +86,7 @@ class Meter:
 
     def load(self, folder: Path, rank: int) -> int | None:
         """Go on from a checkpoint; returns the step of the last line of the log, or None where that is not known."""
-        self._reset()
+        self.reset()
         file = folder / _FILE.format(rank)
         if not file.is_file():  # of an earlier version
             return None
@@ -121,12 +122,12 @@ class Meter:
             logs["privileged_too_long"] = self.counts["privileged_too_long"] / rows
         if self.scales_loss:
             logs["skipped_steps"] = self.skipped_steps
-        self._reset()
+        self.reset()
         return logs
 
 
 class StepTimer(TrainerCallback):
-    """Tells the meter when an optimizer step is done on the device, or was left out.
+    """Tells the meter when training begins, and when an optimizer step is done on the device, or was left out.
 
     Raises:
         DivergedError: so many steps in a row were left out that smaller loss scales will not help.
@@ -135,6 +136,10 @@ class StepTimer(TrainerCallback):
     def __init__(self, meter: Meter):
         self.meter = meter
         self._left_out = 0  # in a row
+
+    def on_train_begin(self, args, state, control, **kwargs):
+        if state.global_step == 0:  # else a checkpoint was loaded
+            self.meter.reset()
 
     def on_step_end(self, args, state, control, optimizer=None, **kwargs):
         skipped = bool(getattr(optimizer, "step_was_skipped", False))

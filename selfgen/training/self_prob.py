@@ -16,7 +16,6 @@ import math
 from collections.abc import Sequence
 from itertools import pairwise
 from pathlib import Path
-from typing import Any
 
 import torch
 from accelerate import Accelerator
@@ -24,15 +23,15 @@ from torch import Tensor
 from transformers import TrainerCallback
 
 from ..context import ContextStats
-from .checkpoints import SETTINGS, ResumeError
+from .checkpoints import COUNTED, SELF_PROB
 from .config import AUTO, SETTLED, BSSConfig
 from .meter import Meter, differing_tokens
 from .schedules import Schedule
 
 logger = logging.getLogger(__name__)
 
-_FILE = "selfgen_self_prob.json"  # in every checkpoint of a run whose p follows its steps
 _DECAY = 0.95  # of what a step has counted, with each step after it
+_LOOKS = 256  # while the steps double: each reads the losses of all steps so far
 _FIRST = 4  # steps, whose mean loss is what the loss has fallen from
 _LEAST = 64  # steps: before them, quarters are too short to be compared
 _OF_FALL = 0.05  # of what the loss has fallen so far
@@ -45,7 +44,7 @@ def settled(losses: Sequence[float], least: int = _LEAST) -> bool:
     They have if the last quarter of the steps is hardly better than the quarter before: if the mean falls by at most 5%
     of what it has fallen since the first steps. They have, too, if there is hardly any fall at all: if the mean of the
     last quarter is below those of the first and of the third one by at most 2%. A fall counts as one standard error
-    larger than it looks, so that noise rather delays the answer.
+    larger than it looks, and a rise as no fall, so that noise delays the answer.
 
     Args:
         losses: of all steps, each the mean over its tokens.
@@ -59,7 +58,7 @@ def settled(losses: Sequence[float], least: int = _LEAST) -> bool:
     last = _mean(both[size:])
     # Differences of neighbours have twice the variance of a step, and hardly any trend.
     error = math.sqrt(_mean([(after - one) ** 2 for one, after in pairwise(both)]) / size)
-    falls = [_mean(losses[:size]) - last + error, _mean(both[:size]) - last + error]
+    falls = [max(0.0, _mean(before) - last) + error for before in (losses[:size], both[:size])]
     return falls[1] <= _OF_FALL * (_mean(losses[:_FIRST]) - last) or max(falls) <= _OF_LOSS * last
 
 
@@ -85,7 +84,7 @@ class DifferenceBudget:
     """
 
     def __init__(self, target: float, cap: float):
-        self.target, self.cap = target, cap
+        self.target, self.cap = float(target), float(cap)
         self.self_tokens = self.differing = 0.0
 
     @property
@@ -112,8 +111,7 @@ class SelfProb(TrainerCallback):
         self._begin()
 
     def _begin(self) -> None:
-        auto = self._args.self_prob == AUTO
-        self._budget = DifferenceBudget(self._args.difference_target, self._args.self_prob_cap) if auto else None
+        self._budget = DifferenceBudget(self._args.difference_target, self._args.self_prob_cap)
         self._losses: list[float] | None = [] if self._args.warm_up == SETTLED else None  # None: settled
         self._forget_step()
 
@@ -129,7 +127,7 @@ class SelfProb(TrainerCallback):
         args.check_schedule(schedule)
         if self._losses is not None or (args.warm_up != SETTLED and step < args.first_mixed_step(max_steps)):
             return 0.0
-        return float(args.self_prob) if self._budget is None else self._budget.self_prob
+        return self._budget.self_prob if args.self_prob == AUTO else float(args.self_prob)
 
     def mixed(self, self_prob: float, stats: ContextStats) -> None:
         """Count contexts of this step, which were made with ``self_prob``."""
@@ -146,6 +144,14 @@ class SelfProb(TrainerCallback):
         if state.global_step == 0:  # else a checkpoint was loaded
             self._begin()
 
+    def on_train_end(self, args, state, control, **kwargs):
+        if self._losses and self._args.process_index == 0:
+            logger.warning(
+                "nothing was mixed, as the loss of the first %d steps has not settled: to mix contexts earlier, give "
+                "self_prob_warmup a number (--self-prob-warmup 0)",
+                state.global_step,
+            )
+
     def on_step_end(self, args, state, control, **kwargs):
         if self._used is None:  # contexts are not made here
             return
@@ -157,13 +163,15 @@ class SelfProb(TrainerCallback):
     def _learn(self, steps: int, max_steps: int) -> None:
         """Take what all processes have counted in a step, of which each calls this; ``steps`` are done now."""
         losses, self_tokens, differing = self._of_all()
-        if self._budget is not None and self._used:
+        if self._used:
             self._budget.count(sum(self_tokens), sum(differing))
         if self._losses is None:
             return
         loss = _mean(losses)
         if math.isfinite(loss):  # fp16's loss scaler leaves out steps that overflow
             self._losses.append(loss)
+        if len(self._losses) % max(1, len(self._losses) // _LOOKS):
+            return
         if settled(self._losses, least_steps(self._args.get_warmup_steps(max_steps), max_steps)):
             self._losses = None
             if self._args.process_index == 0:
@@ -181,31 +189,17 @@ class SelfProb(TrainerCallback):
     def save(self, folder: Path) -> None:
         """Write what `load` reads: one file, as all processes have counted the same."""
         if self._args.follows_steps and self._args.should_save:
-            state: dict[str, Any] = {"losses": self._losses}
-            if self._budget is not None:
-                state |= {"self_tokens": self._budget.self_tokens, "differing": self._budget.differing}
-            (folder / _FILE).write_text(json.dumps(state) + "\n")
+            counted = [self._losses, self._budget.self_tokens, self._budget.differing]
+            (folder / SELF_PROB).write_text(json.dumps(dict(zip(COUNTED, counted, strict=True))) + "\n")
 
     def load(self, folder: Path) -> None:
-        """Go on from a checkpoint.
-
-        Raises:
-            ResumeError: it lacks what was counted.
-        """
+        """Go on from a checkpoint, which is whole."""
         self._begin()
         if not self._args.follows_steps:
             return
-        file, how = folder / _FILE, "auto" if self._budget else "settled"
+        file = folder / SELF_PROB
         if file.is_file():
-            state = json.loads(file.read_text())
-            self._losses = state["losses"]
-            if self._budget is not None:
-                self._budget.self_tokens, self._budget.differing = state["self_tokens"], state["differing"]
-        elif (folder / SETTINGS).is_file():
-            name = "self_prob" if self._budget else "self_prob_warmup"
-            raise ResumeError(
-                f"{folder} has no {_FILE}, which {name}={how} goes on from: give an earlier checkpoint, or start "
-                "another run with the checkpoint as its model"
-            )
+            counted = json.loads(file.read_text())
+            self._losses, self._budget.self_tokens, self._budget.differing = (counted[name] for name in COUNTED)
         elif self._args.process_index == 0:  # of another program
-            logger.warning("%s has no %s, so what self_prob follows is counted from this step on", folder, _FILE)
+            logger.warning("%s has no %s, so what self_prob follows is counted from this step on", folder, SELF_PROB)

@@ -181,6 +181,31 @@ def test_dft_is_its_formula(lean, weight):
     torch.testing.assert_close(gradient, gradients(model, want), rtol=1e-3, atol=1e-6)
 
 
+@pytest.mark.parametrize("lean", [True, False])
+@pytest.mark.parametrize("kind", KINDS[:3])
+def test_the_model_as_its_own_target_has_no_gradient_there(lean, kind):
+    """Not even its head, which makes both logits. Where there is no target, the reference has all of the weight."""
+    model, inputs = llama(), batch()
+    other = {**inputs, "input_ids": inputs["input_ids"].flip(1)}
+    has_target = torch.rand(inputs["input_ids"].shape, generator=torch.Generator().manual_seed(0)) < 0.5
+    options = BSSConfig("out", target="teacher_forced", use_cpu=True, **kind)
+    loss = AnswerLoss(
+        model, target="divergence", target_weight=0.5, divergence=options.divergence_over(None), lean=lean
+    )
+    with loss.inside(compared=Compared(None, None, loss.states_of(model, other), has_target)):
+        found = model(**inputs).loss
+    gradient = gradients(model, found)
+    model = in_fp64(model)
+    own, learned = logits_of(model, **inputs)
+    with torch.no_grad():
+        target = logits_of(model, **other)[0]
+    nll = F.cross_entropy(own, inputs["labels"][:, 1:][learned], reduction="none")
+    both = 0.5 * nll + 0.5 * naive(target, own, **kind)
+    want = torch.where(has_target[:, :-1][learned], both, nll).mean()
+    torch.testing.assert_close(found.double(), want, rtol=1e-5, atol=1e-6)
+    torch.testing.assert_close(gradient, gradients(model, want), rtol=1e-3, atol=1e-5)
+
+
 class Sizes(TorchDispatchMode):
     """The sizes of all tensors that are made inside."""
 

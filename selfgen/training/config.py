@@ -280,7 +280,7 @@ class BSSConfig(RowOptions, GeneratorOptions, TargetOptions, TrainingArguments):
         metadata={
             "help": "Compute the loss chunk by chunk at learned positions, so that the logits of all positions are "
             "never in memory at once; the loss is equal up to rounding. By default this is done where contexts are "
-            "mixed or answers are corrected, and the model allows it."
+            "mixed, answers are corrected or there is a target, and the model allows it."
         },
     )
     logging_steps: float = field(

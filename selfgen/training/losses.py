@@ -195,7 +195,7 @@ class AnswerLoss:
             parts = [with_target] if given.has_target is None else [with_target, (here & ~has_target, 1.0, near)]
         total = torch.zeros((), dtype=torch.float32, device=states.device)
         for where, weight, compared in parts:
-            if dft == 0.0 and not compared:
+            if weight == 1.0 and dft == 0.0 and not compared:
                 total = total + self._cross_entropy(states[where], targets[where])
             else:
                 terms = [

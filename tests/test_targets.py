@@ -536,6 +536,14 @@ def test_another_teacher_is_refused(tmp_path):
     make(tmp_path, teacher=llama(seed=5), **options | {"max_steps": 3}).train(resume_from_checkpoint=True)
 
 
+def test_another_teacher_than_the_model_without_its_adapter_is_refused(tmp_path):
+    options = {"target": "teacher", "save_strategy": "steps", "save_steps": 2, "max_steps": 2}
+    make(tmp_path, model=lora(), **options).train()
+    with pytest.raises(ValueError, match="learns from another model"):
+        resumed = make(tmp_path, model=lora(), teacher=llama(seed=6), **options | {"max_steps": 3})
+        resumed.train(resume_from_checkpoint=True)
+
+
 @pytest.mark.parametrize("name", TARGETS)
 def test_evaluation_is_by_the_reference(tmp_path, name):
     want = make(tmp_path, **STILL).evaluate(rows(6))["eval_loss"]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import math
 from itertools import pairwise
 
 import pytest
@@ -117,6 +118,38 @@ def test_top_ids_and_the_rest_are_a_lower_bound():
         found = [Divergence(kind, top_k=k)(own.log_softmax(-1), target) for k in (1, 2, 8, 64, None)]
         assert all((one <= other + 1e-6).all() for one, other in pairwise(found))
         assert Divergence(kind, top_k=4)(own.log_softmax(-1), own).abs().max() < 1e-5
+
+
+@pytest.mark.parametrize("temperature", [1e-3, 1e-40])
+def test_a_target_of_a_low_temperature_is_its_likeliest_id(temperature):
+    torch.manual_seed(0)
+    own, target = torch.randn(6, VOCAB, requires_grad=True), torch.randn(6, VOCAB)
+    nll = F.cross_entropy(own, target.argmax(1), reduction="none")
+    mixture = 0.5 + 0.5 * (-nll).exp()
+    away = Divergence(temperature=temperature)(own.log_softmax(-1), target)
+    torch.testing.assert_close(away, nll)
+    away = Divergence("jsd", temperature=temperature)(own.log_softmax(-1), target)
+    rest = 0.5 * ((-nll).exp() * (-nll - mixture.log()) - (1 - (-nll).exp()) * math.log(0.5))
+    torch.testing.assert_close(away, rest - 0.5 * mixture.log(), rtol=1e-4, atol=1e-5)
+    away.sum().backward()
+    assert own.grad.isfinite().all()
+
+
+@pytest.mark.parametrize("kind", KINDS[:1] + KINDS[2:5])
+def test_a_target_that_rules_ids_out(kind):
+    """As models do that set logits to -inf."""
+    torch.manual_seed(0)
+    own, target = torch.randn(6, VOCAB), torch.randn(6, VOCAB)
+    finite = target.clone()
+    target[:, 5], finite[:, 5] = -math.inf, -200.0  # of which fp64 still knows the logarithm
+    options = BSSConfig("out", target="teacher", use_cpu=True, **kind)
+    found, want = own.clone().requires_grad_(), own.clone().double().requires_grad_()
+    one = options.divergence_over(None)(found.log_softmax(-1), target)
+    other = naive(finite, want, **kind)
+    torch.testing.assert_close(one.double(), other, rtol=1e-4, atol=1e-6)
+    one.sum().backward()
+    other.sum().backward()
+    torch.testing.assert_close(found.grad.double(), want.grad, rtol=1e-3, atol=1e-6)
 
 
 def test_ids_that_both_heads_have():
@@ -539,8 +572,8 @@ def test_another_teacher_is_refused(tmp_path):
 def test_another_teacher_than_the_model_without_its_adapter_is_refused(tmp_path):
     options = {"target": "teacher", "save_strategy": "steps", "save_steps": 2, "max_steps": 2}
     make(tmp_path, model=lora(), **options).train()
+    resumed = make(tmp_path, model=lora(), teacher=llama(seed=6), **options | {"max_steps": 3})
     with pytest.raises(ValueError, match="learns from another model"):
-        resumed = make(tmp_path, model=lora(), teacher=llama(seed=6), **options | {"max_steps": 3})
         resumed.train(resume_from_checkpoint=True)
 
 

@@ -41,7 +41,7 @@ class CorrectionCue:
             ValueError: an empty cue; a chat template that rewrites earlier turns when more follow.
         """
         if not cue.strip():
-            raise ValueError("the correction cue is empty; give a text that asks for a correction")
+            raise ValueError("the cue is empty; give a text that asks for another answer")
         options = options or RowOptions()
         template = options.template(tokenizer)
         encoder = options.encoder(tokenizer, template)

@@ -456,6 +456,22 @@ def test_the_default_is_the_reference(tmp_path):
     assert (config.target, config.weight_of_target, config.compares) == ("reference", 0.0, False)
 
 
+def test_the_reference_is_smoothed_where_it_is_learned_alone(tmp_path):
+    """Though the target has all of the weight elsewhere."""
+    options = {"target": "teacher_forced", "target_weight": 1.0, "label_smoothing_factor": 0.2, **STILL}
+    found = losses_of(make(tmp_path, self_prob=0.3, **options))
+    sums, count, model = 0.0, 0, llama()
+    for _, inputs in found:
+        for prompt, context, reference in parts(inputs):
+            own, (of_target, there) = (
+                row_logits(model, prompt, context),
+                under_the_reference(model)(prompt, context, reference),
+            )
+            nll = F.cross_entropy(own, reference, reduction="none", label_smoothing=0.2)
+            sums, count = sums + torch.where(there, naive(of_target, own), nll).sum(), count + len(reference)
+    torch.testing.assert_close(total(found), sums / count, rtol=1e-5, atol=1e-6)
+
+
 @pytest.mark.parametrize("lean", [True, False])
 def test_privileged_is_a_forward_over_rows_by_hand(tmp_path, lean):
     words = tokenizer()
@@ -624,6 +640,10 @@ def test_with_corrections(tmp_path, name):
         ({"target": "dft", "teacher_model": "x"}, "goes with target=teacher"),
         ({"target": "dft", "privileged_cue": "x"}, "goes with target=privileged"),
         ({"target": "dft", "label_smoothing_factor": 0.1}, "leaves none to the cross-entropy"),
+        (
+            {"target": "teacher", "target_weight": 1.0, "label_smoothing_factor": 0.1},
+            "leaves none to the cross-entropy",
+        ),
         ({"target": "privileged", "assistant_turns": "all"}, "the last turn"),
         (
             {"target": "teacher"},
@@ -635,6 +655,15 @@ def test_with_corrections(tmp_path, name):
 def test_bad_arguments(tmp_path, change, message):
     with pytest.raises(ValueError, match=message):
         make_trainer(tmp_path, **change)
+
+
+def test_cues_that_can_not_be_asked_with(tmp_path):
+    template = "{% if messages | length > 2 %}{{ raise_exception('once') }}{% endif %}" + TEMPLATE
+    for given, cue, message in ((template, "h", "rejects a question"), (TEMPLATE, " ", "the cue is empty")):
+        with pytest.raises(
+            ValueError, match=f"target=privileged asks for the answer again by privileged_cue: .*{message}"
+        ):
+            make(tmp_path, tokenizer=make_tokenizer(given, size=VOCAB), target="privileged", privileged_cue=cue)
 
 
 def test_bad_teachers(tmp_path):

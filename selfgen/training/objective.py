@@ -120,7 +120,10 @@ def check_target(trainer: Any) -> Privileged | None:
         return None
     tokenizer = trainer.processing_class
     stop_ids = trainer.generator.eos_token_ids
-    cue = CorrectionCue.of(tokenizer, args.privileged_cue, stop_ids=stop_ids, options=args)
+    try:
+        cue = CorrectionCue.of(tokenizer, args.privileged_cue, stop_ids=stop_ids, options=args)
+    except ValueError as error:
+        raise ValueError(f"target=privileged asks for the answer again by privileged_cue: {error}") from error
     return Privileged(cue, pad_token_id(tokenizer), args.max_length)
 
 

@@ -451,6 +451,20 @@ def test_teacher_forced_at_p_zero_is_plain(tmp_path, change):
     assert runs[0][1] == runs[1][1]
 
 
+@pytest.mark.parametrize("self_prob", [0.5, 0.0])
+@pytest.mark.parametrize("name", ["dft", "teacher"])
+def test_a_target_without_a_weight_is_the_reference(tmp_path, name, self_prob):
+    """Bit for bit, and no other model is loaded."""
+    changes = {"self_prob": self_prob, "max_steps": 3}
+    want, found = make(tmp_path, **changes), one_of_each(tmp_path, name, target_weight=0.0, **changes)
+    for one in (want, found):
+        one.train()
+    assert torch.equal(weights(want.model), weights(found.model))
+    assert [entry.get("loss") for entry in want.state.log_history] == [
+        entry.get("loss") for entry in found.state.log_history
+    ]
+
+
 def test_the_default_is_the_reference(tmp_path):
     config = BSSConfig(str(tmp_path), use_cpu=True)
     assert (config.target, config.weight_of_target, config.compares) == ("reference", 0.0, False)

@@ -577,7 +577,7 @@ class BSSTrainer(Trainer):
                 self._look_at_loss()
             if runs:  # a forward of the whole model
                 self._check_causal(batches)
-            if self.args.target in ("teacher_forced", "privileged"):
+            if self.args.learned_target in ("teacher_forced", "privileged"):
                 keep_references(batches)
             stats, self._step.passes = self.mix(batches)
         self._reuse.agree(self._step)

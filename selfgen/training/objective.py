@@ -27,13 +27,13 @@ logger = logging.getLogger(__name__)
 
 def make_loss(trainer: Any) -> AnswerLoss | None:
     """The loss that the arguments of a ``BSSTrainer`` ask for; None where it is the Trainer's own."""
-    args, model = trainer.args, trainer.generator.model
+    args, model, target = trainer.args, trainer.generator.model, trainer.args.learned_target
     lean = args.lean_loss
     if lean is None:
-        always = args.target not in ("reference", "teacher_forced")  # also where nothing is mixed
+        always = target not in ("reference", "teacher_forced")  # also where nothing is mixed
         lean = args.self_prob != 0 or trainer._lean_by_default or always
     asked = [name for name in ("kl_weight", "lean_loss") if getattr(args, name)]
-    if args.target != "reference":
+    if target != "reference":
         asked.append("target")
     if trainer._weighs_rows:
         asked.append(trainer._weighing)
@@ -66,7 +66,7 @@ def make_loss(trainer: Any) -> AnswerLoss | None:
         kl_weight=args.kl_weight,
         frozen=frozen,
         near=Divergence("reverse_kl", ids=ids_of_frozen),
-        target="divergence" if args.compares else args.target,
+        target=target if target in ("reference", "dft") else "divergence",
         target_weight=args.weight_of_target,
         teacher=teacher,
         divergence=args.divergence_over(ids_of_teacher),
@@ -132,7 +132,7 @@ def _teacher(
 ) -> tuple[PreTrainedModel | None, int | None]:
     """The model of ``target=teacher`` and its ids that are shared; it is the trained one itself if it has adapters."""
     args, model = trainer.args, trainer.generator.model
-    if args.target != "teacher":
+    if args.learned_target != "teacher":
         return None, None
     if trainer._teacher is not None:
         teacher, ids = _given_teacher(trainer)
@@ -239,7 +239,7 @@ def compared(trainer: Any, batch: dict[str, Tensor]) -> Compared | None:
 
     So it is where the target differs nowhere from the reference, and nothing else is asked for.
     """
-    loss, target = trainer._answer_loss, trainer.args.target
+    loss, target = trainer._answer_loss, trainer.args.learned_target
     frozen = states = has_target = None
     if loss.frozen is not None:
         frozen = _states_without_adapters(trainer, loss.frozen, batch)

@@ -162,6 +162,30 @@ def test_the_advice_is_about_tokens_that_differ(agreement, self_prob):
         assert getattr(BSSConfig, name, value) == value  # what --self-prob auto aims at
 
 
+def counts(under: int, freely: int, own: int = 0, right: int = 0) -> dict[str, int]:
+    """Of a row with 1000 tokens."""
+    return {"tokens": 1000, "right_under_references": under, "right_running_freely": freely, "self_tokens": own,
+            "self_tokens_right": right}  # fmt: skip
+
+
+def test_the_sentences():
+    """The interval is of what is lost or gained; nothing is lost by minus zero, and few tokens are not none."""
+    for lines, start in (
+        ([counts(500, 520 + number) for number in range(19)], "your model gains 2.9 points when"),
+        ([counts(500, 500)] * 20 + [counts(500, 501)], "your model loses 0.0 points when"),
+        ([counts(500, 480)], "your model loses 2.0 points when"),
+    ):
+        gap = Gap.of(lines)
+        said = gap.advice
+        assert said.startswith(start)
+        low, high = map(float, said.partition("95% interval ")[2].partition(",")[0].split(" to "))
+        assert low <= abs(round(gap.points, 1)) <= high
+        assert "-0.0" not in said
+    assert "1 row): these are too few" in said
+    said = Gap.of([counts(500, 400, 1000, 996)] * 20).advice
+    assert said.endswith("as only 0.4% of its own tokens differ from the reference, or with --self-prob auto")
+
+
 def test_the_interval_is_that_of_resampled_rows():
     """About as wide as the normal one, the same each time, and a ratio of sums where rows differ in length."""
     draw = np.random.default_rng(1)

@@ -685,6 +685,10 @@ def test_bad_teachers(tmp_path):
         make(tmp_path, teacher=llama(seed=1))
     with pytest.raises(ValueError, match="teacher is given, but teacher_model is 'x'"):
         make(tmp_path, teacher=llama(seed=1), target="teacher", teacher_model="x")
+    nowhere = str(tmp_path / "nowhere")
+    for given in ({"target": "teacher", "teacher_model": nowhere}, {"kl_weight": 0.1, "kl_model": nowhere}):
+        with pytest.raises(ValueError, match=r"(teacher|kl)_model is '.*nowhere', which can't be loaded"):
+            make(tmp_path, **given)
     model = llama()
     with pytest.raises(ValueError, match="teacher is the model that is trained"):
         make(tmp_path, model=model, teacher=model, target="teacher")

@@ -162,8 +162,11 @@ def _given_teacher(trainer: Any) -> tuple[PreTrainedModel, int | None]:
 def _load_frozen(trainer: Any, option: str) -> tuple[PreTrainedModel, int | None]:
     """The model that an option names, on the device, and how many ids it shares with the trained one."""
     name, model, trust = getattr(trainer.args, option), trainer.generator.model, trainer._trust_remote_code
-    with trainer._engine.loading_whole():
-        frozen = load_model(name, model.dtype, trust, model)
+    try:
+        with trainer._engine.loading_whole():
+            frozen = load_model(name, model.dtype, trust, model)
+    except OSError as error:
+        raise ValueError(f"{option} is {name!r}, which can't be loaded: {error}") from error
     ids = _shared_ids(trainer, frozen, name, option, trust_remote_code=trust)
     frozen = frozen if is_split_at_load(frozen) else frozen.to(trainer.args.device)
     return frozen.requires_grad_(False).eval(), ids

@@ -222,6 +222,18 @@ def test_answers_and_corrections_in_evaluations(tmp_path):
     assert trainer.generator.temperature == 1.0
 
 
+def test_rows_that_can_not_be_judged_are_passed_over(tmp_path, caplog):
+    """`selfgen eval` refuses references that were cut; here the next rows take the place of such ones."""
+    trainer = make(tmp_path, lambda answer, reference: reference == "c d")
+    whole = {"prompt_ids": [9, 10], "answer_ids": ids_of("c d")}
+    rows = [whole | {"answer_ids": ids_of("c d e f")[:3]}, whole, whole | {"prompt_ids": [9] * 250}, whole, whole]
+    found = trainer.measure_corrections(Dataset.from_list(rows), 2)
+    assert (found["first_right"], found["corrected_right"]) == (1.0, 1.0)
+    assert trainer.measure_corrections(Dataset.from_list(rows), 3)["first_right"] == 1.0
+    assert trainer.measure_corrections(Dataset.from_list(rows[:1]), 3)["first_right"] == 0.0
+    assert "no row has room" in caplog.text
+
+
 def test_metrics_that_no_evaluation_has_are_refused(tmp_path):
     data, options = Dataset.from_list(OWN_ANSWERS), {"eval_strategy": "steps", "eval_steps": 1}
     with pytest.raises(ValueError, match="which no evaluation has; accepted: eval_loss, or"):

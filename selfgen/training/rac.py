@@ -422,15 +422,22 @@ class RACTrainer(BSSTrainer):
         """Shares of the first ``most`` rows: right at first, right when corrected, made right, and spoilt.
 
         Answers are greedy, and asked to be corrected once, as by ``selfgen eval --metrics correction``. Rows whose
-        prompt leaves no room for that are passed over. Processes share the rows.
+        prompt leaves no room for that, or whose reference was cut, are passed over. Processes share the rows.
 
         Args:
             rows: tokenized, with columns ``prompt_ids`` and ``answer_ids``.
         """
         refuse_stream(rows, "eval_corrections")
         limit = max_positions(self.generator.model) or _NO_LIMIT
-        fitting = (row for row in rows if len(row["prompt_ids"]) + len(self._cue.ids) + 2 <= limit)
+        fitting = (
+            row
+            for row in rows
+            if len(row["prompt_ids"]) + len(self._cue.ids) + 2 <= limit
+            and not self._cue.stop_ids.isdisjoint(row["answer_ids"])
+        )
         chosen = [*enumerate(islice(fitting, most))]
+        if not chosen:
+            logger.warning("no row has room for a correction and a reference that is whole: none is right, of 0 rows")
         share, shares = self.args.row_share
         mine = chosen[share::shares]
         greedy = greedy_of(self.generator)

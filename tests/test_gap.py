@@ -171,7 +171,7 @@ def counts(under: int, freely: int, own: int = 0, right: int = 0) -> dict[str, i
 def test_the_sentences():
     """The interval is of what is lost or gained; nothing is lost by minus zero, and few tokens are not none."""
     for lines, start in (
-        ([counts(500, 520 + number) for number in range(19)], "your model gains 2.9 points when"),
+        ([counts(500, 520 + number, 1000, 500) for number in range(19)], "your model gains 2.9 points when"),
         ([counts(500, 500)] * 20 + [counts(500, 501)], "your model loses 0.0 points when"),
         ([counts(500, 480)], "your model loses 2.0 points when"),
     ):
@@ -181,8 +181,11 @@ def test_the_sentences():
         low, high = map(float, said.partition("95% interval ")[2].partition(",")[0].split(" to "))
         assert low <= abs(round(gap.points, 1)) <= high
         assert "-0.0" not in said
+        assert gap.to_dict()["advised_self_prob"] is None
     assert "1 row): these are too few" in said
-    said = Gap.of([counts(500, 400, 1000, 996)] * 20).advice
+    gap = Gap.of([counts(500, 400, 1000, 996)] * 20)
+    assert gap.to_dict()["advised_self_prob"] == gap.self_prob == 0.5
+    said = gap.advice
     assert said.endswith("as only 0.4% of its own tokens differ from the reference, or with --self-prob auto")
 
 

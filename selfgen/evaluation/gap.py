@@ -166,6 +166,12 @@ class Gap:
         return min(SELF_PROB_CAP, DIFFERENCE_TARGET / max(1.0 - self.agreement, DIFFERENCE_TARGET))
 
     @property
+    def is_known(self) -> bool:
+        """Whether there are enough rows to tell whether there is something to win."""
+        low, high = self.interval
+        return len(self.tokens) >= FEWEST and not (low <= 0.0 and high >= LITTLE)
+
+    @property
     def advice(self) -> str:
         """The gap and what to do, in one sentence."""
         accuracies = [float(right.sum() / self.tokens.sum()) for right in (self.under_references, self.running_freely)]
@@ -179,7 +185,7 @@ class Gap:
             f"under references, {accuracies[1]:.1%} running freely; 95% interval {_tenths(between[0])} to "
             f"{_tenths(between[1])}, {rows})"
         )
-        if len(self.tokens) < FEWEST or (low <= 0.0 and high >= LITTLE):
+        if not self.is_known:
             return f"{found}: these are too few rows to tell, so give more (--gap-rows)"
         if self.points < LITTLE:
             return f"{found}: BSS has little to win"
@@ -204,7 +210,7 @@ class Gap:
             "whole_answers": self.whole_answers.to_dict(),
             "agreement": self.agreement,
             "self_tokens": self.self_tokens,
-            "advised_self_prob": self.self_prob,
+            "advised_self_prob": self.self_prob if self.is_known and self.points >= LITTLE else None,
             "advice": self.advice,
         }
 

@@ -19,7 +19,7 @@ from ..data import pad_token_id
 from ..provenance import weights_hash
 from .divergences import Divergence
 from .losses import AnswerLoss, Compared, calls_loss_function, learns_its_input
-from .targets import Privileged, after_difference, moved_back, under_references
+from .targets import Privileged, TargetOptions, after_difference, moved_back, under_references
 from .tensor import is_split_at_load
 
 logger = logging.getLogger(__name__)
@@ -107,11 +107,8 @@ def check_target(trainer: Any) -> Privileged | None:
     if given is not None and (args.target != "teacher" or args.teacher_model):
         other = f"target is {args.target}" if args.target != "teacher" else f"teacher_model is {args.teacher_model!r}"
         raise ValueError(f"teacher is given, but {other}: give target=teacher and one of teacher and teacher_model")
-    if args.target == "teacher" and not args.teacher_model and given is None and not adapters_of(trainer):
-        raise ValueError(
-            "target is teacher, but there is none: the model has no adapter, without which it could teach itself. Give "
-            "teacher_model (--teacher-model), or a model with an adapter"
-        )
+    if given is None:
+        check_has_teacher(args, trainer.accelerator.unwrap_model(trainer.model))
     if given is not None and transformers_model(given) is trainer.generator.model:
         raise ValueError("teacher is the model that is trained, and would change with it: give another one, or a copy")
     if given is not None and sharding_of(given) is not None:
@@ -125,6 +122,15 @@ def check_target(trainer: Any) -> Privileged | None:
     except ValueError as error:
         raise ValueError(f"target=privileged asks for the answer again by privileged_cue: {error}") from error
     return Privileged(cue, pad_token_id(tokenizer), args.max_length)
+
+
+def check_has_teacher(args: TargetOptions, model: torch.nn.Module) -> None:
+    """Raise ValueError if ``model`` has to learn from a teacher, and there is none."""
+    if args.target == "teacher" and not args.teacher_model and not has_adapters(model):
+        raise ValueError(
+            "target is teacher, but there is none: the model has no adapter, without which it could teach itself. Give "
+            "teacher_model (--teacher-model), or a model with an adapter"
+        )
 
 
 def _teacher(
@@ -234,7 +240,12 @@ def _keep_loss_of_model(model: PreTrainedModel, needed: list[str]) -> None:
 def adapters_of(trainer: Any) -> Any:
     """The PEFT model whose adapters can be switched off, if it is one."""
     model = trainer.accelerator.unwrap_model(trainer.model)
-    return model if hasattr(model, "disable_adapter") else None
+    return model if has_adapters(model) else None
+
+
+def has_adapters(model: torch.nn.Module) -> bool:
+    """Whether they can be switched off."""
+    return hasattr(model, "disable_adapter")
 
 
 def compared(trainer: Any, batch: dict[str, Tensor]) -> Compared | None:

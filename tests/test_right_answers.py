@@ -259,6 +259,13 @@ def test_bad_arguments(tmp_path, change, message):
         make(tmp_path, **change)
 
 
+def test_what_weighs_rows_is_named(tmp_path):
+    for change in ({"right_answers": "keep"}, {"direct_weight": 0.5}, {"right_answer_share": 0.5}):
+        options = {"direct_weight": 1.0, "use_liger_kernel": True, **change}
+        with pytest.raises(ValueError, match=f"takes the place of the loss that {next(iter(change))} would change"):
+            make(tmp_path, **options)
+
+
 def _in_two(rank, folder, want):
     data = Dataset.from_list([{"prompt": f"{a} {b}", "completion": "c d"} for a in "abc" for b in "efg"])
     options = {"right_answer_share": 0.5, "right_answers": "keep", "direct_weight": 1.0, "learning_rate": 1e-2}

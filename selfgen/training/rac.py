@@ -194,7 +194,13 @@ class RACTrainer(BSSTrainer):
         self._known_cue: CorrectionCue | None = None
         self._has_direct = args.direct_weight > 0
         self._counts_anew = args.loss_on != "all" or args.judges  # direct rows and corrections learn other tokens
-        self._weighing = "right_answer_share" if args.right_answer_share < 1 else "direct_weight"
+        reasons = {
+            "right_answer_share": args.right_answer_share < 1,
+            "direct_weight": args.direct_weight != 1,
+            "right_answers": args.right_answers == "keep",
+            "loss_on": args.loss_on != "all",
+        }
+        self._weighing = ", ".join(name for name, holds in reasons.items() if holds)
         self._weighs_rows = args.right_answer_share < 1 or (
             self._has_direct and (args.direct_weight != 1 or self._counts_anew)
         )

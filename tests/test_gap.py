@@ -104,7 +104,7 @@ def test_too_few_rows_are_said_to_be():
     gap = found(*[counting(None)] * 30, counting(2))  # one row of 31 has all of it
     assert gap.points > 2
     assert gap.interval[0] <= 0
-    assert "31 rows): these are too few rows to tell, so give more (--gap-rows)" in gap.advice
+    assert "31 rows): these are too few rows to tell, so give more (--gap-rows, or more data)" in gap.advice
 
 
 @torch.no_grad()

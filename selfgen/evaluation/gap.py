@@ -186,7 +186,7 @@ class Gap:
             f"{_tenths(between[1])}, {rows})"
         )
         if not self.is_known:
-            return f"{found}: these are too few rows to tell, so give more (--gap-rows)"
+            return f"{found}: these are too few rows to tell, so give more (--gap-rows, or more data)"
         if self.points < LITTLE:
             return f"{found}: BSS has little to win"
         if self.self_prob is None:

@@ -30,13 +30,15 @@ def make_loss(trainer: Any) -> AnswerLoss | None:
     args, model, target = trainer.args, trainer.generator.model, trainer.args.learned_target
     lean = args.lean_loss
     if lean is None:
-        always = target not in ("reference", "teacher_forced")  # also where nothing is mixed
-        lean = args.self_prob != 0 or trainer._lean_by_default or always
+        lean = args.self_prob != 0 or trainer._lean_by_default
     asked = [name for name in ("kl_weight", "lean_loss") if getattr(args, name)]
-    if target != "reference":
-        asked.append("target")
     if trainer._weighs_rows:
         asked.append(trainer._weighing)
+    own = not (lean or asked or args.loss_on != "all")  # without a target
+    if target != "reference":
+        asked.append("target")
+    if args.lean_loss is None and target not in ("reference", "teacher_forced"):
+        lean = True  # also where nothing is mixed
     name = type(model).__name__
     given = "_loss_function" in vars(model)
     outside = not (trainer.compute_loss_func is not None or given) and learns_its_input(model)
@@ -72,6 +74,7 @@ def make_loss(trainer: Any) -> AnswerLoss | None:
         divergence=args.divergence_over(ids_of_teacher),
         lean=lean,
         outside=outside,
+        for_target_alone=own and not outside,
     )
     if outside:
         logger.warning(
@@ -262,10 +265,7 @@ def compared(trainer: Any, batch: dict[str, Tensor]) -> Compared | None:
         states = frozen if shared else _states_without_adapters(trainer, loss.teacher, batch)
     elif target == "teacher_forced":
         states, has_target = _under_references(trainer, batch)
-        others = (
-            loss.lean or loss.outside or frozen is not None or trainer._weighs_rows or trainer.args.loss_on != "all"
-        )
-        if states is None and not others and trainer.args.lean_loss is None:
+        if states is None and loss.for_target_alone:
             return None
     elif target == "privileged":
         states, has_target = _privileged(trainer, batch)

@@ -54,8 +54,12 @@ class CorrectionCue:
         """The correction prompt of one row; of the answer, what comes before its end."""
         return [*prompt, *self.ended(answer), *self.ids]
 
+    def whole(self, answer: list[int]) -> list[int]:
+        """The answer up to where it ends."""
+        return answer[: next((place for place, token in enumerate(answer) if token in self.stop_ids), len(answer))]
+
     def ended(self, answer: list[int]) -> list[int]:
         """The answer up to where it ends, without what the cue begins with."""
-        end = next((place for place, token in enumerate(answer) if token in self.stop_ids), len(answer))
-        overlap = next((size for size in range(len(self.ids), 0, -1) if answer[:end][-size:] == self.ids[:size]), 0)
-        return answer[: end - overlap]
+        whole = self.whole(answer)
+        overlap = next((size for size in range(len(self.ids), 0, -1) if whole[-size:] == self.ids[:size]), 0)
+        return whole[: len(whole) - overlap]

@@ -95,6 +95,18 @@ def test_a_right_answer_is_kept_as_it_is(tmp_path, direct_weight):
     assert trainer.state.log_history[0]["own_answers_right"] == 0.5
 
 
+def test_a_right_answer_is_kept_beside_a_reference_that_ends_as_the_cue_begins(tmp_path):
+    """As texts that end in a new line do, where the cue is a paragraph."""
+    data = [
+        {"prompt": "a", "completion": "f g h", "own_answer": "b"},
+        {"prompt": "a", "completion": "f g", "own_answer": "b h"},
+    ] * 2
+    trainer = make(tmp_path, lambda *_: True, data=data, right_answers="keep", apply_chat_template=False)
+    learned = learned_of(losses_of(trainer))
+    assert trainer._cue.ids == ids_of("h g")[:-1]
+    assert [learned[number][0] for number in range(4)] == [ids_of(row["own_answer"]) for row in data]
+
+
 def test_by_default_the_reference_is_learned_and_right_answers_are_counted(tmp_path):
     trainer = make(tmp_path)
     learned = learned_of(losses_of(trainer))

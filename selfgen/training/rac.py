@@ -299,7 +299,7 @@ class RACTrainer(BSSTrainer):
 
     def _correction(self, row: Row, own: list[int], is_right: bool) -> tuple[Tensor, Tensor]:
         """Prompt, own answer and cue, int64 [P], the answer cut to the room that there is; and what is learned, [T]."""
-        own, room = self._cue.ended(own), self._room(row)
+        whole, own, room = self._cue.whole(own), self._cue.ended(own), self._room(row)
         self.meter.counts["own_answers"] += 1
         self.meter.counts["own_answers_cut"] += len(own) > room
         self.meter.counts["own_answers_empty"] += not own
@@ -307,7 +307,7 @@ class RACTrainer(BSSTrainer):
         prompt = torch.cat([row.prompt, row.prompt.new_tensor(self._cue.prompt([], own[:room]))])
         target = row.reference
         if is_right and self.args.right_answers == "keep":
-            kept = torch.cat([target.new_tensor(own), self._end_of(target)])
+            kept = torch.cat([target.new_tensor(whole), self._end_of(target)])
             if self.args.max_length is None or len(prompt) + len(kept) <= self.args.max_length:
                 target = kept
         return prompt, target
@@ -327,8 +327,8 @@ class RACTrainer(BSSTrainer):
         return room
 
     def _end_of(self, reference: Tensor) -> Tensor:
-        """What a reference has after what it says; nothing if it was cut."""
-        return reference[len(self._cue.ended(reference.tolist())) :]
+        """What a reference has from its end on; nothing if it was cut."""
+        return reference[len(self._cue.whole(reference.tolist())) :]
 
     def _right(self, rows: list[Row], own: dict[int, list[int]]) -> set[int]:
         """Sample ids of own answers that are right: none that is empty, broken off or cut, nor of a cut reference."""

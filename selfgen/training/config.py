@@ -334,7 +334,8 @@ class BSSConfig(RowOptions, GeneratorOptions, TargetOptions, TrainingArguments):
         if self.kl_model and not self.kl_weight:
             raise ValueError(f"kl_model is {self.kl_model!r}, but kl_weight is 0; set kl_weight to use it")
         self.check_target()
-        if self.weight_of_target == 1.0 and self.label_smoothing_factor:
+        everywhere = self.target in ("dft", "teacher")  # others learn the reference alone where they have no target
+        if everywhere and self.weight_of_target == 1.0 and self.label_smoothing_factor:
             raise ValueError(
                 f"label_smoothing_factor is {self.label_smoothing_factor}, but the target {self.target} has all the "
                 "weight, and leaves none to the cross-entropy that is smoothed: give a target_weight below 1, or leave "

@@ -41,7 +41,7 @@ class CorrectionCue:
             ValueError: an empty cue; a chat template that rewrites earlier turns when more follow.
         """
         if not cue.strip():
-            raise ValueError("the correction cue is empty; give a text that asks for a correction")
+            raise ValueError("the cue is empty; give a text that asks for another answer")
         options = options or RowOptions()
         template = options.template(tokenizer)
         encoder = options.encoder(tokenizer, template)
@@ -54,8 +54,12 @@ class CorrectionCue:
         """The correction prompt of one row; of the answer, what comes before its end."""
         return [*prompt, *self.ended(answer), *self.ids]
 
+    def whole(self, answer: list[int]) -> list[int]:
+        """The answer up to where it ends."""
+        return answer[: next((place for place, token in enumerate(answer) if token in self.stop_ids), len(answer))]
+
     def ended(self, answer: list[int]) -> list[int]:
         """The answer up to where it ends, without what the cue begins with."""
-        end = next((place for place, token in enumerate(answer) if token in self.stop_ids), len(answer))
-        overlap = next((size for size in range(len(self.ids), 0, -1) if answer[:end][-size:] == self.ids[:size]), 0)
-        return answer[: end - overlap]
+        whole = self.whole(answer)
+        overlap = next((size for size in range(len(self.ids), 0, -1) if whole[-size:] == self.ids[:size]), 0)
+        return whole[: len(whole) - overlap]

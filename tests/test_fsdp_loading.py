@@ -54,7 +54,21 @@ def others(rank, folder):
     check(rank, folder, "plain", model=lambda: in_the_first_process(rank, folder), **efficient)
     with pytest.raises(ValueError, match="give kl_model"):
         replace(CASES["kl"], model=lambda: in_the_first_process(rank, folder)).trainer(folder / "kl", 1, **efficient)
+    near_a_model_that_is_loaded_later(rank, folder, efficient)
     check(rank, folder, "not reused", fsdp=True, fsdp_config=PART_BY_PART, before=is_part_by_part)
+
+
+def near_a_model_that_is_loaded_later(rank, folder, efficient):
+    """What a run that goes on stays near is known in its first step only."""
+    case = replace(CASES["kl"], model=lambda: in_the_first_process(rank, folder))
+    options = {**efficient, "kl_model": str(folder / "model"), "save_strategy": "steps", "save_steps": 1}
+    case.trainer(folder / "saved", 1, **options).train()
+    checkpoint = str(folder / "saved" / "checkpoint-1")
+    case.trainer(folder / "saved", 1, **options).train(resume_from_checkpoint=checkpoint)
+    trainer = case.trainer(folder / "saved", 1, **options)
+    trainer._known_hashes = {"frozen": "another", "teacher": None}
+    with pytest.raises(ValueError, match="stays near another model"):
+        trainer.train(resume_from_checkpoint=checkpoint)
 
 
 def is_part_by_part(trainer):

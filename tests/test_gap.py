@@ -104,7 +104,7 @@ def test_too_few_rows_are_said_to_be():
     gap = found(*[counting(None)] * 30, counting(2))  # one row of 31 has all of it
     assert gap.points > 2
     assert gap.interval[0] <= 0
-    assert "31 rows): these are too few rows to tell, so give more (--gap-rows)" in gap.advice
+    assert "31 rows): these are too few rows to tell, so give more (--gap-rows, or more data)" in gap.advice
 
 
 @torch.no_grad()
@@ -160,6 +160,33 @@ def test_the_advice_is_about_tokens_that_differ(agreement, self_prob):
     assert said in found.advice
     for name, value in (("difference_target", gap.DIFFERENCE_TARGET), ("self_prob_cap", gap.SELF_PROB_CAP)):
         assert getattr(BSSConfig, name, value) == value  # what --self-prob auto aims at
+
+
+def counts(under: int, freely: int, own: int = 0, right: int = 0) -> dict[str, int]:
+    """Of a row with 1000 tokens."""
+    return {"tokens": 1000, "right_under_references": under, "right_running_freely": freely, "self_tokens": own,
+            "self_tokens_right": right}  # fmt: skip
+
+
+def test_the_sentences():
+    """The interval is of what is lost or gained; nothing is lost by minus zero, and few tokens are not none."""
+    for lines, start in (
+        ([counts(500, 520 + number, 1000, 500) for number in range(19)], "your model gains 2.9 points when"),
+        ([counts(500, 500)] * 20 + [counts(500, 501)], "your model loses 0.0 points when"),
+        ([counts(500, 480)], "your model loses 2.0 points when"),
+    ):
+        gap = Gap.of(lines)
+        said = gap.advice
+        assert said.startswith(start)
+        low, high = map(float, said.partition("95% interval ")[2].partition(",")[0].split(" to "))
+        assert low <= abs(round(gap.points, 1)) <= high
+        assert "-0.0" not in said
+        assert gap.to_dict()["advised_self_prob"] is None
+    assert "1 row): these are too few" in said
+    gap = Gap.of([counts(500, 400, 1000, 996)] * 20)
+    assert gap.to_dict()["advised_self_prob"] == gap.self_prob == 0.5
+    said = gap.advice
+    assert said.endswith("as only 0.4% of its own tokens differ from the reference, or with --self-prob auto")
 
 
 def test_the_interval_is_that_of_resampled_rows():

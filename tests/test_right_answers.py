@@ -95,6 +95,18 @@ def test_a_right_answer_is_kept_as_it_is(tmp_path, direct_weight):
     assert trainer.state.log_history[0]["own_answers_right"] == 0.5
 
 
+def test_a_right_answer_is_kept_beside_a_reference_that_ends_as_the_cue_begins(tmp_path):
+    """As texts that end in a new line do, where the cue is a paragraph."""
+    data = [
+        {"prompt": "a", "completion": "f g h", "own_answer": "b"},
+        {"prompt": "a", "completion": "f g", "own_answer": "b h"},
+    ] * 2
+    trainer = make(tmp_path, lambda *_: True, data=data, right_answers="keep", apply_chat_template=False)
+    learned = learned_of(losses_of(trainer))
+    assert trainer._cue.ids == ids_of("h g")[:-1]
+    assert [learned[number][0] for number in range(4)] == [ids_of(row["own_answer"]) for row in data]
+
+
 def test_by_default_the_reference_is_learned_and_right_answers_are_counted(tmp_path):
     trainer = make(tmp_path)
     learned = learned_of(losses_of(trainer))
@@ -222,6 +234,18 @@ def test_answers_and_corrections_in_evaluations(tmp_path):
     assert trainer.generator.temperature == 1.0
 
 
+def test_rows_that_can_not_be_judged_are_passed_over(tmp_path, caplog):
+    """`selfgen eval` refuses references that were cut; here the next rows take the place of such ones."""
+    trainer = make(tmp_path, lambda answer, reference: reference == "c d")
+    whole = {"prompt_ids": [9, 10], "answer_ids": ids_of("c d")}
+    rows = [whole | {"answer_ids": ids_of("c d e f")[:3]}, whole, whole | {"prompt_ids": [9] * 250}, whole, whole]
+    found = trainer.measure_corrections(Dataset.from_list(rows), 2)
+    assert (found["first_right"], found["corrected_right"]) == (1.0, 1.0)
+    assert trainer.measure_corrections(Dataset.from_list(rows), 3)["first_right"] == 1.0
+    assert trainer.measure_corrections(Dataset.from_list(rows[:1]), 3)["first_right"] == 0.0
+    assert "no row has room" in caplog.text
+
+
 def test_metrics_that_no_evaluation_has_are_refused(tmp_path):
     data, options = Dataset.from_list(OWN_ANSWERS), {"eval_strategy": "steps", "eval_steps": 1}
     with pytest.raises(ValueError, match="which no evaluation has; accepted: eval_loss, or"):
@@ -245,6 +269,13 @@ def test_metrics_that_no_evaluation_has_are_refused(tmp_path):
 def test_bad_arguments(tmp_path, change, message):
     with pytest.raises(ValueError, match=message):
         make(tmp_path, **change)
+
+
+def test_what_weighs_rows_is_named(tmp_path):
+    for change in ({"right_answers": "keep"}, {"direct_weight": 0.5}, {"right_answer_share": 0.5}):
+        options = {"direct_weight": 1.0, "use_liger_kernel": True, **change}
+        with pytest.raises(ValueError, match=f"takes the place of the loss that {next(iter(change))} would change"):
+            make(tmp_path, **options)
 
 
 def _in_two(rank, folder, want):

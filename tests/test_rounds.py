@@ -151,6 +151,12 @@ def test_rows_that_the_model_has_no_positions_for_cost_no_contexts(tmp_path):
     assert not list(tmp_path.glob("round-*/*"))
 
 
+def test_a_teacher_that_is_not_there_costs_no_contexts(tmp_path):
+    with pytest.raises(OfflineError, match="pre-trained: target is teacher, but there is none"):
+        run_rounds(tmp_path, target="teacher")
+    assert not list(tmp_path.glob("round-*/*"))
+
+
 def test_a_schedule_goes_from_round_to_round(tmp_path):
     run_rounds(tmp_path, self_prob=0.8, self_prob_start=0.2, self_prob_schedule="linear", max_steps=1)
     settings = [read_provenance(tmp_path / f"round-{number}" / "contexts")["settings"] for number in range(2)]

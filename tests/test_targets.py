@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import math
 from itertools import pairwise
 
 import pytest
@@ -119,6 +120,38 @@ def test_top_ids_and_the_rest_are_a_lower_bound():
         assert Divergence(kind, top_k=4)(own.log_softmax(-1), own).abs().max() < 1e-5
 
 
+@pytest.mark.parametrize("temperature", [1e-3, 1e-40])
+def test_a_target_of_a_low_temperature_is_its_likeliest_id(temperature):
+    torch.manual_seed(0)
+    own, target = torch.randn(6, VOCAB, requires_grad=True), torch.randn(6, VOCAB)
+    nll = F.cross_entropy(own, target.argmax(1), reduction="none")
+    mixture = 0.5 + 0.5 * (-nll).exp()
+    away = Divergence(temperature=temperature)(own.log_softmax(-1), target)
+    torch.testing.assert_close(away, nll)
+    away = Divergence("jsd", temperature=temperature)(own.log_softmax(-1), target)
+    rest = 0.5 * ((-nll).exp() * (-nll - mixture.log()) - (1 - (-nll).exp()) * math.log(0.5))
+    torch.testing.assert_close(away, rest - 0.5 * mixture.log(), rtol=1e-4, atol=1e-5)
+    away.sum().backward()
+    assert own.grad.isfinite().all()
+
+
+@pytest.mark.parametrize("kind", KINDS[:1] + KINDS[2:5])
+def test_a_target_that_rules_ids_out(kind):
+    """As models do that set logits to -inf."""
+    torch.manual_seed(0)
+    own, target = torch.randn(6, VOCAB), torch.randn(6, VOCAB)
+    finite = target.clone()
+    target[:, 5], finite[:, 5] = -math.inf, -200.0  # of which fp64 still knows the logarithm
+    options = BSSConfig("out", target="teacher", use_cpu=True, **kind)
+    found, want = own.clone().requires_grad_(), own.clone().double().requires_grad_()
+    one = options.divergence_over(None)(found.log_softmax(-1), target)
+    other = naive(finite, want, **kind)
+    torch.testing.assert_close(one.double(), other, rtol=1e-4, atol=1e-6)
+    one.sum().backward()
+    other.sum().backward()
+    torch.testing.assert_close(found.grad.double(), want.grad, rtol=1e-3, atol=1e-6)
+
+
 def test_ids_that_both_heads_have():
     torch.manual_seed(0)
     own, target = torch.randn(6, VOCAB), torch.randn(6, VOCAB + 9)
@@ -179,6 +212,31 @@ def test_dft_is_its_formula(lean, weight):
     want = ((1 - weight) * nll + weight * probability * nll).mean()
     torch.testing.assert_close(found.double(), want, rtol=1e-5, atol=1e-6)
     torch.testing.assert_close(gradient, gradients(model, want), rtol=1e-3, atol=1e-6)
+
+
+@pytest.mark.parametrize("lean", [True, False])
+@pytest.mark.parametrize("kind", KINDS[:3])
+def test_the_model_as_its_own_target_has_no_gradient_there(lean, kind):
+    """Not even its head, which makes both logits. Where there is no target, the reference has all of the weight."""
+    model, inputs = llama(), batch()
+    other = {**inputs, "input_ids": inputs["input_ids"].flip(1)}
+    has_target = torch.rand(inputs["input_ids"].shape, generator=torch.Generator().manual_seed(0)) < 0.5
+    options = BSSConfig("out", target="teacher_forced", use_cpu=True, **kind)
+    loss = AnswerLoss(
+        model, target="divergence", target_weight=0.5, divergence=options.divergence_over(None), lean=lean
+    )
+    with loss.inside(compared=Compared(None, None, loss.states_of(model, other), has_target)):
+        found = model(**inputs).loss
+    gradient = gradients(model, found)
+    model = in_fp64(model)
+    own, learned = logits_of(model, **inputs)
+    with torch.no_grad():
+        target = logits_of(model, **other)[0]
+    nll = F.cross_entropy(own, inputs["labels"][:, 1:][learned], reduction="none")
+    both = 0.5 * nll + 0.5 * naive(target, own, **kind)
+    want = torch.where(has_target[:, :-1][learned], both, nll).mean()
+    torch.testing.assert_close(found.double(), want, rtol=1e-5, atol=1e-6)
+    torch.testing.assert_close(gradient, gradients(model, want), rtol=1e-3, atol=1e-5)
 
 
 class Sizes(TorchDispatchMode):
@@ -382,20 +440,64 @@ def test_teacher_forced_after_self_tokens(tmp_path):
     torch.testing.assert_close(total(found), sums / count, rtol=1e-5, atol=1e-6)
 
 
-@pytest.mark.parametrize("change", [{}, {"lean_loss": True}, {"label_smoothing_factor": 0.1}, {"kl_weight": 0.1}])
+@pytest.mark.parametrize(
+    "change", [{}, {"lean_loss": True}, {"lean_loss": False}, {"label_smoothing_factor": 0.1}, {"kl_weight": 0.1}]
+)
 def test_teacher_forced_at_p_zero_is_plain(tmp_path, change):
-    runs = []
-    for target in ("reference", "teacher_forced"):
-        trainer = make(tmp_path, target=target, self_prob=0.0, max_steps=3, **change)
-        trainer.train()
-        runs.append((weights(trainer.model), [entry.get("loss") for entry in trainer.state.log_history]))
+    runs = [teacher_forced_or_not(tmp_path, target, **change) for target in ("reference", "teacher_forced")]
     assert torch.equal(runs[0][0], runs[1][0])
     assert runs[0][1] == runs[1][1]
+
+
+def teacher_forced_or_not(folder, target, model=None, **changes):
+    trainer = make(folder, target=target, model=model, **{"self_prob": 0.0, "max_steps": 3, **changes})
+    trainer.train()
+    return weights(trainer.model), [entry.get("loss") for entry in trainer.state.log_history]
+
+
+def test_before_contexts_are_mixed_it_is_plain_too(tmp_path):
+    """Also where the loss is not lean, as the model caps its logits."""
+    options = {"self_prob": 0.5, "self_prob_warmup": 2, "max_steps": 2}
+    runs = [
+        teacher_forced_or_not(tmp_path, one, tiny_model("gemma2"), **options) for one in ("reference", "teacher_forced")
+    ]
+    assert torch.equal(runs[0][0], runs[1][0])
+    assert runs[0][1] == runs[1][1]
+
+
+@pytest.mark.parametrize("self_prob", [0.5, 0.0])
+@pytest.mark.parametrize("name", ["dft", "teacher"])
+def test_a_target_without_a_weight_is_the_reference(tmp_path, name, self_prob):
+    """Bit for bit, and no other model is loaded."""
+    changes = {"self_prob": self_prob, "max_steps": 3}
+    want, found = make(tmp_path, **changes), one_of_each(tmp_path, name, target_weight=0.0, **changes)
+    for one in (want, found):
+        one.train()
+    assert torch.equal(weights(want.model), weights(found.model))
+    assert [entry.get("loss") for entry in want.state.log_history] == [
+        entry.get("loss") for entry in found.state.log_history
+    ]
 
 
 def test_the_default_is_the_reference(tmp_path):
     config = BSSConfig(str(tmp_path), use_cpu=True)
     assert (config.target, config.weight_of_target, config.compares) == ("reference", 0.0, False)
+
+
+def test_the_reference_is_smoothed_where_it_is_learned_alone(tmp_path):
+    """Though the target has all of the weight elsewhere."""
+    options = {"target": "teacher_forced", "target_weight": 1.0, "label_smoothing_factor": 0.2, **STILL}
+    found = losses_of(make(tmp_path, self_prob=0.3, **options))
+    sums, count, model = 0.0, 0, llama()
+    for _, inputs in found:
+        for prompt, context, reference in parts(inputs):
+            own, (of_target, there) = (
+                row_logits(model, prompt, context),
+                under_the_reference(model)(prompt, context, reference),
+            )
+            nll = F.cross_entropy(own, reference, reduction="none", label_smoothing=0.2)
+            sums, count = sums + torch.where(there, naive(of_target, own), nll).sum(), count + len(reference)
+    torch.testing.assert_close(total(found), sums / count, rtol=1e-5, atol=1e-6)
 
 
 @pytest.mark.parametrize("lean", [True, False])
@@ -511,6 +613,14 @@ def test_another_teacher_is_refused(tmp_path):
     make(tmp_path, teacher=llama(seed=5), **options | {"max_steps": 3}).train(resume_from_checkpoint=True)
 
 
+def test_another_teacher_than_the_model_without_its_adapter_is_refused(tmp_path):
+    options = {"target": "teacher", "save_strategy": "steps", "save_steps": 2, "max_steps": 2}
+    make(tmp_path, model=lora(), **options).train()
+    resumed = make(tmp_path, model=lora(), teacher=llama(seed=6), **options | {"max_steps": 3})
+    with pytest.raises(ValueError, match="learns from another model"):
+        resumed.train(resume_from_checkpoint=True)
+
+
 @pytest.mark.parametrize("name", TARGETS)
 def test_evaluation_is_by_the_reference(tmp_path, name):
     want = make(tmp_path, **STILL).evaluate(rows(6))["eval_loss"]
@@ -558,6 +668,10 @@ def test_with_corrections(tmp_path, name):
         ({"target": "dft", "teacher_model": "x"}, "goes with target=teacher"),
         ({"target": "dft", "privileged_cue": "x"}, "goes with target=privileged"),
         ({"target": "dft", "label_smoothing_factor": 0.1}, "leaves none to the cross-entropy"),
+        (
+            {"target": "teacher", "target_weight": 1.0, "label_smoothing_factor": 0.1},
+            "leaves none to the cross-entropy",
+        ),
         ({"target": "privileged", "assistant_turns": "all"}, "the last turn"),
         (
             {"target": "teacher"},
@@ -571,11 +685,24 @@ def test_bad_arguments(tmp_path, change, message):
         make_trainer(tmp_path, **change)
 
 
+def test_cues_that_can_not_be_asked_with(tmp_path):
+    template = "{% if messages | length > 2 %}{{ raise_exception('once') }}{% endif %}" + TEMPLATE
+    for given, cue, message in ((template, "h", "rejects a question"), (TEMPLATE, " ", "the cue is empty")):
+        with pytest.raises(
+            ValueError, match=f"target=privileged asks for the answer again by privileged_cue: .*{message}"
+        ):
+            make(tmp_path, tokenizer=make_tokenizer(given, size=VOCAB), target="privileged", privileged_cue=cue)
+
+
 def test_bad_teachers(tmp_path):
     with pytest.raises(ValueError, match="teacher is given, but target is reference"):
         make(tmp_path, teacher=llama(seed=1))
     with pytest.raises(ValueError, match="teacher is given, but teacher_model is 'x'"):
         make(tmp_path, teacher=llama(seed=1), target="teacher", teacher_model="x")
+    nowhere = str(tmp_path / "nowhere")
+    for given in ({"target": "teacher", "teacher_model": nowhere}, {"kl_weight": 0.1, "kl_model": nowhere}):
+        with pytest.raises(ValueError, match=r"(teacher|kl)_model is '.*nowhere', which can't be loaded"):
+            make(tmp_path, **given)
     model = llama()
     with pytest.raises(ValueError, match="teacher is the model that is trained"):
         make(tmp_path, model=model, teacher=model, target="teacher")

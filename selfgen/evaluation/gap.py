@@ -166,24 +166,37 @@ class Gap:
         return min(SELF_PROB_CAP, DIFFERENCE_TARGET / max(1.0 - self.agreement, DIFFERENCE_TARGET))
 
     @property
+    def is_known(self) -> bool:
+        """Whether there are enough rows to tell whether there is something to win."""
+        low, high = self.interval
+        return len(self.tokens) >= FEWEST and not (low <= 0.0 and high >= LITTLE)
+
+    @property
     def advice(self) -> str:
         """The gap and what to do, in one sentence."""
         accuracies = [float(right.sum() / self.tokens.sum()) for right in (self.under_references, self.running_freely)]
         low, high = self.interval
-        said = "gains" if self.points < 0 else "loses"
+        said, between = "loses", (low, high)
+        if round(self.points, 1) < 0:
+            said, between = "gains", (-high, -low)
+        rows = "1 row" if len(self.tokens) == 1 else f"{len(self.tokens)} rows"
         found = (
             f"your model {said} {abs(self.points):.1f} points when it runs freely ({accuracies[0]:.1%} of tokens right "
-            f"under references, {accuracies[1]:.1%} running freely; 95% interval {low:.1f} to {high:.1f}, "
-            f"{len(self.tokens)} rows)"
+            f"under references, {accuracies[1]:.1%} running freely; 95% interval {_tenths(between[0])} to "
+            f"{_tenths(between[1])}, {rows})"
         )
-        if len(self.tokens) < FEWEST or (low <= 0.0 and high >= LITTLE):
-            return f"{found}: these are too few rows to tell, so give more (--gap-rows)"
+        if not self.is_known:
+            return f"{found}: these are too few rows to tell, so give more (--gap-rows, or more data)"
         if self.points < LITTLE:
             return f"{found}: BSS has little to win"
         if self.self_prob is None:
             return f"{found}: try training with --self-prob auto"
-        differ = f"{1 - (self.agreement or 0):.0%} of its own tokens differ from the reference"
-        return f"{found}: try training with --self-prob {self.self_prob:.2g}, as {differ}, or with --self-prob auto"
+        differing = 1 - (self.agreement or 0)
+        share = f"{differing:.0%}" if differing >= 0.01 else f"only {differing:.1%}"
+        return (
+            f"{found}: try training with --self-prob {self.self_prob:.2g}, as {share} of its own tokens differ from "
+            "the reference, or with --self-prob auto"
+        )
 
     def to_dict(self) -> dict[str, Any]:
         total = int(self.tokens.sum())
@@ -197,9 +210,14 @@ class Gap:
             "whole_answers": self.whole_answers.to_dict(),
             "agreement": self.agreement,
             "self_tokens": self.self_tokens,
-            "advised_self_prob": self.self_prob,
+            "advised_self_prob": self.self_prob if self.is_known and self.points >= LITTLE else None,
             "advice": self.advice,
         }
+
+
+def _tenths(points: float) -> str:
+    """Without the sign of a number that rounds to 0."""
+    return f"{round(points, 1) + 0.0:.1f}"
 
 
 def free_running_gap(

@@ -49,6 +49,7 @@ from .checkpoints import (
     SETTINGS,
     STATE,
     check_resumed,
+    check_same_models,
     check_savable,
     load_renamed,
     record_of,
@@ -261,6 +262,8 @@ class BSSTrainer(Trainer):
             self._reuse.on = self._makes_contexts and self._reuse.may_begin()
             self._answer_loss = make_loss(self)
         self._known = True
+        if self._resumed_from is not None:
+            check_same_models(self._resumed_from, self._hashes())
 
     @contextmanager
     def _whole_weights(self, *, keep: bool = False) -> Iterator[None]:
@@ -474,7 +477,9 @@ class BSSTrainer(Trainer):
     def check_resumed(self, checkpoint: str | Path) -> None:
         """Raise ResumeError if this run can't go on from ``checkpoint``: broken, or of other settings or rows."""
         if str(checkpoint) != self._checked:
-            check_resumed(checkpoint, self.args, self._rows_hash, self._hashes)
+            check_resumed(checkpoint, self.args, self._rows_hash)
+            if self._known:  # else when these models are loaded
+                check_same_models(checkpoint, self._hashes())
             self._checked = str(checkpoint)
 
     def _hashes(self) -> dict[str, str | None]:
@@ -573,7 +578,7 @@ class BSSTrainer(Trainer):
                 self._look_at_loss()
             if runs:  # a forward of the whole model
                 self._check_causal(batches)
-            if self.args.target in ("teacher_forced", "privileged"):
+            if self.args.learned_target in ("teacher_forced", "privileged"):
                 keep_references(batches)
             stats, self._step.passes = self.mix(batches)
         self._reuse.agree(self._step)

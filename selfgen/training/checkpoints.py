@@ -479,9 +479,8 @@ def check_resumed(
     checkpoint: str | Path,
     args: BSSConfig,
     rows: Callable[[], str | None] | None = None,
-    models: Callable[[], dict[str, str | None]] = dict,
 ) -> None:
-    """Compare the run that wrote ``checkpoint`` with that of ``args`` and of the hashes ``rows`` and ``models``.
+    """Compare the run that wrote ``checkpoint`` with that of ``args`` and of the hash ``rows``.
 
     A warning tells which options of the Trainer are others, where users may want that.
 
@@ -498,7 +497,6 @@ def check_resumed(
             )
         return
     before_trainer, before_rows = before.pop("trainer", {}), before.pop("rows", None)
-    before_models = {name: before.pop(name, None) for name in _COMPARED_WITH}
     now, now_trainer = resumed_settings(args), trainer_settings(args)
     known = before_trainer.keys() & now_trainer.keys()  # another version may have other ones
     changed = {name for name in known if differences({name: before_trainer[name]}, {name: now_trainer[name]})}
@@ -520,12 +518,6 @@ def check_resumed(
             f"{checkpoint} comes from a run on other rows (or the same in another order, or tokenized otherwise): "
             "resume with the former data set, or start another run with the checkpoint as its model"
         )
-    for name, (does, option) in _COMPARED_WITH.items():
-        if before_models[name] is not None and before_models[name] != models().get(name):
-            raise ResumeError(
-                f"{checkpoint} comes from a run that {does}: resume with the former {option}, or start another run "
-                "with the checkpoint as its model"
-            )
     if args.process_index > 0:  # the first process tells the rest
         return
     if kept := changed & _KEPT:
@@ -536,6 +528,20 @@ def check_resumed(
         )
     if rest := changed - _KEPT - _OTHER_RUN:
         logger.warning("the run goes on otherwise than it would have: %s", "; ".join(told(rest)))
+
+
+def check_same_models(checkpoint: str | Path, models: dict[str, str | None]) -> None:
+    """Raise ResumeError unless the run that wrote ``checkpoint`` compared with the ``models``, as in `record_of`."""
+    try:
+        before = json.loads((Path(checkpoint) / SETTINGS).read_text())
+    except FileNotFoundError:  # of another program
+        return
+    for name, (does, option) in _COMPARED_WITH.items():
+        if name in before and before[name] != models[name]:
+            raise ResumeError(
+                f"{checkpoint} comes from a run that {does}: resume with the former {option}, or start another run "
+                "with the checkpoint as its model"
+            )
 
 
 _COMPARED_WITH = {

@@ -285,7 +285,7 @@ class BSSConfig(RowOptions, GeneratorOptions, TargetOptions, TrainingArguments):
         metadata={
             "help": "Compute the loss chunk by chunk at learned positions, so that the logits of all positions are "
             "never in memory at once; the loss is equal up to rounding. By default this is done where contexts are "
-            "mixed or answers are corrected, and the model allows it."
+            "mixed, answers are corrected or there is a target, and the model allows it."
         },
     )
     logging_steps: float = field(
@@ -339,7 +339,8 @@ class BSSConfig(RowOptions, GeneratorOptions, TargetOptions, TrainingArguments):
         if self.kl_model and not self.kl_weight:
             raise ValueError(f"kl_model is {self.kl_model!r}, but kl_weight is 0; set kl_weight to use it")
         self.check_target()
-        if self.weight_of_target == 1.0 and self.label_smoothing_factor:
+        everywhere = self.target in ("dft", "teacher")  # others learn the reference alone where they have no target
+        if everywhere and self.weight_of_target == 1.0 and self.label_smoothing_factor:
             raise ValueError(
                 f"label_smoothing_factor is {self.label_smoothing_factor}, but the target {self.target} has all the "
                 "weight, and leaves none to the cross-entropy that is smoothed: give a target_weight below 1, or leave "

@@ -37,7 +37,9 @@ class Divergence:
         """[N] for the log-probabilities of the model [N, V], and the target's logits [N, V]."""
         if self.ids is not None:
             own, target = own[:, : self.ids].log_softmax(-1), target[:, : self.ids]
-        q, p = own, (target / self.temperature if self.temperature != 1.0 else target).log_softmax(-1)
+        if self.temperature != 1.0:  # the largest is 0, as the others may overflow
+            target = (target - target.amax(-1, keepdim=True)) / self.temperature
+        q, p = own, target.log_softmax(-1)
         if self.top_k is not None and self.top_k < p.shape[1]:
             top = p.topk(self.top_k, dim=-1).indices
             q, p = _with_rest(q, top), _with_rest(p, top)
@@ -51,7 +53,7 @@ class Divergence:
 
 def _kl(p: Tensor, q: Tensor) -> Tensor:
     """KL(p || q) [N] of log-probabilities [N, V]."""
-    return (p.exp() * (p - q)).sum(-1)
+    return (p.exp() * (p - q)).masked_fill(p.isneginf(), 0.0).sum(-1)
 
 
 def _with_rest(log_probs: Tensor, top: Tensor) -> Tensor:

@@ -83,6 +83,7 @@ class AnswerLoss:
         lean: never have all logits in memory, if the model allows it; ``not_lean`` says why it does not. Those of
             another model never are where that allows it.
         outside: compute it of the logits that the model returns (`of_outputs`), not in place of the model's loss.
+        for_target_alone: without a target, the loss would be the Trainer's own.
     """
 
     def __init__(
@@ -99,11 +100,12 @@ class AnswerLoss:
         divergence: Divergence = _FROM_TARGET,
         lean: bool = True,
         outside: bool = False,
+        for_target_alone: bool = False,
     ):
         self.model, self.label_smoothing, self.kl_weight, self.frozen = model, label_smoothing, kl_weight, frozen
         self.near, self.target, self.target_weight, self.divergence = near, target, target_weight, divergence
         self.teacher = model if teacher is None else teacher
-        self.outside = outside
+        self.outside, self.for_target_alone = outside, for_target_alone
         self._given: Compared | None = None
         self.not_lean: str | None = None
         self.lean = lean and not outside
@@ -195,7 +197,7 @@ class AnswerLoss:
             parts = [with_target] if given.has_target is None else [with_target, (here & ~has_target, 1.0, near)]
         total = torch.zeros((), dtype=torch.float32, device=states.device)
         for where, weight, compared in parts:
-            if dft == 0.0 and not compared:
+            if weight == 1.0 and dft == 0.0 and not compared:
                 total = total + self._cross_entropy(states[where], targets[where])
             else:
                 terms = [

@@ -19,7 +19,7 @@ from ..data import pad_token_id
 from ..provenance import weights_hash
 from .divergences import Divergence
 from .losses import AnswerLoss, Compared, calls_loss_function, learns_its_input
-from .targets import Privileged, after_difference, moved_back, under_references
+from .targets import Privileged, TargetOptions, after_difference, moved_back, under_references
 from .tensor import is_split_at_load
 
 logger = logging.getLogger(__name__)
@@ -27,16 +27,18 @@ logger = logging.getLogger(__name__)
 
 def make_loss(trainer: Any) -> AnswerLoss | None:
     """The loss that the arguments of a ``BSSTrainer`` ask for; None where it is the Trainer's own."""
-    args, model = trainer.args, trainer.generator.model
+    args, model, target = trainer.args, trainer.generator.model, trainer.args.learned_target
     lean = args.lean_loss
     if lean is None:
-        always = args.target not in ("reference", "teacher_forced")  # also where nothing is mixed
-        lean = args.self_prob != 0 or trainer._lean_by_default or always
+        lean = args.self_prob != 0 or trainer._lean_by_default
     asked = [name for name in ("kl_weight", "lean_loss") if getattr(args, name)]
-    if args.target != "reference":
-        asked.append("target")
     if trainer._weighs_rows:
         asked.append(trainer._weighing)
+    own = not (lean or asked or args.loss_on != "all")  # without a target
+    if target != "reference":
+        asked.append("target")
+    if args.lean_loss is None and target not in ("reference", "teacher_forced"):
+        lean = True  # also where nothing is mixed
     name = type(model).__name__
     given = "_loss_function" in vars(model)
     outside = not (trainer.compute_loss_func is not None or given) and learns_its_input(model)
@@ -66,12 +68,13 @@ def make_loss(trainer: Any) -> AnswerLoss | None:
         kl_weight=args.kl_weight,
         frozen=frozen,
         near=Divergence("reverse_kl", ids=ids_of_frozen),
-        target="divergence" if args.compares else args.target,
+        target=target if target in ("reference", "dft") else "divergence",
         target_weight=args.weight_of_target,
         teacher=teacher,
         divergence=args.divergence_over(ids_of_teacher),
         lean=lean,
         outside=outside,
+        for_target_alone=own and not outside,
     )
     if outside:
         logger.warning(
@@ -107,11 +110,8 @@ def check_target(trainer: Any) -> Privileged | None:
     if given is not None and (args.target != "teacher" or args.teacher_model):
         other = f"target is {args.target}" if args.target != "teacher" else f"teacher_model is {args.teacher_model!r}"
         raise ValueError(f"teacher is given, but {other}: give target=teacher and one of teacher and teacher_model")
-    if args.target == "teacher" and not args.teacher_model and given is None and not adapters_of(trainer):
-        raise ValueError(
-            "target is teacher, but there is none: the model has no adapter, without which it could teach itself. Give "
-            "teacher_model (--teacher-model), or a model with an adapter"
-        )
+    if given is None:
+        check_has_teacher(args, trainer.accelerator.unwrap_model(trainer.model))
     if given is not None and transformers_model(given) is trainer.generator.model:
         raise ValueError("teacher is the model that is trained, and would change with it: give another one, or a copy")
     if given is not None and sharding_of(given) is not None:
@@ -120,8 +120,20 @@ def check_target(trainer: Any) -> Privileged | None:
         return None
     tokenizer = trainer.processing_class
     stop_ids = trainer.generator.eos_token_ids
-    cue = CorrectionCue.of(tokenizer, args.privileged_cue, stop_ids=stop_ids, options=args)
+    try:
+        cue = CorrectionCue.of(tokenizer, args.privileged_cue, stop_ids=stop_ids, options=args)
+    except ValueError as error:
+        raise ValueError(f"target=privileged asks for the answer again by privileged_cue: {error}") from error
     return Privileged(cue, pad_token_id(tokenizer), args.max_length)
+
+
+def check_has_teacher(args: TargetOptions, model: torch.nn.Module) -> None:
+    """Raise ValueError if ``model`` has to learn from a teacher, and there is none."""
+    if args.target == "teacher" and not args.teacher_model and not has_adapters(model):
+        raise ValueError(
+            "target is teacher, but there is none: the model has no adapter, without which it could teach itself. Give "
+            "teacher_model (--teacher-model), or a model with an adapter"
+        )
 
 
 def _teacher(
@@ -129,7 +141,7 @@ def _teacher(
 ) -> tuple[PreTrainedModel | None, int | None]:
     """The model of ``target=teacher`` and its ids that are shared; it is the trained one itself if it has adapters."""
     args, model = trainer.args, trainer.generator.model
-    if args.target != "teacher":
+    if args.learned_target != "teacher":
         return None, None
     if trainer._teacher is not None:
         teacher, ids = _given_teacher(trainer)
@@ -159,8 +171,11 @@ def _given_teacher(trainer: Any) -> tuple[PreTrainedModel, int | None]:
 def _load_frozen(trainer: Any, option: str) -> tuple[PreTrainedModel, int | None]:
     """The model that an option names, on the device, and how many ids it shares with the trained one."""
     name, model, trust = getattr(trainer.args, option), trainer.generator.model, trainer._trust_remote_code
-    with trainer._engine.loading_whole():
-        frozen = load_model(name, model.dtype, trust, model)
+    try:
+        with trainer._engine.loading_whole():
+            frozen = load_model(name, model.dtype, trust, model)
+    except OSError as error:
+        raise ValueError(f"{option} is {name!r}, which can't be loaded: {error}") from error
     ids = _shared_ids(trainer, frozen, name, option, trust_remote_code=trust)
     frozen = frozen if is_split_at_load(frozen) else frozen.to(trainer.args.device)
     return frozen.requires_grad_(False).eval(), ids
@@ -228,7 +243,12 @@ def _keep_loss_of_model(model: PreTrainedModel, needed: list[str]) -> None:
 def adapters_of(trainer: Any) -> Any:
     """The PEFT model whose adapters can be switched off, if it is one."""
     model = trainer.accelerator.unwrap_model(trainer.model)
-    return model if hasattr(model, "disable_adapter") else None
+    return model if has_adapters(model) else None
+
+
+def has_adapters(model: torch.nn.Module) -> bool:
+    """Whether they can be switched off."""
+    return hasattr(model, "disable_adapter")
 
 
 def compared(trainer: Any, batch: dict[str, Tensor]) -> Compared | None:
@@ -236,7 +256,7 @@ def compared(trainer: Any, batch: dict[str, Tensor]) -> Compared | None:
 
     So it is where the target differs nowhere from the reference, and nothing else is asked for.
     """
-    loss, target = trainer._answer_loss, trainer.args.target
+    loss, target = trainer._answer_loss, trainer.args.learned_target
     frozen = states = has_target = None
     if loss.frozen is not None:
         frozen = _states_without_adapters(trainer, loss.frozen, batch)
@@ -245,10 +265,7 @@ def compared(trainer: Any, batch: dict[str, Tensor]) -> Compared | None:
         states = frozen if shared else _states_without_adapters(trainer, loss.teacher, batch)
     elif target == "teacher_forced":
         states, has_target = _under_references(trainer, batch)
-        others = (
-            loss.lean or loss.outside or frozen is not None or trainer._weighs_rows or trainer.args.loss_on != "all"
-        )
-        if states is None and not others and trainer.args.lean_loss is None:
+        if states is None and loss.for_target_alone:
             return None
     elif target == "privileged":
         states, has_target = _privileged(trainer, batch)

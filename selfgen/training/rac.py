@@ -194,7 +194,13 @@ class RACTrainer(BSSTrainer):
         self._known_cue: CorrectionCue | None = None
         self._has_direct = args.direct_weight > 0
         self._counts_anew = args.loss_on != "all" or args.judges  # direct rows and corrections learn other tokens
-        self._weighing = "right_answer_share" if args.right_answer_share < 1 else "direct_weight"
+        reasons = {
+            "right_answer_share": args.right_answer_share < 1,
+            "direct_weight": args.direct_weight != 1,
+            "right_answers": args.right_answers == "keep",
+            "loss_on": args.loss_on != "all",
+        }
+        self._weighing = ", ".join(name for name, holds in reasons.items() if holds)
         self._weighs_rows = args.right_answer_share < 1 or (
             self._has_direct and (args.direct_weight != 1 or self._counts_anew)
         )
@@ -293,7 +299,7 @@ class RACTrainer(BSSTrainer):
 
     def _correction(self, row: Row, own: list[int], is_right: bool) -> tuple[Tensor, Tensor]:
         """Prompt, own answer and cue, int64 [P], the answer cut to the room that there is; and what is learned, [T]."""
-        own, room = self._cue.ended(own), self._room(row)
+        whole, own, room = self._cue.whole(own), self._cue.ended(own), self._room(row)
         self.meter.counts["own_answers"] += 1
         self.meter.counts["own_answers_cut"] += len(own) > room
         self.meter.counts["own_answers_empty"] += not own
@@ -301,7 +307,7 @@ class RACTrainer(BSSTrainer):
         prompt = torch.cat([row.prompt, row.prompt.new_tensor(self._cue.prompt([], own[:room]))])
         target = row.reference
         if is_right and self.args.right_answers == "keep":
-            kept = torch.cat([target.new_tensor(own), self._end_of(target)])
+            kept = torch.cat([target.new_tensor(whole), self._end_of(target)])
             if self.args.max_length is None or len(prompt) + len(kept) <= self.args.max_length:
                 target = kept
         return prompt, target
@@ -321,8 +327,8 @@ class RACTrainer(BSSTrainer):
         return room
 
     def _end_of(self, reference: Tensor) -> Tensor:
-        """What a reference has after what it says; nothing if it was cut."""
-        return reference[len(self._cue.ended(reference.tolist())) :]
+        """What a reference has from its end on; nothing if it was cut."""
+        return reference[len(self._cue.whole(reference.tolist())) :]
 
     def _right(self, rows: list[Row], own: dict[int, list[int]]) -> set[int]:
         """Sample ids of own answers that are right: none that is empty, broken off or cut, nor of a cut reference."""
@@ -422,15 +428,22 @@ class RACTrainer(BSSTrainer):
         """Shares of the first ``most`` rows: right at first, right when corrected, made right, and spoilt.
 
         Answers are greedy, and asked to be corrected once, as by ``selfgen eval --metrics correction``. Rows whose
-        prompt leaves no room for that are passed over. Processes share the rows.
+        prompt leaves no room for that, or whose reference was cut, are passed over. Processes share the rows.
 
         Args:
             rows: tokenized, with columns ``prompt_ids`` and ``answer_ids``.
         """
         refuse_stream(rows, "eval_corrections")
         limit = max_positions(self.generator.model) or _NO_LIMIT
-        fitting = (row for row in rows if len(row["prompt_ids"]) + len(self._cue.ids) + 2 <= limit)
+        fitting = (
+            row
+            for row in rows
+            if len(row["prompt_ids"]) + len(self._cue.ids) + 2 <= limit
+            and not self._cue.stop_ids.isdisjoint(row["answer_ids"])
+        )
         chosen = [*enumerate(islice(fitting, most))]
+        if not chosen:
+            logger.warning("no row has room for a correction and a reference that is whole: none is right, of 0 rows")
         share, shares = self.args.row_share
         mine = chosen[share::shares]
         greedy = greedy_of(self.generator)

@@ -33,6 +33,7 @@ from .bss import tokenized
 from .checkpoints import last_checkpoint, output_of, remove_model
 from .config import BSSConfig
 from .ending import save_round
+from .objective import check_has_teacher
 from .schedules import Schedule
 from .weights import check_finite, check_trainable
 
@@ -81,7 +82,7 @@ def train_rounds(
         eval_dataset, schedule: as in ``BSSTrainer``; here the schedule advances once per round.
         shard_rows, batch_size, provenance: as in ``write_contexts``.
         overwrite: put the last model in place of one that the output folder holds.
-        trust_remote_code: as in ``BSSTrainer``, for ``config.kl_model``.
+        trust_remote_code: as in ``BSSTrainer``, for ``config.kl_model`` and ``config.teacher_model``.
 
     Raises:
         OfflineError: (a ValueError) the output folder has rounds, and ``config`` does not ask to continue them; its
@@ -157,6 +158,7 @@ def _train_parts(
         try:
             check_trainable(current)  # before contexts are written
             check_finite(current)
+            check_has_teacher(config, current)
             _check_length(current, config)
         except ValueError as error:
             raise OfflineError(f"{models[number]}: {error}") from error

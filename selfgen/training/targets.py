@@ -96,6 +96,11 @@ class TargetOptions:
         return TARGETS[self.target] if self.target_weight is None else self.target_weight
 
     @property
+    def learned_target(self) -> str:
+        """``target``, or the reference if it has no weight."""
+        return self.target if self.weight_of_target else "reference"
+
+    @property
     def compares(self) -> bool:
         """Whether the target is a distribution that the model is compared with."""
         return self.target not in ("reference", "dft")

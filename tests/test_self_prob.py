@@ -220,7 +220,7 @@ def test_p_is_given_times_the_disagreement(tmp_path):
     assert [entry["self_prob"] for entry in logged(trainer)] == [0.0, 0.0, *found]
     self_tokens = differing = 0.0
     for p, (stats, _) in zip(found, made[2:], strict=True):
-        assert p == 0.9 * (1 + differing) / (1 + self_tokens)
+        assert p == 0.9 * ((1 + differing) / (1 + self_tokens))
         self_tokens = 0.95 * self_tokens + stats.self_tokens
         differing = 0.95 * differing + stats.self_tokens - round(stats.agreement * stats.self_tokens)
     assert found[0] == 0.9

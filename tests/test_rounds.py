@@ -127,7 +127,8 @@ def test_rounds_that_are_there_are_not_overwritten(whole):
     with pytest.raises(OfflineError, match='rounds continue from "last" only'):
         run_rounds(whole, resume_from_checkpoint=str(whole / "round-0" / "checkpoint-3"))
     for changes, words in (
-        ({"self_prob": "auto"}, r"self_prob is auto .* made before its steps: give numbers"),
+        ({"self_prob": "auto"}, r"self_prob is auto .* made before its steps\. Give numbers"),
+        ({"self_prob_schedule": "disagreement"}, "self_prob_schedule is disagreement"),
         ({"self_prob_warmup": "settled"}, "self_prob_warmup is settled"),
         ({"self_prob": 0.25}, "self_prob was 0.5, is 0.25"),
         ({"seed": 1}, "seed was 42, is 1"),

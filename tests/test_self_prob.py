@@ -28,6 +28,7 @@ from selfgen.training.self_prob import DifferenceBudget, least_steps, settled
 
 FILE = "selfgen_self_prob.json"
 AUTO = {"self_prob": "auto", "difference_target": 0.3, "self_prob_cap": 0.9}
+FALLING = {"self_prob": 0.9, "self_prob_schedule": "disagreement"}
 
 
 # The budget
@@ -210,6 +211,22 @@ def test_p_follows_what_steps_measure(tmp_path):
     assert len({*found}) > 3
 
 
+def test_p_is_given_times_the_disagreement(tmp_path):
+    trainer = make_trainer(tmp_path, data=EASY, **FALLING, self_prob_warmup=2, max_steps=8)
+    made, mix = [], trainer.mix
+    trainer.mix = lambda batches: (made.append(mix(batches)), made[-1])[1]
+    found = asked(trainer)
+    trainer.train()
+    assert [entry["self_prob"] for entry in logged(trainer)] == [0.0, 0.0, *found]
+    self_tokens = differing = 0.0
+    for p, (stats, _) in zip(found, made[2:], strict=True):
+        assert p == 0.9 * ((1 + differing) / (1 + self_tokens))
+        self_tokens = 0.95 * self_tokens + stats.self_tokens
+        differing = 0.95 * differing + stats.self_tokens - round(stats.agreement * stats.self_tokens)
+    assert found[0] == 0.9
+    assert found[-1] < 0.8  # the model has learned some
+
+
 def test_one_p_for_all_contexts_of_a_step(tmp_path):
     """However many micro-batches have theirs made at once."""
     options = {**AUTO, "data": EASY, "self_prob_warmup": 1, "max_steps": 5}
@@ -301,9 +318,9 @@ class Stop(TrainerCallback):
         control.should_training_stop = state.global_step >= self.step
 
 
-def resumed_equals_whole(folder, step, **options):
+def resumed_equals_whole(folder, step, how=AUTO, **options):
     """A run that is broken off after ``step``, in the middle of an interval of the log, and resumed."""
-    options = {**AUTO, "data": EASY, "max_steps": 8, "logging_steps": 4, "report_to": [], **options}
+    options = {**how, "data": EASY, "max_steps": 8, "logging_steps": 4, "report_to": [], **options}
     whole = make_trainer(folder / "whole", **options)
     whole.train()
     options |= {"save_strategy": "steps", "save_steps": step}
@@ -323,6 +340,7 @@ def resumed_equals_whole(folder, step, **options):
     ("step", "options"),
     [
         (5, {}),
+        (5, {"how": FALLING}),
         pytest.param(2, {}, marks=pytest.mark.slow),
         pytest.param(6, {"context_micro_batches": 1, "gradient_accumulation_steps": 4}, marks=pytest.mark.slow),
     ],
@@ -510,6 +528,11 @@ def test_two_processes(tmp_path):
         ({"self_prob": "auto", "self_prob_schedule": "linear"}, "schedule is 'linear', but self_prob is auto"),
         ({"self_prob": "auto", "self_prob_start": 0.1}, r"start is 0\.1, but self_prob is auto"),
         ({"self_prob_warmup": "settled", "self_prob_schedule": "cosine"}, "but self_prob_warmup is settled"),
+        (
+            {"self_prob": "auto", "self_prob_schedule": "disagreement"},
+            "schedule is 'disagreement', but self_prob is auto",
+        ),
+        ({**FALLING, "self_prob_start": 0.1}, r"start is 0\.1, but self_prob_schedule is disagreement"),
         ({"self_prob": "auto", "self_prob_warmup": math.nan}, "self_prob_warmup is nan"),
     ],
 )

@@ -22,7 +22,7 @@ from transformers import GenerationConfig, PreTrainedModel, TrainingArguments
 
 from ..files import SaveError, alone, check_folder, code_in, writing
 from ..provenance import differences
-from .config import WORDS, BSSConfig
+from .config import FOLLOWING, BSSConfig
 from .shards import MODEL, OPTIMIZER, fault_of_shards
 from .streams import sorts_by_length
 
@@ -230,7 +230,7 @@ def fault_of(checkpoint: Path) -> str | None:
 def _fault_of_counts(checkpoint: Path) -> str | None:
     """What lacks of that which the self-probability of the run follows, if it follows anything."""
     settings = _settings_of(checkpoint)
-    if all(settings.get(name) != word for name, word in WORDS.items()):
+    if all(settings.get(name) != word for name, word in FOLLOWING.items()):
         return None
     if not (checkpoint / SELF_PROB).is_file():
         return f"{SELF_PROB} is missing"

@@ -24,8 +24,12 @@ AUTO = "auto"
 """The ``self_prob`` that follows a budget of differing tokens."""
 SETTLED = "settled"
 """The ``self_prob_warmup`` that ends when the loss has settled."""
+DISAGREEMENT = "disagreement"
+"""The ``self_prob_schedule`` that follows how many self tokens differ."""
 WORDS = {"self_prob": AUTO, "self_prob_warmup": SETTLED}
 """Fields that take a number -> the word that they take, too."""
+FOLLOWING = {**WORDS, "self_prob_schedule": DISAGREEMENT}
+"""Fields -> the word by which the self-probability follows what training steps measure."""
 _INFINITE = float("inf")
 _BETWEEN: dict[str, tuple[float, float]] = {
     "per_device_train_batch_size": (1, _INFINITE),
@@ -210,7 +214,8 @@ class BSSConfig(RowOptions, GeneratorOptions, TargetOptions, TrainingArguments):
         default="constant",
         metadata={
             "help": "How the self-probability goes from self_prob_start to self_prob during training: constant "
-            "(self_prob throughout), linear, cosine, exponential or inverse_sigmoid."
+            "(self_prob throughout), linear, cosine, exponential or inverse_sigmoid. Or disagreement: self_prob times "
+            "the share of self tokens that differ from the reference, so that it falls as the model learns."
         },
     )
     self_prob_start: float = field(
@@ -373,8 +378,8 @@ class BSSConfig(RowOptions, GeneratorOptions, TargetOptions, TrainingArguments):
                 check_probability(name, getattr(self, name))
         if not 0.0 < self.difference_target <= 1.0:
             raise ValueError(f"difference_target is {self.difference_target}; it must be above 0 and at most 1")
-        if self.self_prob_schedule not in SCHEDULES:
-            raise ValueError(f"self_prob_schedule is {self.self_prob_schedule!r}; accepted: {', '.join(SCHEDULES)}")
+        if self.self_prob_schedule not in (known := (*SCHEDULES, DISAGREEMENT)):
+            raise ValueError(f"self_prob_schedule is {self.self_prob_schedule!r}; accepted: {', '.join(known)}")
         if self.warm_up != SETTLED and not 0.0 <= float(self.warm_up) < float("inf"):
             raise ValueError(
                 f"self_prob_warmup is {self.self_prob_warmup}; give a number of steps >= 0, a share of them below 1, "
@@ -385,15 +390,17 @@ class BSSConfig(RowOptions, GeneratorOptions, TargetOptions, TrainingArguments):
             if self.self_prob != AUTO and getattr(self, name) != defaults[name]:
                 raise ValueError(f"{name} goes with self_prob={AUTO}, but self_prob is {self.self_prob}")
         for name in ("self_prob_schedule", "self_prob_start"):
-            if self.follows_steps and getattr(self, name) != defaults[name]:
+            fits = name == "self_prob_schedule" and self.self_prob != AUTO and self.self_prob_schedule == DISAGREEMENT
+            if self.follows_steps and getattr(self, name) != defaults[name] and not fits:
                 raise ValueError(self._no_schedule(f"{name} is {getattr(self, name)!r}"))
 
     def _no_schedule(self, given: str) -> str:
         """Why what is ``given`` does not go with a self-probability that follows the steps."""
-        name = "self_prob" if self.self_prob == AUTO else "self_prob_warmup"
+        name = next(name for name, word in FOLLOWING.items() if getattr(self, name) == word)
+        other = "another one" if name == "self_prob_schedule" else "a number"
         return (
             f"{given}, but {name} is {getattr(self, name)}, which follows what the training steps measure and knows no "
-            f"schedule: leave the schedule out, or give a number as {name}"
+            f"other schedule: leave that out, or give {other} as {name}"
         )
 
     @property
@@ -406,7 +413,18 @@ class BSSConfig(RowOptions, GeneratorOptions, TargetOptions, TrainingArguments):
     @property
     def follows_steps(self) -> bool:
         """Whether the self-probability of a step depends on what the steps before it have measured."""
-        return self.self_prob == AUTO or self.warm_up == SETTLED
+        return any(value == FOLLOWING[name] for name, value in self._may_follow.items())
+
+    @property
+    def _may_follow(self) -> dict[str, float | str]:
+        return {name: self.warm_up if name == "self_prob_warmup" else getattr(self, name) for name in FOLLOWING}
+
+    @property
+    def told_of_following(self) -> str:
+        """The fields by which the self-probability follows the steps."""
+        return " and ".join(
+            f"{name} is {value}" for name, value in self._may_follow.items() if value == FOLLOWING[name]
+        )
 
     def check_schedule(self, schedule: Schedule | None) -> None:
         """Raise ValueError if a function can't take the place of the schedule."""
@@ -434,9 +452,8 @@ class BSSConfig(RowOptions, GeneratorOptions, TargetOptions, TrainingArguments):
         """
         if self.follows_steps:
             raise ValueError(
-                f"self_prob is {self.self_prob} and self_prob_warmup is {self.warm_up}, so that the "
-                "self-probability follows what training steps measure, and is not known beforehand: see self_prob in "
-                "the log, or give numbers"
+                f"{self.told_of_following}, so that the self-probability follows what training steps measure, and is "
+                "not known beforehand: see self_prob in the log, or give numbers and another schedule"
             )
         first = self.first_mixed_step(max_steps)
         if step < first:

@@ -97,8 +97,8 @@ def train_rounds(
         )
     if config.follows_steps:
         raise OfflineError(
-            f"self_prob is {config.self_prob} and self_prob_warmup is {config.warm_up}, which follow what training "
-            "steps measure, but the contexts of a round are made before its steps: give numbers"
+            f"{config.told_of_following}: it follows what training steps measure, but the contexts of a round are made "
+            "before its steps. Give numbers, and another schedule"
         )
     if float(config.warm_up) >= 1:
         raise OfflineError(

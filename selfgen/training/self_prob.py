@@ -24,7 +24,7 @@ from transformers import TrainerCallback
 
 from ..context import ContextStats
 from .checkpoints import COUNTED, SELF_PROB
-from .config import AUTO, SETTLED, BSSConfig
+from .config import AUTO, DISAGREEMENT, SETTLED, BSSConfig
 from .meter import Meter, differing_tokens
 from .schedules import Schedule
 
@@ -89,7 +89,12 @@ class DifferenceBudget:
 
     @property
     def self_prob(self) -> float:
-        return min(self.cap, self.target * (1 + self.self_tokens) / (1 + self.differing))
+        return min(self.cap, self.target / self.disagreement)
+
+    @property
+    def disagreement(self) -> float:
+        """d, in (0, 1]."""
+        return (1 + self.differing) / (1 + self.self_tokens)
 
     def count(self, self_tokens: float, differing: float) -> None:
         """Take what a step has counted."""
@@ -127,7 +132,9 @@ class SelfProb(TrainerCallback):
         args.check_schedule(schedule)
         if self._losses is not None or (args.warm_up != SETTLED and step < args.first_mixed_step(max_steps)):
             return 0.0
-        return self._budget.self_prob if args.self_prob == AUTO else float(args.self_prob)
+        if args.self_prob == AUTO:
+            return self._budget.self_prob
+        return float(args.self_prob) * (self._budget.disagreement if args.self_prob_schedule == DISAGREEMENT else 1.0)
 
     def mixed(self, self_prob: float, stats: ContextStats) -> None:
         """Count contexts of this step, which were made with ``self_prob``."""

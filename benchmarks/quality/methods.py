@@ -78,6 +78,7 @@ def by_name(*methods: Method) -> dict[str, Method]:
 
 P, LESS, AUTO = {"self_prob": 0.25}, {"self_prob": 0.1}, {"self_prob": "auto"}
 PLAIN = {"self_prob": 0.0}
+FALLS = {"self_prob_schedule": "disagreement"}
 PREFIX = P | {"granularity": "prefix"}
 CORRECTION = {"direct_weight": 1.0}
 METHODS = by_name(
@@ -97,16 +98,15 @@ BASELINES = by_name(
 CANDIDATES = by_name(
     Method("BSS, p = 0.1", LESS),
     Method("BSS, greedy", P | {"sampling_temperature": 0.0}),
+    Method("BSS, p falls from 0.25", P | FALLS),
+    Method("BSS, p falls from 0.5", {"self_prob": 0.5} | FALLS),
     Method("BSS, auto", AUTO),
-    Method("BSS, auto 0.01", AUTO | {"difference_target": 0.01}),
-    Method("BSS, auto 0.05", AUTO | {"difference_target": 0.05}),
-    Method("BSS, auto, greedy", AUTO | {"sampling_temperature": 0.0}),
+    Method("BSS, auto from the start", AUTO | {"self_prob_warmup": 0}),
     Method("BSS, prefix", PREFIX),
     Method("BSS, prefix, after switch", PREFIX | {"loss_on": "after_switch"}),
-    Method("BSS + DFT", LESS | {"target": "dft"}),
-    Method("BSS, auto + DFT", AUTO | {"target": "dft"}),
-    Method("BSS + teacher-forced", LESS | {"target": "teacher_forced"}),
-    Method("BSS, privileged", LESS | {"target": "privileged"}),
+    Method("BSS + DFT", P | FALLS | {"target": "dft"}),
+    Method("BSS + teacher-forced", P | FALLS | {"target": "teacher_forced"}),
+    Method("BSS, privileged", P | FALLS | {"target": "privileged"}),
 )
 """One of these may become the default."""
 ABLATIONS = by_name(

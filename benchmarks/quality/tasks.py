@@ -30,7 +30,7 @@ Row = tuple[list[int], list[int]]
 
 
 class Tokenizer:
-    """What trainers ask of a tokenizer where rows are token ids: a cue of two separators, whatever its text."""
+    """What trainers ask of a tokenizer where rows are token ids. Its cue is two separators, whatever the text."""
 
     pad_token_id, eos_token_id, chat_template = PAD, EOS, None
     added_tokens_decoder: ClassVar[dict] = {}
@@ -38,6 +38,10 @@ class Tokenizer:
     def __call__(self, text, **_):
         ids = [[SEP, SEP] if one.strip() else [] for one in ([text] if isinstance(text, str) else text)]
         return type("Encoding", (), {"input_ids": ids[0] if isinstance(text, str) else ids})()
+
+    def batch_decode(self, rows, **_):
+        """A character for each token of a task, none of them a digit."""
+        return ["".join(chr(0x4E00 + one) for one in row if one >= FIRST) for row in rows]
 
     def save_pretrained(self, *_, **__):
         return ()

@@ -8,13 +8,26 @@ from __future__ import annotations
 
 import importlib.util
 import os
+import random
+import re
 import shutil
 import tempfile
+from collections import Counter
+from collections.abc import Iterable, Sequence
 from pathlib import Path
+from typing import TypeVar
 
 import torch
 from datasets import Dataset
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    LlamaConfig,
+    LlamaForCausalLM,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
 
 from selfgen.data import load_rows
 
@@ -24,6 +37,7 @@ DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 WARM_UPS = 0 if DEVICE == "cpu" else 3
 """Runs before a timed one: on a GPU passes of a new size are run as they are, then recorded, and only then replayed."""
 
+T = TypeVar("T")
 ROOT = Path(__file__).resolve().parent.parent
 GGUF = "SmolLM2-135M-Instruct.Q4_1.gguf"
 
@@ -120,4 +134,41 @@ def gsm_symbolic(size: int, seed: int) -> Dataset:
     problems = reasoning_gym.create_dataset("gsm_symbolic", size=size, seed=seed)
     return Dataset.from_list(
         [{"prompt": item["question"], "completion": item["metadata"]["answer_cot"]} for item in problems]
+    )
+
+
+def common_words(texts: Iterable[str], count: int) -> tuple[list[str], list[list[str]]]:
+    """The ``count`` most frequent words of the texts, in alphabetical order, and the texts without other words."""
+    split = [re.findall("[a-z]+", text.lower()) for text in texts]
+    counts = Counter(word for text in split for word in text)
+    common = sorted(word for word, _ in counts.most_common(count))
+    known = set(common)
+    return common, [[word for word in text if word in known] for text in split]
+
+
+def passage(draw: random.Random, texts: Sequence[list[T]], length: int) -> list[T]:
+    """``length`` words on end of one of the texts, none of which is shorter."""
+    text = draw.choice(texts)
+    start = draw.randrange(len(text) - length + 1)
+    return text[start : start + length]
+
+
+def small_llama(
+    vocab_size: int, width: int, layers: int, *, positions: int, pad: int, bos: int, eos: int
+) -> PreTrainedModel:
+    """A Llama with random weights and heads of 16."""
+    heads = width // 16
+    return LlamaForCausalLM(
+        LlamaConfig(
+            vocab_size=vocab_size,
+            hidden_size=width,
+            intermediate_size=3 * width,
+            num_hidden_layers=layers,
+            num_attention_heads=heads,
+            num_key_value_heads=heads,
+            max_position_embeddings=positions,
+            pad_token_id=pad,
+            bos_token_id=bos,
+            eos_token_id=eos,
+        )
     )

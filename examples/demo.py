@@ -52,7 +52,7 @@ from .side_by_side import Failed, Tell, side_by_side
 RUNS: dict[str, dict[str, Any]] = {"SFT": {"self_prob": 0.0}, "BSS": {"self_prob": 0.1}}
 """What tells the two from each other; BSS with {} has the default settings."""
 
-WORDS = 200  # that are common
+WORDS = 100  # that are common
 PAD, END, UNKNOWN, CUE = "<pad>", "<end>", "<unknown>", "=>"
 SHOWN_SELF_PROB = 0.5  # of the mixed context that is shown; at that of training, there is less to see
 POINTS = 8  # of the curves, besides the one before training
@@ -63,54 +63,29 @@ def main(argv: list[str] | None = None) -> int:
     arguments = parse(argv)
     started = time.perf_counter()
     be_quiet()
-    out = Path(arguments.output_dir)
     print(introduction(arguments), flush=True)
-    rows = prepare(arguments, out)
-    first = rows["train"][0]
-    print(f"\n{paragraph('prompt', first['prompt'])}\n{paragraph('answer', first['completion'])}\n", flush=True)
     try:
+        rows = prepare(arguments)
+        first = rows["train"][0]
+        print(f"\n{paragraph('prompt', first['prompt'])}\n{paragraph('answer', first['completion'])}\n", flush=True)
         results = train_both(arguments)
+        report(arguments, rows["held_out"], results)
     except Failed as error:
         print(f"\n{error}", file=sys.stderr)
         return 1
     except KeyboardInterrupt:
         print("\nstopped", file=sys.stderr)
         return 130
-    gaps = {name: Gap.of(result["rows"]) for name, result in results.items()}
-
-    # The proof that the checkpoints are ordinary ones.
-    models = {name: AutoModelForCausalLM.from_pretrained(out / name) for name in RUNS}
-    tokenizer = AutoTokenizer.from_pretrained(out / "BSS")
-    tokenized, _ = tokenize_rows(rows["held_out"], tokenizer, max_length=None)
-    show = Show(tokenizer, colours=sys.stdout.isatty() and not os.environ.get("NO_COLOR"))
-    place, why = chosen([result["rows"] for result in results.values()])
-    row = tokenized[place]
-    most = len(row["answer_ids"])
-    answers = {name: answer(model, [row["prompt_ids"]], max_new_tokens=most) for name, model in models.items()}
-    print(f"\nHeld-out row {place}: {why}.\n{show.legend_of_answers()}\n")
-    print(show.answers(row, {name: found.tokens[0].tolist() for name, found in answers.items()}))
-    mixed = ContextGenerator(models["BSS"]).contexts(
-        [row["prompt_ids"]], [row["answer_ids"]], SHOWN_SELF_PROB, seed=2, sample_ids=[row["sample_id"]]
-    )
-    print(f"\nA context of BSS for that row, mixed as in training, but with p = {SHOWN_SELF_PROB}, to see more of it:")
-    print(f"{show.legend_of_context()}\n")
-    print(show.context(mixed, row["answer_ids"]))
-
-    print(f"\n{table(gaps, results)}\n\n{verdict(gaps)}")
-    figure = plot(results, out / "demo.png")
-    write_json(out / "demo.json", record(arguments, results, gaps, place))
-    print(f"\ncurves      {figure}, {out / 'demo.json'}")
-    print(f"checkpoint  {out / 'BSS'}, of which AutoModelForCausalLM and AutoTokenizer loaded what is above")
     print(f"total       {time.perf_counter() - started:.0f} s")
-    print("\nNext steps:\n" + "\n".join(next_steps(out)))
+    print("\nNext steps:\n" + "\n".join(next_steps(Path(arguments.output_dir))))
     return 0
 
 
 def parse(argv: list[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="python -m examples.demo", description=(__doc__ or "").split("\n")[0])
-    parser.add_argument("--steps", type=int, default=1000, help="optimizer steps of each run")
+    parser.add_argument("--steps", type=int, default=1500, help="optimizer steps of each run")
     parser.add_argument("--batch", type=int, default=32, help="rows per step")
-    parser.add_argument("--words", type=int, default=24, help="words of a row")
+    parser.add_argument("--words", type=int, default=20, help="words of a row")
     parser.add_argument("--held-out", type=int, default=400, help="held-out rows")
     parser.add_argument("--learning-rate", type=float, default=2e-3, help="learning rate of both runs, at its highest")
     parser.add_argument("--width", type=int, default=64, help="hidden size of the models, a multiple of 16")
@@ -150,8 +125,9 @@ def paragraph(name: str, text: str) -> str:
 # Rows and the start
 
 
-def prepare(arguments: argparse.Namespace, out: Path) -> dict[str, Dataset]:
+def prepare(arguments: argparse.Namespace) -> dict[str, Dataset]:
     """Write the rows and the model that both runs begin with; held-out rows are of other texts."""
+    out = Path(arguments.output_dir)
     out.mkdir(parents=True, exist_ok=True)
     common, texts = common_words(problem_statements(), WORDS)
     texts = [text for text in texts if len(text) >= arguments.words]
@@ -208,7 +184,7 @@ class Progress:
     def __init__(self, steps: int):
         self.is_terminal = sys.stderr.isatty()
         self.bars = {
-            name: tqdm(total=steps, desc=name, position=place, ncols=COLUMNS, disable=not self.is_terminal)
+            name: tqdm(total=steps, desc=name, position=place, ncols=COLUMNS, nrows=20, disable=not self.is_terminal)
             for place, name in enumerate(RUNS)
         }
 
@@ -318,6 +294,35 @@ def shares(gap: Gap) -> dict[str, float]:
 # What came out
 
 
+def report(arguments: argparse.Namespace, held_out: Dataset, results: dict[str, Any]) -> None:
+    """Print one held-out row as both models answer it, a mixed context of it, and the table; write figures and plot."""
+    out = Path(arguments.output_dir)
+    # As any checkpoints are loaded.
+    models = {name: AutoModelForCausalLM.from_pretrained(out / name) for name in RUNS}
+    tokenizer = AutoTokenizer.from_pretrained(out / "BSS")
+    show = Show(tokenizer, colours=sys.stdout.isatty() and not os.environ.get("NO_COLOR"))
+    place, why = chosen([result["rows"] for result in results.values()])
+    row = tokenize_rows(held_out, tokenizer, max_length=None)[0][place]
+    prompts, references = [row["prompt_ids"]], [row["answer_ids"]]
+    answers = {
+        name: answer(model, prompts, max_new_tokens=len(references[0])).tokens[0].tolist()
+        for name, model in models.items()
+    }
+    print(f"\nHeld-out row {place}: {why}.\n{show.legend_of_answers()}\n\n{show.answers(row, answers)}")
+    mixed = ContextGenerator(models["BSS"]).contexts(
+        prompts, references, SHOWN_SELF_PROB, seed=2, sample_ids=[row["sample_id"]]
+    )
+    print(f"\nA context of BSS for that row, mixed as in training, but with p = {SHOWN_SELF_PROB}, to see more of it:")
+    print(f"{show.legend_of_context()}\n\n{show.context(mixed, references[0])}")
+
+    gaps = {name: Gap.of(result["rows"]) for name, result in results.items()}
+    print(f"\n{table(gaps, results)}\n\n{verdict(gaps)}")
+    plot(results, out / "demo.png")
+    write_json(out / "demo.json", record(arguments, results, gaps, place))
+    print(f"\ncurves      {out / 'demo.png'}, {out / 'demo.json'}")
+    print(f"checkpoint  {out / 'BSS'}, of which AutoModelForCausalLM and AutoTokenizer loaded what is above")
+
+
 def chosen(counts: Sequence[Sequence[dict[str, int]]]) -> tuple[int, str]:
     """The place of the held-out row that is shown, and why it is: SFT slips there and BSS does not, if there is one."""
     sft, bss = ([row["right_running_freely"] == row["tokens"] for row in rows] for rows in counts)
@@ -419,8 +424,14 @@ def table(gaps: dict[str, Gap], results: dict[str, Any]) -> str:
     lines = [f"{f'{count} held-out rows':40}" + "".join(f"{name:>12}" for name in gaps)]
     lines += [f"{text:40}" + "".join(f"{one[key]:12.1%}" for one in found.values()) for key, text in MEASURES.items()]
     lines.append(f"{'points lost by running freely':40}" + "".join(f"{gap.points:12.1f}" for gap in gaps.values()))
+    own = "".join(f"{mean_of(result['log'], 'self_share'):12.1%}" for result in results.values())
+    lines.append(f"{'own tokens in the contexts of training':40}{own}")
     seconds = "".join(f"{result['seconds']:12.0f}" for result in results.values())
     return "\n".join([*lines, f"{'processor seconds of training':40}{seconds}"])
+
+
+def mean_of(log: Sequence[dict[str, Any]], key: str) -> float:
+    return sum(entry[key] for entry in log) / len(log)
 
 
 def verdict(gaps: dict[str, Gap]) -> str:
@@ -436,7 +447,7 @@ def verdict(gaps: dict[str, Gap]) -> str:
     return f"BSS minus SFT, running freely: {tokens:+.1f} points of tokens, {answers:+.1f} of whole answers. {winner}."
 
 
-def plot(results: dict[str, Any], file: Path) -> Path:
+def plot(results: dict[str, Any], file: Path) -> None:
     import matplotlib
 
     matplotlib.use("Agg")
@@ -454,7 +465,6 @@ def plot(results: dict[str, Any], file: Path) -> Path:
     axes[0].legend()
     figure.savefig(file, dpi=120)
     plt.close(figure)
-    return file
 
 
 def record(

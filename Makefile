@@ -1,5 +1,5 @@
 # Everything runs in .venv, made at the first call; a second call installs nothing again.
-#   make demo   SFT and selfgen's default side by side: who is better running freely? minutes, on two cores
+#   make demo   plain fine-tuning and BSS side by side: who is better running freely? minutes, on two cores
 #   make test   the test suite          make slow   its long part (WORKERS=2 processes)
 #   make bench  the benchmarks          make lint   ruff and mypy
 #   make gpu    what needs a CUDA device

@@ -291,7 +291,7 @@ def is_running(pid: int) -> bool:
 
 @pytest.mark.slow
 @pytest.mark.parametrize("seed", range(3))
-def test_the_default_wins(tmp_path, seed):
+def test_bss_wins(tmp_path, seed):
     """The whole demo, as `make demo` runs it."""
     arguments = [sys.executable, "-m", "examples.demo", "--seed", str(seed), "--output-dir", str(tmp_path)]
     out = subprocess.run(arguments, cwd=ROOT, check=True, capture_output=True, text=True).stdout

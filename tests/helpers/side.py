@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import signal
 import sys
 import time
 from pathlib import Path
@@ -34,6 +35,7 @@ def waits(tell):
 
 
 if __name__ == "__main__":  # two that wait, until this process is ended; their ids are written to a file
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # which a shell's background jobs ignore, tests included
     file = Path(sys.argv[1])
 
     def told(name, pid):

@@ -222,7 +222,7 @@ class LearningCurve(TrainerCallback):
     ``seconds`` is what that took, in processor time.
     """
 
-    def __init__(self, measure: Callable[[], dict[str, float]], shares: Sequence[float] = (0.25, 0.5, 0.75)):
+    def __init__(self, measure: Callable[[], dict[str, float]], shares: Sequence[float]):
         self.measure, self.shares = measure, shares
         self.points: list[dict[str, float]] = []
         self.seconds = 0.0
@@ -275,7 +275,7 @@ def train(
         options["reuse_passes"] = False  # what made the contexts is not this step's forward
     if task.by_length:
         options["train_sampling_strategy"] = "group_by_length"
-    callback = None if curve is None else LearningCurve(partial(curve, model))
+    callback = None if curve is None else LearningCurve(partial(curve, model), task.curve_shares)
     with tempfile.TemporaryDirectory() as folder:
         args = (RACConfig if correction else BSSConfig)(
             folder,
@@ -354,7 +354,8 @@ def measure(task: AnyTask, method: Method, seed: int, setting: Setting, *, count
     some = rows.select(range(min(task.curve_rows, len(rows))))
     trained = train(task, method, seed, setting, rows, partial(_point, task, method, some))
     started = time.process_time()
-    answers = _answers(task, trained.model, rows, corrects=method.kind == "correction" or method.name == "SFT")
+    corrects = method.kind == "correction" or (method.name == "SFT" and not task.has_base)
+    answers = _answers(task, trained.model, rows, corrects=corrects)
     right = _right_under_references(task, trained.model, rows)
     found: dict[str, float] = {"tokens_seen": trained.tokens_seen}
     if len(answers) > 1:

@@ -61,6 +61,7 @@ class Task:
     longest = LONGEST
     test_rows = batch_size = 400
     curve_rows, pass_rows = 200, 32  # of the test rows: for points of the learning curve, and to count passes
+    curve_shares = (0.25, 0.5, 0.75)  # of the steps, at which there are points besides the last one
     by_length = False  # rows of one task are equally long
     has_base, has_teacher = False, True
     tokenizer = Tokenizer()
@@ -153,7 +154,8 @@ class TextTask:
     train_rows: int | None = None  # all that a training has, over and over
     longest = 768
     test_rows, batch_size = 200, 64
-    curve_rows, pass_rows = 100, 4
+    curve_rows, pass_rows = 50, 4
+    curve_shares = (0.5,)
     by_length = True  # a batch has rows of about the same length, so that little padding is computed
     has_base, has_teacher = True, False
 

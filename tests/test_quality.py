@@ -210,15 +210,15 @@ def ragged(draw):
 
 
 def test_sentences():
-    """Sorting has natural sentences, none twice; their words are sorted."""
-    task = TASKS["sort"]
+    """Sentences are natural, none comes twice, and their words are reversed."""
+    task = TASKS["reverse"]
     if not has_gsm8k():
         pytest.skip("no GSM8K")
     texts = task.texts(100, 7)
     assert len(set(texts["prompt"])) == 100
     for row in texts:
         sentence = row["prompt"].split(": ")[1].split()
-        assert row["completion"].split() == sorted(sentence)
+        assert row["completion"].split() == sentence[::-1]
         assert 10 <= len(sentence) <= 20
 
 
@@ -299,7 +299,7 @@ def test_stages_share_no_seed(tmp_path, monkeypatch):
     )
     for stage in quality.STAGES:
         quality.main(
-            ["--stage", stage, "--tasks", "sort", "wave", "--methods", "SFT + KL to base", "GKD, whole answers"]
+            ["--stage", stage, "--tasks", "reverse", "wave", "--methods", "SFT + KL to base", "GKD, whole answers"]
         )
     files = {
         f"quality_{stage}.jsonl": {seed for name, _, seed in ran if name.endswith(f"{stage}.jsonl")}
@@ -312,7 +312,7 @@ def test_stages_share_no_seed(tmp_path, monkeypatch):
 
 def test_key_ignores_what_a_method_needs():
     """So that records outlive a change of it."""
-    record = {"seed": 1, **methods.describe(TASKS["sort"], ALL_METHODS["SFT + KL to base"], Setting())}
+    record = {"seed": 1, **methods.describe(TASKS["reverse"], ALL_METHODS["SFT + KL to base"], Setting())}
     method = {name: value for name, value in record["method"].items() if name != "needs"}
     assert quality.key_of(record) == quality.key_of(record | {"method": method})
 
@@ -357,7 +357,7 @@ def made_up(task, name, shift, *, seeds=5, **more):
 def records():
     correction = dict.fromkeys(CORRECTED, 0.3)
     lines = []
-    for task in ("wave", "words", "sort", "gsm_symbolic"):
+    for task in ("wave", "words", "reverse", "gsm_symbolic"):
         lines += made_up(task, "SFT", [0.0] * 5, found=correction | {"wrong_to_right": 0.01})
         lines += made_up(task, "BSS", -0.1)
         lines += made_up(task, "BSS, auto", 0.002 if task == "wave" else 0.08)
@@ -372,10 +372,10 @@ def records():
 
 def test_the_rule_of_decision():
     rows = summary(records())
-    assert {row["task"] for row in rows} == {"wave", "words", "sort", "gsm_symbolic"}
+    assert {row["task"] for row in rows} == {"wave", "words", "reverse", "gsm_symbolic"}
     said = {(row["task"], row["method"]): row["verdict"] for row in rows}
     assert said["wave", "BSS"] == "worse"
-    assert (said["wave", "BSS, auto"], said["sort", "BSS, auto"]) == ("not worse", "better")
+    assert (said["wave", "BSS, auto"], said["reverse", "BSS, auto"]) == ("not worse", "better")
     assert (said["wave", "BSS, p = 0.1"], said["words", "BSS, p = 0.1"]) == ("better", "open")
     assert said["wave", "SFT + DFT"] == said["wave", "SFT"] == ""  # no candidates
     family = [row for row in rows if row["task"] == "wave" and row["token_corrected_p_value"] is not None]
@@ -383,7 +383,7 @@ def test_the_rule_of_decision():
     assert [row["token_corrected_p_value"] for row in family] == holm([row["token_p_value"] for row in family])
     fit = {line[0]: line[1:] for line in decision(rows)[1:]}
     assert fit["BSS, auto"] == ["4 of 4", "4", "3", "", "yes"]
-    assert fit["BSS"] == ["4 of 4", "0", "0", "wave, words, sort, gsm_symbolic", "no"]
+    assert fit["BSS"] == ["4 of 4", "0", "0", "wave, words, reverse, gsm_symbolic", "no"]
     assert fit["BSS, p = 0.1"][-1] == "no"
 
 
@@ -399,14 +399,14 @@ def test_tables_of_passes_and_corrections():
     found = {tuple(line[:2]): line[2:] for line in lines}
     assert len(head) == len(lines[0])
     assert found["wave", "SFT"][:2] == ["0.500 ± 0.000", ""]
-    assert found["sort", "BSS, auto"][1].startswith("-0.082 ± ")
+    assert found["reverse", "BSS, auto"][1].startswith("-0.082 ± ")
     lines = rac(rows)[1:]
     assert [line[:2] for line in lines] == [["wave", "SFT"], ["wave", "RAC, equal rows"]]
     assert lines[0][-2:] == ["1.0 ± 0.0", "30.0 ± 0.0"]
     costs = {row["method"]: seconds(row) for row in rows if row["task"] == "wave"}
     assert costs["GKD, whole answers"] == "30 + 70"
     assert costs["SFT"] == "30"
-    curve = next(row["curve"] for row in rows if row["method"] == "BSS, auto" and row["task"] == "sort")
+    curve = next(row["curve"] for row in rows if row["method"] == "BSS, auto" and row["task"] == "reverse")
     assert curve == [
         {
             "step": step,
@@ -426,7 +426,14 @@ def test_a_report_of_everything(tmp_path):
     assert report(["--runs", str(file)]) == 0
     assert (tmp_path / "quality_selection_curves.png").stat().st_size > 10_000
     page = (tmp_path / "quality_selection.md").read_text()
-    for title in ("The gap: SFT", "What the rule says", "Candidates: sort", "Methods: wave", "Ablations: wave", "RAC"):
+    for title in (
+        "The gap: SFT",
+        "What the rule says",
+        "Candidates: reverse",
+        "Methods: wave",
+        "Ablations: wave",
+        "RAC",
+    ):
         assert f"## {title}\n" in page
     assert "| BSS, auto | 4 of 4 | 4 | 3 |  | yes |" in page
     tables = [block.splitlines() for block in page.split("\n\n") if block.startswith("|")]

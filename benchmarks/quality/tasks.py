@@ -218,8 +218,8 @@ def _sentences(shortest: int = 10, longest: int = 20) -> list[str]:
     return list(found)
 
 
-class Sorting(TextTask):
-    """The words of a natural sentence in alphabetical order. Right is the whole answer."""
+class Reversing(TextTask):
+    """The words of a natural sentence in reverse order. Right is the whole answer."""
 
     def texts(self, count: int, seed: int) -> Dataset:
         sentences = _sentences()
@@ -227,8 +227,8 @@ class Sorting(TextTask):
         return Dataset.from_list(
             [
                 {
-                    "prompt": f"Sort the words of this sentence alphabetically: {sentences[place]}",
-                    "completion": " ".join(sorted(sentences[place].split())),
+                    "prompt": f"Write the words of this sentence in reverse order: {sentences[place]}",
+                    "completion": " ".join(reversed(sentences[place].split())),
                     "sample_id": place,
                 }
                 for place in drawn
@@ -247,7 +247,7 @@ MAIN: tuple[AnyTask, ...] = (
     Task("cubic", "the values of a cubic polynomial from its coefficients", cubic),
     Task("words", "the words of a passage of GSM8K in alphabetical order", words, WORDS),
     Task("words-few", "the same, 2,000 rows again and again", words, WORDS, train_rows=2000),
-    Sorting("sort", "the words of a sentence of GSM8K in alphabetical order, SmolLM2-135M-Instruct with LoRA"),
+    Reversing("reverse", "the words of a sentence of GSM8K in reverse order, SmolLM2-135M-Instruct with LoRA"),
     Problems(
         "gsm_symbolic-short",
         "word problems of at most 96 tokens with worked solutions of at most 56, SmolLM2-135M-Instruct",

@@ -194,10 +194,16 @@ def asked(trainer):
     return found
 
 
-def test_p_follows_what_steps_measure(tmp_path):
-    trainer = make_trainer(tmp_path, data=EASY, **AUTO, self_prob_warmup=2, max_steps=8)
+def mixed(trainer):
+    """What mixing returns, step by step, from here on."""
     made, mix = [], trainer.mix
     trainer.mix = lambda batches: (made.append(mix(batches)), made[-1])[1]
+    return made
+
+
+def test_p_follows_what_steps_measure(tmp_path):
+    trainer = make_trainer(tmp_path, data=EASY, **AUTO, self_prob_warmup=2, max_steps=8)
+    made = mixed(trainer)
     found = asked(trainer)
     trainer.train()
     log, budget = logged(trainer), DifferenceBudget(0.3, 0.9)
@@ -213,8 +219,7 @@ def test_p_follows_what_steps_measure(tmp_path):
 
 def test_p_is_given_times_the_disagreement(tmp_path):
     trainer = make_trainer(tmp_path, data=EASY, **FALLING, self_prob_warmup=2, max_steps=8)
-    made, mix = [], trainer.mix
-    trainer.mix = lambda batches: (made.append(mix(batches)), made[-1])[1]
+    made = mixed(trainer)
     found = asked(trainer)
     trainer.train()
     assert [entry["self_prob"] for entry in logged(trainer)] == [0.0, 0.0, *found]

@@ -10,6 +10,7 @@ import functools
 import math
 import random
 import re
+from abc import ABC, abstractmethod
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import ClassVar
@@ -140,7 +141,7 @@ def words(draw: random.Random, length: int = 24) -> Row:
 
 
 @dataclass(eq=False)
-class TextTask:
+class TextTask(ABC):
     """Rows of text, for SmolLM2-135M-Instruct.
 
     ``longest_prompt`` and ``longest_answer`` are in tokens, the chat template included; longer rows are left out.
@@ -166,12 +167,12 @@ class TextTask:
     def model(self, *_) -> PreTrainedModel:
         return load_smollm2()[0]
 
+    @abstractmethod
     def texts(self, count: int, seed: int) -> Dataset:
         """``count`` rows as ``prompt``/``completion``."""
-        raise NotImplementedError
 
-    def is_right(self, answer: list[int], reference: list[int]) -> bool:
-        raise NotImplementedError
+    @abstractmethod
+    def is_right(self, answer: list[int], reference: list[int]) -> bool: ...
 
     def rows(self, count: int, seed: int, without: Dataset | None = None) -> Dataset:
         taken = set() if without is None else {tuple(prompt) for prompt in without["prompt_ids"]}

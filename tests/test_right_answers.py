@@ -150,6 +150,31 @@ def test_the_share_of_right_answers(tmp_path, share, stay, direct_weight):
     assert trainer.state.log_history[0]["own_answers_left_out"] == (2 - stay) / 4
 
 
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"right_answer_share": 0.0},
+        {"right_answer_share": 0.4, "direct_weight": 0.5},
+        {"right_answers": "keep", "direct_weight": 1.0},
+        {"direct_weight": 2.0},
+    ],
+)
+def test_models_that_take_no_count_of_tokens(tmp_path, changes):
+    """As Gemma 3's of text and images don't: transformers then takes the mean over each micro-batch, left out or not.
+
+    The rows, all in one micro-batch or two in each of two, have the loss that they have with any other model.
+    """
+    for rows in ({"per_device_train_batch_size": 4, "gradient_accumulation_steps": 1}, {}):
+        model = tiny_model("llama")
+        model.accepts_loss_kwargs = False
+        trainer = make(tmp_path, model=model, **changes, **rows)
+        found = losses_of(trainer)
+        corrections, count, direct, of_direct = sums_of(found)
+        want = corrections / count + changes.get("direct_weight", 0.0) * direct / max(1, of_direct)
+        torch.testing.assert_close(sum(loss for loss, _ in found), want, rtol=1e-5, atol=1e-6)
+        assert trainer.state.log_history[0]["loss"] == pytest.approx(float(want), rel=1e-5)
+
+
 def test_a_step_without_a_correction(tmp_path):
     """The weights stay where they are; with direct rows, these alone are learned."""
     changes = {"right_answer_share": 0.0, "learning_rate": 0.1, "judge": lambda *_: True, "optim": "sgd"}

@@ -41,7 +41,8 @@ def make_loss(trainer: Any) -> AnswerLoss | None:
         lean = True  # also where nothing is mixed
     name = type(model).__name__
     given = "_loss_function" in vars(model)
-    outside = not (trainer.compute_loss_func is not None or given) and learns_its_input(model)
+    why_outside = None if trainer.compute_loss_func is not None or given else _why_not_the_models(trainer, model)
+    outside = why_outside is not None
     others = {
         "compute_loss_func": trainer.compute_loss_func is not None,
         f"the loss_function that {name} was given": given,
@@ -78,15 +79,24 @@ def make_loss(trainer: Any) -> AnswerLoss | None:
     )
     if outside:
         logger.warning(
-            "the loss of %s itself compares a position with its own token, not with the next one: it is not used, "
-            "and the cross-entropy of the next token is computed of the logits; it is not lean",
-            name,
+            "%s: it is not used, and the cross-entropy of the next token is computed of the logits; it is not lean",
+            why_outside,
         )
         trainer.compute_loss_func = loss.of_outputs
     if loss.not_lean:
         level = logging.WARNING if args.lean_loss else logging.INFO  # asked for, or a default
         logger.log(level, "the loss is not lean, so the logits of all positions are in memory: %s", loss.not_lean)
     return loss
+
+
+def _why_not_the_models(trainer: Any, model: PreTrainedModel) -> str | None:
+    """Why the loss has to be computed of the logits, outside of the model; None if the model may compute it."""
+    name = type(model).__name__
+    if learns_its_input(model):
+        return f"the loss of {name} itself compares a position with its own token, not with the next one"
+    if trainer._weighs_rows and not trainer.model_accepts_loss_kwargs:
+        return f"the loss of {name} takes no num_items_in_batch, which {trainer._weighing} needs"
+    return None
 
 
 def _frozen(trainer: Any) -> tuple[PreTrainedModel | None, int | None]:

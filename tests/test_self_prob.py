@@ -16,7 +16,7 @@ import torch
 from helpers.processes import in_ranks
 from helpers.runs import EASY, compare, make_expected
 from helpers.training import config, make_bash_trainer, make_rac_trainer, make_trainer, rows, weights
-from models import tiny_model
+from models import VOCAB, tiny_model
 from transformers import TrainerCallback
 
 from selfgen import BSSTrainer
@@ -187,6 +187,12 @@ def logged(trainer, *names):
     return [{name: entry[name] for name in names if name in entry} for entry in trainer.state.log_history[:-1]]
 
 
+@pytest.fixture
+def knows(monkeypatch):
+    """As if the tiny model, whose weights are random, knew something."""
+    monkeypatch.setattr(self_prob, "_OF_GUESSING", math.inf)
+
+
 def asked(trainer):
     """The probabilities that contexts are made with, from here on."""
     found, generate = [], trainer.generator.contexts
@@ -262,6 +268,7 @@ def test_passes_are_tried_though_a_callback_has_changed_p_since(tmp_path):
     assert trainer._reuse.verified
 
 
+@pytest.mark.usefixtures("knows")
 def test_until_the_loss_has_settled_nothing_is_mixed(tmp_path, monkeypatch, caplog):
     caplog.set_level("INFO", logger="selfgen")
     monkeypatch.setattr(self_prob, "settled", lambda losses, least: len(losses) == 3)
@@ -273,6 +280,32 @@ def test_until_the_loss_has_settled_nothing_is_mixed(tmp_path, monkeypatch, capl
     assert "settled after 3 steps" in caplog.text
 
 
+@pytest.mark.parametrize("how", [AUTO, FALLING | {"self_prob_warmup": "settled"}])
+def test_a_model_that_knows_nothing_has_nothing_to_wait_for(tmp_path, caplog, how):
+    """Whatever its loss does later; and one that begins a little better than by guessing waits."""
+    caplog.set_level("INFO", logger="selfgen")
+    trainer = make_trainer(tmp_path / "random", **how, max_steps=4)
+    trainer.train()
+    assert trainer.state.log_history[0]["loss"] > 0.95 * math.log(VOCAB)
+    assert [entry["self_prob"] > 0 for entry in logged(trainer)] == [False, True, True, True]
+    assert "is that of guessing" in caplog.text
+
+    taught = make_trainer(tmp_path / "taught", data=EASY, self_prob=0.0, learning_rate=0.03, max_steps=8)
+    taught.train()
+    waits = make_trainer(tmp_path / "waits", model=taught.model, data=EASY, **how, max_steps=4)
+    waits.train()
+    assert waits.state.log_history[0]["loss"] < 0.95 * math.log(VOCAB)
+    assert not any(entry["self_prob"] for entry in logged(waits))
+
+
+@pytest.mark.parametrize("change", [{"kl_weight": 0.5}, {"target": "dft"}, {"target": "teacher_forced"}])
+def test_a_loss_that_is_no_cross_entropy_tells_nothing_of_guessing(tmp_path, change):
+    trainer = make_trainer(tmp_path, **AUTO, **change, max_steps=3)
+    trainer.train()
+    assert not any(entry["self_prob"] for entry in logged(trainer))
+
+
+@pytest.mark.usefixtures("knows")
 def test_the_losses_are_those_of_the_log(tmp_path, monkeypatch):
     seen = []
     monkeypatch.setattr(self_prob, "settled", lambda losses, least: seen.append(([*losses], least)))
@@ -282,6 +315,7 @@ def test_the_losses_are_those_of_the_log(tmp_path, monkeypatch):
     assert seen[-1][1] == 80
 
 
+@pytest.mark.usefixtures("knows")
 def test_a_fixed_p_may_wait_too(tmp_path, monkeypatch):
     monkeypatch.setattr(self_prob, "settled", lambda losses, least: len(losses) == 2)
     trainer = make_trainer(tmp_path, self_prob=0.4, self_prob_warmup="settled", max_steps=4)
@@ -291,6 +325,7 @@ def test_a_fixed_p_may_wait_too(tmp_path, monkeypatch):
     assert [entry["self_prob"] for entry in logged(trainer)] == [0.0, 0.0, 0.4, 0.4]
 
 
+@pytest.mark.usefixtures("knows")
 def test_a_run_that_never_settles_is_plain_fine_tuning(tmp_path, caplog):
     plain = make_trainer(tmp_path / "sft", self_prob=0.0, lean_loss=True)
     auto = make_trainer(tmp_path / "auto", self_prob="auto")
@@ -341,6 +376,7 @@ def resumed_equals_whole(folder, step, how=AUTO, **options):
     return found
 
 
+@pytest.mark.usefixtures("knows")
 @pytest.mark.parametrize(
     ("step", "options"),
     [

@@ -243,7 +243,9 @@ class BSSTrainer(Trainer):
         # The Trainer shifts labels by the name of the model's class, which FSDP2 changes.
         self._label_smoother = None if smoother is None else partial(smoother, shift_labels=True)
         self.add_callback(StepTimer(self.meter))
-        self._self_prob = SelfProb(args, self.accelerator, self.meter)
+        plain = args.learned_target == "reference" and not (args.kl_weight or self._weighs_rows or self._loss_is_users)
+        vocab_size = vocab_size_of(self.generator.model) if plain else None
+        self._self_prob = SelfProb(args, self.accelerator, self.meter, vocab_size)
         self.add_callback(self._self_prob)
         self.add_callback(EpochOfSampler())
         self.add_callback(TellHowWeightsAreHeld(self._engine))

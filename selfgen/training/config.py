@@ -229,8 +229,8 @@ class BSSConfig(RowOptions, GeneratorOptions, TargetOptions, TrainingArguments):
         default=None,
         metadata={
             "help": "Steps of plain fine-tuning before contexts are mixed: a number (0 is none, and one below 1 is a "
-            "share of all steps), or settled (until the loss has settled, in a short run to its end). By default "
-            "settled with self_prob=auto, and 0 with a number."
+            "share of all steps), or settled (until the loss has settled, in a short run to its end; a model whose "
+            "first loss is that of guessing does not wait). By default settled with self_prob=auto, else 0."
         },
     )
     context_micro_batches: int | None = field(

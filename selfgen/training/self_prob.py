@@ -1,8 +1,11 @@
 """The self-probability of each step: a given one, or one that follows what the steps before it have measured.
 
 What counts is how many tokens of a context differ from the reference, and that is p times the share of self tokens that
-differ: a third for one model, one in seventy for another. So ``self_prob="auto"`` keeps that product at a target. It
-begins where the loss under references has settled, as before that the model learns more from references.
+differ: a third for one model, one in seventy for another. So ``self_prob="auto"`` keeps that product at a target.
+
+A warm-up may end where the loss under references has settled, as before that a model that knows something learns more
+from references. One that knows nothing, whose first loss is that of guessing, learns most from its own tokens early on,
+so it has no such warm-up.
 
 All processes count the tokens and losses of all, and p depends on nothing else. So it is the same everywhere, and known
 before the contexts of a step are made. A checkpoint has what was counted.
@@ -36,6 +39,7 @@ _FIRST = 4  # steps, whose mean loss is what the loss has fallen from
 _LEAST = 64  # steps: before them, quarters are too short to be compared
 _OF_FALL = 0.05  # of what the loss has fallen so far
 _OF_LOSS = 0.02  # of the loss itself, for one that was low when training began
+_OF_GUESSING = 0.95  # of the loss of a uniform guess: from there on a model knows nothing
 
 
 def settled(losses: Sequence[float], least: int = _LEAST) -> bool:
@@ -109,10 +113,12 @@ class SelfProb(TrainerCallback):
         args: of the run.
         accelerator: of its processes.
         meter: is told the p of each step.
+        vocab_size: of the model, of which a uniform guess is one; None where the loss is no mean cross-entropy.
     """
 
-    def __init__(self, args: BSSConfig, accelerator: Accelerator, meter: Meter):
+    def __init__(self, args: BSSConfig, accelerator: Accelerator, meter: Meter, vocab_size: int | None = None):
         self._args, self._accelerator, self._meter = args, accelerator, meter
+        self._of_guessing = math.inf if vocab_size is None else _OF_GUESSING * math.log(vocab_size)
         self._begin()
 
     def _begin(self) -> None:
@@ -177,12 +183,18 @@ class SelfProb(TrainerCallback):
         loss = _mean(losses)
         if math.isfinite(loss):  # fp16's loss scaler leaves out steps that overflow
             self._losses.append(loss)
+        if len(self._losses) == 1 and loss >= self._of_guessing:
+            self._mix_from_now("the first loss, %.2f, is that of guessing: the model has nothing to unlearn", loss)
+            return
         if len(self._losses) % max(1, len(self._losses) // _LOOKS):
             return
         if settled(self._losses, least_steps(self._args.get_warmup_steps(max_steps), max_steps)):
-            self._losses = None
-            if self._args.process_index == 0:
-                logger.info("the loss has settled after %d steps, and contexts are mixed from now on", steps)
+            self._mix_from_now("the loss has settled after %d steps", steps)
+
+    def _mix_from_now(self, why: str, *numbers: float) -> None:
+        self._losses = None
+        if self._args.process_index == 0:
+            logger.info(f"{why}; contexts are mixed from now on", *numbers)
 
     def _of_all(self) -> list[list[float]]:
         """The loss, self tokens and differing tokens of the processes; of those that have the same rows, one counts."""

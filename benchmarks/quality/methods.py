@@ -79,6 +79,8 @@ def by_name(*methods: Method) -> dict[str, Method]:
 P, LESS, AUTO = {"self_prob": 0.25}, {"self_prob": 0.1}, {"self_prob": "auto"}
 PLAIN = {"self_prob": 0.0}
 FALLS = {"self_prob_schedule": "disagreement"}
+MORE = {"self_prob": 0.5} | FALLS
+WAITS = {"self_prob_warmup": "settled"}
 PREFIX = P | {"granularity": "prefix"}
 CORRECTION = {"direct_weight": 1.0}
 METHODS = by_name(
@@ -99,9 +101,14 @@ CANDIDATES = by_name(
     Method("BSS, p = 0.1", LESS),
     Method("BSS, greedy", P | {"sampling_temperature": 0.0}),
     Method("BSS, p falls from 0.25", P | FALLS),
-    Method("BSS, p falls from 0.5", {"self_prob": 0.5} | FALLS),
+    Method("BSS, p falls from 0.5", MORE),
+    Method("BSS, p falls from 0.5, cooler", MORE | {"sampling_temperature": 0.7}),
+    Method("BSS, p falls from 0.5, cold", MORE | {"sampling_temperature": 0.5}),
+    Method("BSS, p falls from 0.5, waits", MORE | WAITS),
+    Method("BSS, p falls from 0.5, cooler, waits", MORE | WAITS | {"sampling_temperature": 0.7}),
+    Method("BSS, p falls from 0.5, cold, waits", MORE | WAITS | {"sampling_temperature": 0.5}),
+    Method("BSS, p falls from 0.25, waits", P | FALLS | WAITS),
     Method("BSS, auto", AUTO),
-    Method("BSS, auto from the start", AUTO | {"self_prob_warmup": 0}),
     Method("BSS, prefix", PREFIX),
     Method("BSS, prefix, after switch", PREFIX | {"loss_on": "after_switch"}),
     Method("BSS + DFT", P | FALLS | {"target": "dft"}),

@@ -8,7 +8,8 @@ methods have, as a seed has the same initial weights and rows for every method. 
 candidates that a task was run with; those of other methods, and of other measures than tokens, are as they are.
 
 The rule: on a task a candidate is *not worse* than SFT if the lower end of the interval of the difference in tokens is
-above -1 point, and *better* if the difference is at least 5 points and its corrected p-value below 0.05.
+above -1 point, and *better* if the difference is at least 5 points and its corrected p-value below 0.05. Its whole
+answers must not be significantly worse (p < 0.05, uncorrected).
 """
 
 from __future__ import annotations
@@ -187,7 +188,8 @@ def page(rows: list[dict[str, Any]], runs: str) -> str:
 RULE = (
     f"Not worse than SFT: the lower end of the 95% interval of the difference in tokens is above {NOT_WORSE:.0f} "
     f"point. Better: at least {BETTER:.0f} points, p < 0.05 (Holm, over the candidates of the task). The default has "
-    f"to be not worse on every task, and better on at least {WINS}."
+    f"to be not worse on every task, and better on at least {WINS}; and on no task may significantly fewer whole "
+    "answers be right (p < 0.05, uncorrected)."
 )
 OF_PASSES = (
     "Passes per token of free runs as long as the references, row by row; one token after the other takes 1. Answers "
@@ -214,7 +216,9 @@ def cells(row: dict[str, Any]) -> list[str]:
 
 def decision(rows: list[dict[str, Any]]) -> list[list[str]]:
     """On how many of the main tasks each candidate is not worse, and better."""
-    lines = [["candidate", "tasks", "not worse", "better", "may be worse on", "fit for the default"]]
+    lines = [
+        ["candidate", "tasks", "not worse", "better", "may be worse on", "answers worse on", "fit for the default"]
+    ]
     main_tasks = {task.name for task in MAIN}
     tasks = {row["task"] for row in rows if row["method"] == "SFT"} & main_tasks
     for name in MAY_BECOME_DEFAULT:
@@ -223,12 +227,18 @@ def decision(rows: list[dict[str, Any]]) -> list[list[str]]:
         if not verdicts:
             continue
         bad = [task for task, verdict in verdicts.items() if verdict not in ("better", "not worse")]
+        answers = [row["task"] for row in rows if row["method"] == name and row["task"] in main_tasks and loses(row)]
         wins = sum(verdict == "better" for verdict in verdicts.values())
-        fit = "yes" if not bad and verdicts.keys() == tasks and wins >= WINS else "no"
-        lines.append(
-            [name, f"{len(verdicts)} of {len(tasks)}", str(len(verdicts) - len(bad)), str(wins), ", ".join(bad), fit]
-        )
+        fit = "yes" if not bad and not answers and verdicts.keys() == tasks and wins >= WINS else "no"
+        counts = [f"{len(verdicts)} of {len(tasks)}", str(len(verdicts) - len(bad)), str(wins)]
+        lines.append([name, *counts, ", ".join(bad), ", ".join(answers), fit])
     return lines
+
+
+def loses(row: dict[str, Any]) -> bool:
+    """Whether significantly fewer whole answers are right than with SFT."""
+    p = row["exact_p_value"]
+    return p is not None and p < 0.05 and row["exact_over_sft"] < 0
 
 
 def passes(rows: list[dict[str, Any]]) -> list[list[str]]:

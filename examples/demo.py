@@ -49,7 +49,7 @@ from tools.real_parts import common_words, passage, problem_statements, small_ll
 
 from .side_by_side import Failed, Tell, side_by_side
 
-RUNS: dict[str, dict[str, Any]] = {"SFT": {"self_prob": 0.0}, "BSS": {"self_prob": 0.1}}
+RUNS: dict[str, dict[str, Any]] = {"SFT": {"self_prob": 0.0}, "BSS": {}}
 """What tells the two from each other."""
 
 WORDS = 100  # that are common
@@ -272,9 +272,7 @@ class Curve(TrainerCallback):
 
     def _score(self, step: int) -> None:
         started = time.process_time()
-        self.rows = row_gaps(
-            self.generator, self.held_out, greedy=self.greedy, self_prob=0.1, batch_size=100, answer_batch_size=400
-        )
+        self.rows = row_gaps(self.generator, self.held_out, greedy=self.greedy, batch_size=100, answer_batch_size=400)
         gap = Gap.of(self.rows)
         self.points.append({"step": step, **shares(gap)})
         self.tell(self.points[-1])

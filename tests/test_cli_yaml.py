@@ -52,7 +52,7 @@ def from_yaml(tmp_path, content: str, *more: str):
         ("self_prob: 1", 1.0),
         ("self_prob_warmup: settled", "settled"),
         ("self_prob_warmup: 20", 20.0),
-        ("self_prob_warmup:", None),
+        ("self_prob_warmup:", "settled"),
         ("max_steps: -1", -1),
         ("max_steps: 1_000", 1000),
         ("max_steps: +5", 5),

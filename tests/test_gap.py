@@ -72,8 +72,11 @@ def test_a_model_with_a_known_gap():
     said = gap.advice
     assert said.startswith("your model loses 52.5 points when it runs freely (90.0% of tokens right under references, ")
     assert "37.5% running freely; 95% interval" in said
-    assert "20 rows): try training with --self-prob 0." in said
-    assert said.endswith("or with --self-prob auto")
+    assert (
+        "20 rows): try training with BSS, as it is by default, or, to mix from the first step on, with --self-prob 0."
+        in said
+    )
+    assert said.endswith("of its own tokens differ from the reference")
 
 
 def test_a_model_without_a_gap():
@@ -156,7 +159,7 @@ def test_the_advice_is_about_tokens_that_differ(agreement, self_prob):
     lines = {"tokens": 10, "right_under_references": 9, "right_running_freely": 5, "self_tokens": own}
     found = Gap.of([lines | {"self_tokens_right": round(own * (agreement or 0))}] * 10)
     assert found.self_prob == (None if self_prob is None else pytest.approx(self_prob))
-    said = "try training with --self-prob auto" if self_prob is None else f"--self-prob {self_prob:.2g}, as"
+    said = "with BSS, as it is by default" if self_prob is None else f"--self-prob {self_prob:.2g}, as"
     assert said in found.advice
     for name, value in (("difference_target", gap.DIFFERENCE_TARGET), ("self_prob_cap", gap.SELF_PROB_CAP)):
         assert getattr(BSSConfig, name, value) == value  # what --self-prob auto aims at
@@ -186,7 +189,7 @@ def test_the_sentences():
     gap = Gap.of([counts(500, 400, 1000, 996)] * 20)
     assert gap.to_dict()["advised_self_prob"] == gap.self_prob == 0.5
     said = gap.advice
-    assert said.endswith("as only 0.4% of its own tokens differ from the reference, or with --self-prob auto")
+    assert said.endswith("with --self-prob 0.5, as only 0.4% of its own tokens differ from the reference")
 
 
 def test_the_interval_is_that_of_resampled_rows():

@@ -14,9 +14,10 @@ from helpers.training import Tokenizer, config, rows, weights
 from models import tiny_model
 from transformers import AutoModelForCausalLM
 
-from selfgen import ContextGenerator, load_contexts, train_rounds
+from selfgen import BSSConfig, ContextGenerator, load_contexts, train_rounds
 from selfgen.provenance import weights_hash
 from selfgen.stored_contexts import OfflineError, read_provenance
+from selfgen.training.config import with_fixed_self_prob
 from selfgen.training.rounds import split_rows
 
 
@@ -127,7 +128,8 @@ def test_rounds_that_are_there_are_not_overwritten(whole):
     with pytest.raises(OfflineError, match='rounds continue from "last" only'):
         run_rounds(whole, resume_from_checkpoint=str(whole / "round-0" / "checkpoint-3"))
     for changes, words in (
-        ({"self_prob": "auto"}, r"self_prob is auto .* made before its steps\. Give numbers"),
+        ({"self_prob": None}, "self_prob was 0.5, is 0.1"),
+        ({"self_prob": "auto"}, r"self_prob is auto: .* made before its steps\. Give numbers"),
         ({"self_prob_schedule": "disagreement"}, "self_prob_schedule is disagreement"),
         ({"self_prob_warmup": "settled"}, "self_prob_warmup is settled"),
         ({"self_prob": 0.25}, "self_prob was 0.5, is 0.25"),
@@ -138,6 +140,25 @@ def test_rounds_that_are_there_are_not_overwritten(whole):
             run_rounds(whole, **changes, resume_from_checkpoint="last")
     run_rounds(whole, resume_from_checkpoint="last")  # there is nothing left to do
     assert contents(whole) == before
+
+
+def test_what_is_not_given_is_as_of_stored_contexts(tmp_path):
+    """Not what follows training steps, which is refused only where it is asked for."""
+
+    def fixed(**given):
+        found = with_fixed_self_prob(BSSConfig(str(tmp_path), use_cpu=True, report_to=[], **given))
+        return found.self_prob, found.self_prob_schedule, found.warm_up, found.follows_steps
+
+    assert fixed() == (0.1, "constant", 0.0, False)
+    assert fixed(self_prob=0.5) == (0.5, "constant", 0.0, False)
+    assert fixed(self_prob_schedule="linear") == (0.1, "linear", 0.0, False)
+    assert fixed(self_prob_warmup=0.5) == (0.1, "constant", 0.5, False)
+    assert fixed(self_prob_warmup="settled") == (0.1, "constant", "settled", True)
+    assert fixed(self_prob_schedule="disagreement") == (0.1, "disagreement", 0.0, True)
+    given = BSSConfig(str(tmp_path), use_cpu=True, report_to=[])
+    given.self_prob = 0.2
+    assert with_fixed_self_prob(given).self_prob == 0.2
+    assert given.self_prob_schedule == "disagreement"
 
 
 def test_rounds_run_in_one_process(tmp_path, monkeypatch):

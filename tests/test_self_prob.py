@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 import math
 import random
@@ -15,11 +16,11 @@ import pytest
 import torch
 from helpers.processes import in_ranks
 from helpers.runs import EASY, compare, make_expected
-from helpers.training import config, make_bash_trainer, make_rac_trainer, make_trainer, rows, weights
+from helpers.training import SMALL, Tokenizer, config, make_bash_trainer, make_rac_trainer, make_trainer, rows, weights
 from models import VOCAB, tiny_model
-from transformers import TrainerCallback
+from transformers import HfArgumentParser, TrainerCallback
 
-from selfgen import BSSTrainer
+from selfgen import BSSConfig, BSSTrainer
 from selfgen.cli.contexts import ContextArguments
 from selfgen.training import self_prob
 from selfgen.training.checkpoints import ResumeError
@@ -298,6 +299,22 @@ def test_a_model_that_knows_nothing_has_nothing_to_wait_for(tmp_path, caplog, ho
     assert not any(entry["self_prob"] for entry in logged(waits))
 
 
+def test_by_default_a_short_run_of_a_model_that_knows_something_is_plain_fine_tuning(tmp_path):
+    """So that it can't lose; and one with random weights mixes from its second step on."""
+    taught = make_trainer(tmp_path / "taught", data=EASY, self_prob=0.0, learning_rate=0.03, max_steps=8)
+    taught.train()
+
+    def trained(model, **given):
+        args = BSSConfig(str(tmp_path / "run"), **SMALL, max_steps=4, learning_rate=1e-2, lean_loss=True, **given)
+        trainer = BSSTrainer(copy.deepcopy(model), args, train_dataset=EASY, processing_class=Tokenizer())
+        trainer.train()
+        return trainer
+
+    plain, default, random = trained(taught.model, self_prob=0.0), trained(taught.model), trained(tiny_model("llama"))
+    assert torch.equal(weights(default.model), weights(plain.model))
+    assert [entry["self_prob"] > 0 for entry in logged(random)] == [False, True, True, True]
+
+
 @pytest.mark.parametrize("change", [{"kl_weight": 0.5}, {"target": "dft"}, {"target": "teacher_forced"}])
 def test_a_loss_that_is_no_cross_entropy_tells_nothing_of_guessing(tmp_path, change):
     trainer = make_trainer(tmp_path, **AUTO, **change, max_steps=3)
@@ -551,13 +568,46 @@ def test_two_processes(tmp_path):
 # Options
 
 
+def test_what_is_used_where_nothing_is_given(tmp_path):
+    """A number is the paper's p, throughout; and the arguments that a run was made with give the same one again."""
+    plain = {"use_cpu": True, "report_to": []}
+    names = ("self_prob", "self_prob_schedule", "warm_up")
+
+    def used(**given):
+        found = BSSConfig(str(tmp_path), **plain, **given)
+        return tuple(getattr(found, name) for name in names), found
+
+    recipe, found = used()
+    assert recipe == (0.5, "disagreement", "settled")
+    assert (
+        used(**{name: getattr(found, name) for name in ("self_prob", "self_prob_schedule", "self_prob_warmup")})[0]
+        == recipe
+    )
+    assert used(self_prob=0.5)[0] == (0.5, "constant", 0.0)
+    assert used(self_prob="auto")[0] == ("auto", "constant", "settled")
+    assert used(self_prob_warmup=3)[0] == (0.5, "disagreement", 3)
+    assert used(self_prob_schedule="linear")[0] == (0.5, "linear", 0.0)
+
+
+def test_the_parser_of_transformers_takes_numbers_and_words(tmp_path):
+    def parsed(*given):
+        given = ["--output_dir", str(tmp_path), "--use_cpu", "--report_to", "none", *given]
+        return HfArgumentParser(BSSConfig).parse_args_into_dataclasses(given)[0]
+
+    assert parsed().self_prob_schedule == "disagreement"
+    number = parsed("--self_prob", "0.1", "--self_prob_warmup", "20")
+    assert (number.self_prob, number.warm_up) == (0.1, 20.0)
+    words = parsed("--self_prob", "auto", "--self_prob_warmup", "settled")
+    assert (words.self_prob, words.warm_up) == ("auto", "settled")
+
+
 @pytest.mark.parametrize(
     ("change", "message"),
     [
         ({"self_prob": "half"}, "self_prob is 'half'; accepted: a number, or auto"),
         ({"self_prob_warmup": "late"}, "self_prob_warmup is 'late'; accepted: a number, or settled"),
-        ({"self_prob": "0.25"}, "self_prob is '0.25'; accepted: a number, or auto"),
-        ({"self_prob": None}, "self_prob is None; accepted: a number, or auto"),
+        ({"self_prob": "25%"}, "self_prob is '25%'; accepted: a number, or auto"),
+        ({"self_prob": "nan"}, "self_prob is nan; give a number"),
         ({"self_prob": "auto", "self_prob_cap": "auto"}, "self_prob_cap is 'auto'; accepted: a number"),
         ({"self_prob_start": "auto"}, "self_prob_start is 'auto'; accepted: a number"),
         ({"self_prob": "auto", "difference_target": "2%"}, "difference_target is '2%'; accepted: a number"),

@@ -298,7 +298,7 @@ def _prepare(
 def _warn_of_what_has_no_effect(config: BSSConfig, contexts: str) -> None:
     """Name the options for making contexts that were given with contexts that are made already."""
     names = MAKE_CONTEXTS - ({"granularity"} if config.loss_on == "after_switch" else set())  # which needs it
-    idle = [f.name for f in fields(config) if f.name in names and getattr(config, f.name) != f.default]
+    idle = [field.name for field in fields(config) if field.name in names and config.was_given(field.name)]
     if idle:
         logger.warning(
             "the contexts in %s are trained on as they are, so these options for making contexts have no effect: %s",

@@ -190,12 +190,12 @@ class Gap:
         if self.points < LITTLE:
             return f"{found}: BSS has little to win"
         if self.self_prob is None:
-            return f"{found}: try training with --self-prob auto"
+            return f"{found}: try training with BSS, as it is by default"
         differing = 1 - (self.agreement or 0)
         share = f"{differing:.0%}" if differing >= 0.01 else f"only {differing:.1%}"
         return (
-            f"{found}: try training with --self-prob {self.self_prob:.2g}, as {share} of its own tokens differ from "
-            "the reference, or with --self-prob auto"
+            f"{found}: try training with BSS, as it is by default, or, to mix from the first step on, with --self-prob "
+            f"{self.self_prob:.2g}, as {share} of its own tokens differ from the reference"
         )
 
     def to_dict(self) -> dict[str, Any]:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import copy
 import math
+from contextlib import suppress
 from dataclasses import dataclass, field, fields
 
 import torch
@@ -24,12 +26,16 @@ AUTO = "auto"
 """The ``self_prob`` that follows a budget of differing tokens."""
 SETTLED = "settled"
 """The ``self_prob_warmup`` that ends when the loss has settled."""
-DISAGREEMENT = "disagreement"
-"""The ``self_prob_schedule`` that follows how many self tokens differ."""
+CONSTANT, DISAGREEMENT = "constant", "disagreement"
+"""The ``self_prob_schedule`` of a number, and the one that follows how many self tokens differ."""
 WORDS = {"self_prob": AUTO, "self_prob_warmup": SETTLED}
 """Fields that take a number -> the word that they take, too."""
 FOLLOWING = {**WORDS, "self_prob_schedule": DISAGREEMENT}
 """Fields -> the word by which the self-probability follows what training steps measure."""
+RECIPE: dict[str, float | str] = {"self_prob": 0.25, "self_prob_schedule": DISAGREEMENT, "self_prob_warmup": SETTLED}
+"""What is used where neither ``self_prob`` nor a schedule is given. docs/results.md says what it was chosen by."""
+OFFLINE_SELF_PROB = 0.1
+"""Of contexts that are made beforehand, where none is given."""
 _INFINITE = float("inf")
 _BETWEEN: dict[str, tuple[float, float]] = {
     "per_device_train_batch_size": (1, _INFINITE),
@@ -187,12 +193,13 @@ class BSSConfig(RowOptions, GeneratorOptions, TargetOptions, TrainingArguments):
             raise TypeError(f"{cls.__name__} has no field {old!r}: it is called {RENAMED[old]!r} now")
         return super().__new__(cls)
 
-    self_prob: float | str = field(
-        default=0.25,
+    self_prob: float | str | None = field(
+        default=None,
         metadata={
             "help": "Probability that a context token is a self token, which the model samples, in [0, 1], or auto. 0 "
             "is plain fine-tuning; 1 is a free run of the model, as long as the reference. auto follows the training, "
-            "so that difference_target of the answer tokens are self tokens that differ from the reference."
+            "so that difference_target of the answer tokens are self tokens that differ from the reference. By default "
+            "it is 0.25, with self_prob_schedule=disagreement and self_prob_warmup=settled."
         },
     )
     difference_target: float = field(
@@ -210,12 +217,13 @@ class BSSConfig(RowOptions, GeneratorOptions, TargetOptions, TrainingArguments):
             "token differs. 0 is plain fine-tuning; with 1 the target alone counts."
         },
     )
-    self_prob_schedule: str = field(
-        default="constant",
+    self_prob_schedule: str | None = field(
+        default=None,
         metadata={
             "help": "How the self-probability goes from self_prob_start to self_prob during training: constant "
             "(self_prob throughout), linear, cosine, exponential or inverse_sigmoid. Or disagreement: self_prob times "
-            "the share of self tokens that differ from the reference, so that it falls as the model learns."
+            "the share of self tokens that differ from the reference, so that it falls as the model learns. By default "
+            "constant, and disagreement if no self_prob is given."
         },
     )
     self_prob_start: float = field(
@@ -230,7 +238,7 @@ class BSSConfig(RowOptions, GeneratorOptions, TargetOptions, TrainingArguments):
         metadata={
             "help": "Steps of plain fine-tuning before contexts are mixed: a number (0 is none, and one below 1 is a "
             "share of all steps), or settled (until the loss has settled, in a short run to its end; a model whose "
-            "first loss is that of guessing does not wait). By default settled with self_prob=auto, else 0."
+            "first loss is that of guessing does not wait). By default 0 if self_prob is a number, else settled."
         },
     )
     context_micro_batches: int | None = field(
@@ -306,6 +314,7 @@ class BSSConfig(RowOptions, GeneratorOptions, TargetOptions, TrainingArguments):
     def __post_init__(self):
         expand_home(self)
         check_parallelism(self)
+        self._settle_self_prob()
         self._check_numbers()
         super().__post_init__()
         if self.fsdp:
@@ -357,6 +366,24 @@ class BSSConfig(RowOptions, GeneratorOptions, TargetOptions, TrainingArguments):
                 "remove_unused_columns must stay False: the collator needs columns that the model does not take"
             )
 
+    def _settle_self_prob(self) -> None:
+        """Put numbers in the place of their texts, as transformers' parser gives them, and of what is not given."""
+        for name in WORDS:
+            if isinstance(value := getattr(self, name), str):
+                with suppress(ValueError):
+                    setattr(self, name, float(value))
+        missing = [name for name in RECIPE if getattr(self, name) is None]
+        used: dict[str, float | str] = {"self_prob_schedule": CONSTANT}
+        if self.self_prob is None:
+            used = RECIPE if self.self_prob_schedule is None else {"self_prob": RECIPE["self_prob"]}
+        for name in missing:
+            setattr(self, name, used.get(name))
+        self._by_default = {name: getattr(self, name) for name in missing}
+
+    def was_given(self, name: str) -> bool:
+        """Whether a field has another value than it has by itself."""
+        return getattr(self, name) != self._by_default.get(name, self.__dataclass_fields__[name].default)
+
     def _check_numbers(self) -> None:
         for one in fields(self):
             value = getattr(self, one.name, None)
@@ -385,7 +412,7 @@ class BSSConfig(RowOptions, GeneratorOptions, TargetOptions, TrainingArguments):
                 f"self_prob_warmup is {self.self_prob_warmup}; give a number of steps >= 0, a share of them below 1, "
                 f"or {SETTLED}"
             )
-        defaults = {one.name: one.default for one in fields(self)}
+        defaults = {one.name: one.default for one in fields(self)} | {"self_prob_schedule": CONSTANT}
         for name in ("difference_target", "self_prob_cap"):
             if self.self_prob != AUTO and getattr(self, name) != defaults[name]:
                 raise ValueError(f"{name} goes with self_prob={AUTO}, but self_prob is {self.self_prob}")
@@ -460,10 +487,26 @@ class BSSConfig(RowOptions, GeneratorOptions, TargetOptions, TrainingArguments):
             return 0.0
         last = max_steps - 1
         progress = min(1.0, (step - first) / (last - first)) if last > first else 1.0
-        schedule = schedule or SCHEDULES[self.self_prob_schedule]
-        self_prob = float(schedule(self.self_prob_start, float(self.self_prob), progress))
+        schedule = schedule or SCHEDULES[str(self.self_prob_schedule)]
+        self_prob = float(schedule(self.self_prob_start, float(self.self_prob or 0), progress))
         check_probability(f"the self-probability that the schedule gives for step {step}", self_prob)
         return self_prob
+
+
+def with_fixed_self_prob(config: BSSConfig) -> BSSConfig:
+    """``config``, for contexts that are made before the steps that learn them, where none can be followed.
+
+    What is not given of them is as for ``selfgen contexts``, in place of RECIPE.
+    """
+    config = copy.copy(config)
+    for name, value in {
+        "self_prob": OFFLINE_SELF_PROB,
+        "self_prob_schedule": CONSTANT,
+        "self_prob_warmup": 0.0,
+    }.items():
+        if name in config._by_default and not config.was_given(name):
+            setattr(config, name, value)
+    return config
 
 
 def check_reporters(names: list[str]) -> None:

@@ -31,7 +31,7 @@ from ..stored_contexts import OfflineError, check_settings, write_contexts
 from .bash import BASHTrainer
 from .bss import tokenized
 from .checkpoints import last_checkpoint, output_of, remove_model
-from .config import BSSConfig
+from .config import BSSConfig, with_fixed_self_prob
 from .ending import save_round
 from .objective import check_has_teacher
 from .schedules import Schedule
@@ -76,8 +76,8 @@ def train_rounds(
             model anew.
         model: the pre-trained model, for ``load``.
         rows: as ``BSSTrainer`` takes them.
-        config: of every round. ``self_prob`` and its schedule, ``seed``, ``sampling_temperature``, ``context_method``
-            and ``token_budget`` are those of the contexts.
+        config: of every round. ``self_prob`` (0.1 if none is given) and its schedule, ``seed``,
+            ``sampling_temperature``, ``context_method`` and ``token_budget`` are those of the contexts.
         processing_class: the tokenizer, which is saved with every model.
         eval_dataset, schedule: as in ``BSSTrainer``; here the schedule advances once per round.
         shard_rows, batch_size, provenance: as in ``write_contexts``.
@@ -95,6 +95,7 @@ def train_rounds(
             "rounds run in one process. In several, write contexts with `selfgen contexts --output-dir DIR`, and then "
             "train on them with `selfgen train --method bash --contexts DIR`"
         )
+    config = with_fixed_self_prob(config)
     if config.follows_steps:
         raise OfflineError(
             f"{config.told_of_following}: it follows what training steps measure, but the contexts of a round are made "

@@ -140,7 +140,8 @@ class SelfProb(TrainerCallback):
             return 0.0
         if args.self_prob == AUTO:
             return self._budget.self_prob
-        return float(args.self_prob) * (self._budget.disagreement if args.self_prob_schedule == DISAGREEMENT else 1.0)
+        share = self._budget.disagreement if args.self_prob_schedule == DISAGREEMENT else 1.0
+        return float(args.self_prob or 0) * share
 
     def mixed(self, self_prob: float, stats: ContextStats) -> None:
         """Count contexts of this step, which were made with ``self_prob``."""

@@ -24,6 +24,7 @@ from selfgen import BSSConfig, BSSTrainer
 from selfgen.cli.contexts import ContextArguments
 from selfgen.training import self_prob
 from selfgen.training.checkpoints import ResumeError
+from selfgen.training.config import RECIPE
 from selfgen.training.processes import meet
 from selfgen.training.self_prob import DifferenceBudget, least_steps, settled
 
@@ -578,15 +579,15 @@ def test_what_is_used_where_nothing_is_given(tmp_path):
         return tuple(getattr(found, name) for name in names), found
 
     recipe, found = used()
-    assert recipe == (0.5, "disagreement", "settled")
+    assert recipe == tuple(RECIPE.values())
     assert (
         used(**{name: getattr(found, name) for name in ("self_prob", "self_prob_schedule", "self_prob_warmup")})[0]
         == recipe
     )
     assert used(self_prob=0.5)[0] == (0.5, "constant", 0.0)
     assert used(self_prob="auto")[0] == ("auto", "constant", "settled")
-    assert used(self_prob_warmup=3)[0] == (0.5, "disagreement", 3)
-    assert used(self_prob_schedule="linear")[0] == (0.5, "linear", 0.0)
+    assert used(self_prob_warmup=3)[0] == (RECIPE["self_prob"], "disagreement", 3)
+    assert used(self_prob_schedule="linear")[0] == (RECIPE["self_prob"], "linear", 0.0)
 
 
 def test_the_parser_of_transformers_takes_numbers_and_words(tmp_path):

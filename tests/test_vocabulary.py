@@ -187,7 +187,7 @@ def given(tmp_path):
     file = tmp_path / "rows.jsonl"
     write_jsonl(file, ROWS)
     common = {"dataset": file, "use_cpu": True}
-    training = {"max_length": 32, "max_steps": 1, "report_to": "none", "token_budget": 16, "balance": 2}
+    training = {"max_length": 32, "max_steps": 2, "report_to": "none", "token_budget": 16, "balance": 2}
     folder = {"output_dir": tmp_path / "out"}
     return {
         **dict.fromkeys((*TRAINING, "train --self_prob 0"), common | training | folder),

@@ -101,6 +101,7 @@ CANDIDATES = by_name(
     Method("BSS, p = 0.1", LESS),
     Method("BSS, greedy", P | {"sampling_temperature": 0.0}),
     Method("BSS, p falls from 0.25", P | FALLS),
+    Method("BSS, p falls from 0.4", {"self_prob": 0.4} | FALLS),
     Method("BSS, p falls from 0.5", MORE),
     Method("BSS, p falls from 0.5, cooler", MORE | {"sampling_temperature": 0.7}),
     Method("BSS, p falls from 0.5, cold", MORE | {"sampling_temperature": 0.5}),

@@ -3,7 +3,7 @@
     python -m examples.demo            (or: make demo)
 
 Both begin with the same random weights and see the same rows in the same order. SFT learns from references alone, BSS
-from contexts that it has mixed with its own tokens. Held-out rows are scored along
+with the default settings of selfgen from contexts that it has mixed with its own tokens. Held-out rows are scored along
 the way, under references and running freely. Everything printed is measured in this run, whoever wins.
 """
 
@@ -50,7 +50,7 @@ from tools.real_parts import common_words, passage, problem_statements, small_ll
 from .side_by_side import Failed, Tell, side_by_side
 
 RUNS: dict[str, dict[str, Any]] = {"SFT": {"self_prob": 0.0}, "BSS": {}}
-"""What tells the two from each other."""
+"""What tells the two from each other; BSS with {} has the default settings."""
 
 WORDS = 100  # that are common
 PAD, END, UNKNOWN, CUE = "<pad>", "<end>", "<unknown>", "=>"

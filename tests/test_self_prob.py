@@ -323,6 +323,14 @@ def test_a_loss_that_is_no_cross_entropy_tells_nothing_of_guessing(tmp_path, cha
     assert not any(entry["self_prob"] for entry in logged(trainer))
 
 
+def test_nor_does_one_that_learns_rows_twice(tmp_path):
+    """Corrections and the rows as they were: the loss of a step is the sum of two means."""
+    for direct_weight, waits in ((1.0, True), (0.0, False)):
+        trainer = make_rac_trainer(tmp_path, **AUTO, direct_weight=direct_weight, max_steps=3)
+        trainer.train()
+        assert any(entry["self_prob"] for entry in logged(trainer)) != waits
+
+
 @pytest.mark.usefixtures("knows")
 def test_the_losses_are_those_of_the_log(tmp_path, monkeypatch):
     seen = []
@@ -586,6 +594,7 @@ def test_what_is_used_where_nothing_is_given(tmp_path):
     )
     assert used(self_prob=0.5)[0] == (0.5, "constant", 0.0)
     assert used(self_prob="auto")[0] == ("auto", "constant", "settled")
+    assert used(self_prob_schedule="disagreement")[0] == recipe
     assert used(self_prob_warmup=3)[0] == (RECIPE["self_prob"], "disagreement", 3)
     assert used(self_prob_schedule="linear")[0] == (RECIPE["self_prob"], "linear", 0.0)
 

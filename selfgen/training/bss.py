@@ -140,6 +140,7 @@ class BSSTrainer(Trainer):
 
     _weighs_rows = False  # whether batches have a column loss_weight
     _weighing = "direct_weight"  # the options that such a column comes from
+    _learns_rows_once = True  # so that the loss of a step is a mean over its learned tokens
     _lean_by_default = False  # also where self_prob is 0
     _makes_contexts = True  # by passes, whose work may be used
     collator_class = Collator
@@ -243,7 +244,8 @@ class BSSTrainer(Trainer):
         # The Trainer shifts labels by the name of the model's class, which FSDP2 changes.
         self._label_smoother = None if smoother is None else partial(smoother, shift_labels=True)
         self.add_callback(StepTimer(self.meter))
-        plain = args.learned_target == "reference" and not (args.kl_weight or self._weighs_rows or self._loss_is_users)
+        more = args.learned_target != "reference" or args.kl_weight or self._loss_is_users
+        plain = self._learns_rows_once and not (more or self._weighs_rows)  # cross-entropy, the mean of it
         vocab_size = vocab_size_of(self.generator.model) if plain else None
         self._self_prob = SelfProb(args, self.accelerator, self.meter, vocab_size)
         self.add_callback(self._self_prob)

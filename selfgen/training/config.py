@@ -33,7 +33,7 @@ WORDS = {"self_prob": AUTO, "self_prob_warmup": SETTLED}
 FOLLOWING = {**WORDS, "self_prob_schedule": DISAGREEMENT}
 """Fields -> the word by which the self-probability follows what training steps measure."""
 RECIPE: dict[str, float | str] = {"self_prob": 0.25, "self_prob_schedule": DISAGREEMENT, "self_prob_warmup": SETTLED}
-"""What is used where neither ``self_prob`` nor a schedule is given. docs/results.md says what it was chosen by."""
+"""What is used where neither ``self_prob`` nor another schedule is given; docs/results.md says why."""
 OFFLINE_SELF_PROB = 0.1
 """Of contexts that are made beforehand, where none is given."""
 _INFINITE = float("inf")
@@ -238,7 +238,8 @@ class BSSConfig(RowOptions, GeneratorOptions, TargetOptions, TrainingArguments):
         metadata={
             "help": "Steps of plain fine-tuning before contexts are mixed: a number (0 is none, and one below 1 is a "
             "share of all steps), or settled (until the loss has settled, in a short run to its end; a model whose "
-            "first loss is that of guessing does not wait). By default 0 if self_prob is a number, else settled."
+            "first loss is that of guessing does not wait). By default 0 with a number or another schedule than "
+            "disagreement, else settled."
         },
     )
     context_micro_batches: int | None = field(
@@ -375,7 +376,7 @@ class BSSConfig(RowOptions, GeneratorOptions, TargetOptions, TrainingArguments):
         missing = [name for name in RECIPE if getattr(self, name) is None]
         used: dict[str, float | str] = {"self_prob_schedule": CONSTANT}
         if self.self_prob is None:
-            used = RECIPE if self.self_prob_schedule is None else {"self_prob": RECIPE["self_prob"]}
+            used = RECIPE if self.self_prob_schedule in (None, DISAGREEMENT) else {"self_prob": RECIPE["self_prob"]}
         for name in missing:
             setattr(self, name, used.get(name))
         self._by_default = {name: getattr(self, name) for name in missing}

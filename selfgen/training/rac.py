@@ -193,6 +193,7 @@ class RACTrainer(BSSTrainer):
         self._broken_off: set[int] = set()  # of these
         self._known_cue: CorrectionCue | None = None
         self._has_direct = args.direct_weight > 0
+        self._learns_rows_once = not self._has_direct
         self._counts_anew = args.loss_on != "all" or args.judges  # direct rows and corrections learn other tokens
         reasons = {
             "right_answer_share": args.right_answer_share < 1,

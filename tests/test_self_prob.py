@@ -361,7 +361,26 @@ def test_a_run_that_never_settles_is_plain_fine_tuning(tmp_path, caplog):
     assert not found
     assert torch.equal(weights(auto.model), weights(plain.model))
     assert not any(entry["passes"] or entry["self_prob"] for entry in logged(auto))
-    assert caplog.text.count("nothing was mixed, as the loss of the first 4 steps has not settled") == 1
+    assert caplog.text.count("nothing was mixed, as the loss of 4 steps has not settled") == 1
+
+
+@pytest.mark.usefixtures("knows")
+@pytest.mark.parametrize(("max_steps", "told"), [(64, 1), (65, 0)])
+def test_a_run_too_short_to_settle_is_told_at_its_first_step(tmp_path, caplog, max_steps, told):
+    prob = make_trainer(tmp_path, **AUTO)._self_prob
+    for steps in range(1, max_steps):  # losses stand still at 0
+        prob._learn(steps, max_steps)
+        assert caplog.text.count("no contexts will be mixed") == told
+    assert (prob.at(max_steps - 1, max_steps) > 0) != told  # of the last step
+
+
+def test_a_loss_that_overflows_is_not_that_of_guessing(tmp_path):
+    """As those of fp16's first steps, which its scaler leaves out."""
+    prob = make_trainer(tmp_path, **AUTO)._self_prob
+    for loss in (math.inf, 1.0, math.inf, 1.0):
+        prob._loss = loss
+        prob._learn(1, 1000)
+    assert prob.at(4, 1000) == 0
 
 
 def test_of_a_long_run_not_every_step_is_looked_at(tmp_path, monkeypatch):

@@ -159,11 +159,9 @@ class SelfProb(TrainerCallback):
             self._begin()
 
     def on_train_end(self, args, state, control, **kwargs):
-        if self._losses and self._args.process_index == 0:
-            logger.warning(
-                "nothing was mixed, as the loss of the first %d steps has not settled: to mix contexts earlier, give "
-                "self_prob_warmup a number (--self-prob-warmup 0)",
-                state.global_step,
+        if self._losses:
+            self._say_that_none_are_mixed(
+                "nothing was mixed, as the loss of %d steps has not settled", state.global_step
             )
 
     def on_step_end(self, args, state, control, **kwargs):
@@ -182,20 +180,32 @@ class SelfProb(TrainerCallback):
         if self._losses is None:
             return
         loss = _mean(losses)
-        if math.isfinite(loss):  # fp16's loss scaler leaves out steps that overflow
-            self._losses.append(loss)
-        if len(self._losses) == 1 and loss >= self._of_guessing:
+        if not math.isfinite(loss):  # fp16's loss scaler leaves out steps that overflow
+            return
+        self._losses.append(loss)
+        count, least = len(self._losses), least_steps(self._args.get_warmup_steps(max_steps), max_steps)
+        if count == 1 and loss >= self._of_guessing:
             self._mix_from_now("the first loss, %.2f, is that of guessing: the model has nothing to unlearn", loss)
             return
-        if len(self._losses) % max(1, len(self._losses) // _LOOKS):
-            return
-        if settled(self._losses, least_steps(self._args.get_warmup_steps(max_steps), max_steps)):
+        if count == 1 and steps + least > max_steps:
+            self._say_that_none_are_mixed(
+                "no contexts will be mixed: the training has %d steps, and whether its loss has settled is told after "
+                "%d at the earliest",
+                max_steps,
+                least,
+            )
+        if count % max(1, count // _LOOKS) == 0 and settled(self._losses, least):
             self._mix_from_now("the loss has settled after %d steps", steps)
 
     def _mix_from_now(self, why: str, *numbers: float) -> None:
         self._losses = None
         if self._args.process_index == 0:
             logger.info(f"{why}; contexts are mixed from now on", *numbers)
+
+    def _say_that_none_are_mixed(self, why: str, *numbers: int) -> None:
+        if self._args.process_index == 0:
+            remedy = "to mix contexts earlier, give self_prob_warmup a number (--self-prob-warmup 0)"
+            logger.warning(f"{why}; {remedy}", *numbers)
 
     def _of_all(self) -> list[list[float]]:
         """The loss, self tokens and differing tokens of the processes; of those that have the same rows, one counts."""

@@ -290,6 +290,39 @@ def test_a_failing_run_stops_no_other(tmp_path, monkeypatch, capsys):
     assert "no such option" in capsys.readouterr().out
 
 
+def test_what_never_mixed_is_trained_once(tmp_path, monkeypatch):
+    """It is SFT to its end, so what was found is SFT's, and that of other methods that wait; of this seed alone."""
+    monkeypatch.setattr(quality, "cache_dir", lambda: tmp_path)
+    ran = []
+
+    def fake(task, method, seed, setting, **_):
+        ran.append((seed, method.name))
+        return {"found": {"token": len(ran), "self_prob": 0.1 if seed or not method.waits else 0.0}}
+
+    monkeypatch.setattr(quality, "measure", fake)
+    waiting = ["BSS, p falls from 0.5, waits", "BSS, auto"]
+    others = ["SFT", "BSS, p falls from 0.5", "SFT + DFT"]
+    file = tmp_path / "runs.jsonl"
+    arguments = ["--tasks", "reverse", "--methods", *waiting, *others, "--seeds", "2", "--output", str(file)]
+    assert quality.main(arguments) == quality.main(arguments) == 0
+    assert ran == [(0, name) for name in [waiting[0], *others[1:]]] + [(1, name) for name in [*waiting, *others]]
+    same = {line["method"]["name"]: line["found"]["token"] for line in quality.read(file) if "same_as" in line}
+    assert same == {"BSS, auto": 1, "SFT": 1}
+
+
+@pytest.mark.slow
+def test_it_is_the_same_model(monkeypatch):
+    """A method that waits, in a run too short for its loss to settle, and SFT."""
+    monkeypatch.setattr(Problems, "test_rows", 4)
+    task = dataclasses.replace(TASKS["gsm_symbolic-few"], longest_prompt=80, longest_answer=40)
+    setting = Setting(steps=2, rows=3, learning_rate=1e-3, lora_rank=4)
+    waits, sft = (
+        measure(task, ALL_METHODS[name], 0, setting) for name in ("BSS, p falls from 0.5, cold, waits", "SFT")
+    )
+    assert waits["found"]["self_prob"] == 0
+    assert (waits["found"], waits["curve"]) == (sft["found"], sft["curve"])
+
+
 def test_stages_share_no_seed(tmp_path, monkeypatch):
     """Each has a file of its own; methods are left out where a task has not what they need."""
     ran = []
@@ -388,6 +421,12 @@ def test_the_rule_of_decision():
     assert fit["BSS, greedy"] == ["4 of 4", "4", "4", "", "words", "no"]
     assert fit["BSS"] == ["4 of 4", "0", "0", "wave, words, reverse, gsm_symbolic", "", "no"]
     assert fit["BSS, p = 0.1"][-1] == "no"
+
+
+def test_what_trains_as_sft_does_is_not_worse():
+    lines = [line for name in ("SFT", "BSS, auto") for line in made_up("wave", name, 0.0)]
+    row = summary(json.loads(json.dumps(lines)))[1]
+    assert (row["token_over_sft"], row["token_p_value"], row["verdict"]) == (0, 1, "not worse")
 
 
 def test_one_seed_decides_nothing():

@@ -71,6 +71,17 @@ class Method:
     def is_for(self, task: AnyTask) -> bool:
         return not self.needs or getattr(task, f"has_{self.needs}")
 
+    @property
+    def is_sft_until_it_mixes(self) -> bool:
+        """Whether the method trains as SFT does, bit for bit, as long as no context is mixed."""
+        of_contexts = {"self_prob", "self_prob_schedule", "self_prob_warmup", "sampling_temperature"}
+        return self.kind == "online" and self.options.keys() <= of_contexts
+
+    @property
+    def waits(self) -> bool:
+        """Whether a training may end before any context is mixed."""
+        return self.options.get("self_prob_warmup", self.options.get("self_prob")) in ("settled", "auto")
+
 
 def by_name(*methods: Method) -> dict[str, Method]:
     return {method.name: method for method in methods}
@@ -245,12 +256,18 @@ class LearningCurve(TrainerCallback):
 
 @dataclass(frozen=True)
 class Trained:
-    """``seconds`` are those of the training, contexts included and points of the curve not, in processor time."""
+    """``seconds`` are those of the training, contexts included and points of the curve not, in processor time.
+
+    ``self_prob`` is the mean of all steps, 0 if no context was mixed; ``differing_share`` that of all answer tokens
+    which were self tokens other than the reference.
+    """
 
     model: PreTrainedModel
     tokens_seen: int  # padding aside
     seconds: float
     points: list[dict[str, float]]
+    self_prob: float
+    differing_share: float
     teacher_seconds: float = 0.0
 
 
@@ -327,7 +344,9 @@ def train(
         seconds = time.process_time() - started
     seen = int(trainer.state.num_input_tokens_seen)
     points, curve_seconds = ([], 0.0) if callback is None else (callback.points, callback.seconds)
-    return Trained(model.eval(), seen, seconds - curve_seconds, points, teacher_seconds)
+    logged = trainer.state.log_history[0]  # one line, of all steps
+    shares = logged.get("self_prob", 0.0), logged.get("differing_share", 0.0)
+    return Trained(model.eval(), seen, seconds - curve_seconds, points, *shares, teacher_seconds)
 
 
 def with_lora(model: PreTrainedModel, setting: Setting):
@@ -365,7 +384,11 @@ def measure(task: AnyTask, method: Method, seed: int, setting: Setting, *, count
     corrects = method.kind == "correction" or (method.name == "SFT" and not task.has_base)
     answers = _answers(task, trained.model, rows, corrects=corrects)
     right = _right_under_references(task, trained.model, rows)
-    found: dict[str, float] = {"tokens_seen": trained.tokens_seen}
+    found: dict[str, float] = {
+        "tokens_seen": trained.tokens_seen,
+        "self_prob": trained.self_prob,
+        "differing_share": trained.differing_share,
+    }
     if len(answers) > 1:
         found |= _corrections(task, answers[0], answers[1], list(rows["answer_ids"]))
     if method.kind != "correction":

@@ -151,6 +151,8 @@ def half_interval(values: list[float]) -> float | None:
 def p_value(differences: list[float]) -> float | None:
     from scipy.stats import ttest_1samp
 
+    if len(differences) > 1 and not any(differences):  # the method has trained as SFT does
+        return 1.0
     return float(ttest_1samp(differences, 0.0).pvalue) if len(differences) > 1 and stdev(differences) else None
 
 

@@ -4,8 +4,9 @@
     python -m benchmarks.quality.run --stage selection --methods SFT "BSS, auto" ...
 
 Each finished run is a line of ``benchmarks/results/quality.jsonl``, or of the stage's file; what is there already is
-not run again. Several processes may share a file: each takes runs that no other is at, and those of a killed process.
-A run that fails is told, and the others go on.
+not run again. Where a method has waited for the loss to settle until its last step, it has trained as SFT does, and so
+would others that wait: what was found is theirs, too (``same_as``). Several processes may share a file: each takes runs
+that no other is at, and those of a killed process. A run that fails is told, and the others go on.
 ``python -m benchmarks.quality.report`` makes tables, JSON and plots of it.
 """
 
@@ -102,12 +103,26 @@ def run_once(output: Path, task: str, method: Method, seed: int, *, count_passes
         with claimed(output, key) as is_mine:
             if not is_mine:
                 return False
-            if key not in {key_of(line) for line in read(output)}:  # another has just done it
+            lines = read(output)
+            if same := trained_alike(lines, record, method):
+                append(output, record | same)
+            elif key not in {key_of(line) for line in lines}:  # another has just done it
                 started = time.perf_counter()
                 measured = measure(TASKS[task], method, seed, setting, count_passes=count_passes)
                 append(output, record | measured | {"seconds": round(time.perf_counter() - started, 1)})
                 tqdm.write(f"{task}, {method.name}, seed {seed}: {measured['found']}")
     return True
+
+
+def trained_alike(lines: list[dict], record: dict, method: Method) -> dict[str, Any] | None:
+    """What a finished run has found that was SFT to its end, if the run ``record`` of ``method`` would be the same."""
+    plain = method.is_sft_until_it_mixes and (method.waits or not method.options["self_prob"])
+    for line in lines if plain else ():
+        other = ALL_METHODS.get(line["method"]["name"])
+        is_alike = all(line.get(name) == value for name, value in record.items() if name != "method")
+        if is_alike and other and other.is_sft_until_it_mixes and other.waits and not line["found"].get("self_prob", 1):
+            return {"same_as": other.name} | {name: value for name, value in line.items() if name not in record}
+    return None
 
 
 @contextmanager

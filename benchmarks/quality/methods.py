@@ -120,6 +120,7 @@ CANDIDATES = by_name(
     Method("BSS, p falls from 0.5, cooler, waits", MORE | WAITS | {"sampling_temperature": 0.7}),
     Method("BSS, p falls from 0.5, cold, waits", MORE | WAITS | {"sampling_temperature": 0.5}),
     Method("BSS, p falls from 0.25, waits", P | FALLS | WAITS),
+    Method("BSS, p falls from 0.4, waits", {"self_prob": 0.4} | FALLS | WAITS),
     Method("BSS, auto", AUTO),
     Method("BSS, prefix", PREFIX),
     Method("BSS, prefix, after switch", PREFIX | {"loss_on": "after_switch"}),

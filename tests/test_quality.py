@@ -28,7 +28,7 @@ from benchmarks.quality.methods import (
     measure,
     train,
 )
-from benchmarks.quality.report import CORRECTED, decision, holm, page, passes, rac, seconds, summary
+from benchmarks.quality.report import CORRECTED, decision, holm, page, passes, rac, seconds, selection, summary
 from benchmarks.quality.report import main as report
 from benchmarks.quality.tasks import EOS, FIRST, SEP, TASKS, Problems, Task
 from tools.real_parts import gsm_symbolic, has_gsm8k
@@ -429,10 +429,18 @@ def test_what_trains_as_sft_does_is_not_worse():
     assert (row["token_over_sft"], row["token_p_value"], row["verdict"]) == (0, 1, "not worse")
 
 
-def test_one_seed_decides_nothing():
-    lines = [line for line in records() if line["seed"] == 0]
-    assert all(row["verdict"] == "" for row in summary(lines))
-    assert len(decision(summary(lines))) == 1
+@pytest.mark.parametrize("seeds", [1, 2])
+def test_few_seeds_decide_nothing(seeds):
+    """They have neither intervals nor tests; candidates are ordered by what they gain."""
+    rows = summary([line for line in records() if line["seed"] < seeds])
+    assert all(row["verdict"] == "" and row["token_interval"] is row["token_p_value"] is None for row in rows)
+    assert len(decision(rows)) == 1
+    order = selection(rows)[1:]
+    assert [line[:2] for line in order] == [
+        ["BSS, greedy", "4"], ["BSS, auto", "3"], ["BSS, p = 0.1", "1"], ["BSS", "0"],
+    ]  # fmt: skip
+    assert [float(gain) for gain in order[1][2:]] == pytest.approx([6.05, 0.2, 8, 8, 8], abs=0.1)  # mean, and tasks
+    assert "The order of the candidates" in page(rows, "some.jsonl")
 
 
 def test_tables_of_passes_and_corrections():

@@ -126,6 +126,7 @@ CANDIDATES = by_name(
     Method("BSS, prefix, after switch", PREFIX | {"loss_on": "after_switch"}),
     Method("BSS + DFT", P | FALLS | {"target": "dft"}),
     Method("BSS + teacher-forced", P | FALLS | {"target": "teacher_forced"}),
+    Method("BSS + teacher-forced, waits", P | FALLS | WAITS | {"target": "teacher_forced"}),
     Method("BSS, privileged", P | FALLS | {"target": "privileged"}),
 )
 """One of these may become the default."""

@@ -33,6 +33,7 @@ CORRECTED = ("first_token", "corrected_token", "first_exact", "corrected_exact",
 SHARES = ("reference_token", *COMPARED, *CORRECTED)  # in per cent
 NUMBERS = ("tokens_seen", *PASSES, "train_seconds", "teacher_seconds")
 MAY_BECOME_DEFAULT = ("BSS", *CANDIDATES)
+FEWEST_SEEDS = 3  # of fewer, neither an interval nor a test says anything
 NOT_WORSE, BETTER, WINS = -1.0, 5.0, 3  # points, points, and tasks on which the default has to be better
 
 
@@ -143,7 +144,7 @@ def half_interval(values: list[float]) -> float | None:
     """Half of the 95% interval of the mean."""
     from scipy.stats import t
 
-    if len(values) < 2:
+    if len(values) < FEWEST_SEEDS:
         return None
     return float(t.ppf(0.975, len(values) - 1)) * stdev(values) / math.sqrt(len(values))
 
@@ -151,9 +152,11 @@ def half_interval(values: list[float]) -> float | None:
 def p_value(differences: list[float]) -> float | None:
     from scipy.stats import ttest_1samp
 
-    if len(differences) > 1 and not any(differences):  # the method has trained as SFT does
+    if len(differences) < FEWEST_SEEDS:
+        return None
+    if not any(differences):  # the method has trained as SFT does
         return 1.0
-    return float(ttest_1samp(differences, 0.0).pvalue) if len(differences) > 1 and stdev(differences) else None
+    return float(ttest_1samp(differences, 0.0).pvalue) if stdev(differences) else None
 
 
 def page(rows: list[dict[str, Any]], runs: str) -> str:
@@ -174,6 +177,8 @@ def page(rows: list[dict[str, Any]], runs: str) -> str:
     parts = ["# Free-running answers", about, "## The gap: SFT", table(gap)]
     if len(decided := decision(rows)) > 1:
         parts += ["## What the rule says", RULE, table(decided)]
+    elif len(ordered := selection(rows)) > 1:
+        parts += ["## The order of the candidates", OF_SELECTION, table(ordered)]
     methods = {name for name in METHODS if name not in MAY_BECOME_DEFAULT} | BASELINES.keys()
     others = ALL_METHODS.keys() - methods - {*MAY_BECOME_DEFAULT}
     for title, names in (("Candidates", {*MAY_BECOME_DEFAULT}), ("Methods", methods), ("Ablations", others)):
@@ -192,6 +197,10 @@ RULE = (
     f"point. Better: at least {BETTER:.0f} points, p < 0.05 (Holm, over the candidates of the task). The default has "
     f"to be not worse on every task, and better on at least {WINS}; and on no task may significantly fewer whole "
     "answers be right (p < 0.05, uncorrected)."
+)
+OF_SELECTION = (
+    f"By the tasks on which the mean gains at least {BETTER:.0f} points of tokens over SFT, then by the mean gain of "
+    "all tasks."
 )
 OF_PASSES = (
     "Passes per token of free runs as long as the references, row by row; one token after the other takes 1. Answers "
@@ -234,6 +243,23 @@ def decision(rows: list[dict[str, Any]]) -> list[list[str]]:
         fit = "yes" if not bad and not answers and verdicts.keys() == tasks and wins >= WINS else "no"
         counts = [f"{len(verdicts)} of {len(tasks)}", str(len(verdicts) - len(bad)), str(wins)]
         lines.append([name, *counts, ", ".join(bad), ", ".join(answers), fit])
+    return lines
+
+
+def selection(rows: list[dict[str, Any]]) -> list[list[str]]:
+    """The candidates, best first, where seeds are too few for the rule."""
+    gains: dict[str, dict[str, float]] = defaultdict(dict)
+    for row in rows:
+        if row["method"] in MAY_BECOME_DEFAULT and row["token_over_sft"] is not None:
+            gains[row["method"]][row["task"]] = row["token_over_sft"]
+    found = [
+        (sum(gain >= BETTER for gain in some.values()), fmean(some.values()), name) for name, some in gains.items()
+    ]
+    tasks = [task.name for task in MAIN if any(task.name in some for some in gains.values())]
+    lines = [["candidate", f"gains of {BETTER:.0f} points", "mean gain", *tasks]]
+    for count, gain, name in sorted(found, reverse=True):
+        each = [f"{gains[name][task]:+.1f}" if task in gains[name] else "" for task in tasks]
+        lines.append([name, str(count), f"{gain:+.1f}", *each])
     return lines
 
 

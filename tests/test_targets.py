@@ -402,6 +402,71 @@ def test_a_model_with_an_adapter_learns_from_itself_without_it(tmp_path, near):
     torch.testing.assert_close(total(found), want, rtol=1e-5, atol=1e-6)
 
 
+def adapted(**changes):
+    torch.manual_seed(1)
+    options = {"r": 4, "target_modules": ["q_proj", "v_proj"], "init_lora_weights": False, **changes}
+    return get_peft_model(tiny_model("qwen2"), LoraConfig(**options))
+
+
+def with_trained(model, part):
+    for name, parameter in model.named_parameters():
+        if part in name:
+            parameter.requires_grad_(True)
+    return model
+
+
+ITSELF = ({"target": "teacher"}, {"kl_weight": 0.5})
+
+
+@pytest.mark.parametrize(
+    ("make_model", "weight"),
+    [
+        (lambda: adapted(bias="all"), r"q_proj\.\S*bias"),
+        (lambda: with_trained(adapted(), "layernorm"), "layernorm"),
+    ],
+)
+def test_a_model_that_changes_without_its_adapter_is_nothing_to_keep_to(tmp_path, make_model, weight):
+    for change in ITSELF:
+        with pytest.raises(ValueError, match=rf"without its adapter, but \S*{weight}\S*, which is no part of"):
+            make(tmp_path, model=make_model(), **change)
+    make(tmp_path, model=make_model(), teacher=llama(), target="teacher", **STILL).train()
+
+
+def test_what_is_saved_beside_an_adapter_is_a_part_of_it(tmp_path):
+    ids = torch.arange(3, 20)[None]
+    for change in ITSELF:
+        model = adapted(modules_to_save=["norm", "embed_tokens", "lm_head"])
+        with model.disable_adapter(), torch.no_grad():
+            before = model(ids).logits
+        make(tmp_path, model=model, max_steps=2, **change).train()
+        with model.disable_adapter(), torch.no_grad():
+            assert torch.equal(model.eval()(ids).logits, before)
+
+
+def test_a_part_of_an_adapter_that_is_frozen_stays_so(tmp_path):
+    """Else its gradients, by which nothing is changed, would count in the norm by which all are clipped."""
+    norms = []
+    for change in ({}, *({**one, "target_weight": 1e-9} if "target" in one else {"kl_weight": 1e-9} for one in ITSELF)):
+        model = lora()
+        for name, parameter in model.named_parameters():
+            if "lora_A" in name:
+                parameter.requires_grad_(False)
+        trainer = make(tmp_path, model=model, max_steps=2, lean_loss=True, **change)
+        trainer.train()
+        assert not any(p.requires_grad for name, p in model.named_parameters() if "lora_A" in name)
+        norms.append([entry["grad_norm"] for entry in trainer.state.log_history[:2]])
+    assert norms[1] == pytest.approx(norms[0], rel=1e-4)
+    assert norms[2] == pytest.approx(norms[0], rel=1e-4)
+
+
+def test_a_teacher_that_shares_weights_is_refused(tmp_path):
+    model, teacher = llama(), llama(seed=2)
+    teacher.model.embed_tokens = model.model.embed_tokens
+    with pytest.raises(ValueError, match=r"shares the weight model\.embed_tokens\.weight .* give a copy"):
+        make(tmp_path, model=model, teacher=teacher, target="teacher")
+    assert model.model.embed_tokens.weight.requires_grad
+
+
 def under_the_reference(model):
     def target(prompt, context, reference):
         differs = F.pad((context != reference).cumsum(0) > 0, (1, 0))[:-1]  # of the tokens before

@@ -444,6 +444,16 @@ def _weights_in(logits: Tensor, model: nn.Module) -> str | None:
     return next((name for (name, _), gradient in zip(named, found, strict=True) if gradient is not None), None)
 
 
+def learned_weight(model: PreTrainedModel) -> str | None:
+    """A trainable weight that the logits of ``model`` depend on, as it is now; None if there is none."""
+    if not any(parameter.requires_grad for parameter in model.parameters()):
+        return None
+    ids = _probe(model)
+    with inference(model), torch.enable_grad():
+        inputs = arguments_of(model, input_ids=ids, attention_mask=torch.ones_like(ids), use_cache=False)
+        return _weights_in(model(**inputs).logits, model)
+
+
 def calls_loss_function(model: PreTrainedModel) -> bool:
     """Whether the model computes its loss through transformers' ``loss_function``, which can be replaced."""
     with inference(model):

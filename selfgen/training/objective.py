@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import copy
 import logging
-from contextlib import nullcontext
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +19,7 @@ from ..correction import CorrectionCue
 from ..data import pad_token_id
 from ..provenance import weights_hash
 from .divergences import Divergence
-from .losses import AnswerLoss, Compared, calls_loss_function, learns_its_input
+from .losses import AnswerLoss, Compared, calls_loss_function, learned_weight, learns_its_input
 from .targets import Privileged, TargetOptions, after_difference, moved_back, under_references
 from .tensor import is_split_at_load
 
@@ -111,7 +112,10 @@ def _frozen(trainer: Any) -> tuple[PreTrainedModel | None, int | None]:
             "kl_weight keeps the model near a copy of itself, and weights that transformers has split over "
             "processes can't be copied: give the same model by name as kl_model"
         )
-    return model if adapters_of(trainer) else copy.deepcopy(model).to(args.device).requires_grad_(False).eval(), None
+    if adapters := adapters_of(trainer):
+        _check_stays(adapters, "kl_weight keeps the model near itself", "kl_model")
+        return model, None
+    return copy.deepcopy(model).to(args.device).requires_grad_(False).eval(), None
 
 
 def check_target(trainer: Any) -> Privileged | None:
@@ -124,6 +128,11 @@ def check_target(trainer: Any) -> Privileged | None:
         check_has_teacher(args, trainer.accelerator.unwrap_model(trainer.model))
     if given is not None and transformers_model(given) is trainer.generator.model:
         raise ValueError("teacher is the model that is trained, and would change with it: give another one, or a copy")
+    if given is not None and (shared := _shared_weight(trainer.model, given)):
+        raise ValueError(
+            f"teacher shares the weight {shared} with the model that is trained, and would change with it, or freeze "
+            "it: give a copy"
+        )
     if given is not None and sharding_of(given) is not None:
         raise ValueError("teacher is sharded: give its name as teacher_model, and each process loads it")
     if args.target != "privileged":
@@ -135,6 +144,12 @@ def check_target(trainer: Any) -> Privileged | None:
     except ValueError as error:
         raise ValueError(f"target=privileged asks for the answer again by privileged_cue: {error}") from error
     return Privileged(cue, pad_token_id(tokenizer), args.max_length)
+
+
+def _shared_weight(model: torch.nn.Module, other: torch.nn.Module) -> str | None:
+    """The name of a parameter of ``model`` that ``other`` has, too."""
+    of_other = {id(parameter) for parameter in other.parameters()}
+    return next((name for name, parameter in model.named_parameters() if id(parameter) in of_other), None)
 
 
 def check_has_teacher(args: TargetOptions, model: torch.nn.Module) -> None:
@@ -156,6 +171,7 @@ def _teacher(
     if trainer._teacher is not None:
         teacher, ids = _given_teacher(trainer)
     elif not args.teacher_model:
+        _check_stays(adapters_of(trainer), "target=teacher learns from the model", "teacher_model")
         return model, None
     elif args.teacher_model == args.kl_model:
         return frozen, ids_of_frozen
@@ -261,6 +277,32 @@ def has_adapters(model: torch.nn.Module) -> bool:
     return hasattr(model, "disable_adapter")
 
 
+@contextmanager
+def _without(adapters: Any) -> Iterator[None]:
+    """Inside, the adapters of a PEFT model are off. What of them is trained afterwards is what was trained before.
+
+    PEFT would have all of the active ones trained, also what the user has frozen of them.
+    """
+    trained = [(parameter, parameter.requires_grad) for parameter in adapters.parameters()]
+    try:
+        with adapters.disable_adapter():
+            yield
+    finally:
+        for parameter, is_trained in trained:
+            parameter.requires_grad_(is_trained)
+
+
+def _check_stays(adapters: Any, does: str, option: str) -> None:
+    """Raise ValueError if training changes a PEFT model also where its adapters are off."""
+    with _without(adapters):
+        trained = learned_weight(transformers_model(adapters))
+    if trained:
+        raise ValueError(
+            f"{does} without its adapter, but {trained}, which is no part of the adapter, is trained, too, so that "
+            f"this would not stay as it is: freeze that (the adapter's option bias may train it), or give {option}"
+        )
+
+
 def compared(trainer: Any, batch: dict[str, Tensor]) -> Compared | None:
     """What the loss of a micro-batch takes besides the states of its forward; None where it is the Trainer's own.
 
@@ -310,7 +352,7 @@ def _own_states(trainer: Any, inputs: dict[str, Tensor]) -> Tensor:
 def _states_without_adapters(trainer: Any, model: PreTrainedModel, batch: dict[str, Tensor]) -> Tensor:
     """Those of a frozen model, which is the trained one without adapters or another one."""
     adapters = adapters_of(trainer) if model is trainer.generator.model else None
-    with trainer._engine.autocast(), nullcontext() if adapters is None else adapters.disable_adapter():
+    with trainer._engine.autocast(), nullcontext() if adapters is None else _without(adapters):
         return trainer._answer_loss.states_of(model, batch, through=adapters)
 
 

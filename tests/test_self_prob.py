@@ -17,8 +17,9 @@ import torch
 from helpers.processes import in_ranks
 from helpers.runs import EASY, compare, make_expected
 from helpers.training import SMALL, Tokenizer, config, make_bash_trainer, make_rac_trainer, make_trainer, rows, weights
-from models import VOCAB, tiny_model
-from transformers import HfArgumentParser, TrainerCallback
+from models import BASE, VOCAB, tiny_model
+from transformers import HfArgumentParser, MixtralConfig, MixtralForCausalLM, TrainerCallback
+from transformers.loss.loss_utils import ForCausalLMLoss
 
 from selfgen import BSSConfig, BSSTrainer
 from selfgen.cli.contexts import ContextArguments
@@ -320,6 +321,56 @@ def test_by_default_a_short_run_of_a_model_that_knows_something_is_plain_fine_tu
 def test_a_loss_that_is_no_cross_entropy_tells_nothing_of_guessing(tmp_path, change):
     trainer = make_trainer(tmp_path, **AUTO, **change, max_steps=3)
     trainer.train()
+    assert not any(entry["self_prob"] for entry in logged(trainer))
+
+
+def smoothed(folder, model):
+    """Which gives much to ids that a model finds unlikely."""
+    return make_trainer(folder, model, **SETTLED, label_smoothing_factor=0.9)
+
+
+def loss_of_users(folder, model):
+    model.loss_function = lambda *given, **options: 1e9 * ForCausalLMLoss(*given, **options)
+    return make_trainer(folder, model, **SETTLED)
+
+
+def computed_by_users(folder, model):
+    class Own(BSSTrainer):
+        def compute_loss(self, *args, **kwargs):
+            return 1e9 * super().compute_loss(*args, **kwargs)
+
+    return make_trainer(folder, model, trainer=Own, **SETTLED)
+
+
+def loss_of_model(folder, model):
+    forward = model.forward
+
+    def own(input_ids, attention_mask=None, labels=None, **options):
+        found = forward(input_ids, attention_mask=attention_mask, **options)
+        if labels is not None:
+            logits, following = found.logits[:, :-1].flatten(0, 1), labels[:, 1:].flatten()
+            found.loss = torch.nn.functional.cross_entropy(logits, following, reduction="sum") * 1e9
+        return found
+
+    model.forward = own
+    return make_trainer(folder, model, **SETTLED)
+
+
+def losses_of_routers(folder, model):
+    config = MixtralConfig(**BASE, num_local_experts=4, output_router_logits=True, router_aux_loss_coef=1e9)
+    return make_trainer(folder, MixtralForCausalLM(config), **SETTLED)
+
+
+SETTLED = {**FALLING, "self_prob_warmup": "settled", "data": EASY, "learning_rate": 1e-9, "max_steps": 2}
+
+
+@pytest.mark.parametrize("make", [smoothed, loss_of_users, computed_by_users, loss_of_model, losses_of_routers])
+def test_nor_does_one_that_is_higher_than_that_of_the_tokens(tmp_path, make):
+    taught = make_trainer(tmp_path / "taught", data=EASY, self_prob=0.0, learning_rate=0.03, max_steps=8)
+    taught.train()
+    trainer = make(tmp_path / "waits", taught.model)
+    trainer.train()
+    assert trainer.state.log_history[0]["loss"] > math.log(VOCAB)
     assert not any(entry["self_prob"] for entry in logged(trainer))
 
 

@@ -61,7 +61,7 @@ from .config import BSSConfig
 from .engines import TellHowWeightsAreHeld, engine_of
 from .losses import AnswerLoss, TokenMean
 from .meter import Meter, StepTimer
-from .objective import adapters_of, check_target, compared, hashes_of, load_model, make_loss
+from .objective import adapters_of, check_target, compared, hashes_of, is_cross_entropy, load_model, make_loss
 from .parallelism import check_tensor_parallel
 from .processes import meet, once_per_machine
 from .reuse_trial import ReuseTrial
@@ -237,6 +237,7 @@ class BSSTrainer(Trainer):
         self._known = False  # what the model is like
         self._budget_agreed = False  # among processes
         self._answer_loss: AnswerLoss | None = None
+        self._cross_entropy_alone = False
         self.meter = Meter(scales_loss=self._engine.scales_loss)
         if self._engine.weights_are_here:
             self._learn_of_model()
@@ -244,10 +245,7 @@ class BSSTrainer(Trainer):
         # The Trainer shifts labels by the name of the model's class, which FSDP2 changes.
         self._label_smoother = None if smoother is None else partial(smoother, shift_labels=True)
         self.add_callback(StepTimer(self.meter))
-        more = args.learned_target != "reference" or args.kl_weight or self._loss_is_users
-        plain = self._learns_rows_once and not (more or self._weighs_rows)  # cross-entropy, the mean of it
-        vocab_size = vocab_size_of(self.generator.model) if plain else None
-        self._self_prob = SelfProb(args, self.accelerator, self.meter, vocab_size)
+        self._self_prob = SelfProb(args, self.accelerator, self.meter, self._ids_guessed_from)
         self.add_callback(self._self_prob)
         self.add_callback(EpochOfSampler())
         self.add_callback(TellHowWeightsAreHeld(self._engine))
@@ -265,6 +263,7 @@ class BSSTrainer(Trainer):
             agreed(together_of(self.generator.model), partial(check_finite, self.model))  # each sees its own part
             self._reuse.on = self._makes_contexts and self._reuse.may_begin()
             self._answer_loss = make_loss(self)
+            self._cross_entropy_alone = is_cross_entropy(self)
         self._known = True
         if self._resumed_from is not None:
             check_same_models(self._resumed_from, self._hashes())
@@ -659,6 +658,17 @@ class BSSTrainer(Trainer):
     def _loss_is_users(self) -> bool:
         ours = self._answer_loss is not None and self._answer_loss.outside
         return self.compute_loss_func is not None and not ours
+
+    def _ids_guessed_from(self) -> int | None:
+        """How many ids a uniform guess chooses from; None where the loss is no mean of cross-entropies alone."""
+        computed = type(self).compute_loss  # by a subclass of the user's, perhaps
+        is_plain = (
+            self._learns_rows_once
+            and self._cross_entropy_alone
+            and not (self._weighs_rows or self._loss_is_users)
+            and computed.__module__.startswith("selfgen.")
+        )
+        return vocab_size_of(self.generator.model) if is_plain else None
 
     def _look_again(self) -> None:
         """From time to time: what a model computes may depend on weights, or on a setting that changed."""

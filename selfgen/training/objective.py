@@ -90,6 +90,25 @@ def make_loss(trainer: Any) -> AnswerLoss | None:
     return loss
 
 
+def is_cross_entropy(trainer: Any) -> bool:
+    """Whether the loss that `make_loss` has left is the cross-entropy to the reference, and nothing else.
+
+    A loss that only the model or the user knows may be anything, so it counts as none.
+    """
+    args, model = trainer.args, trainer.generator.model
+    more = (
+        args.learned_target != "reference"
+        or args.kl_weight
+        or args.label_smoothing_factor
+        or "_loss_function" in vars(model)
+        or getattr(model.config.get_text_config(decoder=True), "output_router_logits", False)
+    )
+    if more or not args.follows_steps:
+        return False
+    ours = trainer._answer_loss is not None or args.use_liger_kernel or args.n_gpu > 1
+    return ours or calls_loss_function(model)
+
+
 def _why_not_the_models(trainer: Any, model: PreTrainedModel) -> str | None:
     """Why the loss has to be computed of the logits, outside of the model; None if the model may compute it."""
     name = type(model).__name__

@@ -16,7 +16,7 @@ from __future__ import annotations
 import json
 import logging
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from itertools import pairwise
 from pathlib import Path
 
@@ -113,12 +113,17 @@ class SelfProb(TrainerCallback):
         args: of the run.
         accelerator: of its processes.
         meter: is told the p of each step.
-        vocab_size: of the model, of which a uniform guess is one; None where the loss is no mean cross-entropy.
+        vocab_size: tells how many ids a uniform guess chooses from; None where the loss is no mean cross-entropy.
     """
 
-    def __init__(self, args: BSSConfig, accelerator: Accelerator, meter: Meter, vocab_size: int | None = None):
-        self._args, self._accelerator, self._meter = args, accelerator, meter
-        self._of_guessing = math.inf if vocab_size is None else _OF_GUESSING * math.log(vocab_size)
+    def __init__(
+        self,
+        args: BSSConfig,
+        accelerator: Accelerator,
+        meter: Meter,
+        vocab_size: Callable[[], int | None] = lambda: None,
+    ):
+        self._args, self._accelerator, self._meter, self._vocab_size = args, accelerator, meter, vocab_size
         self._begin()
 
     def _begin(self) -> None:
@@ -184,13 +189,17 @@ class SelfProb(TrainerCallback):
         loss = _mean(losses)
         if math.isfinite(loss):  # fp16's loss scaler leaves out steps that overflow
             self._losses.append(loss)
-        if len(self._losses) == 1 and loss >= self._of_guessing:
+        if len(self._losses) == 1 and self._is_of_guessing(loss):
             self._mix_from_now("the first loss, %.2f, is that of guessing: the model has nothing to unlearn", loss)
             return
         if len(self._losses) % max(1, len(self._losses) // _LOOKS):
             return
         if settled(self._losses, least_steps(self._args.get_warmup_steps(max_steps), max_steps)):
             self._mix_from_now("the loss has settled after %d steps", steps)
+
+    def _is_of_guessing(self, loss: float) -> bool:
+        ids = self._vocab_size()
+        return ids is not None and loss >= _OF_GUESSING * math.log(ids)
 
     def _mix_from_now(self, why: str, *numbers: float) -> None:
         self._losses = None

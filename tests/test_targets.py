@@ -272,6 +272,24 @@ def test_logits_never_lie_in_memory_as_a_whole(monkeypatch, target, kind):
     assert states.grad.abs().sum() > 0
 
 
+@pytest.mark.parametrize("lean", [True, False])
+@pytest.mark.parametrize(
+    "change", [{"target": "dft"}, {"target": "divergence", "target_weight": 1.0}, {"kl_weight": 1.0}]
+)
+@pytest.mark.parametrize("kind", KINDS[3:5])
+def test_where_nothing_is_learned_each_weight_has_a_gradient_of_zeros(lean, change, kind):
+    """DDP waits for those of all weights, where it is not told to look for unused ones."""
+    model, inputs = llama(), batch()
+    divergence = BSSConfig("out", target="teacher", use_cpu=True, **kind).divergence_over(None)
+    loss = AnswerLoss(model, frozen=model, divergence=divergence, lean=lean, **{"target_weight": 0.5, **change})
+    states = loss.states_of(model, inputs)
+    with loss.inside(compared=Compared(None, states, states)):
+        found = model(**{**inputs, "labels": torch.full_like(inputs["labels"], -100)}).loss
+    found.backward()
+    assert found == 0
+    assert all(p.grad is not None and not p.grad.any() for p in model.parameters())
+
+
 # ---------------------------------------------------------------------------------------------------------------------
 # In training
 

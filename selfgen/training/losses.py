@@ -251,8 +251,8 @@ class AnswerLoss:
         sources = [(states, head), *((term.states, term.head) for term in terms)]
         chunk = _chunk(sum(part.shape[1] if one is None else one.out_features for part, one in sources))
         weights = cross_entropy, dft, self.label_smoothing
-        total = states[:0].sum(dtype=torch.float32)  # which has a gradient where there are no positions
-        for first in range(0, len(states), chunk):
+        total = torch.zeros((), dtype=torch.float32, device=states.device)
+        for first in range(0, max(1, len(states)), chunk):  # without positions all weights have a gradient, too: zeros
             part = slice(first, first + chunk)
             others = [replace(term, states=term.states[part]) for term in terms]
             total = total + checkpoint(

@@ -21,7 +21,7 @@ from models import BASE, VOCAB, tiny_model
 from transformers import HfArgumentParser, MixtralConfig, MixtralForCausalLM, TrainerCallback
 from transformers.loss.loss_utils import ForCausalLMLoss
 
-from selfgen import BSSConfig, BSSTrainer
+from selfgen import BSSConfig, BSSTrainer, RACConfig
 from selfgen.cli.contexts import ContextArguments
 from selfgen.training import self_prob
 from selfgen.training.checkpoints import ResumeError
@@ -650,6 +650,24 @@ def test_what_is_used_where_nothing_is_given(tmp_path):
     assert used(self_prob_schedule="linear")[0] == (RECIPE["self_prob"], "linear", 0.0)
 
 
+def test_none_is_the_default_of_the_method(tmp_path):
+    plain = {"use_cpu": True, "report_to": []}
+    for method in (BSSConfig, RACConfig):
+        given, missing = method(str(tmp_path), **plain, self_prob=None), method(str(tmp_path), **plain)
+        for name in ("self_prob", "self_prob_schedule", "warm_up", "follows_steps"):
+            assert getattr(given, name) == getattr(missing, name)
+    assert missing.self_prob == 0.0
+
+
+@pytest.mark.parametrize("how", [FALLING, FALLING | {"self_prob_warmup": "settled"}, {"self_prob_warmup": "settled"}])
+def test_where_p_is_zero_nothing_is_said_of_mixing(tmp_path, caplog, how):
+    caplog.set_level("INFO", logger="selfgen")
+    trainer = make_trainer(tmp_path, **{**how, "self_prob": 0.0}, max_steps=3)
+    trainer.train()
+    assert not any(entry["self_prob"] for entry in logged(trainer))
+    assert "mixed" not in caplog.text
+
+
 def test_the_parser_of_transformers_takes_numbers_and_words(tmp_path):
     def parsed(*given):
         given = ["--output_dir", str(tmp_path), "--use_cpu", "--report_to", "none", *given]
@@ -668,6 +686,8 @@ def test_the_parser_of_transformers_takes_numbers_and_words(tmp_path):
         ({"self_prob": "half"}, "self_prob is 'half'; accepted: a number, or auto"),
         ({"self_prob_warmup": "late"}, "self_prob_warmup is 'late'; accepted: a number, or settled"),
         ({"self_prob": "25%"}, "self_prob is '25%'; accepted: a number, or auto"),
+        ({"self_prob": True}, "self_prob is True; accepted: a number, or auto"),
+        ({"self_prob_warmup": True}, "self_prob_warmup is True; accepted: a number, or settled"),
         ({"self_prob": "nan"}, "self_prob is nan; give a number"),
         ({"self_prob": "auto", "self_prob_cap": "auto"}, "self_prob_cap is 'auto'; accepted: a number"),
         ({"self_prob_start": "auto"}, "self_prob_start is 'auto'; accepted: a number"),

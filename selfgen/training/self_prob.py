@@ -128,7 +128,8 @@ class SelfProb(TrainerCallback):
 
     def _begin(self) -> None:
         self._budget = DifferenceBudget(self._args.difference_target, self._args.self_prob_cap)
-        self._losses: list[float] | None = [] if self._args.warm_up == SETTLED else None  # None: settled
+        waits = self._args.warm_up == SETTLED and self._args.self_prob != 0  # where it is, nothing is to be mixed
+        self._losses: list[float] | None = [] if waits else None  # None: settled
         self._forget_step()
 
     def _forget_step(self) -> None:

@@ -126,6 +126,11 @@ class SelfProb(TrainerCallback):
         self._args, self._accelerator, self._meter, self._vocab_size = args, accelerator, meter, vocab_size
         self._begin()
 
+    @property
+    def _of_guessing(self) -> float:
+        ids = self._vocab_size()
+        return math.inf if ids is None else _OF_GUESSING * math.log(ids)
+
     def _begin(self) -> None:
         self._budget = DifferenceBudget(self._args.difference_target, self._args.self_prob_cap)
         waits = self._args.warm_up == SETTLED and self._args.self_prob != 0  # where it is, nothing is to be mixed
@@ -190,17 +195,13 @@ class SelfProb(TrainerCallback):
         loss = _mean(losses)
         if math.isfinite(loss):  # fp16's loss scaler leaves out steps that overflow
             self._losses.append(loss)
-        if len(self._losses) == 1 and self._is_of_guessing(loss):
+        if len(self._losses) == 1 and loss >= self._of_guessing:
             self._mix_from_now("the first loss, %.2f, is that of guessing: the model has nothing to unlearn", loss)
             return
         if len(self._losses) % max(1, len(self._losses) // _LOOKS):
             return
         if settled(self._losses, least_steps(self._args.get_warmup_steps(max_steps), max_steps)):
             self._mix_from_now("the loss has settled after %d steps", steps)
-
-    def _is_of_guessing(self, loss: float) -> bool:
-        ids = self._vocab_size()
-        return ids is not None and loss >= _OF_GUESSING * math.log(ids)
 
     def _mix_from_now(self, why: str, *numbers: float) -> None:
         self._losses = None

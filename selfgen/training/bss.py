@@ -794,6 +794,11 @@ class BSSTrainer(Trainer):
         own: Callable[[], AbstractContextManager] = nullcontext
         self.label_smoother = self._label_smoother
         ours = self._answer_loss if model.training and not self._loss_is_users else None
+        if return_outputs and ours is not None and ours.lean:
+            raise ValueError(
+                "compute_loss is asked for outputs in training, but the loss is lean, so that there are no logits in "
+                "them: give lean_loss=False, or do not ask for outputs"
+            )
         if ours is not None and (given := compared(self, batch)) is not None:
             self.label_smoother = None  # the smoothing is the loss's own; in evaluation it is the Trainer's
             own = partial(ours.inside, compared=given)

@@ -151,9 +151,23 @@ def test_a_lean_loss_has_no_logits_to_return(tmp_path):
 
     trainer = make_trainer(tmp_path, trainer=Own, max_steps=1)
     trainer.evaluate(rows(3))
-    with pytest.raises(ValueError, match="the loss is lean, so that there are no logits .* give lean_loss=False"):
+    with pytest.raises(ValueError, match=r"the loss is lean, so that there are no logits .* give lean_loss=False"):
         trainer.train()
     make_trainer(tmp_path, trainer=Own, max_steps=1, lean_loss=False).train()
+
+
+def test_a_loss_of_a_subclass_does_not_drop_what_is_asked_for(tmp_path):
+    class Own(BSSTrainer):
+        def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
+            names = ("input_ids", "attention_mask", "labels")
+            outputs = model(**{name: inputs[name] for name in names}, num_items_in_batch=num_items_in_batch)
+            return (outputs.loss, outputs) if return_outputs else outputs.loss
+
+    make_trainer(tmp_path, trainer=Own, max_steps=1).train()
+    for name, value in {"kl_weight": 0.1, "target": "dft"}.items():
+        trainer = make_trainer(tmp_path, trainer=Own, max_steps=1, **{name: value})
+        with pytest.raises(ValueError, match=f"compute_loss of Own takes the place of the loss that {name} would"):
+            trainer.train()
 
 
 def test_a_model_with_a_loss_of_its_own():

@@ -61,7 +61,16 @@ from .config import BSSConfig
 from .engines import TellHowWeightsAreHeld, engine_of
 from .losses import AnswerLoss, TokenMean
 from .meter import Meter, StepTimer
-from .objective import adapters_of, check_target, compared, hashes_of, is_cross_entropy, load_model, make_loss
+from .objective import (
+    adapters_of,
+    changes_of_loss,
+    check_target,
+    compared,
+    hashes_of,
+    is_cross_entropy,
+    load_model,
+    make_loss,
+)
 from .parallelism import check_tensor_parallel
 from .processes import meet, once_per_machine
 from .reuse_trial import ReuseTrial
@@ -237,7 +246,7 @@ class BSSTrainer(Trainer):
         self._known = False  # what the model is like
         self._budget_agreed = False  # among processes
         self._answer_loss: AnswerLoss | None = None
-        self._cross_entropy_alone = False
+        self._cross_entropy_alone = self._computed_loss = False
         self.meter = Meter(scales_loss=self._engine.scales_loss)
         if self._engine.weights_are_here:
             self._learn_of_model()
@@ -544,11 +553,17 @@ class BSSTrainer(Trainer):
         # Weights were gathered for the passes, and are as they were until the optimizer's step.
         whole = self._step.runs_passes and not self._engine.stay_sharded
         last = self.accelerator.sync_gradients
+        self._computed_loss = False
         try:
             with self._engine.backward_apart(), kept_whole(self.model, last=last) if whole else nullcontext():
                 loss = super().training_step(model, inputs, num_items_in_batch)
         finally:
             self._step.trained()
+        if not self._computed_loss and (asked := changes_of_loss(self)):
+            raise ValueError(
+                f"compute_loss of {type(self).__name__} takes the place of the loss that {', '.join(asked)} would "
+                "change: have it call that of its base class, or leave these out"
+            )
         if not self._engine.scales_loss and not math.isfinite(float(loss)):  # it leaves such steps out
             raise diverged(self.state.global_step + 1, f"the loss is {float(loss)}")
         self._self_prob.trained(loss)
@@ -665,7 +680,7 @@ class BSSTrainer(Trainer):
         is_plain = (
             self._learns_rows_once
             and self._cross_entropy_alone
-            and not (self._weighs_rows or self._loss_is_users)
+            and not self._loss_is_users
             and computed.__module__.startswith("selfgen.")
         )
         return vocab_size_of(self.generator.model) if is_plain else None
@@ -785,6 +800,7 @@ class BSSTrainer(Trainer):
         return self.args.max_length
 
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
+        self._computed_loss = True
         if not model.training and not self._loss_is_users:
             num_items_in_batch = None  # the mean over the tokens that this process has
         batch = inputs

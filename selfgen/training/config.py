@@ -374,7 +374,7 @@ class BSSConfig(RowOptions, GeneratorOptions, TargetOptions, TrainingArguments):
                 with suppress(ValueError):
                     setattr(self, name, float(value))
         if self.self_prob is None:  # None is the default, which of another method may be a number
-            self.self_prob = self.__dataclass_fields__["self_prob"].default
+            self.self_prob = type(self).self_prob
         missing = [name for name in RECIPE if getattr(self, name) is None]
         used: dict[str, float | str] = {"self_prob_schedule": CONSTANT}
         if self.self_prob is None:

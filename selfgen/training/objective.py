@@ -32,12 +32,8 @@ def make_loss(trainer: Any) -> AnswerLoss | None:
     lean = args.lean_loss
     if lean is None:
         lean = args.self_prob != 0 or trainer._lean_by_default
-    asked = [name for name in ("kl_weight", "lean_loss") if getattr(args, name)]
-    if trainer._weighs_rows:
-        asked.append(trainer._weighing)
-    own = not (lean or asked or args.loss_on != "all")  # without a target
-    if target != "reference":
-        asked.append("target")
+    asked = [*changes_of_loss(trainer), *(["lean_loss"] if args.lean_loss else [])]
+    own = not (lean or {*asked} - {"target"} or args.loss_on != "all")  # without a target
     if args.lean_loss is None and target not in ("reference", "teacher_forced"):
         lean = True  # also where nothing is mixed
     name = type(model).__name__
@@ -90,6 +86,17 @@ def make_loss(trainer: Any) -> AnswerLoss | None:
     return loss
 
 
+def changes_of_loss(trainer: Any) -> list[str]:
+    """The options by which a loss is another one than that of the Trainer."""
+    args = trainer.args
+    holds = {
+        "kl_weight": args.kl_weight,
+        trainer._weighing: trainer._weighs_rows,
+        "target": args.learned_target != "reference",
+    }
+    return [name for name, value in holds.items() if value]
+
+
 def is_cross_entropy(trainer: Any) -> bool:
     """Whether the loss that `make_loss` has left is the cross-entropy to the reference, and nothing else.
 
@@ -97,8 +104,7 @@ def is_cross_entropy(trainer: Any) -> bool:
     """
     args, model = trainer.args, trainer.generator.model
     more = (
-        args.learned_target != "reference"
-        or args.kl_weight
+        changes_of_loss(trainer)
         or args.label_smoothing_factor
         or "_loss_function" in vars(model)
         or getattr(model.config.get_text_config(decoder=True), "output_router_logits", False)

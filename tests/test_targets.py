@@ -450,6 +450,13 @@ def test_a_model_that_changes_without_its_adapter_is_nothing_to_keep_to(tmp_path
     make(tmp_path, model=make_model(), teacher=llama(), target="teacher", **STILL).train()
 
 
+def test_weights_that_an_adapter_has_taken_a_part_of_are_nothing_to_keep_to(tmp_path):
+    for begun, change in (("pissa", ITSELF[0]), ("pissa_niter_4", ITSELF[1]), ("olora", ITSELF[0])):
+        with pytest.raises(ValueError, match=rf"init_lora_weights is '{begun}', .* give \S+_model$"):
+            make(tmp_path, model=adapted(init_lora_weights=begun), **change)
+    make(tmp_path, model=adapted(init_lora_weights="gaussian"), target="teacher")
+
+
 def test_what_is_saved_beside_an_adapter_is_a_part_of_it(tmp_path):
     ids = torch.arange(3, 20)[None]
     for change in ITSELF:

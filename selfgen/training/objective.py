@@ -317,8 +317,19 @@ def _without(adapters: Any) -> Iterator[None]:
             parameter.requires_grad_(is_trained)
 
 
+_TAKE_FROM_WEIGHTS = ("pissa", "olora", "corda", "lora_ga", "loftq")
+"""How ``init_lora_weights`` begins where the weights that an adapter is added to are others without it from then on."""
+
+
 def _check_stays(adapters: Any, does: str, option: str) -> None:
-    """Raise ValueError if training changes a PEFT model also where its adapters are off."""
+    """Raise ValueError if a PEFT model whose adapters are off is no model to compare with, or training changes it."""
+    for config in adapters.peft_config.values():
+        begun = str(getattr(config, "init_lora_weights", "")).lower()
+        if begun.startswith(_TAKE_FROM_WEIGHTS):
+            raise ValueError(
+                f"{does} without its adapter, but init_lora_weights is {begun!r}, which has taken a part of its "
+                f"weights into the adapter, so that the model without it is not the one before: give {option}"
+            )
     with _without(adapters):
         trained = learned_weight(transformers_model(adapters))
     if trained:

@@ -308,13 +308,13 @@ def _without(adapters: Any) -> Iterator[None]:
 
     PEFT would have all of the active ones trained, also what the user has frozen of them.
     """
-    trained = [(parameter, parameter.requires_grad) for parameter in adapters.parameters()]
+    trained = {name: parameter.requires_grad for name, parameter in adapters.named_parameters()}
     try:
         with adapters.disable_adapter():
             yield
     finally:
-        for parameter, is_trained in trained:
-            parameter.requires_grad_(is_trained)
+        for name, parameter in adapters.named_parameters():  # other ones, where FSDP2 has gathered them meanwhile
+            parameter.requires_grad_(trained[name])
 
 
 _TAKE_FROM_WEIGHTS = ("pissa", "olora", "corda", "lora_ga", "loftq")

@@ -152,6 +152,25 @@ def test_a_target_that_rules_ids_out(kind):
     torch.testing.assert_close(found.grad.double(), want.grad, rtol=1e-3, atol=1e-6)
 
 
+@pytest.mark.parametrize("kind", [*KINDS, {"divergence": "reverse_kl", "teacher_top_k": VOCAB - 3}])
+def test_ids_that_both_models_rule_out_have_no_part(kind):
+    """As of a model that stays near itself."""
+    torch.manual_seed(0)
+    own, target = torch.randn(6, VOCAB), torch.randn(6, VOCAB)
+    ruled_out = [one.clone() for one in (own, target)]
+    for one in ruled_out:
+        one[:, -5:] = -math.inf
+    options = BSSConfig("out", target="teacher", use_cpu=True, **kind)
+    found, want = ruled_out[0].requires_grad_(), own[:, :-5].clone().double().requires_grad_()
+    one = options.divergence_over(None)(found.log_softmax(-1), ruled_out[1])
+    other = naive(target[:, :-5], want, **kind)
+    torch.testing.assert_close(one.double(), other, rtol=1e-4, atol=1e-6)
+    one.sum().backward()
+    other.sum().backward()
+    torch.testing.assert_close(found.grad.double()[:, :-5], want.grad, rtol=1e-3, atol=1e-6)
+    assert not found.grad[:, -5:].any()
+
+
 def test_ids_that_both_heads_have():
     torch.manual_seed(0)
     own, target = torch.randn(6, VOCAB), torch.randn(6, VOCAB + 9)

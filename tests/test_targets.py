@@ -771,6 +771,7 @@ def test_with_corrections(tmp_path, name):
         ({"target": "teacher", "divergence": "jsd", "divergence_beta": 1.0}, "between 0 and 1"),
         ({"target": "teacher", "divergence_beta": 0.3}, "goes with divergence=jsd"),
         ({"target": "teacher", "teacher_top_k": 0}, "at least 1"),
+        ({"target": "teacher", "teacher_top_k": 3.0}, r"teacher_top_k is 3\.0; it must be a whole number, at least 1"),
         ({"target": "teacher", "teacher_temperature": 0.0}, "> 0"),
         ({"target": "dft", "divergence": "jsd"}, "no distribution"),
         ({"teacher_top_k": 3}, "no distribution"),

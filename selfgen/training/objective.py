@@ -323,7 +323,7 @@ _TAKE_FROM_WEIGHTS = ("pissa", "olora", "corda", "lora_ga", "loftq")
 
 def _check_stays(adapters: Any, does: str, option: str) -> None:
     """Raise ValueError if a PEFT model whose adapters are off is no model to compare with, or training changes it."""
-    for config in adapters.peft_config.values():
+    for config in getattr(adapters, "peft_config", {}).values():
         begun = str(getattr(config, "init_lora_weights", "")).lower()
         if begun.startswith(_TAKE_FROM_WEIGHTS):
             raise ValueError(

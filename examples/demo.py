@@ -99,7 +99,13 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
         help="2 trains both at once, on a core each, 1 one after the other; by default as many as there are cores",
     )
     parser.add_argument("--output-dir", default="outputs/demo", help="folder for rows, checkpoints, plot and figures")
-    return parser.parse_args(argv)
+    arguments = parser.parse_args(argv)
+    for name in ("steps", "batch", "words", "held_out", "width", "layers"):
+        if (value := getattr(arguments, name)) < 1:
+            parser.error(f"--{name.replace('_', '-')} is {value}; it must be at least 1")
+    if arguments.width % 16:
+        parser.error(f"--width is {arguments.width}; it must be a multiple of 16")
+    return arguments
 
 
 def be_quiet() -> None:
@@ -130,8 +136,13 @@ def prepare(arguments: argparse.Namespace) -> dict[str, Dataset]:
     out = Path(arguments.output_dir)
     out.mkdir(parents=True, exist_ok=True)
     common, texts = common_words(problem_statements(), WORDS)
+    longest = max(map(len, texts))
     texts = [text for text in texts if len(text) >= arguments.words]
     border = len(texts) * 9 // 10
+    if not border:
+        raise Failed(
+            f"--words is {arguments.words}, but hardly a text is so long (the longest has {longest}): give fewer"
+        )
     draw = random.Random(f"demo {arguments.seed}")
     rows = {
         "train": draw_rows(draw, texts[:border], arguments.steps * arguments.batch, arguments.words),

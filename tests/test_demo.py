@@ -65,6 +65,22 @@ def test_figures_are_those_measured(ran):
     assert max(len(line) for line in out.splitlines() if str(folder) not in line) <= demo.COLUMNS
 
 
+@pytest.mark.parametrize("option", ["--steps", "--batch", "--words", "--held-out", "--width", "--layers"])
+def test_sizes_that_there_can_not_be(tmp_path, capsys, option):
+    with pytest.raises(SystemExit):
+        demo.main([option, "0", "--output-dir", str(tmp_path)])
+    assert f"{option} is 0; it must be at least 1" in capsys.readouterr().err
+
+
+def test_other_sizes_that_there_can_not_be(tmp_path, capsys):
+    with pytest.raises(SystemExit):
+        demo.main(["--width", "17", "--output-dir", str(tmp_path)])
+    assert demo.main(["--words", "5000", "--output-dir", str(tmp_path)]) == 1
+    said = capsys.readouterr().err
+    assert "--width is 17; it must be a multiple of 16" in said
+    assert re.search(r"--words is 5000, but hardly a text is so long \(the longest has \d+\): give fewer", said)
+
+
 def test_figures_can_be_measured_again(ran):
     """The table's figures are those of the checkpoint, which loads as any does."""
     folder, _, figures = ran

@@ -192,6 +192,13 @@ def test_the_sentences():
     assert said.endswith("with --self-prob 0.5, as only 0.4% of its own tokens differ from the reference")
 
 
+def test_a_model_that_knows_nothing_has_nothing_to_lose():
+    """Which is no reason not to train it with BSS: as by default, one with random weights learns most from it."""
+    for under, said in ((0, "the model knows too little"), (99, "the model knows too little"), (101, "BSS has little")):
+        assert f"20 rows): {said}" in Gap.of([counts(under, under)] * 20).advice
+    assert "try training with BSS" in Gap.of([counts(90, 10)] * 20).advice
+
+
 def test_the_interval_is_that_of_resampled_rows():
     """About as wide as the normal one, the same each time, and a ratio of sums where rows differ in length."""
     draw = np.random.default_rng(1)

@@ -140,6 +140,36 @@ def test_evaluation_is_smoothed_as_the_trainers(tmp_path, lean):
     assert trainer.evaluate(rows(8))["eval_loss"] == pytest.approx(found[1], rel=1e-6)
 
 
+def test_a_lean_loss_has_no_logits_to_return(tmp_path):
+    """What a subclass of the user's would take for them is what enters the head."""
+
+    class Own(BSSTrainer):
+        def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
+            loss, outputs = super().compute_loss(model, inputs, True, num_items_in_batch)
+            assert outputs.logits.shape[-1] == VOCAB
+            return (loss, outputs) if return_outputs else loss
+
+    trainer = make_trainer(tmp_path, trainer=Own, max_steps=1)
+    trainer.evaluate(rows(3))
+    with pytest.raises(ValueError, match=r"the loss is lean, so that there are no logits .* give lean_loss=False"):
+        trainer.train()
+    make_trainer(tmp_path, trainer=Own, max_steps=1, lean_loss=False).train()
+
+
+def test_a_loss_of_a_subclass_does_not_drop_what_is_asked_for(tmp_path):
+    class Own(BSSTrainer):
+        def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
+            names = ("input_ids", "attention_mask", "labels")
+            outputs = model(**{name: inputs[name] for name in names}, num_items_in_batch=num_items_in_batch)
+            return (outputs.loss, outputs) if return_outputs else outputs.loss
+
+    make_trainer(tmp_path, trainer=Own, max_steps=1).train()
+    for name, value in {"kl_weight": 0.1, "target": "dft"}.items():
+        trainer = make_trainer(tmp_path, trainer=Own, max_steps=1, **{name: value})
+        with pytest.raises(ValueError, match=f"compute_loss of Own takes the place of the loss that {name} would"):
+            trainer.train()
+
+
 def test_a_model_with_a_loss_of_its_own():
     model = llama()
     with pytest.raises(ValueError, match="lean_loss"), AnswerLoss(model).inside():

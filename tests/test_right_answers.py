@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import numpy as np
 import pytest
 import torch
 import torch.distributed as dist
@@ -294,6 +295,17 @@ def test_metrics_that_no_evaluation_has_are_refused(tmp_path):
 def test_bad_arguments(tmp_path, change, message):
     with pytest.raises(ValueError, match=message):
         make(tmp_path, **change)
+
+
+@pytest.mark.parametrize("said", [0.3, "no", None, float("nan")])
+def test_a_judge_that_says_neither_yes_nor_no(tmp_path, said):
+    """A score above 0, or a text, would else be a yes."""
+    with pytest.raises(ValueError, match=rf"judge says {said!r} of the answer 'c c c', whose reference is 'g f'"):
+        make(tmp_path, judge=lambda answer, _: said if answer == "c c c" else np.bool_(True)).train()
+    data = Dataset.from_list([{"prompt": "a b", "completion": "c d"}])
+    trainer = make(tmp_path, judge=lambda *_: said, eval_corrections=2, eval_dataset=data)
+    with pytest.raises(ValueError, match="it must say True or False"):
+        trainer.evaluate()
 
 
 def test_what_weighs_rows_is_named(tmp_path):

@@ -17,10 +17,11 @@ import torch
 from helpers.processes import in_ranks
 from helpers.runs import EASY, compare, make_expected
 from helpers.training import SMALL, Tokenizer, config, make_bash_trainer, make_rac_trainer, make_trainer, rows, weights
-from models import VOCAB, tiny_model
-from transformers import HfArgumentParser, TrainerCallback
+from models import BASE, VOCAB, tiny_model
+from transformers import HfArgumentParser, MixtralConfig, MixtralForCausalLM, TrainerCallback
+from transformers.loss.loss_utils import ForCausalLMLoss
 
-from selfgen import BSSConfig, BSSTrainer
+from selfgen import BSSConfig, BSSTrainer, RACConfig
 from selfgen.cli.contexts import ContextArguments
 from selfgen.training import self_prob
 from selfgen.training.checkpoints import ResumeError
@@ -323,6 +324,56 @@ def test_a_loss_that_is_no_cross_entropy_tells_nothing_of_guessing(tmp_path, cha
     assert not any(entry["self_prob"] for entry in logged(trainer))
 
 
+def smoothed(folder, model):
+    """Which gives much to ids that a model finds unlikely."""
+    return make_trainer(folder, model, **SETTLED, label_smoothing_factor=0.9)
+
+
+def loss_of_users(folder, model):
+    model.loss_function = lambda *given, **options: 1e9 * ForCausalLMLoss(*given, **options)
+    return make_trainer(folder, model, **SETTLED)
+
+
+def computed_by_users(folder, model):
+    class Own(BSSTrainer):
+        def compute_loss(self, *args, **kwargs):
+            return 1e9 * super().compute_loss(*args, **kwargs)
+
+    return make_trainer(folder, model, trainer=Own, **SETTLED)
+
+
+def loss_of_model(folder, model):
+    forward = model.forward
+
+    def own(input_ids, attention_mask=None, labels=None, **options):
+        found = forward(input_ids, attention_mask=attention_mask, **options)
+        if labels is not None:
+            logits, following = found.logits[:, :-1].flatten(0, 1), labels[:, 1:].flatten()
+            found.loss = torch.nn.functional.cross_entropy(logits, following, reduction="sum") * 1e9
+        return found
+
+    model.forward = own
+    return make_trainer(folder, model, **SETTLED)
+
+
+def losses_of_routers(folder, model):
+    config = MixtralConfig(**BASE, num_local_experts=4, output_router_logits=True, router_aux_loss_coef=1e9)
+    return make_trainer(folder, MixtralForCausalLM(config), **SETTLED)
+
+
+SETTLED = {**FALLING, "self_prob_warmup": "settled", "data": EASY, "learning_rate": 1e-9, "max_steps": 2}
+
+
+@pytest.mark.parametrize("make", [smoothed, loss_of_users, computed_by_users, loss_of_model, losses_of_routers])
+def test_nor_does_one_that_is_higher_than_that_of_the_tokens(tmp_path, make):
+    taught = make_trainer(tmp_path / "taught", data=EASY, self_prob=0.0, learning_rate=0.03, max_steps=8)
+    taught.train()
+    trainer = make(tmp_path / "waits", taught.model)
+    trainer.train()
+    assert trainer.state.log_history[0]["loss"] > math.log(VOCAB)
+    assert not any(entry["self_prob"] for entry in logged(trainer))
+
+
 def test_nor_does_one_that_learns_rows_twice(tmp_path):
     """Corrections and the rows as they were: the loss of a step is the sum of two means."""
     for direct_weight, waits in ((1.0, True), (0.0, False)):
@@ -618,6 +669,24 @@ def test_what_is_used_where_nothing_is_given(tmp_path):
     assert used(self_prob_schedule="linear")[0] == (RECIPE["self_prob"], "linear", 0.0)
 
 
+def test_none_is_the_default_of_the_method(tmp_path):
+    plain = {"use_cpu": True, "report_to": []}
+    for method in (BSSConfig, RACConfig):
+        given, missing = method(str(tmp_path), **plain, self_prob=None), method(str(tmp_path), **plain)
+        for name in ("self_prob", "self_prob_schedule", "warm_up", "follows_steps"):
+            assert getattr(given, name) == getattr(missing, name)
+    assert missing.self_prob == 0.0
+
+
+@pytest.mark.parametrize("how", [FALLING, FALLING | {"self_prob_warmup": "settled"}, {"self_prob_warmup": "settled"}])
+def test_where_p_is_zero_nothing_is_said_of_mixing(tmp_path, caplog, how):
+    caplog.set_level("INFO", logger="selfgen")
+    trainer = make_trainer(tmp_path, **{**how, "self_prob": 0.0}, max_steps=3)
+    trainer.train()
+    assert not any(entry["self_prob"] for entry in logged(trainer))
+    assert "mixed" not in caplog.text
+
+
 def test_the_parser_of_transformers_takes_numbers_and_words(tmp_path):
     def parsed(*given):
         given = ["--output_dir", str(tmp_path), "--use_cpu", "--report_to", "none", *given]
@@ -636,6 +705,8 @@ def test_the_parser_of_transformers_takes_numbers_and_words(tmp_path):
         ({"self_prob": "half"}, "self_prob is 'half'; accepted: a number, or auto"),
         ({"self_prob_warmup": "late"}, "self_prob_warmup is 'late'; accepted: a number, or settled"),
         ({"self_prob": "25%"}, "self_prob is '25%'; accepted: a number, or auto"),
+        ({"self_prob": True}, "self_prob is True; accepted: a number, or auto"),
+        ({"self_prob_warmup": True}, "self_prob_warmup is True; accepted: a number, or settled"),
         ({"self_prob": "nan"}, "self_prob is nan; give a number"),
         ({"self_prob": "auto", "self_prob_cap": "auto"}, "self_prob_cap is 'auto'; accepted: a number"),
         ({"self_prob_start": "auto"}, "self_prob_start is 'auto'; accepted: a number"),

@@ -152,6 +152,25 @@ def test_a_target_that_rules_ids_out(kind):
     torch.testing.assert_close(found.grad.double(), want.grad, rtol=1e-3, atol=1e-6)
 
 
+@pytest.mark.parametrize("kind", [*KINDS, {"divergence": "reverse_kl", "teacher_top_k": VOCAB - 3}])
+def test_ids_that_both_models_rule_out_have_no_part(kind):
+    """As of a model that stays near itself."""
+    torch.manual_seed(0)
+    own, target = torch.randn(6, VOCAB), torch.randn(6, VOCAB)
+    ruled_out = [one.clone() for one in (own, target)]
+    for one in ruled_out:
+        one[:, -5:] = -math.inf
+    options = BSSConfig("out", target="teacher", use_cpu=True, **kind)
+    found, want = ruled_out[0].requires_grad_(), own[:, :-5].clone().double().requires_grad_()
+    one = options.divergence_over(None)(found.log_softmax(-1), ruled_out[1])
+    other = naive(target[:, :-5], want, **kind)
+    torch.testing.assert_close(one.double(), other, rtol=1e-4, atol=1e-6)
+    one.sum().backward()
+    other.sum().backward()
+    torch.testing.assert_close(found.grad.double()[:, :-5], want.grad, rtol=1e-3, atol=1e-6)
+    assert not found.grad[:, -5:].any()
+
+
 def test_ids_that_both_heads_have():
     torch.manual_seed(0)
     own, target = torch.randn(6, VOCAB), torch.randn(6, VOCAB + 9)
@@ -270,6 +289,24 @@ def test_logits_never_lie_in_memory_as_a_whole(monkeypatch, target, kind):
         loss._loss(states, torch.randint(0, VOCAB, (3, 1000)), None, given).backward()
     assert max(sizes.found) <= max(100 * VOCAB, 3000 * 48)
     assert states.grad.abs().sum() > 0
+
+
+@pytest.mark.parametrize("lean", [True, False])
+@pytest.mark.parametrize(
+    "change", [{"target": "dft"}, {"target": "divergence", "target_weight": 1.0}, {"kl_weight": 1.0}]
+)
+@pytest.mark.parametrize("kind", KINDS[3:5])
+def test_where_nothing_is_learned_each_weight_has_a_gradient_of_zeros(lean, change, kind):
+    """DDP waits for those of all weights, where it is not told to look for unused ones."""
+    model, inputs = llama(), batch()
+    divergence = BSSConfig("out", target="teacher", use_cpu=True, **kind).divergence_over(None)
+    loss = AnswerLoss(model, frozen=model, divergence=divergence, lean=lean, **{"target_weight": 0.5, **change})
+    states = loss.states_of(model, inputs)
+    with loss.inside(compared=Compared(None, states, states)):
+        found = model(**{**inputs, "labels": torch.full_like(inputs["labels"], -100)}).loss
+    found.backward()
+    assert found == 0
+    assert all(p.grad is not None and not p.grad.any() for p in model.parameters())
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -400,6 +437,78 @@ def test_a_model_with_an_adapter_learns_from_itself_without_it(tmp_path, near):
                 for _, inputs in found for p, c, _ in parts(inputs)]  # fmt: skip
         want = want + near * torch.cat(away).mean()
     torch.testing.assert_close(total(found), want, rtol=1e-5, atol=1e-6)
+
+
+def adapted(**changes):
+    torch.manual_seed(1)
+    options = {"r": 4, "target_modules": ["q_proj", "v_proj"], "init_lora_weights": False, **changes}
+    return get_peft_model(tiny_model("qwen2"), LoraConfig(**options))
+
+
+def with_trained(model, part):
+    for name, parameter in model.named_parameters():
+        if part in name:
+            parameter.requires_grad_(True)
+    return model
+
+
+ITSELF = ({"target": "teacher"}, {"kl_weight": 0.5})
+
+
+@pytest.mark.parametrize(
+    ("make_model", "weight"),
+    [
+        (lambda: adapted(bias="all"), r"q_proj\.\S*bias"),
+        (lambda: with_trained(adapted(), "layernorm"), "layernorm"),
+    ],
+)
+def test_a_model_that_changes_without_its_adapter_is_nothing_to_keep_to(tmp_path, make_model, weight):
+    for change in ITSELF:
+        with pytest.raises(ValueError, match=rf"without its adapter, but \S*{weight}\S*, which is no part of"):
+            make(tmp_path, model=make_model(), **change)
+    make(tmp_path, model=make_model(), teacher=llama(), target="teacher", **STILL).train()
+
+
+def test_weights_that_an_adapter_has_taken_a_part_of_are_nothing_to_keep_to(tmp_path):
+    for begun, change in (("pissa", ITSELF[0]), ("pissa_niter_4", ITSELF[1]), ("olora", ITSELF[0])):
+        with pytest.raises(ValueError, match=rf"init_lora_weights is '{begun}', .* give \S+_model$"):
+            make(tmp_path, model=adapted(init_lora_weights=begun), **change)
+    make(tmp_path, model=adapted(init_lora_weights="gaussian"), target="teacher")
+
+
+def test_what_is_saved_beside_an_adapter_is_a_part_of_it(tmp_path):
+    ids = torch.arange(3, 20)[None]
+    for change in ITSELF:
+        model = adapted(modules_to_save=["norm", "embed_tokens", "lm_head"])
+        with model.disable_adapter(), torch.no_grad():
+            before = model(ids).logits
+        make(tmp_path, model=model, max_steps=2, **change).train()
+        with model.disable_adapter(), torch.no_grad():
+            assert torch.equal(model.eval()(ids).logits, before)
+
+
+def test_a_part_of_an_adapter_that_is_frozen_stays_so(tmp_path):
+    """Else its gradients, by which nothing is changed, would count in the norm by which all are clipped."""
+    norms = []
+    for change in ({}, *({**one, "target_weight": 1e-9} if "target" in one else {"kl_weight": 1e-9} for one in ITSELF)):
+        model = lora()
+        for name, parameter in model.named_parameters():
+            if "lora_A" in name:
+                parameter.requires_grad_(False)
+        trainer = make(tmp_path, model=model, max_steps=2, lean_loss=True, **change)
+        trainer.train()
+        assert not any(p.requires_grad for name, p in model.named_parameters() if "lora_A" in name)
+        norms.append([entry["grad_norm"] for entry in trainer.state.log_history[:2]])
+    assert norms[1] == pytest.approx(norms[0], rel=1e-4)
+    assert norms[2] == pytest.approx(norms[0], rel=1e-4)
+
+
+def test_a_teacher_that_shares_weights_is_refused(tmp_path):
+    model, teacher = llama(), llama(seed=2)
+    teacher.model.embed_tokens = model.model.embed_tokens
+    with pytest.raises(ValueError, match=r"shares the weight model\.embed_tokens\.weight .* give a copy"):
+        make(tmp_path, model=model, teacher=teacher, target="teacher")
+    assert model.model.embed_tokens.weight.requires_grad
 
 
 def under_the_reference(model):
@@ -662,6 +771,7 @@ def test_with_corrections(tmp_path, name):
         ({"target": "teacher", "divergence": "jsd", "divergence_beta": 1.0}, "between 0 and 1"),
         ({"target": "teacher", "divergence_beta": 0.3}, "goes with divergence=jsd"),
         ({"target": "teacher", "teacher_top_k": 0}, "at least 1"),
+        ({"target": "teacher", "teacher_top_k": 3.0}, r"teacher_top_k is 3\.0; it must be a whole number, at least 1"),
         ({"target": "teacher", "teacher_temperature": 0.0}, "> 0"),
         ({"target": "dft", "divergence": "jsd"}, "no distribution"),
         ({"teacher_top_k": 3}, "no distribution"),

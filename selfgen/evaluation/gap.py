@@ -26,6 +26,8 @@ from .losses import answer_logits, check_columns
 
 LITTLE = 2.0
 """Points; a gap that is smaller is little to win."""
+UNTAUGHT = 10.0
+"""Points; a model with fewer tokens right under references has hardly anything to lose yet."""
 FEWEST = 10
 """Rows; of fewer, an interval by resampling says nothing."""
 DIFFERENCE_TARGET, SELF_PROB_CAP = 0.02, 0.5
@@ -187,6 +189,11 @@ class Gap:
         )
         if not self.is_known:
             return f"{found}: these are too few rows to tell, so give more (--gap-rows, or more data)"
+        if self.points < LITTLE and 100 * accuracies[0] < UNTAUGHT:
+            return (
+                f"{found}: the model knows too little of these answers to lose any, so measure one that is trained on "
+                "such rows"
+            )
         if self.points < LITTLE:
             return f"{found}: BSS has little to win"
         if self.self_prob is None:

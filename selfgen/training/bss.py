@@ -61,7 +61,16 @@ from .config import BSSConfig
 from .engines import TellHowWeightsAreHeld, engine_of
 from .losses import AnswerLoss, TokenMean
 from .meter import Meter, StepTimer
-from .objective import adapters_of, check_target, compared, hashes_of, load_model, make_loss
+from .objective import (
+    adapters_of,
+    changes_of_loss,
+    check_target,
+    compared,
+    hashes_of,
+    is_cross_entropy,
+    load_model,
+    make_loss,
+)
 from .parallelism import check_tensor_parallel
 from .processes import meet, once_per_machine
 from .reuse_trial import ReuseTrial
@@ -237,6 +246,7 @@ class BSSTrainer(Trainer):
         self._known = False  # what the model is like
         self._budget_agreed = False  # among processes
         self._answer_loss: AnswerLoss | None = None
+        self._cross_entropy_alone = self._computed_loss = False
         self.meter = Meter(scales_loss=self._engine.scales_loss)
         if self._engine.weights_are_here:
             self._learn_of_model()
@@ -244,10 +254,7 @@ class BSSTrainer(Trainer):
         # The Trainer shifts labels by the name of the model's class, which FSDP2 changes.
         self._label_smoother = None if smoother is None else partial(smoother, shift_labels=True)
         self.add_callback(StepTimer(self.meter))
-        more = args.learned_target != "reference" or args.kl_weight or self._loss_is_users
-        plain = self._learns_rows_once and not (more or self._weighs_rows)  # cross-entropy, the mean of it
-        vocab_size = vocab_size_of(self.generator.model) if plain else None
-        self._self_prob = SelfProb(args, self.accelerator, self.meter, vocab_size)
+        self._self_prob = SelfProb(args, self.accelerator, self.meter, self._ids_guessed_from)
         self.add_callback(self._self_prob)
         self.add_callback(EpochOfSampler())
         self.add_callback(TellHowWeightsAreHeld(self._engine))
@@ -265,6 +272,7 @@ class BSSTrainer(Trainer):
             agreed(together_of(self.generator.model), partial(check_finite, self.model))  # each sees its own part
             self._reuse.on = self._makes_contexts and self._reuse.may_begin()
             self._answer_loss = make_loss(self)
+            self._cross_entropy_alone = is_cross_entropy(self)
         self._known = True
         if self._resumed_from is not None:
             check_same_models(self._resumed_from, self._hashes())
@@ -545,11 +553,17 @@ class BSSTrainer(Trainer):
         # Weights were gathered for the passes, and are as they were until the optimizer's step.
         whole = self._step.runs_passes and not self._engine.stay_sharded
         last = self.accelerator.sync_gradients
+        self._computed_loss = False
         try:
             with self._engine.backward_apart(), kept_whole(self.model, last=last) if whole else nullcontext():
                 loss = super().training_step(model, inputs, num_items_in_batch)
         finally:
             self._step.trained()
+        if not self._computed_loss and (asked := changes_of_loss(self)):
+            raise ValueError(
+                f"compute_loss of {type(self).__name__} takes the place of the loss that {', '.join(asked)} would "
+                "change: have it call that of its base class, or leave these out"
+            )
         if not self._engine.scales_loss and not math.isfinite(float(loss)):  # it leaves such steps out
             raise diverged(self.state.global_step + 1, f"the loss is {float(loss)}")
         self._self_prob.trained(loss)
@@ -659,6 +673,17 @@ class BSSTrainer(Trainer):
     def _loss_is_users(self) -> bool:
         ours = self._answer_loss is not None and self._answer_loss.outside
         return self.compute_loss_func is not None and not ours
+
+    def _ids_guessed_from(self) -> int | None:
+        """How many ids a uniform guess chooses from; None where the loss is no mean of cross-entropies alone."""
+        computed = type(self).compute_loss  # by a subclass of the user's, perhaps
+        is_plain = (
+            self._learns_rows_once
+            and self._cross_entropy_alone
+            and not self._loss_is_users
+            and computed.__module__.startswith("selfgen.")
+        )
+        return vocab_size_of(self.generator.model) if is_plain else None
 
     def _look_again(self) -> None:
         """From time to time: what a model computes may depend on weights, or on a setting that changed."""
@@ -775,6 +800,7 @@ class BSSTrainer(Trainer):
         return self.args.max_length
 
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
+        self._computed_loss = True
         if not model.training and not self._loss_is_users:
             num_items_in_batch = None  # the mean over the tokens that this process has
         batch = inputs
@@ -784,6 +810,11 @@ class BSSTrainer(Trainer):
         own: Callable[[], AbstractContextManager] = nullcontext
         self.label_smoother = self._label_smoother
         ours = self._answer_loss if model.training and not self._loss_is_users else None
+        if return_outputs and ours is not None and ours.lean:
+            raise ValueError(
+                "compute_loss is asked for outputs in training, but the loss is lean, so that there are no logits in "
+                "them: give lean_loss=False, or do not ask for outputs"
+            )
         if ours is not None and (given := compared(self, batch)) is not None:
             self.label_smoother = None  # the smoothing is the loss's own; in evaluation it is the Trainer's
             own = partial(ours.inside, compared=given)

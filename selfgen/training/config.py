@@ -373,6 +373,8 @@ class BSSConfig(RowOptions, GeneratorOptions, TargetOptions, TrainingArguments):
             if isinstance(value := getattr(self, name), str):
                 with suppress(ValueError):
                     setattr(self, name, float(value))
+        if self.self_prob is None:  # None is the default, which of another method may be a number
+            self.self_prob = type(self).self_prob
         missing = [name for name in RECIPE if getattr(self, name) is None]
         used: dict[str, float | str] = {"self_prob_schedule": CONSTANT}
         if self.self_prob is None:
@@ -398,7 +400,7 @@ class BSSConfig(RowOptions, GeneratorOptions, TargetOptions, TrainingArguments):
     def _check_self_prob(self) -> None:
         for name in (*WORDS, "self_prob_start", "self_prob_cap", "difference_target"):
             value, word = getattr(self, name), WORDS.get(name)
-            no_number = isinstance(value, str) or (value is None and name != "self_prob_warmup")
+            no_number = isinstance(value, str | bool) or (value is None and name != "self_prob_warmup")
             if no_number and value != word:
                 raise ValueError(f"{name} is {value!r}; accepted: a number{f', or {word}' if word else ''}")
         for name in ("self_prob", "self_prob_start", "self_prob_cap"):

@@ -47,16 +47,20 @@ class Divergence:
             return _kl(p, q)
         if self.kind == "reverse_kl":
             return _kl(q, p)
-        mixture = torch.logaddexp(p + math.log(self.beta), q + math.log1p(-self.beta))
+        neither = p.isneginf() & q.isneginf()  # where a mixture would have a gradient that is no number
+        both = (p + math.log(self.beta), q + math.log1p(-self.beta))
+        mixture = torch.logaddexp(*(one.masked_fill(neither, 0.0) for one in both))
         return self.beta * _kl(p, mixture) + (1 - self.beta) * _kl(q, mixture)
 
 
 def _kl(p: Tensor, q: Tensor) -> Tensor:
-    """KL(p || q) [N] of log-probabilities [N, V]."""
-    return (p.exp() * (p - q)).masked_fill(p.isneginf(), 0.0).sum(-1)
+    """KL(p || q) [N] of log-probabilities [N, V]; an id that p rules out has no part in it, nor in its gradient."""
+    return (p.exp() * (p - q).masked_fill(p.isneginf(), 0.0)).sum(-1)
 
 
 def _with_rest(log_probs: Tensor, top: Tensor) -> Tensor:
     """Log-probabilities of the ids ``top`` [N, K], and of all others together: [N, K + 1]."""
-    rest = log_probs.scatter(1, top, float("-inf")).logsumexp(-1, keepdim=True)
+    others = log_probs.scatter(1, top, float("-inf"))
+    none = others.isneginf().all(-1, keepdim=True)  # is likely at all
+    rest = others.masked_fill(none, 0.0).logsumexp(-1, keepdim=True).masked_fill(none, float("-inf"))
     return torch.cat([log_probs.gather(1, top), rest], dim=1)

@@ -251,8 +251,8 @@ class AnswerLoss:
         sources = [(states, head), *((term.states, term.head) for term in terms)]
         chunk = _chunk(sum(part.shape[1] if one is None else one.out_features for part, one in sources))
         weights = cross_entropy, dft, self.label_smoothing
-        total = states[:0].sum(dtype=torch.float32)  # which has a gradient where there are no positions
-        for first in range(0, len(states), chunk):
+        total = torch.zeros((), dtype=torch.float32, device=states.device)
+        for first in range(0, max(1, len(states)), chunk):  # without positions all weights have a gradient, too: zeros
             part = slice(first, first + chunk)
             others = [replace(term, states=term.states[part]) for term in terms]
             total = total + checkpoint(
@@ -442,6 +442,16 @@ def _weights_in(logits: Tensor, model: nn.Module) -> str | None:
     parameters = [parameter for _, parameter in named]
     found = torch.autograd.grad(logits.float().sum(), parameters, allow_unused=True) if parameters else ()
     return next((name for (name, _), gradient in zip(named, found, strict=True) if gradient is not None), None)
+
+
+def learned_weight(model: PreTrainedModel) -> str | None:
+    """A trainable weight that the logits of ``model`` depend on, as it is now; None if there is none."""
+    if not any(parameter.requires_grad for parameter in model.parameters()):
+        return None
+    ids = _probe(model)
+    with inference(model), torch.enable_grad():
+        inputs = arguments_of(model, input_ids=ids, attention_mask=torch.ones_like(ids), use_cache=False)
+        return _weights_in(model(**inputs).logits, model)
 
 
 def calls_loss_function(model: PreTrainedModel) -> bool:

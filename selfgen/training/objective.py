@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import copy
 import logging
-from contextlib import nullcontext
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +19,7 @@ from ..correction import CorrectionCue
 from ..data import pad_token_id
 from ..provenance import weights_hash
 from .divergences import Divergence
-from .losses import AnswerLoss, Compared, calls_loss_function, learns_its_input
+from .losses import AnswerLoss, Compared, calls_loss_function, learned_weight, learns_its_input
 from .targets import Privileged, TargetOptions, after_difference, moved_back, under_references
 from .tensor import is_split_at_load
 
@@ -31,12 +32,8 @@ def make_loss(trainer: Any) -> AnswerLoss | None:
     lean = args.lean_loss
     if lean is None:
         lean = args.self_prob != 0 or trainer._lean_by_default
-    asked = [name for name in ("kl_weight", "lean_loss") if getattr(args, name)]
-    if trainer._weighs_rows:
-        asked.append(trainer._weighing)
-    own = not (lean or asked or args.loss_on != "all")  # without a target
-    if target != "reference":
-        asked.append("target")
+    asked = [*changes_of_loss(trainer), *(["lean_loss"] if args.lean_loss else [])]
+    own = not (lean or {*asked} - {"target"} or args.loss_on != "all")  # without a target
     if args.lean_loss is None and target not in ("reference", "teacher_forced"):
         lean = True  # also where nothing is mixed
     name = type(model).__name__
@@ -89,6 +86,35 @@ def make_loss(trainer: Any) -> AnswerLoss | None:
     return loss
 
 
+def changes_of_loss(trainer: Any) -> list[str]:
+    """The options by which a loss is another one than that of the Trainer."""
+    args = trainer.args
+    holds = {
+        "kl_weight": args.kl_weight,
+        trainer._weighing: trainer._weighs_rows,
+        "target": args.learned_target != "reference",
+    }
+    return [name for name, value in holds.items() if value]
+
+
+def is_cross_entropy(trainer: Any) -> bool:
+    """Whether the loss that `make_loss` has left is the cross-entropy to the reference, and nothing else.
+
+    A loss that only the model or the user knows may be anything, so it counts as none.
+    """
+    args, model = trainer.args, trainer.generator.model
+    more = (
+        changes_of_loss(trainer)
+        or args.label_smoothing_factor
+        or "_loss_function" in vars(model)
+        or getattr(model.config.get_text_config(decoder=True), "output_router_logits", False)
+    )
+    if more or not args.follows_steps:
+        return False
+    ours = trainer._answer_loss is not None or args.use_liger_kernel or args.n_gpu > 1
+    return ours or calls_loss_function(model)
+
+
 def _why_not_the_models(trainer: Any, model: PreTrainedModel) -> str | None:
     """Why the loss has to be computed of the logits, outside of the model; None if the model may compute it."""
     name = type(model).__name__
@@ -111,7 +137,10 @@ def _frozen(trainer: Any) -> tuple[PreTrainedModel | None, int | None]:
             "kl_weight keeps the model near a copy of itself, and weights that transformers has split over "
             "processes can't be copied: give the same model by name as kl_model"
         )
-    return model if adapters_of(trainer) else copy.deepcopy(model).to(args.device).requires_grad_(False).eval(), None
+    if adapters := adapters_of(trainer):
+        _check_stays(adapters, "kl_weight keeps the model near itself", "kl_model")
+        return model, None
+    return copy.deepcopy(model).to(args.device).requires_grad_(False).eval(), None
 
 
 def check_target(trainer: Any) -> Privileged | None:
@@ -124,6 +153,11 @@ def check_target(trainer: Any) -> Privileged | None:
         check_has_teacher(args, trainer.accelerator.unwrap_model(trainer.model))
     if given is not None and transformers_model(given) is trainer.generator.model:
         raise ValueError("teacher is the model that is trained, and would change with it: give another one, or a copy")
+    if given is not None and (shared := _shared_weight(trainer.model, given)):
+        raise ValueError(
+            f"teacher shares the weight {shared} with the model that is trained, and would change with it, or freeze "
+            "it: give a copy"
+        )
     if given is not None and sharding_of(given) is not None:
         raise ValueError("teacher is sharded: give its name as teacher_model, and each process loads it")
     if args.target != "privileged":
@@ -135,6 +169,12 @@ def check_target(trainer: Any) -> Privileged | None:
     except ValueError as error:
         raise ValueError(f"target=privileged asks for the answer again by privileged_cue: {error}") from error
     return Privileged(cue, pad_token_id(tokenizer), args.max_length)
+
+
+def _shared_weight(model: torch.nn.Module, other: torch.nn.Module) -> str | None:
+    """The name of a parameter of ``model`` that ``other`` has, too."""
+    of_other = {id(parameter) for parameter in other.parameters()}
+    return next((name for name, parameter in model.named_parameters() if id(parameter) in of_other), None)
 
 
 def check_has_teacher(args: TargetOptions, model: torch.nn.Module) -> None:
@@ -156,6 +196,7 @@ def _teacher(
     if trainer._teacher is not None:
         teacher, ids = _given_teacher(trainer)
     elif not args.teacher_model:
+        _check_stays(adapters_of(trainer), "target=teacher learns from the model", "teacher_model")
         return model, None
     elif args.teacher_model == args.kl_model:
         return frozen, ids_of_frozen
@@ -261,6 +302,43 @@ def has_adapters(model: torch.nn.Module) -> bool:
     return hasattr(model, "disable_adapter")
 
 
+@contextmanager
+def _without(adapters: Any) -> Iterator[None]:
+    """Inside, the adapters of a PEFT model are off. What of them is trained afterwards is what was trained before.
+
+    PEFT would have all of the active ones trained, also what the user has frozen of them.
+    """
+    trained = {name: parameter.requires_grad for name, parameter in adapters.named_parameters()}
+    try:
+        with adapters.disable_adapter():
+            yield
+    finally:
+        for name, parameter in adapters.named_parameters():  # other ones, where FSDP2 has gathered them meanwhile
+            parameter.requires_grad_(trained[name])
+
+
+_TAKE_FROM_WEIGHTS = ("pissa", "olora", "corda", "lora_ga", "loftq")
+"""How ``init_lora_weights`` begins where the weights that an adapter is added to are others without it from then on."""
+
+
+def _check_stays(adapters: Any, does: str, option: str) -> None:
+    """Raise ValueError if a PEFT model whose adapters are off is no model to compare with, or training changes it."""
+    for config in getattr(adapters, "peft_config", {}).values():
+        begun = str(getattr(config, "init_lora_weights", "")).lower()
+        if begun.startswith(_TAKE_FROM_WEIGHTS):
+            raise ValueError(
+                f"{does} without its adapter, but init_lora_weights is {begun!r}, which has taken a part of its "
+                f"weights into the adapter, so that the model without it is not the one before: give {option}"
+            )
+    with _without(adapters):
+        trained = learned_weight(transformers_model(adapters))
+    if trained:
+        raise ValueError(
+            f"{does} without its adapter, but {trained}, which is no part of the adapter, is trained, too, so that "
+            f"this would not stay as it is: freeze that (the adapter's option bias may train it), or give {option}"
+        )
+
+
 def compared(trainer: Any, batch: dict[str, Tensor]) -> Compared | None:
     """What the loss of a micro-batch takes besides the states of its forward; None where it is the Trainer's own.
 
@@ -310,7 +388,7 @@ def _own_states(trainer: Any, inputs: dict[str, Tensor]) -> Tensor:
 def _states_without_adapters(trainer: Any, model: PreTrainedModel, batch: dict[str, Tensor]) -> Tensor:
     """Those of a frozen model, which is the trained one without adapters or another one."""
     adapters = adapters_of(trainer) if model is trainer.generator.model else None
-    with trainer._engine.autocast(), nullcontext() if adapters is None else adapters.disable_adapter():
+    with trainer._engine.autocast(), nullcontext() if adapters is None else _without(adapters):
         return trainer._answer_loss.states_of(model, batch, through=adapters)
 
 

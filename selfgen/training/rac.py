@@ -30,7 +30,7 @@ from ..generation import generate_corrected
 from .batches import unique_rows
 from .bss import BSSTrainer, step_seed
 from .config import BSSConfig
-from .right_answers import RIGHT_ANSWERS, Judge, left_out, same_as_eval
+from .right_answers import RIGHT_ANSWERS, Judge, is_right, left_out, same_as_eval
 
 logger = logging.getLogger(__name__)
 
@@ -174,7 +174,7 @@ class RACTrainer(BSSTrainer):
             evaluated is the answer right after the prompt, without a correction; with ``eval_corrections``, some rows
             are also answered and corrected.
         judge: a function (answer, reference) -> whether the answer is right, of their texts, in place of
-            ``evaluation.exact_match``. It must say the same whenever it is asked the same.
+            ``evaluation.exact_match``: True or False, and the same whenever it is asked the same.
     """
 
     _lean_by_default = True  # its rows are the longest
@@ -345,7 +345,7 @@ class RACTrainer(BSSTrainer):
         return {
             row.sample_id
             for (row, _), (answer, reference) in zip(whole, texts, strict=True)
-            if self._judge(answer, reference)
+            if is_right(self._judge, answer, reference)
         }
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
@@ -462,7 +462,8 @@ class RACTrainer(BSSTrainer):
         greedy.release()
         says = partial(self.args.answer_texts, self.processing_class)
         texts = zip(says(found.first), says(found.corrected), says([row["answer_ids"] for _, row in mine]), strict=True)
-        judged = [(self._judge(first, truth), self._judge(corrected, truth)) for first, corrected, truth in texts]
+        right = partial(is_right, self._judge)
+        judged = [(right(first, truth), right(corrected, truth)) for first, corrected, truth in texts]
         told = [(number, pair) for (number, _), pair in zip(mine, judged, strict=True)]
         everyone = dict(gather_object(told) if self.args.world_size > 1 else told)
         return Corrections.of(everyone.values()).of_all

@@ -19,6 +19,21 @@ same_as_eval: Judge = exact_match
 `symbolic_match` may, would make a run depend on how busy the machine is."""
 
 
+def is_right(judge: Judge, answer: str, reference: str) -> bool:
+    """What ``judge`` says of an answer.
+
+    Raises:
+        ValueError: it says neither yes nor no, but has a score in between, say, which would count as yes.
+    """
+    said = judge(answer, reference)
+    if isinstance(said, str) or said not in (True, False):
+        raise ValueError(
+            f"judge says {said!r} of the answer {answer!r}, whose reference is {reference!r}: it must say True or "
+            "False (of a score, whether it is high enough)"
+        )
+    return bool(said)
+
+
 def left_out(right: Iterable[int], wrong: Iterable[int], share: float, seed: int, *, together: bool) -> set[int]:
     """Sample ids of right own answers that a step does without, so that they are at most ``share`` of those that stay.
 

@@ -16,7 +16,7 @@ from __future__ import annotations
 import json
 import logging
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from itertools import pairwise
 from pathlib import Path
 
@@ -113,17 +113,28 @@ class SelfProb(TrainerCallback):
         args: of the run.
         accelerator: of its processes.
         meter: is told the p of each step.
-        vocab_size: of the model, of which a uniform guess is one; None where the loss is no mean cross-entropy.
+        vocab_size: tells how many ids a uniform guess chooses from; None where the loss is no mean cross-entropy.
     """
 
-    def __init__(self, args: BSSConfig, accelerator: Accelerator, meter: Meter, vocab_size: int | None = None):
-        self._args, self._accelerator, self._meter = args, accelerator, meter
-        self._of_guessing = math.inf if vocab_size is None else _OF_GUESSING * math.log(vocab_size)
+    def __init__(
+        self,
+        args: BSSConfig,
+        accelerator: Accelerator,
+        meter: Meter,
+        vocab_size: Callable[[], int | None] = lambda: None,
+    ):
+        self._args, self._accelerator, self._meter, self._vocab_size = args, accelerator, meter, vocab_size
         self._begin()
+
+    @property
+    def _of_guessing(self) -> float:
+        ids = self._vocab_size()
+        return math.inf if ids is None else _OF_GUESSING * math.log(ids)
 
     def _begin(self) -> None:
         self._budget = DifferenceBudget(self._args.difference_target, self._args.self_prob_cap)
-        self._losses: list[float] | None = [] if self._args.warm_up == SETTLED else None  # None: settled
+        waits = self._args.warm_up == SETTLED and self._args.self_prob != 0  # where it is, nothing is to be mixed
+        self._losses: list[float] | None = [] if waits else None  # None: settled
         self._forget_step()
 
     def _forget_step(self) -> None:

@@ -8,6 +8,7 @@ context after a prompt that has the reference in it (``privileged``).
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from numbers import Integral
 
 import torch
 from torch import Tensor
@@ -122,8 +123,9 @@ class TargetOptions:
                 f"divergence_beta is {self.divergence_beta}; it must be between 0 and 1 (for its limits, give "
                 "divergence=forward_kl or reverse_kl)"
             )
-        if self.teacher_top_k is not None and self.teacher_top_k < 1:
-            raise ValueError(f"teacher_top_k is {self.teacher_top_k}; it must be at least 1")
+        k = self.teacher_top_k
+        if k is not None and (isinstance(k, bool) or not isinstance(k, Integral) or k < 1):
+            raise ValueError(f"teacher_top_k is {k}; it must be a whole number, at least 1")
         if not 0.0 < self.teacher_temperature < float("inf"):
             raise ValueError(f"teacher_temperature is {self.teacher_temperature}; it must be a finite number > 0")
         if self.target == "reference" and self.target_weight is not None:

@@ -98,13 +98,16 @@ def changes_of_loss(trainer: Any) -> list[str]:
 
 
 def is_cross_entropy(trainer: Any) -> bool:
-    """Whether the loss that `make_loss` has left is the cross-entropy to the reference, and nothing else.
+    """Whether the loss that `make_loss` has left is the cross-entropy to the reference alone where nothing is mixed.
 
     A loss that only the model or the user knows may be anything, so it counts as none.
     """
     args, model = trainer.args, trainer.generator.model
+    changes = {*changes_of_loss(trainer)}
+    if args.target == "teacher_forced":  # of contexts that have self tokens
+        changes.discard("target")
     more = (
-        changes_of_loss(trainer)
+        changes
         or args.label_smoothing_factor
         or "_loss_function" in vars(model)
         or getattr(model.config.get_text_config(decoder=True), "output_router_logits", False)

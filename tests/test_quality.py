@@ -216,8 +216,9 @@ def test_sentences():
         pytest.skip("no GSM8K")
     texts = task.texts(100, 7)
     assert len(set(texts["prompt"])) == 100
+    assert len(task.rows(4000, 7, without=task.rows(100, 1))) == 4000  # nearly all there are
     for row in texts:
-        sentence = row["prompt"].split(": ")[1].split()
+        sentence = row["prompt"].split("\n")[0].removeprefix("Sentence: ").split()
         assert row["completion"].split() == sentence[::-1]
         assert 10 <= len(sentence) <= 20
 

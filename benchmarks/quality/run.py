@@ -40,7 +40,7 @@ SETTINGS = {
     "cubic": Setting(steps=700),
     "words": Setting(steps=1000),
     "words-few": Setting(steps=1000),
-    "reverse": Setting(steps=160, rows=8, learning_rate=1e-3, lora_rank=16),
+    "reverse": Setting(steps=300, rows=8, learning_rate=1e-3, lora_rank=16),
     "gsm_symbolic-short": Setting(steps=60, rows=8, learning_rate=1e-4),
     "gsm_symbolic-few": Setting(steps=300, rows=7, learning_rate=5e-4, lora_rank=16),
     "gsm_symbolic": Setting(steps=100, rows=4, learning_rate=1e-4),

@@ -220,16 +220,25 @@ def _sentences(shortest: int = 10, longest: int = 20) -> list[str]:
 
 
 class Reversing(TextTask):
-    """The words of a natural sentence in reverse order. Right is the whole answer."""
+    """The words of a natural sentence in reverse order. Right is the whole answer.
+
+    Without a chat template, whose tokens would be half of a row.
+    """
+
+    @functools.cached_property
+    def tokenizer(self):
+        tokenizer = AutoTokenizer.from_pretrained(smollm2_path())
+        tokenizer.chat_template = None
+        return tokenizer
 
     def texts(self, count: int, seed: int) -> Dataset:
         sentences = _sentences()
-        drawn = random.Random(f"{self.name} {seed}").sample(range(len(sentences)), count)
+        drawn = random.Random(f"{self.name} {seed}").sample(range(len(sentences)), min(count, len(sentences)))
         return Dataset.from_list(
             [
                 {
-                    "prompt": f"Write the words of this sentence in reverse order: {sentences[place]}",
-                    "completion": " ".join(reversed(sentences[place].split())),
+                    "prompt": f"Sentence: {sentences[place]}\nIn reverse order:",
+                    "completion": " " + " ".join(reversed(sentences[place].split())),
                     "sample_id": place,
                 }
                 for place in drawn
@@ -248,7 +257,7 @@ MAIN: tuple[AnyTask, ...] = (
     Task("cubic", "the values of a cubic polynomial from its coefficients", cubic),
     Task("words", "the words of a passage of GSM8K in alphabetical order", words, WORDS),
     Task("words-few", "the same, 2,000 rows again and again", words, WORDS, train_rows=2000),
-    Reversing("reverse", "the words of a sentence of GSM8K in reverse order, SmolLM2-135M-Instruct with LoRA"),
+    Reversing("reverse", "the words of a sentence of GSM8K in reverse order, SmolLM2-135M-Instruct with LoRA", spare=1),
     Problems(
         "gsm_symbolic-short",
         "word problems of at most 96 tokens with worked solutions of at most 56, SmolLM2-135M-Instruct",

@@ -38,17 +38,18 @@ _LOOKS = 256  # while the steps double: each reads the losses of all steps so fa
 _FIRST = 4  # steps, whose mean loss is what the loss has fallen from
 _LEAST = 64  # steps: before them, quarters are too short to be compared
 _OF_FALL = 0.05  # of what the loss has fallen so far
-_OF_LOSS = 0.02  # of the loss itself, for one that was low when training began
+_OF_LOSS = 0.02  # of the loss itself
 _OF_GUESSING = 0.95  # of the loss of a uniform guess: from there on a model knows nothing
 
 
 def settled(losses: Sequence[float], least: int = _LEAST) -> bool:
     """Whether the losses of the steps so far have settled.
 
-    They have if the last quarter of the steps is hardly better than the quarter before: if the mean falls by at most 5%
-    of what it has fallen since the first steps. They have, too, if there is hardly any fall at all: if the mean of the
-    last quarter is below those of the first and of the third one by at most 2%. A fall counts as one standard error
-    larger than it looks, and a rise as no fall, so that noise delays the answer.
+    They have if the last quarter of the steps is hardly better than the quarter before: if its mean is lower by at most
+    2%, and by at most 5% of what the loss has fallen since the first steps. (The latter alone would take a slow fall
+    for none after a steep one.) In place of the latter, the last quarter may be at most 2% better than the first: then
+    there was nothing to learn. A fall counts as one standard error larger than it looks, and a rise as no fall, so that
+    noise delays the answer.
 
     Args:
         losses: of all steps, each the mean over its tokens.
@@ -63,7 +64,8 @@ def settled(losses: Sequence[float], least: int = _LEAST) -> bool:
     # Differences of neighbours have twice the variance of a step, and hardly any trend.
     error = math.sqrt(_mean([(after - one) ** 2 for one, after in pairwise(both)]) / size)
     falls = [max(0.0, _mean(before) - last) + error for before in (losses[:size], both[:size])]
-    return falls[1] <= _OF_FALL * (_mean(losses[:_FIRST]) - last) or max(falls) <= _OF_LOSS * last
+    has_fallen = _mean(losses[:_FIRST]) - last
+    return falls[1] <= _OF_LOSS * last and (falls[1] <= _OF_FALL * has_fallen or falls[0] <= _OF_LOSS * last)
 
 
 def least_steps(warmup: int, max_steps: int) -> int:

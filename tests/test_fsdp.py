@@ -143,5 +143,6 @@ def test_broken_off_in_a_loop_of_ones_own(tmp_path):
     in_ranks(broken_off, tmp_path)
 
 
+@pytest.mark.slow  # test_broken_off_in_a_loop_of_ones_own is the fast one of the kind
 def test_sharded_by_torch_in_a_loop_of_ones_own(tmp_path):
     in_ranks(sharded_by_torch, tmp_path)

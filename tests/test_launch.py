@@ -102,11 +102,15 @@ def test_ddp(arguments):
     assert "weights: whole in each of 2 processes (DDP)" in said
 
 
-def test_fsdp2(arguments, tmp_path):
-    """As the file says, but for the number of processes, and on CPUs."""
+def test_the_file_for_fsdp2_is_accelerates():
     config = load_config_from_file(str(LAUNCH / "fsdp2.yaml"))
     assert config.fsdp_config["fsdp_version"] == 2
     assert {name.removeprefix("fsdp_") for name in config.fsdp_config} <= _options_of_launch()
+
+
+@pytest.mark.slow  # test_fsdp.py trains in two processes, too
+def test_fsdp2(arguments, tmp_path):
+    """As the file says, but for the number of processes, and on CPUs."""
     script = tmp_path / "train.py"
     script.write_text(ON_CPUS + COMMAND)
     accelerate = [sys.executable, "-m", "accelerate.commands.accelerate_cli"]

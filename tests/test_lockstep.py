@@ -196,6 +196,7 @@ def in_ones_own_loop(rank, folder):
     failed_in_one(rank)
 
 
+@pytest.mark.slow  # test_training is the fast one of the kind
 def test_in_a_loop_of_ones_own(tmp_path):
     in_ranks(in_ones_own_loop, tmp_path)
 

@@ -45,7 +45,7 @@ def mapped_rows(folder: Path) -> dict[str, int]:
     return {file.name: sum(map(int, file.read_text().split())) for file in sorted(folder.glob("rows-*"))}
 
 
-@pytest.mark.parametrize("num_rows", [16, 12])
+@pytest.mark.parametrize("num_rows", [pytest.param(16, marks=pytest.mark.slow), 12])
 def test_one_process_tokenizes(once, tmp_path, capsys, num_rows):
     """The losses are those of one process, also where rows are dropped."""
     rows = [*(ROWS * 8)[:num_rows], {"prompt": "a", "completion": " "}]

@@ -160,6 +160,8 @@ def test_few_rows_are_seen_again_and_again(monkeypatch):
         return rows(task, count, *rest, **named)
 
     monkeypatch.setattr(Task, "rows", noted)
+    monkeypatch.setattr(Task, "test_rows", 20)
+    monkeypatch.setattr(Task, "pass_rows", 2)
     task = dataclasses.replace(TASKS["wave-few"], train_rows=3)
     found = measure(task, METHODS["BSS"], 0, Setting(steps=4, rows=2, width=16, layers=1))
     assert counts == [task.test_rows, 3]

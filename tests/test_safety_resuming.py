@@ -360,7 +360,7 @@ def _resume_in_ranks(rank, folder, options):
     assert torch.equal(weights(resumed.model), weights(whole.model))
 
 
-@pytest.mark.parametrize("options", [{}, BY_LENGTH], ids=["random", "by length"])
+@pytest.mark.parametrize("options", [pytest.param({}, marks=pytest.mark.slow), BY_LENGTH], ids=["random", "by length"])
 def test_the_same_in_two_processes(tmp_path, options):
     in_ranks(_resume_in_ranks, tmp_path, options)
 

@@ -15,6 +15,7 @@ import time
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from functools import partial
+from itertools import cycle, islice
 from pathlib import Path
 from typing import Any
 
@@ -456,17 +457,21 @@ def _corrections(
 def _passes(model: PreTrainedModel, rows: Dataset) -> dict[str, float]:
     """Passes per token of free runs as long as the references, row by row, with all guesses computed ahead.
 
-    One token after the other is 1 pass per token.
+    One token after the other is 1 pass per token. The first guess is the reference, as in training, or the answer of
+    another row: whoever asks for an answer has no reference. The tokens are the same.
     """
+    answers = list(rows["answer_ids"])
+    others = [list(islice(cycle(answers[row - 1]), len(answer))) for row, answer in enumerate(answers)]
     found = {}
-    for name, temperature in (("passes_per_token", 1.0), ("passes_per_token_greedy", 0.0)):
-        generator = ContextGenerator(model, temperature=temperature, token_budget=4096, balance=4096)
-        passes = tokens = 0
-        for row in rows:
-            ids = [row["sample_id"]]
-            stats = generator.contexts([row["prompt_ids"]], [row["answer_ids"]], 1.0, seed=1, sample_ids=ids).stats
-            passes, tokens = passes + stats.passes, tokens + stats.answer_tokens
-        found[name] = passes / tokens
+    for guesses, what in ((answers, ""), (others, "_unguided")):
+        for temperature, how in ((1.0, ""), (0.0, "_greedy")):
+            generator = ContextGenerator(model, temperature=temperature, token_budget=4096, balance=4096)
+            passes = tokens = 0
+            for row, guess in zip(rows, guesses, strict=True):
+                ids = [row["sample_id"]]
+                stats = generator.contexts([row["prompt_ids"]], [guess], 1.0, seed=1, sample_ids=ids).stats
+                passes, tokens = passes + stats.passes, tokens + stats.answer_tokens
+            found[f"passes_per_token{what}{how}"] = passes / tokens
     return found
 
 

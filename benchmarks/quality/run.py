@@ -1,7 +1,7 @@
 """Train every method on every task with several seeds, and record how they run freely. Hours; a killed run continues.
 
     make quality          (or: python -m benchmarks.quality.run [--seeds 5] [--tasks wave ...] [--methods SFT BSS ...])
-    python -m benchmarks.quality.run --stage selection --methods SFT "BSS, auto" ...
+    python -m benchmarks.quality.run --stage confirmation [--tasks ...] [--methods ...]
 
 Each finished run is a line of ``benchmarks/results/quality.jsonl``, or of the stage's file; what is there already is
 not run again. Where a method has waited for the loss to settle until its last step, it has trained as SFT does, and so
@@ -21,6 +21,7 @@ import time
 import traceback
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -29,12 +30,40 @@ from tqdm.auto import tqdm
 
 from tools.real_parts import cache_dir
 
-from .methods import ALL_METHODS, METHODS, Method, Setting, describe, measure
+from .methods import ALL_METHODS, CANDIDATES, METHODS, Method, Setting, describe, measure
 from .tasks import TASKS
 
 RESULTS = Path(__file__).parent.parent / "results" / "quality.jsonl"
-STAGES = {"selection": range(20, 22), "confirmation": range(30, 35)}
-"""Seeds of each stage, which share none; its file is ``quality_STAGE.jsonl``."""
+
+
+@dataclass(frozen=True)
+class Stage:
+    """A part of PLAN.md, whose file is ``quality_STAGE.jsonl``: stages share no seed. ``more`` are seeds of a task."""
+
+    tasks: tuple[str, ...]
+    methods: tuple[str, ...]
+    seeds: range
+    more: dict[str, range] = field(default_factory=dict)
+
+
+CONFIRMED = ("BSS, p falls from 0.25, waits", "BSS + teacher-forced, waits", "BSS, p falls from 0.5, cooler, waits")
+STAGES = {
+    "selection": Stage(
+        ("words", "wave", "cubic"),
+        (
+            "SFT",
+            "BSS",
+            *(name for name, method in CANDIDATES.items() if method.options.get("self_prob_warmup") is None),
+        ),
+        range(20, 22),
+    ),
+    "confirmation": Stage(
+        ("words", "words-few", "wave", "cubic", "gsm_symbolic-short", "reverse", "gsm_symbolic-few"),
+        (CONFIRMED[0], "SFT", *CONFIRMED[1:]),
+        range(30, 35),
+        {"cubic": range(30, 50)},
+    ),
+}
 SETTINGS = {
     "wave": Setting(steps=700),
     "cubic": Setting(steps=700),
@@ -55,23 +84,26 @@ def setting_of(task: str) -> Setting:
 
 def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n\n")[0])
-    parser.add_argument("--tasks", nargs="+", default=list(SETTINGS), choices=list(TASKS))
-    parser.add_argument("--methods", nargs="+", default=list(METHODS), choices=list(ALL_METHODS))
-    parser.add_argument("--stage", choices=list(STAGES), help="its seeds and its file, in place of the next two")
+    parser.add_argument("--tasks", nargs="+", choices=list(TASKS))
+    parser.add_argument("--methods", nargs="+", choices=list(ALL_METHODS))
+    parser.add_argument(
+        "--stage", choices=list(STAGES), help="its seeds in place of the next two, and its tasks, methods and file"
+    )
     parser.add_argument("--seeds", type=int, default=5)
     parser.add_argument("--first-seed", type=int, default=0)
     parser.add_argument("--output", type=Path)
     parser.add_argument("--no-passes", action="store_true", help="don't count the passes that answers take: quicker")
     options = parser.parse_args(arguments)
     torch.set_num_threads(1)  # such small models are slower on more; run several processes instead
-    seeds = STAGES[options.stage] if options.stage else range(options.first_seed, options.first_seed + options.seeds)
+    seeds = range(options.first_seed, options.first_seed + options.seeds)
+    stage = STAGES[options.stage] if options.stage else Stage(tuple(SETTINGS), tuple(METHODS), seeds)
     output = options.output or (RESULTS.with_name(f"quality_{options.stage}.jsonl") if options.stage else RESULTS)
     output.parent.mkdir(exist_ok=True)
     runs = [
         (task, ALL_METHODS[method], seed)
-        for task in options.tasks
-        for seed in seeds
-        for method in options.methods
+        for task in options.tasks or stage.tasks
+        for seed in stage.more.get(task, stage.seeds)
+        for method in options.methods or stage.methods
         if ALL_METHODS[method].is_for(TASKS[task])
     ]
     failed = 0

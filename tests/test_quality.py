@@ -318,15 +318,16 @@ def test_what_never_mixed_is_trained_once(tmp_path, monkeypatch):
 
 def test_passes_are_counted_with_a_guess_that_knows_nothing_of_the_answer_too():
     """For a model whose answers are references all passes but the first ones are saved by the guess alone."""
+    torch.manual_seed(0)
     model = small_llama(64, 16, 1, positions=128, pad=0, bos=SEP, eos=EOS)
+    with torch.no_grad():
+        for weight in model.parameters():
+            weight.mul_(10 if weight.dim() > 1 else 1)  # so that tokens depend on those before them
     prompts = [[SEP, FIRST + place, SEP] for place in range(4)]
-    found = [
-        [EOS if token == model.config.eos_token_id else token for token in row.tolist()]
-        for row in ContextGenerator(model, temperature=0.0)
-        .contexts(prompts, [[FIRST] * 24] * 4, 1.0, method="sequential", seed=1, sample_ids=range(4))
-        .tokens
-    ]
-    rows = Dataset.from_dict({"sample_id": range(4), "prompt_ids": prompts, "answer_ids": found})
+    loop = ContextGenerator(model, temperature=0.0)
+    found = loop.contexts(prompts, [[FIRST] * 24] * 4, 1.0, method="sequential", seed=1, sample_ids=range(4)).tokens
+    answers = [row.tolist() for row in found]
+    rows = Dataset.from_dict({"sample_id": range(4), "prompt_ids": prompts, "answer_ids": answers})
     passes = _passes(model, rows)
     assert passes["passes_per_token_greedy"] < 0.1
     assert passes["passes_per_token_unguided_greedy"] > 2 * passes["passes_per_token_greedy"]

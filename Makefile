@@ -3,7 +3,7 @@
 #   make test   the test suite          make slow   its long part (WORKERS=2 processes)
 #   make bench  the benchmarks          make lint   ruff and mypy
 #   make gpu    what needs a CUDA device
-#   make quality          does it help? every method, task and seed: hours, resumable
+#   make quality          does it help? every method, task and seed: hours, resumable (STAGE=confirmation: PLAN.md's)
 #   make sanitize         fuzz the C++ kernels under ASan and UBSan (gcc)
 #   make triton-versions  the Triton tests under older Tritons
 #   make versions         the core tests with the newest and the oldest torch, transformers, accelerate and datasets
@@ -64,9 +64,9 @@ bench: setup
 	exit $$((benchmarks | regressions))
 
 quality: setup
-	@echo "==> training with every method, task and seed; finished runs in benchmarks/results/quality.jsonl stay"
-	$(BIN)/python -m benchmarks.quality.run $(ARGS)
-	$(BIN)/python -m benchmarks.quality.report
+	@echo "==> training with every method, task and seed; finished runs stay"
+	$(BIN)/python -m benchmarks.quality.run $(if $(STAGE),--stage $(STAGE)) $(ARGS)
+	$(BIN)/python -m benchmarks.quality.report $(if $(STAGE),--stage $(STAGE))
 
 lint: setup
 	$(BIN)/ruff check .

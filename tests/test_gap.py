@@ -14,9 +14,10 @@ from helpers.cli import flags, run, save_model
 from helpers.data import read_jsonl, write_jsonl
 from models import tiny_model
 
-from selfgen import BSSConfig, ContextGenerator
+from selfgen import ContextGenerator
 from selfgen.data import load_rows, tokenize_rows
 from selfgen.evaluation import Gap, free_running_gap, gap, row_gaps
+from selfgen.training.config import RECIPE
 
 IDS, EOS, ENDS_AFTER = 40, 2, 39
 
@@ -72,11 +73,8 @@ def test_a_model_with_a_known_gap():
     said = gap.advice
     assert said.startswith("your model loses 52.5 points when it runs freely (90.0% of tokens right under references, ")
     assert "37.5% running freely; 95% interval" in said
-    assert (
-        "20 rows): try training with BSS, as it is by default, or, to mix from the first step on, with --self-prob 0."
-        in said
-    )
-    assert said.endswith("of its own tokens differ from the reference")
+    assert "20 rows): try training with BSS as it is by default, and compare with --self-prob 0 (" in said
+    assert f"of its own tokens differ from the reference, so p would be {gap.self_prob:.2g})" in said
 
 
 def test_a_model_without_a_gap():
@@ -152,17 +150,20 @@ def test_counts_are_those_of_plain_loops(family, batch_size):
 
 
 @pytest.mark.parametrize(
-    ("agreement", "self_prob"), [(0.0, 0.02), (0.34, 0.02 / 0.66), (0.9, 0.2), (0.97, 0.5), (1.0, 0.5), (None, None)]
+    ("agreement", "self_prob"), [(0.0, 0.25), (0.4, 0.15), (0.9, 0.025), (0.97, 0.0075), (1.0, 0.0), (None, None)]
 )
 def test_the_advice_is_about_tokens_that_differ(agreement, self_prob):
     own = 0 if agreement is None else 100
     lines = {"tokens": 10, "right_under_references": 9, "right_running_freely": 5, "self_tokens": own}
     found = Gap.of([lines | {"self_tokens_right": round(own * (agreement or 0))}] * 10)
     assert found.self_prob == (None if self_prob is None else pytest.approx(self_prob))
-    said = "with BSS, as it is by default" if self_prob is None else f"--self-prob {self_prob:.2g}, as"
-    assert said in found.advice
-    for name, value in (("difference_target", gap.DIFFERENCE_TARGET), ("self_prob_cap", gap.SELF_PROB_CAP)):
-        assert getattr(BSSConfig, name, value) == value  # what --self-prob auto aims at
+    said = "compare with --self-prob 0" if self_prob is None else f"p would be {self_prob:.2g})"
+    assert found.advice.endswith(said)
+
+
+def test_the_advice_is_what_training_does_by_default():
+    assert RECIPE["self_prob"] == gap.SELF_PROB
+    assert RECIPE["self_prob_schedule"] == "disagreement"
 
 
 def counts(under: int, freely: int, own: int = 0, right: int = 0) -> dict[str, int]:
@@ -187,9 +188,8 @@ def test_the_sentences():
         assert gap.to_dict()["advised_self_prob"] is None
     assert "1 row): these are too few" in said
     gap = Gap.of([counts(500, 400, 1000, 996)] * 20)
-    assert gap.to_dict()["advised_self_prob"] == gap.self_prob == 0.5
-    said = gap.advice
-    assert said.endswith("with --self-prob 0.5, as only 0.4% of its own tokens differ from the reference")
+    assert gap.to_dict()["advised_self_prob"] == gap.self_prob == pytest.approx(0.001)
+    assert gap.advice.endswith("(only 0.4% of its own tokens differ from the reference, so p would be 0.001)")
 
 
 def test_a_model_that_knows_nothing_has_nothing_to_lose():

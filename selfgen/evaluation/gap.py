@@ -30,8 +30,8 @@ UNTAUGHT = 10.0
 """Points; a model with fewer tokens right under references has hardly anything to lose yet."""
 FEWEST = 10
 """Rows; of fewer, an interval by resampling says nothing."""
-DIFFERENCE_TARGET, SELF_PROB_CAP = 0.02, 0.5
-"""Share of the context's tokens that are to differ from the reference, and the most that is advised to come to it."""
+SELF_PROB = 0.25
+"""What is multiplied by the share of self tokens that differ, in training as it is by default."""
 _RESAMPLES, _AT_ONCE = 2000, 100
 
 
@@ -159,13 +159,8 @@ class Gap:
 
     @property
     def self_prob(self) -> float | None:
-        """The self-probability by which about DIFFERENCE_TARGET of a context differs from the reference, or None.
-
-        What counts is not how many tokens are the model's own but how many of them differ.
-        """
-        if self.agreement is None:
-            return None
-        return min(SELF_PROB_CAP, DIFFERENCE_TARGET / max(1.0 - self.agreement, DIFFERENCE_TARGET))
+        """The self-probability of training as it is by default, at this agreement; None where that is not known."""
+        return None if self.agreement is None else SELF_PROB * (1.0 - self.agreement)
 
     @property
     def is_known(self) -> bool:
@@ -196,14 +191,12 @@ class Gap:
             )
         if self.points < LITTLE:
             return f"{found}: BSS has little to win"
+        said = f"{found}: try training with BSS as it is by default, and compare with --self-prob 0"
         if self.self_prob is None:
-            return f"{found}: try training with BSS, as it is by default"
+            return said
         differing = 1 - (self.agreement or 0)
         share = f"{differing:.0%}" if differing >= 0.01 else f"only {differing:.1%}"
-        return (
-            f"{found}: try training with BSS, as it is by default, or, to mix from the first step on, with --self-prob "
-            f"{self.self_prob:.2g}, as {share} of its own tokens differ from the reference"
-        )
+        return f"{said} ({share} of its own tokens differ from the reference, so p would be {self.self_prob:.2g})"
 
     def to_dict(self) -> dict[str, Any]:
         total = int(self.tokens.sum())

@@ -229,8 +229,8 @@ class BSSConfig(RowOptions, GeneratorOptions, TargetOptions, TrainingArguments):
     self_prob_start: float = field(
         default=0.0,
         metadata={
-            "help": "Self-probability at the first step, in [0, 1], of a schedule that is not constant. If it is above "
-            "self_prob, the schedule falls."
+            "help": "Self-probability at the first step, in [0, 1], of a schedule that is neither constant nor "
+            "disagreement. If it is above self_prob, the schedule falls."
         },
     )
     self_prob_warmup: float | str | None = field(

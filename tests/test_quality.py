@@ -10,6 +10,7 @@ import os
 import random
 import signal
 import time
+from contextlib import contextmanager
 
 import pytest
 import torch
@@ -252,6 +253,27 @@ def test_a_killed_comparison_goes_on(tmp_path, monkeypatch):
     assert {path.suffix for path in tmp_path.iterdir()} == {"", ".jsonl", ".json", ".md", ".png"}
 
 
+@contextmanager
+def another_process_at(file, task, method, leaves=""):
+    """A process that runs seed 0 of ``method``, and is killed in the end."""
+    described = methods.describe(TASKS[task], quality.ALL_METHODS[method], quality.setting_of(task))
+    ready, say = os.pipe()
+    process = os.fork()
+    if process == 0:
+        with quality.claimed(file, quality.key_of({"seed": 0, **described})) as is_mine:
+            if leaves:
+                file.write_text(leaves)
+            os.write(say, b"1" if is_mine else b"0")
+            time.sleep(60)
+        os._exit(0)
+    try:
+        assert os.read(ready, 1) == b"1"
+        yield
+    finally:
+        os.kill(process, signal.SIGKILL)
+        os.waitpid(process, 0)
+
+
 def test_a_run_is_of_one_process(tmp_path, monkeypatch):
     """Others leave it alone until that process is killed, at any time; half a line it left spoils no other."""
     monkeypatch.setattr(quality, "cache_dir", lambda: tmp_path)
@@ -259,22 +281,9 @@ def test_a_run_is_of_one_process(tmp_path, monkeypatch):
     monkeypatch.setattr(quality, "measure", lambda *run, **_: ran.append(run[1].name) or {"found": {}})
     file = tmp_path / "runs.jsonl"
     arguments = ["--tasks", "wave", "--methods", "SFT", "BSS", "--seeds", "1", "--output", str(file)]
-    key = quality.key_of({"seed": 0, **methods.describe(TASKS["wave"], METHODS["SFT"], quality.setting_of("wave"))})
-    ready, say = os.pipe()
-    process = os.fork()
-    if process == 0:
-        with quality.claimed(file, key) as is_mine:
-            file.write_text('{"seed": 0, "ta')
-            os.write(say, b"1" if is_mine else b"0")
-            time.sleep(60)
-        os._exit(0)
-    try:
-        assert os.read(ready, 1) == b"1"
+    with another_process_at(file, "wave", "SFT", leaves='{"seed": 0, "ta'):
         assert quality.main(arguments) == 0
         assert ran == ["BSS"]
-    finally:
-        os.kill(process, signal.SIGKILL)
-        os.waitpid(process, 0)
     assert quality.main(arguments) == 0
     assert ran == ["BSS", "SFT"]
     assert [line["method"]["name"] for line in quality.read(file)] == ["BSS", "SFT"]
@@ -314,6 +323,22 @@ def test_what_never_mixed_is_trained_once(tmp_path, monkeypatch):
     assert ran == [(0, name) for name in [waiting[0], *others[1:]]] + [(1, name) for name in [*waiting, *others]]
     same = {line["method"]["name"]: line["found"]["token"] for line in quality.read(file) if "same_as" in line}
     assert same == {"BSS, auto": 1, "SFT": 1}
+
+
+def test_what_may_turn_out_alike_is_waited_for(tmp_path, monkeypatch):
+    """A second training of the same would end elsewhere, by rounding alone, and pass for a difference of methods."""
+    monkeypatch.setattr(quality, "cache_dir", lambda: tmp_path)
+    ran = []
+    found = {"found": {"self_prob": 0.0}}
+    monkeypatch.setattr(quality, "measure", lambda *run, **_: ran.append(run[1].name) or found)
+    first, second = "BSS, p falls from 0.5, waits", "BSS, p falls from 0.25, waits"
+    file = tmp_path / "runs.jsonl"
+    arguments = ["--tasks", "reverse", "--methods", "SFT", second, "BSS", "--seeds", "1", "--output", str(file)]
+    with another_process_at(file, "reverse", first):
+        assert quality.main(arguments) == 0
+        assert ran == ["BSS"]
+    assert quality.main(arguments) == 0
+    assert ran == ["BSS", "SFT", second]
 
 
 def test_passes_are_counted_with_a_guess_that_knows_nothing_of_the_answer_too():

@@ -74,7 +74,7 @@ class Method:
 
     @property
     def is_sft_until_it_mixes(self) -> bool:
-        """Whether the method trains as SFT does, bit for bit, as long as no context is mixed."""
+        """Whether the method trains as SFT with a lean loss, bit for bit, as long as no context is mixed."""
         of_contexts = {"self_prob", "self_prob_schedule", "self_prob_warmup", "sampling_temperature"}
         return self.kind == "online" and self.options.keys() <= of_contexts
 

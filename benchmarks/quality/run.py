@@ -4,10 +4,10 @@
     python -m benchmarks.quality.run --stage confirmation [--tasks ...] [--methods ...]
 
 Each finished run is a line of ``benchmarks/results/quality.jsonl``, or of the stage's file; what is there already is
-not run again. Where a method has waited for the loss to settle until its last step, it has trained as SFT does, and so
-would others that wait: what was found is theirs, too (``same_as``). Several processes may share a file: each takes runs
-that no other is at, and those of a killed process. A run that fails is told, and the others go on.
-``python -m benchmarks.quality.report`` makes tables, JSON and plots of it.
+not run again. Where a method has waited for the loss to settle until its last step, it has trained as SFT does, but for
+the rounding of a lean loss, and so would others that wait: what was found is theirs, too (``same_as``). Several
+processes may share a file: each takes runs that no other is at, and those of a killed process. A run that fails is
+told, and the others go on. ``python -m benchmarks.quality.report`` makes tables, JSON and plots of it.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ import time
 import traceback
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -133,7 +133,7 @@ def run_once(output: Path, task: str, method: Method, seed: int, *, count_passes
     key = key_of(record)
     if key not in {key_of(line) for line in read(output)}:
         with claimed(output, key) as is_mine:
-            if not is_mine:
+            if not is_mine or any(is_claimed(output, key_of(other)) for other in may_turn_out_alike(record, method)):
                 return False
             lines = read(output)
             if same := trained_alike(lines, record, method):
@@ -144,6 +144,15 @@ def run_once(output: Path, task: str, method: Method, seed: int, *, count_passes
                 append(output, record | measured | {"seconds": round(time.perf_counter() - started, 1)})
                 tqdm.write(f"{task}, {method.name}, seed {seed}: {measured['found']}")
     return True
+
+
+def may_turn_out_alike(record: dict, method: Method) -> list[dict]:
+    """The runs to wait for, if another process is at them: SFT for all that wait, and these for those before them."""
+    if not (method.is_sft_until_it_mixes and (method.waits or not method.options["self_prob"])):
+        return []
+    waiting = [other for other in ALL_METHODS.values() if other.is_sft_until_it_mixes and other.waits]
+    before = waiting[: waiting.index(method)] if method.waits else waiting
+    return [record | {"method": asdict(other)} for other in before]
 
 
 def trained_alike(lines: list[dict], record: dict, method: Method) -> dict[str, Any] | None:
@@ -171,6 +180,12 @@ def claimed(output: Path, key: str) -> Iterator[bool]:
             return
         yield True
         name.unlink(missing_ok=True)  # who has it open finds the run done
+
+
+def is_claimed(output: Path, key: str) -> bool:
+    """Whether another process is at the run ``key``."""
+    with claimed(output, key) as is_mine:
+        return not is_mine
 
 
 def append(output: Path, line: dict[str, Any]) -> None:

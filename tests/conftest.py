@@ -42,18 +42,6 @@ def pytest_xdist_make_scheduler(config, log):
     return Scheduling(config, log)
 
 
-@pytest.hookimpl(trylast=True)
-def pytest_collection_modifyitems(items):
-    """Trace each value of a parameter once: coverage takes up to half of the time, and more cases add no lines."""
-    seen = set()
-    for item in items:
-        if (case := getattr(item, "callspec", None)) is not None:
-            values = {(item.path, item.originalname, name, str(value)) for name, value in case.params.items()}
-            if values <= seen:
-                item.add_marker("no_cover")
-            seen |= values
-
-
 def pytest_collection_finish():
     """Collect no garbage among what was imported: every Trainer asks for a collection, which took half of its time."""
     gc.collect()

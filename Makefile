@@ -3,7 +3,7 @@
 #   make test   the test suite          make slow   its long part (WORKERS=2 processes)
 #   make bench  the benchmarks          make lint   ruff and mypy
 #   make gpu    what needs a CUDA device
-#   make quality          does it help? every method, task and seed: hours, resumable (STAGE=confirmation: PLAN.md's)
+#   make quality          does it help? five methods, all tasks, five seeds: hours, resumable (STAGE=confirmation: PLAN.md's)
 #   make sanitize         fuzz the C++ kernels under ASan and UBSan (gcc)
 #   make triton-versions  the Triton tests under older Tritons
 #   make versions         the core tests with the newest and the oldest torch, transformers, accelerate and datasets

@@ -496,6 +496,21 @@ def test_what_trains_as_sft_does_is_not_worse():
     assert (row["token_over_sft"], row["token_p_value"], row["verdict"]) == (0, 1, "not worse")
 
 
+def test_what_never_mixed_is_not_compared():
+    """It is SFT, whose runs may be copies of it; other methods without self tokens, as SFT + DFT, are compared."""
+    plain = {"found": {"self_prob": 0.0}}
+    lines = [*made_up("reverse", "SFT", [0.0] * 5, **plain), *made_up("reverse", "BSS, auto", 0.03, **plain)]
+    lines += [
+        *made_up("reverse", "SFT + DFT", 0.03, **plain),
+        *made_up("reverse", "BSS, p falls from 0.25, waits", 0.03),
+    ]
+    rows = {row["method"]: row for row in summary(json.loads(json.dumps(lines)))}
+    assert (rows["BSS, auto"]["token_over_sft"], rows["BSS, auto"]["verdict"]) == (None, "nothing was mixed")
+    assert rows["SFT"]["verdict"] == ""
+    assert rows["SFT + DFT"]["token_over_sft"] == pytest.approx(3.2, abs=0.3)
+    assert rows["BSS, p falls from 0.25, waits"]["verdict"] == "not worse"
+
+
 @pytest.mark.parametrize("seeds", [1, 2])
 def test_few_seeds_decide_nothing(seeds):
     """They have neither intervals nor tests; candidates are ordered by what they gain."""

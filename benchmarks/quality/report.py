@@ -34,6 +34,7 @@ SHARES = ("reference_token", *COMPARED, *CORRECTED)  # in per cent
 NUMBERS = ("tokens_seen", *PASSES, "train_seconds", "teacher_seconds")
 MAY_BECOME_DEFAULT = ("BSS", *CANDIDATES)
 FEWEST_SEEDS = 3  # of fewer, neither an interval nor a test says anything
+UNMIXED = "nothing was mixed"
 NOT_WORSE, BETTER, WINS = -1.0, 5.0, 3  # points, points, and tasks on which the default has to be better
 
 
@@ -76,7 +77,11 @@ def summary(lines: list[dict[str, Any]]) -> list[dict[str, Any]]:
     for (task, setting, method), found in sorted(runs.items(), key=lambda item: (item[0][:2], places[item[0][2]])):
         sft = runs.get((task, setting, "SFT"), {})
         row: dict[str, Any] = {"task": task, "method": method, "setting": json.loads(setting), "seeds": sorted(found)}
-        common = sorted(found.keys() & sft.keys()) if method != "SFT" else []
+        # What waited to its end is SFT, whose runs here may be copies of it: there is nothing to compare.
+        row["is_sft"] = method == "SFT" or (
+            ALL_METHODS[method].waits and not any(one.get("self_prob", 1) for one in found.values())
+        )
+        common = [] if row["is_sft"] else sorted(found.keys() & sft.keys())
         for measure in (*SHARES, *NUMBERS):
             scale = 100 if measure in SHARES else 1
             values = [scale * one[measure] for one in found.values() if measure in one]
@@ -111,7 +116,8 @@ def judge(rows: list[dict[str, Any]]) -> None:
     """Write corrected p-values and what the rule says into the rows of candidates."""
     families: dict[str, list[dict[str, Any]]] = defaultdict(list)
     for row in rows:
-        row["token_corrected_p_value"], row["verdict"] = None, ""
+        waited = row["is_sft"] and row["method"] != "SFT"
+        row["token_corrected_p_value"], row["verdict"] = None, UNMIXED if waited else ""
         if row["method"] in MAY_BECOME_DEFAULT:
             families[json.dumps([row["task"], row["setting"]], sort_keys=True)].append(row)
     for family in families.values():
@@ -168,11 +174,13 @@ def page(rows: list[dict[str, Any]], runs: str) -> str:
             numbers = [share(row, name) for name in ("reference_token", "token", "exact")]
             gap.append([row["task"], TASKS[row["task"]].about, *numbers])
     seeds = sorted({seed for row in rows for seed in row["seeds"]})
+    stage = next((name for name in STAGES if runs == f"quality_{name}.jsonl"), None)
+    of_runs = f"--stage {stage}" if stage else f"--first-seed {seeds[0]} --output benchmarks/results/{runs}"
+    of_report = f"--stage {stage}" if stage else f"--runs benchmarks/results/{runs}"
     about = (
-        f"Of {runs}, seeds {seeds[0]} to {seeds[-1]}: `python -m benchmarks.quality.run --first-seed {seeds[0]}`, with "
-        f"`--tasks` and `--methods` as below and `--output benchmarks/results/{runs}`; then `python -m "
-        f"benchmarks.quality.report --runs benchmarks/results/{runs}`. Means with 95% intervals. Seconds are processor "
-        "time of the training, contexts included, on one thread."
+        f"Of {runs}, seeds {seeds[0]} to {seeds[-1]}: `python -m benchmarks.quality.run {of_runs}`, with `--tasks` and "
+        f"`--methods` as below; then `python -m benchmarks.quality.report {of_report}`. Means with 95% intervals. "
+        "Seconds are processor time of the training, contexts included, on one thread."
     )
     parts = ["# Free-running answers", about, "## The gap: SFT", table(gap)]
     if len(decided := decision(rows)) > 1:
@@ -196,7 +204,7 @@ RULE = (
     f"Not worse than SFT: the lower end of the 95% interval of the difference in tokens is above {NOT_WORSE:.0f} "
     f"point. Better: at least {BETTER:.0f} points, p < 0.05 (Holm, over the candidates of the task). The default has "
     f"to be not worse on every task, and better on at least {WINS}; and on no task may significantly fewer whole "
-    "answers be right (p < 0.05, uncorrected)."
+    "answers be right (p < 0.05, uncorrected). Where nothing was mixed, the run was SFT, which is not worse."
 )
 OF_SELECTION = (
     f"By the tasks on which the mean gains at least {BETTER:.0f} points of tokens over SFT, then by the mean gain of "
@@ -239,7 +247,7 @@ def decision(rows: list[dict[str, Any]]) -> list[list[str]]:
         verdicts = {task.name: verdicts[task.name] for task in MAIN if verdicts.get(task.name)}
         if not verdicts:
             continue
-        bad = [task for task, verdict in verdicts.items() if verdict not in ("better", "not worse")]
+        bad = [task for task, verdict in verdicts.items() if verdict not in ("better", "not worse", UNMIXED)]
         answers = [row["task"] for row in rows if row["method"] == name and row["task"] in main_tasks and loses(row)]
         wins = sum(verdict == "better" for verdict in verdicts.values())
         fit = "yes" if not bad and not answers and verdicts.keys() >= tasks and wins >= WINS else "no"

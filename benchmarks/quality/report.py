@@ -116,7 +116,7 @@ def judge(rows: list[dict[str, Any]]) -> None:
     """Write corrected p-values and what the rule says into the rows of candidates."""
     families: dict[str, list[dict[str, Any]]] = defaultdict(list)
     for row in rows:
-        waited = row["is_sft"] and row["method"] != "SFT"
+        waited = row["is_sft"] and row["method"] != "SFT" and len(row["seeds"]) >= FEWEST_SEEDS
         row["token_corrected_p_value"], row["verdict"] = None, UNMIXED if waited else ""
         if row["method"] in MAY_BECOME_DEFAULT:
             families[json.dumps([row["task"], row["setting"]], sort_keys=True)].append(row)

@@ -43,6 +43,7 @@ from transformers.utils import logging as transformers_logging
 from selfgen import BSSConfig, BSSTrainer, ContextGenerator, MixedContext, answer
 from selfgen.data import load_rows, tokenize_rows
 from selfgen.evaluation import Gap, greedy_of, row_gaps
+from selfgen.evaluation.gap import SELF_TEMPERATURE
 from selfgen.files import write_json
 from selfgen.provenance import versions
 from tools.real_parts import common_words, passage, problem_statements, small_llama
@@ -318,7 +319,7 @@ def report(arguments: argparse.Namespace, held_out: Dataset, results: dict[str, 
         for name, model in models.items()
     }
     print(f"\nHeld-out row {place}: {why}.\n{show.legend_of_answers()}\n\n{show.answers(row, answers)}")
-    mixed = ContextGenerator(models["BSS"]).contexts(
+    mixed = ContextGenerator(models["BSS"], temperature=SELF_TEMPERATURE).contexts(
         prompts, references, SHOWN_SELF_PROB, seed=2, sample_ids=[row["sample_id"]]
     )
     print(f"\nA context of BSS for that row, mixed as in training, but with p = {SHOWN_SELF_PROB}, to see more of it:")

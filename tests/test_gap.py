@@ -15,6 +15,7 @@ from helpers.data import read_jsonl, write_jsonl
 from models import tiny_model
 
 from selfgen import ContextGenerator
+from selfgen.cli.eval import EvalArguments
 from selfgen.data import load_rows, tokenize_rows
 from selfgen.evaluation import Gap, free_running_gap, gap, row_gaps
 from selfgen.training.config import RECIPE
@@ -150,7 +151,7 @@ def test_counts_are_those_of_plain_loops(family, batch_size):
 
 
 @pytest.mark.parametrize(
-    ("agreement", "self_prob"), [(0.0, 0.25), (0.4, 0.15), (0.9, 0.025), (0.97, 0.0075), (1.0, 0.0), (None, None)]
+    ("agreement", "self_prob"), [(0.0, 0.5), (0.4, 0.3), (0.9, 0.05), (0.97, 0.015), (1.0, 0.0), (None, None)]
 )
 def test_the_advice_is_about_tokens_that_differ(agreement, self_prob):
     own = 0 if agreement is None else 100
@@ -164,6 +165,7 @@ def test_the_advice_is_about_tokens_that_differ(agreement, self_prob):
 def test_the_advice_is_what_training_does_by_default():
     assert RECIPE["self_prob"] == gap.SELF_PROB
     assert RECIPE["self_prob_schedule"] == "disagreement"
+    assert RECIPE["sampling_temperature"] == gap.SELF_TEMPERATURE == EvalArguments("out").sampling_temperature
 
 
 def counts(under: int, freely: int, own: int = 0, right: int = 0) -> dict[str, int]:
@@ -188,8 +190,8 @@ def test_the_sentences():
         assert gap.to_dict()["advised_self_prob"] is None
     assert "1 row): these are too few" in said
     gap = Gap.of([counts(500, 400, 1000, 996)] * 20)
-    assert gap.to_dict()["advised_self_prob"] == gap.self_prob == pytest.approx(0.001)
-    assert gap.advice.endswith("(only 0.4% of its own tokens differ from the reference, so p would be 0.001)")
+    assert gap.to_dict()["advised_self_prob"] == gap.self_prob == pytest.approx(0.002)
+    assert gap.advice.endswith("(only 0.4% of its own tokens differ from the reference, so p would be 0.002)")
 
 
 def test_a_model_that_knows_nothing_has_nothing_to_lose():
@@ -246,7 +248,7 @@ def test_it_is_the_first_line_of_an_evaluation(arguments, capsys):
     model = t.AutoModelForCausalLM.from_pretrained(arguments["model"])
     tokenizer = t.AutoTokenizer.from_pretrained(arguments["model"])
     rows, _ = tokenize_rows(load_rows(str(arguments["dataset"])), tokenizer, max_length=32)
-    want = free_running_gap(ContextGenerator(model), rows, progress=False)
+    want = free_running_gap(ContextGenerator(model, temperature=gap.SELF_TEMPERATURE), rows, progress=False)
     assert results["gap"] == want.to_dict()
     assert out.splitlines()[0] == want.advice
     assert (

@@ -25,7 +25,7 @@ from selfgen import BSSConfig, BSSTrainer, RACConfig
 from selfgen.cli.contexts import ContextArguments
 from selfgen.training import self_prob
 from selfgen.training.checkpoints import ResumeError
-from selfgen.training.config import RECIPE
+from selfgen.training.config import RECIPE, with_fixed_self_prob
 from selfgen.training.processes import meet
 from selfgen.training.self_prob import DifferenceBudget, least_steps, settled
 
@@ -660,23 +660,38 @@ def test_two_processes(tmp_path):
 def test_what_is_used_where_nothing_is_given(tmp_path):
     """A number is the paper's p, throughout; and the arguments that a run was made with give the same one again."""
     plain = {"use_cpu": True, "report_to": []}
-    names = ("self_prob", "self_prob_schedule", "warm_up")
+    names = ("self_prob", "self_prob_schedule", "warm_up", "sampling_temperature")
+    p, temperature = RECIPE["self_prob"], RECIPE["sampling_temperature"]
 
-    def used(**given):
-        found = BSSConfig(str(tmp_path), **plain, **given)
+    def used(method=BSSConfig, **given):
+        found = method(str(tmp_path), **plain, **given)
         return tuple(getattr(found, name) for name in names), found
 
     recipe, found = used()
     assert recipe == tuple(RECIPE.values())
-    assert (
-        used(**{name: getattr(found, name) for name in ("self_prob", "self_prob_schedule", "self_prob_warmup")})[0]
-        == recipe
-    )
-    assert used(self_prob=0.5)[0] == (0.5, "constant", 0.0)
-    assert used(self_prob="auto")[0] == ("auto", "constant", "settled")
+    assert used(**{name: getattr(found, name) for name in RECIPE})[0] == recipe
+    assert used(self_prob=0.3)[0] == (0.3, "constant", 0.0, 1.0)
+    assert used(self_prob="auto")[0] == ("auto", "constant", "settled", 1.0)
+    assert used(self_prob=p, self_prob_schedule="disagreement")[0] == (p, "disagreement", 0.0, 1.0)
     assert used(self_prob_schedule="disagreement")[0] == recipe
-    assert used(self_prob_warmup=3)[0] == (RECIPE["self_prob"], "disagreement", 3)
-    assert used(self_prob_schedule="linear")[0] == (RECIPE["self_prob"], "linear", 0.0)
+    assert used(self_prob_warmup=3)[0] == (p, "disagreement", 3, temperature)
+    assert used(sampling_temperature=1.0)[0] == (p, "disagreement", "settled", 1.0)
+    assert used(sampling_temperature=0.0)[0] == (p, "disagreement", "settled", 0.0)
+    assert used(self_prob=0.3, sampling_temperature=0.5)[0] == (0.3, "constant", 0.0, 0.5)
+    assert used(self_prob_schedule="linear")[0] == (p, "linear", 0.0, 1.0)
+    assert used(RACConfig)[0] == (0.0, "constant", 0.0, 1.0)
+    assert used(RACConfig, sampling_temperature=0.4)[0] == (0.0, "constant", 0.0, 0.4)
+
+
+def test_contexts_of_the_default_are_sampled_at_its_temperature(tmp_path):
+    """And those that are made beforehand at 1, if no other is given."""
+    given = {"use_cpu": True, "report_to": [], "output_dir": str(tmp_path)}
+    for options, temperature in (({}, RECIPE["sampling_temperature"]), ({"self_prob": 0.3}, 1.0)):
+        found = BSSConfig(**given, **options)
+        assert found.generator(tiny_model("llama")).temperature == temperature
+        assert with_fixed_self_prob(found).generator(tiny_model("llama")).temperature == 1.0
+    cold = with_fixed_self_prob(BSSConfig(**given, sampling_temperature=0.2))
+    assert cold.generator(tiny_model("llama")).temperature == 0.2
 
 
 def test_none_is_the_default_of_the_method(tmp_path):

@@ -14,9 +14,11 @@ import random
 import re
 import shutil
 import tempfile
+import warnings
 from collections import Counter
 from collections.abc import Iterable, Sequence
 from pathlib import Path
+from types import ModuleType
 from typing import TypeVar
 
 import torch
@@ -131,9 +133,7 @@ def gsm8k(split: str, start: int, stop: int) -> Dataset:
 
 def gsm_symbolic(size: int, seed: int) -> Dataset:
     """Generated grade-school problems with worked solutions (reasoning-gym) as ``prompt``/``completion``."""
-    import reasoning_gym
-
-    problems = reasoning_gym.create_dataset("gsm_symbolic", size=size, seed=seed)
+    problems = _reasoning_gym().create_dataset("gsm_symbolic", size=size, seed=seed)
     return Dataset.from_list(
         [{"prompt": item["question"], "completion": item["metadata"]["answer_cot"]} for item in problems]
     )
@@ -178,7 +178,12 @@ def small_llama(
 
 def problem_statements() -> list[str]:
     """The statements of some 3,000 programming problems (CodeI/O), which come inside the wheel ``reasoning-gym``."""
-    from reasoning_gym.data import get_data_file_path
-
-    with gzip.open(get_data_file_path("codeio.jsonl.gz"), "rt", encoding="utf-8") as lines:
+    with gzip.open(_reasoning_gym().data.get_data_file_path("codeio.jsonl.gz"), "rt", encoding="utf-8") as lines:
         return [json.loads(line)["task_description"] for line in lines]
+
+
+def _reasoning_gym() -> ModuleType:
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", SyntaxWarning)  # of a package that it imports, where that is compiled first
+        import reasoning_gym.data
+    return reasoning_gym

@@ -34,6 +34,7 @@ from ..evaluation import (
     row_gaps,
     row_losses,
 )
+from ..evaluation.gap import SELF_TEMPERATURE
 from ..evaluation.report import table, write_plots
 from ..evaluation.symbolic import Undecided, decide, has_math_verify
 from ..files import alone, check_folder, write_json, writing
@@ -106,7 +107,8 @@ class EvalArguments:
     )
     temperature: float = field(default=0.0, metadata={"help": "Temperature of the answers; 0 is greedy."})
     sampling_temperature: float = field(
-        default=1.0, metadata={"help": "Temperature of self tokens in contexts, as in training; 0 is greedy."}
+        default=SELF_TEMPERATURE,
+        metadata={"help": "Temperature of self tokens in contexts, as training has it by default; 0 is greedy."},
     )
     context_method: Method = field(
         default="fixed_point",

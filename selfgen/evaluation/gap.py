@@ -30,8 +30,10 @@ UNTAUGHT = 10.0
 """Points; a model with fewer tokens right under references has hardly anything to lose yet."""
 FEWEST = 10
 """Rows; of fewer, an interval by resampling says nothing."""
-SELF_PROB = 0.25
+SELF_PROB = 0.5
 """What is multiplied by the share of self tokens that differ, in training as it is by default."""
+SELF_TEMPERATURE = 0.7
+"""Of self tokens, in training as it is by default."""
 _RESAMPLES, _AT_ONCE = 2000, 100
 
 
@@ -54,7 +56,7 @@ def row_gaps(
     in training, and ``self_tokens_right`` those of them that equal the reference.
 
     Args:
-        generator: of the model, with the temperature of self tokens.
+        generator: of the model, with the temperature of self tokens (SELF_TEMPERATURE in training by default).
         rows: tokenized, with ``sample_id``, ``prompt_ids`` and ``answer_ids``.
         greedy: what answers: a generator of the same model, with temperature 0. By default one is made for this call.
         seed, method: of the contexts.
@@ -226,7 +228,7 @@ def free_running_gap(
     """The gap of tokenized rows (columns of ``tokenize_rows``); ``options`` are those of `row_gaps`.
 
     Example:
-        >>> gap = free_running_gap(ContextGenerator(model), rows)
+        >>> gap = free_running_gap(ContextGenerator(model, temperature=SELF_TEMPERATURE), rows)
         >>> print(gap.points, gap.interval, gap.advice)
     """
     refuse_stream(rows, "the gap")

@@ -32,8 +32,15 @@ WORDS = {"self_prob": AUTO, "self_prob_warmup": SETTLED}
 """Fields that take a number -> the word that they take, too."""
 FOLLOWING = {**WORDS, "self_prob_schedule": DISAGREEMENT}
 """Fields -> the word by which the self-probability follows what training steps measure."""
-RECIPE: dict[str, float | str] = {"self_prob": 0.25, "self_prob_schedule": DISAGREEMENT, "self_prob_warmup": SETTLED}
+RECIPE: dict[str, float | str] = {
+    "self_prob": 0.5,
+    "self_prob_schedule": DISAGREEMENT,
+    "self_prob_warmup": SETTLED,
+    "sampling_temperature": 0.7,
+}
 """What is used where neither ``self_prob`` nor another schedule is given; docs/results.md says why."""
+PLAIN: dict[str, float | str] = {"self_prob_schedule": CONSTANT, "sampling_temperature": 1.0}
+"""What is used of these where ``self_prob`` is given: the paper's."""
 OFFLINE_SELF_PROB = 0.1
 """Of contexts that are made beforehand, where none is given."""
 _INFINITE = float("inf")
@@ -199,7 +206,7 @@ class BSSConfig(RowOptions, GeneratorOptions, TargetOptions, TrainingArguments):
             "help": "Probability that a context token is a self token, which the model samples, in [0, 1], or auto. 0 "
             "is plain fine-tuning; 1 is a free run of the model, as long as the reference. auto follows the training, "
             "so that difference_target of the answer tokens are self tokens that differ from the reference. By default "
-            "it is 0.25, with self_prob_schedule=disagreement and self_prob_warmup=settled."
+            "it is 0.5, with self_prob_schedule=disagreement, self_prob_warmup=settled and sampling_temperature=0.7."
         },
     )
     difference_target: float = field(
@@ -240,6 +247,13 @@ class BSSConfig(RowOptions, GeneratorOptions, TargetOptions, TrainingArguments):
             "share of all steps), or settled (until the loss has settled, in a short run to its end; a model whose "
             "first loss is that of guessing does not wait). By default 0 with a number or another schedule than "
             "disagreement, else settled."
+        },
+    )
+    sampling_temperature: float | None = field(  # type: ignore[assignment]  # a number once __post_init__ has run
+        default=None,
+        metadata={
+            "help": "Temperature of self tokens: 0 is greedy, 1 is the model's own distribution, and more adds noise. "
+            "By default 1, and 0.7 if neither self_prob nor another schedule than disagreement is given."
         },
     )
     context_micro_batches: int | None = field(
@@ -376,9 +390,10 @@ class BSSConfig(RowOptions, GeneratorOptions, TargetOptions, TrainingArguments):
         if self.self_prob is None:  # None is the default, which of another method may be a number
             self.self_prob = type(self).self_prob
         missing = [name for name in RECIPE if getattr(self, name) is None]
-        used: dict[str, float | str] = {"self_prob_schedule": CONSTANT}
+        used = PLAIN
         if self.self_prob is None:
-            used = RECIPE if self.self_prob_schedule in (None, DISAGREEMENT) else {"self_prob": RECIPE["self_prob"]}
+            is_recipe = self.self_prob_schedule in (None, DISAGREEMENT)
+            used = RECIPE if is_recipe else PLAIN | {"self_prob": RECIPE["self_prob"]}
         for name in missing:
             setattr(self, name, used.get(name))
         self._by_default = {name: getattr(self, name) for name in missing}
@@ -502,11 +517,7 @@ def with_fixed_self_prob(config: BSSConfig) -> BSSConfig:
     What is not given of them is as for ``selfgen contexts``, in place of RECIPE.
     """
     config = copy.copy(config)
-    for name, value in {
-        "self_prob": OFFLINE_SELF_PROB,
-        "self_prob_schedule": CONSTANT,
-        "self_prob_warmup": 0.0,
-    }.items():
+    for name, value in (PLAIN | {"self_prob": OFFLINE_SELF_PROB, "self_prob_warmup": 0.0}).items():
         if name in config._by_default and not config.was_given(name):
             setattr(config, name, value)
     return config

@@ -289,6 +289,18 @@ def test_a_run_is_of_one_process(tmp_path, monkeypatch):
     assert [line["method"]["name"] for line in quality.read(file)] == ["BSS", "SFT"]
 
 
+def test_a_longer_run_is_another_one(tmp_path, monkeypatch):
+    monkeypatch.setattr(quality, "cache_dir", lambda: tmp_path)
+    monkeypatch.setattr(quality, "measure", lambda *run, **_: {"found": {}})
+    file = tmp_path / "runs.jsonl"
+    for times in ("1", "2"):
+        quality.main(
+            ["--tasks", "wave", "--methods", "SFT", "--seeds", "1", "--output", str(file), "--steps-times", times]
+        )
+    steps = quality.setting_of("wave").steps
+    assert [line["setting"]["steps"] for line in quality.read(file)] == [steps, 2 * steps]
+
+
 def test_a_failing_run_stops_no_other(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(quality, "cache_dir", lambda: tmp_path)
 

@@ -21,7 +21,7 @@ import time
 import traceback
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -91,6 +91,9 @@ def main(arguments: list[str] | None = None) -> int:
     )
     parser.add_argument("--seeds", type=int, default=5)
     parser.add_argument("--first-seed", type=int, default=0)
+    parser.add_argument(
+        "--steps-times", type=float, default=1.0, help="train for so many times the steps, as for SFT at equal cost"
+    )
     parser.add_argument("--output", type=Path)
     parser.add_argument("--no-passes", action="store_true", help="don't count the passes that answers take: quicker")
     options = parser.parse_args(arguments)
@@ -112,7 +115,7 @@ def main(arguments: list[str] | None = None) -> int:
             taken = []  # by other processes
             for run in runs:
                 try:
-                    mine = run_once(output, *run, count_passes=not options.no_passes)
+                    mine = run_once(output, *run, times=options.steps_times, count_passes=not options.no_passes)
                 except Exception:
                     failed, mine = failed + 1, True
                     tqdm.write(f"{run[0]}, {run[1].name}, seed {run[2]} failed:\n{traceback.format_exc()}")
@@ -126,9 +129,12 @@ def main(arguments: list[str] | None = None) -> int:
     return 1 if failed else 0
 
 
-def run_once(output: Path, task: str, method: Method, seed: int, *, count_passes: bool = True) -> bool:
+def run_once(
+    output: Path, task: str, method: Method, seed: int, *, times: float = 1.0, count_passes: bool = True
+) -> bool:
     """Train and record, unless that is done; False if another process is at it."""
     setting = setting_of(task)
+    setting = replace(setting, steps=round(times * setting.steps))
     record = {"seed": seed, **describe(TASKS[task], method, setting)}
     key = key_of(record)
     if key not in {key_of(line) for line in read(output)}:

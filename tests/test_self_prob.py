@@ -25,9 +25,9 @@ from selfgen import BSSConfig, BSSTrainer, RACConfig
 from selfgen.cli.contexts import ContextArguments
 from selfgen.training import self_prob
 from selfgen.training.checkpoints import ResumeError
-from selfgen.training.config import RECIPE, with_fixed_self_prob
+from selfgen.training.config import GENTLE, RECIPE, with_fixed_self_prob
 from selfgen.training.processes import meet
-from selfgen.training.self_prob import DifferenceBudget, least_steps, settled
+from selfgen.training.self_prob import DifferenceBudget, expected_disagreement, least_steps, settled
 
 FILE = "selfgen_self_prob.json"
 AUTO = {"self_prob": "auto", "difference_target": 0.3, "self_prob_cap": 0.9}
@@ -309,6 +309,38 @@ def test_a_model_that_knows_nothing_has_nothing_to_wait_for(tmp_path, caplog, ho
     waits.train()
     assert waits.state.log_history[0]["loss"] < 0.95 * math.log(VOCAB)
     assert not any(entry["self_prob"] for entry in logged(waits))
+
+
+@pytest.mark.usefixtures("knows")
+def test_a_model_that_has_waited_begins_with_what_its_loss_tells(tmp_path, monkeypatch):
+    """Not with the p of one that knows nothing; a budget does, as it must not be spent before it is known."""
+    monkeypatch.setattr(self_prob, "settled", lambda losses, least: len(losses) == 9)
+    waits = {"data": EASY, "learning_rate": 0.01, "max_steps": 11, "self_prob_warmup": "settled"}
+    trainer = make_trainer(tmp_path / "falls", **FALLING, **waits)
+    trainer.train()
+    losses = [entry["loss"] for entry in trainer.state.log_history[:9]]
+    expected = 1 - math.exp(-sum(losses[-2:]) / 2)
+    found = [entry["self_prob"] for entry in logged(trainer)]
+    assert 0 < expected < 0.9
+    assert found[8:10] == [0, pytest.approx(0.9 * expected, rel=1e-6)]
+    assert found[10] > 0
+
+    trainer = make_trainer(tmp_path / "auto", **AUTO, **waits)
+    trainer.train()
+    assert logged(trainer)[9]["self_prob"] == pytest.approx(0.3)
+
+
+def test_what_a_loss_tells_of_self_tokens():
+    """An upper limit, which sampled tokens confirm, between 1% and all."""
+    draw = torch.Generator().manual_seed(0)
+    logits = 3 * torch.randn(4000, 20, generator=draw)
+    references = torch.distributions.Categorical(logits=logits).sample()
+    loss = float(torch.nn.functional.cross_entropy(logits, references))
+    sampled = torch.distributions.Categorical(logits=logits).sample()
+    differing = float((sampled != references).float().mean())
+    assert differing < expected_disagreement([9.0] * 12 + [loss] * 4) < differing + 0.25
+    assert expected_disagreement([0.0]) == expected_disagreement([-3.0]) == 0.01
+    assert expected_disagreement([1e9]) == 1.0
 
 
 def test_by_default_a_short_run_of_a_model_that_knows_something_is_plain_fine_tuning(tmp_path):
@@ -678,7 +710,8 @@ def test_what_is_used_where_nothing_is_given(tmp_path):
     assert used(sampling_temperature=1.0)[0] == (p, "disagreement", "settled", 1.0)
     assert used(sampling_temperature=0.0)[0] == (p, "disagreement", "settled", 0.0)
     assert used(self_prob=0.3, sampling_temperature=0.5)[0] == (0.3, "constant", 0.0, 0.5)
-    assert used(self_prob_schedule="linear")[0] == (p, "linear", 0.0, 1.0)
+    assert used(self_prob_schedule="linear")[0] == (GENTLE, "linear", 0.0, 1.0)
+    assert used(self_prob_schedule="constant")[0] == (GENTLE, "constant", 0.0, 1.0)
     assert used(RACConfig)[0] == (0.0, "constant", 0.0, 1.0)
     assert used(RACConfig, sampling_temperature=0.4)[0] == (0.0, "constant", 0.0, 0.4)
 

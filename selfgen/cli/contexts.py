@@ -9,7 +9,7 @@ from ..context.masks import check_probability
 from ..files import check_folder
 from ..sharing import in_turn, is_first, let_first_speak
 from ..stored_contexts import write_contexts
-from ..training.config import AUTO, OFFLINE_SELF_PROB, GeneratorOptions
+from ..training.config import AUTO, GENTLE, GeneratorOptions
 from .options import (
     DataArguments,
     ModelArguments,
@@ -36,7 +36,7 @@ class ContextArguments:
 
     output_dir: str = field(metadata={"help": "Folder for the contexts; if it has a part of them, the rest is added."})
     self_prob: float | str = field(
-        default=OFFLINE_SELF_PROB, metadata={"help": "Probability that a context token is a self token, in [0, 1]."}
+        default=GENTLE, metadata={"help": "Probability that a context token is a self token, in [0, 1]."}
     )
     seed: int = field(default=0, metadata={"help": "Seed of the contexts; another one gives other self tokens."})
     shard_rows: int = field(default=512, metadata={"help": "Rows per file; a kill loses at most the work on one file."})

@@ -41,8 +41,9 @@ RECIPE: dict[str, float | str] = {
 """What is used where neither ``self_prob`` nor another schedule is given; docs/results.md says why."""
 PLAIN: dict[str, float | str] = {"self_prob_schedule": CONSTANT, "sampling_temperature": 1.0}
 """What is used of these where ``self_prob`` is given: the paper's."""
-OFFLINE_SELF_PROB = 0.1
-"""Of contexts that are made beforehand, where none is given."""
+GENTLE = 0.1
+"""The self-probability where none is given and the recipe can't be used: of other schedules, and of contexts that are
+made beforehand."""
 _INFINITE = float("inf")
 _BETWEEN: dict[str, tuple[float, float]] = {
     "per_device_train_batch_size": (1, _INFINITE),
@@ -157,7 +158,8 @@ class GeneratorOptions(MaskOptions):
     def check_generator(self) -> None:
         """Raise ValueError if an option is out of its range."""
         _ = self.masks
-        if not 0.0 <= self.sampling_temperature < float("inf"):
+        is_number = isinstance(self.sampling_temperature, int | float) and self.sampling_temperature is not True
+        if not (is_number and 0.0 <= self.sampling_temperature < float("inf")):
             raise ValueError(f"sampling_temperature is {self.sampling_temperature}; it must be a finite number >= 0")
         if self.context_method not in METHODS:
             raise ValueError(f"context_method is {self.context_method!r}; accepted: {', '.join(METHODS)}")
@@ -206,7 +208,8 @@ class BSSConfig(RowOptions, GeneratorOptions, TargetOptions, TrainingArguments):
             "help": "Probability that a context token is a self token, which the model samples, in [0, 1], or auto. 0 "
             "is plain fine-tuning; 1 is a free run of the model, as long as the reference. auto follows the training, "
             "so that difference_target of the answer tokens are self tokens that differ from the reference. By default "
-            "it is 0.5, with self_prob_schedule=disagreement, self_prob_warmup=settled and sampling_temperature=0.7."
+            "it is 0.5, with self_prob_schedule=disagreement, self_prob_warmup=settled and sampling_temperature=0.7; "
+            "0.1 with another schedule, and where contexts are made beforehand (--method bash)."
         },
     )
     difference_target: float = field(
@@ -253,7 +256,8 @@ class BSSConfig(RowOptions, GeneratorOptions, TargetOptions, TrainingArguments):
         default=None,
         metadata={
             "help": "Temperature of self tokens: 0 is greedy, 1 is the model's own distribution, and more adds noise. "
-            "By default 1, and 0.7 if neither self_prob nor another schedule than disagreement is given."
+            "By default 1, and 0.7 if neither self_prob nor another schedule than disagreement is given, but for "
+            "contexts that are made beforehand."
         },
     )
     context_micro_batches: int | None = field(
@@ -387,13 +391,14 @@ class BSSConfig(RowOptions, GeneratorOptions, TargetOptions, TrainingArguments):
             if isinstance(value := getattr(self, name), str):
                 with suppress(ValueError):
                     setattr(self, name, float(value))
-        if self.self_prob is None:  # None is the default, which of another method may be a number
-            self.self_prob = type(self).self_prob
+        for name in RECIPE:
+            if getattr(self, name) is None:  # the default, which of another method may be another one
+                setattr(self, name, getattr(type(self), name))
         missing = [name for name in RECIPE if getattr(self, name) is None]
         used = PLAIN
         if self.self_prob is None:
             is_recipe = self.self_prob_schedule in (None, DISAGREEMENT)
-            used = RECIPE if is_recipe else PLAIN | {"self_prob": RECIPE["self_prob"]}
+            used = RECIPE if is_recipe else PLAIN | {"self_prob": GENTLE}
         for name in missing:
             setattr(self, name, used.get(name))
         self._by_default = {name: getattr(self, name) for name in missing}
@@ -517,7 +522,7 @@ def with_fixed_self_prob(config: BSSConfig) -> BSSConfig:
     What is not given of them is as for ``selfgen contexts``, in place of RECIPE.
     """
     config = copy.copy(config)
-    for name, value in (PLAIN | {"self_prob": OFFLINE_SELF_PROB, "self_prob_warmup": 0.0}).items():
+    for name, value in (PLAIN | {"self_prob": GENTLE, "self_prob_warmup": 0.0}).items():
         if name in config._by_default and not config.was_given(name):
             setattr(config, name, value)
     return config

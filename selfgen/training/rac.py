@@ -55,6 +55,13 @@ class RACConfig(BSSConfig):
             "BSS. 0 is plain RAC; above 0 the method is RAC and BSS at once."
         },
     )
+    sampling_temperature: float = field(
+        default=1.0,
+        metadata={
+            "help": "Temperature of own answers, and of self tokens in corrections: 0 is greedy, 1 is the model's own "
+            "distribution, and more adds noise."
+        },
+    )
     own_answer: str = field(
         default="generated",
         metadata={

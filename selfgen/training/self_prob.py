@@ -39,6 +39,7 @@ _FIRST = 4  # steps, whose mean loss is what the loss has fallen from
 _LEAST = 64  # steps: before them, quarters are too short to be compared
 _OF_FALL = 0.05  # of what the loss has fallen so far
 _OF_LOSS = 0.02  # of the loss itself
+_LEAST_EXPECTED = 0.01  # of self tokens, that differ
 _OF_GUESSING = 0.95  # of the loss of a uniform guess: from there on a model knows nothing
 
 
@@ -68,6 +69,16 @@ def settled(losses: Sequence[float], least: int = _LEAST) -> bool:
     return falls[1] <= _OF_LOSS * last and (falls[1] <= _OF_FALL * has_fallen or falls[0] <= _OF_LOSS * last)
 
 
+def expected_disagreement(losses: Sequence[float]) -> float:
+    """The share of self tokens that may differ at most, by the mean loss of the last quarter of the steps; at least 1%.
+
+    A token sampled at temperature 1 is the reference with the probability that the model gives it, whose mean is at
+    least exp(-loss) by Jensen's inequality. The least is there so that it can turn out otherwise.
+    """
+    last = losses[-max(1, len(losses) // 4) :]
+    return min(1.0, max(_LEAST_EXPECTED, 1.0 - math.exp(-_mean(last))))
+
+
 def least_steps(warmup: int, max_steps: int) -> int:
     """The steps before which the loss of a run has not settled, whatever it is like.
 
@@ -85,13 +96,14 @@ class DifferenceBudget:
     """The p under which the share ``target`` of all answer tokens are self tokens that differ from the reference.
 
     It is target / d, and at most ``cap``; d is the share of self tokens that differ, in steps of which later ones count
-    more. One self token that differs is counted beforehand, so that p begins at the target: then even a model whose
-    self tokens all differ stays within it.
+    more. One self token is counted beforehand, of which the share ``expected`` differs: by default all of it, so that p
+    begins at the target, and even a model whose self tokens all differ stays within it.
     """
 
     def __init__(self, target: float, cap: float):
         self.target, self.cap = float(target), float(cap)
         self.self_tokens = self.differing = 0.0
+        self.expected = 1.0
 
     @property
     def self_prob(self) -> float:
@@ -100,7 +112,7 @@ class DifferenceBudget:
     @property
     def disagreement(self) -> float:
         """d, in (0, 1]."""
-        return (1 + self.differing) / (1 + self.self_tokens)
+        return (self.expected + self.differing) / (1 + self.self_tokens)
 
     def count(self, self_tokens: float, differing: float) -> None:
         """Take what a step has counted."""
@@ -208,6 +220,8 @@ class SelfProb(TrainerCallback):
                 least,
             )
         if count % max(1, count // _LOOKS) == 0 and settled(self._losses, least):
+            if self._args.self_prob_schedule == DISAGREEMENT:
+                self._budget.expected = expected_disagreement(self._losses)
             self._mix_from_now("the loss has settled after %d steps", steps)
 
     def _mix_from_now(self, why: str, *numbers: float) -> None:
@@ -232,7 +246,8 @@ class SelfProb(TrainerCallback):
     def save(self, folder: Path) -> None:
         """Write what `load` reads: one file, as all processes have counted the same."""
         if self._args.follows_steps and self._args.should_save:
-            counted = [self._losses, self._budget.self_tokens, self._budget.differing]
+            budget = self._budget
+            counted = [self._losses, budget.self_tokens, budget.differing, budget.expected]
             (folder / SELF_PROB).write_text(json.dumps(dict(zip(COUNTED, counted, strict=True))) + "\n")
 
     def load(self, folder: Path) -> None:
@@ -243,6 +258,7 @@ class SelfProb(TrainerCallback):
         file = folder / SELF_PROB
         if file.is_file():
             counted = json.loads(file.read_text())
-            self._losses, self._budget.self_tokens, self._budget.differing = (counted[name] for name in COUNTED)
+            budget = self._budget
+            self._losses, budget.self_tokens, budget.differing, budget.expected = (counted[name] for name in COUNTED)
         elif self._args.process_index == 0:  # of another program
             logger.warning("%s has no %s, so what self_prob follows is counted from this step on", folder, SELF_PROB)

@@ -142,6 +142,7 @@ ABLATIONS = by_name(
     Method("BSS, 1 pass", P, "approximate", passes=1),
     Method("BSS, 2 passes", P, "approximate", passes=2),
     Method("RAC, equal rows", CORRECTION, "correction", equal_rows=True),
+    Method("SFT, lean loss", PLAIN | {"lean_loss": True}),
 )
 ALL_METHODS = METHODS | BASELINES | CANDIDATES | ABLATIONS
 

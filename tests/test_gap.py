@@ -74,7 +74,7 @@ def test_a_model_with_a_known_gap():
     said = gap.advice
     assert said.startswith("your model loses 52.5 points when it runs freely (90.0% of tokens right under references, ")
     assert "37.5% running freely; 95% interval" in said
-    assert "20 rows): try training with BSS as it is by default, and compare with --self-prob 0 (" in said
+    assert "20 rows): try training with BSS as it is by default, and compare with --self-prob 0 --lean-loss (" in said
     assert f"of its own tokens differ from the reference, so p would be {gap.self_prob:.2g})" in said
 
 
@@ -158,7 +158,7 @@ def test_the_advice_is_about_tokens_that_differ(agreement, self_prob):
     lines = {"tokens": 10, "right_under_references": 9, "right_running_freely": 5, "self_tokens": own}
     found = Gap.of([lines | {"self_tokens_right": round(own * (agreement or 0))}] * 10)
     assert found.self_prob == (None if self_prob is None else pytest.approx(self_prob))
-    said = "compare with --self-prob 0" if self_prob is None else f"p would be {self_prob:.2g})"
+    said = "compare with --self-prob 0 --lean-loss" if self_prob is None else f"p would be {self_prob:.2g})"
     assert found.advice.endswith(said)
 
 

@@ -34,6 +34,7 @@ from benchmarks.quality.report import CORRECTED, decision, holm, page, passes, r
 from benchmarks.quality.report import main as report
 from benchmarks.quality.tasks import EOS, FIRST, SEP, TASKS, Problems, Task
 from selfgen import ContextGenerator
+from selfgen.training.config import RECIPE
 from tools.real_parts import gsm_symbolic, has_gsm8k, small_llama
 
 
@@ -287,6 +288,12 @@ def test_a_run_is_of_one_process(tmp_path, monkeypatch):
     assert quality.main(arguments) == 0
     assert ran == ["BSS", "SFT"]
     assert [line["method"]["name"] for line in quality.read(file)] == ["BSS", "SFT"]
+
+
+def test_the_default_is_what_was_confirmed():
+    default = ALL_METHODS["BSS, p falls from 0.5, cooler, waits"]
+    assert default.options == RECIPE
+    assert default.name in quality.STAGES["confirmation"].methods
 
 
 def test_a_longer_run_is_another_one(tmp_path, monkeypatch):

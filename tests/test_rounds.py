@@ -134,6 +134,7 @@ def test_rounds_that_are_there_are_not_overwritten(whole):
         ({"self_prob_warmup": "settled"}, "self_prob_warmup is settled"),
         ({"self_prob": 0.25}, "self_prob was 0.5, is 0.25"),
         ({"seed": 1}, "seed was 42, is 1"),
+        ({"sampling_temperature": 0.7}, "temperature was 1.0, is 0.7"),
         ({"rounds": 3}, "rows was"),
     ):
         with pytest.raises(OfflineError, match=words):

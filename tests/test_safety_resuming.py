@@ -209,6 +209,7 @@ def test_own_answers_that_are_read_count_as_rows(tmp_path):
         (BY_LENGTH, "group_by_length"),
         ({"dataloader_drop_last": True}, "dataloader_drop_last was False, is True"),
         ({"seed": 3}, "seed was 42, is 3"),
+        ({"sampling_temperature": 0.7}, r"sampling_temperature was 1.0, is 0.7"),
     ],
 )
 def test_options_that_make_another_run_are_refused(run_folder, change, message):

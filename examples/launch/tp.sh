@@ -3,7 +3,7 @@
 # Options of `selfgen train` follow:
 #
 #   GPUS=8 sh examples/launch/tp.sh --model Qwen/Qwen3-8B --dataset openai/gsm8k --dataset-config main \
-#       --prompt-column question --completion-column answer --self-prob 0.1 --activation-checkpointing yes \
+#       --prompt-column question --completion-column answer --activation-checkpointing yes \
 #       --per-device-train-batch-size 4 --gradient-accumulation-steps 8 --output-dir outputs/tp
 #
 # The GPUs of a machine have the same rows, so a step has rows for one device per machine. GPUS must divide the model's

@@ -21,13 +21,13 @@ usage: selfgen train    [CONFIG.yaml] --model NAME --dataset NAME --output-dir D
 The context of each training example mixes tokens of the reference answer with self tokens, which the model samples
 (batch-scheduled sampling, arXiv 2410.14655). The model learns to continue each context with the reference.
 
-  # train on a local file with columns prompt and completion; a tenth of the context tokens are self tokens
-  selfgen train --model ./SmolLM2-135M-Instruct --dataset train.jsonl --output-dir out --self-prob 0.1
+  # train on a local file with columns prompt and completion
+  selfgen train --model ./SmolLM2-135M-Instruct --dataset train.jsonl --output-dir out
 
-  # train on GSM8K from the hub; the share of self tokens grows from 0 (plain fine-tuning) to one half
+  # train on GSM8K from the hub; the share of self tokens grows from 0 (plain fine-tuning) to a tenth
   selfgen train --model HuggingFaceTB/SmolLM2-135M-Instruct --dataset openai/gsm8k --dataset-config main \\
       --prompt-column question --completion-column answer \\
-      --self-prob 0.5 --self-prob-schedule linear --learning-rate 2e-5 --output-dir out
+      --self-prob 0.1 --self-prob-schedule linear --learning-rate 2e-5 --output-dir out
 
   # give the same options in a file; flags win over it
   selfgen train bss.yaml --max-steps 20

@@ -193,7 +193,7 @@ class Gap:
             )
         if self.points < LITTLE:
             return f"{found}: BSS has little to win"
-        said = f"{found}: try training with BSS as it is by default, and compare with --self-prob 0"
+        said = f"{found}: try training with BSS as it is by default, and compare with --self-prob 0 --lean-loss"
         if self.self_prob is None:
             return said
         differing = 1 - (self.agreement or 0)

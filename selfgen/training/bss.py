@@ -132,9 +132,10 @@ class BSSTrainer(Trainer):
     (tokens that could not be sampled, as their logits were not finite), and, as means per step, ``self_prob``,
     ``passes``, ``context_seconds`` and ``training_seconds``, with ``weights="sharded"`` also ``passes_in_step`` (that
     all processes run together, trials of the model included); with fp16 also ``skipped_steps`` (steps that the loss
-    scaler left out, as gradients overflowed); on an NVIDIA GPU with ``cuda_graphs`` also ``replayed_share`` (passes that
-    were replays of CUDA graphs / passes) and ``padding_share`` (padding / tokens that passes computed with it). On a stream they also have what was read so far, by all processes:
-    ``rows_read``, ``rows_kept``, ``rows_truncated``, ``rows_dropped``, and ``rows_dropped/REASON``.
+    scaler left out, as gradients overflowed); on a GPU with ``cuda_graphs`` also ``replayed_share`` (passes that were
+    replays of CUDA graphs / passes) and ``padding_share`` (padding / tokens that passes computed with it). On a stream
+    they also have what was read so far, by all processes: ``rows_read``, ``rows_kept``, ``rows_truncated``,
+    ``rows_dropped``, and ``rows_dropped/REASON``.
 
     Only ids of the tokenizer are sampled. Where the model's embedding is padded with more rows, a warning says so.
 

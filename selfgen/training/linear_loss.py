@@ -73,14 +73,14 @@ def _computed(
             part = slice(first, first + chunk)
             inputs, at = states[part].to(dtype), targets[part, None]
             logits = F.linear(inputs, head, more).float()  # [n, V]
-            mass = logits.logsumexp(-1, keepdim=True)
-            loss = mass - (1 - smoothing) * logits.gather(1, at)
-            if smoothing:
-                loss = loss - smoothing * logits.mean(-1, keepdim=True)
-            found.total.add_(loss.sum())
+            of_target, largest = logits.gather(1, at), logits.amax(-1, keepdim=True)
+            smoothed = smoothing * logits.mean(-1, keepdim=True) if smoothing else 0.0
+            of_logits = logits.sub_(largest).exp_()  # in the place of the logits, which are not needed any more
+            mass = of_logits.sum(-1, keepdim=True)
+            found.total.add_((largest + mass.log() - (1 - smoothing) * of_target - smoothed).sum())
             if not any(of):
                 continue
-            of_logits = logits.sub_(mass).exp_()  # the probabilities, in the place of the logits
+            of_logits /= mass  # the probabilities
             if smoothing:
                 of_logits -= smoothing / logits.shape[1]
             of_logits.scatter_(1, at, of_logits.gather(1, at) - (1 - smoothing))

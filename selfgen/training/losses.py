@@ -6,8 +6,9 @@ learned besides the reference. Their states are computed before, and their logit
 transformers' models compute logits [B, L, V] of every position, prompts and padding included, and hand them to their
 ``loss_function``. Inside ``AnswerLoss.inside`` a model's LM head hands its input on as it is, and the loss function
 multiplies by the head at the answers' positions only, chunk by chunk, so that logits are never in memory as a whole
-(``linear_loss``; where there are more terms than the cross-entropy, by checkpointed chunks). It all happens in the model's own forward, so neither DDP nor the reuse of passes sees anything
-unusual. A model that does more to its logits than multiply (a soft-cap, a scale) keeps its head and its logits.
+(``linear_loss``; where there are more terms than the cross-entropy, by checkpointed chunks). It all happens in the
+model's own forward, so neither DDP nor the reuse of passes sees anything unusual. A model that does more to its logits
+than multiply (a soft-cap, a scale) keeps its head and its logits.
 """
 
 from __future__ import annotations

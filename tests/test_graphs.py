@@ -5,6 +5,8 @@ That CUDA graphs replay the same is shown in test_on_gpu.py.
 
 from __future__ import annotations
 
+import dataclasses
+import json
 import pickle
 
 import pytest
@@ -16,6 +18,7 @@ from models import CONFIGS, tiny_model
 
 from selfgen import ContextGenerator
 from selfgen.context import graphs as engine
+from selfgen.training.meter import Meter
 
 
 @pytest.fixture(autouse=True)
@@ -41,6 +44,76 @@ def test_padded_passes_give_the_contexts_of_the_loop(family, self_probs):
             assert_equal(contexts(generator, self_prob), want)
     passes = generator._forward()
     assert passes.replays > passes.records > 0
+
+
+def test_passes_that_were_no_replay_are_counted(monkeypatch):
+    """So that a silent fall-back shows: of contexts and of answers, where graphs are off, and of a loop."""
+    generator = ContextGenerator(tiny_model("llama"), token_budget=100, balance=12.5)
+    prompts = batch()[0]
+
+    def make(which):
+        return contexts(generator).stats if which == "contexts" else generator.answer(prompts, max_new_tokens=9)
+
+    for which in ("contexts", "answers"):
+        found = []
+        for _ in range(4):
+            before = [getattr(generator._forward(), name, 0) for name in ("records", "replays")]
+            found.append(make(which))
+            records, replays = (
+                getattr(generator._forward(), name) - count
+                for name, count in zip(("records", "replays"), before, strict=True)
+            )
+            assert (found[-1].captured, found[-1].replayed) == (records, replays - records)
+        assert found[0].replayed < found[0].passes
+        assert found[0].padding > 0
+        assert (found[-1].captured, found[-1].replayed) == (0, found[-1].passes)
+    assert contexts(generator, method="sequential").stats.padding == 0
+    generator._forward()._turn_off("a test")
+    for which in ("contexts", "answers"):
+        found = make(which)
+        assert (found.captured, found.replayed, found.padding) == (0, 0, 0)
+        assert found.passes
+
+
+def test_padding_is_what_recorded_sizes_have_too_much(monkeypatch):
+    generator, sizes, planned = ContextGenerator(tiny_model("llama"), token_budget=100, balance=12.5), [], []
+    of = engine._Size.of.__func__
+
+    def noted(kind, ragged_pass, index, keeps):
+        size = of(kind, ragged_pass, index, keeps)
+        sizes.append(size.tokens)
+        planned.append(ragged_pass.num_tokens)
+        return size
+
+    monkeypatch.setattr(engine._Size, "of", classmethod(noted))
+    for _ in range(3):
+        sizes.clear()
+        planned.clear()
+        stats = contexts(generator).stats
+        assert stats.padding == sum(sizes) - sum(planned)
+        assert stats.tokens_computed == sum(planned)
+
+
+def test_the_log_tells_of_them(tmp_path):
+    """Where passes are to be graphs; and a checkpoint of a version that did not count them is read."""
+    stats = contexts(ContextGenerator(tiny_model("llama"), token_budget=100, balance=12.5)).stats
+    stats = dataclasses.replace(stats, passes=8, replayed=6, tokens_computed=300, padding=100)
+    for has_graphs in (True, False):
+        meter = Meter(has_graphs=has_graphs)
+        meter.contexts_end(stats)
+        meter.save(tmp_path, 0, 0)
+        log = meter.flush()
+        assert [log.get(name) for name in ("replayed_share", "padding_share")] == (
+            [0.75, 0.25] if has_graphs else [None, None]
+        )
+    file = tmp_path / "selfgen_log_0.json"
+    saved = json.loads(file.read_text())
+    for name in ("captured", "replayed", "padding"):
+        del saved["stats"][0][name]
+    file.write_text(json.dumps(saved))
+    meter = Meter(has_graphs=True)
+    meter.load(tmp_path, 0)
+    assert meter.flush()["replayed_share"] == 0
 
 
 def test_what_is_kept_is_that_of_the_plain_passes():

@@ -188,7 +188,7 @@ def test_ids_that_both_heads_have():
 def test_the_loss_from_a_teacher_is_its_formula(lean, row_weights, kind, monkeypatch):
     """With a teacher of another hidden size, smoothing and a model to stay near, in chunks of which some are short."""
     monkeypatch.setattr(losses, "_CHUNK_BYTES", 1)  # 64 positions
-    monkeypatch.setattr(losses, "_chunk", lambda width: 7)
+    monkeypatch.setattr(losses, "_chunk", lambda width, device: 7)
     model, frozen, teacher, inputs = llama(), llama(seed=1), llama(seed=2, hidden_size=48), batch()
     options = BSSConfig("out", target="teacher", use_cpu=True, **kind)
     loss = AnswerLoss(

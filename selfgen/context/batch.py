@@ -24,7 +24,9 @@ class ContextStats:
     ``context_tokens`` counts prompt and answer tokens: what one teacher-forced forward over the batch computes, so
     ``tokens_computed / context_tokens`` is the work in units of that forward. ``agreement`` is the share of self tokens
     that equal the reference (1.0 when there are none). ``invalid`` counts self tokens whose logits were not finite and
-    which therefore kept the reference. ``seconds`` is wall time.
+    which therefore kept the reference. ``seconds`` is wall time. Of the passes, ``captured`` ones were recorded as CUDA
+    graphs and ``replayed`` ones were replays of such; the others were launched kernel by kernel. ``padding`` counts the
+    tokens that were computed besides ``tokens_computed``, to fill recorded sizes.
     """
 
     rows: int
@@ -36,6 +38,9 @@ class ContextStats:
     agreement: float
     invalid: int
     seconds: float
+    captured: int = 0
+    replayed: int = 0
+    padding: int = 0
 
     @classmethod
     def untouched(cls, prompt_lengths: Sequence[int], answer_lengths: Sequence[int]) -> ContextStats:
@@ -79,7 +84,7 @@ class Answers:
     ``tokens[i]`` int64 [T_i] is row i's answer on the model's device, with the token that ended it. ``finished[i]``
     tells whether it ended by itself, before ``max_new_tokens``. ``passes`` and ``tokens_computed`` are what they cost,
     ``invalid`` counts tokens whose logits were not finite, each of which is the token before it again; ``seconds`` is
-    wall time.
+    wall time. ``captured``, ``replayed`` and ``padding`` are as in ``ContextStats``.
     """
 
     tokens: list[Tensor]
@@ -88,6 +93,9 @@ class Answers:
     tokens_computed: int
     invalid: int
     seconds: float
+    captured: int = 0
+    replayed: int = 0
+    padding: int = 0
 
 
 @dataclass(frozen=True)

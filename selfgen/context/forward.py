@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
+from dataclasses import dataclass
 
 from torch import Tensor
 from transformers import PreTrainedModel
@@ -13,14 +14,27 @@ from .packed import packed_linears
 from .ragged import RaggedCache, RaggedPass, ragged_logits, ragged_model
 
 
+@dataclass
+class Coverage:
+    """How many passes of a generation were CUDA graphs; all others were launched kernel by kernel."""
+
+    captured: int = 0  # passes that were recorded, and then replayed for the first time
+    replayed: int = 0  # passes that were a replay of what had been recorded before
+    padding: int = 0  # tokens that these passes, and trial runs of a new size, computed besides the planned ones
+
+
 class Forward:
-    """Passes of ``model`` over a ragged cache; one generation at a time."""
+    """Passes of ``model`` over a ragged cache; one generation at a time.
+
+    ``coverage`` is of the generation that runs, or of the last one.
+    """
 
     cache: RaggedCache
 
     def __init__(self, model: PreTrainedModel):
         self.model, self.device = model, model.device
         self.hidden_states: HiddenStates | None = None
+        self.coverage = Coverage()
         self._busy = False
 
     @contextmanager
@@ -34,7 +48,7 @@ class Forward:
             raise RuntimeError(
                 "this ContextGenerator is at work already, in another thread or inside a pass: use a second one"
             )
-        self._busy, self.hidden_states = True, hidden_states
+        self._busy, self.hidden_states, self.coverage = True, hidden_states, Coverage()
         kept = nullcontext() if hidden_states is None else captured(hidden_states.layers, self._target)
         try:
             self._begin(num_slots)

@@ -17,7 +17,7 @@ from torch import Tensor
 
 import selfgen_kernels as kernels
 
-from .forward import Forward
+from .forward import Coverage, Forward
 from .ragged import RaggedPass
 
 _MOST_TOKENS = 8192  # of the prompts that begin in one pass, or one prompt
@@ -38,6 +38,7 @@ class Work(NamedTuple):
 
     passes: int
     tokens_computed: int
+    coverage: Coverage | None = None  # where passes may be CUDA graphs
 
 
 @dataclass
@@ -175,4 +176,4 @@ def free_running(
             sampled = state.run(forward, ragged_pass, sampling)
             for row, answer in state.commit(sampled):
                 finish(row, answer)
-    return Work(state.passes, state.tokens_computed)
+    return Work(state.passes, state.tokens_computed, forward.coverage)

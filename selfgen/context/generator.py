@@ -19,7 +19,7 @@ from .budget import PassBudget, measure_budget
 from .exclusive import logits_alone, taking_turns
 from .fallback import Fallback
 from .fixed_point import fixed_point
-from .forward import Forward
+from .forward import Coverage, Forward
 from .free_running import Prompts, free_running
 from .graphs import GraphedForward, forward_of
 from .hidden_states import ReuseError
@@ -276,6 +276,7 @@ class ContextGenerator:
             tokens, is_self, invalid = state.contexts, state.masks, int(state.status)
             hidden_states = state.hidden_states
             passes, tokens_computed = state.passes, state.tokens_computed
+            coverage = self._forward().coverage
         else:
             with self.computing():
                 verification = self._verification
@@ -286,6 +287,7 @@ class ContextGenerator:
                 result = sequential(self.model, batch, ALONE) if isolate else verification.sequential(batch)
             tokens, is_self, invalid = result.tokens, result.is_self, result.invalid
             passes, tokens_computed, hidden_states = result.passes, result.tokens_computed, None
+            coverage = Coverage()
 
         agreed(self._together, lambda: tokens, lambda tokens: [tokens])
         if invalid:
@@ -303,6 +305,7 @@ class ContextGenerator:
             agreement=agreeing / self_tokens if self_tokens else 1.0,
             invalid=invalid,
             seconds=time.perf_counter() - started,
+            **vars(coverage),
         )
         return MixedContext(tokens, is_self, stats, hidden_states)
 
@@ -390,7 +393,8 @@ class ContextGenerator:
                 "%d tokens of answers are arbitrary, as their logits were not finite (NaN or inf)", int(status)
             )
         seconds = time.perf_counter() - started
-        return Answers(answers, ended, work.passes, work.tokens_computed, int(status), seconds)
+        coverage = vars(work.coverage or Coverage())
+        return Answers(answers, ended, work.passes, work.tokens_computed, int(status), seconds, **coverage)
 
     @property
     def eos_token_ids(self) -> list[int]:

@@ -185,12 +185,16 @@ class GraphedForward(Forward):
         known = size in self._recorded
         recorded = self._recorded[size] if known else _Recorded(self.model, self.cache, results, size)
         recorded.fill(ragged_pass, tokens, index)
-        if recorded.replay is None and not self._prepare(recorded, known):
+        is_new = recorded.replay is None
+        if is_new and not self._prepare(recorded, known):
             del recorded, results  # and what they keep
             return super().__call__(ragged_pass, tokens, index)
         self._recorded[size] = recorded
         if recorded.replay is not None:
             recorded.replay()
+            self.coverage.captured += is_new
+            self.coverage.replayed += not is_new
+        self.coverage.padding += size.tokens - ragged_pass.num_tokens
         if self.hidden_states is not None:
             kept = results.hidden_states().states[:, : ragged_pass.num_tokens]
             self.hidden_states.write(ragged_pass.slots, kept)

@@ -132,8 +132,10 @@ class BSSTrainer(Trainer):
     (tokens that could not be sampled, as their logits were not finite), and, as means per step, ``self_prob``,
     ``passes``, ``context_seconds`` and ``training_seconds``, with ``weights="sharded"`` also ``passes_in_step`` (that
     all processes run together, trials of the model included); with fp16 also ``skipped_steps`` (steps that the loss
-    scaler left out, as gradients overflowed). On a stream they also have what was read so far, by all processes:
-    ``rows_read``, ``rows_kept``, ``rows_truncated``, ``rows_dropped``, and ``rows_dropped/REASON``.
+    scaler left out, as gradients overflowed); on a GPU with ``cuda_graphs`` also ``replayed_share`` (passes that were
+    replays of CUDA graphs / passes) and ``padding_share`` (padding / tokens that passes computed with it). On a stream
+    they also have what was read so far, by all processes: ``rows_read``, ``rows_kept``, ``rows_truncated``,
+    ``rows_dropped``, and ``rows_dropped/REASON``.
 
     Only ids of the tokenizer are sampled. Where the model's embedding is padded with more rows, a warning says so.
 
@@ -247,7 +249,8 @@ class BSSTrainer(Trainer):
         self._budget_agreed = False  # among processes
         self._answer_loss: AnswerLoss | None = None
         self._cross_entropy_alone = self._computed_loss = False
-        self.meter = Meter(scales_loss=self._engine.scales_loss)
+        has_graphs = args.cuda_graphs and args.device.type == "cuda"
+        self.meter = Meter(scales_loss=self._engine.scales_loss, has_graphs=has_graphs)
         if self._engine.weights_are_here:
             self._learn_of_model()
         smoother = self.label_smoother  # type: ignore[has-type]

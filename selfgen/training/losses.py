@@ -5,10 +5,10 @@ learned besides the reference. Their states are computed before, and their logit
 
 transformers' models compute logits [B, L, V] of every position, prompts and padding included, and hand them to their
 ``loss_function``. Inside ``AnswerLoss.inside`` a model's LM head hands its input on as it is, and the loss function
-multiplies by the head at the answers' positions only, chunk by chunk, so that logits are never in memory as a whole:
-by ``torch.nn.functional.linear_cross_entropy``, or, as that sums in the precision of the weights and does not smooth,
-by checkpointed chunks. It all happens in the model's own forward, so neither DDP nor the reuse of passes sees anything
-unusual. A model that does more to its logits than multiply (a soft-cap, a scale) keeps its head and its logits.
+multiplies by the head at the answers' positions only, chunk by chunk, so that logits are never in memory as a whole
+(``linear_loss``; where there are more terms than the cross-entropy, by checkpointed chunks). It all happens in the
+model's own forward, so neither DDP nor the reuse of passes sees anything unusual. A model that does more to its logits
+than multiply (a soft-cap, a scale) keeps its head and its logits.
 """
 
 from __future__ import annotations
@@ -32,12 +32,14 @@ from ..context.precision import is_linear, is_plain
 from ..context.sharding import is_sharded_now, keep_after_forward, sharding_of
 from ..data import IGNORE_INDEX
 from .divergences import Divergence
+from .linear_loss import linear_cross_entropy
 
 logger = logging.getLogger(__name__)
 
 _OWN = "_selfgen_own_forward"  # of a head, while another one is in its place
 _NEAR, _FROM_TARGET = Divergence("reverse_kl"), Divergence()
 _CHUNK_BYTES = 2**27  # of fp32 logits in memory at a time; much smaller chunks read the head's weights too often
+_CHUNK_SHARE = 1 / 64  # of a GPU's memory, if that is more: as it computes faster than it reads weights
 
 
 @dataclass(frozen=True)
@@ -230,14 +232,11 @@ class AnswerLoss:
         head = self._head(self.model)
         assert head is not None
         multiply = product_of(head)
-        chunk = _chunk(head.out_features)
-        full_precision = head.weight.dtype == torch.float32 and not torch.is_autocast_enabled(states.device.type)
-        known = hasattr(F, "linear_cross_entropy")  # since torch 2.13
-        if multiply is None and smoothing == 0 and full_precision and known:  # autocast would be passed by
-            options = nn.LinearCrossEntropyOptions(batch_chunk_size=chunk)
-            return F.linear_cross_entropy(
-                states, head.weight, targets, linear_bias=head.bias, reduction="sum", options=options
-            )
+        chunk = _chunk(head.out_features, states.device)
+        device = states.device.type
+        dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else states.dtype
+        if multiply is None and dtype != torch.float16:
+            return linear_cross_entropy(states, head.weight, head.bias, targets, smoothing=smoothing, chunk=chunk)
         total = states.new_zeros((), dtype=torch.float32)
         for part, part_targets in zip(states.split(chunk), targets.split(chunk), strict=True):
             total = total + checkpoint(_smoothed, part, part_targets, head, smoothing, use_reentrant=False)
@@ -249,7 +248,8 @@ class AnswerLoss:
         """Sum over [N] of all losses with their weights; a chunk's logits are computed once for all of them."""
         head = self._head(self.model)
         sources = [(states, head), *((term.states, term.head) for term in terms)]
-        chunk = _chunk(sum(part.shape[1] if one is None else one.out_features for part, one in sources))
+        width = sum(part.shape[1] if one is None else one.out_features for part, one in sources)
+        chunk = _chunk(width, states.device)
         weights = cross_entropy, dft, self.label_smoothing
         total = torch.zeros((), dtype=torch.float32, device=states.device)
         for first in range(0, max(1, len(states)), chunk):  # without positions all weights have a gradient, too: zeros
@@ -314,9 +314,12 @@ class TokenMean:
         return total / count if count else float("nan")
 
 
-def _chunk(vocab_size: int) -> int:
-    """Positions at a time."""
-    return max(64, _CHUNK_BYTES // (4 * vocab_size))
+def _chunk(width: int, device: torch.device) -> int:
+    """Positions at a time, of ``width`` logits each."""
+    most = _CHUNK_BYTES
+    if device.type == "cuda":
+        most = max(most, int(_CHUNK_SHARE * torch.cuda.get_device_properties(device).total_memory))
+    return max(64, most // (4 * width))
 
 
 def _smoothed(states: Tensor, targets: Tensor, head: nn.Linear, smoothing: float) -> Tensor:

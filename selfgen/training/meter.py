@@ -32,8 +32,9 @@ def differing_tokens(stats: ContextStats) -> int:
 class Meter:
     """What contexts and training cost since the last log, and what the contexts were like."""
 
-    def __init__(self, scales_loss: bool = False) -> None:
+    def __init__(self, scales_loss: bool = False, has_graphs: bool = False) -> None:
         self.scales_loss = scales_loss  # as fp16 does, so that steps may be left out
+        self.has_graphs = has_graphs  # passes are to be CUDA graphs
         self._mark = 0.0
         self.reset()
 
@@ -116,6 +117,10 @@ class Meter:
             "context_seconds": self.context_seconds / steps,
             "training_seconds": self.training_seconds / steps,
         }
+        if self.has_graphs:
+            computed = total("tokens_computed") + total("padding")
+            logs["replayed_share"] = total("replayed") / max(1, total("passes"))
+            logs["padding_share"] = total("padding") / max(1, computed)
         if "self_prob" in self.counts:
             logs["self_prob"] = self.counts["self_prob"] / steps
         if rows := self.counts["privileged"]:

@@ -8,6 +8,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import pickle
+from weakref import WeakKeyDictionary
 
 import pytest
 import torch
@@ -79,8 +80,8 @@ def test_padding_is_what_recorded_sizes_have_too_much(monkeypatch):
     generator, sizes, planned = ContextGenerator(tiny_model("llama"), token_budget=100, balance=12.5), [], []
     of = engine._Size.of.__func__
 
-    def noted(kind, ragged_pass, index, keeps):
-        size = of(kind, ragged_pass, index, keeps)
+    def noted(kind, ragged_pass, *given):
+        size = of(kind, ragged_pass, *given)
         sizes.append(size.tokens)
         planned.append(ragged_pass.num_tokens)
         return size
@@ -351,6 +352,34 @@ def test_the_budget_is_measured_by_recorded_passes():
     assert generator._forward().replays
 
 
+class FewStreams:
+    """As torch.cuda.Stream: three of them, again and again."""
+
+    made = 0
+
+    def __init__(self, device):
+        FewStreams.made += 1
+        self.cuda_stream = FewStreams.made % 3
+
+
+def test_each_forward_records_on_a_stream_of_its_own(monkeypatch):
+    """Of those that are alive; one that is gone leaves its stream to others."""
+    monkeypatch.setattr(engine.torch.cuda, "Stream", FewStreams)
+    monkeypatch.setattr(engine, "_STREAMS_OF_TORCH", 3)
+    monkeypatch.setattr(engine, "_streams", WeakKeyDictionary())
+
+    class Owner:
+        pass
+
+    owners = [Owner() for _ in range(3)]
+    found = [engine._stream_of_its_own(owner, torch.device("cuda")).cuda_stream for owner in owners]
+    assert sorted(found) == [0, 1, 2]
+    with pytest.raises(RuntimeError, match="as many as it has streams"):
+        engine._stream_of_its_own(Owner(), torch.device("cuda"))
+    del owners[1]
+    assert engine._stream_of_its_own(Owner(), torch.device("cuda")).cuda_stream == found[1]
+
+
 def test_another_error_is_raised(monkeypatch):
     def failing(run):
         raise RuntimeError("out of luck")
@@ -366,14 +395,17 @@ def test_another_error_is_raised(monkeypatch):
 
 
 @pytest.mark.parametrize(
-    ("tokens", "places", "room"),
+    ("tokens", "places", "most", "room"),
     [
-        (1, 0, (16, 16)), (16, 16, (16, 16)), (17, 1, (32, 16)), (65, 40, (128, 64)), (256, 1, (256, 64)),
-        (300, 1, (320, 128)), (1025, 600, (1280, 1024)), (8192, 8192, (8192, 8192)),
+        (1, 0, 10**6, (16, 16)), (16, 16, 10**6, (16, 16)), (17, 1, 10**6, (32, 16)), (65, 40, 10**6, (128, 64)),
+        (256, 1, 10**6, (256, 64)), (300, 1, 10**6, (320, 128)), (1025, 600, 10**6, (1280, 1024)),
+        (8192, 8192, 10**6, (8192, 8192)), (8192, 300, 883, (8192, 512)), (8192, 600, 883, (8192, 883)),
+        (8192, 900, 883, (8192, 1024)), (8192, 1, 300, (8192, 16)), (512, 100, 883, (512, 128)),
     ],
 )  # fmt: skip
-def test_sizes(tokens, places, room):
+def test_sizes(tokens, places, most, room):
+    """Of a vocabulary of 152,000 there is room for the logits of 883 places, which large passes stay within."""
     some = torch.zeros(tokens, dtype=torch.int64)
     ragged_pass = engine.RaggedPass(some, some[None], torch.zeros(18), torch.zeros(17, 2))
-    size = engine._Size.of(ragged_pass, some[:places], False)
+    size = engine._Size.of(ragged_pass, some[:places], False, most)
     assert (size.tokens, size.places, size.rows) == (*room, 32)

@@ -12,6 +12,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
+from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor
@@ -26,6 +27,8 @@ from .ragged import RaggedCache, RaggedPass, ragged_logits
 
 logger = logging.getLogger(__name__)
 
+_STREAMS_OF_TORCH = 32  # of a device and a priority, which torch.cuda.Stream hands out in turn
+_streams: WeakKeyDictionary[object, torch.cuda.Stream] = WeakKeyDictionary()
 PADDING = -1  # a slot that `kv_append` passes by
 LARGEST = 8192  # tokens of a recorded pass; beyond, the GPU has enough to do
 MOST_HIDDEN = 2**30  # bytes of the hidden states of a recorded pass
@@ -53,12 +56,16 @@ class _Size:
     keeps: bool  # hidden states, too
 
     @classmethod
-    def of(cls, ragged_pass: RaggedPass, index: Tensor, keeps: bool) -> _Size:
+    def of(cls, ragged_pass: RaggedPass, index: Tensor, keeps: bool, most_places: int) -> _Size:
+        """``most_places`` are those whose logits there is room for; sizes with more are the pass's own."""
         tokens, places, rows = (
             1 << max(4, (count - 1).bit_length())
             for count in (ragged_pass.num_tokens, len(index), len(ragged_pass.kv_ranges))
         )
-        places = max(places, tokens // 4)  # or there would be many sizes
+        # Or there would be many sizes. Of a large vocabulary a quarter of a large pass has no room, a sixteenth may.
+        places = max([places, *(least for least in (tokens // 4, tokens // 16) if least <= most_places)])
+        if len(index) <= most_places < places:
+            places = most_places
         if tokens > 256:
             step = tokens // 8
             tokens = -(-ragged_pass.num_tokens // step) * step
@@ -179,7 +186,8 @@ class GraphedForward(Forward):
         return self._results.hidden_states(), slice(self.cache.current.num_tokens)
 
     def __call__(self, ragged_pass: RaggedPass, tokens: Tensor, index: Tensor) -> Tensor:
-        size, results = _Size.of(ragged_pass, index, self.hidden_states is not None), self._results
+        size = _Size.of(ragged_pass, index, self.hidden_states is not None, self._most_places)
+        results = self._results
         if results is None or size.tokens > results.room or size.places > self._most_places:
             return super().__call__(ragged_pass, tokens, index)
         known = size in self._recorded
@@ -224,7 +232,9 @@ class GraphedForward(Forward):
     def _record(self, run: Callable[[], None]) -> Callable[[], None]:
         """``run`` as a CUDA graph. What it allocates lies in one pool for all graphs, as nothing outlives a replay."""
         if self._pool is None:
-            self._pool, self._stream = torch.cuda.graph_pool_handle(), torch.cuda.Stream(self.device)
+            self._pool = torch.cuda.graph_pool_handle()
+        if self._stream is None:
+            self._stream = _stream_of_its_own(self, self.device)
         graph, stream = torch.cuda.CUDAGraph(), self._stream
         with torch.cuda.device(self.device), fresh_casts(self.model):
             stream.wait_stream(torch.cuda.current_stream())
@@ -236,6 +246,24 @@ class GraphedForward(Forward):
                     graph.capture_end()
             torch.cuda.current_stream().wait_stream(stream)
         return graph.replay
+
+
+def _stream_of_its_own(owner: object, device: torch.device) -> torch.cuda.Stream:
+    """A stream that ``owner`` records on as long as it lives, and no other one does meanwhile.
+
+    torch hands the same streams out again and again. Since torch 2.13, a graph that is freed takes the workspace of
+    cuBLAS away from all graphs that were recorded on its stream.
+    """
+    taken = {stream.cuda_stream for stream in _streams.values()}
+    for _ in range(_STREAMS_OF_TORCH + 1):
+        stream = torch.cuda.Stream(device)
+        if stream.cuda_stream not in taken:
+            _streams[owner] = stream
+            return stream
+    raise RuntimeError(
+        f"{len(taken)} generators record passes as CUDA graphs on {device}, as many as it has streams: let go of some "
+        "(del generator), or make further ones with cuda_graphs=False"
+    )
 
 
 @contextmanager

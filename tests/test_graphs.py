@@ -352,6 +352,96 @@ def test_the_budget_is_measured_by_recorded_passes():
     assert generator._forward().replays
 
 
+def under_autocast(generator):
+    """Autocast keeps what it has cast until it ends, whatever becomes of the weights."""
+    with torch.autocast("cpu", torch.bfloat16):
+        return contexts(generator)
+
+
+def with_casts_and_without(model):
+    """Two generators with the same passes; those of the second cast weights as autocast does."""
+    found = [ContextGenerator(model, token_budget=100, balance=12.5) for _ in range(2)]
+    found[1]._forward()._casts_of_now = lambda: None
+    return found
+
+
+def cast_operators(generator):
+    """How often replays cast a weight of a linear module."""
+    weights = {module.weight.shape for module in generator.model.modules() if isinstance(module, torch.nn.Linear)}
+    return sum(
+        "_to_copy" in str(operator) and args[0].dtype == torch.float32 and args[0].shape in weights
+        for recorded in generator._forward()._recorded.values()
+        for operator, args, *_ in getattr(recorded.replay, "calls", ())
+    )
+
+
+@pytest.mark.parametrize("family", ["llama", "gemma2", "gpt_neox"])
+def test_under_autocast_weights_are_cast_once_a_generation(family, monkeypatch):
+    """To the contexts of autocast's own casts; those of the weights as they are now; and no replay casts them."""
+    model = tiny_model(family)
+    generator, plain = with_casts_and_without(model)
+    refreshed = []
+    refresh = engine.CastWeights.refresh
+    monkeypatch.setattr(engine.CastWeights, "refresh", lambda self: refreshed.append(1) or refresh(self))
+    for step in range(4):
+        assert_equal(under_autocast(generator), under_autocast(plain))
+        assert len(refreshed) == step + 1
+        with torch.no_grad():
+            for parameter in model.parameters():
+                parameter.add_(0.02 * torch.randn_like(parameter))
+    assert generator._forward().replays
+    assert not cast_operators(generator)
+    assert all("forward" not in vars(module) for module in model.modules())
+
+    monkeypatch.setattr(engine, "MOST_CASTS", 0.0)
+    again = ContextGenerator(model, token_budget=100, balance=12.5)
+    for _ in range(3):
+        assert_equal(under_autocast(again), under_autocast(plain))
+    assert again._forward()._casts is None
+    assert cast_operators(again)
+
+
+def test_weights_that_have_moved_need_no_new_recording():
+    """As after an optimizer that swaps them: passes read copies. Other weights do need one."""
+    model = tiny_model("llama")
+    generator, plain = with_casts_and_without(model)
+    for _ in range(3):
+        under_autocast(generator)
+    records = generator._forward().records
+    projection = model.model.layers[0].mlp.down_proj
+    projection.weight.data = projection.weight.data * 1.5
+    assert_equal(under_autocast(generator), under_autocast(plain))
+    assert generator._forward().records == records
+    norm = model.model.norm
+    norm.weight.data = norm.weight.data * 1.5
+    for _ in range(3):
+        assert_equal(under_autocast(generator), under_autocast(plain))
+    assert generator._forward().records > records
+
+
+def test_a_weight_that_is_used_without_autocast_is_not_cast():
+    """As of a router that is computed in fp32 in the midst of autocast."""
+    model = tiny_model("llama")
+    gate = model.model.layers[0].mlp.gate_proj
+    forward = type(gate).forward
+
+    class Router(torch.nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.linear = gate
+
+        def forward(self, hidden):
+            with torch.autocast("cpu", enabled=False):
+                return self.linear(hidden.float())
+
+    model.model.layers[0].mlp.gate_proj = Router()
+    generator, plain = with_casts_and_without(model)
+    for _ in range(3):
+        assert_equal(under_autocast(generator), under_autocast(plain))
+    assert generator._forward().replays
+    assert type(gate).forward is forward
+
+
 class FewStreams:
     """As torch.cuda.Stream: three of them, again and again."""
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 
 from torch import Tensor
@@ -52,7 +52,7 @@ class Forward:
         kept = nullcontext() if hidden_states is None else captured(hidden_states.layers, self._target)
         try:
             self._begin(num_slots)
-            with ragged_model(self.model), packed_linears(self.model), kept:
+            with ragged_model(self.model), self._weights(), kept:
                 yield
         except BaseException:
             self.release()
@@ -67,6 +67,10 @@ class Forward:
 
     def release(self) -> None:
         """Free what is kept for the next generation."""
+
+    def _weights(self) -> AbstractContextManager[None]:
+        """Inside, passes read weights in the form that is best for them."""
+        return packed_linears(self.model)
 
     def _begin(self, num_slots: int) -> None:
         self.cache = RaggedCache(self.model, num_slots)

@@ -8,14 +8,14 @@ launch.
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 from typing import Any
 from weakref import WeakKeyDictionary
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 from transformers import PreTrainedModel
@@ -23,6 +23,8 @@ from transformers import PreTrainedModel
 from .forward import Forward
 from .hidden_states import HiddenStates
 from .models import vocab_size_of
+from .packed import CastWeights
+from .precision import autocast_dtype
 from .ragged import RaggedCache, RaggedPass, ragged_logits
 
 logger = logging.getLogger(__name__)
@@ -34,6 +36,7 @@ LARGEST = 8192  # tokens of a recorded pass; beyond, the GPU has enough to do
 MOST_HIDDEN = 2**30  # bytes of the hidden states of a recorded pass
 MOST_LOGITS = 2**29  # bytes of the logits of one; those of fewer places are kept beside them, less than twice as many
 MOST_KV = 1 / 16  # of the GPU's memory, to be kept from generation to generation
+MOST_CASTS = 1 / 8  # the same, of weights in autocast's dtype
 
 
 def forward_of(model: PreTrainedModel, *, cuda_graphs: bool) -> Forward:
@@ -142,6 +145,8 @@ class GraphedForward(Forward):
         self._off = False
         self._state: object = None
         self._results: _Results | None = None
+        self._casts: CastWeights | None = None
+        self._told_of_casts = False
         self._recorded: dict[_Size, _Recorded] = {}
         self._pool: Any = None
         self._stream: Any = None
@@ -151,13 +156,36 @@ class GraphedForward(Forward):
         if self._off:
             super()._begin(num_slots)
             return
-        state = _state_of(self.model)
+        casts = self._casts_of_now()
+        state = _state_of(self.model, casts.modules if casts else ())
         if state != self._state or num_slots > self.cache.num_slots:
             self.release()
             step = max(1024, (1 << num_slots.bit_length()) // 8)  # so that the next generation fits, too
             self.cache = RaggedCache(self.model, -(-num_slots // step) * step)
             self._results = _Results(self.model, min(self._most_tokens, self.cache.num_slots))
-            self._state = state
+            self._state, self._casts = state, casts
+        if self._casts is not None:
+            self._casts.refresh()
+
+    def _casts_of_now(self) -> CastWeights | None:
+        """What autocast makes of the weights, if it is on and there is room to keep that."""
+        dtype = autocast_dtype(self.device)
+        if dtype is None:
+            return None
+        casts = CastWeights(self.model, dtype)
+        if casts.nbytes <= MOST_CASTS * _memory_of(self.device):
+            return casts
+        if not self._told_of_casts:
+            logger.info(
+                "passes cast all weights again, as their %.1f GB in %s are too much to keep between generations",
+                casts.nbytes / 1e9,
+                dtype,
+            )
+            self._told_of_casts = True
+        return None
+
+    def _weights(self) -> AbstractContextManager[None]:
+        return super()._weights() if self._casts is None else self._casts.used()
 
     def _end(self) -> None:
         if self._off:
@@ -170,13 +198,13 @@ class GraphedForward(Forward):
             super()._end()
 
     def release(self) -> None:
-        self._state = self._results = self._pool = None
+        self._state = self._results = self._pool = self._casts = None
         self._recorded.clear()
         vars(self).pop("cache", None)
 
     def _turn_off(self, reason: object) -> None:
         logger.warning("passes run without CUDA graphs: %s", reason)
-        self._off, self._results, self._pool = True, None, None
+        self._off, self._results, self._pool, self._casts = True, None, None, None
         self._recorded.clear()
 
     def _target(self) -> tuple[HiddenStates, Tensor | slice]:
@@ -307,8 +335,11 @@ def _memory_of(device: torch.device) -> int:
 _UNRELATED = {"training", "gradient_checkpointing"}  # to what is computed in inference
 
 
-def _state_of(model: PreTrainedModel) -> object:
-    """Unequal for two generations if they may compute different things, or on different memory."""
+def _state_of(model: PreTrainedModel, cast: Iterable[nn.Module] = ()) -> object:
+    """Unequal for two generations if they may compute different things, or on different memory.
+
+    The weights of the modules ``cast`` may lie anywhere, as passes read copies.
+    """
     device = model.device.type
     settings = (
         torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else None,
@@ -316,12 +347,12 @@ def _state_of(model: PreTrainedModel) -> object:
         torch.get_float32_matmul_precision(),
         torch.are_deterministic_algorithms_enabled(),
     )
+    modules, copied = list(model.modules()), {*cast}
     tensors = [
-        (tensor.data_ptr(), tensor.dtype, tensor.shape, tensor.stride())
-        for tensors in (model.parameters(), model.buffers())
-        for tensor in tensors
+        (None if module in copied else tensor.data_ptr(), tensor.dtype, tensor.shape, tensor.stride())
+        for module in modules
+        for tensor in (*module.parameters(recurse=False), *module.buffers(recurse=False))
     ]
-    modules = list(model.modules())
     # Keys of hooks count up and never recur, ids of objects do.
     hooks = [(*module._forward_pre_hooks, *module._forward_hooks) for module in modules]
     forwards = [vars(module).get("forward") for module in modules]

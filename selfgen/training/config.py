@@ -151,7 +151,8 @@ class GeneratorOptions(MaskOptions):
         default=True,
         metadata={
             "help": "On an NVIDIA GPU, replay context passes as CUDA graphs, which is faster. The graphs keep the K/V "
-            "of the contexts made at once, and up to 2 GiB of other results, in GPU memory between uses."
+            "of the contexts made at once, up to 2 GiB of other results and, with bf16 or fp16, the weights in that "
+            "dtype (if these take at most an eighth of the memory) in GPU memory between uses."
         },
     )
 

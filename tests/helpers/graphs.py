@@ -46,6 +46,7 @@ class Recorder(engine.GraphedForward):
                     if isinstance(old, torch.Tensor) and old.data_ptr() != new.data_ptr():
                         old.copy_(new)
 
+        replay.calls = recorded.calls
         return replay
 
 

@@ -64,8 +64,9 @@ class ContextGenerator:
             and the tokens only where rounding in a low precision turns a near tie (docs/exactness.md).
         masks: how the positions of self tokens are drawn; single tokens by default.
         cuda_graphs: on an NVIDIA GPU, replay passes as CUDA graphs. Until `release` they keep the K/V of a generation,
-            and the hidden states and logits of a pass (up to 2 GiB together). Python code in the model,
-            such as a hook that counts, does not run in a replay.
+            the hidden states and logits of a pass (up to 2 GiB together) and, under autocast, the weights in its dtype
+            (if they take at most an eighth of the memory). Python code in the model, such as a hook that counts, does
+            not run in a replay.
         vocab_size: how many ids there are: only those below it are sampled, in contexts and in answers, and counted in
             any probability. Give ``len(tokenizer)`` where the embedding has more rows, which are padding. Holes, ids
             below it that no token has, are sampled. None: all rows of the embedding.

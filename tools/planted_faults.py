@@ -256,11 +256,20 @@ FAULTS = [
     Fault(
         "weights: packed once, and stale after a step",
         CONTEXT + "packed.py",
-        "packed = torch.ops.mkldnn._reorder_linear_weight(module.weight.detach(), _BATCH_HINT)",
-        "packed = vars(module).setdefault(\n"
-        "                '_once', torch.ops.mkldnn._reorder_linear_weight(module.weight.detach(), _BATCH_HINT)\n"
-        "            )",
+        "weight = torch.ops.mkldnn._reorder_linear_weight(module.weight.detach(), _BATCH_HINT)",
+        "weight = vars(module).setdefault(\n"
+        "                    '_once', torch.ops.mkldnn._reorder_linear_weight(module.weight.detach(), _BATCH_HINT)\n"
+        "                )",
         (PLAIN,),
+    ),
+    Fault(
+        "weights: cast once, and stale after a step",
+        CONTEXT + "packed.py",
+        "        if copies:\n            torch._foreach_copy_(copies, self._weights())",
+        "        if copies and not vars(self).setdefault('_once', False):\n"
+        "            self._once = True\n"
+        "            torch._foreach_copy_(copies, self._weights())",
+        ("tests/test_graphs.py",),
     ),
     Fault(
         "weights: replayed from where they were",

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -90,44 +91,51 @@ def head_cases(device: str, *, rehearsal: bool = False) -> Iterator[Case]:
             work = {"inputs": weight.nbytes, "nbytes": weight.nbytes + small, "flops": 2 * rows * width * vocab}
             logits = {**work, "nbytes": work["nbytes"] + 2 * rows * vocab}
 
-            def case(op: str, call: Callable[[Tensor], object], variant: str = "", *, work=work, columns=columns):
+            case = partial(_head_case, columns=columns, weight=weight, work=work)
 
-                def make(rows=rows, width=width) -> Call:
-                    hidden = torch.randn(rows, width, device=device, dtype=torch.bfloat16) * 4
-                    return lambda: call(hidden)
+            def fused(hidden: Tensor, head: Tensor, self_prob=1.0, reference=reference, keys=keys, **how):
+                return linear_sample_mix(hidden, head, reference, self_prob, **keys, **how)
 
-                return Case(op, {**columns, "variant": variant}, make, **work)
+            def product_then_sampler(hidden: Tensor, head: Tensor, reference=reference, keys=keys):
+                return sample_mix(hidden @ head.T, reference, 1.0, **keys)
 
-            def fused(hidden: Tensor, self_prob=1.0, weight=weight, reference=reference, keys=keys, **how):
-                return linear_sample_mix(hidden, weight, reference, self_prob, **keys, **how)
+            def shard(hidden: Tensor, head: Tensor, size=vocab // SHARDS, keys=keys):
+                return linear_sample_shard(hidden, head[:size], 1.0, first_id=0, **keys)
 
             yield case("linear_sample_mix", fused)
-            yield case("matrix product", lambda hidden, weight=weight: hidden @ weight.T, work=logits)
-            yield case(
-                "matrix product, sample_mix",
-                lambda hidden, weight=weight, reference=reference, keys=keys: sample_mix(
-                    hidden @ weight.T, reference, 1.0, **keys
-                ),
-                work={**logits, "nbytes": logits["nbytes"] + 2 * rows * vocab},
-            )
+            yield case("matrix product", lambda hidden, head: hidden @ head.T, work=logits)
+            work_of_both = {**logits, "nbytes": logits["nbytes"] + 2 * rows * vocab}
+            yield case("matrix product, sample_mix", product_then_sampler, work=work_of_both)
             if rows in (2, 64):
-                yield case("linear_sample_mix", lambda hidden, f=fused: f(hidden, 0.25), "p = 0.25")
+                yield case("linear_sample_mix", partial(fused, self_prob=0.25), "p = 0.25")
                 for variant in ("top-k 50, top-p 0.95", "top-p 0.95"):
-                    yield case("linear_sample_mix", lambda h, f=fused, how=FILTERS[variant]: f(h, **how), variant)
+                    yield case("linear_sample_mix", partial(fused, **FILTERS[variant]), variant)
                 yield case(
                     "linear_reference_log_prob, linear_sample_mix",
-                    lambda hidden, f=fused: f(hidden, min_reference_prob=1e-3),
+                    partial(fused, min_reference_prob=1e-3),
                     "min_reference_prob",
-                    work={name: 2 * number if name != "inputs" else number for name, number in work.items()},
+                    work={"inputs": work["inputs"], "nbytes": 2 * work["nbytes"], "flops": 2 * work["flops"]},
                 )
-                part = weight[: vocab // SHARDS]
-                yield case(
-                    "linear_sample_shard",
-                    lambda hidden, part=part, keys=keys: linear_sample_shard(hidden, part, 1.0, first_id=0, **keys),
-                    f"one of {SHARDS}",
-                    work={name: number // SHARDS for name, number in work.items()},
-                )
+                a_part = {name: number // SHARDS for name, number in work.items()}
+                yield case("linear_sample_shard", shard, f"one of {SHARDS}", work=a_part)
                 yield case("combine_shards", combined(device, rows, vocab), f"of {SHARDS}", work=_few_bytes(rows))
+
+
+def _head_case(
+    op: str,
+    call: Callable[[Tensor, Tensor], object],
+    variant: str = "",
+    *,
+    columns: dict[str, Any],
+    weight: Tensor,
+    work: dict[str, int],
+) -> Case:
+    def make() -> Call:
+        hidden = torch.randn(columns["rows"], weight.shape[1], device=weight.device, dtype=weight.dtype) * 4
+        head = weight.clone()
+        return lambda: call(hidden, head)
+
+    return Case(op, {**columns, "variant": variant}, make, **work)
 
 
 def _few_bytes(rows: int) -> dict[str, int]:
@@ -136,7 +144,7 @@ def _few_bytes(rows: int) -> dict[str, int]:
     return {"inputs": read, "nbytes": read + 9 * rows, "flops": 0}
 
 
-def combined(device: str, rows: int, vocab: int) -> Callable[[Tensor], object]:
+def combined(device: str, rows: int, vocab: int) -> Callable[[Tensor, Tensor], object]:
     """`combine_shards` of candidates of a small head; what it does does not depend on their values."""
     keys, reference = keys_of(rows, device), torch.zeros(rows, dtype=torch.int64, device=device)
     hidden, weight = torch.randn(rows, 16, device=device), torch.randn(SHARDS * 64, 16, device=device)
@@ -145,7 +153,7 @@ def combined(device: str, rows: int, vocab: int) -> Callable[[Tensor], object]:
         for first in range(0, SHARDS * 64, 64)
     ]
     values, ids = (torch.stack(list(part)) for part in zip(*found, strict=True))
-    return lambda _: combine_shards(values, ids, reference, 1.0, vocab_size=vocab, **keys)
+    return lambda *_: combine_shards(values, ids, reference, 1.0, vocab_size=vocab, **keys)
 
 
 def sampling_cases(device: str, *, rehearsal: bool = False) -> Iterator[Case]:

@@ -60,9 +60,9 @@ def measure(lab: Lab, parts: Parts, precision: str, rows: int, casts: AbstractCo
                 **{
                     "contexts, ms": wall * 1e3,
                     "passes": stats.passes,
-                    "pass, ms": wall / stats.passes * 1e3,
+                    "pass, ms": wall / max(1, stats.passes) * 1e3,
                     "graph, ms": graph / graphs.count * 1e3 if graphs.count else None,
-                    "outside, ms": (wall - graph) / stats.passes * 1e3,
+                    "outside, ms": (wall - graph) / max(1, stats.passes) * 1e3,
                     "captured": stats.captured,
                     "replayed": stats.replayed,
                     "eager": stats.passes - stats.captured - stats.replayed,

@@ -2,18 +2,17 @@
 
 from __future__ import annotations
 
+import fcntl
 import json
 import os
 import signal
 import subprocess
 import sys
 import time
-from collections.abc import Sequence
-from contextlib import suppress
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import NamedTuple
-
-from selfgen.files import alone
 
 from . import results, summary
 
@@ -53,7 +52,7 @@ def run_sections(
     """
     folder.mkdir(parents=True, exist_ok=True)
     run = {"sections": [section.name for section in sections], "rehearsal": rehearsal, "source": results.source()}
-    with alone(folder, MixedError):
+    with _alone(folder):
         _check(folder, run, start_over=again and not chosen)
         (folder / results.RUN).write_text(json.dumps({**run, "command": command}, indent=1) + "\n")
         wanted = [section for section in sections if not chosen or section.name in chosen]
@@ -76,6 +75,17 @@ def run_sections(
             (folder / summary.FILE).write_text(summary.of(folder))  # so that a kill leaves one, too
         (folder / summary.FILE).write_text(summary.of(folder))
         return int(any(results.read(results.file_of(folder, one.name)).state not in results.DONE for one in wanted))
+
+
+@contextmanager
+def _alone(folder: Path) -> Iterator[None]:
+    """Keep other runs out of ``folder``. Not by ``selfgen.files``, as importing that takes seconds of the device."""
+    with (folder / ".lock").open("w") as handle:
+        try:
+            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise MixedError(f"another run writes to {folder}: wait for it, or give another --output") from None
+        yield
 
 
 def _check(folder: Path, run: dict, *, start_over: bool) -> None:

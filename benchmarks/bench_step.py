@@ -54,7 +54,11 @@ class Step:
         **options: Any,
     ) -> None:
         model, tokenizer, rows = parts or smollm2_and_gsm8k()
-        defaults = {"per_device_train_batch_size": ROWS, "gradient_accumulation_steps": MICRO_BATCHES, "report_to": []}
+        defaults: dict[str, Any] = {
+            "per_device_train_batch_size": ROWS,
+            "gradient_accumulation_steps": MICRO_BATCHES,
+            "report_to": [],
+        }
         on_cpu = DEVICE == "cpu"
         defaults |= {"learning_rate": 0.0, "use_cpu": on_cpu, "bf16": not on_cpu}
         arguments = BSSConfig(folder, **{**defaults, **options})

@@ -28,7 +28,7 @@ SECTIONS = tuple(
         ("answers", 40),
         ("curves", 90),
         ("profile", 40),
-        ("sanitizer", 60),
+        ("sanitizer", 100),
         ("lifetime", 30),
     )
 )

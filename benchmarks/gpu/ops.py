@@ -266,7 +266,7 @@ def pass_cases(device: str, *, rehearsal: bool = False) -> Iterator[Case]:
 
         def plan(budget=budget, state=state) -> Call:
             starts, next_self, chances = state()
-            return lambda: plan_pass(starts.clone(), starts, next_self, chances, budget)
+            return lambda: plan_pass(starts, starts, next_self, chances, budget)
 
         def commit(budget=budget, state=state) -> Call:
             """Of tokens that are what the guess was: a second call does what the first one did."""

@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 
 import torch
 from datasets import Dataset
-from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedModel
+from transformers import AutoModelForCausalLM, LlamaConfig, PreTrainedModel
 
 from selfgen import ContextGenerator
 from selfgen.data import tokenize_rows
@@ -95,14 +95,9 @@ def random_model(shape: Shape, device: str, dtype: torch.dtype) -> PreTrainedMod
         eos_token_id=2,
         pad_token_id=0,
     )
-    before = torch.get_default_dtype()
     torch.manual_seed(SEED)
-    try:
-        torch.set_default_dtype(dtype)
-        with torch.device(device):
-            model = LlamaForCausalLM(config).eval()
-    finally:
-        torch.set_default_dtype(before)
+    with torch.device(device):
+        model = AutoModelForCausalLM.from_config(config, dtype=dtype).eval()
     with torch.no_grad():
         model.model.norm.weight.fill_(spread_of(shape.vocab) / (0.02 * shape.hidden**0.5))
     return model

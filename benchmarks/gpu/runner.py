@@ -71,8 +71,10 @@ def run_sections(
             if left < LEAST:
                 print(f"==> {section.name}: no time is left for it", flush=True)
                 continue
-            _run(section, folder, left * section.seconds / sum(one.seconds for one in todo[place:]), about)
-            (folder / summary.FILE).write_text(summary.of(folder))  # so that a kill leaves one, too
+            try:
+                _run(section, folder, left * section.seconds / sum(one.seconds for one in todo[place:]), about)
+            finally:
+                (folder / summary.FILE).write_text(summary.of(folder))  # so that an end from outside leaves one, too
         (folder / summary.FILE).write_text(summary.of(folder))
         return int(any(results.read(results.file_of(folder, one.name)).state not in results.DONE for one in wanted))
 
@@ -111,7 +113,7 @@ def _run(section: Section, folder: Path, limit: float, about: dict) -> None:
     started, state = time.monotonic(), {"state": "cut off", "reason": "the run was stopped from outside"}
     with log.open("ab") as output:
         process = subprocess.Popen(
-            [sys.executable, "-m", "benchmarks.gpu.lab", json.dumps(what)],
+            [sys.executable, "-m", "benchmarks.gpu.child", json.dumps(what)],
             stdin=subprocess.DEVNULL,
             stdout=output,
             stderr=subprocess.STDOUT,

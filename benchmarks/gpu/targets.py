@@ -1,4 +1,4 @@
-"""What is run under NVIDIA's tools: a few calls, without any clock.
+"""What is run under NVIDIA's tools: a few calls, without any clock. A profiler sees the second one of each.
 
 python -m benchmarks.gpu.targets head|ops [--fake]
 """
@@ -27,10 +27,14 @@ def main(argv: list[str]) -> None:
     with torch.no_grad():
         for case in calls(argv[0], rehearsal=rehearsal):
             call = case.make()
-            for _ in range(2):  # the first one compiles
-                call()
+            call()  # compiles
             if not rehearsal:
                 torch.cuda.synchronize()
+                torch.cuda.profiler.start()
+            call()
+            if not rehearsal:
+                torch.cuda.synchronize()
+                torch.cuda.profiler.stop()
             print("called", case.op, flush=True)
 
 

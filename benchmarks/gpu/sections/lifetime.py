@@ -14,6 +14,7 @@ from ..device import replays
 from ..lab import Lab
 from ..parts import TINY, Parts, random_parts
 
+TABLE = "graph lifetime"
 TIMES, TURNS = 40, 10
 
 
@@ -36,7 +37,7 @@ def run(lab: Lab) -> None:
                 one.release()
                 wrong += sum(not same(tokens(one, parts, seed), want[seed]) for seed in (0, 0, 0))
                 memory.append(allocated(lab))
-        lab.row("graph lifetime", {"what": f"{times} times recorded anew"}, **found(wrong, graphs.count, memory))
+                lab.row(TABLE, {"what": "recorded anew"}, **found(wrong, graphs.count, memory))
         turns, again, memory = 2 if lab.rehearsal else TURNS, 0, []
         with graphs.counted():
             for turn in range(turns):
@@ -45,7 +46,7 @@ def run(lab: Lab) -> None:
                         generator.release()  # while the other one's graphs live
                     again += sum(not same(tokens(generator, parts, seed), want[seed]) for seed in seeds)
                 memory.append(allocated(lab))
-        lab.row("graph lifetime", {"what": f"two generators, {turns} turns"}, **found(again, graphs.count, memory))
+                lab.row(TABLE, {"what": "two generators in turn"}, **found(again, graphs.count, memory))
     if wrong or again:
         raise LifetimeError(f"{wrong + again} contexts were other ones than without graphs")
 
@@ -65,4 +66,9 @@ def allocated(lab: Lab) -> float:
 
 def found(wrong: int, replayed: int, memory: list[float]) -> dict[str, float | int]:
     third = len(memory) // 3  # graphs of all sizes are there by then
-    return {"wrong contexts": wrong, "replays": replayed, "MiB more at the end": memory[-1] - memory[third]}
+    return {
+        "times": len(memory),
+        "wrong contexts": wrong,
+        "replays": replayed,
+        "MiB more at the end": memory[-1] - memory[third],
+    }

@@ -60,6 +60,7 @@ class Step:
             "report_to": [],
         }
         on_cpu = DEVICE == "cpu"
+        defaults |= {"self_prob": 0.25}  # or p would follow the training
         defaults |= {"learning_rate": 0.0, "use_cpu": on_cpu, "bf16": not on_cpu}
         arguments = BSSConfig(folder, **{**defaults, **options})
         self.trainer = BSSTrainer(model, arguments, train_dataset=rows, processing_class=tokenizer)
@@ -90,6 +91,7 @@ class Step:
         """One optimizer step over ``batches``, done on the device when this returns."""
         trainer, model = self.trainer, self.trainer.model
         trainer.args.self_prob = self_prob
+        trainer.state.max_steps = trainer.state.global_step + 1  # or nothing would be left to train
         trainer._answer_loss = self.loss if self_prob > 0 else None  # SFT has the Trainer's
         switch = model.activation_checkpointing_enable if checkpointing else model.activation_checkpointing_disable
         switch()

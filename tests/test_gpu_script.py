@@ -123,8 +123,9 @@ def test_time_that_a_section_leaves_goes_to_the_next_and_none_begins_without(tmp
 
 
 RUN = """
-import sys
+import signal, sys
 from pathlib import Path
+signal.signal(signal.SIGINT, signal.default_int_handler)  # which a process in the background has not
 from benchmarks.gpu.runner import Section, run_sections
 names = ("fine", "hang")
 run_sections([Section(name, f"helpers.gpu_sections:{name}", 600) for name in names], Path(sys.argv[1]))
@@ -247,7 +248,8 @@ def test_every_op_is_timed_against_the_rates(tmp_path):
 def test_a_section_is_rehearsed(tmp_path, name, columns):
     found = rehearse(name, tmp_path)
     assert found.rows
-    assert all(columns <= row.values.keys() for row in found.rows)
+    rows = [row for row in found.rows if not row.table.startswith("the passes of")]
+    assert all(columns <= row.values.keys() for row in rows)
     if name == "engine":
         assert any(row.values["replayed"] and row.values["graph, ms"] for row in found.rows)
     if name == "lifetime":

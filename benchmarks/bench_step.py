@@ -93,8 +93,11 @@ class Step:
         trainer.args.self_prob = self_prob
         trainer.state.max_steps = trainer.state.global_step + 1  # or nothing would be left to train
         trainer._answer_loss = self.loss if self_prob > 0 else None  # SFT has the Trainer's
-        switch = model.activation_checkpointing_enable if checkpointing else model.activation_checkpointing_disable
-        switch()
+        kind = "activation" if hasattr(model, "activation_checkpointing_enable") else "gradient"  # the older name
+        if checkpointing:
+            getattr(model, f"{kind}_checkpointing_enable")({"use_reentrant": False})
+        else:
+            getattr(model, f"{kind}_checkpointing_disable")()
         batches, num_items = trainer.get_batch_samples(iter(batches), len(batches), trainer.args.device)
         for batch in batches:
             trainer.training_step(model, batch, num_items)

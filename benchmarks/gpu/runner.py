@@ -17,6 +17,7 @@ from typing import NamedTuple
 from . import results, summary
 
 LEAST = 3.0  # seconds, below which no section is begun
+OFFLINE = {"HF_HUB_OFFLINE": "1", "HF_DATASETS_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false"}
 LOG_LINES = 12  # of a failed section that are shown
 
 
@@ -111,6 +112,7 @@ def _run(section: Section, folder: Path, limit: float, about: dict) -> None:
     what = {"section": section.name, "call": section.call, "folder": str(folder), "limit_s": limit}
     what |= {"rehearsal": about["rehearsal"], "parent": os.getpid()}
     started, state = time.monotonic(), {"state": "cut off", "reason": "the run was stopped from outside"}
+    paths = [str(results.ROOT), os.environ.get("PYTHONPATH")]
     with log.open("ab") as output:
         process = subprocess.Popen(
             [sys.executable, "-m", "benchmarks.gpu.child", json.dumps(what)],
@@ -118,7 +120,7 @@ def _run(section: Section, folder: Path, limit: float, about: dict) -> None:
             stdout=output,
             stderr=subprocess.STDOUT,
             start_new_session=True,  # a process group of its own
-            env=os.environ | {"PYTHONPATH": os.pathsep.join([str(results.ROOT), os.environ.get("PYTHONPATH", "")])},
+            env=os.environ | OFFLINE | {"PYTHONPATH": os.pathsep.join(filter(None, paths))},
         )
         try:
             code = process.wait(limit)

@@ -6,7 +6,7 @@ The shapes are those of ``bench_head``, ``bench_sampling`` and ``bench_attention
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
 
@@ -64,15 +64,21 @@ class Case:
     inputs: int
     nbytes: int
     flops: int = 0
+    family: str = ""  # ops and peers that are compared
 
 
 def cases(device: str, *, rehearsal: bool = False) -> Iterator[Case]:
     """Most important first."""
-    yield from head_cases(device, rehearsal=rehearsal)
-    yield from sampling_cases(device, rehearsal=rehearsal)
-    yield from attention_cases(device, rehearsal=rehearsal)
-    yield from pass_cases(device, rehearsal=rehearsal)
-    yield from noise_cases(device, rehearsal=rehearsal)
+    families = {
+        "head": head_cases,
+        "sampling": sampling_cases,
+        "attention": attention_cases,
+        "passes": pass_cases,
+        "noise": noise_cases,
+    }
+    for family, those in families.items():
+        for case in those(device, rehearsal=rehearsal):
+            yield replace(case, family=family)
 
 
 def keys_of(rows: int, device: str) -> dict[str, Any]:
@@ -128,7 +134,7 @@ def _head_case(
     *,
     columns: dict[str, Any],
     weight: Tensor,
-    work: dict[str, int],
+    work: dict[str, Any],
 ) -> Case:
     def make() -> Call:
         hidden = torch.randn(columns["rows"], weight.shape[1], device=weight.device, dtype=weight.dtype) * 4

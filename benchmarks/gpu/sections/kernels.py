@@ -33,8 +33,8 @@ def measure(lab: Lab, case: Case, found: Rates) -> None:
         times = times_of(calls, lab.device, seconds=0.01 if lab.rehearsal else SECONDS)
     peak = found.flops.get(str(case.columns.get("dtype")), 0.0)
     lab.row(
-        f"kernels: {case.op}",
-        case.columns,
+        f"kernels: {case.family}",
+        {"op": case.op, **case.columns},
         us=times.graph * 1e6,
         again=times.again * 1e6,
         MB=case.nbytes / 1e6,

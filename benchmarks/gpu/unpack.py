@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import platform
 import sys
 import tarfile
 import tempfile
@@ -64,6 +65,9 @@ def main(argv: list[str]) -> int:
         return 1
     if missing:
         print(f"not carried: {', '.join(missing)}")
+    packed, here = json.loads((bundle / MANIFEST).read_text())["python"], platform.python_version()
+    if packed.split(".")[:2] != here.split(".")[:2]:  # of plain Python, but some are made for each version
+        print(f"note: the packages in site are those of a Python {packed}, and this is {here}")
     print(f"all hashes are right; cd {folder}/selfgen && PYTHONPATH={folder}/site python -m benchmarks.gpu")
     return 0
 

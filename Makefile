@@ -2,7 +2,8 @@
 #   make demo   plain fine-tuning and BSS side by side: who is better running freely? minutes, on two cores
 #   make test   the test suite          make slow   its long part (WORKERS=2 processes)
 #   make bench  the benchmarks          make lint   ruff and mypy
-#   make gpu    what needs a CUDA device
+#   make gpu    what needs a CUDA device, tests and figures (ARGS="--section step --seconds 100")
+#   make gpu-bundle       what that needs on a machine without a network, in files of at most 64 MiB
 #   make quality          does it help? five methods, all tasks, five seeds: hours, resumable (STAGE=confirmation: PLAN.md's)
 #   make sanitize         fuzz the C++ kernels under ASan and UBSan (gcc)
 #   make triton-versions  the Triton tests under older Tritons
@@ -15,7 +16,6 @@ PYTHON ?= python3
 VENV   := .venv
 BIN    := $(VENV)/bin
 STAMP  := $(VENV)/.installed
-GPU_BENCHMARKS := $(patsubst %,benchmarks/bench_%.py,contexts generation step memory head attention sampling)
 # Processes that tests are run in, of one thread each; 0 runs them in this one, with as many threads as it likes.
 WORKERS ?= 2
 PYTEST := $(BIN)/python -m pytest -n $(WORKERS)
@@ -23,7 +23,7 @@ PYTEST := $(BIN)/python -m pytest -n $(WORKERS)
 PIP    := $(BIN)/python -m pip install --quiet --disable-pip-version-check --no-compile --constraint constraints.txt
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test slow bench quality lint gpu sanitize triton-versions versions newest deepspeed audit clean
+.PHONY: help setup demo test slow bench quality lint gpu gpu-bundle sanitize triton-versions versions newest deepspeed audit clean
 
 help:
 	@sed -n 's/^#//p' Makefile
@@ -74,16 +74,12 @@ lint: setup
 	$(BIN)/mypy
 
 gpu: setup
-	@$(BIN)/python -c "import sys, torch; sys.exit(None if torch.cuda.is_available() else 'make gpu needs a CUDA device')"
-	@echo "==> tests on the GPU, then, even if some fail, benchmarks; report in outputs/gpu.md and .json"
-	@mkdir -p outputs
-	@rm -f outputs/gpu-tests.xml outputs/gpu.json outputs/gpu.md
-	tests=0; benchmarks=0; \
-	$(BIN)/python -m pytest -m gpu --junitxml=outputs/gpu-tests.xml $(ARGS) || tests=$$?; \
-	$(BIN)/python -m pytest $(GPU_BENCHMARKS) --benchmark-json=outputs/gpu.json --report outputs/gpu.md \
-	  --test-results outputs/gpu-tests.xml || benchmarks=$$?; \
-	echo "==> exit status of the tests: $$tests, of the benchmarks: $$benchmarks"; \
-	exit $$((tests | benchmarks))
+	@echo "==> what needs a CUDA device, most important first; a second call goes on; report in outputs/gpu/summary.md"
+	$(BIN)/python -m benchmarks.gpu $(ARGS)
+
+gpu-bundle: setup
+	@echo "==> packing what make gpu needs on a machine without a network; files in outputs/gpu-bundle"
+	$(BIN)/python -m benchmarks.gpu.bundle $(ARGS)
 
 # A build of its own: the kernels in use stay as they are. float-cast-overflow is not part of `undefined`.
 SANITIZED := build/sanitize

@@ -12,9 +12,12 @@ from __future__ import annotations
 import statistics
 import time
 from functools import partial
+from typing import Any
 
 import pytest
 import torch
+from datasets import Dataset
+from transformers import PreTrainedModel
 
 from selfgen import BSSConfig, BSSTrainer
 from selfgen.context import ContextStats
@@ -29,28 +32,45 @@ TARGETS = {0.1: 1.05, 0.25: 1.10, 0.5: 1.35, 1.0: None}  # of BSS / SFT with che
 PLAIN_TARGETS = {0.25: 1.20}  # of BSS / SFT without
 
 
-class Step:
-    """Optimizer steps over the same rows with the same weights."""
+def smollm2_and_gsm8k() -> tuple[PreTrainedModel, Any, Dataset]:
+    model, tokenizer = load_smollm2()
+    rows, _ = tokenize_rows(gsm8k("train", 1000, 1000 + MICRO_BATCHES * ROWS), tokenizer, max_length=1024)
+    return model, tokenizer, rows
 
-    def __init__(self, folder: str, *, makes_contexts: bool = True) -> None:
-        model, tokenizer = load_smollm2()
-        rows, _ = tokenize_rows(gsm8k("train", 1000, 1000 + MICRO_BATCHES * ROWS), tokenizer, max_length=1024)
-        arguments = BSSConfig(
-            folder,
-            per_device_train_batch_size=ROWS,
-            gradient_accumulation_steps=MICRO_BATCHES,
-            learning_rate=0.0,
-            use_cpu=DEVICE == "cpu",
-            bf16=DEVICE != "cpu",
-            report_to=[],
-        )
+
+class Step:
+    """Optimizer steps over the same rows with the same weights.
+
+    ``parts`` are a model, its tokenizer and tokenized rows, by default SmolLM2 and GSM8K's; ``options`` are those of
+    ``BSSConfig``.
+    """
+
+    def __init__(
+        self,
+        folder: str,
+        *,
+        parts: tuple[PreTrainedModel, Any, Dataset] | None = None,
+        makes_contexts: bool = True,
+        **options: Any,
+    ) -> None:
+        model, tokenizer, rows = parts or smollm2_and_gsm8k()
+        defaults: dict[str, Any] = {
+            "per_device_train_batch_size": ROWS,
+            "gradient_accumulation_steps": MICRO_BATCHES,
+            "report_to": [],
+        }
+        on_cpu = DEVICE == "cpu"
+        defaults |= {"self_prob": 0.25}  # or p would follow the training
+        defaults |= {"learning_rate": 0.0, "use_cpu": on_cpu, "bf16": not on_cpu}
+        arguments = BSSConfig(folder, **{**defaults, **options})
         self.trainer = BSSTrainer(model, arguments, train_dataset=rows, processing_class=tokenizer)
         self.trainer.model = self.trainer.accelerator.prepare_model(self.trainer.model)  # autocast, as in `train`
         self.trainer.create_optimizer()
         self.loss = self.trainer._answer_loss
+        size = arguments.per_device_train_batch_size
         self.batches = [
-            self.trainer.data_collator([rows[i] for i in range(begin, begin + ROWS)])
-            for begin in range(0, len(rows), ROWS)
+            self.trainer.data_collator([*rows.select(range(begin, min(begin + size, len(rows))))])
+            for begin in range(0, len(rows), size)
         ]
         if makes_contexts:
             _ = self.trainer.generator.budget.tokens  # measured before the clock starts
@@ -71,9 +91,13 @@ class Step:
         """One optimizer step over ``batches``, done on the device when this returns."""
         trainer, model = self.trainer, self.trainer.model
         trainer.args.self_prob = self_prob
+        trainer.state.max_steps = trainer.state.global_step + 1  # or nothing would be left to train
         trainer._answer_loss = self.loss if self_prob > 0 else None  # SFT has the Trainer's
-        switch = model.activation_checkpointing_enable if checkpointing else model.activation_checkpointing_disable
-        switch()
+        kind = "activation" if hasattr(model, "activation_checkpointing_enable") else "gradient"  # the older name
+        if checkpointing:
+            getattr(model, f"{kind}_checkpointing_enable")({"use_reentrant": False})
+        else:
+            getattr(model, f"{kind}_checkpointing_disable")()
         batches, num_items = trainer.get_batch_samples(iter(batches), len(batches), trainer.args.device)
         for batch in batches:
             trainer.training_step(model, batch, num_items)

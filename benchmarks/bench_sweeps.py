@@ -75,7 +75,14 @@ class Training(Step):
     def __init__(self, folder: str) -> None:
         generator, tokenizer = smollm2()
         budget = generator.budget.tokens
-        how = BSSConfig(folder, learning_rate=0.0, use_cpu=DEVICE == "cpu", report_to=[], token_budget=budget)
+        how = BSSConfig(
+            folder,
+            self_prob=0.25,
+            learning_rate=0.0,
+            use_cpu=DEVICE == "cpu",
+            report_to=[],
+            token_budget=budget,
+        )
         self.trainer = BSSTrainer(generator.model, how, train_dataset=long_rows().dataset(), processing_class=tokenizer)
         self.trainer.create_optimizer()
         self.loss = self.trainer._answer_loss

@@ -9,7 +9,6 @@ import statistics
 import time
 from collections.abc import Callable
 from pathlib import Path
-from xml.etree import ElementTree
 
 import pytest
 import torch
@@ -35,7 +34,6 @@ LEAST_SECONDS = 2e-3 if torch.cuda.is_available() else 2e-4  # waiting for a GPU
 def pytest_addoption(parser):
     parser.addoption("--report", metavar="FILE", help="write the report to this file, too")
     parser.addoption("--seconds", type=float, default=2.0, help="how long one comparison may take (default: 2)")
-    parser.addoption("--test-results", metavar="XML", help="begin the report with these results (pytest --junitxml)")
 
 
 def pytest_configure(config):
@@ -130,32 +128,15 @@ def _synchronize() -> None:
         torch.cuda.synchronize()
 
 
-def summary_of_tests(file: str) -> list[str]:
-    """How many tests of a JUnit XML passed and failed, and the names of those that did not pass."""
-    try:
-        cases = list(ElementTree.parse(file).iter("testcase"))
-    except (OSError, ElementTree.ParseError) as error:
-        return [f"tests: no results, the run did not get to its end ({error})"]
-    kinds = {"failure": "failed", "error": "errors", "skipped": "skipped"}
-    by_kind: dict[str, list[str]] = {name: [] for name in ("passed", *kinds.values())}
-    for case in cases:
-        found = next((kind for kind in ("error", "failure", "skipped") if case.find(kind) is not None), None)
-        name = f"{case.get('classname')}::{case.get('name')}"
-        by_kind[kinds[found] if found else "passed"].append(name)
-    counts = ", ".join(f"{len(names)} {kind}" for kind, names in by_kind.items())
-    bad = [f"- {kind}: {name}" for kind in ("failed", "errors") for name in by_kind[kind]]
-    return [f"tests: {counts}", *bad]
-
-
 def pytest_terminal_summary(terminalreporter, config):
-    tables, tests = config.stash[_TABLES], config.getoption("--test-results")
-    if not tables and not tests:
+    tables = config.stash[_TABLES]
+    if not tables:
         return
     device = f"{platform.processor() or platform.machine()}, {torch.get_num_threads()} threads"
     if torch.cuda.is_available():
         device += f"; {torch.cuda.get_device_name()}, CUDA {torch.version.cuda or torch.version.hip}"
     software = f"torch {torch.__version__}, transformers {transformers.__version__}, Python {platform.python_version()}"
-    lines = [f"{device}; {software}", *(["", *summary_of_tests(tests)] if tests else [])]
+    lines = [f"{device}; {software}"]
     for title, rows in tables.items():
         lines += ["", title, ""]
         if rows:

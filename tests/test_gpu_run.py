@@ -1,4 +1,4 @@
-"""`make gpu` as far as it can be told without a GPU: which tests it would run, what it reports, how it ends."""
+"""`make gpu` as far as it can be told without a GPU: which tests it would run, and what it calls."""
 
 import os
 import shutil
@@ -92,16 +92,16 @@ def test_graphs_and_draws_are_run_on_a_gpu(with_a_gpu):
 
 PYTHON = """#!/bin/sh
     echo "$@" >> calls
-    case "$*" in
-        *"-m gpu"*) exit $TESTS;;
-        *bench_*) exit $BENCHMARKS;;
-    esac
+    exit $STATUS
 """
 
 
 @pytest.mark.skipif(shutil.which("make") is None, reason="there is no make")
-@pytest.mark.parametrize(("tests", "benchmarks"), [(0, 0), (1, 0), (5, 0), (0, 1), (1, 2)])
-def test_benchmarks_follow_failed_tests_and_the_failure_is_told(tmp_path, tests, benchmarks):
+@pytest.mark.parametrize("status", [0, 1])
+@pytest.mark.parametrize(
+    ("target", "module"), [("gpu", "benchmarks.gpu --section step"), ("gpu-bundle", "benchmarks.gpu.bundle --most 8")]
+)
+def test_make_runs_the_module_with_its_arguments_and_tells_of_a_failure(tmp_path, target, module, status):
     shutil.copy(ROOT / "Makefile", tmp_path)
     for name in ("pyproject.toml", "setup.py", "constraints.txt"):
         (tmp_path / name).touch()
@@ -110,46 +110,8 @@ def test_benchmarks_follow_failed_tests_and_the_failure_is_told(tmp_path, tests,
     python.write_text(textwrap.dedent(PYTHON))
     python.chmod(0o755)
     (tmp_path / ".venv" / ".installed").touch()
-    environment = os.environ | {"TESTS": str(tests), "BENCHMARKS": str(benchmarks)}
-    done = subprocess.run(["make", "gpu"], cwd=tmp_path, env=environment, capture_output=True, text=True, check=False)
-    _, ran, measured = (tmp_path / "calls").read_text().splitlines()
-    assert (done.returncode == 0) == (tests == benchmarks == 0), done.stderr
-    assert "-m pytest -m gpu --junitxml=outputs/gpu-tests.xml" in ran
-    assert "--test-results outputs/gpu-tests.xml" in measured
-    for name in ("step", "contexts", "head"):
-        assert f"benchmarks/bench_{name}.py" in measured
-
-
-SUITE = """
-    import pytest
-
-    def test_fine(): pass
-    def test_wrong(): assert False
-    def test_out(): pytest.skip("x")
-    @pytest.fixture
-    def broken(): raise ValueError
-    def test_broken(broken): pass
-"""
-
-
-def run_pytest(*arguments: str) -> int:
-    return int(pytest.main(["-q", "-p", "no:cacheprovider", *arguments]))
-
-
-def test_the_report_tells_what_passed_and_failed(tmp_path):
-    suite, results, report = (tmp_path / name for name in ("test_some.py", "results.xml", "report.md"))
-    suite.write_text(textwrap.dedent(SUITE))
-    in_suite = ["--rootdir", str(tmp_path), str(suite)]
-    assert apart(run_pytest, *in_suite, f"--junitxml={results}", folder=tmp_path) == 1
-
-    def lines(file):
-        reporting = ["-k", "fine", "-p", "benchmarks.conftest", f"--report={report}", "--test-results", str(file)]
-        assert apart(run_pytest, *in_suite, *reporting, folder=tmp_path) == 0
-        return report.read_text().splitlines()
-
-    assert lines(results)[2:] == [
-        "tests: 1 passed, 1 failed, 1 errors, 1 skipped",
-        "- failed: test_some::test_wrong",
-        "- errors: test_some::test_broken",
-    ]
-    assert lines(tmp_path / "none.xml")[2].startswith("tests: no results, the run did not get to its end")
+    command = ["make", target, f"ARGS={module.partition(' ')[2]}"]
+    environment = os.environ | {"STATUS": str(status)}
+    done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, check=False)
+    assert (done.returncode == 0) == (status == 0), done.stderr
+    assert (tmp_path / "calls").read_text().split() == ["-m", *module.split()]

@@ -181,19 +181,19 @@ def log_prob_kernel(
     log_prob = 0.0
     if in_mask(seed, tl.load(sample_ids + row), tl.load(positions + row), tl.load(thresholds + row)):
         groups = tl.cdiv(vocab_size, GROUP_SIZE)
-        peaks += row * groups
-        masses += row * groups
         largest = tl.full([BLOCK], float("-inf"), tl.float32)
         for start in range(0, groups, BLOCK):
             group = start + tl.arange(0, BLOCK)
-            largest = tl.maximum(largest, tl.load(peaks + group, mask=group < groups, other=float("-inf")))
+            own = tl.load(peaks + row * groups + group, mask=group < groups, other=float("-inf"))
+            largest = tl.maximum(largest, own)
         peak = tl.max(largest)
         if tl.abs(peak) != float("inf"):  # of NaN or +inf, or of nothing but -inf
             weight = tl.zeros([BLOCK], tl.int64)
             for start in range(0, groups, BLOCK):
                 group = start + tl.arange(0, BLOCK)
-                own = tl.load(peaks + group, mask=group < groups, other=float("-inf"))
-                weight += mass_weights(own, tl.load(masses + group, mask=group < groups, other=0), peak)
+                own = tl.load(peaks + row * groups + group, mask=group < groups, other=float("-inf"))
+                mass = tl.load(masses + row * groups + group, mask=group < groups, other=0)
+                weight += mass_weights(own, mass, peak)
             token = tl.load(reference + row)
             known = (token >= 0) & (token < vocab_size)
             place = logits + row * row_stride + tl.where(known, token, 0)

@@ -69,7 +69,8 @@ def plan_pass(
         log_chance: fp32 [S], <= 0: natural log of the chance that the guess at a self position is right. Other slots
             are not looked at.
         token_budget: 1 <= token_budget < 2^31.
-        least_log_chance: fp32 [R], <= 0: natural log of the least chance that is worth speculation in each row. None: any is.
+        least_log_chance: fp32 [R], <= 0: natural log of the least chance that is worth speculation in each row. None:
+            any is.
 
     Returns:
         slots int64 [token_budget], the planned slots row after row, then -1 as padding.

@@ -36,7 +36,9 @@ def test_exp_is_accurate_and_at_most_1():
 
 
 def test_log_is_accurate():
-    x = torch.cat([torch.logspace(-37, 37, 400_001), 1 + torch.linspace(-0.3, 0.5, 100_001), torch.full((1,), 2.0**-126)])
+    x = torch.cat(
+        [torch.logspace(-37, 37, 400_001), 1 + torch.linspace(-0.3, 0.5, 100_001), torch.full((1,), 2.0**-126)]
+    )
     got, want = elementary.log(x), x.double().log()
     away = want != 0
     assert ((got.double() - want)[away] / want[away]).abs().max() < 2**-22
@@ -45,7 +47,9 @@ def test_log_is_accurate():
 
 
 def test_log_of_shares():
-    shares = torch.tensor([0.0, 5e-324, 1e-300, 2.0**-127, 2.0**-126, 0.25, 1.0, -1e-300, torch.nan], dtype=torch.float64)
+    shares = torch.tensor(
+        [0.0, 5e-324, 1e-300, 2.0**-127, 2.0**-126, 0.25, 1.0, -1e-300, torch.nan], dtype=torch.float64
+    )
     got = elementary.log_of_share(shares)
     assert got[:4].isneginf().all()
     torch.testing.assert_close(got[4:7].double(), shares[4:7].log(), rtol=2**-22, atol=0)
@@ -64,7 +68,9 @@ def test_a_group_is_as_heavy_as_its_terms():
 
 
 def test_weights_are_whole_and_near():
-    e = torch.cat([torch.rand(10_000), torch.logspace(-38, 0, 4001), torch.tensor([0.0, 2**-11, 2**-35, 3 * 2**-35, 1, 64])])
+    e = torch.cat(
+        [torch.rand(10_000), torch.logspace(-38, 0, 4001), torch.tensor([0.0, 2**-11, 2**-35, 3 * 2**-35, 1, 64])]
+    )
     weights = elementary.weights(e.clone())
     assert weights.dtype == torch.int64
     assert (weights.double() - e.double() * 2**34).abs().max() <= 0.5
@@ -87,7 +93,9 @@ def test_noise_of_chosen_words_is_equal(fast):
     import specimens
 
     around = [round(share * 2**32) for share in (2**-20, 0.25, 1 - 0.5**0.5, 0.5, 0.75, 1 - 2**-24)]
-    words = torch.cat([torch.arange(512), 2**32 - 1 - torch.arange(512), *(torch.arange(x - 256, x + 256) for x in around)])
+    words = torch.cat(
+        [torch.arange(512), 2**32 - 1 - torch.arange(512), *(torch.arange(x - 256, x + 256) for x in around)]
+    )
     out = torch.zeros(len(words), device=DEVICE)
     specimens.gumbel_kernel[(len(words) // 512,)](words.to(DEVICE), out, SIZE=512)
     assert_equal(out.cpu(), philox.gumbel_from_words(words))

@@ -95,7 +95,8 @@ def states(draw, max_rows=7):
 
 BUDGETS = st.one_of(st.integers(1, 6), st.integers(7, 200))
 LEAST = st.none() | st.lists(
-    st.sampled_from([0.0, -0.0, -1e-9, -0.4, -3.0, -1024.0, -1025.0, -3e38, -math.inf]) | st.floats(-9, 0, width=32), min_size=1
+    st.sampled_from([0.0, -0.0, -1e-9, -0.4, -3.0, -1024.0, -1025.0, -3e38, -math.inf]) | st.floats(-9, 0, width=32),
+    min_size=1,
 )
 """Of the rows, over and over."""
 

@@ -121,9 +121,11 @@ float smallest_kept(const Weighted<AnyRow>& weighted, float low, double target) 
   }
 }
 
-// The logarithm of what each of all tokens may have, below the cutoff of top-p, of the `mass` that they have together.
+// The logarithm of what each of all tokens may have, below the cutoff of top-p, of the `mass` >= 1 that they have
+// together. A weight is never more than twice its probability, and from 2^-28 on less than 1% more.
 inline double log_dropped(const Filters& filters, double mass, int64_t vocab_size) {
-  return std::log((1 - std::max(0., filters.top_p)) * mass / double(vocab_size)) - kMassMargin;
+  const double share = (1 - std::max(0., filters.top_p)) / double(vocab_size);
+  return std::log(share * mass) - kMassMargin - (share < 0x1p-28 ? std::log(2.) : 0);
 }
 
 // The cutoff of one row, whose largest maximum `peak` is finite. `scratch`: room for the maxima. NaN if the row's mass

@@ -6,8 +6,8 @@ multiply-add, no division), operations on the bits of numbers, and sums of integ
 steps (`cpu/elementary.h`, `triton/elementary.py`), so tokens are a function of the logits alone, bit for bit. No
 number on the way from z is denormal, so it does not matter whether these are flushed to zero.
 
-exp(x), x <= 0  x = max(x, -87); n = x / log 2 rounded to a whole number; r = x - n log 2, by log 2 in two parts; Taylor's
-                series of exp(r) up to r^7, times 2^n. exp(0) is 1, and no result is larger.
+exp(x), x <= 0  x = max(x, -87); n = x * log2(e) rounded to a whole number; r = x - n log 2, by log 2 in two parts;
+                Taylor's series of exp(r) up to r^7, times 2^n. exp(0) is 1, and no result is larger.
 log(x)          of a positive normal x = 2^k (1 + f), sqrt(1/2) <= 1 + f < sqrt(2): Cephes' polynomial (S. L. Moshier,
                 logf) in f, plus k log 2 in two parts. log(1) is 0, and no log of a larger x is negative.
 Group mass      M = the sum of round(exp(z - peak) * 2^23) over a group of 64 ids, an integer within 2^23 .. 2^29. The

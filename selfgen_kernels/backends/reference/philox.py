@@ -68,7 +68,8 @@ def gumbel_from_words(words: Tensor) -> Tensor:
     """Standard Gumbel fp32 of uint32 random numbers in int64, of any shape."""
     uniform = ((words.float() + 0.5) * 2**-32).clamp(max=1 - 2**-24)
     f, k = split(1 - uniform)
-    exponential = -log_of(torch.where(k == 0, -uniform, f), k)  # -log(1 - w): where 1 - w would lose bits of w, w itself
+    f = torch.where(k == 0, -uniform, f)  # the bits of w that 1 - w loses
+    exponential = -log_of(f, k)  # -log(1 - w)
     return -log(exponential)
 
 

@@ -5,8 +5,8 @@ needs no filtered copy of the logits: it compares z with `filter_cutoff`. Order 
 logits processors: temperature, top_k (Fan et al., arXiv 1805.04833), top_p (Holtzman et al., arXiv 1904.09751), min_p
 (Nguyen et al., arXiv 2407.01082). The best token always stays, and a greedy row knows no filter.
 
-top_p sums weights, probabilities that `elementary` rounds to whole multiples of 2^-34 of the best token's: the cutoff is
-the smallest z such that the weights of all larger ones come to less than top_p of all, compared in fp64. min_p below
+top_p sums weights, probabilities that `elementary` rounds to whole multiples of 2^-34 of the best token's: the cutoff
+is the smallest z such that the weights of all larger ones come to less than top_p of all, compared in fp64. min_p below
 2^-126 drops nothing.
 """
 

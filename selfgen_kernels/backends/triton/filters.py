@@ -47,7 +47,7 @@ def logit_of(key, DTYPE: tl.constexpr):
 
 @triton.jit
 def load_weights(logits, start, vocab_size, inv_temperature, largest, cutoff, BLOCK: tl.constexpr, PROBS: tl.constexpr):
-    """Keys [BLOCK] and their weights: int32 1, or int64 `elementary.weights` of those whose z are not below `cutoff`."""
+    """Keys [BLOCK] and their weights: int32 1, or int64 `weights` of those whose z are not below `cutoff`."""
     ids = start + tl.arange(0, BLOCK)
     logit = tl.load(logits + ids, mask=ids < vocab_size, other=float("-inf"))
     key = key_of(logit)

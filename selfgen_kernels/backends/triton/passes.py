@@ -64,7 +64,8 @@ def take_level(next_self, log_chance, num_slots, least, reach, after, log_sum, l
     reach = tl.where(taken, after, reach)
     after = tl.where(taken, following(next_self, reach, num_slots, taken), after)
     is_open = taken & (after > reach)
-    longer = tl.minimum(tl.maximum(log_sum, LOWEST), 0) + log_units(tl.load(log_chance + reach, mask=is_open, other=0.0))
+    chance = log_units(tl.load(log_chance + reach, mask=is_open, other=0.0))
+    longer = tl.minimum(tl.maximum(log_sum, LOWEST), 0) + chance
     longer = tl.where(is_open, tl.maximum(longer, LOWEST), NONE)
     log_sum = tl.where(taken, tl.where(longer >= least, longer, NONE), log_sum)
     return reach, after, log_sum

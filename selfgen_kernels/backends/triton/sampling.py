@@ -240,7 +240,9 @@ def configurations(target: str) -> list[Configuration]:
             Configuration(
                 f"mass[{dtype}]", mass_kernel, inputs, {"TILE": TILE, "SPAN": SPAN}, OPTIONS, aligned, streams=True
             ),
-            Configuration(f"log_prob[{dtype}]", log_prob_kernel, inputs | log_probs, {"BLOCK": BLOCK}, OPTIONS, aligned),
+            Configuration(
+                f"log_prob[{dtype}]", log_prob_kernel, inputs | log_probs, {"BLOCK": BLOCK}, OPTIONS, aligned
+            ),
         ]
         for label, cutoffs, absent in (
             (dtype, {}, {"cutoffs": None}),

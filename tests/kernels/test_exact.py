@@ -7,6 +7,7 @@ from conftest import _TRITON, DEVICE, moved
 
 from selfgen_kernels.backends.reference import elementary, philox
 from selfgen_kernels.backends.reference.scaling import filter_cutoff, scaled
+from selfgen_kernels.backends.triton.configuration import TARGETS
 from selfgen_kernels.call import Sampling
 
 FLOATS = [torch.float32, torch.bfloat16, torch.float16]
@@ -75,6 +76,16 @@ def test_weights_are_whole_and_near():
     assert weights.dtype == torch.int64
     assert (weights.double() - e.double() * 2**34).abs().max() <= 0.5
     assert weights[-6:].tolist() == [0, 2**23, 0, 2, 2**34, 2**40]
+
+
+def test_no_kernel_that_draws_may_fuse_a_multiplication_with_an_addition():
+    pytest.importorskip("triton")
+    from selfgen_kernels.backends.triton import filters, head, head_log_prob, noise, passes, sampling
+
+    for module in (filters, head, head_log_prob, noise, passes, sampling):
+        for target in TARGETS:
+            for choice in module.configurations(target):
+                assert choice.options["enable_fp_fusion"] is False, choice.name
 
 
 # ---- Noise -----------------------------------------------------------------------------------------------------------

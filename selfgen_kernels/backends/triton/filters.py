@@ -107,8 +107,8 @@ def filter_cutoff_kernel(
         logits += row * row_stride
         if top_ks is not None:
             k = tl.maximum(tl.minimum(tl.load(top_ks + row), vocab_size), 1).to(tl.float64)
-            key = largest_key(logits, vocab_size, inv_temperature, 0.0, cutoff, k, BLOCK, False)
-            cutoff = logit_of(key, DTYPE) * inv_temperature
+            kth = largest_key(logits, vocab_size, inv_temperature, 0.0, cutoff, k, BLOCK, False)
+            cutoff = logit_of(kth, DTYPE) * inv_temperature
         if (top_ps is not None) | (min_ps is not None):
             keys = tl.full([BLOCK], 0, tl.uint32)
             for start in range(0, vocab_size, BLOCK):
@@ -126,8 +126,8 @@ def filter_cutoff_kernel(
                         )
                         sums += weight
                     needed = top_p * tl.sum(sums).to(tl.float64)
-                    key = largest_key(logits, vocab_size, inv_temperature, largest, cutoff, needed, BLOCK, True)
-                    cutoff = raised(cutoff, logit_of(tl.minimum(key, best), DTYPE) * inv_temperature)
+                    last = largest_key(logits, vocab_size, inv_temperature, largest, cutoff, needed, BLOCK, True)
+                    cutoff = raised(cutoff, logit_of(tl.minimum(last, best), DTYPE) * inv_temperature)
             if min_ps is not None:
                 by_min_p = largest + log_of_share(tl.load(min_ps + row))
                 cutoff = tl.where(by_min_p == by_min_p, raised(cutoff, by_min_p), float("-inf"))

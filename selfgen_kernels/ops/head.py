@@ -78,7 +78,7 @@ def linear_sample_mix(
             and, as its inverse, in Granite (`logits_scaling`).
         reference, self_prob, seed, sample_ids, positions, temperature, top_k, top_p, min_p, status: as in `sample_mix`.
         min_reference_prob: as in `sample_mix`; a second pass of the head, in which the logits are in memory no more
-            than in the draw's: their maximum and sum of exponentials are, one each for at least 64 ids.
+            than in the draw's; of each group of 64 ids, its maximum and mass are, in 8 bytes.
         vocab_size: as in `sample_mix`; the result is that of weight[:vocab_size] and bias[:vocab_size], and the rest of
             the head is not multiplied.
 

@@ -3,9 +3,10 @@
 import pytest
 import torch
 from adversarial import FILTERS, adversarial_logits, adversarial_rows
-from conftest import _TRITON, DEVICE, moved
+from conftest import _TRITON, DEVICE, GPU_ONLY, Backend, moved
 
 from selfgen_kernels.backends.reference import elementary, philox
+from selfgen_kernels.backends.reference import sampling as reference_sampling
 from selfgen_kernels.backends.reference.scaling import filter_cutoff, scaled
 from selfgen_kernels.backends.triton.configuration import TARGETS
 from selfgen_kernels.call import Sampling
@@ -135,6 +136,19 @@ def test_tokens_of_a_large_odd_vocabulary_are_equal(fast, reference, filters):
         got, want = (b.sample_mix(logits, inv_temperature=inverse, seed=1, **some) for b in (fast, reference))
         for ours, theirs in zip(got, want, strict=True):
             assert_equal(ours, theirs)
+
+
+@pytest.mark.parametrize("device", [pytest.param("cuda", marks=GPU_ONLY)])
+@pytest.mark.parametrize("filters", FILTERS)
+def test_the_reference_gives_the_same_on_a_gpu(reference, filters, device):
+    there = Backend("reference", device, philox, reference_sampling)
+    logits, inverse, some = adversarial_rows(5001, torch.float32, filters)
+    got, want = (b.sample_mix(logits, inv_temperature=inverse, seed=3, **some) for b in (there, reference))
+    for ours, theirs in zip(got, want, strict=True):
+        assert_equal(ours, theirs)
+    assert_equal(there.reference_log_prob(logits), reference.reference_log_prob(logits))
+    keys = torch.arange(99), torch.arange(99) * 7
+    assert_equal(there.gumbel_noise(5, *keys, 5000, 1), reference.gumbel_noise(5, *keys, 5000, 1))
 
 
 @pytest.mark.parametrize("fast", [_TRITON], indirect=True)

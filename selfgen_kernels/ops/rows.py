@@ -53,10 +53,15 @@ def per_row(
     return like.new_full((like.shape[0],), value, dtype=dtype)  # fake if `like` is
 
 
+def _on_host(value: Any) -> bool:
+    """Whether `value` is a number that Python computes with: no tensor, and no symbol of what traces the call."""
+    return isinstance(value, int | float) and not torch.compiler.is_compiling()
+
+
 def mask_threshold(self_prob: float | Tensor, like: Tensor) -> Tensor:
     """The probability p [N] as int64 [N]: a row is a self row if its uint32 random number is below p * 2^32."""
     accepted, is_valid = "0 <= p <= 1", lambda p: (p >= 0) & (p <= 1)
-    if isinstance(self_prob, int | float):  # a symbolic number is neither
+    if _on_host(self_prob):
         check_number("self_prob", self_prob, accepted, is_valid, or_else="a tensor [N]")
         return like.new_full((like.shape[0],), round(self_prob * 2**32), dtype=torch.int64)
     prob = per_row("self_prob", self_prob, like, torch.float64, accepted, is_valid)
@@ -66,7 +71,7 @@ def mask_threshold(self_prob: float | Tensor, like: Tensor) -> Tensor:
 def inverse_temperature(temperature: float | Tensor, like: Tensor) -> Tensor:
     """1 / temperature as fp32 [N]; +inf stands for greedy, NaN for a temperature that no one could accept."""
     accepted, is_valid = "a finite temperature >= 0 (0 is greedy)", lambda t: (t >= 0) & (t < float("inf"))
-    if isinstance(temperature, int | float):
+    if _on_host(temperature):
         check_number("temperature", temperature, accepted, is_valid, or_else="a tensor [N]")
         inverse = torch.inf if temperature < GREEDY_BELOW else max(1 / temperature, 2**-126)
         return like.new_full((like.shape[0],), inverse, dtype=torch.float32)
@@ -111,7 +116,7 @@ def where_confident(how: Sampling, min_reference_prob: Any, log_prob_of: Any, *g
     if min_reference_prob is None:
         return how
     like, accepted, is_valid = given[0], "0 <= p <= 1", lambda p: (p >= 0) & (p <= 1)
-    if isinstance(min_reference_prob, int | float):
+    if _on_host(min_reference_prob):
         check_number("min_reference_prob", min_reference_prob, accepted, is_valid, or_else="a tensor [N]")
         least = log(min_reference_prob) if min_reference_prob > 0 else -torch.inf
         log_least = like.new_full((like.shape[0],), least, dtype=torch.float32)

@@ -48,12 +48,17 @@ def tile_mass_kernel(
     start = tile.to(tl.int64) * BLOCK_N
     in_tile = tl.arange(0, BLOCK_N)
     size = tl.minimum(BLOCK_N, vocab_size - start).to(tl.int32)
+    wanted = tl.load(reference + row, mask=is_row, other=-1) - start  # [BLOCK_M]
+    wanted = tl.where((wanted >= 0) & (wanted < size), wanted, -1).to(tl.int32)
     z = multiply_tile(
         hidden, hidden_stride, weight, weight_stride, bias, hidden_size, logit_scale, softcap, row, is_row,
         start + in_tile, in_tile < size, BLOCK_K,
     )  # fmt: skip
     z = tl.where(z == z, z, float("inf"))
     z = tl.where((in_tile < size)[None, :], z, float("-inf"))
+    logit = tl.max(tl.where(in_tile[None, :] == wanted[:, None], z, float("-inf")), 1)
+    tl.store(found + slot, logit, mask=is_row & (wanted >= 0))
+
     GROUPS: tl.constexpr = BLOCK_N // GROUP_SIZE
     peak, mass = group_masses(tl.reshape(z, [BLOCK_M, GROUPS, GROUP_SIZE]))  # [BLOCK_M, GROUPS]
     group = tile.to(tl.int64) * GROUPS + tl.arange(0, GROUPS)
@@ -61,11 +66,6 @@ def tile_mass_kernel(
     is_group = is_row[:, None] & (group * GROUP_SIZE < vocab_size)[None, :]
     tl.store(peaks + place, peak, mask=is_group)
     tl.store(masses + place, mass, mask=is_group)
-    wanted = tl.load(reference + row, mask=is_row, other=-1) - start  # [BLOCK_M]
-    is_here = is_row & (wanted >= 0) & (wanted < size)
-    wanted = tl.where(is_here, wanted, -1).to(tl.int32)
-    logit = tl.max(tl.where(in_tile[None, :] == wanted[:, None], z, float("-inf")), 1)
-    tl.store(found + slot, logit, mask=is_here)
 
 
 @triton.jit(do_not_specialize=["capacity"])

@@ -63,11 +63,11 @@ std::vector<Draw> draw_rows(const HeadArguments& arguments, const Row* rows, int
   return draws;
 }
 
-// Peaks and masses of a group's logits [size, lanes], NaN being +inf: those of the first `count` lanes. Where a peak is not finite, any mass.
+// Maxima and sums of exponentials of a group's logits [size, lanes], NaN being +inf: those of the first `count` lanes.
 SELFGEN_INLINE void lane_masses_(
-    const float* logits, int64_t size, int64_t lanes, int64_t count, float* __restrict peak, uint32_t* __restrict mass) {
+    const float* logits, int64_t size, int64_t lanes, int64_t count, float* __restrict peak, float* __restrict sum) {
   std::fill_n(peak, count, -kInf);
-  std::fill_n(mass, count, 0);
+  std::fill_n(sum, count, 0.f);
   for (int64_t j = 0; j < size; ++j) {
     for (int64_t i = 0; i < count; ++i) {
       const float z = logits[j * lanes + i], x = z == z ? z : kInf;
@@ -75,36 +75,34 @@ SELFGEN_INLINE void lane_masses_(
     }
   }
   for (int64_t j = 0; j < size; ++j) {
-    for (int64_t i = 0; i < count; ++i) mass[i] += mass_term(exp_(logits[j * lanes + i] - peak[i]));
+    for (int64_t i = 0; i < count; ++i) sum[i] += exp_(logits[j * lanes + i] - peak[i]);
   }
 }
 SELFGEN_CLONES(
     void, lane_masses,
-    (const float* logits, int64_t size, int64_t lanes, int64_t count, float* __restrict peak,
-     uint32_t* __restrict mass),
-    (logits, size, lanes, count, peak, mass))
+    (const float* logits, int64_t size, int64_t lanes, int64_t count, float* __restrict peak, float* __restrict sum),
+    (logits, size, lanes, count, peak, sum))
 
-// The log probability of the references. What is kept of the logits is the mass of each group.
+// The log probability of the references. What is kept of the logits is the mass of each group: groups are added up in
+// their order, so that threads don't change a bit.
 template <typename T>
 at::Tensor head_log_probs(const HeadArguments& arguments, const Rows& rows) {
   const int64_t groups = groups_of(arguments.weight.size(0)), count = rows.selected.size();
   const HeadRows<T> head(arguments, rows.selected.data(), count);
-  std::vector<float> z(count, -kInf), peaks(count * groups), peak(head.threads() * count);
-  std::vector<uint32_t> masses(count * groups), mass(head.threads() * count);
+  std::vector<float> z(count, -kInf), buffers(head.threads() * 2 * count);
+  std::vector<Mass> masses(count * groups);
   const int64_t* const tokens = rows.reference.const_data_ptr<int64_t>();
   head.for_each_group([&](int64_t thread, int64_t group, int64_t first, int64_t size, const float* logits) {
-    float* const own_peak = peak.data() + thread * count;
-    uint32_t* const own_mass = mass.data() + thread * count;
-    lane_masses(logits, size, head.lanes(), count, own_peak, own_mass);
+    float *const peak = buffers.data() + thread * 2 * count, *const sum = peak + count;
+    lane_masses(logits, size, head.lanes(), count, peak, sum);
     for (int64_t i = 0; i < count; ++i) {
-      peaks[i * groups + group] = own_peak[i];
-      masses[i * groups + group] = own_mass[i];
+      masses[i * groups + group] = {peak[i], peak[i] > -kInf ? sum[i] : 0};
       const int64_t token = tokens[rows.selected[i].index];
       if (first <= token && token < first + size) z[i] = logits[(token - first) * head.lanes() + i];
     }
     return true;
   });
-  return log_probs(rows, z, peaks, masses, groups);
+  return log_probs(rows, z, masses, groups);
 }
 
 // What became of some rows, which are put into this order.
@@ -246,7 +244,7 @@ at::Tensor linear_reference_log_prob(const HeadArguments& arguments, const Sampl
   check_head(arguments);
   const Rows rows(arguments.hidden.size(0), sampling);
   return with_dtype(arguments.hidden, [&](auto type) {
-    if (rows.selected.empty()) return log_probs(rows, {}, {}, {}, 0);
+    if (rows.selected.empty()) return log_probs(rows, {}, {}, 0);
     return head_log_probs<decltype(type)>(arguments, rows);
   });
 }

@@ -143,6 +143,9 @@ ABLATIONS = by_name(
     Method("BSS, 2 passes", P, "approximate", passes=2),
     Method("RAC, equal rows", CORRECTION, "correction", equal_rows=True),
     Method("SFT, lean loss", PLAIN | {"lean_loss": True}),
+    Method(
+        "BSS, p falls from 0.5, cooler, from half-way on", MORE | {"self_prob_warmup": 0.5, "sampling_temperature": 0.7}
+    ),
 )
 ALL_METHODS = METHODS | BASELINES | CANDIDATES | ABLATIONS
 

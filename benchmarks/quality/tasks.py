@@ -169,7 +169,7 @@ class TextTask(ABC):
 
     @abstractmethod
     def texts(self, count: int, seed: int) -> Dataset:
-        """``count`` rows as ``prompt``/``completion``."""
+        """``count`` rows as ``prompt``/``completion``; fewer, if there are no more."""
 
     @abstractmethod
     def is_right(self, answer: list[int], reference: list[int]) -> bool: ...
@@ -180,6 +180,7 @@ class TextTask(ABC):
         drawn = self.spare * count
         while True:
             texts = self.texts(drawn, seed)
+            is_all = len(texts) < drawn
             texts = texts.filter(lambda row: all(len(row[name]) <= 6 * limit for name, limit in limits.items()))
             rows, _ = tokenize_rows(texts, self.tokenizer, max_length=self.longest)
             rows = rows.filter(
@@ -191,6 +192,8 @@ class TextTask(ABC):
             )
             if len(rows) >= count:
                 return rows.select(range(count))
+            if is_all:
+                raise ValueError(f"{self.name} has {len(rows)} rows, but {count} are asked for: train for fewer steps")
             drawn *= 2
 
     def _decoded(self, *rows: list[int]) -> list[str]:

@@ -157,6 +157,14 @@ def test_variants_have_their_length_and_their_data():
         assert {len(row) for row in TASKS[name].rows(20, seed=0)["answer_ids"]} == {length + 1}
 
 
+def test_a_task_whose_texts_run_out_says_so(monkeypatch):
+    sentences = [f"there are {count * 'so '}many words in it" for count in range(9)]
+    monkeypatch.setattr(tasks, "_sentences", lambda: sentences)
+    assert len(TASKS["reverse"].rows(9, seed=0)) == 9
+    with pytest.raises(ValueError, match="reverse has 9 rows, but 10 are asked for"):
+        TASKS["reverse"].rows(10, seed=0)
+
+
 def test_few_rows_are_seen_again_and_again(monkeypatch):
     counts, rows = [], Task.rows
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -19,8 +20,12 @@ from helpers.processes import in_ranks, kill_command
 from safetensors.torch import load_file, save_file
 
 import selfgen
+from selfgen import BSSConfig
 from selfgen.cli import COMMANDS, main
+from selfgen.cli.options import parse
+from selfgen.cli.train import _parser
 from selfgen.context.models import MissingWeightsError, load_whole
+from selfgen.evaluation import Gap
 
 
 def test_help(capsys):
@@ -36,6 +41,32 @@ def test_help(capsys):
         code, everything, _ = run(["train", flag], capsys)
         assert code == 0
         assert "--adam-beta1" in everything
+
+
+def parsed(tmp_path, *options: str) -> BSSConfig:
+    required = ["--model", "m", "--dataset", "d", "--output-dir", str(tmp_path), "--use-cpu"]
+    return parse(_parser(BSSConfig, everything=False), [*required, *options])[3]
+
+
+def test_a_flag_that_may_be_left_open_is_yes_by_itself(tmp_path):
+    """Whatever follows it."""
+    assert [parsed(tmp_path, *options).lean_loss for options in ((), ("--lean-loss",), ("--lean-loss", "no"))] == [
+        None,
+        True,
+        False,
+    ]
+    assert parsed(tmp_path, "--lean_loss", "--seed", "7").seed == 7
+
+
+def test_the_comparison_that_is_advised_is_one_that_runs(tmp_path):
+    """By `selfgen eval` and by the pages."""
+    lines = {"tokens": 10, "right_under_references": 9, "right_running_freely": 5, "self_tokens": 10}
+    advice = Gap.of([lines | {"self_tokens_right": 3}] * 10).advice
+    advised = re.search(r"compare with (--.*?) \(", advice)[1]
+    found = parsed(tmp_path, *advised.split())
+    assert (found.self_prob, found.lean_loss) == (0.0, True)
+    for page in ("README.md", "docs/evaluation.md", "docs/results.md", "docs/bss.md"):
+        assert advised in (ROOT / page).read_text()
 
 
 def test_version(capsys):

@@ -25,6 +25,7 @@ from transformers import (
     PreTrainedModel,
     PreTrainedTokenizerBase,
 )
+from transformers.hf_argparser import string_to_bool
 from transformers.utils.hub import cached_file, extract_commit_hash
 
 from ..context.models import auto_class_of
@@ -370,6 +371,8 @@ def make_parser(groups: Iterable[type], prog: str, usage: str, description: str,
         if any(flag.startswith("--no_") for flag in action.option_strings):
             action.help = argparse.SUPPRESS
         kind = kinds.get(action.dest)
+        if action.type is string_to_bool and action.nargs is None:  # None or a bool: the flag alone is yes, too
+            action.nargs, action.const = "?", True
         if kind == "either":
             action.nargs = "+"
         elif kind == "number or word":

@@ -347,6 +347,8 @@ def _checkpoint(config: BSSConfig) -> str | None:
     found = resumed_checkpoint(config.resume_from_checkpoint, config.output_dir)
     if found:
         check_resumed(found, config)
+    elif config.resume_from_checkpoint and is_first():
+        logger.info("%s has no checkpoint yet: training begins at its first step", config.output_dir)
     return found
 
 

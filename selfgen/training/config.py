@@ -346,6 +346,8 @@ class BSSConfig(RowOptions, GeneratorOptions, TargetOptions, TrainingArguments):
                 "fp16 is given, but on a CPU nothing scales the loss, so that small gradients would vanish: give bf16 "
                 "(--bf16 yes), or leave it out"
             )
+        if self.device.type == "cpu":
+            self.dataloader_pin_memory = False  # which helps an accelerator alone; without one, torch only warns
         self.check_rows()
         check_reporters(self.report_to)
         self._check_self_prob()

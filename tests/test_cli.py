@@ -135,7 +135,7 @@ def test_a_run_before_is_not_taken_for_this_one(arguments, capsys):
     assert "--resume-from-checkpoint last" in err
     code, _, err = run(["train", *flags(arguments), "--resume_from_checkpoint", "last", "--self_prob", "0.7"], capsys)
     assert code == 2
-    assert "self_prob was 0.25, is 0.7" in err
+    assert "self_prob was 0.5, is 0.7" in err
     assert (Path(arguments["output_dir"]) / "model.safetensors").read_bytes() == before
     more = {**arguments, "max_steps": 5, "token_budget": 9}  # changes no contexts
     assert run(["train", *flags(more), "--resume_from_checkpoint", "last"], capsys)[0] == 0

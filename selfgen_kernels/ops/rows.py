@@ -127,16 +127,20 @@ def where_confident(how: Sampling, min_reference_prob: Any, log_prob_of: Any, *g
     return how._replace(threshold=how.threshold.masked_fill(~(log_prob >= log_least - rounding), 0))
 
 
+_SQRT_HALF = 0x3FE6A09E667F3BCD  # bits of sqrt(1/2) in fp64
+
+
 def _log(prob: Tensor) -> Tensor:
     """log fp32 of fp64 probabilities, by operations that every device rounds alike; NaN for what is none."""
-    mantissa, exponent = torch.frexp(prob)
-    is_low = mantissa < 0.5**0.5
-    mantissa = torch.where(is_low, 2 * mantissa, mantissa)
+    is_tiny = prob < 2.0**-1000
+    bits = torch.where(is_tiny, prob * 2.0**60, prob).view(torch.int64)
+    exponent = (bits - _SQRT_HALF) >> 52  # of the power of two that leaves sqrt(1/2) <= mantissa < sqrt(2)
+    mantissa = (bits - (exponent << 52)).view(torch.float64)
     s = (mantissa - 1) / (mantissa + 1)  # log(mantissa) = 2 atanh(s), |s| < 0.18
     square, series = s * s, torch.zeros_like(s)
     for power in range(17, 0, -2):
         series = series * square + 1 / power
-    result = 2 * s * series + (exponent - is_low.int()).double() * log(2)
+    result = 2 * s * series + (exponent.double() - 60 * is_tiny.double()) * log(2)
     return result.masked_fill(prob == 0, -torch.inf).masked_fill(~(prob >= 0), torch.nan).float()
 
 

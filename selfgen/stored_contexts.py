@@ -21,7 +21,7 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 from datasets import Dataset, Features, List, Value
 
-from .context import ContextGenerator
+from .context import NOISE_VERSION, ContextGenerator
 from .context.generator import Method
 from .context.models import max_positions
 from .context.sharding import tensor_parallel_size
@@ -104,6 +104,7 @@ def write_contexts(
     settings = {
         "self_prob": float(self_prob),
         "seed": int(seed),
+        "noise_version": NOISE_VERSION,
         "temperature": generator.temperature,
         "masks": generator.masks.describe(),
         "vocab_size": generator.vocab_size,

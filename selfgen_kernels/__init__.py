@@ -4,6 +4,7 @@
 of `backends/` compute the same faster. Only torch is needed: a missing compiler, GPU or Triton costs speed, no more.
 """
 
+from selfgen_kernels.call import NOISE_VERSION
 from selfgen_kernels.ops.attention import kv_append, ragged_attention
 from selfgen_kernels.ops.head import combine_shards, linear_sample_mix, linear_sample_shard
 from selfgen_kernels.ops.noise import gumbel_noise, self_mask
@@ -13,6 +14,7 @@ from selfgen_kernels.ops.sampling import sample_mix
 from selfgen_kernels import backends  # isort: skip  (kernels register for schemas that the ops above have defined)
 
 __all__ = [
+    "NOISE_VERSION",
     "backends",
     "combine_shards",
     "commit_pass",

@@ -11,6 +11,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+NOISE_VERSION = 2
+"""Rises when the same seed, ids and logits give other tokens, so that nothing is resumed with other noise."""
 GROUP_SIZE = 64
 """Consecutive ids of the vocabulary that are drawn from as one; see `backends/reference/sampling.py`."""
 

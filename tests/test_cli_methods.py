@@ -216,6 +216,13 @@ def test_other_settings_need_another_file(generation, capsys):
     assert run(["generate", *flags(generation | {"batch_size": 2})], capsys)[0] == 0  # changes no answer
 
 
+def test_answers_of_other_noise_need_another_file(generation, capsys, monkeypatch):
+    run(["generate", *flags(generation)], capsys)
+    monkeypatch.setattr("selfgen.cli.generate.NOISE_VERSION", 3)
+    code, _, err = run(["generate", *flags(generation)], capsys)
+    assert (code, "noise_version was 2, is 3" in err) == (2, True), err
+
+
 def test_a_journal_keeps_whole_lines(tmp_path):
     journal = Journal(tmp_path / "rows.jsonl", {"a": 1})
     rows = Dataset.from_list([{"x": 1}, {"x": 2}, {"x": 3}])

@@ -521,6 +521,12 @@ def test_other_settings_need_another_folder(changes, words, arguments, monkeypat
     assert results_of(arguments) == before
 
 
+def test_measurements_of_other_noise_need_another_folder(arguments, monkeypatch, capsys):
+    assert evaluate(arguments, capsys, "loss")[0] == 0
+    monkeypatch.setattr("selfgen.cli.eval.NOISE_VERSION", 3)
+    assert "noise_version was 2, is 3" in evaluate(arguments, capsys, "loss")[2]
+
+
 def test_other_weights_and_rows_need_another_folder(arguments, tmp_path, capsys):
     arguments["model"] = str(tmp_path / "model")
     save_model(tmp_path / "model", **MODEL)

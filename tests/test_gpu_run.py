@@ -16,7 +16,7 @@ from selfgen_kernels.ops import OPS
 ROOT = Path(__file__).resolve().parent.parent
 
 LAUNCHED_BY = {  # op with a Triton kernel: tests of which one at least must be run on a GPU
-    "gumbel_noise": ("test_noise_ops.py::test_noise_agrees_to_a_few_ulp[triton", "test_gpu.py::"),
+    "gumbel_noise": ("test_noise_ops.py::test_noise_agrees_bit_for_bit[triton", "test_gpu.py::"),
     "self_mask": ("test_noise_ops.py::test_words_agree_bit_for_bit[triton",),
     "sample_mix": ("test_sample_mix.py::test_backends_agree[triton",),
     "reference_log_prob": ("test_reference_log_prob.py::test_any_dtype_and_vocabulary_size[triton",),

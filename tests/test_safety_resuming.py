@@ -142,6 +142,16 @@ def test_every_rank_has_its_generators_state(run_folder):
 # Other rows and other options
 
 
+def test_a_run_of_other_noise_is_refused(run_folder):
+    """As that of a version that drew other tokens by the same seed, and noted nothing down."""
+    file = run_folder / "checkpoint-3" / "selfgen.json"
+    settings = json.loads(file.read_text())
+    del settings["noise_version"]
+    file.write_text(json.dumps(settings))
+    with pytest.raises(ResumeError, match="noise_version was 1, is 2"):
+        make_trainer(run_folder).train(resume_from_checkpoint="last")
+
+
 def test_other_rows_are_refused(run_folder):
     for data in (rows(seed=5), rows().select(range(15)), rows().shuffle(seed=1)):
         with pytest.raises(ResumeError, match=r"checkpoint-3 comes from a run on other rows"):

@@ -174,6 +174,13 @@ def test_other_settings_are_refused(tmp_path, changes, words):
     assert contents(tmp_path) == before
 
 
+def test_contexts_of_other_noise_are_refused(tmp_path, monkeypatch):
+    write(tmp_path)
+    monkeypatch.setattr("selfgen.stored_contexts.NOISE_VERSION", 3)
+    with pytest.raises(OfflineError, match="noise_version was 2, is 3"):
+        write(tmp_path)
+
+
 def test_bad_arguments(tmp_path):
     (tmp_path / "other" / "data").mkdir(parents=True)
     (tmp_path / "other" / "data" / "train.jsonl").touch()

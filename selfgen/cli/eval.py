@@ -15,7 +15,7 @@ from typing import Any
 from tqdm.auto import tqdm
 from transformers import PreTrainedTokenizerBase
 
-from ..context import ContextGenerator
+from ..context import NOISE_VERSION, ContextGenerator
 from ..context.generator import METHODS, Method
 from ..context.masks import check_probability
 from ..context.models import max_positions, unpadded_vocab_size
@@ -219,6 +219,7 @@ def evaluate(
 
     what = asdict(model_arguments) | asdict(data) | {"limit": how.limit}
     what |= {"weights": weights_hash(model), "rows": rows_hash(rows), "vocab_size": vocab_size}
+    what["noise_version"] = NOISE_VERSION
     made = {name: {key: getattr(how, key) for key in keys} for name, keys in _SETTINGS.items()}
     folder = Path(how.output_dir)
     before = _results(folder)

@@ -8,7 +8,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-from ..context import ContextGenerator
+from ..context import NOISE_VERSION, ContextGenerator
 from ..context.models import room_for_answers, unpadded_vocab_size
 from ..correction import DEFAULT_CUE, CorrectionCue
 from ..data import sample_ids_of
@@ -113,6 +113,7 @@ def answer(model_arguments: ModelArguments, data: DataArguments, how: GenerateAr
     settings = asdict(model_arguments) | asdict(data)
     settings |= {name: value for name, value in asdict(how).items() if name not in _MAY_CHANGE}
     settings |= {"weights": weights_hash(model), "rows": rows_hash(rows), "vocab_size": vocab_size}
+    settings["noise_version"] = NOISE_VERSION
     journal = Journal(Path(how.output_file), settings)
     model = model.to(device(how.use_cpu))
     generator = ContextGenerator(model, temperature=how.temperature, vocab_size=vocab_size)

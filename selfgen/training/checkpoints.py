@@ -20,6 +20,7 @@ from safetensors import SafetensorError, safe_open
 from torch import nn
 from transformers import GenerationConfig, PreTrainedModel, TrainingArguments
 
+from ..context import NOISE_VERSION
 from ..files import SaveError, alone, check_folder, code_in, writing
 from ..provenance import differences
 from .config import FOLLOWING, BSSConfig
@@ -442,7 +443,7 @@ def resumed_settings(args: BSSConfig) -> dict[str, object]:
     of_trainer = {field.name for field in fields(TrainingArguments)} - {"seed"}
     names = [field.name for field in fields(args) if field.name not in of_trainer | _MAY_CHANGE]
     more = {"self_prob_warmup": args.warm_up, "self_prob_curve": args.masks.curve}  # what is used where none is given
-    return {name: getattr(args, name) for name in names} | more
+    return {name: getattr(args, name) for name in names} | more | {"noise_version": NOISE_VERSION}
 
 
 def _method_of(settings: Collection[str]) -> str:
@@ -496,6 +497,7 @@ def check_resumed(
                 "%s has no %s, so whether its run had these settings and rows can't be told", checkpoint, SETTINGS
             )
         return
+    before.setdefault("noise_version", 1)  # of checkpoints that do not name it
     before_trainer, before_rows = before.pop("trainer", {}), before.pop("rows", None)
     now, now_trainer = resumed_settings(args), trainer_settings(args)
     known = before_trainer.keys() & now_trainer.keys()  # another version may have other ones

@@ -78,7 +78,7 @@ def linear_sample_mix(
             and, as its inverse, in Granite (`logits_scaling`).
         reference, self_prob, seed, sample_ids, positions, temperature, top_k, top_p, min_p, status: as in `sample_mix`.
         min_reference_prob: as in `sample_mix`; a second pass of the head, in which the logits are in memory no more
-            than in the draw's: their maximum and sum of exponentials are, one each for at least 64 ids.
+            than in the draw's; of each group of 64 ids, its maximum and mass are, in 8 bytes.
         vocab_size: as in `sample_mix`; the result is that of weight[:vocab_size] and bias[:vocab_size], and the rest of
             the head is not multiplied.
 
@@ -130,7 +130,8 @@ def linear_sample_shard(
 
     Each rank calls this with its shard, all ranks gather the two small results (60 bytes per row and rank) in place of
     the logits, and each calls `combine_shards`. The token is the one that a single rank with the whole head draws, up
-    to rounding at near ties; shards may have any sizes and begin and end anywhere. Filters are not offered: a cutoff
+    to rounding at near ties: of its products, and of a group of 64 ids that two shards share, which is summed up in two
+    parts. Shards may have any sizes and begin and end anywhere. Filters are not offered: a cutoff
     needs the whole row. The split is Megatron-LM's (Shoeybi et al., arXiv 1909.08053, section 3); what shards have to
     exchange is small as a maximum of Gumbel-perturbed logits is one of its parts' maxima (Maddison et al., "A*
     Sampling", arXiv 1411.0030).

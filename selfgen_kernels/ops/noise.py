@@ -41,7 +41,7 @@ def gumbel_noise(
         device: where to make the noise; where `sample_ids` are if None.
 
     Returns:
-        fp32 [N, size], finite, within (-2.82, 22.88). Backends differ by a few units in the last place.
+        fp32 [N, size], finite, within (-2.82, 22.88), the same bits from every backend.
 
     Raises:
         TypeError: an argument of another type or dtype.

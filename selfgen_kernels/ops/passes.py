@@ -58,18 +58,19 @@ def plan_pass(
     batch-scheduled sampling (Cen et al., arXiv 2410.14655), under a token budget as in Sarathi-Serve (Agrawal et al.,
     arXiv 2403.02310).
 
-    The sums are fp32, added along the row one after the other and held at the lowest finite number, so that every
-    backend gives the same plan.
+    Logs count in whole units of 2^-20, rounded down and held at -1024, and so do their sums: integers, so that every
+    backend gives the same plan, whatever the order in which it adds. Only a log of 0 is a certain guess.
 
     Args:
         final: int64 [R], the slot of each row's first position whose K/V is not final. Row r is done if
             next_self[final[r]] == final[r].
         row_starts: int64 [R], the first slot of each row.
         next_self: int64 [S], the slot of the first self position after slot s in the same row; s if there is none.
-        log_chance: fp32 [S], <= 0: log of the chance that the guess at a self position is right. Other slots are not
-            looked at.
+        log_chance: fp32 [S], <= 0: natural log of the chance that the guess at a self position is right. Other slots
+            are not looked at.
         token_budget: 1 <= token_budget < 2^31.
-        least_log_chance: fp32 [R], <= 0: log of the least chance that is worth speculation in each row. None: any is.
+        least_log_chance: fp32 [R], <= 0: natural log of the least chance that is worth speculation in each row. None:
+            any is.
 
     Returns:
         slots int64 [token_budget], the planned slots row after row, then -1 as padding.

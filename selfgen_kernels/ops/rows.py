@@ -4,6 +4,7 @@ What users hand to sampling and noise ops for each row, checked and packed into 
 """
 
 from collections.abc import Callable
+from math import log
 from typing import Any
 
 import torch
@@ -52,16 +53,29 @@ def per_row(
     return like.new_full((like.shape[0],), value, dtype=dtype)  # fake if `like` is
 
 
+def _on_host(value: Any) -> bool:
+    """Whether `value` is a number that Python computes with: no tensor, and no symbol of what traces the call."""
+    return isinstance(value, int | float) and not torch.compiler.is_compiling()
+
+
 def mask_threshold(self_prob: float | Tensor, like: Tensor) -> Tensor:
     """The probability p [N] as int64 [N]: a row is a self row if its uint32 random number is below p * 2^32."""
-    prob = per_row("self_prob", self_prob, like, torch.float64, "0 <= p <= 1", lambda p: (p >= 0) & (p <= 1))
+    accepted, is_valid = "0 <= p <= 1", lambda p: (p >= 0) & (p <= 1)
+    if _on_host(self_prob):
+        check_number("self_prob", self_prob, accepted, is_valid, or_else="a tensor [N]")
+        return like.new_full((like.shape[0],), round(self_prob * 2**32), dtype=torch.int64)
+    prob = per_row("self_prob", self_prob, like, torch.float64, accepted, is_valid)
     return (prob * 2**32).round().long()
 
 
 def inverse_temperature(temperature: float | Tensor, like: Tensor) -> Tensor:
     """1 / temperature as fp32 [N]; +inf stands for greedy, NaN for a temperature that no one could accept."""
-    accepted = "a finite temperature >= 0 (0 is greedy)"
-    value = per_row("temperature", temperature, like, torch.float64, accepted, lambda t: (t >= 0) & (t < float("inf")))
+    accepted, is_valid = "a finite temperature >= 0 (0 is greedy)", lambda t: (t >= 0) & (t < float("inf"))
+    if _on_host(temperature):
+        check_number("temperature", temperature, accepted, is_valid, or_else="a tensor [N]")
+        inverse = torch.inf if temperature < GREEDY_BELOW else max(1 / temperature, 2**-126)
+        return like.new_full((like.shape[0],), inverse, dtype=torch.float32)
+    value = per_row("temperature", temperature, like, torch.float64, accepted, is_valid)
     inverse = (1 / value).clamp(min=2**-126)  # 0 would make NaN of -inf
     return inverse.masked_fill(value < GREEDY_BELOW, torch.inf).masked_fill(value < 0, torch.nan).float()
 
@@ -101,13 +115,33 @@ def where_confident(how: Sampling, min_reference_prob: Any, log_prob_of: Any, *g
     """`how` with a threshold of 0 where `log_prob_of` the `given` finds the reference less likely than that."""
     if min_reference_prob is None:
         return how
-    least = per_row(
-        "min_reference_prob", min_reference_prob, given[0], torch.float64, "0 <= p <= 1", lambda p: (p >= 0) & (p <= 1)
-    )
+    like, accepted, is_valid = given[0], "0 <= p <= 1", lambda p: (p >= 0) & (p <= 1)
+    if _on_host(min_reference_prob):
+        check_number("min_reference_prob", min_reference_prob, accepted, is_valid, or_else="a tensor [N]")
+        least = log(min_reference_prob) if min_reference_prob > 0 else -torch.inf
+        log_least = like.new_full((like.shape[0],), least, dtype=torch.float32)
+    else:
+        log_least = _log(per_row("min_reference_prob", min_reference_prob, like, torch.float64, accepted, is_valid))
     log_prob = log_prob_of(*given, *how.mask)  # [N]
-    log_least = least.log().float()
     rounding = 4 * torch.finfo(torch.float32).eps * (1 + log_least.abs())  # what is as likely as asked for is enough
     return how._replace(threshold=how.threshold.masked_fill(~(log_prob >= log_least - rounding), 0))
+
+
+_SQRT_HALF = 0x3FE6A09E667F3BCD  # bits of sqrt(1/2) in fp64
+
+
+def _log(prob: Tensor) -> Tensor:
+    """log fp32 of fp64 probabilities, by operations that every device rounds alike; NaN for what is none."""
+    is_tiny = prob < 2.0**-1000
+    bits = torch.where(is_tiny, prob * 2.0**60, prob).view(torch.int64)
+    exponent = (bits - _SQRT_HALF) >> 52  # of the power of two that leaves sqrt(1/2) <= mantissa < sqrt(2)
+    mantissa = (bits - (exponent << 52)).view(torch.float64)
+    s = (mantissa - 1) / (mantissa + 1)  # log(mantissa) = 2 atanh(s), |s| < 0.18
+    square, series = s * s, torch.zeros_like(s)
+    for power in range(17, 0, -2):
+        series = series * square + 1 / power
+    result = 2 * s * series + (exponent.double() - 60 * is_tiny.double()) * log(2)
+    return result.masked_fill(prob == 0, -torch.inf).masked_fill(~(prob >= 0), torch.nan).float()
 
 
 def check_vocabulary(size: int, vocab_size: int | None = None) -> None:

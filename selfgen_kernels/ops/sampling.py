@@ -41,7 +41,8 @@ def sample_mix(
     Row i is drawn from softmax(logits[i] / temperature) after the filters, with noise that depends on nothing but
     (seed, sample_ids[i], positions[i]): the same row gives the same token in any batch. The draw is Gumbel-max in two
     levels, exact by the chain rule: a group of 64 consecutive ids, then one of them (`backends/reference/sampling.py`).
-    Rows that keep their reference cost nothing. Mixing: scheduled sampling, Bengio et al., arXiv 1506.03099.
+    The result is a function of the logits alone: the same bits from every backend, on any device. Rows that keep their
+    reference cost nothing. Mixing: scheduled sampling, Bengio et al., arXiv 1506.03099.
 
     Args:
         logits: fp32, bf16, fp16 or fp64 [N, V], any strides, V >= 1; computed in fp32, no gradient flows.
@@ -52,16 +53,17 @@ def sample_mix(
         positions: int32 or int64 [N], 0 <= position < 2^32, counted from the first answer token.
         temperature: >= 0 and finite, or floating [N]; below 1e-5 is greedy (argmax, the lowest id wins a tie).
         top_k: >= 1, or integer [N]: keep the k best logits and what ties with the k-th.
-        top_p: 0 < top_p <= 1, or floating [N]: keep the smallest set of best tokens with at least that probability.
+        top_p: 0 < top_p <= 1, or floating [N]: keep the smallest set of best tokens with at least that probability, of
+            probabilities rounded to whole multiples of 2^-34 of the best token's. For V < 2^29.
         min_p: 0 <= min_p <= 1, or floating [N]: keep tokens at least min_p times as likely as the best one.
+            Below 2^-126 it drops nothing: a token that is as unlikely is never drawn.
             The filters apply in the order temperature, top_k, top_p, min_p; None leaves one out.
         min_reference_prob: 0 <= value <= 1, or floating [N]: a row that the mask selects is sampled only where
             softmax(logits)[reference], at temperature 1 and without filters, is at least that; elsewhere it keeps its
             reference, and is_self is false (confidence-aware scheduled sampling, Liu et al., arXiv 2107.10427).
             Where the logits hold NaN, +inf or nothing but -inf no confidence can be told, and the row is sampled as
             without this, so that it is counted as invalid. A probability that is the threshold but for rounding, four
-            ulp of its logarithm, is enough; where it is less by just that, backends may differ. None is no such
-            condition.
+            ulp of its logarithm, is enough. None is no such condition.
         vocab_size: 1 <= vocab_size <= V: only the ids below it exist, as where an embedding has padded rows; None: all
             V. The result is bit for bit that of logits[:, :vocab_size], on every backend: the other logits may hold
             anything, are never drawn, and count in no filter and no probability. An id below it that no token of the

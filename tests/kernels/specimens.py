@@ -11,6 +11,7 @@ import triton.language as tl
 from selfgen_kernels.backends.triton import head
 from selfgen_kernels.backends.triton.configuration import Configuration
 from selfgen_kernels.backends.triton.dot import rounded
+from selfgen_kernels.backends.triton.elementary import gumbel
 from selfgen_kernels.backends.triton.noise import random_words
 
 
@@ -119,3 +120,10 @@ def configurations(target: str) -> list[Configuration]:
         Configuration("offsets", narrow_offset_kernel, row | {"stride": "i64"}, {"SIZE": 512}, four_warps),
         Configuration("steps", narrow_steps_kernel, row | {"stride": "i64", "count": "i32"}, {"SIZE": 512}, four_warps),
     ]
+
+
+@triton.jit
+def gumbel_kernel(words, out, SIZE: tl.constexpr):
+    """Program i writes the noise of words int64 [.., SIZE] into out fp32, at i * SIZE."""
+    place = tl.program_id(0) * SIZE + tl.arange(0, SIZE)
+    tl.store(out + place, gumbel(tl.load(words + place).to(tl.uint32)))

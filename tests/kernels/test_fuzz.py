@@ -12,7 +12,6 @@ import pytest
 import torch
 from hypothesis import assume, given
 from hypothesis import strategies as st
-from oracles import assert_same_tokens
 
 from selfgen_kernels import (
     backends,
@@ -168,8 +167,7 @@ def check_mixed(result, status, logits, reference, self_prob, how):
     sampled = drawn & ~greedy
     z = scaled_and_filtered(logits, sampling)
     assert not z[sampled, tokens[sampled]].isneginf().any()
-    key = {"sample_ids": sampling.sample_ids[sampled], "positions": sampling.positions[sampled]}
-    assert_same_tokens(tokens[sampled], want[sampled], z[sampled], seed=sampling.seed, **key)
+    assert torch.equal(tokens, want)
 
 
 @given(st.data(), st.integers(0, 9), VOCABULARIES, FLOATS)
@@ -323,7 +321,7 @@ def test_noise_and_mask(data, n, size, stream):
     seed, ids, positions = key.values()
     got = gumbel_noise(seed, ids, positions, size, stream=stream)
     want = philox.gumbel_noise(signed_seed(seed), ids.long(), positions.long(), size, stream)
-    torch.testing.assert_close(got, want, rtol=1e-6, atol=1e-6)
+    assert torch.equal(got, want)
     prob = data.draw(per_row(n, PROBS, [torch.float32, torch.float64]))
     threshold = (scalar_or_rows(prob, n, torch.float64) * 2**32).long()
     assert torch.equal(

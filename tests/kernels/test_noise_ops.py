@@ -35,7 +35,7 @@ def test_counter_layout_reaches_the_known_answer():
     """The second vector's counter as (stream 15, the last index), position, sample id; its key as a seed."""
     last = gumbel_noise(2**64 - 1, torch.tensor([-1]), torch.tensor([2**32 - 1]), 8, stream=15)
     words = philox.random_words(-1, torch.tensor([-1]), torch.tensor([2**32 - 1]), 8, 15)
-    assert torch.allclose(last, philox.gumbel_from_words(words))
+    assert torch.equal(last, philox.gumbel_from_words(words))
     c0 = torch.tensor([(15 << 28) | 1])
     ones = torch.tensor([2**32 - 1])
     second_block = philox.philox4x32((c0, ones, ones, ones), (2**32 - 1, 2**32 - 1))
@@ -66,13 +66,12 @@ def test_words_agree_bit_for_bit(fast, seed):
 
 
 @pytest.mark.parametrize("size", [0, 1, 3, 64, 1030])
-def test_noise_agrees_to_a_few_ulp(fast, reference, size):
+def test_noise_agrees_bit_for_bit(fast, reference, size):
     for seed in SEEDS:
         got, want = (b.gumbel_noise(seed, SAMPLE_IDS, POSITIONS, size, 1) for b in (fast, reference))  # [6, size]
         assert got.shape == (6, size)
         assert got.dtype == torch.float32
-        error = (got - want).abs() / want.abs().clamp(min=1)
-        assert error.numel() == 0 or error.max() < 4 * 2**-23
+        assert torch.equal(got, want)
 
 
 def test_noise_is_that_of_its_key_alone(backend):

@@ -95,9 +95,15 @@ def states(draw, max_rows=7):
 
 BUDGETS = st.one_of(st.integers(1, 6), st.integers(7, 200))
 LEAST = st.none() | st.lists(
-    st.sampled_from([0.0, -0.0, -0.4, -3.0, reference.LOWEST, -math.inf]) | st.floats(-9, 0, width=32), min_size=1
+    st.sampled_from([0.0, -0.0, -1e-9, -0.4, -3.0, -1024.0, -1025.0, -3e38, -math.inf]) | st.floats(-9, 0, width=32),
+    min_size=1,
 )
 """Of the rows, over and over."""
+
+
+def units(log_chance):
+    """A log chance in whole units of 2^-20, rounded down and held at -1024."""
+    return math.floor(max(log_chance, -1024.0) * 2**20)
 
 
 def heap_plan(final, row_starts, next_self, log_chance, token_budget, least):
@@ -109,14 +115,14 @@ def heap_plan(final, row_starts, next_self, log_chance, token_budget, least):
         ends[row] = min(next_self[begin], begin + left)
         left -= ends[row] - begin
         if next_self[ends[row]] > ends[row]:
-            log_sum = torch.tensor(log_sum) + torch.tensor(log_chance[ends[row]])  # fp32
-            heapq.heappush(segments, (-max(float(log_sum), reference.LOWEST), row, ends[row]))
+            log_sum = max(log_sum + units(log_chance[ends[row]]), units(-1024.0))
+            heapq.heappush(segments, (-log_sum, row, ends[row]))
 
     for row, begin in enumerate(final):
-        take(row, begin, 0.0)
+        take(row, begin, 0)
     while left and segments:
         negative, row, begin = heapq.heappop(segments)
-        if least is not None and -negative < least[row % len(least)]:
+        if least is not None and -negative < units(least[row % len(least)]):
             continue
         take(row, begin, -negative)
     return list(zip(final, ends, strict=True))
@@ -172,6 +178,27 @@ def test_plan_of_many_rows(fast, rows):
             fast.plan_pass(*args, token_budget=token_budget), reference.plan_pass(*args, token_budget), strict=True
         ):
             assert torch.equal(got, want)
+
+
+def test_log_chances_round_alike(fast):
+    """Rows of one guess each, in the order of their chances: the plan shows which of two is larger, to a unit."""
+    unit = 2.0**-20
+    near = [0.0, -1e-9, -unit / 2, -unit, -1.5 * unit, -0.4, -0.4 - unit / 8, -0.4 - unit, -15.99999, -16.0, -1023.9999]
+    log_chance = torch.tensor([chance for chance in (*near, -1024.0, -1e4, -math.inf) for _ in range(3)])
+    rows = len(log_chance) // 3
+    next_self, starts = next_self_of([[False, True, True]] * rows)
+    for order in (torch.arange(rows), torch.arange(rows - 1, -1, -1)):
+        chances = log_chance.view(rows, 3)[order].flatten()
+        for token_budget in range(rows, 2 * rows + 1):
+            args = starts, starts, next_self, chances
+            got, want = fast.plan_pass(*args, token_budget=token_budget), reference.plan_pass(*args, token_budget)
+            assert all(torch.equal(ours, theirs) for ours, theirs in zip(got, want, strict=True))
+    for least in near:
+        limits = torch.full((rows,), least)
+        got = fast.plan_pass(*args, token_budget=2 * rows, least_log_chance=limits)
+        want = reference.plan_pass(*args, 2 * rows, limits)
+        assert all(torch.equal(ours, theirs) for ours, theirs in zip(got, want, strict=True))
+        assert int(got[1][-1]) == rows + sum(units(x) >= units(least) for x in log_chance[::3].tolist())
 
 
 @given(state=states(), token_budget=BUDGETS, seed=st.integers(0, 99))

@@ -27,12 +27,6 @@ def draw(logits, **kwargs):
     return sample_mix(logits, torch.full((n,), -7), 1.0, **(keys | kwargs))[0]
 
 
-def assert_same_tokens(got, want):
-    """Equal, but for one of many rows, in which two candidates may differ by less than the backends' rounding."""
-    different = (got != want).sum().item()
-    assert different <= len(got) // 200, f"{different} of {len(got)} tokens differ"
-
-
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("filters", FILTERS, ids=lambda f: "+".join(f) or "none")
 def test_backends_agree(fast, reference, dtype, filters):
@@ -42,7 +36,7 @@ def test_backends_agree(fast, reference, dtype, filters):
     inv_temperature[::3], inv_temperature[1::3] = INF, 1.25  # a third greedy
     how = {"threshold": 2**31, "inv_temperature": inv_temperature, "seed": 2, **filters}
     got, want = fast.sample_mix(logits, **how), reference.sample_mix(logits, **how)
-    assert_same_tokens(got[0], want[0])
+    assert torch.equal(got[0], want[0])
     assert torch.equal(got[1], want[1])
     assert torch.equal(got[2], want[2])
     assert 0 < want[1].sum() < n
@@ -52,7 +46,7 @@ def test_backends_agree(fast, reference, dtype, filters):
 def test_any_vocabulary_size(backend, reference, vocab_size):
     logits = random_logits(3, vocab_size)
     tokens, _, invalid = backend.sample_mix(logits)
-    assert_same_tokens(tokens, reference.sample_mix(logits)[0])
+    assert torch.equal(tokens, reference.sample_mix(logits)[0])
     assert ((tokens >= 0) & (tokens < vocab_size)).all()
     assert not invalid.any()
 

@@ -39,7 +39,7 @@ def small_constants():
     names = "BLOCK_M", "BLOCK_N", "BLOCK_K"
     tile = dict(zip(names, (16, 64, 16), strict=True)), {"num_warps": 4, "num_stages": 2}
     with (
-        mock.patch.multiple(sampling, TILE=4, SPAN=8),
+        mock.patch.multiple(sampling, TILE=4, SPAN=8, BLOCK=4),
         mock.patch.object(filters, "BLOCK", 128),
         mock.patch.object(products, "tile_constants", return_value=tile),
         mock.patch.object(products, "ROWS", 16),

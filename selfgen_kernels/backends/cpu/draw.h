@@ -10,7 +10,7 @@
 
 namespace {
 
-constexpr float kLogGroup = 4.16f;  // a bound on log(64) = 4.1589 that no rounding of a sum of 64 terms exceeds
+constexpr float kLogGroup = 4.16f;  // a bound on log(64) = 4.1589 that no rounding exceeds
 
 struct Candidate {
   float score() const { return mass + noise; }
@@ -52,7 +52,7 @@ class Draw {
   void feed(int64_t group, const float z[kGroup], float largest, float noise) {
     is_valid_ = is_valid_ && largest < kInf;
     if (!is_valid_ || !matters(group, largest, noise)) return;
-    const float mass = row_->greedy ? largest : largest + log_(sum_exp(z, largest));
+    const float mass = row_->greedy ? largest : largest + log_(mass_of(group_mass(z, largest)));
     Candidate& best = best_[place(group)];
     if (mass + noise > best.score()) best = candidate(group, z, mass, noise);
   }

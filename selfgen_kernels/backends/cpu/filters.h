@@ -22,8 +22,9 @@ namespace {
 constexpr int kLogBins = 10;
 constexpr int64_t kFewValues = 64;  // are sorted
 
-// More than all rounding of masses: in the logarithm of a bound, and between two orders of their sums, relatively.
-constexpr double kMassMargin = 0.01, kMassRounding = 1e-5;
+// More than all rounding: in the logarithm of a bound, and relatively between a mass that is summed group by group and
+// the sum of weights, each of which rounds by half a unit, too.
+constexpr double kMassMargin = 0.01, kMassRounding = 2e-5;
 
 // Unsigned integers in the order of the floats, -0 being 0, and back.
 SELFGEN_INLINE uint32_t key_of(float x) {
@@ -32,14 +33,14 @@ SELFGEN_INLINE uint32_t key_of(float x) {
 }
 SELFGEN_INLINE float value_of(uint32_t key) { return bit_cast<float>(key >> 31 ? key ^ 0x80000000u : ~key); }
 
-// Probabilities of 64 values, relative to the peak's.
-SELFGEN_INLINE void exp64_(const float values[kGroup], float peak, float weights[kGroup]) {
-  for (int64_t i = 0; i < kGroup; ++i) weights[i] = exp_(values[i] - peak);
+// The weights of 64 values, relative to the peak's, as whole numbers of units.
+SELFGEN_INLINE void weights64_(const float values[kGroup], float peak, float* __restrict weights) {
+  for (int64_t i = 0; i < kGroup; ++i) weights[i] = weight(exp_(values[i] - peak)) * float(kWeightUnit);
 }
 SELFGEN_CLONES(
-    void, exp64, (const float values[kGroup], float peak, float weights[kGroup]), (values, peak, weights))
+    void, weights64, (const float values[kGroup], float peak, float* __restrict weights), (values, peak, weights))
 
-// The finite values of a row, each with a weight: its probability relative to the peak's, or 1.
+// The finite values of a row, each with a weight: its probability relative to the peak's in whole units, or 1.
 template <typename AnyRow>
 struct Weighted {
   // Calls f(value, weight) for all values with keys first, .., last.
@@ -56,19 +57,20 @@ struct Weighted {
         values[count] = z[i];
         count += key_of(z[i]) - first <= last - first;
       }
-      if (by_mass && count > 0) exp64(values, peak, weights);
-      for (int64_t i = 0; i < count; ++i) f(values[i], weights[i]);
+      if (by_mass && count > 0) weights64(values, peak, weights);
+      for (int64_t i = 0; i < count; ++i) f(values[i], int64_t(weights[i]));
     }
   }
 
-  // Of the values that are at least `low`.
-  double mass(float low) const {
-    double sum = 0;
+  // Of the values that are at least `low`, in units.
+  int64_t mass(float low) const {
+    int64_t sum = 0;
     float z[kGroup];
     for (int64_t group = 0; group < row.groups(); ++group) {
       if (maxima[group] < low) continue;
       row.load(group, low, z);
-      sum += sum_exp(z, peak);
+      const bool small = maxima[group] - peak < kSmall;
+      sum += small ? int64_t(sum_small_weights(z, peak)) : int64_t(sum_weights(z, peak) * kWeightUnit);
     }
     return sum;
   }
@@ -83,20 +85,20 @@ struct Weighted {
 template <typename AnyRow>
 float smallest_kept(const Weighted<AnyRow>& weighted, float low, double target) {
   uint32_t first = key_of(low), last = key_of(weighted.peak);  // what is sought is between them
-  double above = 0;                                            // weight of the values beyond the last
+  int64_t above = 0;                                           // weight of the values beyond the last
   for (;;) {
     int shift = 0;
     while ((last - first) >> shift >> kLogBins) ++shift;
-    double weight_of[1 << kLogBins] = {};
+    int64_t weight_of[1 << kLogBins] = {};
     int32_t count_of[1 << kLogBins] = {};
-    weighted.for_each(first, last, [&](float value, float weight) {
+    weighted.for_each(first, last, [&](float value, int64_t weight) {
       const uint32_t bin = (last - key_of(value)) >> shift;  // the largest values first
       weight_of[bin] += weight;
       ++count_of[bin];
     });
     uint32_t critical = 0;  // the bin with which the target is reached, or the last that is not empty
-    double sum = above;
-    for (uint32_t bin = 0; bin < 1 << kLogBins && (bin == 0 || sum < target); ++bin) {
+    int64_t sum = above;
+    for (uint32_t bin = 0; bin < 1 << kLogBins && (bin == 0 || double(sum) < target); ++bin) {
       if (count_of[bin] == 0) continue;
       critical = bin;
       above = sum;
@@ -107,22 +109,24 @@ float smallest_kept(const Weighted<AnyRow>& weighted, float low, double target) 
     if (shift == 0) return value_of(first);
     if (count_of[critical] > kFewValues) continue;
 
-    std::pair<float, float> few[kFewValues];  // value, weight
+    std::pair<float, int64_t> few[kFewValues];  // value, weight
     int64_t count = 0;
-    weighted.for_each(first, last, [&](float value, float weight) { few[count++] = {value, weight}; });
-    std::sort(few, few + count, std::greater<std::pair<float, float>>());
+    weighted.for_each(first, last, [&](float value, int64_t weight) { few[count++] = {value, weight}; });
+    std::sort(few, few + count, std::greater<std::pair<float, int64_t>>());
     float kept = few[0].first;
     for (int64_t i = 1; i < count; ++i) {
       above += few[i - 1].second;
-      if (above < target) kept = few[i].first;
+      if (double(above) < target) kept = few[i].first;
     }
     return kept;
   }
 }
 
-// The logarithm of what each of all tokens may have, below the cutoff of top-p, of the `mass` that they have together.
+// The logarithm of what each of all tokens may have, below the cutoff of top-p, of the `mass` >= 1 that they have
+// together. A weight is never more than twice its probability, and from 2^-28 on less than 1% more.
 inline double log_dropped(const Filters& filters, double mass, int64_t vocab_size) {
-  return std::log((1 - std::max(0., filters.top_p)) * mass / double(vocab_size)) - kMassMargin;
+  const double share = (1 - std::max(0., filters.top_p)) / double(vocab_size);
+  return std::log(share * mass) - kMassMargin - (share < 0x1p-28 ? std::log(2.) : 0);
 }
 
 // The cutoff of one row, whose largest maximum `peak` is finite. `scratch`: room for the maxima. NaN if the row's mass
@@ -144,16 +148,18 @@ float filter_cutoff(
   }
   if (filters.top_p < 1) {
     weighted.by_mass = true;
-    const auto cutoff_of = [&](double mass) {
-      const float bound = std::nextafter(float(peak + log_dropped(filters, mass, row.vocab_size)), -kInf);
+    const auto cutoff_of = [&](double mass) {  // in units
+      const double dropped = log_dropped(filters, mass / kWeightUnit, row.vocab_size);
+      const float bound = std::nextafter(float(peak + dropped), -kInf);
       return smallest_kept(weighted, std::max(cutoff, bound), std::max(0., filters.top_p) * mass);
     };
     if (row.mass > 0) {
-      const float highest = cutoff_of(row.mass * (1 - kMassRounding));
-      if (cutoff_of(row.mass * (1 + kMassRounding)) != highest) return std::nanf("");
+      const double rounding = kMassRounding + double(row.vocab_size) / kWeightUnit;
+      const float highest = cutoff_of(row.mass * kWeightUnit * (1 - rounding));
+      if (cutoff_of(row.mass * kWeightUnit * (1 + rounding)) != highest) return std::nanf("");
       cutoff = highest;
     } else {
-      cutoff = cutoff_of(weighted.mass(cutoff));
+      cutoff = cutoff_of(double(weighted.mass(cutoff)));
     }
   }
   const float by_min_p = peak + filters.log_min_p;  // NaN for a min_p that no one could accept: nothing is dropped

@@ -63,11 +63,11 @@ std::vector<Draw> draw_rows(const HeadArguments& arguments, const Row* rows, int
   return draws;
 }
 
-// Maxima and sums of exponentials of a group's logits [size, lanes], NaN being +inf: those of the first `count` lanes.
+// Peaks and masses of a group's logits [size, lanes], NaN being +inf: those of the first `count` lanes. Where a peak is not finite, any mass.
 SELFGEN_INLINE void lane_masses_(
-    const float* logits, int64_t size, int64_t lanes, int64_t count, float* __restrict peak, float* __restrict sum) {
+    const float* logits, int64_t size, int64_t lanes, int64_t count, float* __restrict peak, uint32_t* __restrict mass) {
   std::fill_n(peak, count, -kInf);
-  std::fill_n(sum, count, 0.f);
+  std::fill_n(mass, count, 0);
   for (int64_t j = 0; j < size; ++j) {
     for (int64_t i = 0; i < count; ++i) {
       const float z = logits[j * lanes + i], x = z == z ? z : kInf;
@@ -75,34 +75,36 @@ SELFGEN_INLINE void lane_masses_(
     }
   }
   for (int64_t j = 0; j < size; ++j) {
-    for (int64_t i = 0; i < count; ++i) sum[i] += exp_(logits[j * lanes + i] - peak[i]);
+    for (int64_t i = 0; i < count; ++i) mass[i] += mass_term(exp_(logits[j * lanes + i] - peak[i]));
   }
 }
 SELFGEN_CLONES(
     void, lane_masses,
-    (const float* logits, int64_t size, int64_t lanes, int64_t count, float* __restrict peak, float* __restrict sum),
-    (logits, size, lanes, count, peak, sum))
+    (const float* logits, int64_t size, int64_t lanes, int64_t count, float* __restrict peak,
+     uint32_t* __restrict mass),
+    (logits, size, lanes, count, peak, mass))
 
-// The log probability of the references. What is kept of the logits is the mass of each group: groups are added up in
-// their order, so that threads don't change a bit.
+// The log probability of the references. What is kept of the logits is the mass of each group.
 template <typename T>
 at::Tensor head_log_probs(const HeadArguments& arguments, const Rows& rows) {
   const int64_t groups = groups_of(arguments.weight.size(0)), count = rows.selected.size();
   const HeadRows<T> head(arguments, rows.selected.data(), count);
-  std::vector<float> z(count, -kInf), buffers(head.threads() * 2 * count);
-  std::vector<Mass> masses(count * groups);
+  std::vector<float> z(count, -kInf), peaks(count * groups), peak(head.threads() * count);
+  std::vector<uint32_t> masses(count * groups), mass(head.threads() * count);
   const int64_t* const tokens = rows.reference.const_data_ptr<int64_t>();
   head.for_each_group([&](int64_t thread, int64_t group, int64_t first, int64_t size, const float* logits) {
-    float *const peak = buffers.data() + thread * 2 * count, *const sum = peak + count;
-    lane_masses(logits, size, head.lanes(), count, peak, sum);
+    float* const own_peak = peak.data() + thread * count;
+    uint32_t* const own_mass = mass.data() + thread * count;
+    lane_masses(logits, size, head.lanes(), count, own_peak, own_mass);
     for (int64_t i = 0; i < count; ++i) {
-      masses[i * groups + group] = {peak[i], peak[i] > -kInf ? sum[i] : 0};
+      peaks[i * groups + group] = own_peak[i];
+      masses[i * groups + group] = own_mass[i];
       const int64_t token = tokens[rows.selected[i].index];
       if (first <= token && token < first + size) z[i] = logits[(token - first) * head.lanes() + i];
     }
     return true;
   });
-  return log_probs(rows, z, masses, groups);
+  return log_probs(rows, z, peaks, masses, groups);
 }
 
 // What became of some rows, which are put into this order.
@@ -244,7 +246,7 @@ at::Tensor linear_reference_log_prob(const HeadArguments& arguments, const Sampl
   check_head(arguments);
   const Rows rows(arguments.hidden.size(0), sampling);
   return with_dtype(arguments.hidden, [&](auto type) {
-    if (rows.selected.empty()) return log_probs(rows, {}, {}, 0);
+    if (rows.selected.empty()) return log_probs(rows, {}, {}, {}, 0);
     return head_log_probs<decltype(type)>(arguments, rows);
   });
 }

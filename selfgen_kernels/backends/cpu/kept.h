@@ -87,7 +87,7 @@ class Keeper {
   // False if the row gives up now.
   bool feed(int64_t group, const float z[kGroup], float largest) {
     if (largest == -kInf || (!by_mass_ && largest < bound_.load(std::memory_order_relaxed))) return true;
-    const float mass = by_mass_ ? sum_exp(z, largest) : 0;
+    const float mass = by_mass_ && largest < kInf ? mass_of(group_mass(z, largest)) : 0;
     const std::lock_guard<std::mutex> lock(mutex_);
     if (gave_up_) return true;
     const float peak = std::max(peak_, largest);

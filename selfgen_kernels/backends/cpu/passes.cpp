@@ -7,22 +7,28 @@
 #include "checks.h"
 
 #include <algorithm>
+#include <cmath>
 #include <cstdint>
-#include <limits>
 #include <queue>
 #include <tuple>
 #include <vector>
 
 namespace {
 
-constexpr float kLowest = std::numeric_limits<float>::lowest();
+constexpr int32_t kUnits = 1 << 20, kLowest = -(1 << 30);  // log chances are whole numbers of units
+
+// A log chance in units: reference/passes.py.
+int32_t log_units(float log_chance) {
+  if (!(log_chance >= float(kLowest) / kUnits)) return kLowest;
+  return int32_t(std::floor(std::min(log_chance, 0.f) * kUnits));
+}
 
 // x + y for slots that nobody has looked at: they wrap.
 int64_t plus(int64_t x, uint64_t y) { return int64_t(uint64_t(x) + y); }
 
 // The slots from a row's self position `begin` up to the next one; `log_sum` is the chance that they turn out final.
 struct Segment {
-  float log_sum;
+  int32_t log_sum;
   int64_t row, begin;
   bool operator<(const Segment& other) const {  // taken later than `other`
     return std::tie(log_sum, other.row, other.begin) < std::tie(other.log_sum, row, begin);
@@ -51,21 +57,23 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor> plan_pass(
   };
 
   // Log of the least chance of a segment that is taken. What is no such log stands for a chance of 1.
-  const at::Tensor any = at::full({least_log_chance ? 0 : rows}, kLowest, at::kFloat);
-  const auto given = (least_log_chance ? *least_log_chance : any).accessor<float, 1>();
-  const auto least = [&](int64_t row) { return given[row] <= 0 ? given[row] : 0; };
+  std::vector<int32_t> least(rows, kLowest);
+  if (least_log_chance) {
+    const auto given = least_log_chance->accessor<float, 1>();
+    for (int64_t row = 0; row < rows; ++row) least[row] = given[row] <= 0 ? log_units(given[row]) : 0;
+  }
 
   std::vector<int64_t> ends(rows);
   std::priority_queue<Segment> segments;
   int64_t left = token_budget;
   // Takes what the budget allows of the segment from `begin`, and offers the one after it.
-  const auto take = [&](int64_t row, int64_t begin, float log_sum) {
+  const auto take = [&](int64_t row, int64_t begin, int32_t log_sum) {
     const int64_t size = std::min(next(begin) - begin, left), end = begin + size;
     left -= size;
     ends[row] = end;
     if (left == 0 || next(end) == end) return;
-    const float longer = std::max(kLowest, log_sum + chances[end]);
-    if (longer >= least(row)) segments.push({longer, row, end});
+    const int32_t longer = std::max(kLowest, log_sum + log_units(chances[end]));
+    if (longer >= least[row]) segments.push({longer, row, end});
   };
   for (int64_t row = 0; row < rows; ++row) take(row, finals[row], 0);
   while (left > 0 && !segments.empty()) {

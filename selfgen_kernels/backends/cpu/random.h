@@ -24,9 +24,8 @@ struct RowKey {
 SELFGEN_INLINE float gumbel(uint32_t word) {
   const float scaled = (float(word) + 0.5f) * 0x1p-32f;
   const float w = scaled < 1 - 0x1p-24f ? scaled : 1 - 0x1p-24f;
-  const float u = 1 - w;
-  const float log1p = log_(u) * (w / (u == 1 ? 1 : 1 - u));  // log1p(-w): u's rounding cancels in the quotient
-  const float exponential = u == 1 ? w : -log1p;
+  const Split split(1 - w);
+  const float exponential = -log_of(split.k == 0 ? -w : split.f, split.k);  // -log(1 - w), for any small w
   return -log_(exponential);
 }
 

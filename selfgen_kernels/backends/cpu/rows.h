@@ -9,7 +9,6 @@
 #include "random.h"
 #include "row.h"
 
-#include <cmath>
 #include <cstdint>
 #include <tuple>
 #include <vector>
@@ -77,7 +76,7 @@ struct Rows {
       Filters filters;
       if (sampling.top_k && !greedy) filters.top_k = k.const_data_ptr<int64_t>()[i];
       if (sampling.top_p && !greedy) filters.top_p = p.const_data_ptr<double>()[i];
-      if (sampling.min_p && !greedy) filters.log_min_p = float(std::log(m.const_data_ptr<double>()[i]));
+      if (sampling.min_p && !greedy) filters.log_min_p = log_of_share(m.const_data_ptr<double>()[i]);
       selected.push_back({i, key, greedy, greedy || !inverse ? 1 : inverse[i], filters});
     }
   }
@@ -100,12 +99,17 @@ inline Mixed mix(const Rows& rows, const std::vector<int64_t>& drawn) {
 }
 
 // 0 where the mask did not select, the log probability of the reference where it did. Per selected row: z is the logit
-// of the reference, -inf if the vocabulary lacks it, and `parts` of the masses are the row's.
+// of the reference, -inf if the vocabulary lacks it, and `groups` of the peaks and masses are the row's.
 inline at::Tensor log_probs(
-    const Rows& rows, const std::vector<float>& z, const std::vector<Mass>& masses, int64_t parts) {
+    const Rows& rows, const std::vector<float>& z, const std::vector<float>& peaks, const std::vector<uint32_t>& masses,
+    int64_t groups) {
   at::Tensor result = at::zeros(rows.is_self.sizes(), at::kFloat);
   float* out = result.data_ptr<float>();
-  for (size_t i = 0; i < z.size(); ++i) out[rows.selected[i].index] = log_prob(z[i], masses.data() + i * parts, parts);
+  at::parallel_for(0, z.size(), 1 + (1 << 13) / (groups + 1), [&](int64_t begin, int64_t end) {
+    for (int64_t i = begin; i < end; ++i) {
+      out[rows.selected[i].index] = log_prob(z[i], peaks.data() + i * groups, masses.data() + i * groups, groups);
+    }
+  });
   return result;
 }
 

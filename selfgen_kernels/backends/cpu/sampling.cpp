@@ -55,14 +55,16 @@ at::Tensor reference_log_prob(const at::Tensor& logits, const Sampling& sampling
   const std::vector<Row>& selected = rows.selected;
   const int64_t vocab_size = logits.size(1), groups = groups_of(vocab_size), spans = (groups + kSpan - 1) / kSpan;
   std::vector<float> z(selected.size(), -kInf);
-  std::vector<Mass> masses(selected.size() * spans);
+  std::vector<float> peaks(selected.size() * groups);
+  std::vector<uint32_t> masses(selected.size() * groups);
   const int64_t* const tokens = rows.reference.const_data_ptr<int64_t>();
   with_rows(logits, [&](const auto* data, int64_t stride) {
-    at::parallel_for(0, masses.size(), 1, [&](int64_t begin, int64_t end) {
+    at::parallel_for(0, selected.size() * spans, 1, [&](int64_t begin, int64_t end) {
       for (int64_t i = begin; i < end; ++i) {
-        const int64_t first = i % spans * kSpan;
+        const int64_t first = i % spans * kSpan, own = i / spans * groups;
         const auto* row = data + selected[i / spans].index * stride;
-        masses[i] = mass_of(row, vocab_size, first, std::min(first + kSpan, groups));
+        const int64_t last = std::min(first + kSpan, groups);
+        group_masses(row, vocab_size, first, last, peaks.data() + own, masses.data() + own);
       }
     });
     for (size_t i = 0; i < selected.size(); ++i) {
@@ -70,7 +72,7 @@ at::Tensor reference_log_prob(const at::Tensor& logits, const Sampling& sampling
       if (0 <= token && token < vocab_size) z[i] = float(data[index * stride + token]);
     }
   });
-  return log_probs(rows, z, masses, spans);
+  return log_probs(rows, z, peaks, masses, groups);
 }
 
 }  // namespace

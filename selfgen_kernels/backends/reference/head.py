@@ -22,7 +22,8 @@ from selfgen_kernels.ops import in_records
 
 WORKSPACE, FILTER_WORKSPACE = 32, 64
 """Bytes that a logit takes at most while it is drawn from, with its copies; the second where filters sort and sum it in
-fp64. `linear_sample_mix` works on as many at a time as fit into an eighth of all logits in the head's dtype."""
+64 bits. `linear_sample_mix` works on as many at a time as fit into an eighth of all logits in the head's dtype;
+`linear_reference_log_prob`, which keeps 8 bytes of each group of 64, on half of that."""
 
 
 @in_records
@@ -84,8 +85,8 @@ def linear_reference_log_prob(head: Head, reference: Tensor, mask: Mask) -> Tens
         )
     selected = is_self_of(mask).nonzero()[:, 0]  # [S]
     result = torch.zeros_like(reference, dtype=torch.float32)
-    chunks = head_chunks(of_rows(head, selected), 0, unscaled(*mask).select(selected))
-    result[selected] = log_prob(chunks, reference[selected])
+    chunks = head_chunks(of_rows(head, selected), 0, unscaled(*mask).select(selected), 2 * WORKSPACE)
+    result[selected] = log_prob(chunks, reference[selected], vocab_size)
     return result
 
 
@@ -99,10 +100,11 @@ def at_a_time(size: int, head: Head, workspace: int) -> int:
     return size * head.weight.element_size() // (8 * workspace)
 
 
-def head_chunks(head: Head, first_id: int, how: Sampling) -> Iterator[Tensor]:
+def head_chunks(head: Head, first_id: int, how: Sampling, workspace: int | None = None) -> Iterator[Tensor]:
     """z [N, C] of consecutive ids from `first_id`: chunk after chunk that ends with a group, or all if filtered."""
+    workspace = WORKSPACE if workspace is None else workspace
     size = len(head.weight)
-    chunk = size if how.filtered else max(1, at_a_time(size, head, WORKSPACE) // GROUP_SIZE) * GROUP_SIZE
+    chunk = size if how.filtered else max(1, at_a_time(size, head, workspace) // GROUP_SIZE) * GROUP_SIZE
     begin, end = 0, size if how.filtered else min(size, chunk - first_id % GROUP_SIZE)
     while begin < size:
         bias = None if head.bias is None else head.bias[begin:end]

@@ -6,7 +6,21 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
-LOWEST = torch.finfo(torch.float32).min
+UNITS = 2**20
+"""In 1: log chances are whole numbers of units, so that their sums are the same in any order."""
+LOWEST = -(2**30)
+"""Units: what log chances and their sums are held at, a chance of e^-1024."""
+
+
+def log_units(log_chance: Tensor) -> Tensor:
+    """int32: log chances fp32 in units, rounded down; LOWEST for NaN, and 0 for what is above 0."""
+    log_chance = torch.where(log_chance >= LOWEST / UNITS, log_chance, LOWEST / UNITS)
+    return (log_chance.clamp(max=0) * UNITS).floor().int()
+
+
+def least_units(least_log_chance: Tensor) -> Tensor:
+    """int32: the same of the least that rows take; what is no log of a chance stands for a chance of 1."""
+    return log_units(torch.where(least_log_chance <= 0, least_log_chance, 0.0))
 
 
 def plan_pass(
@@ -22,7 +36,8 @@ def plan_pass(
     Column k holds the k-th segment of each row; the first one must be computed, and none has a better chance than 1.
     """
     begin, end = final, next_self[final]  # [R]
-    log_sum = torch.ones_like(final, dtype=torch.float32)  # [R]
+    log_chance = log_units(log_chance)  # [S]
+    log_sum = torch.ones_like(final, dtype=torch.int32)  # [R]
     columns = [(end - begin, log_sum)]
     while ((end > begin) & (end - final < token_budget)).any():
         begin, end = end, next_self[end]
@@ -31,7 +46,7 @@ def plan_pass(
     sizes, log_sums = (torch.stack(column, 1).flatten() for column in zip(*columns, strict=True))  # [R * K], row by row
 
     if least_log_chance is not None:
-        least = torch.where(least_log_chance <= 0, least_log_chance, 0.0)  # what must be computed is, whatever is given
+        least = least_units(least_log_chance)  # what must be computed is, whatever is given
         sizes = torch.where(log_sums >= least.repeat_interleave(len(columns)), sizes, 0)
     order = log_sums.argsort(descending=True, stable=True)
     in_order = sizes[order]

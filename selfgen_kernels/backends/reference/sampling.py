@@ -7,9 +7,10 @@ from the streams GROUP and TOKEN of `philox`:
     token = argmax_v  z_v + G2[v mod 64]                 over v in that group
 
 P(group) P(token | group) = softmax(z)_token: an exact draw for one random number per group instead of one per token.
-Ties go to the lowest index. A greedy row knows no noise, temperature or filter: its token is the argmax of the logits.
-Which ids exist is told by the size of the logits, or of a head: a public function that is given a `vocab_size` hands
-over a view of that many. Noise belongs to an id, so the others' absence changes nothing else.
+A group's logsumexp is that of `elementary`, by a sum of integers, so that every backend draws the same token. Ties go
+to the lowest index. A greedy row knows no noise, temperature or filter: its token is the argmax of the logits. Which
+ids exist is told by the size of the logits, or of a head: a public function that is given a `vocab_size` hands over a
+view of that many. Noise belongs to an id, so the others' absence changes nothing else.
 
 A part of the vocabulary is summed up by three candidates, and parts are put together by choosing among theirs: that is
 how chunks of one head and shards of several ranks meet. A shard may begin and end inside of a group, so the candidates
@@ -23,6 +24,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
+from selfgen_kernels.backends.reference.elementary import group_masses, log_mass, log_weight, row_mass
 from selfgen_kernels.backends.reference.philox import GROUP, TOKEN, gumbel_noise, self_mask
 from selfgen_kernels.backends.reference.scaling import filter_cutoff, scaled
 from selfgen_kernels.call import GROUP_SIZE, Candidates, Mask, Mixed, Sampling
@@ -47,7 +49,7 @@ def reference_log_prob(logits: Tensor, reference: Tensor, mask: Mask) -> Tensor:
     """
     rows = is_self_of(mask).nonzero()[:, 0]  # [S]
     result = torch.zeros_like(reference, dtype=torch.float32)
-    result[rows] = log_prob([logits[rows].float()], reference[rows])
+    result[rows] = log_prob([logits[rows].float()], reference[rows], logits.shape[1])
     return result
 
 
@@ -56,20 +58,22 @@ def is_self_of(mask: Mask) -> Tensor:
     return self_mask(mask.seed, mask.sample_ids, mask.positions, mask.threshold)
 
 
-def log_prob(chunks: Iterable[Tensor], tokens: Tensor) -> Tensor:
-    """log softmax(z)[tokens] fp32 [N] of z [N, V], which come in `chunks` of consecutive ids and are overwritten."""
-    peak = torch.full_like(tokens, -torch.inf, dtype=torch.float32)  # [N], as are the next
-    mass, found = torch.zeros_like(peak), peak.clone()
+def log_prob(chunks: Iterable[Tensor], tokens: Tensor, vocab_size: int) -> Tensor:
+    """log softmax(z)[tokens] fp32 [N] of z [N, V], which come in `chunks` of whole groups, but for the last."""
+    found = torch.full_like(tokens, -torch.inf, dtype=torch.float32)  # [N]
+    peaks = found.new_empty(len(tokens), -(-vocab_size // GROUP_SIZE))  # [N, G], as is the next
+    masses = torch.empty_like(peaks, dtype=torch.int32)
     begin = 0  # of the chunk
     for z in chunks:
         offset = tokens - begin
         here = (offset >= 0) & (offset < z.shape[1])
         found = torch.where(here, z.gather(1, torch.where(here, offset, 0)[:, None])[:, 0], found)
-        before, peak = peak, torch.maximum(peak, z.amax(1))
-        shift = torch.where(peak.isfinite(), peak, 0)
-        mass = mass * (before - shift).exp() + z.sub_(shift[:, None]).exp_().sum(1)
-        begin += z.shape[1]
-    return torch.where(peak.isfinite(), found - peak - mass.log(), 0)
+        group, begin = begin // GROUP_SIZE, begin + z.shape[1]
+        z = pad(z, (0, -begin % GROUP_SIZE), value=-torch.inf).unflatten(1, (-1, GROUP_SIZE))  # [N, K, 64]
+        its_groups = slice(group, group + z.shape[1])
+        peaks[:, its_groups], masses[:, its_groups] = group_masses(z)
+    peak, weight = row_mass(peaks, masses)  # [N] each
+    return torch.where(peak.isfinite(), found - peak - log_weight(weight.clamp(min=1)), 0)
 
 
 def scaled_and_filtered(logits: Tensor, how: Sampling) -> Tensor:
@@ -97,7 +101,7 @@ def candidates(chunks: Iterable[Tensor], first_id: int, size: int, how: Sampling
         z = pad(z, (begin - group * GROUP_SIZE, last * GROUP_SIZE - begin - z.shape[1]), value=-torch.inf)
         begin = last * GROUP_SIZE
         z = z.unflatten(1, (-1, GROUP_SIZE))  # [N, K, 64]
-        mass = torch.where(greedy, z.amax(2), z.logsumexp(2))  # [N, K]
+        mass = torch.where(greedy, z.amax(2), log_mass(*group_masses(z)))  # [N, K]
         noise = group_noise[:, group:last]
         first = torch.arange(group, last, device=z.device) * GROUP_SIZE  # [K]: the first id of each group
         cut_at_first, cut_at_last = first < first_id, first + GROUP_SIZE > end_id
@@ -129,7 +133,7 @@ def choose(values: Tensor, ids: Tensor, greedy: Tensor) -> tuple[Tensor, Tensor]
     group = ids // GROUP_SIZE
     same = (group[:, :, None] == group[:, None]) & exists[:, None]  # [N, C, C]
     pieces = mass[:, None].masked_fill(~same, -torch.inf)  # [N, C, C]
-    score = torch.where(greedy[:, None], pieces.amax(2), pieces.logsumexp(2)) + noise  # [N, C]
+    score = torch.where(greedy[:, None], pieces.amax(2), log_mass(*group_masses(pieces))) + noise  # [N, C]
 
     best = exists & (score == score.masked_fill(~exists, -torch.inf).amax(1, keepdim=True))
     winner = group.masked_fill(~best, 2**62).amin(1, keepdim=True)

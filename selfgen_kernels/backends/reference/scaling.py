@@ -4,11 +4,16 @@ All three keep "everything at least as likely as some token", so they keep or dr
 needs no filtered copy of the logits: it compares z with `filter_cutoff`. Order and meaning are those of transformers'
 logits processors: temperature, top_k (Fan et al., arXiv 1805.04833), top_p (Holtzman et al., arXiv 1904.09751), min_p
 (Nguyen et al., arXiv 2407.01082). The best token always stays, and a greedy row knows no filter.
+
+top_p sums weights, probabilities that `elementary` rounds to whole multiples of 2^-34 of the best token's: the cutoff
+is the smallest z such that the weights of all larger ones come to less than top_p of all, compared in fp64. min_p below
+2^-126 drops nothing.
 """
 
 import torch
 from torch import Tensor
 
+from selfgen_kernels.backends.reference.elementary import exp_, log_of_share, weights
 from selfgen_kernels.call import Sampling
 
 
@@ -26,7 +31,7 @@ def filter_cutoff(logits: Tensor, how: Sampling) -> Tensor:
     if how.top_p is not None:
         cutoff = torch.maximum(cutoff, _top_p_cutoff(z, cutoff, how.top_p))
     if how.min_p is not None:
-        cutoff = torch.maximum(cutoff, z.amax(1) + how.min_p.log().float())  # p_v >= min_p * max p
+        cutoff = torch.maximum(cutoff, z.amax(1) + log_of_share(how.min_p))  # p_v >= min_p * max p
     return torch.where(how.greedy, -torch.inf, cutoff)
 
 
@@ -40,8 +45,10 @@ def _top_k_cutoff(z: Tensor, top_k: Tensor) -> Tensor:
 def _top_p_cutoff(z: Tensor, cutoff: Tensor, top_p: Tensor) -> Tensor:
     """The last value, from the top, with less than `top_p` of the probability of what `cutoff` keeps before it."""
     descending = z.masked_fill(z < cutoff[:, None], -torch.inf).sort(dim=1, descending=True).values
-    probs = descending.softmax(1, dtype=torch.float64)  # torch's fp32 sum of 256k terms is off by 4e-5
-    before = probs.cumsum(1).sub_(probs)  # [N, V]
-    kept = (before < top_p[:, None]).sum(1).clamp(min=1)
+    weight = weights(exp_(descending - descending[:, :1]))  # [N, V]
+    sums = weight.cumsum(1)
+    needed = top_p * sums[:, -1].double()  # [N]
+    before = sums.sub_(weight).double()  # [N, V]
+    kept = (before < needed[:, None]).sum(1).clamp(min=1)
     cutoff = descending.gather(1, kept[:, None] - 1)[:, 0]
-    return torch.where(top_p < 1, cutoff, -torch.inf)  # 1 keeps all, whatever the rounding of the sum
+    return torch.where(top_p < 1, cutoff, -torch.inf)  # 1 keeps all, of whatever weight

@@ -4,7 +4,7 @@ Logits are compared as unsigned integers in the same order ("keys"), 16 bits of 
 of 1 for each logit, the k-th largest is the largest key such that the weights of the keys not below it add up to k;
 with probabilities for weights, the same search gives the cutoff of top_p. It finds two bits at a time, from the
 highest: a sweep over the row tests the three continuations of the bits known so far. A temperature keeps the order, so
-logits serve in place of z.
+logits serve in place of z. Weights are integers, so no order of a sum matters.
 """
 
 import torch
@@ -13,7 +13,8 @@ import triton.language as tl
 from torch import Tensor
 
 from selfgen_kernels.backends.triton.configuration import Configuration, current_target
-from selfgen_kernels.backends.triton.noise import OPTIONS, in_mask
+from selfgen_kernels.backends.triton.elementary import OPTIONS, exp, finite_or_0, log_of_share, weights
+from selfgen_kernels.backends.triton.noise import in_mask
 from selfgen_kernels.call import Sampling
 
 BLOCK = 2048  # logits at a time
@@ -45,32 +46,35 @@ def logit_of(key, DTYPE: tl.constexpr):
 
 
 @triton.jit
-def load_weights(logits, start, vocab_size, inv_temperature, largest, floor, BLOCK: tl.constexpr, PROBS: tl.constexpr):
-    """Keys [BLOCK] and their weights: 1, or up to a factor the probability, of those that are not below `floor`."""
+def load_weights(logits, start, vocab_size, inv_temperature, largest, cutoff, BLOCK: tl.constexpr, PROBS: tl.constexpr):
+    """Keys [BLOCK] and their weights: int32 1, or int64 `weights` of those whose z are not below `cutoff`."""
     ids = start + tl.arange(0, BLOCK)
     logit = tl.load(logits + ids, mask=ids < vocab_size, other=float("-inf"))
     key = key_of(logit)
-    weight = tl.full([BLOCK], 1.0, tl.float32)
     if PROBS:
-        weight = tl.where(key < floor, 0.0, tl.exp(logit.to(tl.float32) * inv_temperature - largest))
+        z = logit.to(tl.float32) * inv_temperature
+        weight = tl.where(z >= cutoff, weights(exp(z - finite_or_0(largest))), 0)
+    else:
+        weight = tl.full([BLOCK], 1, tl.int32)
     return key, weight
 
 
 @triton.jit
-def largest_key(logits, vocab_size, inv_temperature, largest, floor, needed, BLOCK: tl.constexpr, PROBS: tl.constexpr):
-    """uint32: the largest key such that the weights of all keys not below it come to what is `needed`."""
+def largest_key(logits, vocab_size, inv_temperature, largest, cutoff, needed, BLOCK: tl.constexpr, PROBS: tl.constexpr):
+    """uint32: the largest key such that the weights of all keys not below it come to what is `needed`, fp64."""
     BITS: tl.constexpr = logits.dtype.element_ty.primitive_bitwidth
-    found = floor * 0
+    WIDE: tl.constexpr = tl.int64 if PROBS else tl.int32
+    found = tl.full([], 0, tl.uint32)
     for digit in range(1, BITS // 2 + 1):
-        step = (floor * 0 + 1) << (BITS - 2 * digit)
-        weight1 = tl.zeros([BLOCK], tl.float32)  # of each lane
-        weight2 = tl.zeros([BLOCK], tl.float32)
-        weight3 = tl.zeros([BLOCK], tl.float32)
+        step = (found * 0 + 1) << (BITS - 2 * digit)
+        weight1 = tl.zeros([BLOCK], WIDE)  # of each lane
+        weight2 = tl.zeros([BLOCK], WIDE)
+        weight3 = tl.zeros([BLOCK], WIDE)
         for start in range(0, vocab_size, BLOCK):
-            key, weight = load_weights(logits, start, vocab_size, inv_temperature, largest, floor, BLOCK, PROBS)
-            weight1 += tl.where(key >= found + step, weight, 0.0)
-            weight2 += tl.where(key >= found + 2 * step, weight, 0.0)
-            weight3 += tl.where(key >= found + 3 * step, weight, 0.0)
+            key, weight = load_weights(logits, start, vocab_size, inv_temperature, largest, cutoff, BLOCK, PROBS)
+            weight1 += tl.where(key >= found + step, weight, 0)
+            weight2 += tl.where(key >= found + 2 * step, weight, 0)
+            weight3 += tl.where(key >= found + 3 * step, weight, 0)
         reached = (
             (tl.sum(weight1).to(tl.float64) >= needed).to(tl.uint32)
             + (tl.sum(weight2).to(tl.float64) >= needed).to(tl.uint32)
@@ -101,32 +105,32 @@ def filter_cutoff_kernel(
     if inv_temperature != float("inf"):
         DTYPE: tl.constexpr = logits.dtype.element_ty
         logits += row * row_stride
-        floor = tl.full([], 0, tl.uint32)
         if top_ks is not None:
             k = tl.maximum(tl.minimum(tl.load(top_ks + row), vocab_size), 1).to(tl.float64)
-            floor = largest_key(logits, vocab_size, inv_temperature, 0.0, floor, k, BLOCK, False)
-            cutoff = logit_of(floor, DTYPE) * inv_temperature
+            kth = largest_key(logits, vocab_size, inv_temperature, 0.0, cutoff, k, BLOCK, False)
+            cutoff = logit_of(kth, DTYPE) * inv_temperature
         if (top_ps is not None) | (min_ps is not None):
             keys = tl.full([BLOCK], 0, tl.uint32)
             for start in range(0, vocab_size, BLOCK):
-                key, _ = load_weights(logits, start, vocab_size, inv_temperature, 0.0, floor, BLOCK, False)
+                key, _ = load_weights(logits, start, vocab_size, inv_temperature, 0.0, cutoff, BLOCK, False)
                 keys = tl.maximum(keys, key)
             best = tl.max(keys)
             largest = logit_of(best, DTYPE) * inv_temperature
             if top_ps is not None:
                 top_p = tl.load(top_ps + row)
                 if top_p < 1.0:
-                    weights = tl.zeros([BLOCK], tl.float32)
+                    sums = tl.zeros([BLOCK], tl.int64)
                     for start in range(0, vocab_size, BLOCK):
                         _, weight = load_weights(
-                            logits, start, vocab_size, inv_temperature, largest, floor, BLOCK, True
+                            logits, start, vocab_size, inv_temperature, largest, cutoff, BLOCK, True
                         )
-                        weights += weight
-                    needed = top_p * tl.sum(weights).to(tl.float64)
-                    key = largest_key(logits, vocab_size, inv_temperature, largest, floor, needed, BLOCK, True)
-                    cutoff = raised(cutoff, logit_of(tl.minimum(key, best), DTYPE) * inv_temperature)
+                        sums += weight
+                    needed = top_p * tl.sum(sums).to(tl.float64)
+                    last = largest_key(logits, vocab_size, inv_temperature, largest, cutoff, needed, BLOCK, True)
+                    cutoff = raised(cutoff, logit_of(tl.minimum(last, best), DTYPE) * inv_temperature)
             if min_ps is not None:
-                cutoff = raised(cutoff, largest + tl.log(tl.load(min_ps + row)).to(tl.float32))
+                by_min_p = largest + log_of_share(tl.load(min_ps + row))
+                cutoff = tl.where(by_min_p == by_min_p, raised(cutoff, by_min_p), float("-inf"))
     tl.store(cutoffs + row, cutoff)
 
 

@@ -9,9 +9,8 @@ A filter looks at whole rows: `logits_kernel` multiplies the selected rows a blo
 host knows no number of rows; all is launched for N of them, and what lies after the selected ones returns at once.
 
 Tiles begin at multiples of BLOCK_N in the whole vocabulary, also in a shard, so a group never straddles two tiles and
-the constants below don't decide a token (a group's sum may round differently, nothing else). The groups that a shard's
-ends cut are two tiles of their own. NaN becomes +inf, which max keeps, and makes the logsumexp of its group +inf: that
-is how a row is found invalid.
+the constants below don't decide a token. The groups that a shard's ends cut are two tiles of their own. NaN becomes
++inf, which max keeps, and makes the logsumexp of its group +inf: that is how a row is found invalid.
 """
 
 import torch
@@ -21,8 +20,9 @@ from torch import Tensor
 
 from selfgen_kernels.backends.triton import sampling as logits_sampling
 from selfgen_kernels.backends.triton.configuration import Configuration
+from selfgen_kernels.backends.triton.elementary import OPTIONS, gumbel
 from selfgen_kernels.backends.triton.head_log_prob import linear_reference_log_prob
-from selfgen_kernels.backends.triton.noise import GROUP, OPTIONS, TOKEN, gumbel, gumbel_noise, random_words
+from selfgen_kernels.backends.triton.noise import GROUP, TOKEN, gumbel_noise, random_words
 from selfgen_kernels.backends.triton.products import (
     REDUCTION,
     SELECTED,

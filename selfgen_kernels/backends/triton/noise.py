@@ -7,11 +7,10 @@ from torch import Tensor
 
 from selfgen_kernels.backends.reference import philox
 from selfgen_kernels.backends.triton.configuration import Configuration
+from selfgen_kernels.backends.triton.elementary import OPTIONS, gumbel
 
 MASK, GROUP, TOKEN = tl.constexpr(philox.MASK), tl.constexpr(philox.GROUP), tl.constexpr(philox.TOKEN)
 
-# A fused multiply-add rounds once where the specification rounds twice.
-OPTIONS = {"num_warps": 4, "enable_fp_fusion": False}
 BLOCK = 1024  # random numbers per program
 
 
@@ -28,16 +27,6 @@ def random_words(seed, sample_id, position, first_index, SIZE: tl.constexpr, STR
     c3 = tl.zeros_like(c1) + (sample_id.to(tl.int64) >> 32).to(tl.uint32)
     w0, w1, w2, w3 = tl.philox(seed.to(tl.int64), c0, c1, c2, c3)
     return tl.interleave(tl.interleave(w0, w2), tl.interleave(w1, w3))
-
-
-@triton.jit
-def gumbel(word):
-    """Standard Gumbel fp32 of a uint32, with log1p(-w) = log(u) * w / (1 - u), u = fp32(1 - w), exact to a few ulp."""
-    w = tl.minimum((word.to(tl.float32) + 0.5) * 2.3283064365386963e-10, 0.99999994)  # 2^-32, 1 - 2^-24
-    u = 1.0 - w
-    rounding = w / tl.where(u == 1.0, 1.0, 1.0 - u)
-    exponential = tl.where(u == 1.0, w, -tl.log(u) * rounding)
-    return -tl.log(exponential)
 
 
 @triton.jit

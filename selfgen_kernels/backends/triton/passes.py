@@ -15,9 +15,12 @@ from selfgen_kernels.backends.reference import passes as reference_passes
 from selfgen_kernels.backends.triton.configuration import Configuration
 
 LOWEST = tl.constexpr(reference_passes.LOWEST)
+UNITS = tl.constexpr(float(reference_passes.UNITS))
+LOWEST_LOG = tl.constexpr(reference_passes.LOWEST / reference_passes.UNITS)
+NONE = tl.constexpr(-(2**31))  # in place of a sum of log chances: no segment
 LANES = (64, 512, 2048)
 """Rows that shipped plans hold in registers; with more, registers spill."""
-ROWS = 128  # at a time, in plans of more: one a thread, which spills under no Triton
+ROWS = 256  # at a time, in plans of more: one a thread, which spills under no Triton
 BLOCK = 128  # places that a program of the other kernels handles at a time
 
 
@@ -30,18 +33,27 @@ def following(next_self, slot, num_slots, mask):
 
 
 @triton.jit
+def log_units(log_chance):
+    """int32: `reference.log_units`."""
+    log_chance = tl.where(log_chance >= LOWEST_LOG, log_chance, LOWEST_LOG)
+    log_chance = tl.where(log_chance > 0, 0.0, log_chance) * UNITS
+    whole = log_chance.to(tl.int32)  # towards 0
+    return whole - (whole.to(tl.float32) > log_chance).to(tl.int32)
+
+
+@triton.jit
 def first_log_sum(reach, after):
-    """Sum of log chances of the segments from `reach` to `after`: 1, before all others. -inf if there is none."""
-    return tl.where(after > reach, 1.0, float("-inf"))
+    """Sum of log chances of the segments from `reach` to `after`: 1, before all others. NONE if there is none."""
+    return tl.where(after > reach, 1, NONE)
 
 
 @triton.jit
 def least_log_sum(least_log_chance, row, exists):
     """The least sum of log chances of a segment that each row takes; what is no such log stands for a chance of 1."""
-    least = tl.full(row.shape, LOWEST, tl.float32)
+    least = tl.full(row.shape, LOWEST, tl.int32)
     if least_log_chance is not None:
         given = tl.load(least_log_chance + row, mask=exists, other=0.0)
-        least = tl.where(given <= 0, given, 0.0)
+        least = log_units(tl.where(given <= 0, given, 0.0))
     return least
 
 
@@ -52,9 +64,10 @@ def take_level(next_self, log_chance, num_slots, least, reach, after, log_sum, l
     reach = tl.where(taken, after, reach)
     after = tl.where(taken, following(next_self, reach, num_slots, taken), after)
     is_open = taken & (after > reach)
-    longer = tl.minimum(log_sum, 0.0) + tl.load(log_chance + reach, mask=is_open, other=0.0)
-    longer = tl.where(is_open, tl.maximum(longer, LOWEST), float("-inf"))
-    log_sum = tl.where(taken, tl.where(longer >= least, longer, float("-inf")), log_sum)
+    chance = log_units(tl.load(log_chance + reach, mask=is_open, other=0.0))
+    longer = tl.minimum(tl.maximum(log_sum, LOWEST), 0) + chance
+    longer = tl.where(is_open, tl.maximum(longer, LOWEST), NONE)
+    log_sum = tl.where(taken, tl.where(longer >= least, longer, NONE), log_sum)
     return reach, after, log_sum
 
 
@@ -93,7 +106,7 @@ def window_kernel(
     least = least_log_sum(least_log_chance, row, exists)
     best = tl.max(log_sum, 0)
     left = token_budget.to(tl.int64)
-    while (left > 0) & (best > float("-inf")):
+    while (left > 0) & (best > NONE):
         level = best
         while best == level:  # more than once if a guess is certain: a row may then have several segments of a level
             reach, after, log_sum = take_level(next_self, log_chance, num_slots, least, reach, after, log_sum, level)
@@ -109,7 +122,7 @@ def many_windows_kernel(
     log_sums, num_slots, rows, token_budget, LANES: tl.constexpr,
 ):  # fmt: skip
     """`window_kernel` for any number of rows, LANES at a time; `ends` .. `log_sums` [rows] hold their state."""
-    best = float("-inf")
+    best = tl.full([], NONE, tl.int32)
     for start in range(0, rows, LANES):
         row = start + tl.arange(0, LANES)
         exists = row < rows
@@ -122,17 +135,17 @@ def many_windows_kernel(
         tl.store(log_sums + row, log_sum, mask=exists)
         best = tl.maximum(best, tl.max(log_sum, 0))
     left = token_budget.to(tl.int64)
-    while (left > 0) & (best > float("-inf")):
+    while (left > 0) & (best > NONE):
         level = best
         while best == level:
             tl.debug_barrier()  # on CUDA, one thread stores the state of a row and another loads it
-            best = float("-inf")
+            best = tl.full([], NONE, tl.int32)
             for start in range(0, rows, LANES):
                 row = start + tl.arange(0, LANES)
                 exists = row < rows
                 reach = tl.load(reaches + row, mask=exists, other=0)
                 after = tl.load(afters + row, mask=exists, other=0)
-                log_sum = tl.load(log_sums + row, mask=exists, other=float("-inf"))
+                log_sum = tl.load(log_sums + row, mask=exists, other=NONE)
                 least = least_log_sum(least_log_chance, row, exists)
                 reach, after, log_sum = take_level(
                     next_self, log_chance, num_slots, least, reach, after, log_sum, level
@@ -219,7 +232,7 @@ def plan_pass(
         lanes = next(lanes for lanes in LANES if rows <= lanes)
         window_kernel[(1,)](*state, least, *results, *sizes, LANES=lanes, **window_options(lanes))
     else:
-        memory = *(torch.empty_like(final) for _ in range(3)), torch.empty_like(final, dtype=torch.float32)
+        memory = *(torch.empty_like(final) for _ in range(3)), torch.empty_like(final, dtype=torch.int32)
         many_windows_kernel[(1,)](*state, least, *results, *memory, *sizes, LANES=ROWS, **ROWS_OPTIONS)
     slots_kernel[(rows + 1,)](final, cu_seqlens_q, slots, rows, token_budget, BLOCK=BLOCK, **OPTIONS)
     return slots, cu_seqlens_q, kv_ranges
@@ -238,7 +251,7 @@ def commit_pass(
 
 
 OPTIONS = {"num_warps": 1, "enable_fp_fusion": False}
-ROWS_OPTIONS = OPTIONS | {"num_warps": 4}
+ROWS_OPTIONS = OPTIONS | {"num_warps": 8}
 
 
 def window_options(lanes: int) -> dict[str, int | bool]:
@@ -259,7 +272,7 @@ def configurations(target: str) -> list[Configuration]:
         Configuration(f"plan_pass, {lanes} rows", window_kernel, state | plan, {"LANES": lanes}, window_options(lanes))
         for lanes in LANES
     ]
-    memory = {"ends": "*i64", "reaches": "*i64", "afters": "*i64", "log_sums": "*fp32"}
+    memory = {"ends": "*i64", "reaches": "*i64", "afters": "*i64", "log_sums": "*i32"}
     return [
         *windows,
         Configuration(

@@ -13,7 +13,8 @@ from torch import Tensor
 
 from selfgen_kernels.backends.triton.configuration import Configuration, current_target
 from selfgen_kernels.backends.triton.dot import factor_of_dot, rounded
-from selfgen_kernels.backends.triton.noise import OPTIONS, in_mask
+from selfgen_kernels.backends.triton.elementary import OPTIONS
+from selfgen_kernels.backends.triton.noise import in_mask
 from selfgen_kernels.call import Head, Mask
 
 DTYPES = {torch.float32: "fp32", torch.bfloat16: "bf16", torch.float16: "fp16"}

@@ -1,5 +1,5 @@
 """`sample_mix` in two launches: the best group of each span of the vocabulary, then the best span and its token.
-`reference_log_prob` likewise: the sum of exponentials over each span, then over all, and the reference's share of it.
+`reference_log_prob` likewise: the mass of each group, then of all, and the reference's share of it.
 
 A row's vocabulary is cut into spans so that a few rows still fill a GPU. The noise knows neither spans nor tiles, and
 the maximum of maxima is the maximum: the constants below may change, the tokens do not. Rows that keep their reference
@@ -13,14 +13,24 @@ from torch import Tensor
 
 from selfgen_kernels import call
 from selfgen_kernels.backends.triton.configuration import Configuration
+from selfgen_kernels.backends.triton.elementary import (
+    OPTIONS,
+    group_masses,
+    gumbel,
+    log,
+    log_weight,
+    mass_of,
+    mass_weights,
+)
 from selfgen_kernels.backends.triton.filters import filter_cutoff
-from selfgen_kernels.backends.triton.noise import GROUP, OPTIONS, TOKEN, gumbel, in_mask, random_words
+from selfgen_kernels.backends.triton.noise import GROUP, TOKEN, in_mask, random_words
 from selfgen_kernels.call import Mask, Mixed, Sampling
 from selfgen_kernels.ops import in_records
 
 GROUP_SIZE = tl.constexpr(call.GROUP_SIZE)
 TILE = 32  # groups that a program scores at a time
 SPAN = 128  # groups per program
+BLOCK = 512  # groups whose masses a program adds up at a time
 
 
 @triton.jit
@@ -38,9 +48,10 @@ def load_z(logits, ids, vocab_size, inv_temperature, cutoffs, row):
 @triton.jit
 def group_mass(z, greedy):
     """logsumexp over the last dimension, or the maximum where `greedy`; +inf where z, which is never NaN, has one."""
-    largest = tl.max(z, -1)
-    shift = tl.where(tl.abs(largest) == float("inf"), 0.0, largest)
-    return tl.where(greedy, largest, shift + tl.log(tl.sum(tl.exp(z - tl.expand_dims(shift, -1)), -1)))
+    peak, mass = group_masses(z)
+    finite = tl.abs(peak) != float("inf")
+    mass = tl.where(finite, mass, 1)  # else of no meaning
+    return tl.where(greedy, peak, peak + log(mass_of(mass)))
 
 
 @triton.jit(do_not_specialize=["seed"])
@@ -146,48 +157,48 @@ def mass_kernel(
     logits, row_stride, thresholds, seed, sample_ids, positions, peaks, masses, vocab_size,
     TILE: tl.constexpr, SPAN: tl.constexpr,
 ):  # fmt: skip
-    """Program (row, span) writes its largest logit and the sum of exp(logit - largest), each into [N, spans]."""
+    """Program (row, span) writes its groups' largest logits and masses, each into [N, groups]."""
     row, span = tl.program_id(0).to(tl.int64), tl.program_id(1)
     if not in_mask(seed, tl.load(sample_ids + row), tl.load(positions + row), tl.load(thresholds + row)):
         return
-    peak = tl.full([TILE], float("-inf"), tl.float32)  # of each lane, as is the next
-    mass = tl.zeros([TILE], tl.float32)
-    end = tl.minimum((span + 1) * SPAN, tl.cdiv(vocab_size, GROUP_SIZE))
+    groups = tl.cdiv(vocab_size, GROUP_SIZE)
+    end = tl.minimum((span + 1) * SPAN, groups)
     for start in range(span * SPAN, end, TILE):
-        ids = (start + tl.arange(0, TILE))[:, None] * GROUP_SIZE + tl.arange(0, GROUP_SIZE)[None, :]  # [TILE, 64]
-        z = load_z(logits + row * row_stride, ids, vocab_size, 1.0, None, row)
-        largest = tl.maximum(peak, tl.max(z, 1))
-        shift = tl.where(tl.abs(largest) == float("inf"), 0.0, largest)
-        mass = mass * tl.exp(peak - shift) + tl.sum(tl.exp(z - shift[:, None]), 1)
-        peak = largest
-
-    largest = tl.max(peak)
-    shift = tl.where(tl.abs(largest) == float("inf"), 0.0, largest)
-    out = row * tl.num_programs(1) + span
-    tl.store(peaks + out, largest)
-    tl.store(masses + out, tl.sum(mass * tl.exp(peak - shift)))
+        group = start + tl.arange(0, TILE)
+        ids = group[:, None] * GROUP_SIZE + tl.arange(0, GROUP_SIZE)[None, :]  # [TILE, 64]
+        peak, mass = group_masses(load_z(logits + row * row_stride, ids, vocab_size, 1.0, None, row))  # [TILE]
+        tl.store(peaks + row * groups + group, peak, mask=group < end)
+        tl.store(masses + row * groups + group, mass, mask=group < end)
 
 
 @triton.jit(do_not_specialize=["seed"])
 def log_prob_kernel(
-    logits, row_stride, thresholds, seed, sample_ids, positions, peaks, masses, vocab_size, spans, reference, log_probs,
-    SPANS: tl.constexpr,
+    logits, row_stride, thresholds, seed, sample_ids, positions, peaks, masses, vocab_size, reference, log_probs,
+    BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """One program per row: the reference's log probability from the masses of all spans."""
+    """One program per row: the reference's log probability from the masses of all groups, BLOCK at a time."""
     row = tl.program_id(0).to(tl.int64)
     log_prob = 0.0
     if in_mask(seed, tl.load(sample_ids + row), tl.load(positions + row), tl.load(thresholds + row)):
-        span = tl.arange(0, SPANS)
-        exists = span < spans
-        peak = tl.load(peaks + row * spans + span, mask=exists, other=float("-inf"))  # [SPANS]
-        mass = tl.load(masses + row * spans + span, mask=exists, other=0.0)
-        largest = tl.max(peak)
-        if tl.abs(largest) != float("inf"):  # of NaN or +inf, or of nothing but -inf
+        groups = tl.cdiv(vocab_size, GROUP_SIZE)
+        largest = tl.full([BLOCK], float("-inf"), tl.float32)
+        for start in range(0, groups, BLOCK):
+            group = start + tl.arange(0, BLOCK)
+            own = tl.load(peaks + row * groups + group, mask=group < groups, other=float("-inf"))
+            largest = tl.maximum(largest, own)
+        peak = tl.max(largest)
+        if tl.abs(peak) != float("inf"):  # of NaN or +inf, or of nothing but -inf
+            weight = tl.zeros([BLOCK], tl.int64)
+            for start in range(0, groups, BLOCK):
+                group = start + tl.arange(0, BLOCK)
+                own = tl.load(peaks + row * groups + group, mask=group < groups, other=float("-inf"))
+                mass = tl.load(masses + row * groups + group, mask=group < groups, other=0)
+                weight += mass_weights(own, mass, peak)
             token = tl.load(reference + row)
             known = (token >= 0) & (token < vocab_size)
             place = logits + row * row_stride + tl.where(known, token, 0)
             z = tl.load(place, mask=known, other=float("-inf")).to(tl.float32)
-            log_prob = z - largest - tl.log(tl.sum(mass * tl.exp(peak - largest)))
+            log_prob = z - peak - log_weight(tl.sum(weight))
     tl.store(log_probs + row, log_prob)
 
 
@@ -200,13 +211,13 @@ def reference_log_prob(logits: Tensor, reference: Tensor, mask: Mask) -> Tensor:
         return log_probs
     if logits.stride(1) != 1:
         logits = logits.contiguous()
-    spans = triton.cdiv(vocab_size, SPAN * GROUP_SIZE.value)
-    peaks, masses = (log_probs.new_empty(rows, spans) for _ in range(2))
+    groups = triton.cdiv(vocab_size, GROUP_SIZE.value)
+    peaks = log_probs.new_empty(rows, groups)
+    masses = torch.empty_like(peaks, dtype=torch.int32)
     keys = mask.threshold.contiguous(), mask.seed, mask.sample_ids.contiguous(), mask.positions.contiguous()
     inputs = logits, logits.stride(0), *keys, peaks, masses, vocab_size
-    mass_kernel[(rows, spans)](*inputs, TILE=TILE, SPAN=SPAN, **OPTIONS)
-    outputs = reference.contiguous(), log_probs
-    log_prob_kernel[(rows,)](*inputs, spans, *outputs, SPANS=triton.next_power_of_2(spans), **OPTIONS)
+    mass_kernel[(rows, triton.cdiv(groups, SPAN))](*inputs, TILE=TILE, SPAN=SPAN, **OPTIONS)
+    log_prob_kernel[(rows,)](*inputs, reference.contiguous(), log_probs, BLOCK=BLOCK, **OPTIONS)
     return log_probs
 
 
@@ -218,9 +229,9 @@ def configurations(target: str) -> list[Configuration]:
     }  # fmt: skip
     results = {"spans": "i32", "reference": "*i64", "tokens": "*i64", "is_selfs": "*i1", "invalids": "*i1"}
     masses = {name: kind for name, kind in types.items() if name in mass_kernel.arg_names} | {
-        "peaks": "*fp32", "masses": "*fp32",
+        "peaks": "*fp32", "masses": "*i32",
     }  # fmt: skip
-    log_probs = {"spans": "i32", "reference": "*i64", "log_probs": "*fp32"}
+    log_probs = {"reference": "*i64", "log_probs": "*fp32"}
     aligned = "row_stride", "vocab_size"
     ships = []
     for dtype in ("fp32", "bf16", "fp16"):
@@ -229,7 +240,9 @@ def configurations(target: str) -> list[Configuration]:
             Configuration(
                 f"mass[{dtype}]", mass_kernel, inputs, {"TILE": TILE, "SPAN": SPAN}, OPTIONS, aligned, streams=True
             ),
-            Configuration(f"log_prob[{dtype}]", log_prob_kernel, inputs | log_probs, {"SPANS": 16}, OPTIONS, aligned),
+            Configuration(
+                f"log_prob[{dtype}]", log_prob_kernel, inputs | log_probs, {"BLOCK": BLOCK}, OPTIONS, aligned
+            ),
         ]
         for label, cutoffs, absent in (
             (dtype, {}, {"cutoffs": None}),

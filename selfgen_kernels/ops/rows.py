@@ -151,7 +151,7 @@ def _log(prob: Tensor) -> Tensor:
     for power in range(17, 0, -2):
         series = series * square + 1 / power
     result = 2 * s * series + (exponent - is_low.int()).double() * log(2)
-    return torch.where(prob > 0, result, torch.where(prob == 0, -torch.inf, torch.nan)).float()
+    return result.masked_fill(prob == 0, -torch.inf).masked_fill(~(prob >= 0), torch.nan).float()
 
 
 def check_vocabulary(size: int, vocab_size: int | None = None) -> None:

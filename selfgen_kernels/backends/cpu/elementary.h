@@ -84,6 +84,9 @@ SELFGEN_INLINE float weight(float e) { return e < 0x1p-11f ? (e + 0x1p-11f) - 0x
 
 constexpr double kWeightUnit = 0x1p34;  // weights in units of 1 / kWeightUnit are integers
 
+// That of a probability e < 2^-11 in units.
+SELFGEN_INLINE uint32_t small_weight(float e) { return bit_cast<uint32_t>(e + 0x1p-11f) - bit_cast<uint32_t>(0x1p-11f); }
+
 // log of a sum of weights in these units.
 inline float log_weight(int64_t sum) { return log_(float(sum) * 0x1p-34f); }
 

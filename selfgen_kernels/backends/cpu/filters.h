@@ -34,11 +34,11 @@ SELFGEN_INLINE uint32_t key_of(float x) {
 SELFGEN_INLINE float value_of(uint32_t key) { return bit_cast<float>(key >> 31 ? key ^ 0x80000000u : ~key); }
 
 // The weights of 64 values, relative to the peak's, as whole numbers of units.
-SELFGEN_INLINE void weights64_(const float values[kGroup], float peak, float weights[kGroup]) {
+SELFGEN_INLINE void weights64_(const float values[kGroup], float peak, float* __restrict weights) {
   for (int64_t i = 0; i < kGroup; ++i) weights[i] = weight(exp_(values[i] - peak)) * float(kWeightUnit);
 }
 SELFGEN_CLONES(
-    void, weights64, (const float values[kGroup], float peak, float weights[kGroup]), (values, peak, weights))
+    void, weights64, (const float values[kGroup], float peak, float* __restrict weights), (values, peak, weights))
 
 // The finite values of a row, each with a weight: its probability relative to the peak's in whole units, or 1.
 template <typename AnyRow>
@@ -69,7 +69,8 @@ struct Weighted {
     for (int64_t group = 0; group < row.groups(); ++group) {
       if (maxima[group] < low) continue;
       row.load(group, low, z);
-      sum += int64_t(sum_weights(z, peak) * kWeightUnit);
+      const bool small = maxima[group] - peak < kSmall;
+      sum += small ? int64_t(sum_small_weights(z, peak)) : int64_t(sum_weights(z, peak) * kWeightUnit);
     }
     return sum;
   }

@@ -72,12 +72,10 @@ SELFGEN_LOGITS(c10::Half)
 
 // The mass of a group whose maximum is `largest`, finite: the sum of exp(z - largest) in units of 2^-23.
 SELFGEN_INLINE uint32_t group_mass_(const float z[kGroup], float largest) {
-  uint32_t sum[kLanes] = {};
-  for (int64_t j = 0; j < kGroup; j += kLanes) {
-    for (int64_t i = 0; i < kLanes; ++i) sum[i] += mass_term(exp_(z[j + i] - largest));
-  }
+  float e[kGroup];
+  for (int64_t i = 0; i < kGroup; ++i) e[i] = exp_(z[i] - largest);
   uint32_t total = 0;
-  for (int64_t i = 0; i < kLanes; ++i) total += sum[i];
+  for (int64_t i = 0; i < kGroup; ++i) total += mass_term(e[i]);
   return total;
 }
 SELFGEN_CLONES(uint32_t, group_mass, (const float z[kGroup], float largest), (z, largest))
@@ -97,16 +95,32 @@ SELFGEN_INLINE double sum_weights_(const float z[kGroup], float peak) {
 }
 SELFGEN_CLONES(double, sum_weights, (const float z[kGroup], float peak), (z, peak))
 
+// The same in units, where all weights are small: those of z - peak < kSmall are less than 2^-11.
+constexpr float kSmall = -7.63f;
+SELFGEN_INLINE uint32_t sum_small_weights_(const float z[kGroup], float peak) {
+  float e[kGroup];
+  for (int64_t i = 0; i < kGroup; ++i) e[i] = exp_(z[i] - peak);
+  uint32_t total = 0;
+  for (int64_t i = 0; i < kGroup; ++i) total += small_weight(e[i]);
+  return total;
+}
+SELFGEN_CLONES(uint32_t, sum_small_weights, (const float z[kGroup], float peak), (z, peak))
+
+constexpr int64_t kTogether = 8;  // groups, so that no one waits for a group's maximum
+
 // The largest logits, +inf in place of NaN, and the masses of the groups begin, .., end - 1 of a row; where a peak is
 // not finite, any mass.
 template <typename T>
 SELFGEN_INLINE void group_masses_(
     const T* logits, int64_t vocab_size, int64_t begin, int64_t end, float* peaks, uint32_t* masses) {
-  float z[kGroup];
-  for (int64_t group = begin; group < end; ++group) {
-    const int64_t size = vocab_size - group * kGroup;
-    peaks[group] = load_group_(logits + group * kGroup, size < kGroup ? size : kGroup, 1, -kInf, z);
-    masses[group] = group_mass_(z, peaks[group]);
+  float z[kTogether][kGroup];
+  for (int64_t start = begin; start < end; start += kTogether) {
+    const int64_t stop = start + kTogether < end ? start + kTogether : end;
+    for (int64_t group = start; group < stop; ++group) {
+      const int64_t size = vocab_size - group * kGroup;
+      peaks[group] = load_group_(logits + group * kGroup, size < kGroup ? size : kGroup, 1, -kInf, z[group - start]);
+    }
+    for (int64_t group = start; group < stop; ++group) masses[group] = group_mass_(z[group - start], peaks[group]);
   }
 }
 
@@ -120,7 +134,8 @@ SELFGEN_MASSES(c10::BFloat16)
 SELFGEN_MASSES(c10::Half)
 #undef SELFGEN_MASSES
 
-// The weights of 64 masses together, relative to a peak that none of their peaks is larger than.
+// The weights of 64 masses together, relative to a finite peak that none of their peaks is larger than; beside a peak of
+// -inf, no mass has a weight.
 SELFGEN_INLINE double weigh_masses_(const float peaks[kGroup], const uint32_t masses[kGroup], float peak) {
   double sum[kLanes] = {};
   for (int64_t j = 0; j < kGroup; j += kLanes) {
@@ -135,21 +150,35 @@ SELFGEN_INLINE double weigh_masses_(const float peaks[kGroup], const uint32_t ma
 SELFGEN_CLONES(
     double, weigh_masses, (const float peaks[kGroup], const uint32_t masses[kGroup], float peak), (peaks, masses, peak))
 
+SELFGEN_INLINE float largest_of_(const float* values, int64_t count) {
+  float largest[kLanes];
+  for (int64_t i = 0; i < kLanes; ++i) largest[i] = -kInf;
+  const int64_t whole = count - count % kLanes;
+  for (int64_t j = 0; j < whole; j += kLanes) {
+    for (int64_t i = 0; i < kLanes; ++i) largest[i] = values[j + i] > largest[i] ? values[j + i] : largest[i];
+  }
+  for (int64_t j = whole; j < count; ++j) largest[0] = values[j] > largest[0] ? values[j] : largest[0];
+  for (int64_t i = 1; i < kLanes; ++i) largest[0] = largest[i] > largest[0] ? largest[i] : largest[0];
+  return largest[0];
+}
+SELFGEN_CLONES(float, largest_of, (const float* values, int64_t count), (values, count))
+
 // log softmax(row) of a token whose logit is z, -inf if the row lacks it, from the masses of the row's groups; 0 for a
 // row without probabilities.
 inline float log_prob(float z, const float* peaks, const uint32_t* masses, int64_t groups) {
-  const float peak = groups > 0 ? *std::max_element(peaks, peaks + groups) : -kInf;
+  const float peak = largest_of(peaks, groups);
   if (!(-kInf < peak && peak < kInf)) return 0;
+  const int64_t whole = groups - groups % kGroup;
   int64_t sum = 0;
-  for (int64_t start = 0; start < groups; start += kGroup) {
+  for (int64_t start = 0; start < whole; start += kGroup) {
+    sum += int64_t(weigh_masses(peaks + start, masses + start, peak) * kWeightUnit);
+  }
+  if (whole < groups) {
     float own_peaks[kGroup];
     uint32_t own_masses[kGroup] = {};
     std::fill_n(own_peaks, kGroup, peak);
-    for (int64_t i = 0; i < std::min(kGroup, groups - start); ++i) {
-      if (peaks[start + i] == -kInf) continue;
-      own_peaks[i] = peaks[start + i];
-      own_masses[i] = masses[start + i];
-    }
+    std::copy(peaks + whole, peaks + groups, own_peaks);
+    std::copy(masses + whole, masses + groups, own_masses);
     sum += int64_t(weigh_masses(own_peaks, own_masses, peak) * kWeightUnit);
   }
   return (z - peak) - log_weight(sum);

@@ -105,9 +105,11 @@ inline at::Tensor log_probs(
     int64_t groups) {
   at::Tensor result = at::zeros(rows.is_self.sizes(), at::kFloat);
   float* out = result.data_ptr<float>();
-  for (size_t i = 0; i < z.size(); ++i) {
-    out[rows.selected[i].index] = log_prob(z[i], peaks.data() + i * groups, masses.data() + i * groups, groups);
-  }
+  at::parallel_for(0, z.size(), 1 + (1 << 13) / (groups + 1), [&](int64_t begin, int64_t end) {
+    for (int64_t i = begin; i < end; ++i) {
+      out[rows.selected[i].index] = log_prob(z[i], peaks.data() + i * groups, masses.data() + i * groups, groups);
+    }
+  });
   return result;
 }
 

@@ -76,8 +76,8 @@ def log_of(f: Tensor, k: Tensor) -> Tensor:
 def log_of_share(share: Tensor) -> Tensor:
     """log of fp64 probabilities as fp32; -inf below 2^-126, NaN for what is no probability."""
     normal = share >= 2.0**-126
-    result = log(torch.where(normal, share, 1.0).float())
-    return torch.where(normal, result, torch.where(share >= 0, -torch.inf, torch.nan))
+    result = log(share.masked_fill(~normal, 1).float())
+    return result.masked_fill_(~normal, -torch.inf).masked_fill_(~(share >= 0), torch.nan)
 
 
 def group_masses(z: Tensor) -> tuple[Tensor, Tensor]:

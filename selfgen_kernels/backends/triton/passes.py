@@ -20,7 +20,7 @@ LOWEST_LOG = tl.constexpr(reference_passes.LOWEST / reference_passes.UNITS)
 NONE = tl.constexpr(-(2**31))  # in place of a sum of log chances: no segment
 LANES = (64, 512, 2048)
 """Rows that shipped plans hold in registers; with more, registers spill."""
-ROWS = 128  # at a time, in plans of more: one a thread, which spills under no Triton
+ROWS = 256  # at a time, in plans of more: one a thread, which spills under no Triton
 BLOCK = 128  # places that a program of the other kernels handles at a time
 
 
@@ -251,7 +251,7 @@ def commit_pass(
 
 
 OPTIONS = {"num_warps": 1, "enable_fp_fusion": False}
-ROWS_OPTIONS = OPTIONS | {"num_warps": 4}
+ROWS_OPTIONS = OPTIONS | {"num_warps": 8}
 
 
 def window_options(lanes: int) -> dict[str, int | bool]:

@@ -231,8 +231,10 @@ def test_so_of_answers_unless_a_row_ends():
     assert launches.between == [[]] * 8
 
 
-MOST_LAUNCHES = {"llama": 99}
-"""Of a layer in a recorded pass, per family. They may fall: then lower them."""
+MOST_LAUNCHES = {
+    "llama": (35, 98), "qwen3": (47, 98), "gemma3": (65, 107), "phi3": (34, 98), "gpt2": (18, 88), "gpt_neox": (23, 93)
+}  # fmt: skip
+"""Of a recorded pass, per family: in each layer, and all others. Where they fall, lower these."""
 
 
 def launches_of(family, layers, monkeypatch):
@@ -250,7 +252,9 @@ def launches_of(family, layers, monkeypatch):
 
 
 @pytest.mark.parametrize("family", sorted(MOST_LAUNCHES))
-def test_launches_of_a_layer(family, monkeypatch):
+def test_launches_of_a_pass(family, monkeypatch):
+    """As many in every pass, whatever its size."""
     (two,), (four,) = (launches_of(family, layers, monkeypatch) for layers in (2, 4))
-    print(f"{family}: {(four - two) / 2} launches a layer, {2 * two - four} of a pass besides")
-    assert (four - two) / 2 <= MOST_LAUNCHES[family]
+    of_layer, besides = MOST_LAUNCHES[family]
+    assert (four - two) / 2 <= of_layer
+    assert 2 * two - four <= besides

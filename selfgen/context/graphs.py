@@ -227,20 +227,20 @@ class GraphedForward(Forward):
     def _prepare(self, passes: Passes, size: Size) -> Callable[[], None] | None:
         """Run a pass of padding alone, which also compiles its kernels, and record one; None if that can't be."""
         run = partial(passes.run, self, size)
-        with passes.idle():
-            try:
-                with not_waiting():
-                    run()
-            except RuntimeError as error:
-                if "synchroniz" not in str(error):
-                    raise
-                self._turn_off(error)
-                return None
-            try:
+        try:
+            with passes.idle(), not_waiting():
+                run()
+        except RuntimeError as error:
+            if "synchroniz" not in str(error):
+                raise
+            self._turn_off(error)
+            return None
+        try:
+            with passes.idle():
                 return self._record(run)
-            except RuntimeError as error:
-                self._turn_off(error)
-                return None
+        except RuntimeError as error:
+            self._turn_off(error)
+            return None
 
     def _record(self, run: Callable[[], None]) -> Callable[[], None]:
         """``run`` as a CUDA graph. What it allocates lies in one pool for all graphs, as nothing outlives a replay."""

@@ -14,6 +14,7 @@ from __future__ import annotations
 
 from collections.abc import Hashable
 from dataclasses import dataclass
+from typing import ClassVar
 
 import torch
 from torch import Tensor
@@ -61,7 +62,7 @@ class FixedPoint(Passes):
     passes: int = 0
     tokens_computed: int = 0
 
-    PLAN = {"slots": PADDING, "cu_seqlens_q": 0, "kv_ranges": 0}
+    PLAN: ClassVar = {"slots": PADDING, "cu_seqlens_q": 0, "kv_ranges": 0}
 
     @classmethod
     def start(
@@ -107,7 +108,9 @@ class FixedPoint(Passes):
             candidates=of_slots(may_be_self),
             is_self=of_slots(may_be_self),
             self_left=of_slots(self_left),
-            next_self=torch.cat([next_self_slots(planned, row_ends[row]), torch.arange(num_slots, room, device=device)]),
+            next_self=torch.cat(
+                [next_self_slots(planned, row_ends[row]), torch.arange(num_slots, room, device=device)]
+            ),
             tokens=of_slots(reference),
             final=row_starts.clone(),
             status=torch.zeros(1, dtype=torch.int64, device=device),

@@ -146,7 +146,8 @@ class Forward:
         self._busy, self.coverage = True, Coverage()
         try:
             self._begin(passes)
-            with ragged_model(self.model), self._weights(), captured(passes.hidden_states, lambda: self.cache.current.slots):
+            kept = captured(passes.hidden_states, lambda: self.cache.current.slots)
+            with ragged_model(self.model), self._weights(), kept:
                 yield
         except BaseException:
             self.release()

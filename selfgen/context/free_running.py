@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections import deque
 from collections.abc import Callable, Hashable
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import Any, ClassVar, NamedTuple
 
 import torch
 from torch import Tensor
@@ -71,7 +71,7 @@ class FreeRun(Passes):
     passes: int = 0
     tokens_computed: int = 0
 
-    PLAN = {"new": 0}
+    PLAN: ClassVar = {"new": 0}
     hidden_states = None
 
     @classmethod

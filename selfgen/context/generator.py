@@ -77,8 +77,8 @@ class ContextGenerator:
 
     Raises:
         TypeError: ``model`` is not a transformers model.
-        ValueError: ``temperature``, ``token_budget``, ``balance``, ``graph_memory`` or ``vocab_size`` out of range, or the
-            model is split over processes or offloaded.
+        ValueError: ``temperature``, ``token_budget``, ``balance``, ``graph_memory`` or ``vocab_size`` out of range, or
+            the model is split over processes or offloaded.
 
     Example:
         >>> generator = ContextGenerator(model)

@@ -1,8 +1,8 @@
 """The passes of a generation as CUDA graphs.
 
 A pass over few tokens is about a thousand small kernels. The host takes several times as long to launch them as a GPU
-takes to run them. ``GraphedForward`` records whole passes, once for each size: the model's forward, sampling, commit and
-the plan of the next pass. To replay one is one launch, and between two of them the host reads a few numbers.
+takes to run them. ``GraphedForward`` records whole passes, once for each size: the model's forward, sampling, commit
+and the plan of the next pass. To replay one is one launch, and between two of them the host reads a few numbers.
 """
 
 from __future__ import annotations

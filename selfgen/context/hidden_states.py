@@ -101,7 +101,7 @@ class HiddenStates:
     """What entered each decoder layer, and what left the last one, at every slot of a generation.
 
     ``states`` is [layers + 1, S + 1, hidden_size] once there are any; the last slot holds zeros, for padding. It is a
-    part of ``memory`` [layers + 1, slots, hidden_size], whose last slot is nobody's: what padding computes is left there.
+    part of ``memory`` [layers + 1, slots, hidden_size], whose last slot is nobody's: there is what padding computes.
     """
 
     states: Tensor

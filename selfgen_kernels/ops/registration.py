@@ -13,7 +13,7 @@ def define(name: str, schema: str) -> Callable[[Callable[..., Any]], None]:
     """Define the operator `name`, one of `OPS`; decorates its fake kernel, which tells shapes and dtypes of results."""
     if name not in OPS:
         raise KeyError(f"{name} is not in selfgen_kernels.ops.OPS, the table of operators; give it a line there")
-    schemas = {overload: schema for overload in OPS[name].overloads}
+    schemas = dict.fromkeys(OPS[name].overloads, schema)
     if SEED_TENSOR in schemas:
         schemas[SEED_TENSOR] = schema.replace("SymInt seed", "Tensor seed")
     for overload, its_schema in schemas.items():

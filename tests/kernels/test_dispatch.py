@@ -83,7 +83,7 @@ def test_public_functions_take_a_seed_in_memory():
         for seed in (0, -5, 2**62):
             got = call(IDS, 0.9, seed=torch.tensor([seed]), **keys)
             assert all(map(torch.equal, got, call(IDS, 0.9, seed=seed, **keys)))
-        with pytest.raises(TypeError, match="seed has dtype torch.int32"):
+        with pytest.raises(TypeError, match="seed has dtype"):
             call(IDS, 0.9, seed=torch.zeros(1, dtype=torch.int32), **keys)
         with pytest.raises(ValueError, match="seed has shape"):
             call(IDS, 0.9, seed=torch.zeros(2, dtype=torch.int64), **keys)

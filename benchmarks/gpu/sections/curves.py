@@ -10,7 +10,7 @@ import itertools
 import json
 import math
 import time
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 
@@ -99,7 +99,7 @@ class Given(Passes):
 
     hidden_states = None
     settings = ()
-    PLAN = {"slots": PADDING, "bounds": 0}
+    PLAN: ClassVar = {"slots": PADDING, "bounds": 0}
 
     def __init__(self, forward: Forward, slots: int, rows: int, vocab: int):
         self.num_slots, rows = forward.room(slots, rows)

@@ -73,7 +73,7 @@ def self_mask_kernel(out, seed, sample_ids, positions, threshold):
 
 
 def gumbel_noise(
-    seed: int, sample_ids: Tensor, positions: Tensor, size: int, stream: int, rows: Tensor | None = None,
+    seed: int | Tensor, sample_ids: Tensor, positions: Tensor, size: int, stream: int, rows: Tensor | None = None,
     count: Tensor | None = None,
 ) -> Tensor:  # fmt: skip
     """Standard Gumbel noise, fp32 [N, size]; given `rows` int32 [N] and `count` [1], of the first count of them."""

@@ -28,7 +28,7 @@ class Mask(NamedTuple):
     """Which rows take a self token: those whose random number is below their threshold. Tensors are [N]."""
 
     threshold: Tensor
-    seed: int
+    seed: int | Tensor  # int64 [1], in the overload that takes it
     sample_ids: Tensor
     positions: Tensor
 
@@ -37,7 +37,7 @@ class Sampling(NamedTuple):
     """How each row is drawn: its `Mask`, temperature and filters. Tensors are [N]."""
 
     threshold: Tensor
-    seed: int
+    seed: int | Tensor  # int64 [1], in the overload that takes it
     sample_ids: Tensor
     positions: Tensor
     inv_temperature: Tensor  # +inf is greedy
@@ -63,7 +63,10 @@ class Sampling(NamedTuple):
         return any(value is not None for value in (self.top_k, self.top_p, self.min_p))
 
     def select(self, rows: Tensor | slice) -> "Sampling":
-        return Sampling(*(value[rows] if isinstance(value, Tensor) else value for value in self))  # type: ignore[arg-type]
+        of_rows = {
+            name: value[rows] for name, value in self._asdict().items() if isinstance(value, Tensor) and name != "seed"
+        }
+        return self._replace(**of_rows)
 
 
 class Head(NamedTuple):
@@ -76,7 +79,7 @@ class Head(NamedTuple):
     logit_scale: float
 
 
-def unscaled(threshold: Tensor, seed: int, sample_ids: Tensor, positions: Tensor) -> Sampling:
+def unscaled(threshold: Tensor, seed: int | Tensor, sample_ids: Tensor, positions: Tensor) -> Sampling:
     """The `Sampling` of a `Mask` at temperature 1."""
     return Sampling(threshold, seed, sample_ids, positions, torch.ones_like(threshold, dtype=torch.float32))
 
@@ -89,7 +92,7 @@ class Part(NamedTuple):
 
 
 _IN_SCHEMAS: dict[Any, str] = {
-    Tensor: "Tensor", Tensor | None: "Tensor?", int: "SymInt", float: "float", float | None: "float?"
+    Tensor: "Tensor", Tensor | None: "Tensor?", int | Tensor: "SymInt", float: "float", float | None: "float?"
 }  # fmt: skip
 
 

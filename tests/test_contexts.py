@@ -102,16 +102,18 @@ def test_nothing_final_is_computed_twice(token_budget, monkeypatch):
     sizes: list[int] = []
     original = engine.FixedPoint.run
 
-    def record(state, forward, ragged_pass):
-        slots, bounds = ragged_pass.slots, ragged_pass.cu_seqlens_q
+    def record(state, forward, size):
+        slots, bounds = state.slots[: size.tokens], state.cu_seqlens_q
         assert 1 <= len(slots) <= token_budget
-        assert bounds[-1] == len(slots)
+        assert bounds[-1] == len(slots) == size.tokens
+        assert (state.slots[size.tokens :] < 0).all()
         for row, final in enumerate(state.final.tolist()):
             window = slots[bounds[row] : bounds[row + 1]]
             assert torch.equal(window, torch.arange(final, final + len(window)))
-        assert torch.equal(ragged_pass.position_ids[0], state.positions[slots])
         sizes.append(len(slots))
-        return original(state, forward, ragged_pass)
+        original(state, forward, size)
+        assert torch.equal(forward.cache.current.slots, slots)
+        assert torch.equal(forward.cache.current.position_ids[0], state.positions[slots])
 
     monkeypatch.setattr(engine.FixedPoint, "run", record)
     generator = ContextGenerator(model_of("llama"), token_budget=token_budget, balance=token_budget / 8)

@@ -29,6 +29,7 @@ DEADLINE = 600  # seconds for the tests of a fault; a loop without an end is a f
 MACHINE = "tests/test_state_machine.py::test_some_cases[{}]"
 PLAIN, RECORDED = MACHINE.format("llama-plain"), MACHINE.format("llama-graphs")
 LORA, WINDOW = MACHINE.format("lora-plain"), MACHINE.format("mistral-plain")
+RECORDINGS = "tests/test_recorded_generations.py::"
 COMMIT = "tests/kernels/test_passes.py::test_commit_place_by_place"
 REUSE = "tests/test_reuse.py::test_loss_and_gradients_are_those_of_the_ordinary_step[llama]"
 RANKS = "tests/test_ranks.py"
@@ -92,16 +93,16 @@ FAULTS = [
     Fault(
         "position: counted over all rows",
         CONTEXT + "fixed_point.py",
-        "return RaggedPass(slots, self.positions[slots][None], cu_seqlens_q, kv_ranges)",
-        "return RaggedPass(slots, slots[None], cu_seqlens_q, kv_ranges)",
+        "RaggedPass(slots, self.positions[slots][None], self.cu_seqlens_q, self.kv_ranges)",
+        "RaggedPass(slots, slots[None], self.cu_seqlens_q, self.kv_ranges)",
         ("tests/test_contexts.py::test_fixed_point_equals_sequential[gpt2]",),
     ),
     Fault(
         "position: one too late in contexts' answers",
         CONTEXT + "fixed_point.py",
-        "return RaggedPass(slots, self.positions[slots][None], cu_seqlens_q, kv_ranges)",
+        "ragged_pass = RaggedPass(slots, self.positions[slots][None], self.cu_seqlens_q, self.kv_ranges)",
         "late = self.positions + (self.answer_positions >= 0)\n"
-        "        return RaggedPass(slots, late[slots][None], cu_seqlens_q, kv_ranges)",
+        "        ragged_pass = RaggedPass(slots, late[slots][None], self.cu_seqlens_q, self.kv_ranges)",
         (PLAIN,),
     ),
     Fault(
@@ -128,15 +129,15 @@ FAULTS = [
     Fault(
         "stream: another seed than the mask's",
         CONTEXT + "fixed_point.py",
-        "seed=batch.seed,",
-        "seed=batch.seed ^ 1,",
+        "seed=self.seed,",
+        "seed=self.seed ^ 1,",
         (PLAIN,),
     ),
     Fault(
         "stream: the place in the batch for the row's id",
         CONTEXT + "free_running.py",
-        "sample_ids=self.prompts.sample_ids[self.row[taken]],",
-        "sample_ids=taken,",
+        "sample_ids=self.sample_ids[place],",
+        "sample_ids=place,",
         (PLAIN, RECORDED, LORA, WINDOW),
     ),
     Fault(
@@ -157,8 +158,8 @@ FAULTS = [
     Fault(
         "budget: not kept",
         CONTEXT + "fixed_point.py",
-        "min(budget.tokens, len(self.tokens)),",
-        "len(self.tokens),",
+        "slots=slots.new_empty(min(budget.tokens, room)),",
+        "slots=slots.new_empty(room),",
         ("tests/test_contexts.py::test_nothing_final_is_computed_twice[7]",),
     ),
     Fault(
@@ -185,8 +186,8 @@ FAULTS = [
     Fault(
         "candidates: shifted by one",
         CONTEXT + "fixed_point.py",
-        "            candidates=may_be_self,\n            is_self=may_be_self.clone(),\n",
-        "            candidates=may_be_self.roll(1),\n            is_self=may_be_self.clone(),\n",
+        "candidates=of_slots(may_be_self),",
+        "candidates=of_slots(may_be_self.roll(1)),",
         (PLAIN,),
     ),
     Fault(
@@ -274,16 +275,65 @@ FAULTS = [
     Fault(
         "weights: replayed from where they were",
         CONTEXT + "graphs.py",
-        "if state != self._state or num_slots > self.cache.num_slots:",
-        "if self._state is None or num_slots > self.cache.num_slots:",
+        "if state != self._state:",
+        "if self._state is None or state[0] != self._state[0]:",
         ("tests/test_graphs.py::test_what_changes_the_computation_is_recorded_anew[moved]", RECORDED),
     ),
     Fault(
-        "graphs: slots of an earlier pass are written",
+        "graphs: the seed that they were recorded with",
+        CONTEXT + "fixed_point.py",
+        "seed=self.seed,",
+        "seed=int(self.seed),",
+        (RECORDINGS + "test_a_seed_of_each_step",),
+    ),
+    Fault(
+        "graphs: the balance that they were recorded with",
+        CONTEXT + "fixed_point.py",
+        "self.self_left[self.final], self.balance)",
+        "self.self_left[self.final], float(self.balance))",
+        (RECORDINGS + "test_another_budget_and_balance",),
+    ),
+    Fault(
+        "graphs: padding is sampled",
+        CONTEXT + "fixed_point.py",
+        "is_place.float(),",
+        "1.0,",
+        (RECORDINGS + "test_logits_that_are_not_finite_are_counted_once",),
+    ),
+    Fault(
+        "graphs: padding is written to the last token",
+        CONTEXT + "free_running.py",
+        "self.tokens[torch.where(taken, self.starts + self.computed, PADDING)]",
+        "self.tokens[torch.where(taken, self.starts + self.computed, self.starts[0])]",
+        ("tests/test_graphs.py::test_answers_are_those_of_the_plain_passes",),
+    ),
+    Fault(
+        "graphs: a pass of a new size counts before it is one",
         CONTEXT + "graphs.py",
-        "        mine.slots[n:] = PADDING\n",
-        "",
-        (RECORDED,),
+        "with passes.idle(), not_waiting():",
+        "with not_waiting():",
+        (RECORDINGS + "test_logits_that_are_not_finite_are_counted_once",),
+    ),
+    Fault(
+        "graphs: hidden states that are wanted yet are written to",
+        CONTEXT + "graphs.py",
+        "last.move_away()",
+        "pass",
+        (RECORDINGS + "test_kept_hidden_states_are_written_once",),
+    ),
+    Fault(
+        "graphs: hidden states of an earlier generation are left",
+        CONTEXT + "hidden_states.py",
+        "self.memory = memory.zero_()",
+        "self.memory = memory",
+        (RECORDINGS + "test_kept_hidden_states_are_written_once",),
+    ),
+    Fault(
+        "graphs: a context is what the next generation writes",
+        CONTEXT + "fixed_point.py",
+        "torch.split(of_slots[: sum(lengths)].clone(), lengths)",
+        "torch.split(of_slots[: sum(lengths)], lengths)",
+        (RECORDINGS + "test_memory_of_a_generation_serves_the_next",),
     ),
     Fault(
         "mode: dropout is on while contexts are made",

@@ -63,10 +63,12 @@ class ContextGenerator:
             ahead. If one of these two is not given, it is measured on the model's device, once. They change the cost,
             and the tokens only where rounding in a low precision turns a near tie (docs/exactness.md).
         masks: how the positions of self tokens are drawn; single tokens by default.
-        cuda_graphs: on an NVIDIA GPU, replay passes as CUDA graphs. Until `release` they keep the K/V of a generation,
-            the hidden states and logits of a pass (up to 2 GiB together) and, under autocast, the weights in its dtype
-            (if they take at most an eighth of the memory). Python code in the model, such as a hook that counts, does
-            not run in a replay.
+        cuda_graphs: on an NVIDIA GPU, replay passes as CUDA graphs. Until `release` they keep the K/V of a generation
+            and its hidden states if these are asked for (see ``graph_memory``), what a pass computes in between and,
+            under autocast, the weights in its dtype (if they take at most an eighth of the memory). Python code in the
+            model, such as a hook that counts, does not run in a replay.
+        graph_memory: most of the GPU's memory, as a share in [0, 1], that graphs may keep as K/V and hidden states. A
+            generation that needs more runs kernel by kernel, and frees them.
         vocab_size: how many ids there are: only those below it are sampled, in contexts and in answers, and counted in
             any probability. Give ``len(tokenizer)`` where the embedding has more rows, which are padding. Holes, ids
             below it that no token has, are sampled. None: all rows of the embedding.
@@ -75,8 +77,8 @@ class ContextGenerator:
 
     Raises:
         TypeError: ``model`` is not a transformers model.
-        ValueError: ``temperature``, ``token_budget``, ``balance`` or ``vocab_size`` out of range, or the model is split
-            over processes or offloaded.
+        ValueError: ``temperature``, ``token_budget``, ``balance``, ``graph_memory`` or ``vocab_size`` out of range, or
+            the model is split over processes or offloaded.
 
     Example:
         >>> generator = ContextGenerator(model)
@@ -93,6 +95,7 @@ class ContextGenerator:
         balance: float | None = None,
         masks: Masks | None = None,
         cuda_graphs: bool = True,
+        graph_memory: float = 0.125,
         vocab_size: int | None = None,
     ):
         self.model = transformers_model(model)
@@ -108,6 +111,8 @@ class ContextGenerator:
             raise ValueError(f"token_budget is {token_budget!r}; it must be an integer >= 1, or None to measure it")
         if balance is not None and not (type(balance) in (int, float) and 0.0 < balance < float("inf")):
             raise ValueError(f"balance is {balance!r}; it must be a finite number > 0, or None to measure it")
+        if isinstance(graph_memory, bool) or not isinstance(graph_memory, int | float) or not 0 <= graph_memory <= 1:
+            raise ValueError(f"graph_memory is {graph_memory!r}; it must be a share of the memory, from 0 to 1")
         if vocab_size is not None:
             rows = vocab_size_of(self.model)
             if type(vocab_size) is not int or not 1 <= vocab_size <= rows:
@@ -122,7 +127,7 @@ class ContextGenerator:
         self._budget: PassBudget | None = None
         self._make: object = None
         self._verified: dict[torch.dtype | None, Verification] = {}  # by what autocast computes in
-        self._cuda_graphs = cuda_graphs
+        self._cuda_graphs, self._graph_memory = cuda_graphs, float(graph_memory)
         self._passes: Forward | None = None
         self._together = together_of(self.model)  # whose forwards wait for each other
         self._fallback = Fallback(self.model, self._together)
@@ -415,7 +420,9 @@ class ContextGenerator:
         in_step = self.model in IN_STEP  # so that a pass gathers weights, which no graph does
         moved = self._passes is None or self._passes.device != self.model.device
         if moved or (in_step and isinstance(self._passes, GraphedForward)):
-            self._passes = forward_of(self.model, cuda_graphs=self._cuda_graphs and not in_step)
+            self._passes = forward_of(
+                self.model, cuda_graphs=self._cuda_graphs and not in_step, graph_memory=self._graph_memory
+            )
         assert self._passes is not None
         return self._passes
 

@@ -12,6 +12,9 @@ from selfgen_kernels.call import DRAW, HEAD, MASK, SAMPLING, Part, one
 
 _Result = TypeVar("_Result")
 
+SEED_TENSOR = "seed_tensor"
+"""The overload of each op of a sampling call whose seed is int64 [1], read when the kernel runs."""
+
 
 class Op(NamedTuple):
     """An operator of this library."""
@@ -24,6 +27,11 @@ class Op(NamedTuple):
     def parameters(self) -> str:
         """Those of a sampling call, as in a schema."""
         return ", ".join(parameter for part in self.arguments for parameter in part.parameters)
+
+    @property
+    def overloads(self) -> tuple[str, ...]:
+        """The operator with a seed that is a number; for a sampling call also the one with a seed in memory."""
+        return ("default", SEED_TENSOR) if self.arguments else ("default",)
 
 
 _LOGITS, _REFERENCE = one("Tensor logits"), one("Tensor reference")

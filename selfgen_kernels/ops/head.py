@@ -9,7 +9,15 @@ from selfgen_kernels.call import Head
 from selfgen_kernels.ops import OPS
 from selfgen_kernels.ops.arguments import FLOATS, check_factor, check_number, check_softcap, check_tensor
 from selfgen_kernels.ops.registration import define
-from selfgen_kernels.ops.rows import check_reference, check_vocabulary, mixed_like, report, sampling_of, where_confident
+from selfgen_kernels.ops.rows import (
+    check_reference,
+    check_vocabulary,
+    for_seed,
+    mixed_like,
+    report,
+    sampling_of,
+    where_confident,
+)
 from selfgen_kernels.torch_internals import autocast_dtype
 
 _MIXED = "(Tensor tokens, Tensor is_self, Tensor invalid)"
@@ -45,7 +53,7 @@ def linear_sample_mix(
     bias: Tensor | None = None,
     softcap: float | None = None,
     logit_scale: float = 1.0,
-    seed: int,
+    seed: int | Tensor,
     sample_ids: Tensor,
     positions: Tensor,
     temperature: float | Tensor = 1.0,
@@ -106,7 +114,7 @@ def linear_sample_mix(
     how = sampling_of(hidden, self_prob, seed, sample_ids, positions, temperature, top_k, top_p, min_p)
     given = *head, reference
     how = where_confident(how, min_reference_prob, torch.ops.selfgen.linear_reference_log_prob, *given)
-    tokens, is_self, invalid = torch.ops.selfgen.linear_sample_mix(*given, *how)
+    tokens, is_self, invalid = for_seed(torch.ops.selfgen.linear_sample_mix, how)(*given, *how)
     report(invalid, status)
     return tokens, is_self
 
@@ -120,7 +128,7 @@ def linear_sample_shard(
     bias: Tensor | None = None,
     softcap: float | None = None,
     logit_scale: float = 1.0,
-    seed: int,
+    seed: int | Tensor,
     sample_ids: Tensor,
     positions: Tensor,
     temperature: float | Tensor = 1.0,
@@ -177,7 +185,7 @@ def linear_sample_shard(
             values = hidden.new_full((n, 3, 3), -torch.inf, dtype=torch.float32)
             return values, torch.full_like(values[:, :, 0], -1, dtype=torch.int64)
         head = _below(vocab_size - first_id, head)
-    return torch.ops.selfgen.linear_sample_shard(*head, first_id, *how.draw)
+    return for_seed(torch.ops.selfgen.linear_sample_shard, how)(*head, first_id, *how.draw)
 
 
 def combine_shards(
@@ -186,7 +194,7 @@ def combine_shards(
     reference: Tensor,
     self_prob: float | Tensor,
     *,
-    seed: int,
+    seed: int | Tensor,
     sample_ids: Tensor,
     positions: Tensor,
     temperature: float | Tensor = 1.0,
@@ -229,7 +237,7 @@ def combine_shards(
         _check_vocab_size(vocab_size)
     reference = check_reference(reference, status, ids.shape[1], ids.device, vocab_size)
     how = sampling_of(reference, self_prob, seed, sample_ids, positions, temperature)
-    tokens, is_self, invalid = torch.ops.selfgen.combine_shards(values, ids, reference, *how.draw)
+    tokens, is_self, invalid = for_seed(torch.ops.selfgen.combine_shards, how)(values, ids, reference, *how.draw)
     report(invalid, status)
     return tokens, is_self
 

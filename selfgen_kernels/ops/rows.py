@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from selfgen_kernels.call import Mixed, Sampling
+from selfgen_kernels.ops import SEED_TENSOR
 from selfgen_kernels.ops.arguments import FLOATS, INTEGERS, check_number, check_tensor, values_visible
 from selfgen_kernels.torch_internals import is_batchedtensor
 
@@ -25,6 +26,19 @@ def signed_seed(seed: int) -> int:
     if not -(2**63) <= seed < 2**64:
         raise ValueError(f"seed={seed} does not fit in 64 bits; pass -2**63 <= seed < 2**64, such as seed % 2**64")
     return seed - 2**64 if seed >= 2**63 else seed
+
+
+def check_seed(seed: int | Tensor, device: torch.device) -> int | Tensor:
+    """`signed_seed` of a number; a tensor as it is, checked."""
+    if not isinstance(seed, Tensor):
+        return signed_seed(seed)
+    check_tensor("seed", seed, (1,), (torch.int64,), device)
+    return seed
+
+
+def for_seed(op: Any, how: Sampling) -> Any:
+    """The overload of the operator `op` that takes the seed of `how`."""
+    return getattr(op, SEED_TENSOR) if isinstance(how.seed, Tensor) else op
 
 
 def check_keys(sample_ids: Tensor, positions: Tensor, rows: int | str, device: torch.device | None) -> None:
@@ -83,7 +97,7 @@ def inverse_temperature(temperature: float | Tensor, like: Tensor) -> Tensor:
 def sampling_of(
     like: Tensor,
     self_prob: float | Tensor,
-    seed: int,
+    seed: int | Tensor,
     sample_ids: Tensor,
     positions: Tensor,
     temperature: float | Tensor,
@@ -94,7 +108,7 @@ def sampling_of(
     """How the rows of `like` [N, ...] are drawn, checked."""
     check_keys(sample_ids, positions, like.shape[0], like.device)
     threshold = mask_threshold(self_prob, like)  # [N]
-    keys = signed_seed(seed), sample_ids, positions
+    keys = check_seed(seed, like.device), sample_ids, positions
     inv_temperature = inverse_temperature(temperature, like)  # [N]
     return Sampling(threshold, *keys, inv_temperature, *_filters(like, top_k, top_p, min_p))
 
@@ -112,7 +126,7 @@ def _filters(like: Tensor, top_k: Any, top_p: Any, min_p: Any) -> list[Tensor | 
 
 
 def where_confident(how: Sampling, min_reference_prob: Any, log_prob_of: Any, *given: Any) -> Sampling:
-    """`how` with a threshold of 0 where `log_prob_of` the `given` finds the reference less likely than that."""
+    """`how` with a threshold of 0 where the operator `log_prob_of` finds the reference less likely than that."""
     if min_reference_prob is None:
         return how
     like, accepted, is_valid = given[0], "0 <= p <= 1", lambda p: (p >= 0) & (p <= 1)
@@ -122,7 +136,7 @@ def where_confident(how: Sampling, min_reference_prob: Any, log_prob_of: Any, *g
         log_least = like.new_full((like.shape[0],), least, dtype=torch.float32)
     else:
         log_least = _log(per_row("min_reference_prob", min_reference_prob, like, torch.float64, accepted, is_valid))
-    log_prob = log_prob_of(*given, *how.mask)  # [N]
+    log_prob = for_seed(log_prob_of, how)(*given, *how.mask)  # [N]
     rounding = 4 * torch.finfo(torch.float32).eps * (1 + log_least.abs())  # what is as likely as asked for is enough
     return how._replace(threshold=how.threshold.masked_fill(~(log_prob >= log_least - rounding), 0))
 

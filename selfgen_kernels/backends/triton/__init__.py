@@ -10,18 +10,20 @@ from importlib.util import find_spec
 import torch
 
 from selfgen_kernels.ops import OPS
+from selfgen_kernels.ops.registration import qualified
 
 
-def _register(op: str, module: str) -> None:
+def _register(op: str, module: str, overloads: tuple[str, ...]) -> None:
     def kernel(*args):
         some_tensor = next(arg for arg in args if isinstance(arg, torch.Tensor))
         with torch.cuda.device_of(some_tensor):  # Triton launches on the current device
             return getattr(import_module(f"{__name__}.{module}"), op)(*args)
 
-    torch.library.impl(f"selfgen::{op}", "CUDA", kernel)
+    for overload in overloads:
+        torch.library.impl(f"selfgen::{qualified(op, overload)}", "CUDA", kernel)
 
 
 if find_spec("triton") is not None:
     for _name, _op in OPS.items():
         if "triton" in _op.kernels:
-            _register(_name, _op.module)
+            _register(_name, _op.module, _op.overloads)

@@ -15,6 +15,14 @@ BLOCK = 1024  # random numbers per program
 
 
 @triton.jit
+def number_of(seed):
+    """int64: a seed that is given by value, or lies in memory, as that of a CUDA graph does."""
+    if tl.constexpr(seed.dtype.is_ptr()):
+        seed = tl.load(seed)
+    return seed.to(tl.int64)
+
+
+@triton.jit
 def random_words(seed, sample_id, position, first_index, SIZE: tl.constexpr, STREAM: tl.constexpr):
     """r(first_index) .. r(first_index + SIZE - 1) as uint32 [SIZE]; first_index and SIZE are multiples of 4.
 
@@ -25,7 +33,7 @@ def random_words(seed, sample_id, position, first_index, SIZE: tl.constexpr, STR
     c0 = tl.zeros_like(c1) + (block | (STREAM << 28))
     c2 = tl.zeros_like(c1) + sample_id.to(tl.uint32)
     c3 = tl.zeros_like(c1) + (sample_id.to(tl.int64) >> 32).to(tl.uint32)
-    w0, w1, w2, w3 = tl.philox(seed.to(tl.int64), c0, c1, c2, c3)
+    w0, w1, w2, w3 = tl.philox(number_of(seed), c0, c1, c2, c3)
     return tl.interleave(tl.interleave(w0, w2), tl.interleave(w1, w3))
 
 
@@ -65,7 +73,7 @@ def self_mask_kernel(out, seed, sample_ids, positions, threshold):
 
 
 def gumbel_noise(
-    seed: int, sample_ids: Tensor, positions: Tensor, size: int, stream: int, rows: Tensor | None = None,
+    seed: int | Tensor, sample_ids: Tensor, positions: Tensor, size: int, stream: int, rows: Tensor | None = None,
     count: Tensor | None = None,
 ) -> Tensor:  # fmt: skip
     """Standard Gumbel noise, fp32 [N, size]; given `rows` int32 [N] and `count` [1], of the first count of them."""

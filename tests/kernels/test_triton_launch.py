@@ -11,9 +11,10 @@ from test_triton_compile import FOLDER, run_compiled
 KERNELS = {
     "noise": {"gumbel_noise_kernel", "self_mask_kernel", "words_kernel"},
     "sampling": {
+        "run_peaks_kernel",
+        "run_order_kernel",
         "filter_cutoff_kernel",
-        "best_group_kernel",
-        "pick_token_kernel",
+        "sample_mix_kernel",
         "mass_kernel",
         "log_prob_kernel",
     },

@@ -44,6 +44,7 @@ def small_constants():
         mock.patch.object(products, "tile_constants", return_value=tile),
         mock.patch.object(products, "ROWS", 16),
         mock.patch.dict(products.REDUCTION, PIECES=2),
+        mock.patch.object(passes, "SCAN", 16),
     ):
         yield
 
@@ -264,8 +265,8 @@ LAUNCHES = {
     ragged_attention: [attention.ragged_attention_kernel],
     ragged_attention_of_nonsense: [attention.ragged_attention_kernel],
     kv_append: [attention.kv_append_kernel],
-    plan_pass: [passes.window_kernel, passes.slots_kernel],
-    plan_pass_of_many_rows: [passes.many_windows_kernel, passes.slots_kernel],
+    plan_pass: [passes.free_end_kernel, passes.window_kernel, passes.slots_kernel],
+    plan_pass_of_many_rows: [passes.free_end_kernel, passes.many_windows_kernel, passes.slots_kernel],
     commit_pass: [passes.commit_pass_kernel],
 }
 

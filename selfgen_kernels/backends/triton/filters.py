@@ -22,7 +22,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from selfgen_kernels.backends.triton.configuration import Configuration, current_target
+from selfgen_kernels.backends.triton.configuration import Configuration
 from selfgen_kernels.backends.triton.elementary import OPTIONS, exp, finite_or_0, log_of_share, weights
 from selfgen_kernels.backends.triton.noise import in_mask
 from selfgen_kernels.backends.triton.rows import for_rows, fp32_of_row, fp64_of_row, int64_of_row
@@ -33,11 +33,7 @@ MOST_RUNS = 4096  # of a row: a program holds as many in registers
 SPAN = 8192  # logits whose peaks a program finds
 BLOCK = 4096  # logits at a time, of the other kernels
 STEP = 128  # runs that a program compares its own with at a time
-
-
-def launch_options(target: str) -> dict:
-    """256 threads."""
-    return {**OPTIONS, "num_warps": 4 if target == "gfx942" else 8}  # wavefronts of 64 lanes, warps of 32
+WIDE_OPTIONS = OPTIONS | {"num_warps": 8}
 
 
 @triton.jit
@@ -207,7 +203,7 @@ def filter_cutoff_kernel(
         peaks += row * runs
         run = tl.arange(0, RUNS)
         peak = tl.load(peaks + run, mask=run < runs, other=float("-inf"))  # [RUNS]
-        key = tl.where(run < runs, key_of(peak), 0)
+        key = key_of(peak)
         best = tl.max(key)
         largest = logit_of(best, DTYPE) * inv_temperature
         if tl.abs(largest) < float("inf"):  # else the row is invalid
@@ -219,14 +215,14 @@ def filter_cutoff_kernel(
                 if k < vocab_size:
                     if k <= runs:
                         low = key_of(tl.load(peaks + tl.load(order + k - 1)))
-                        taken = tl.sum((key >= low).to(tl.int32))
+                        taken = tl.minimum(tl.sum((key >= low).to(tl.int32)), runs)
                     low = largest_key(
                         logits, order, taken, low, best, vocab_size, inv_temperature, largest, cutoff,
                         k.to(tl.float64), RUN, BLOCK, False,
                     )  # fmt: skip
                     cutoff = logit_of(low, DTYPE) * inv_temperature
-                    z = tl.where(run < runs, peak.to(tl.float32) * inv_temperature, float("-inf"))
-                    taken = tl.sum((z >= cutoff).to(tl.int32))  # with what is as large once it is scaled
+                    as_large = peak.to(tl.float32) * inv_temperature >= cutoff  # once it is scaled
+                    taken = tl.minimum(tl.sum(as_large.to(tl.int32)), runs)
             if top_ps is not None:
                 if top_ks is None:
                     order += row * runs
@@ -242,7 +238,7 @@ def filter_cutoff_kernel(
                     else:
                         mass = tl.load(masses + row * runs + run, mask=run < runs, other=0)
                         needed = top_p * tl.sum(mass).to(tl.float64)
-                        short = (tl.cumsum(mass, 0).to(tl.float64) < needed) & (run < runs)
+                        short = tl.cumsum(mass, 0).to(tl.float64) < needed
                         taken = tl.minimum(tl.sum(short.to(tl.int32)) + 1, runs)
                         high = key_of(tl.load(peaks + tl.load(order + taken - 1)))
                         taken = tl.minimum(tl.maximum(taken, BLOCK // RUN), runs)
@@ -284,7 +280,6 @@ def filter_cutoff(logits: Tensor, how: Sampling) -> Tensor:
     top_k, top_p, min_p = (for_rows(value) for value in (how.top_k, how.top_p, how.min_p))
     data, inverse = (logits, logits.stride(0)), for_rows(how.inv_temperature)
     keys = for_rows(how.threshold), how.seed, how.sample_ids.contiguous(), how.positions.contiguous()
-    options = launch_options(current_target())
 
     peaks, order, masses = logits.new_empty(rows, runs), None, None
     many = max(1, SPAN // run)
@@ -296,11 +291,11 @@ def filter_cutoff(logits: Tensor, how: Sampling) -> Tensor:
         masses = None if top_p is None else torch.empty_like(peaks, dtype=torch.int64)
         some = max(1, BLOCK // run)
         run_order_kernel[(rows, triton.cdiv(runs, some))](
-            *data, inverse, *keys, peaks, order, masses, vocab_size, RUN=run, RUNS=some, STEP=STEP, **options
+            *data, inverse, *keys, peaks, order, masses, vocab_size, RUN=run, RUNS=some, STEP=STEP, **WIDE_OPTIONS
         )
     filter_cutoff_kernel[(rows,)](
         *data, inverse, top_k, top_p, min_p, *keys, peaks, order, masses, cutoffs, vocab_size,
-        RUN=run, RUNS=triton.next_power_of_2(runs), BLOCK=max(BLOCK, run), **options,
+        RUN=run, RUNS=triton.next_power_of_2(runs), BLOCK=max(BLOCK, run), **WIDE_OPTIONS,
     )  # fmt: skip
     return cutoffs
 
@@ -312,7 +307,7 @@ def configurations(target: str) -> list[Configuration]:
     tensors |= {"top_ks": "*i64", "top_ps": "*fp64", "min_ps": "*fp64"}
     numbers = dict.fromkeys(tensors, "i64")
     filters = "top_ks", "top_ps", "min_ps"
-    aligned, options, sizes = ("row_stride", "vocab_size"), launch_options(target), {"RUN": RUN, "RUNS": BLOCK // RUN}
+    aligned, sizes = ("row_stride", "vocab_size"), {"RUN": RUN, "RUNS": BLOCK // RUN}
     ships = []
     for dtype in ("fp32", "bf16", "fp16"):
         for of_kind, kind in (("", tensors), (", numbers", numbers)):
@@ -328,7 +323,7 @@ def configurations(target: str) -> list[Configuration]:
                 ships.append(
                     Configuration(
                         f"run_order[{label}{of_kind}]", run_order_kernel, inputs | {"order": "*i32"} | masses,
-                        absent | sizes | {"STEP": STEP}, options, aligned,
+                        absent | sizes | {"STEP": STEP}, WIDE_OPTIONS, aligned,
                     )
                 )  # fmt: skip
             for label, present in [(name, [name]) for name in filters] + [("all", list(filters))]:
@@ -340,7 +335,7 @@ def configurations(target: str) -> list[Configuration]:
                     Configuration(
                         f"filter_cutoff[{dtype}, {label}{of_kind}]", filter_cutoff_kernel,
                         inputs | given | {"cutoffs": "*fp32"},
-                        absent | {"RUN": RUN, "RUNS": MOST_RUNS, "BLOCK": BLOCK}, options, aligned,
+                        absent | {"RUN": RUN, "RUNS": MOST_RUNS, "BLOCK": BLOCK}, WIDE_OPTIONS, aligned,
                     )
                 )  # fmt: skip
     return ships

@@ -185,10 +185,10 @@ def test_survivors_of_filters_are_equal(fast, vocab_size, filters, dtype):
     ids=str,
 )
 def test_survivors_of_large_odd_vocabularies_are_equal(fast, vocab_size, dtype, filters):
-    """A wide row, one of ties at every cutoff, one with few finite logits, and one with a peak and a flat rest."""
+    """A wide row, one of ties at every cutoff, one with few finite logits, and two with a peak and a flat rest."""
     logits, _, some = adversarial_rows(vocab_size, dtype, filters, 1)
-    rows = torch.tensor([1, 6, 16, 19])
-    assert_survivors_are_equal(logits[rows], torch.ones(4), {name: value[rows] for name, value in some.items()})
+    rows = torch.tensor([1, 6, 16, 19, 25])
+    assert_survivors_are_equal(logits[rows], torch.ones(5), {name: value[rows] for name, value in some.items()})
 
 
 @pytest.mark.parametrize("fast", [_TRITON], indirect=True)
@@ -202,6 +202,15 @@ def test_survivors_in_longer_runs_are_equal(fast, filters, monkeypatch):
     logits, inverse, some = adversarial_rows(900, torch.bfloat16, filters, 1)
     valid = slice(0, -3, 2)
     assert_survivors_are_equal(logits[valid], inverse[valid], {name: value[valid] for name, value in some.items()})
+
+
+@pytest.mark.parametrize("fast", [_TRITON], indirect=True)
+def test_what_ties_with_the_kth_counts_in_top_p(fast):
+    """Also in runs where nothing is above it: one part in 2,400 is above, here, and not one in 25."""
+    logits = torch.zeros(1, 6400)
+    logits[0, 3] = 1.0
+    some = {"top_k": torch.tensor([5]), "top_p": torch.tensor([0.01], dtype=torch.float64)}
+    assert_survivors_are_equal(logits, torch.ones(1), some)
 
 
 @pytest.mark.parametrize("fast", [_TRITON], indirect=True)

@@ -3,13 +3,13 @@
 A row is cut into runs of consecutive logits. One kernel finds the peak of each run, one the order of the peaks, in
 which each program counts how many come before its own, and one, with a program per row, the cutoff:
 
-top_k  The k largest peaks are k logits, so the k-th largest logit is not below the last of these peaks. All that is not
-       below it either lies in the runs with such a peak.
+top_k  The k largest peaks are k logits, so the k-th largest logit is not below the last of these peaks, and what is
+       above that lies in runs with a higher peak.
 top_p  What is above the peak of the first run left out lies in the runs taken. Runs are taken by falling peaks until
-       that weighs enough: at first as many as weigh enough as a whole, then twice as many.
+       what is not below that peak weighs enough: at first as many as weigh enough as a whole, then twice as many.
 min_p  needs the largest peak only.
 
-If all logits are alike, all runs are taken, which is as exact, and slower. Within the runs taken the cutoff is searched
+Where logits are nearly equal, all runs are taken, which is as exact, and slower. Within the runs taken the cutoff is searched
 for among the bits of logits: these are compared as unsigned integers in the same order ("keys"), 16 bits of bf16 and
 fp16, 32 of fp32. With a weight of 1 for each logit, the k-th largest is the largest key such that the weights of the
 keys not below it add up to k; with probabilities for weights, the same search gives the cutoff of top_p. A sweep tests
@@ -180,10 +180,10 @@ def raised(cutoff, bound):
 
 
 @triton.jit
-def key_above(peaks, order, taken, runs):
-    """uint32: the least key above the peaks of all runs but the first `taken`."""
+def key_left_out(peaks, order, taken, runs):
+    """uint32: the key of the largest peak of all runs but the first `taken`; 0 if there is none."""
     run = tl.load(order + taken, mask=taken < runs, other=0)
-    return tl.where(taken < runs, key_of(tl.load(peaks + run)) + 1, 0)
+    return tl.where(taken < runs, key_of(tl.load(peaks + run)), 0)
 
 
 @triton.jit(do_not_specialize=["inv_temperatures", "top_ks", "top_ps", "min_ps", "thresholds", "seed"])
@@ -215,7 +215,7 @@ def filter_cutoff_kernel(
                 if k < vocab_size:
                     if k <= runs:
                         low = key_of(tl.load(peaks + tl.load(order + k - 1)))
-                        taken = tl.minimum(tl.sum((key >= low).to(tl.int32)), runs)
+                        taken = tl.sum((key > low).to(tl.int32))
                     low = largest_key(
                         logits, order, taken, low, best, vocab_size, inv_temperature, largest, cutoff,
                         k.to(tl.float64), RUN, BLOCK, False,
@@ -242,7 +242,7 @@ def filter_cutoff_kernel(
                         taken = tl.minimum(tl.sum(short.to(tl.int32)) + 1, runs)
                         high = key_of(tl.load(peaks + tl.load(order + taken - 1)))
                         taken = tl.minimum(tl.maximum(taken, BLOCK // RUN), runs)
-                        low = key_above(peaks, order, taken, runs)
+                        low = key_left_out(peaks, order, taken, runs)
                         enough = False
                         while not enough:
                             weight, _, _ = weights_not_below(
@@ -252,7 +252,7 @@ def filter_cutoff_kernel(
                             enough = (weight >= needed) | (taken == runs)
                             if not enough:
                                 taken = tl.minimum(2 * taken, runs)
-                                low = key_above(peaks, order, taken, runs)
+                                low = key_left_out(peaks, order, taken, runs)
                     last = largest_key(
                         logits, order, taken, low, high, vocab_size, inv_temperature, largest, cutoff, needed,
                         RUN, BLOCK, True,

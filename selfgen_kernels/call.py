@@ -74,7 +74,8 @@ def in_rows(how: _Rows) -> _Rows:
     """`how` with a tensor [N] in place of each number."""
     like = how.positions
     numbers = {name: x for name, x in how._asdict().items() if isinstance(x, Tensor) and not x.dim()}
-    return how._replace(**{name: like.new_full(like.shape, x.item(), dtype=x.dtype) for name, x in numbers.items()})
+    tensors: Any = {name: like.new_full(like.shape, x.item(), dtype=x.dtype) for name, x in numbers.items()}
+    return how._replace(**tensors)
 
 
 class Head(NamedTuple):

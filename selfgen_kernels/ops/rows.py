@@ -5,7 +5,7 @@ What users hand to sampling and noise ops for each row, checked and packed into 
 
 from collections.abc import Callable
 from math import log
-from typing import Any
+from typing import Any, TypeGuard
 
 import torch
 from torch import Tensor
@@ -55,7 +55,7 @@ def per_row(
     return like.new_full((like.shape[0],), value, dtype=dtype)
 
 
-def _on_host(value: Any) -> bool:
+def _on_host(value: Any) -> TypeGuard[float]:
     """Whether `value` is a number that Python computes with: no tensor, and no symbol of what traces the call."""
     return isinstance(value, int | float) and not torch.compiler.is_compiling()
 
@@ -82,8 +82,8 @@ def inverse_temperature(temperature: float | Tensor, like: Tensor) -> Tensor:
     accepted, is_valid = "a finite temperature >= 0 (0 is greedy)", lambda t: (t >= 0) & (t < float("inf"))
     if _on_host(temperature):
         check_number("temperature", temperature, accepted, is_valid, or_else="a tensor [N]")
-        inverse = torch.inf if temperature < GREEDY_BELOW else max(1 / temperature, 2**-126)
-        return _for_all_rows(inverse, like, torch.float32)
+        number = torch.inf if temperature < GREEDY_BELOW else max(1 / temperature, 2**-126)
+        return _for_all_rows(number, like, torch.float32)
     value = per_row("temperature", temperature, like, torch.float64, accepted, is_valid)
     inverse = (1 / value).clamp(min=2**-126)  # 0 would make NaN of -inf
     return inverse.masked_fill(value < GREEDY_BELOW, torch.inf).masked_fill(value < 0, torch.nan).float()
@@ -133,7 +133,7 @@ def where_confident(how: Sampling, min_reference_prob: Any, log_prob_of: Any, *g
         log_least = _log(per_row("min_reference_prob", min_reference_prob, like, torch.float64, accepted, is_valid))
     log_prob = log_prob_of(*given, *how.mask)  # [N]
     rounding = 4 * torch.finfo(torch.float32).eps * (1 + log_least.abs())  # what is as likely as asked for is enough
-    return how._replace(threshold=torch.where(log_prob >= log_least - rounding, how.threshold, 0))
+    return how._replace(threshold=how.threshold * (log_prob >= log_least - rounding))
 
 
 def _log(prob: Tensor) -> Tensor:
@@ -146,7 +146,7 @@ def _log(prob: Tensor) -> Tensor:
     for power in range(17, 0, -2):
         series = series * square + 1 / power
     result = 2 * s * series + (exponent - is_low.int()).double() * log(2)
-    return torch.where(prob > 0, result, torch.where(prob == 0, -torch.inf, torch.nan)).float()
+    return result.masked_fill(prob == 0, -torch.inf).masked_fill(~(prob >= 0), torch.nan).float()
 
 
 def check_vocabulary(size: int, vocab_size: int | None = None) -> None:

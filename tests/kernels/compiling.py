@@ -32,6 +32,7 @@ def sizes_of_a_pass():
 
 def atomics():
     from offsets import ttir
+
     from tools.aot import shipped_modules
 
     found = {}

@@ -54,11 +54,11 @@ def test_numbers_launch_nothing(how):
     assert len(computed.names) > 5
 
 
-def test_a_least_probability_takes_a_comparison_and_a_choice():
+def test_a_least_probability_takes_a_comparison_and_a_product():
     rows = on_a_device(min_reference_prob=0.1)
     with Computed("meta") as computed:
         sample_mix(**rows)
-    assert sorted(set(computed.names) - FREE) == ["ge", "reference_log_prob", "sample_mix", "where"]
+    assert sorted(set(computed.names) - FREE) == ["ge", "mul", "reference_log_prob", "sample_mix"]
 
 
 def test_a_head_takes_them_too():

@@ -9,12 +9,12 @@ top_p  What is above the peak of the first run left out lies in the runs taken. 
        what is not below that peak weighs enough: at first as many as weigh enough as a whole, then twice as many.
 min_p  needs the largest peak only.
 
-Where logits are nearly equal, all runs are taken, which is as exact, and slower. Within the runs taken the cutoff is searched
-for among the bits of logits: these are compared as unsigned integers in the same order ("keys"), 16 bits of bf16 and
-fp16, 32 of fp32. With a weight of 1 for each logit, the k-th largest is the largest key such that the weights of the
-keys not below it add up to k; with probabilities for weights, the same search gives the cutoff of top_p. A sweep tests
-three keys. A temperature keeps the order, so logits serve in place of z. Weights are integers, so no order of a sum
-matters. A kernel reads what another kernel wrote, and never what another thread of its own wrote.
+Where logits are nearly equal, all runs are taken, which is as exact, and slower. Within the runs taken the cutoff is
+searched for among the bits of logits: these are compared as unsigned integers in the same order ("keys"), 16 bits of
+bf16 and fp16, 32 of fp32. With a weight of 1 for each logit, the k-th largest is the largest key such that the weights
+of the keys not below it add up to k; with probabilities for weights, the same search gives the cutoff of top_p. A sweep
+tests three keys. A temperature keeps the order, so logits serve in place of z. Weights are integers, so no order of a
+sum matters. A kernel reads what another kernel wrote, and never what another thread of its own wrote.
 """
 
 import torch

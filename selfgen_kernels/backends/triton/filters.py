@@ -209,27 +209,28 @@ def filter_cutoff_kernel(
         if tl.abs(largest) < float("inf"):  # else the row is invalid
             low = best * 0
             taken = runs
+            is_whole = runs > 0  # nothing was dropped
             if top_ks is not None:
                 order += row * runs
                 k = tl.maximum(int64_of_row(top_ks, row), 1)
-                if k < vocab_size:
-                    if k <= runs:
-                        low = key_of(tl.load(peaks + tl.load(order + k - 1)))
-                        taken = tl.sum((key > low).to(tl.int32))
-                    low = largest_key(
-                        logits, order, taken, low, best, vocab_size, inv_temperature, largest, cutoff,
-                        k.to(tl.float64), RUN, BLOCK, False,
-                    )  # fmt: skip
-                    cutoff = logit_of(low, DTYPE) * inv_temperature
-                    as_large = peak.to(tl.float32) * inv_temperature >= cutoff  # once it is scaled
-                    taken = tl.minimum(tl.sum(as_large.to(tl.int32)), runs)
+                is_whole = k >= vocab_size
+                if k <= runs:
+                    low = key_of(tl.load(peaks + tl.load(order + k - 1)))
+                    taken = tl.sum((key > low).to(tl.int32))
+                low = largest_key(
+                    logits, order, taken, low, best, vocab_size, inv_temperature, largest, cutoff,
+                    tl.minimum(k, vocab_size).to(tl.float64), RUN, BLOCK, False,
+                )  # fmt: skip
+                cutoff = logit_of(low, DTYPE) * inv_temperature
+                as_large = peak.to(tl.float32) * inv_temperature >= cutoff  # once it is scaled
+                taken = tl.minimum(tl.sum(as_large.to(tl.int32)), runs)
             if top_ps is not None:
                 if top_ks is None:
                     order += row * runs
                 top_p = fp64_of_row(top_ps, row)
                 if top_p < 1.0:
                     high = best
-                    if cutoff > float("-inf"):
+                    if not is_whole:
                         total, _, _ = weights_not_below(
                             logits, order, taken, best * 0, best * 0, vocab_size, inv_temperature, largest, cutoff,
                             RUN, BLOCK, True,

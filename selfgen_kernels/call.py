@@ -1,12 +1,15 @@
 """The records of a sampling call, in the order in which its operators take what they hold.
 
+What is per row is a tensor [N] or, on every device but the CPU, may be a number for all rows: a CPU tensor of no
+dimension, which costs no launch. Kernels that want tensors only call `in_rows`.
+
 Arguments of an operator are flat, as torch wants them. The table of operators (`ops/__init__.py`) says which records
 those of a sampling op make, and everything else reads it: schemas are written from it, public functions hand over
 `*record`, and kernels get the records back.
 """
 
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 import torch
 from torch import Tensor
@@ -25,7 +28,7 @@ NaN."""
 
 
 class Mask(NamedTuple):
-    """Which rows take a self token: those whose random number is below their threshold. Tensors are [N]."""
+    """Which rows take a self token: those whose random number is below their threshold. Tensors are [N], or numbers."""
 
     threshold: Tensor
     seed: int | Tensor  # int64 [1], in the overload that takes it
@@ -34,7 +37,7 @@ class Mask(NamedTuple):
 
 
 class Sampling(NamedTuple):
-    """How each row is drawn: its `Mask`, temperature and filters. Tensors are [N]."""
+    """How each row is drawn: its `Mask`, temperature and filters. Tensors are [N], or numbers."""
 
     threshold: Tensor
     seed: int | Tensor  # int64 [1], in the overload that takes it
@@ -67,6 +70,17 @@ class Sampling(NamedTuple):
             name: value[rows] for name, value in self._asdict().items() if isinstance(value, Tensor) and name != "seed"
         }
         return self._replace(**of_rows)
+
+
+_Rows = TypeVar("_Rows", Mask, Sampling)
+
+
+def in_rows(how: _Rows) -> _Rows:
+    """`how` with a tensor [N] in place of each number."""
+    like = how.positions
+    numbers = {name: x for name, x in how._asdict().items() if isinstance(x, Tensor) and not x.dim()}
+    tensors: Any = {name: like.new_full(like.shape, x.item(), dtype=x.dtype) for name, x in numbers.items()}
+    return how._replace(**tensors)
 
 
 class Head(NamedTuple):

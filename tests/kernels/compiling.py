@@ -2,11 +2,12 @@
 
 quick: reports of `tools.aot` on one configuration of each kernel. specimens: those on kernels with a fault each, for
 SOME_TARGETS. offsets: see `offsets.py`. sizes of a pass: of each argument that changes from pass to pass, whether
-kernels are never specialized on it.
+kernels are never specialized on it. atomics: of each kernel that has some, their memory orders, first to last.
 """
 
 import dataclasses
 import json
+import re
 from importlib import import_module
 
 SOME_TARGETS = ("sm_90", "gfx942")
@@ -29,6 +30,19 @@ def sizes_of_a_pass():
     return found
 
 
+def atomics():
+    from offsets import ttir
+
+    from tools.aot import shipped_modules
+
+    found = {}
+    for module in shipped_modules():
+        for one in import_module(module).configurations("sm_90"):
+            if (name := one.kernel.__name__) not in found:
+                found[name] = re.findall(r"tt.atomic_\w+ (\w+), (\w+), (\w+)", ttir(one))
+    return {name: orders for name, orders in found.items() if orders}
+
+
 if __name__ == "__main__":
     from offsets import all_products
 
@@ -43,5 +57,6 @@ if __name__ == "__main__":
         "specimens": reports[len(quick) :],
         "offsets": all_products(),
         "sizes of a pass": sizes_of_a_pass(),
+        "atomics": atomics(),
     }
     print(json.dumps(found))

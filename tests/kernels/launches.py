@@ -69,6 +69,9 @@ def launch_sampling(n, vocab_size):
     filters = torch.full((n,), 3), torch.full((n,), 0.5).double(), torch.full((n,), 0.1).double()
     for some in (filters, (None, None, None)):
         sampling.sample_mix(torch.zeros(n, vocab_size), torch.arange(n), *rows_of(n), *some)
+        numbers = (None if value is None else value[0] for value in some)
+        rows = torch.tensor(2**31), *rows_of(n)[1:4], torch.tensor(1.0)
+        sampling.sample_mix(torch.zeros(n, vocab_size), torch.arange(n), *rows, *numbers)
     sampling.reference_log_prob(torch.zeros(n, vocab_size), torch.arange(n), *rows_of(n)[:4])
 
 

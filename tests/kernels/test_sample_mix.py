@@ -53,16 +53,18 @@ def test_any_vocabulary_size(backend, reference, vocab_size):
 
 @pytest.mark.parametrize("fast", [_TRITON], indirect=True)
 @pytest.mark.parametrize(
-    ("tile", "span", "block"), [(4, 4, 64), (64, 64, 4096), pytest.param(8, 16, 256, marks=pytest.mark.slow)]
+    ("span", "part", "block", "step"),
+    [(4, 64, 64, 2), (64, 2048, 2048, 16), pytest.param(16, 128, 256, 4, marks=pytest.mark.slow)],
 )
-def test_sizes_of_tiles_do_not_matter(fast, reference, tile, span, block, monkeypatch):
+def test_sizes_of_tiles_do_not_matter(fast, reference, span, part, block, step, monkeypatch):
     from selfgen_kernels.backends.triton import filters, sampling
 
     logits = random_logits(4, 1100)  # 18 groups, in one tile of the sizes that ship
     how = {"inv_temperature": torch.tensor([1.0, 0.1, 2.0, INF]), "seed": 3}
     cases = [(logits, {}), (logits.bfloat16(), {"top_k": 60, "top_p": 0.9, "min_p": 0.001})]
     shipped = [fast.sample_mix(x, **how, **case) for x, case in cases]
-    for module, name, value in ((sampling, "TILE", tile), (sampling, "SPAN", span), (filters, "BLOCK", block)):
+    sizes = (sampling, "SPAN", span), (filters, "SPAN", part), (filters, "BLOCK", block), (filters, "STEP", step)
+    for module, name, value in sizes:
         assert getattr(module, name) != value
         monkeypatch.setattr(module, name, value)
     for (x, case), before in zip(cases, shipped, strict=True):

@@ -39,11 +39,12 @@ def small_constants():
     names = "BLOCK_M", "BLOCK_N", "BLOCK_K"
     tile = dict(zip(names, (16, 64, 16), strict=True)), {"num_warps": 4, "num_stages": 2}
     with (
-        mock.patch.multiple(sampling, TILE=4, SPAN=8, BLOCK=4),
-        mock.patch.object(filters, "BLOCK", 128),
+        mock.patch.multiple(sampling, SPAN=8, BLOCK=4),
+        mock.patch.multiple(filters, SPAN=256, BLOCK=128, STEP=4),
         mock.patch.object(products, "tile_constants", return_value=tile),
         mock.patch.object(products, "ROWS", 16),
         mock.patch.dict(products.REDUCTION, PIECES=2),
+        mock.patch.object(passes, "SCAN", 16),
     ):
         yield
 
@@ -251,10 +252,10 @@ HEAD = [noise.gumbel_noise_kernel, products.select_rows_kernel, head.score_tile_
 LAUNCHES = {
     gumbel_noise: [noise.gumbel_noise_kernel],
     self_mask: [noise.self_mask_kernel],
-    sample_mix: [filters.filter_cutoff_kernel, sampling.best_group_kernel, sampling.pick_token_kernel],
+    sample_mix: [filters.filter_cutoff_kernel, sampling.sample_mix_kernel],
     reference_log_prob: [sampling.mass_kernel, sampling.log_prob_kernel],
-    filter_cutoff: [filters.filter_cutoff_kernel],
-    linear_sample_mix: [*HEAD, head.pick_token_kernel, head.logits_kernel, sampling.best_group_kernel],
+    filter_cutoff: [filters.run_peaks_kernel, filters.run_order_kernel, filters.filter_cutoff_kernel],
+    linear_sample_mix: [*HEAD, head.pick_token_kernel, head.logits_kernel, sampling.sample_mix_kernel],
     linear_sample_shard: [*HEAD, head.pick_candidates_kernel],
     linear_reference_log_prob: [
         products.select_rows_kernel,
@@ -264,8 +265,8 @@ LAUNCHES = {
     ragged_attention: [attention.ragged_attention_kernel],
     ragged_attention_of_nonsense: [attention.ragged_attention_kernel],
     kv_append: [attention.kv_append_kernel],
-    plan_pass: [passes.window_kernel, passes.slots_kernel],
-    plan_pass_of_many_rows: [passes.many_windows_kernel, passes.slots_kernel],
+    plan_pass: [passes.free_end_kernel, passes.window_kernel, passes.slots_kernel],
+    plan_pass_of_many_rows: [passes.free_end_kernel, passes.many_windows_kernel, passes.slots_kernel],
     commit_pass: [passes.commit_pass_kernel],
 }
 

@@ -114,3 +114,10 @@ def test_sizes_that_change_from_pass_to_pass_compile_nothing_anew(compiled):
     assert len(found) > 10
     specialized = {name for name, never in found.items() if not never}
     assert specialized == {"gumbel_noise_kernel: size"}  # the width of a row of noise, which is one of two
+
+
+def test_programs_that_meet_order_their_memory(compiled):
+    """What the interpreter, which runs one program after another, does not show: the count is added to in order."""
+    assert compiled["atomics"] == {
+        "sample_mix_kernel": [["max", "relaxed", "gpu"], ["add", "acq_rel", "gpu"], ["max", "relaxed", "gpu"]]
+    }

@@ -5,6 +5,7 @@ from the same tables, so what `tools/aot.py` shows and the tests check is what r
 """
 
 from dataclasses import dataclass
+from functools import cache
 from typing import Any
 
 import torch
@@ -29,7 +30,11 @@ class Configuration:
 
 def current_target() -> str:
     """The one of `TARGETS` whose choices the current device takes: its own, or the nearest older one's."""
+    return _target_of(torch.cuda.current_device()) if torch.cuda.is_initialized() else "sm_80"  # the interpreter
+
+
+@cache
+def _target_of(device: int) -> str:
     if torch.version.hip:
         return "gfx942"
-    major = torch.cuda.get_device_capability()[0] if torch.cuda.is_available() else 8  # none: the interpreter
-    return {9: "sm_90", 10: "sm_100"}.get(major, "sm_80")
+    return {9: "sm_90", 10: "sm_100"}.get(torch.cuda.get_device_capability(device)[0], "sm_80")

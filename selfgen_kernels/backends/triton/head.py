@@ -35,7 +35,7 @@ from selfgen_kernels.backends.triton.products import (
     tile_of,
 )
 from selfgen_kernels.backends.triton.sampling import GROUP_SIZE, group_mass
-from selfgen_kernels.call import Candidates, Head, Mixed, Sampling
+from selfgen_kernels.call import Candidates, Head, Mixed, Sampling, in_rows
 from selfgen_kernels.ops import in_records
 
 __all__ = ["linear_reference_log_prob", "linear_sample_mix", "linear_sample_shard"]
@@ -240,6 +240,7 @@ def linear_sample_mix(head: Head, reference: Tensor, how: Sampling) -> Mixed:
     results = tokens, is_self, invalid
     if len(tokens) == 0:
         return results
+    how = in_rows(how)
     if how.filtered:
         order, drawn = draw_filtered(head, reference, how)
         for whole, part in zip(results, drawn, strict=True):
@@ -282,7 +283,7 @@ def draw_filtered(head: Head, reference: Tensor, how: Sampling) -> tuple[Tensor,
 @in_records
 def linear_sample_shard(head: Head, first_id: int, how: Sampling) -> Candidates:
     """Values [N, 3, 3] and ids [N, 3] of a shard of the head, whose weight [V_shard, D] begins with `first_id`."""
-    hidden = head.hidden
+    hidden, how = head.hidden, in_rows(how)
     values = torch.full((len(hidden), 3, 3), -torch.inf, device=hidden.device)
     ids = torch.full((len(hidden), 3), -1, device=hidden.device)
     if len(hidden):

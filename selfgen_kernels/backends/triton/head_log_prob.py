@@ -23,7 +23,7 @@ from selfgen_kernels.backends.triton.products import (
     tile_of,
 )
 from selfgen_kernels.backends.triton.sampling import GROUP_SIZE
-from selfgen_kernels.call import Head, Mask
+from selfgen_kernels.call import Head, Mask, in_rows
 from selfgen_kernels.ops import in_records
 
 
@@ -106,7 +106,7 @@ def linear_reference_log_prob(head: Head, reference: Tensor, mask: Mask) -> Tens
     log_probs = head.hidden.new_zeros(size, dtype=torch.float32)
     if size == 0:
         return log_probs
-    rows, count = select_rows(mask)
+    rows, count = select_rows(in_rows(mask))
     head = factors(head)
     constants, options = tile_of(head, size)
     vocab_size = len(head.weight)

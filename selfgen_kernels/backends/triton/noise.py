@@ -8,6 +8,7 @@ from torch import Tensor
 from selfgen_kernels.backends.reference import philox
 from selfgen_kernels.backends.triton.configuration import Configuration
 from selfgen_kernels.backends.triton.elementary import OPTIONS, gumbel
+from selfgen_kernels.backends.triton.rows import for_rows, int64_of_row
 
 MASK, GROUP, TOKEN = tl.constexpr(philox.MASK), tl.constexpr(philox.GROUP), tl.constexpr(philox.TOKEN)
 
@@ -64,11 +65,11 @@ def gumbel_noise_kernel(
     tl.store(out + slot * size + index, gumbel(words), mask=index < size)
 
 
-@triton.jit(do_not_specialize=["seed"])
+@triton.jit(do_not_specialize=["seed", "threshold"])
 def self_mask_kernel(out, seed, sample_ids, positions, threshold):
     """One program per row."""
     row = tl.program_id(0).to(tl.int64)
-    is_self = in_mask(seed, tl.load(sample_ids + row), tl.load(positions + row), tl.load(threshold + row))
+    is_self = in_mask(seed, tl.load(sample_ids + row), tl.load(positions + row), int64_of_row(threshold, row))
     tl.store(out + row, is_self)
 
 
@@ -88,11 +89,11 @@ def gumbel_noise(
 
 
 def self_mask(seed: int, sample_ids: Tensor, positions: Tensor, threshold: Tensor) -> Tensor:
-    """bool [N]: r(0) of stream MASK is below `threshold` int64 [N]."""
+    """bool [N]: r(0) of stream MASK is below `threshold`, int64 [N] or a number."""
     out = torch.empty_like(sample_ids, dtype=torch.bool, memory_format=torch.contiguous_format)
     if out.numel():
         keys = sample_ids.contiguous(), positions.contiguous()
-        self_mask_kernel[(len(out),)](out, seed, *keys, threshold.contiguous(), **OPTIONS)
+        self_mask_kernel[(len(out),)](out, seed, *keys, for_rows(threshold), **OPTIONS)
     return out
 
 
@@ -100,12 +101,13 @@ def configurations(target: str) -> list[Configuration]:
     """What ships for `target`."""
     keys = {"seed": "i64", "sample_ids": "*i64", "positions": "*i64"}
     noise = {"out": "*fp32", **keys, "size": "i32", "blocks": "i32"}
-    mask = {"out": "*i1", **keys, "threshold": "*i64"}
+    mask = {"out": "*i1", **keys}
     selected = {"rows": "*i32", "count": "*i32"}
     groups = dict.fromkeys(selected) | {"STREAM": philox.GROUP, "BLOCK": BLOCK}
     tokens = {"STREAM": philox.TOKEN, "BLOCK": 64}
     return [
         Configuration("gumbel_noise[groups]", gumbel_noise_kernel, noise, groups, OPTIONS),
         Configuration("gumbel_noise[tokens]", gumbel_noise_kernel, noise | selected, tokens, OPTIONS),
-        Configuration("self_mask", self_mask_kernel, mask, {}, OPTIONS),
+        Configuration("self_mask", self_mask_kernel, mask | {"threshold": "*i64"}, {}, OPTIONS),
+        Configuration("self_mask[one p]", self_mask_kernel, mask | {"threshold": "i64"}, {}, OPTIONS),
     ]

@@ -89,6 +89,8 @@ def launch_attention(queries, heads, kv_heads, head_dim):
     chunks, ranges = torch.tensor([0, queries], dtype=torch.int32), torch.tensor([[0, queries]])
     attention.ragged_attention(query, cache, cache, chunks, ranges, 1.0, 1, 1.0, torch.zeros(heads))
     attention.ragged_attention(query, cache, cache, chunks, ranges, 1.0, None, None, None)
+    long = torch.zeros(2000, kv_heads, head_dim)
+    attention.ragged_attention(query, long, long, chunks, torch.tensor([[0, 2000]]), 1.0, None, None, None)
     attention.kv_append(cache, cache, cache[:1], cache[:1], torch.arange(1))
 
 

@@ -168,7 +168,9 @@ def a_batch(draw):
 def attend(draw, query, *batch):
     sinks = draw(st.sampled_from([None, torch.randn(query.shape[1])]))
     how = 0.3, draw(st.sampled_from([None, 1, 7, 40])), draw(st.sampled_from([None, 5.0])), sinks
-    with mock.patch.object(attention, "SEARCH", tl.constexpr(draw(st.sampled_from([4, attention.SEARCH.value])))):
+    search, segments = draw(st.sampled_from([4, attention.SEARCH.value])), draw(st.sampled_from([1, 2, 9]))
+    constants = {"SEARCH": tl.constexpr(search), "SEGMENT": 32, "shared_segments": lambda *_: segments}
+    with mock.patch.multiple(attention, **constants):
         return attention.ragged_attention(query, *batch, *how)
 
 
@@ -261,7 +263,7 @@ LAUNCHES = {
         head_log_prob.tile_mass_kernel,
         head_log_prob.log_prob_kernel,
     ],
-    ragged_attention: [attention.ragged_attention_kernel],
+    ragged_attention: [attention.ragged_attention_kernel, attention.merge_kernel],
     ragged_attention_of_nonsense: [attention.ragged_attention_kernel],
     kv_append: [attention.kv_append_kernel],
     plan_pass: [passes.window_kernel, passes.slots_kernel],

@@ -43,7 +43,10 @@ def small_constants():
         mock.patch.object(filters, "BLOCK", 128),
         mock.patch.object(products, "tile_constants", return_value=tile),
         mock.patch.object(products, "ROWS", 16),
-        mock.patch.dict(products.REDUCTION, PIECES=2),
+        mock.patch.object(head, "FEW_ROWS", 16),
+        mock.patch.object(head_log_prob, "FEW_ROWS", 16),
+        mock.patch.dict(products.REDUCTION, LANES=2),
+        mock.patch.dict(products.SPAN, GROUPS=4),
     ):
         yield
 
@@ -249,7 +252,7 @@ def commit_pass(draw):
     return passes.commit_pass(tokens, final, slots, cu_seqlens_q, next_self, sampled)
 
 
-HEAD = [noise.gumbel_noise_kernel, products.select_rows_kernel, head.score_tile_kernel]
+HEAD = [noise.gumbel_noise_kernel, products.select_rows_kernel, head.score_tile_kernel, head.score_span_kernel]
 LAUNCHES = {
     gumbel_noise: [noise.gumbel_noise_kernel],
     self_mask: [noise.self_mask_kernel],
@@ -261,6 +264,7 @@ LAUNCHES = {
     linear_reference_log_prob: [
         products.select_rows_kernel,
         head_log_prob.tile_mass_kernel,
+        head_log_prob.span_mass_kernel,
         head_log_prob.log_prob_kernel,
     ],
     ragged_attention: [attention.ragged_attention_kernel, attention.merge_kernel],

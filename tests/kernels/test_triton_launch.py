@@ -17,7 +17,16 @@ KERNELS = {
         "mass_kernel",
         "log_prob_kernel",
     },
-    "head": {"select_rows_kernel", "score_tile_kernel", "logits_kernel", "pick_token_kernel", "pick_candidates_kernel"},
+    "head": {
+        "select_rows_kernel",
+        "score_tile_kernel",
+        "score_span_kernel",
+        "logits_kernel",
+        "pick_token_kernel",
+        "pick_candidates_kernel",
+        "tile_mass_kernel",
+        "span_mass_kernel",
+    },
     "attention": {"ragged_attention_kernel", "merge_kernel", "kv_append_kernel"},
     "passes": {"window_kernel", "slots_kernel", "commit_pass_kernel"},
 }

@@ -41,7 +41,7 @@ def attention_tile(head_dim: int, dtype: torch.dtype, target: str) -> tuple[dict
     64 rows are the fewest that tensor cores of sm_90 and sm_100 multiply. A decode step fills few of them, but it waits
     for memory: per byte of K/V the tile does 64 operations, and an H100 could do 295.
 
-    In fp32, tensor cores of NVIDIA multiply three times, 16 rows at a time (`tf32x3`). Of each factor they take 11 bits,
+    In fp32, NVIDIA's tensor cores multiply three times, 16 rows at a time (`tf32x3`). Of each factor they take 11 bits,
     then the first 11 of the rest; the product of the rests is left out. So a product of two numbers is off by less than
     2^-19 of itself, which is what fp32 may lose in a sum of 32 of them. In fp64, and on AMD, nothing is left out.
     """
@@ -410,15 +410,19 @@ def configurations(target: str) -> list[Configuration]:
         types = dict.fromkeys(("query", "key", "value"), f"*{dtype}") | dict.fromkeys(strides, "i32") | shared
         factor = "*fp64" if dtype == "fp64" else "fp32"
         constants = {"HEADS": 32, "GROUP": 4, "HEAD_DIM": head_dim, "SEGMENT": SEGMENT}
-        optional = {"sinks": "*bf16"} if features else {"sinks": None}
-        caps = {"softcap": factor if features else None}
+        sinks, softcap = {"sinks": "*bf16"}, {"softcap": factor}
+        absent: dict[str, Any] = {} if features else dict.fromkeys(sinks)
+        absent_cap: dict[str, Any] = {} if features else dict.fromkeys(softcap)
+        if features:
+            shared |= sinks
+            types |= sinks | softcap
         name = f"{dtype} {head_dim}{' softcap sinks' if features else ''}"
         found.append(
             Configuration(
                 f"ragged_attention {name}",
                 ragged_attention_kernel,
-                types | {"scale": factor} | (optional | caps if features else {}),
-                constants | tile | ({} if features else optional | caps),
+                types | {"scale": factor},
+                constants | tile | absent | absent_cap,
                 options,
                 aligned=strides,
                 streams=True,
@@ -426,15 +430,8 @@ def configurations(target: str) -> list[Configuration]:
             )
         )
         if dtype in ("fp64", "bf16") and head_dim == 80:
-            found.append(
-                Configuration(
-                    f"merge {name}",
-                    merge_kernel,
-                    shared | (optional if features else {}),
-                    constants | {"ROWS": tile["ROWS"], "COLUMNS": MERGED_COLUMNS} | ({} if features else optional),
-                    MERGE_OPTIONS,
-                )
-            )
+            tile = {"ROWS": tile["ROWS"], "COLUMNS": MERGED_COLUMNS}
+            found.append(Configuration(f"merge {name}", merge_kernel, shared, constants | tile | absent, MERGE_OPTIONS))
     tensors = "key_cache", "value_cache", "key", "value"
     stride_names = tuple(f"{name}{kind}" for name in tensors for kind in ("_stride", "_head_stride"))
     for head_dim, dtype in ((128, "bf16"), (80, "bf16"), (64, "fp32")):

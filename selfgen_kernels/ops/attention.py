@@ -115,8 +115,9 @@ def ragged_attention(
     not see does not touch it, NaN included. Queries past `cu_seqlens_q[B]` are padding.
 
     A query over the same keys gives the same bits however the chunks are cut: keys count from the first slot of their
-    range. It holds for the C++ kernel on any number of threads, and for the Triton kernel as tested on an H200. The
-    latter never waits for the device; in fp32 and fp64 with head_dim > 256, the reference runs, which does.
+    range. It holds for the C++ kernel on any number of threads, and for the Triton kernel, which adds up 512 keys at a
+    time, in one program or in many, and puts these sums together from the first to the last. That one never waits for
+    the device, and keeps at most 64 MiB of such sums.
 
     Args:
         query: fp32, bf16, fp16 or fp64 [N, heads, head_dim], any strides.

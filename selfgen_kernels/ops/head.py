@@ -66,12 +66,13 @@ def linear_sample_mix(
 ) -> tuple[Tensor, Tensor]:
     """`sample_mix` of `hidden @ weight.T + bias`, without the logits [N, V] ever in memory as a whole.
 
-    Only rows that the mask selects are multiplied. Without filters the vocabulary passes by in chunks; with a filter,
-    rows do, one or more at a time. The C++ kernel on the CPU lets the vocabulary pass by with filters, too, where what
-    can matter of the rows fits into memory: that is at most 1/8 of the bytes of all logits in their dtype, and beside
-    them 1/32 of an fp32 row per thread; one row is more than that for N < 8, and for N < 16 in bf16 and fp16 with a
-    softcap or a scale, after which logits are fp32. The torch reference keeps to 1/8 from 32,000 ids on, but one row
-    with its filters takes up to 64 bytes per id, which is more for N < 128 in fp32.
+    Only rows that the mask selects are multiplied, but for more than 64 rows without filters on a GPU: torch multiplies
+    all of them. Without filters the vocabulary passes by in chunks; with a filter, rows do, one or more at a time. The
+    C++ kernel on the CPU lets the vocabulary pass by with filters, too, where what can matter of the rows fits into
+    memory: that is at most 1/8 of the bytes of all logits in their dtype, and beside them 1/32 of an fp32 row per
+    thread; one row is more than that for N < 8, and for N < 16 in bf16 and fp16 with a softcap or a scale, after which
+    logits are fp32. The torch reference keeps to 1/8 from 32,000 ids on, but one row with its filters takes up to 64
+    bytes per id, which is more for N < 128 in fp32.
 
     The tokens are those of `sample_mix` on the same logits; the product may round differently than one over the whole
     vocabulary, which can decide between near ties.

@@ -13,8 +13,8 @@ from importlib import import_module
 SOME_TARGETS = ("sm_90", "gfx942")
 """One of each compiler; the test on the others is a slow one."""
 SIZES = (
-    "capacity", "chunks", "first_slot", "num_slots", "places", "queries", "rows", "size", "slots", "token_budget",
-    "tokens",
+    "capacity", "chunks", "first_slot", "num_slots", "places", "queries", "rows", "segments", "size", "slots",
+    "token_budget", "tokens",
 )  # fmt: skip
 
 

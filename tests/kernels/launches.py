@@ -18,7 +18,7 @@ from triton.backends.compiler import GPUTarget
 from triton.runtime import driver
 from triton.runtime.jit import JITFunction
 
-from selfgen_kernels.backends.triton import attention, head, noise, passes, sampling
+from selfgen_kernels.backends.triton import attention, head, head_log_prob, noise, passes, sampling
 
 
 class AnH100:
@@ -78,9 +78,11 @@ def launch_sampling(n, vocab_size):
 def launch_head(n, vocab_size, first_id):
     hidden, weight = torch.zeros(n, vocab_size % 17), torch.zeros(vocab_size, vocab_size % 17)
     rows = rows_of(n)
-    head.linear_sample_mix(hidden, weight, None, None, 1.0, torch.arange(n), *rows, None, None, None)
-    head.linear_sample_shard(hidden, weight, torch.zeros(vocab_size), 8.0, 1.0, first_id, *rows)
-    head.linear_reference_log_prob(hidden, weight, None, None, 1.0, torch.arange(n), *rows[:4])
+    for few in (n, 0):
+        with mock.patch.object(head, "FEW_ROWS", few), mock.patch.object(head_log_prob, "FEW_ROWS", few):
+            head.linear_sample_mix(hidden, weight, None, None, 1.0, torch.arange(n), *rows, None, None, None)
+            head.linear_sample_shard(hidden, weight, torch.zeros(vocab_size), 8.0, 1.0, first_id, *rows)
+            head.linear_reference_log_prob(hidden, weight, None, None, 1.0, torch.arange(n), *rows[:4])
     selected = torch.arange(n).int(), torch.tensor([n]).int()  # as no kernel runs that could write them
     with mock.patch.object(head, "select_rows", return_value=selected):
         top_k = torch.full((n,), 3)
@@ -92,6 +94,8 @@ def launch_attention(queries, heads, kv_heads, head_dim):
     chunks, ranges = torch.tensor([0, queries], dtype=torch.int32), torch.tensor([[0, queries]])
     attention.ragged_attention(query, cache, cache, chunks, ranges, 1.0, 1, 1.0, torch.zeros(heads))
     attention.ragged_attention(query, cache, cache, chunks, ranges, 1.0, None, None, None)
+    long = torch.zeros(2000, kv_heads, head_dim)
+    attention.ragged_attention(query, long, long, chunks, torch.tensor([[0, 2000]]), 1.0, None, None, None)
     attention.kv_append(cache, cache, cache[:1], cache[:1], torch.arange(1))
 
 

@@ -43,8 +43,11 @@ def small_constants():
         mock.patch.multiple(filters, SPAN=256, BLOCK=128, STEP=4),
         mock.patch.object(products, "tile_constants", return_value=tile),
         mock.patch.object(products, "ROWS", 16),
-        mock.patch.dict(products.REDUCTION, PIECES=2),
         mock.patch.object(passes, "SCAN", 16),
+        mock.patch.object(head, "FEW_ROWS", 16),
+        mock.patch.object(head_log_prob, "FEW_ROWS", 16),
+        mock.patch.dict(products.REDUCTION, LANES=2),
+        mock.patch.dict(products.SPAN, GROUPS=4),
     ):
         yield
 
@@ -169,7 +172,9 @@ def a_batch(draw):
 def attend(draw, query, *batch):
     sinks = draw(st.sampled_from([None, torch.randn(query.shape[1])]))
     how = 0.3, draw(st.sampled_from([None, 1, 7, 40])), draw(st.sampled_from([None, 5.0])), sinks
-    with mock.patch.object(attention, "SEARCH", tl.constexpr(draw(st.sampled_from([4, attention.SEARCH.value])))):
+    search, segments = draw(st.sampled_from([4, attention.SEARCH.value])), draw(st.sampled_from([1, 2, 9]))
+    constants = {"SEARCH": tl.constexpr(search), "SEGMENT": 32, "shared_segments": lambda *_: segments}
+    with mock.patch.multiple(attention, **constants):
         return attention.ragged_attention(query, *batch, *how)
 
 
@@ -248,7 +253,7 @@ def commit_pass(draw):
     return passes.commit_pass(tokens, final, slots, cu_seqlens_q, next_self, sampled)
 
 
-HEAD = [noise.gumbel_noise_kernel, products.select_rows_kernel, head.score_tile_kernel]
+HEAD = [noise.gumbel_noise_kernel, products.select_rows_kernel, head.score_tile_kernel, head.score_span_kernel]
 LAUNCHES = {
     gumbel_noise: [noise.gumbel_noise_kernel],
     self_mask: [noise.self_mask_kernel],
@@ -260,9 +265,10 @@ LAUNCHES = {
     linear_reference_log_prob: [
         products.select_rows_kernel,
         head_log_prob.tile_mass_kernel,
+        head_log_prob.span_mass_kernel,
         head_log_prob.log_prob_kernel,
     ],
-    ragged_attention: [attention.ragged_attention_kernel],
+    ragged_attention: [attention.ragged_attention_kernel, attention.merge_kernel],
     ragged_attention_of_nonsense: [attention.ragged_attention_kernel],
     kv_append: [attention.kv_append_kernel],
     plan_pass: [passes.free_end_kernel, passes.window_kernel, passes.slots_kernel],

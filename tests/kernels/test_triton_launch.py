@@ -18,8 +18,17 @@ KERNELS = {
         "mass_kernel",
         "log_prob_kernel",
     },
-    "head": {"select_rows_kernel", "score_tile_kernel", "logits_kernel", "pick_token_kernel", "pick_candidates_kernel"},
-    "attention": {"ragged_attention_kernel", "kv_append_kernel"},
+    "head": {
+        "select_rows_kernel",
+        "score_tile_kernel",
+        "score_span_kernel",
+        "logits_kernel",
+        "pick_token_kernel",
+        "pick_candidates_kernel",
+        "tile_mass_kernel",
+        "span_mass_kernel",
+    },
+    "attention": {"ragged_attention_kernel", "merge_kernel", "kv_append_kernel"},
     "passes": {"free_end_kernel", "window_kernel", "slots_kernel", "commit_pass_kernel"},
 }
 

@@ -25,6 +25,8 @@ SEARCH = tl.constexpr(128)  # chunks looked at together
 BLOCK = 1024  # most numbers of a token that a program of kv_append copies
 TILE = 2048  # numbers of K, and of V, that it copies
 APPEND_OPTIONS = {"num_warps": 4, "enable_fp_fusion": False}
+FP64_TILES = {("sm_86", 64): (64, 8), ("sm_89", 64): (64, 8), ("sm_120", 64): (64, 8), ("sm_120", 256): (128, 16)}
+"""(PART, num_warps) by target and width, where others spill: GPUs with few units for fp64."""
 
 
 def attention_tile(width: int, dtype: torch.dtype, target: str) -> tuple[dict[str, int], dict[str, object]]:
@@ -35,8 +37,10 @@ def attention_tile(width: int, dtype: torch.dtype, target: str) -> tuple[dict[st
     without rounding to tf32, and a thread holds whole rows of a product's factors: PART numbers of a query and a key.
     """
     if dtype.itemsize > 2:
-        part = min(width, 512 // dtype.itemsize)
-        warps = 8 if dtype == torch.float32 and width <= 128 else 16
+        part, warps = 512 // dtype.itemsize, 8 if dtype == torch.float32 and width <= 128 else 16
+        if dtype == torch.float64:
+            part, warps = FP64_TILES.get((target, max(64, width)), (part, warps))
+        part = min(width, part)
         warps //= 2 if target == "gfx942" else 1  # wavefronts of 64 lanes, warps of 32: 128 bits of K/V for each
         return {"ROWS": 16, "KEYS": 16, "PART": part}, {"num_warps": warps, "num_stages": 1, "enable_fp_fusion": True}
     warps = 4 if width <= 128 else 8

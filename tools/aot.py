@@ -27,6 +27,7 @@ import tempfile
 from collections.abc import Container, Iterable, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from importlib import import_module
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -120,6 +121,7 @@ class Report:
     streams: tuple[tuple[int, int], ...] = ()  # see `streams_of`
     num_warps: int = 0  # of a program
     constants: dict[str, int] = dataclasses.field(default_factory=dict)
+    triton: str = ""  # the compiler's version
 
     @property
     def slots(self) -> tuple[float, ...]:
@@ -181,6 +183,7 @@ def inspect(configuration: Configuration, target: str) -> Report:
         size=size_of(instructions),
         streams=tuple(streams_of(instructions, configuration, chip)),
         num_warps=metadata.num_warps,
+        triton=version("triton"),
         constants={name: value for name, value in configuration.constants.items() if isinstance(value, int)},
         instructions={name: n for name, like in OF_INTEREST.items() if (n := count_matching(instructions, like))},
     )
@@ -476,7 +479,7 @@ def columns(rows: Sequence[Sequence[str]], left: Container[int]) -> list[str]:
 
 def record(reports: list[Report]) -> str:
     """JSON, a line for each kernel: what `read` takes, without what no figure is made of."""
-    names = "target", "name", "registers", "shared_bytes", "size", "streams", "num_warps", "constants"
+    names = "target", "name", "registers", "shared_bytes", "size", "streams", "num_warps", "constants", "triton"
     lines = [json.dumps({name: getattr(report, name) for name in names}) for report in reports]
     return "[\n" + ",\n".join(lines) + "\n]\n"
 

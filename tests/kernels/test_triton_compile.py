@@ -5,6 +5,7 @@ import os
 import re
 import subprocess
 import sys
+from importlib.metadata import version
 from pathlib import Path
 
 import pytest
@@ -61,6 +62,8 @@ def test_some_configurations_of_every_kernel(compiled):
 def test_no_kernel_has_become_dearer(compiled):
     """In registers, and in instructions for each element that it streams: `python -m tools.aot --record`."""
     recorded = {report.name: report for report in read(RECORDED)}
+    if {report.triton for report in recorded.values()} != {version("triton")}:
+        pytest.skip("recorded with another Triton")
     remedy = "run python -m tools.aot --record, and look at what has changed in the file"
     assert len(compiled["figures"]) >= 5
     for found in (Report(**fields) for fields in compiled["figures"]):

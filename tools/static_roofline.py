@@ -60,7 +60,7 @@ class Launch(NamedTuple):
     flops: int = 0  # of tensor cores
 
 
-Found = Callable[[str], Mapping[str, int]]  # from the name of a configuration to its constants
+Found = Mapping[str, Mapping[str, int]]  # constants by the name of a configuration
 Op = Callable[[Found], Iterator[Launch]]
 
 
@@ -93,19 +93,32 @@ def ceil_div(a: int, b: int) -> int:
 
 def sample_mix(rows: int, vocab: int) -> Op:
     def launches(found: Found) -> Iterator[Launch]:
-        group = "best_group[bf16]"
-        spans = ceil_div(vocab, found(group)["SPAN"] * 64)
+        group = "sample_mix[bf16]" if "sample_mix[bf16]" in found else "best_group[bf16]"
+        spans = ceil_div(vocab, found[group]["SPAN"] * 64)
         yield Launch(group, rows * spans, (rows * vocab,), 2 * rows * vocab)
-        yield Launch("pick_token[bf16]", rows, (0,), 8 * rows * spans + 128 * rows)
+        if group == "best_group[bf16]":  # older kernels, in two launches
+            yield Launch("pick_token[bf16]", rows, (0,), 8 * rows * spans + 128 * rows)
 
     return launches
 
 
 def filter_cutoff(rows: int, vocab: int) -> Op:
-    """top-k and top-p: two bits of a cutoff a sweep, and two sweeps for the largest and for the sum."""
+    """top-k and top-p by sweeps: two bits of a cutoff each, and two more for the largest and for the sum.
+
+    By the peaks of runs: what is looked at within them depends on the logits, and isn't counted.
+    """
 
     def launches(found: Found) -> Iterator[Launch]:
         sweep = rows * vocab
+        if "run_peaks[bf16]" in found:
+            run = found["run_peaks[bf16]"]
+            runs = ceil_div(vocab, run["RUN"])
+            yield Launch("run_peaks[bf16]", rows * ceil_div(runs, run["RUNS"]), (sweep,), 2 * sweep)
+            yield Launch(
+                "run_order[bf16, top_ps]", rows * ceil_div(runs, found["run_order[bf16, top_ps]"]["RUNS"]), (0,), 0
+            )
+            yield Launch("filter_cutoff[bf16, all]", rows, (0,), 16 * rows * runs)
+            return
         yield Launch("filter_cutoff[bf16, all]", rows, (8 * sweep, sweep, sweep, 8 * sweep), 2 * sweep)
 
     return launches
@@ -113,7 +126,7 @@ def filter_cutoff(rows: int, vocab: int) -> Op:
 
 def reference_log_prob(rows: int, vocab: int) -> Op:
     def launches(found: Found) -> Iterator[Launch]:
-        spans = ceil_div(vocab, found("mass[bf16]")["SPAN"] * 64)
+        spans = ceil_div(vocab, found["mass[bf16]"]["SPAN"] * 64)
         yield Launch("mass[bf16]", rows * spans, (rows * vocab,), 2 * rows * vocab)
         yield Launch("log_prob[bf16]", rows, (0,), 8 * rows * ceil_div(vocab, 64))
 
@@ -123,7 +136,7 @@ def reference_log_prob(rows: int, vocab: int) -> Op:
 def head(tile: str, reduction: str, rows: int, hidden: int, vocab: int) -> Op:
     def launches(found: Found) -> Iterator[Launch]:
         name = f"{tile}[bf16, {'few' if rows <= 64 else 'many'} rows]"
-        height, width = found(name)["BLOCK_M"], found(name)["BLOCK_N"]
+        height, width = found[name]["BLOCK_M"], found[name]["BLOCK_N"]
         tiles, row_tiles = ceil_div(vocab, width), ceil_div(rows, height)
         read = 2 * hidden * (vocab + rows)
         results = 20 * tiles * rows if tile == "score_tile" else 8 * rows * ceil_div(vocab, 64)
@@ -134,7 +147,7 @@ def head(tile: str, reduction: str, rows: int, hidden: int, vocab: int) -> Op:
             name, tiles * row_tiles, (tiles * row_tiles * (height + width) * hidden,), read + results,
             2 * tiles * width * row_tiles * height * hidden,
         )  # fmt: skip
-        yield Launch(reduction, ceil_div(rows, found(reduction)["SLOTS"]), (0,), results)
+        yield Launch(reduction, ceil_div(rows, found[reduction]["SLOTS"]), (0,), results)
 
     return launches
 
@@ -144,7 +157,7 @@ def attention(chunks: int, queries: int, keys: int) -> Op:
 
     def launches(found: Found) -> Iterator[Launch]:
         name = "ragged_attention bf16 128"
-        height = found(name)["ROWS"]
+        height = found[name]["ROWS"]
         programs = chunks * 8 * ceil_div(4 * queries, height)
         kv = 2 * keys * 128
         careful = 0  # the second loop, for K/V that are not finite
@@ -157,7 +170,7 @@ def attention(chunks: int, queries: int, keys: int) -> Op:
 def kv_append(tokens: int) -> Op:
     def launches(found: Found) -> Iterator[Launch]:
         name, width = "kv_append bf16 128", 8 * 128
-        tile = found(name)
+        tile = found[name]
         programs = ceil_div(tokens, tile["TOKENS"]) * ceil_div(width, tile["BLOCK"])
         yield Launch(name, programs, (2 * tokens * width,), 8 * tokens * width)
 
@@ -201,7 +214,7 @@ class Row(NamedTuple):
 def row(op: Op, reports: Mapping[str, Report], chip: Rates) -> Row | None:
     """None where a kernel is not among the `reports` of the chip's target."""
     try:
-        launches = list(op(lambda name: reports[name].constants))
+        launches = list(op({name: report.constants for name, report in reports.items()}))
         by_launch = [(launch, seconds(launch, reports[launch.kernel], chip)) for launch in launches]
     except KeyError:
         return None

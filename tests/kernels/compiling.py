@@ -1,8 +1,9 @@
 """What tests of compiled kernels look at, made in one process: prints it as JSON.
 
 quick: reports of `tools.aot` on one configuration of each kernel. specimens: those on kernels with a fault each, for
-SOME_TARGETS. offsets: see `offsets.py`. sizes of a pass: of each argument that changes from pass to pass, whether
-kernels are never specialized on it. atomics: of each kernel that has some, their memory orders, first to last.
+SOME_TARGETS. figures: those on one configuration in bf16 of each kernel that streams, for the target that is recorded.
+offsets: see `offsets.py`. sizes of a pass: of each argument that changes from pass to pass, whether kernels are never
+specialized on it. atomics: of each kernel that has some, their memory orders, first to last.
 """
 
 import dataclasses
@@ -43,6 +44,18 @@ def atomics():
     return {name: orders for name, orders in found.items() if orders}
 
 
+def figures():
+    """Jobs for one configuration of each kernel that streams, in bf16."""
+    from tools.aot import OTHER_DTYPES, jobs, shipped_modules
+
+    found = {}
+    for job in jobs(shipped_modules(), ["sm_90"], "", quick=False):
+        configuration = job.configuration()
+        if configuration.streams and not OTHER_DTYPES.search(configuration.name):
+            found.setdefault(configuration.kernel.__name__, job)
+    return list(found.values())
+
+
 if __name__ == "__main__":
     from offsets import all_products
 
@@ -51,10 +64,12 @@ if __name__ == "__main__":
 
     quick = jobs(shipped_modules(), TARGETS, "", quick=True)
     wrong = jobs(["specimens"], SOME_TARGETS, "", quick=False) + jobs(["specimens"], ["sm_80"], "spills", quick=False)
-    reports = [dataclasses.asdict(report) for report in compile_all(quick + wrong, processes=1)]
+    recorded = figures()
+    reports = [dataclasses.asdict(report) for report in compile_all(quick + wrong + recorded, processes=1)]
     found = {
         "quick": reports[: len(quick)],
-        "specimens": reports[len(quick) :],
+        "specimens": reports[len(quick) : -len(recorded)],
+        "figures": reports[-len(recorded) :],
         "offsets": all_products(),
         "sizes of a pass": sizes_of_a_pass(),
         "atomics": atomics(),

@@ -32,6 +32,8 @@ MERGED_COLUMNS = 64  # numbers of a value that a program merges
 BLOCK = 1024  # most numbers of a token that a program of kv_append copies
 TILE = 2048  # numbers of K, and of V, that it copies
 APPEND_OPTIONS = MERGE_OPTIONS = {"num_warps": 4, "enable_fp_fusion": False}
+FP64_TILES = {("sm_86", 64): (64, 8), ("sm_89", 64): (64, 8), ("sm_120", 64): (64, 8), ("sm_120", 256): (128, 16)}
+"""(PART, num_warps) by target and width, where others spill: GPUs with few units for fp64."""
 
 
 def attention_tile(head_dim: int, dtype: torch.dtype, target: str) -> tuple[dict[str, Any], dict[str, Any]]:
@@ -53,8 +55,10 @@ def attention_tile(head_dim: int, dtype: torch.dtype, target: str) -> tuple[dict
         tile |= {"ROWS": 16, "PART": min(width, 64), "PRECISION": "tf32x3"}
         options |= {"num_warps": 4 if columns <= 128 else 8}
     elif dtype.itemsize > 2:
-        tile |= {"ROWS": 16, "KEYS": 16, "PART": min(width, 512 // dtype.itemsize)}
-        warps = 8 if dtype == torch.float32 and columns <= 128 else 16
+        part, warps = 512 // dtype.itemsize, 8 if dtype == torch.float32 and columns <= 128 else 16
+        if dtype == torch.float64:
+            part, warps = FP64_TILES.get((target, max(64, columns)), (part, warps))
+        tile |= {"ROWS": 16, "KEYS": 16, "PART": min(width, part)}
         warps //= 2 if amd else 1  # wavefronts of 64 lanes, warps of 32: 128 bits of K/V for each
         options |= {"num_warps": warps, "num_stages": 1}
     return tile, options

@@ -7,6 +7,7 @@ of `backends/` compute the same faster. Only torch is needed: a missing compiler
 from selfgen_kernels.ops.attention import kv_append, ragged_attention
 from selfgen_kernels.ops.head import combine_shards, linear_sample_mix, linear_sample_shard
 from selfgen_kernels.ops.noise import gumbel_noise, self_mask
+from selfgen_kernels.ops.norm import rms_norm
 from selfgen_kernels.ops.passes import commit_pass, plan_pass
 from selfgen_kernels.ops.sampling import sample_mix
 
@@ -22,6 +23,7 @@ __all__ = [
     "linear_sample_shard",
     "plan_pass",
     "ragged_attention",
+    "rms_norm",
     "sample_mix",
     "self_mask",
 ]

@@ -67,6 +67,10 @@ EXAMPLES = {
         {**_PARTS, "self_prob": _PROBS, **_KEYS, **_ROWS, "vocab_size": 200},
     ],
     "kv_append": [_APPEND],
+    "rms_norm": [
+        {"x": _normal(3, D), "weight": _normal(D), "eps": 1e-6},
+        {"x": _normal(3, 2, D).bfloat16(), "weight": _normal(D), "eps": 1e-5, "form": "gemma"},
+    ],
     "plan_pass": [
         {
             "final": torch.tensor([0, 5]),

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from torch import Tensor
 from transformers import PreTrainedModel
 
+from .fused import Fused
 from .hidden_states import HiddenStates, captured
 from .packed import packed_linears
 from .ragged import RaggedCache, RaggedPass, ragged_logits, ragged_model
@@ -33,6 +34,7 @@ class Forward:
 
     def __init__(self, model: PreTrainedModel):
         self.model, self.device = model, model.device
+        self._fused = Fused(model)
         self.hidden_states: HiddenStates | None = None
         self.coverage = Coverage()
         self._busy = False
@@ -52,7 +54,7 @@ class Forward:
         kept = nullcontext() if hidden_states is None else captured(hidden_states.layers, self._target)
         try:
             self._begin(num_slots)
-            with ragged_model(self.model), self._weights(), kept:
+            with ragged_model(self.model), self._weights(), self._fused.used(), kept:
                 yield
         except BaseException:
             self.release()

@@ -48,5 +48,5 @@ def act_mul(gate: Tensor, up: Tensor, *, activation: Literal["silu", "gelu_tanh"
     if not isinstance(activation, str) or activation not in ACTIVATIONS:
         raise ValueError(f'activation={activation!r} is not accepted; pass "silu" or "gelu_tanh"')
     refuse_grad("act_mul", gate, up)
-    rows = (gate.shape[:-1].numel(), gate.shape[-1])
-    return torch.ops.selfgen.act_mul(gate.reshape(rows), up.reshape(rows), activation == "gelu_tanh").view(gate.shape)
+    rows = (torch.atleast_2d(x).flatten(0, -2) for x in (gate, up))  # views where that is possible
+    return torch.ops.selfgen.act_mul(*rows, activation == "gelu_tanh").view(gate.shape)

@@ -19,6 +19,17 @@ def _(query, key, cos, sin, keep_dtype):
     return query.new_empty(query.shape, dtype=dtype), key.new_empty(key.shape, dtype=dtype)
 
 
+def check_states(query: Tensor, key: Tensor, cos: Tensor, sin: Tensor) -> None:
+    """Raise unless the tensors fit one another; the reference asks, too, as a CPU has no other kernel."""
+    check_tensor("query", query, ("N", "heads", "head_dim"), DTYPES, None)
+    tokens, _, head_dim = query.shape
+    check_tensor("key", key, (tokens, "kv_heads", head_dim), (query.dtype,), query.device)
+    check_tensor("cos", cos, (tokens, head_dim), DTYPES, query.device)
+    check_tensor("sin", sin, (tokens, head_dim), (cos.dtype,), query.device)
+    if head_dim % 2 or head_dim == 0:
+        raise ValueError(f"query has heads of {head_dim} numbers, which have no halves; pass an even head_dim >= 2")
+
+
 def rotary(query: Tensor, key: Tensor, cos: Tensor, sin: Tensor, *, keep_dtype: bool = False) -> tuple[Tensor, Tensor]:
     """Turn queries and keys by the angles of their positions (RoFormer, arXiv 2104.09864). For inference only.
 
@@ -48,13 +59,7 @@ def rotary(query: Tensor, key: Tensor, cos: Tensor, sin: Tensor, *, keep_dtype: 
         >>> rotary(query, query, 0 * quarter, quarter)[0]
         tensor([[[0., 1.]]])
     """
-    check_tensor("query", query, ("N", "heads", "head_dim"), DTYPES, None)
-    tokens, _, head_dim = query.shape
-    check_tensor("key", key, (tokens, "kv_heads", head_dim), (query.dtype,), query.device)
-    check_tensor("cos", cos, (tokens, head_dim), DTYPES, query.device)
-    check_tensor("sin", sin, (tokens, head_dim), (cos.dtype,), query.device)
-    if head_dim % 2 or head_dim == 0:
-        raise ValueError(f"query has heads of {head_dim} numbers, which have no halves; pass an even head_dim >= 2")
+    check_states(query, key, cos, sin)
     if not isinstance(keep_dtype, bool):
         raise TypeError(f"keep_dtype must be a bool, got {type(keep_dtype).__name__}; pass True or False")
     refuse_grad("rotary", query, key, cos, sin)

@@ -238,6 +238,14 @@ def test_what_is_not_torchs_own_keeps_its_forward():
     assert not is_found(parametrized)
     double = LlamaRMSNorm(32).double()
     assert not is_found(double)
+    for part in ("one", "two", "three"):
+        quantized = Mlp()
+        linear = getattr(quantized, part)
+        linear.weight = nn.Parameter(torch.zeros_like(linear.weight, dtype=torch.int8), requires_grad=False)
+        assert not is_found(quantized)
+    bare = Attention()
+    del bare.weight
+    assert not is_found(bare)
 
 
 def test_a_setting_that_changes_is_seen():

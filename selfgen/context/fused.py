@@ -220,7 +220,10 @@ def _gated(module: nn.Module) -> Fitting | None:
     """Of a module that gives the bits of torch's ops for a gated MLP: the activation of `act_mul` that it has."""
     for gate in _gates(module):
         act, width = getattr(module, gate.act), _number(module.get_submodule(gate.inner[0]).in_features)
-        weight = next(weight for weight in module.parameters() if is_plain(weight))
+        weights = list(module.parameters())
+        if not weights or not all(map(is_plain, weights)):
+            return None
+        weight = weights[0]
         rows = [_random(1, 5, width) * size for size in (1, 100)]
         given = [x.to(weight.device, weight.dtype) for x in rows]
         pairs = [(gate.own(module, x), type(module).forward(module, x)) for x in given]
@@ -267,9 +270,10 @@ def _rotation_of(module: nn.Module) -> Callable[..., Any] | None:
 def _attention(module: nn.Module) -> Fitting | None:
     """Of a module whose rotation gives the bits of `rotary`: a forward that calls that."""
     rotation = _rotation_of(module)
-    if rotation is None:
+    weight = next(module.parameters(), None)
+    if rotation is None or weight is None:
         return None
-    device = next(module.parameters()).device
+    device = weight.device
     for keep_dtype in (False, True):
         turn = partial(_turned, rotation, keep_dtype)
         for dtype, of_angles in product(_dtypes(device), repeat=2):

@@ -322,6 +322,12 @@ UPSTREAM = [
         own_forward,
         "packed weights and lean losses, which replace a forward, have no effect",
     ),
+    ("torch.nn:Module.compile", mentions("self._compiled_call_impl"), "a compiled module loses its own forward"),
+    (
+        "transformers.models.llama.modeling_llama:LlamaAttention.forward",
+        mentions("apply_rotary_pos_emb(query_states, key_states, cos, sin)"),
+        "positions are turned by ten kernels again",
+    ),
     ("torch.utils._python_dispatch:is_traceable_wrapper_subclass", exists, "graphs of quantized weights go wrong"),
     ("torch.nn:Module.register_forward_pre_hook", mentions("self._forward_pre_hooks"), "graphs miss a new hook"),
     ("torch.nn:Module.register_forward_hook", mentions("self._forward_hooks"), "graphs miss a new hook"),

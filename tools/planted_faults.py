@@ -48,6 +48,42 @@ class Fault(NamedTuple):
 
 FAULTS = [
     Fault(
+        "rms_norm: squares are summed as floats",
+        REFERENCE + "norm.py",
+        "weights(scaled.mul_(scaled)).sum(1).float().mul_(1 / WEIGHT)",
+        "scaled.mul_(scaled).sum(1)",
+        ("tests/kernels/test_norm.py::test_no_order_changes_a_bit[reference]",),
+        compiled=False,
+    ),
+    Fault(
+        "fused: a norm is tried in fp32 alone",
+        CONTEXT + "fused.py",
+        "given = [rows.to(weight.device, dtype) for dtype in _dtypes(weight.device)]",
+        "given = [rows.to(weight.device, torch.float32)]",
+        ("tests/test_fused.py::test_what_computes_something_else_keeps_its_forward[Rounding]",),
+    ),
+    Fault(
+        "fused: an MLP is not tried with large numbers",
+        CONTEXT + "fused.py",
+        "for size in (1, 100)]",
+        "for size in (1,)]",
+        ("tests/test_fused.py::test_gated_mlps_are_known_by_what_they_compute",),
+    ),
+    Fault(
+        "fused: hooks are passed by",
+        CONTEXT + "fused.py",
+        "if any(part._forward_hooks or part._forward_pre_hooks for part in module.modules()):",
+        "if False:",
+        ("tests/test_fused.py::test_what_has_hooks_keeps_its_forward",),
+    ),
+    Fault(
+        "fused: another model's rotation is replaced, too",
+        CONTEXT + "fused.py",
+        "names = {**names, _ROTARY: turn}",
+        "names[_ROTARY] = turn",
+        ("tests/test_fused.py::test_a_rotation_is_replaced_in_its_module_alone",),
+    ),
+    Fault(
         "commit: final one too far after a change",
         REFERENCE + "passes.py",
         "final[row] = slots[last] + 1",

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
+from .fused import Fused
 from .hidden_states import HiddenStates, captured
 from .packed import packed_linears
 from .ragged import RaggedCache, RaggedPass, ragged_logits, ragged_model
@@ -117,6 +118,7 @@ class Forward:
 
     def __init__(self, model: PreTrainedModel):
         self.model, self.device = model, model.device
+        self._fused = Fused(model)
         self.coverage = Coverage()
         self._busy = False
 
@@ -147,7 +149,7 @@ class Forward:
         try:
             self._begin(passes)
             kept = captured(passes.hidden_states, lambda: self.cache.current.slots)
-            with ragged_model(self.model), self._weights(), kept:
+            with ragged_model(self.model), self._weights(), self._fused.used(), kept:
                 yield
         except BaseException:
             self.release()

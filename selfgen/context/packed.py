@@ -53,7 +53,7 @@ def plain_linears(model: nn.Module, device: str) -> list[nn.Linear]:
 
 
 @contextmanager
-def _replaced(forwards: Iterable[tuple[nn.Linear, Callable[[Tensor], Tensor]]]) -> Iterator[None]:
+def replaced(forwards: Iterable[tuple[nn.Module, Callable[..., Tensor]]]) -> Iterator[None]:
     """Inside, modules have other forwards, which are made as they are asked for."""
     changed = []
     try:
@@ -83,7 +83,7 @@ def packed_linears(model: nn.Module) -> Iterator[None]:
                 weight = torch.ops.mkldnn._reorder_linear_weight(module.weight.detach(), _BATCH_HINT)
                 yield module, partial(_multiply, module, weight, module.bias)
 
-    with _replaced(packed()):
+    with replaced(packed()):
         yield
 
 
@@ -123,7 +123,7 @@ class CastWeights:
             torch._foreach_copy_(copies, self._weights())
 
     def used(self) -> AbstractContextManager[None]:
-        return _replaced((module, partial(self._multiply, module, *self._copies[module])) for module in self.modules)
+        return replaced((module, partial(self._multiply, module, *self._copies[module])) for module in self.modules)
 
     def _multiply(self, module: nn.Linear, weight: Tensor, bias: Tensor | None, hidden: Tensor) -> Tensor:
         casts = torch.is_autocast_enabled(self.device) and torch.get_autocast_dtype(self.device) == self.dtype

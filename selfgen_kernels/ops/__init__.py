@@ -49,6 +49,9 @@ OPS = {
     "commit_pass": Op("passes"),
     "kv_append": Op("attention"),
     "ragged_attention": Op("attention"),
+    "rms_norm": Op("norm"),
+    "act_mul": Op("activation", kernels=("triton",)),
+    "rotary": Op("rotary", kernels=("triton",)),
 }
 """By the name of the operator."""
 

@@ -105,6 +105,7 @@ def recorded_passes() -> Iterator[None]:
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(engine, "not_waiting", nullcontext)
         patch.setattr("selfgen.context.forward.packed_linears", nullcontext)  # a CPU's, whose weights are copies
+        patch.setattr("selfgen.context.fused.saves_time", lambda device: True)
         patch.setattr(engine, "_memory_of", lambda device: 2**34)
         for module in (engine, generator):
             patch.setattr(module, "forward_of", lambda model, cuda_graphs, graph_memory: Recorder(model, graph_memory))

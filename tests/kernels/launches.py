@@ -18,7 +18,17 @@ from triton.backends.compiler import GPUTarget
 from triton.runtime import driver
 from triton.runtime.jit import JITFunction
 
-from selfgen_kernels.backends.triton import attention, head, head_log_prob, noise, passes, sampling
+from selfgen_kernels.backends.triton import (
+    activation,
+    attention,
+    head,
+    head_log_prob,
+    noise,
+    norm,
+    passes,
+    rotary,
+    sampling,
+)
 
 
 class AnH100:
@@ -99,6 +109,25 @@ def launch_attention(queries, heads, kv_heads, head_dim):
     attention.kv_append(cache, cache, cache[:1], cache[:1], torch.arange(1))
 
 
+def launch_norm(rows, width):
+    for dtype in (torch.float32, torch.bfloat16):
+        x, weight = torch.zeros(rows, width, dtype=dtype), torch.zeros(width)
+        for form in ((False, True), (True, False)):
+            norm.rms_norm(x, weight, 1e-6, *form)
+
+
+def launch_activation(rows, width):
+    for gelu in (False, True):
+        activation.act_mul(*torch.zeros(2, rows, width), gelu)
+
+
+def launch_rotary(tokens, heads, kv_heads, head_dim):
+    angles = torch.zeros(2, tokens, head_dim)
+    for dtype in (torch.float32, torch.bfloat16):
+        states = (torch.zeros(tokens, count, head_dim, dtype=dtype) for count in (heads, kv_heads))
+        rotary.rotary(*states, *angles, True)
+
+
 def launch_passes(rows, token_budget, slots):
     row, slot, place = torch.arange(rows), torch.arange(slots), torch.arange(token_budget)
     passes.plan_pass(row, row, slot, torch.zeros(slots), token_budget)
@@ -115,6 +144,12 @@ CASES = {
     "head from the first id": lambda: launch_head(2, 65, 0),
     "attention of one query": lambda: launch_attention(1, 1, 1, 1),
     "attention": lambda: launch_attention(3, 6, 2, 16),
+    "activation of one number": lambda: launch_activation(1, 1),
+    "activation": lambda: launch_activation(3, 20),
+    "rotary of one head": lambda: launch_rotary(1, 1, 1, 2),
+    "rotary": lambda: launch_rotary(3, 4, 2, 64),
+    "norm of one number": lambda: launch_norm(1, 1),
+    "norm": lambda: launch_norm(3, 20),
     "passes over one slot": lambda: launch_passes(1, 1, 1),
     "passes": lambda: launch_passes(2, 5, 3),
 }

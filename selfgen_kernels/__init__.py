@@ -6,6 +6,7 @@ of `backends/` compute the same faster. Only torch is needed: a missing compiler
 
 from selfgen_kernels.ops.attention import kv_append, ragged_attention
 from selfgen_kernels.ops.head import combine_shards, linear_sample_mix, linear_sample_shard
+from selfgen_kernels.ops.linear import invariant_linear
 from selfgen_kernels.ops.noise import gumbel_noise, self_mask
 from selfgen_kernels.ops.passes import commit_pass, plan_pass
 from selfgen_kernels.ops.sampling import sample_mix
@@ -17,6 +18,7 @@ __all__ = [
     "combine_shards",
     "commit_pass",
     "gumbel_noise",
+    "invariant_linear",
     "kv_append",
     "linear_sample_mix",
     "linear_sample_shard",

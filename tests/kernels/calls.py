@@ -67,6 +67,7 @@ EXAMPLES = {
         {**_PARTS, "self_prob": _PROBS, **_KEYS, **_ROWS, "vocab_size": 200},
     ],
     "kv_append": [_APPEND],
+    "invariant_linear": [_HEAD, {**_HEAD, "bias": _normal(V)}],
     "plan_pass": [
         {
             "final": torch.tensor([0, 5]),

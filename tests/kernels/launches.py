@@ -18,7 +18,7 @@ from triton.backends.compiler import GPUTarget
 from triton.runtime import driver
 from triton.runtime.jit import JITFunction
 
-from selfgen_kernels.backends.triton import attention, head, noise, passes, sampling
+from selfgen_kernels.backends.triton import attention, head, linear, noise, passes, sampling
 
 
 class AnH100:
@@ -92,6 +92,12 @@ def launch_attention(queries, heads, kv_heads, head_dim):
     attention.kv_append(cache, cache, cache[:1], cache[:1], torch.arange(1))
 
 
+def launch_linear(rows, width, outputs):
+    hidden, weight = torch.zeros(rows, width), torch.zeros(outputs, width)
+    linear.invariant_linear(hidden, weight, None)
+    linear.invariant_linear(hidden.half(), weight.half(), torch.zeros(outputs).half())
+
+
 def launch_passes(rows, token_budget, slots):
     row, slot, place = torch.arange(rows), torch.arange(slots), torch.arange(token_budget)
     passes.plan_pass(row, row, slot, torch.zeros(slots), token_budget)
@@ -108,6 +114,8 @@ CASES = {
     "head from the first id": lambda: launch_head(2, 65, 0),
     "attention of one query": lambda: launch_attention(1, 1, 1, 1),
     "attention": lambda: launch_attention(3, 6, 2, 16),
+    "linear of one row": lambda: launch_linear(1, 1, 1),
+    "linear": lambda: launch_linear(2, 16, 5),
     "passes over one slot": lambda: launch_passes(1, 1, 1),
     "passes": lambda: launch_passes(2, 5, 3),
 }

@@ -22,7 +22,17 @@ from guard import guarded
 from test_passes import next_self_of
 from triton.runtime.errors import InterpreterError
 
-from selfgen_kernels.backends.triton import attention, filters, head, head_log_prob, noise, passes, products, sampling
+from selfgen_kernels.backends.triton import (
+    attention,
+    filters,
+    head,
+    head_log_prob,
+    linear,
+    noise,
+    passes,
+    products,
+    sampling,
+)
 from selfgen_kernels.call import Sampling
 from tools.aot import shipped_modules
 
@@ -42,6 +52,7 @@ def small_constants():
         mock.patch.multiple(sampling, TILE=4, SPAN=8, BLOCK=4),
         mock.patch.object(filters, "BLOCK", 128),
         mock.patch.object(products, "tile_constants", return_value=tile),
+        mock.patch.object(linear, "tile_constants", return_value=tile),
         mock.patch.object(products, "ROWS", 16),
         mock.patch.dict(products.REDUCTION, PIECES=2),
     ):
@@ -150,6 +161,11 @@ def linear_reference_log_prob(draw):
 def linear_sample_shard(draw):
     n, first_id = rows_of(draw), draw(st.sampled_from([0, 64, 128, 2**20]) | st.integers(0, 300))
     return head.linear_sample_shard(*a_head(draw, n), first_id, *how_of(draw, n).draw)
+
+
+def invariant_linear(draw):
+    hidden, weight, bias, *_ = a_head(draw, rows_of(draw))
+    return linear.invariant_linear(hidden, weight, bias)
 
 
 def a_batch(draw):
@@ -261,6 +277,7 @@ LAUNCHES = {
         head_log_prob.tile_mass_kernel,
         head_log_prob.log_prob_kernel,
     ],
+    invariant_linear: [linear.linear_kernel],
     ragged_attention: [attention.ragged_attention_kernel],
     ragged_attention_of_nonsense: [attention.ragged_attention_kernel],
     kv_append: [attention.kv_append_kernel],

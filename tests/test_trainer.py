@@ -281,7 +281,7 @@ def test_a_model_trained_in_bf16_autocast_makes_contexts_in_it(tmp_path, adapter
         for method in ("fixed_point", "sequential")
     )
     assert sum(map(torch.equal, fast.tokens, slow.tokens)) >= 13
-    assert generator.precision == torch.bfloat16
+    assert generator.dtype == torch.bfloat16
     same = 0
     for prompt, tokens in zip(prompts, answer(trainer.model, prompts, max_new_tokens=8).tokens, strict=True):
         ids = torch.cat([prompt, tokens])[None]

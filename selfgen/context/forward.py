@@ -10,7 +10,8 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from .hidden_states import HiddenStates, captured
-from .packed import packed_linears
+from .invariant import Invariant
+from .packed import fresh_casts_of, packed_linears
 from .ragged import RaggedCache, RaggedPass, ragged_logits, ragged_model
 
 
@@ -24,15 +25,15 @@ class Coverage:
 
 
 class Forward:
-    """Passes of ``model`` over a ragged cache; one generation at a time.
+    """Passes of ``model`` over a ragged cache; one generation at a time. ``invariant`` runs in them if it is given.
 
     ``coverage`` is of the generation that runs, or of the last one.
     """
 
     cache: RaggedCache
 
-    def __init__(self, model: PreTrainedModel):
-        self.model, self.device = model, model.device
+    def __init__(self, model: PreTrainedModel, invariant: Invariant | None = None):
+        self.model, self.device, self.invariant = model, model.device, invariant
         self.hidden_states: HiddenStates | None = None
         self.coverage = Coverage()
         self._busy = False
@@ -70,7 +71,9 @@ class Forward:
 
     def _weights(self) -> AbstractContextManager[None]:
         """Inside, passes read weights in the form that is best for them."""
-        return packed_linears(self.model)
+        if self.invariant is None:
+            return packed_linears(self.model)
+        return self.invariant.used(fresh_casts_of(self.model))
 
     def _begin(self, num_slots: int) -> None:
         self.cache = RaggedCache(self.model, num_slots)

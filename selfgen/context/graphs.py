@@ -22,6 +22,7 @@ from transformers import PreTrainedModel
 
 from .forward import Forward
 from .hidden_states import HiddenStates
+from .invariant import Invariant
 from .models import vocab_size_of
 from .packed import CastWeights
 from .precision import autocast_dtype
@@ -39,14 +40,15 @@ MOST_KV = 1 / 16  # of the GPU's memory, to be kept from generation to generatio
 MOST_CASTS = 1 / 8  # the same, of weights in autocast's dtype
 
 
-def forward_of(model: PreTrainedModel, *, cuda_graphs: bool) -> Forward:
+def forward_of(model: PreTrainedModel, *, cuda_graphs: bool, invariant: Invariant | None = None) -> Forward:
     """The fastest forward for ``model`` where it is."""
     parameters = list(model.parameters())
     one_gpu = len({parameter.device for parameter in parameters}) == 1 and parameters[0].device.type == "cuda"
     plain = not any(is_traceable_wrapper_subclass(parameter) for parameter in parameters)  # others hide their memory
     if cuda_graphs and one_gpu and any(isinstance(parameter, DTensor) for parameter in parameters):
         logger.info("passes are not recorded as CUDA graphs, as weights are split over processes")
-    return GraphedForward(model) if cuda_graphs and one_gpu and plain and not torch.version.hip else Forward(model)
+    kind = GraphedForward if cuda_graphs and one_gpu and plain and not torch.version.hip else Forward
+    return kind(model, invariant)
 
 
 @dataclass(frozen=True)
@@ -136,8 +138,8 @@ class GraphedForward(Forward):
     (`_state_of`). A model that can't be recorded, as it waits for the device within a pass, is run as it is.
     """
 
-    def __init__(self, model: PreTrainedModel):
-        super().__init__(model)
+    def __init__(self, model: PreTrainedModel, invariant: Invariant | None = None):
+        super().__init__(model, invariant)
         text = model.config.get_text_config(decoder=True)
         self._layers = text.num_hidden_layers
         self._most_tokens = min(LARGEST, MOST_HIDDEN // (4 * (self._layers + 1) * text.hidden_size))
@@ -185,6 +187,8 @@ class GraphedForward(Forward):
         return None
 
     def _weights(self) -> AbstractContextManager[None]:
+        if self.invariant is not None:
+            return self.invariant.used(self._casts)
         return super()._weights() if self._casts is None else self._casts.used()
 
     def _end(self) -> None:

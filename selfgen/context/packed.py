@@ -21,7 +21,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
-from .precision import is_linear, is_plain
+from .precision import autocast_dtype, is_linear, is_plain
 
 _BATCH_HINT = 64  # rows of a typical pass; oneDNN chooses the layout by it
 
@@ -53,7 +53,7 @@ def plain_linears(model: nn.Module, device: str) -> list[nn.Linear]:
 
 
 @contextmanager
-def _replaced(forwards: Iterable[tuple[nn.Linear, Callable[[Tensor], Tensor]]]) -> Iterator[None]:
+def replaced(forwards: Iterable[tuple[nn.Module, Callable[..., Tensor]]]) -> Iterator[None]:
     """Inside, modules have other forwards, which are made as they are asked for."""
     changed = []
     try:
@@ -83,7 +83,7 @@ def packed_linears(model: nn.Module) -> Iterator[None]:
                 weight = torch.ops.mkldnn._reorder_linear_weight(module.weight.detach(), _BATCH_HINT)
                 yield module, partial(_multiply, module, weight, module.bias)
 
-    with _replaced(packed()):
+    with replaced(packed()):
         yield
 
 
@@ -122,11 +122,25 @@ class CastWeights:
         if copies:
             torch._foreach_copy_(copies, self._weights())
 
+    def of(self, module: nn.Linear) -> tuple[Tensor, Tensor | None] | None:
+        """The copies for ``module``, or None: it has none, or its weight is another one for a while (parametrized)."""
+        return self._copies.get(module) if is_linear(module) else None
+
     def used(self) -> AbstractContextManager[None]:
-        return _replaced((module, partial(self._multiply, module, *self._copies[module])) for module in self.modules)
+        return replaced((module, partial(self._multiply, module, *self._copies[module])) for module in self.modules)
 
     def _multiply(self, module: nn.Linear, weight: Tensor, bias: Tensor | None, hidden: Tensor) -> Tensor:
         casts = torch.is_autocast_enabled(self.device) and torch.get_autocast_dtype(self.device) == self.dtype
         if not casts or not is_linear(module) or hidden.dtype == torch.float64:
             return type(module).forward(module, hidden)
         return F.linear(hidden, weight, bias)  # of which autocast casts what is not cast yet
+
+
+def fresh_casts_of(model: nn.Module) -> CastWeights | None:
+    """The weights of ``model`` in autocast's dtype, as they are now; None where autocast is off."""
+    dtype = autocast_dtype(next(model.parameters()).device)
+    if dtype is None:
+        return None
+    casts = CastWeights(model, dtype)
+    casts.refresh()
+    return casts

@@ -19,7 +19,9 @@ from transformers import DynamicCache, PreTrainedModel
 from selfgen_kernels import sample_mix
 
 from .batch import Batch, left_pad
+from .forward import Forward
 from .models import arguments_of, cache_argument, own_logits
+from .ragged import RaggedPass
 
 
 @dataclass
@@ -130,3 +132,44 @@ def _decode(
     width = range(first, first + steps)
     tokens_computed = rows * (first + steps - 1 if strategy.cache else sum(width))
     return SequentialResult(tokens, is_self, passes=steps, tokens_computed=tokens_computed, invalid=0)
+
+
+def one_by_one(forward: Forward, batch: Batch) -> SequentialResult:
+    """The definition in terms of passes: each row by itself, from its first token on, one token per pass.
+
+    ``precision="invariant"`` promises these contexts at any budget and in any batch.
+    """
+    status = torch.zeros(1, dtype=torch.int64, device=batch.device)
+    tokens, is_self = [], []
+    for row in (batch.row(i) for i in range(len(batch.prompts))):
+        context, drawn = _row_by_passes(forward, row, status)
+        tokens.append(context)
+        is_self.append(drawn)
+    passes = sum(batch.lengths) - len(batch.lengths)
+    return SequentialResult(tokens, is_self, passes=passes, tokens_computed=passes, invalid=int(status))
+
+
+def _row_by_passes(forward: Forward, row: Batch, status: Tensor) -> tuple[Tensor, Tensor]:
+    """Tokens and mask [T] of a batch of one row."""
+    (prompt,), (reference,), (candidates,) = row.prompts, row.references, row.candidates
+    tokens, is_self = torch.cat([prompt, reference]), torch.zeros_like(candidates)
+    with forward.over(len(tokens)):
+        for place in range(len(tokens) - 1):
+            step = place + 1 - len(prompt)  # of the answer, whose token this one tells
+            index = torch.arange(step >= 0, device=row.device)
+            logits = forward(RaggedPass.of_windows([(0, place, place + 1)], row.device), tokens, index)
+            if step >= 0:
+                at = slice(step, step + 1)
+                tokens[place + 1 : place + 2], is_self[at] = sample_mix(
+                    logits,
+                    reference[at],
+                    candidates[at].double(),
+                    seed=row.seed,
+                    sample_ids=row.sample_ids,
+                    positions=torch.tensor([step], device=row.device),
+                    temperature=row.temperature,
+                    min_reference_prob=row.min_reference_prob,
+                    vocab_size=row.vocab_size,
+                    status=status,
+                )
+    return tokens[len(prompt) :], is_self

@@ -29,8 +29,8 @@ class Calls(TorchDispatchMode):
 class Recorder(engine.GraphedForward):
     """A replay calls the operators of the recording on its memory again; as in a graph, no Python of the model runs."""
 
-    def __init__(self, model):
-        super().__init__(model)
+    def __init__(self, model, invariant=None):
+        super().__init__(model, invariant)
         self.records = self.replays = 0
 
     def _record(self, run):
@@ -50,6 +50,10 @@ class Recorder(engine.GraphedForward):
         return replay
 
 
+def _recorder_of(model, cuda_graphs, invariant=None):
+    return Recorder(model, invariant)
+
+
 @contextmanager
 def recorded_passes() -> Iterator[None]:
     """Inside, generators that are made record their passes, and replay them."""
@@ -57,6 +61,9 @@ def recorded_passes() -> Iterator[None]:
         patch.setattr(engine, "not_waiting", nullcontext)
         patch.setattr("selfgen.context.forward.packed_linears", nullcontext)  # a CPU's, whose weights are copies
         patch.setattr(engine, "_memory_of", lambda device: 2**34)
-        patch.setattr(engine, "forward_of", lambda model, cuda_graphs: Recorder(model))
-        patch.setattr("selfgen.context.generator.forward_of", lambda model, cuda_graphs: Recorder(model))
+        patch.setattr(engine, "forward_of", lambda model, cuda_graphs, invariant=None: Recorder(model, invariant))
+        patch.setattr(
+            "selfgen.context.generator.forward_of",
+            lambda model, cuda_graphs, invariant=None: Recorder(model, invariant),
+        )
         yield

@@ -8,6 +8,7 @@ from selfgen_kernels.ops.attention import kv_append, ragged_attention
 from selfgen_kernels.ops.head import combine_shards, linear_sample_mix, linear_sample_shard
 from selfgen_kernels.ops.linear import invariant_linear
 from selfgen_kernels.ops.noise import gumbel_noise, self_mask
+from selfgen_kernels.ops.norm import rms_norm
 from selfgen_kernels.ops.passes import commit_pass, plan_pass
 from selfgen_kernels.ops.sampling import sample_mix
 
@@ -24,6 +25,7 @@ __all__ = [
     "linear_sample_shard",
     "plan_pass",
     "ragged_attention",
+    "rms_norm",
     "sample_mix",
     "self_mask",
 ]

@@ -42,6 +42,7 @@ OPS = {
     "commit_pass": Op("passes"),
     "kv_append": Op("attention"),
     "ragged_attention": Op("attention"),
+    "rms_norm": Op("norm"),
 }
 """By the name of the operator."""
 

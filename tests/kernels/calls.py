@@ -68,6 +68,10 @@ EXAMPLES = {
     ],
     "kv_append": [_APPEND],
     "invariant_linear": [_HEAD, {**_HEAD, "bias": _normal(V)}],
+    "rms_norm": [
+        {"x": _normal(3, D), "weight": _normal(D), "eps": 1e-6},
+        {"x": _normal(3, 2, D).bfloat16(), "weight": _normal(D), "eps": 1e-5, "form": "gemma"},
+    ],
     "plan_pass": [
         {
             "final": torch.tensor([0, 5]),

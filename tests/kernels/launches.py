@@ -18,7 +18,7 @@ from triton.backends.compiler import GPUTarget
 from triton.runtime import driver
 from triton.runtime.jit import JITFunction
 
-from selfgen_kernels.backends.triton import attention, head, linear, noise, passes, sampling
+from selfgen_kernels.backends.triton import attention, head, linear, noise, norm, passes, sampling
 
 
 class AnH100:
@@ -98,6 +98,13 @@ def launch_linear(rows, width, outputs):
     linear.invariant_linear(hidden.half(), weight.half(), torch.zeros(outputs).half())
 
 
+def launch_norm(rows, width):
+    for dtype in (torch.float32, torch.bfloat16):
+        x, weight = torch.zeros(rows, width, dtype=dtype), torch.zeros(width)
+        for form in ((False, True), (True, False)):
+            norm.rms_norm(x, weight, 1e-6, *form)
+
+
 def launch_passes(rows, token_budget, slots):
     row, slot, place = torch.arange(rows), torch.arange(slots), torch.arange(token_budget)
     passes.plan_pass(row, row, slot, torch.zeros(slots), token_budget)
@@ -116,6 +123,8 @@ CASES = {
     "attention": lambda: launch_attention(3, 6, 2, 16),
     "linear of one row": lambda: launch_linear(1, 1, 1),
     "linear": lambda: launch_linear(2, 16, 5),
+    "norm of one number": lambda: launch_norm(1, 1),
+    "norm": lambda: launch_norm(3, 20),
     "passes over one slot": lambda: launch_passes(1, 1, 1),
     "passes": lambda: launch_passes(2, 5, 3),
 }

@@ -183,6 +183,7 @@ DYNAMIC = {  # sizes that a caller's batch changes, of the tensors that have the
     "plan_pass": (("final", "row_starts", "next_self", "log_chance", "least_log_chance"), (0,)),
     "commit_pass": (("tokens", "final", "slots", "cu_seqlens_q", "next_self", "sampled"), (0,)),
     "ragged_attention": (("query", "key", "value", "cu_seqlens_q", "kv_ranges"), (0,)),
+    "rms_norm": (("x",), (0,)),
 }
 
 
@@ -205,6 +206,7 @@ def resized(name, arguments):
     other = {
         "invariant_linear": {"hidden": arguments["hidden"][:3]} if "hidden" in arguments else {},
         "kv_append": {n: arguments[n][:2] for n in ("key", "value", "slots") if n in arguments},
+        "rms_norm": {n: arguments[n][:2] for n in arguments if n == "x"},
         "plan_pass": {
             "final": torch.tensor([0, 5, 8]),
             "row_starts": torch.tensor([0, 5, 8]),
@@ -287,7 +289,7 @@ def test_vmap_does_not_write_to_one_tensor_from_many_calls(example):
 def test_autocast_changes_the_product_of_a_head_and_nothing_else(example, dtype):
     name, arguments = example
     lowered = copied(arguments)
-    if "weight" in arguments:  # what torch.nn.functional.linear casts
+    if "hidden" in arguments:  # what torch.nn.functional.linear casts
         lowered |= {k: v.to(dtype) for k, v in lowered.items() if k in ("hidden", "weight", "bias")}
     want = call(name, **lowered)
     with torch.autocast("cpu", dtype):

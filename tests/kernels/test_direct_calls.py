@@ -32,6 +32,7 @@ FITS = {
     ("linear_sample_shard", "weight", "shorter"),
     ("linear_reference_log_prob", "weight", "longer"),
     ("linear_reference_log_prob", "weight", "shorter"),
+    *(("rms_norm", "x", change) for change in ("longer", "shorter", "empty")),  # rows
 }
 """What has a meaning: (operator, argument, change)."""
 TORCH_ONLY = [f"selfgen::{name}" for name, op in TABLE.items() if not op.kernels]
@@ -129,6 +130,8 @@ def plan(token_budget):
             (lambda window=window: attend(window=window), f"sliding_window={window}")
             for window in (0, -5, -(2**31) - 5, -(2**63))
         ),
+        (lambda: OPS.rms_norm(ones(4, 0), ones(0), 1e-6, False, True), "x has rows of 0 numbers"),
+        (lambda: OPS.rms_norm(ones(1, 2**14 + 1), ones(2**14 + 1), 1e-6, False, True), "x has rows of 16385 numbers"),
         (lambda: plan(-1), "token_budget=-1"),
         (lambda: plan(2**31), "token_budget=2147483648"),
     ],

@@ -98,6 +98,16 @@ def test_sample_mix_by_the_public_function(device, logits):
     assert torch.equal(near, got)
 
 
+def test_rms_norm(backend):
+    rms_norm = function_of(backend, "norm", "rms_norm")
+    x, weight = torch.randn(4, 500, generator=torch.Generator().manual_seed(1)).to(DTYPE), torch.ones(500)
+    near, got = (
+        rms_norm(*moved((rows, weight), backend.device), 1e-6, False, True)
+        for rows in (x, far_apart(x, backend.device))
+    )
+    assert torch.equal(near, got)
+
+
 def function_of(backend, module, op):
     """The op of a backend."""
     if backend.name == "cpp":

@@ -29,6 +29,7 @@ from selfgen_kernels.backends.triton import (
     head_log_prob,
     linear,
     noise,
+    norm,
     passes,
     products,
     sampling,
@@ -217,6 +218,14 @@ def kv_append(draw):
     return attention.kv_append(*caches, *(padded(draw, (n, *width), dtype) for _ in range(2)), where)
 
 
+def rms_norm(draw):
+    rows, width = draw(st.integers(0, 40)), draw(st.integers(1, 80) | st.sampled_from([512, 1025]))
+    x = spoilt(draw, padded(draw, (rows, width), draw(DTYPES)))
+    weight = torch.randn(width).to(draw(DTYPES))
+    with mock.patch.object(norm, "TILE", draw(st.sampled_from([64, norm.TILE]))):
+        return norm.rms_norm(x, weight, 1e-6, draw(st.booleans()), draw(st.booleans()))
+
+
 def a_state(draw):
     """(final, row_starts, next_self, log_chance) of rows of slots; half of the time it holds numbers of no slot."""
     rows = draw(st.sampled_from([0, 1, 2, 3, 63, 64, 65]))
@@ -281,6 +290,7 @@ LAUNCHES = {
     ragged_attention: [attention.ragged_attention_kernel],
     ragged_attention_of_nonsense: [attention.ragged_attention_kernel],
     kv_append: [attention.kv_append_kernel],
+    rms_norm: [norm.rms_norm_kernel],
     plan_pass: [passes.window_kernel, passes.slots_kernel],
     plan_pass_of_many_rows: [passes.many_windows_kernel, passes.slots_kernel],
     commit_pass: [passes.commit_pass_kernel],

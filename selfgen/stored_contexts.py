@@ -108,7 +108,7 @@ def write_contexts(
         "masks": generator.masks.describe(),
         "vocab_size": generator.vocab_size,
         "precision": str(generator.dtype).removeprefix("torch."),
-        **({} if generator.precision == "model" else {"context_precision": generator.precision}),
+        "context_precision": generator.precision,
         "weights": weights_hash(generator.model),
         "rows": rows_hash(rows),
         "num_rows": len(rows),

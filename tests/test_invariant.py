@@ -19,7 +19,7 @@ from hypothesis import strategies as st
 from models import CONFIGS, VOCAB, tiny_model
 from torch import nn
 
-from selfgen import ContextGenerator
+from selfgen import ContextGenerator, load_contexts, write_contexts
 from selfgen.context import invariant as engine
 from selfgen.context.forward import Forward
 from selfgen.context.models import inference, own_logits
@@ -244,6 +244,7 @@ class Half(nn.Linear):
     [
         (lambda mlp: Around(mlp, lambda x: x + x.softmax(-1)), r"Around \(model\.layers\.0\.mlp\) computes _softmax"),
         (lambda mlp: Around(mlp, lambda x: x + x.sum(-1, keepdim=True) / 99), r"Around .* computes sum"),
+        (lambda mlp: Around(mlp, lambda x: x + x.mean(1, keepdim=True)), r"Around .* computes mean"),
         (lambda mlp: Around(mlp, lambda x: x.cumsum(-1)), r"Around .* computes cumsum"),
         (lambda mlp: Around(mlp, lambda x: nn.functional.gelu(x)), r"Around .* computes gelu"),
         (lambda mlp: Around(mlp, lambda x: x @ EYE), r"Around .* computes mm"),
@@ -267,6 +268,16 @@ def test_activations_need_their_table(monkeypatch):
         generator_of(model).contexts(**GOOD)
 
 
+def test_activations_of_few_tokens():
+    """Of tanh's gelu in bf16, torch computes four numbers otherwise alone than among others."""
+    module, numbers = t.activations.ACT2FN["gelu_pytorch_tanh"], engine._numbers(torch.bfloat16, torch.device("cpu"))
+    table = engine._table_of(module, torch.bfloat16, torch.device("cpu"))
+    alone = torch.cat([engine._look_up(module, table, one[None]) for one in numbers.view(-1, 1, 64)]).flatten()
+    few = torch.cat([engine._look_up(module, table, one[None]) for one in numbers.view(-1, 1, 8)]).flatten()
+    assert torch.equal(alone.nan_to_num(7.0), table.nan_to_num(7.0))
+    assert torch.equal(few.nan_to_num(7.0), table.nan_to_num(7.0))
+
+
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("name", ["silu", "gelu", "gelu_pytorch_tanh", "gelu_new", "relu2", "tanh", "quick_gelu"])
 def test_tables_have_what_activations_give(name, dtype):
@@ -280,6 +291,31 @@ def test_tables_have_what_activations_give(name, dtype):
     every = engine._numbers(dtype, torch.device("cpu"))
     assert torch.equal(engine._look_up(module, table, every).nan_to_num(7.0), table.nan_to_num(7.0))
     assert torch.equal(engine._look_up(module, table, torch.zeros(3)), module(torch.zeros(3)))  # fp32: its own forward
+
+
+class Norm(nn.Module):
+    """A weight and a small number, and no norm that is known."""
+
+    def __init__(self):
+        super().__init__()
+        self.weight, self.eps = nn.Parameter(torch.ones(32)), 1e-6
+
+    def forward(self, hidden):
+        return self.weight * hidden / (hidden.abs().mean(-1, keepdim=True) + self.eps)
+
+
+NORMS = {"gemma3": "gemma", "llama": "llama", "olmo2": "olmo2", "phi3": "llama", "qwen3": "llama"}
+
+
+@pytest.mark.parametrize("family", NORMS)
+def test_norms_are_known_by_trying(family):
+    for how in ("weights", "autocast"):
+        model = model_of(family, how)
+        found = {name: one for name, one in model.named_modules() if type(one).__name__.endswith("RMSNorm")}
+        with torch.no_grad():
+            forms = {engine.Invariant(model)._norm(module) for module in found.values()}
+            assert engine.Invariant(model)._norm(Norm()) is None
+        assert forms == {(model.config.rms_norm_eps, NORMS[family])}
 
 
 @pytest.mark.parametrize("module", [nn.Softmax(-1), nn.GLU(), nn.LogSoftmax(-1), nn.PReLU()], ids=str)
@@ -328,6 +364,19 @@ def test_training_in_mixed_precision(tmp_path):
     assert trainer.generator.precision == "invariant"
     assert trainer.generator.dtype == torch.bfloat16
     assert all(map(torch.equal, few, many))
+
+
+def test_stored_contexts_are_told_apart_by_it(tmp_path):
+    """And by nothing that changes no bit: batches and budgets."""
+    model, data, how = model_of("llama"), rows(6), {"self_prob": 0.5, "seed": 0}
+    record = write_contexts(generator_of(model, 9), data, tmp_path / "a", batch_size=2, **how)
+    write_contexts(generator_of(model, 300), data, tmp_path / "b", batch_size=6, **how)
+    assert record["settings"]["context_precision"] == "invariant"
+    assert not record["settings"].keys() & {"batch_size", "token_budget", "balance"}
+    one, other = (load_contexts(tmp_path / name)["context_ids"] for name in "ab")
+    assert list(one) == list(other)
+    with pytest.raises(ValueError, match=r"context_precision was .invariant., is .model."):
+        write_contexts(generator_of(model, precision="model"), data, tmp_path / "a", batch_size=2, **how)
 
 
 def test_an_unknown_precision_of_contexts(tmp_path):

@@ -1,10 +1,10 @@
 """Passes in which a row has the same bits in any batch: ``precision="invariant"``, for bf16 and fp16.
 
 Three things make a row depend on what it is computed with. Libraries choose how they multiply, and where they split a
-sum, by the number of rows: linear layers run `invariant_linear` instead. torch computes those numbers of a function
-that fill a vector register otherwise than those that are left over: activations are looked up in a table of all 65,536
-numbers of a 16-bit dtype. And a model may have other such operations of its own: `check_invariant` looks at every
-operation of a pass, and refuses by name what is not known to give each row by itself.
+sum, by the number of rows: linear layers run `invariant_linear` instead, and norms `rms_norm`. torch computes those
+numbers of a function that fill a vector register otherwise than those that are left over: activations are looked up in
+a table of all 65,536 numbers of a 16-bit dtype. And a model may have other such operations of its own:
+`check_invariant` looks at every operation of a pass, and refuses by name what is not known to give each row by itself.
 """
 
 from __future__ import annotations
@@ -12,20 +12,25 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager
 from functools import partial
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
+from torch.func import functional_call
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
+
+from selfgen_kernels import rms_norm
 
 from .models import UnsupportedModelError
 from .packed import CastWeights, plain_linears, replaced
 from .precision import autocast_dtype, how_quantized, is_plain, precision_of
 from .ragged import RaggedCache, RaggedPass, ragged_logits, ragged_model
 
+Form = Literal["llama", "olmo2", "gemma"]
+FORMS: tuple[Form, ...] = ("llama", "olmo2", "gemma")
 HALF = (torch.bfloat16, torch.float16)
 _NUMBERS = 2**16  # that they have
 _FEW = 7  # numbers, less than a vector register holds
@@ -45,6 +50,8 @@ class Invariant:
     def __init__(self, model: PreTrainedModel):
         self.model = model
         self._tables: dict[object, Tensor | None] = {}
+        self._norms: dict[object, tuple[float, Form] | None] = {}
+        self.by_place: dict[object, bool] = {}  # what `_Operations` has found out
 
     def used(self, casts: CastWeights | None = None) -> AbstractContextManager[None]:
         """Inside, it runs; ``casts`` are the weights in autocast's dtype, which otherwise are cast at each use."""
@@ -61,17 +68,35 @@ class Invariant:
                 yield module, partial(_conv1d, module)
             elif dtype in HALF and (table := self._table(module, dtype)) is not None:
                 yield module, partial(_look_up, module, table)
+            elif (norm := self._norm(module)) is not None:
+                yield module, partial(_norm_rows, module, *norm)
+
+    def _norm(self, module: nn.Module) -> tuple[float, Form] | None:
+        """Its eps and its form of `rms_norm`, if ``module`` is a weight and a small number, and gives that."""
+        weights = list(module.parameters())
+        if len(weights) != 1 or any(True for _ in (*module.buffers(), *module.children())):
+            return None
+        weight = getattr(module, "weight", None)
+        if weight is not weights[0] or not is_plain(weight) or weight.dim() != 1 or weight.dtype == torch.float64:
+            return None
+        key = type(module), weight.dtype, weight.device, len(weight), _settings_of(module)
+        if key not in self._norms:
+            self._norms[key] = _norm_of(module, weight)
+        return self._norms[key]
 
     def _table(self, module: nn.Module, dtype: torch.dtype) -> Tensor | None:
         """What ``module`` makes of each number of ``dtype``, by its bits; None if it is not a function of a number."""
         of_activations = type(module).__module__ in ("torch.nn.modules.activation", "transformers.activations")
         if not of_activations or any(True for _ in (*module.parameters(), *module.buffers(), *module.children())):
             return None
-        settings = {name: repr(value) for name, value in vars(module).items() if name[0] != "_" and name != "training"}
-        key = type(module), tuple(settings.items()), dtype, self.model.device
+        key = type(module), _settings_of(module), dtype, self.model.device
         if key not in self._tables:
             self._tables[key] = _table_of(module, dtype, self.model.device)
         return self._tables[key]
+
+
+def _settings_of(module: nn.Module) -> tuple[tuple[str, str], ...]:
+    return tuple((name, repr(one)) for name, one in vars(module).items() if name[0] != "_" and name != "training")
 
 
 def _linear(module: nn.Linear, casts: CastWeights | None, hidden: Tensor) -> Tensor:
@@ -110,6 +135,37 @@ def _look_up(module: nn.Module, table: Tensor, hidden: Tensor) -> Tensor:
     return table[hidden.contiguous().view(torch.int16).long()]  # negative ones count from the end
 
 
+def _norm_of(module: nn.Module, weight: Tensor) -> tuple[float, Form] | None:
+    """By trying: in each dtype all numbers must be near, and most be equal, as forms round at different places."""
+    rows = torch.randn(8, len(weight), generator=torch.Generator().manual_seed(0))
+    rows *= torch.tensor([1e-4, 1e-2, 0.1, 1, 2, 7, 30, 300])[:, None]
+    scale = torch.randn(len(weight), generator=torch.Generator().manual_seed(1)).to(weight)
+    for eps in {one for one in vars(module).values() if isinstance(one, float) and 2**-64 <= one < 1}:
+        for form in FORMS:
+            for dtype in (torch.float32, *HALF):
+                given = rows.to(weight.device, dtype)
+                try:
+                    want = functional_call(module, {"weight": scale}, (given,))
+                    found = rms_norm(given, scale, eps, form=form)
+                except (RuntimeError, TypeError, ValueError):
+                    return None
+                if found.dtype != want.dtype or found.shape != want.shape:
+                    break
+                if not torch.allclose(found, want, rtol=4 * torch.finfo(want.dtype).eps, atol=0.0):
+                    break
+                if dtype in HALF and (found != want).double().mean() > 0.02:
+                    break
+            else:
+                return eps, form
+    return None
+
+
+def _norm_rows(module: nn.Module, eps: float, form: Form, hidden: Tensor) -> Tensor:
+    if hidden.dtype == torch.float64:
+        return type(module).forward(module, hidden)
+    return rms_norm(hidden, module.get_parameter("weight"), eps, form=form)
+
+
 # ---- What a model computes besides ----------------------------------------------------------------------------------
 
 _MOVES = {  # compute no number, or an exact one
@@ -131,11 +187,11 @@ _MOST_WIDTH = 2**15  # of a row whose mean one thread computes
 class _Operations(TorchDispatchMode):
     """Looks at the operations called inside; ``doubts`` are those that may depend on the batch, by the module."""
 
-    def __init__(self, model: nn.Module):
+    def __init__(self, model: nn.Module, by_place: dict[object, bool]):
         super().__init__()
         self.doubts: dict[str, str] = {}
         self._inside: list[str] = []
-        self._by_place: dict[object, bool] = {}
+        self._by_place = by_place
         self._hooks = []
         for name, module in model.named_modules():
             said = f"{type(module).__name__} ({name})" if name else type(module).__name__
@@ -226,7 +282,7 @@ def check_invariant(model: PreTrainedModel, invariant: Invariant, rows: list[Ten
     every = [(start, 0, length) for start, length in zip(starts, lengths, strict=True)]
     of_first = torch.arange(lengths[0], device=tokens.device)
     with ragged_model(model), invariant.used():
-        with _Operations(model) as operations:
+        with _Operations(model, invariant.by_place) as operations:
             _outputs_of(model, tokens, [every], of_first)
         for where, operation in operations.doubts.items():
             raise DependsOnBatchError(

@@ -99,7 +99,7 @@ FAULTS = [
         ("tests/kernels/test_linear.py::test_a_row_does_not_depend_on_its_batch",),
     ),
     Fault(
-        "invariant: an activation of few tokens without its table",
+        "invariant: few tokens without the table of activations",
         CONTEXT + "invariant.py",
         "    if hidden.dtype != table.dtype:\n",
         "    if hidden.dtype != table.dtype or hidden.shape[1] < 3:\n",

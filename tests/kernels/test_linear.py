@@ -1,8 +1,9 @@
 """`invariant_linear`: the reference's results up to rounding, and a row's bits whatever else is in the batch."""
 
+import numpy
 import pytest
 import torch
-from conftest import GPU_ONLY, REFERENCE, cpp_backend, moved, require_cpp
+from conftest import GPU_ONLY, ON_GPU, REFERENCE, TRITON_MARKS, cpp_backend, moved, require_cpp
 from hypothesis import given
 from hypothesis import strategies as st
 from test_far_offsets import function_of
@@ -61,7 +62,7 @@ def assert_rows_stand_alone(op, hidden, weight, bias, cuts):
     assert torch.equal(op(hidden.flip(0), weight, bias).flip(0), whole)
 
 
-@pytest.mark.parametrize("name", ["reference", "cpp"])  # the interpreter's products are numpy's, which are not fixed
+@pytest.mark.parametrize("name", ["reference", "cpp"])
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @given(
     width=st.integers(1, 40), outputs=st.integers(1, 70), rows=st.integers(1, 20), seed=st.integers(0, 99),
@@ -72,6 +73,18 @@ def test_a_row_does_not_depend_on_its_batch(name, dtype, width, outputs, rows, s
     begin = cut[0] % rows
     op = op_of(REFERENCE if name == "reference" else cpp_backend())
     assert_rows_stand_alone(op, *layer, [(begin, begin + cut[1]), (begin, begin + 1)])
+
+
+@pytest.mark.parametrize("sizes", [(70, 20, 130), (9, 64, 70)], ids=str)
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("backend", [pytest.param("triton", marks=TRITON_MARKS)], indirect=True)
+def test_triton_rows_do_not_depend_on_their_batch(backend, dtype, sizes, monkeypatch):
+    """In the interpreter with products that add in a fixed order: numpy's depend on a row's place in the tile."""
+    op, layer = op_of(backend), a_layer(*sizes, dtype)
+    if not ON_GPU:
+        monkeypatch.setattr(numpy, "matmul", lambda a, b, dtype: (a[:, :, None] * b).sum(1, dtype=dtype))
+    last = sizes[0] - 1
+    assert_rows_stand_alone(op, *layer, [(0, 1), (last, last + 1), (3, last)])
 
 
 @pytest.mark.parametrize("sizes", LARGE, ids=str)

@@ -5,9 +5,11 @@ The shapes are those of ``bench_head``, ``bench_sampling`` and ``bench_attention
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from functools import partial
+from itertools import product
 from typing import Any
 
 import torch
@@ -15,6 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from selfgen_kernels import (
+    act_mul,
     combine_shards,
     commit_pass,
     gumbel_noise,
@@ -24,6 +27,8 @@ from selfgen_kernels import (
     linear_sample_shard,
     plan_pass,
     ragged_attention,
+    rms_norm,
+    rotary,
     sample_mix,
     self_mask,
 )
@@ -77,6 +82,7 @@ def cases(device: str, *, rehearsal: bool = False) -> Iterator[Case]:
         "linear": linear_cases,
         "sampling": sampling_cases,
         "attention": attention_cases,
+        "layer": layer_cases,
         "passes": pass_cases,
         "noise": noise_cases,
     }
@@ -151,13 +157,13 @@ def _head_case(
 def linear_cases(device: str, *, rehearsal: bool = False) -> Iterator[Case]:
     for name, (width, outputs) in ({"tiny": (32, 70)} if rehearsal else LINEARS).items():
         for rows in (2,) if rehearsal else LINEAR_ROWS:
-            for op, product in (("invariant_linear", invariant_linear), ("matrix product", F.linear)):
+            for op, multiply in (("invariant_linear", invariant_linear), ("matrix product", F.linear)):
 
-                def make(product=product, rows=rows, width=width, outputs=outputs) -> Call:
+                def make(multiply=multiply, rows=rows, width=width, outputs=outputs) -> Call:
                     hidden, weight = (
                         torch.randn(size, width, device=device, dtype=torch.bfloat16) for size in (rows, outputs)
                     )
-                    return lambda: product(hidden, weight)
+                    return lambda: multiply(hidden, weight)
 
                 read = 2 * width * (rows + outputs)
                 columns = {"layer": name, "rows": rows, "dtype": "bf16"}
@@ -304,6 +310,45 @@ def pass_cases(device: str, *, rehearsal: bool = False) -> Iterator[Case]:
 
         yield Case("plan_pass", columns, plan, size, size + 8 * budget + 20 * rows)
         yield Case("commit_pass", columns, commit, size + 16 * budget, 34 * budget + 20 * rows)
+
+
+def layer_cases(device: str, *, rehearsal: bool = False) -> Iterator[Case]:
+    """What lies between the products of a layer of Llama-3-8B, beside torch's ops for the same."""
+    width, inner, (heads, kv_heads, head_dim) = (64, 96, (4, 2, 8)) if rehearsal else (4096, 14_336, (32, 8, 128))
+    for rows, dtype in product((2,) if rehearsal else (8, 64, 2048), DTYPES):
+        how: dict[str, Any] = {"device": device, "dtype": DTYPES[dtype]}
+        size = rows * DTYPES[dtype].itemsize
+
+        def case(op, call, shapes, outputs, *, rows=rows, dtype=dtype, size=size, how=how):
+            def make() -> Call:
+                given = [torch.randn(rows, *shape, **how) for shape in shapes]
+                return lambda: call(*given)
+
+            inputs = size * sum(math.prod(shape) for shape in shapes)
+            return Case(op, {"rows": rows, "dtype": dtype}, make, inputs, inputs + size * outputs)
+
+        weight = torch.ones(width, **how)
+
+        def norm_of_torch(x: Tensor, weight=weight) -> Tensor:
+            wide = x.float()
+            return weight * (wide * torch.rsqrt(wide.pow(2).mean(-1, keepdim=True) + 1e-6)).to(x.dtype)
+
+        def turned_by_torch(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+            first, second = x.chunk(2, dim=-1)
+            return x * cos[:, None] + torch.cat([-second, first], dim=-1) * sin[:, None]
+
+        states = (heads, head_dim), (kv_heads, head_dim), (head_dim,), (head_dim,)
+        yield case("rms_norm", lambda x, weight=weight: rms_norm(x, weight, 1e-6), [(width,)], width)
+        yield case("norm, torch", norm_of_torch, [(width,)], width)
+        yield case("act_mul", act_mul, [(inner,), (inner,)], inner)
+        yield case("SiLU and product, torch", lambda gate, up: F.silu(gate) * up, [(inner,), (inner,)], inner)
+        yield case("rotary", rotary, states, (heads + kv_heads) * head_dim)
+        yield case(
+            "rotary, torch",
+            lambda query, key, *angles: (turned_by_torch(query, *angles), turned_by_torch(key, *angles)),
+            states,
+            (heads + kv_heads) * head_dim,
+        )
 
 
 def noise_cases(device: str, *, rehearsal: bool = False) -> Iterator[Case]:

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from torch import Tensor
 from transformers import PreTrainedModel
 
+from .fused import Fused
 from .hidden_states import HiddenStates, captured
 from .invariant import Invariant
 from .packed import fresh_casts_of, packed_linears
@@ -34,6 +35,7 @@ class Forward:
 
     def __init__(self, model: PreTrainedModel, invariant: Invariant | None = None):
         self.model, self.device, self.invariant = model, model.device, invariant
+        self._fused = Fused(model)
         self.hidden_states: HiddenStates | None = None
         self.coverage = Coverage()
         self._busy = False
@@ -53,7 +55,7 @@ class Forward:
         kept = nullcontext() if hidden_states is None else captured(hidden_states.layers, self._target)
         try:
             self._begin(num_slots)
-            with ragged_model(self.model), self._weights(), kept:
+            with ragged_model(self.model), self._weights(), self._fused.used(), kept:
                 yield
         except BaseException:
             self.release()

@@ -1,9 +1,9 @@
 """Passes in which a row has the same bits in any batch: ``precision="invariant"``, for bf16 and fp16.
 
 Three things make a row depend on what it is computed with. Libraries choose how they multiply, and where they split a
-sum, by the number of rows: linear layers run `invariant_linear` instead, and norms `rms_norm`. torch computes those
-numbers of a function that fill a vector register otherwise than those that are left over: activations are looked up in
-a table of all 65,536 numbers of a 16-bit dtype. And a model may have other such operations of its own:
+sum, by the number of rows: linear layers run `invariant_linear` instead, and norms `rms_norm` (``fused``). torch
+computes those numbers of a function that fill a vector register otherwise than those that are left over: activations
+are looked up in a table of all 65,536 numbers of a 16-bit dtype. And a model may have other such operations of its own:
 `check_invariant` looks at every operation of a pass, and refuses by name what is not known to give each row by itself.
 """
 
@@ -12,25 +12,21 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager
 from functools import partial
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.func import functional_call
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
-from selfgen_kernels import rms_norm
-
+from .fused import Fused
 from .models import UnsupportedModelError
 from .packed import CastWeights, plain_linears, replaced
 from .precision import autocast_dtype, how_quantized, is_plain, precision_of
 from .ragged import RaggedCache, RaggedPass, ragged_logits, ragged_model
 
-Form = Literal["llama", "olmo2", "gemma"]
-FORMS: tuple[Form, ...] = ("llama", "olmo2", "gemma")
 HALF = (torch.bfloat16, torch.float16)
 _NUMBERS = 2**16  # that they have
 _FEW = 7  # numbers, less than a vector register holds
@@ -50,7 +46,7 @@ class Invariant:
     def __init__(self, model: PreTrainedModel):
         self.model = model
         self._tables: dict[object, Tensor | None] = {}
-        self._norms: dict[object, tuple[float, Form] | None] = {}
+        self._fused = Fused(model)
         self.by_place: dict[object, bool] = {}  # what `_Operations` has found out
 
     def used(self, casts: CastWeights | None = None) -> AbstractContextManager[None]:
@@ -58,6 +54,7 @@ class Invariant:
         return replaced(self._forwards(casts))
 
     def _forwards(self, casts: CastWeights | None) -> Iterator[tuple[nn.Module, Callable[..., Tensor]]]:
+        yield from self._fused.norms()
         for linear in plain_linears(self.model, self.model.device.type):
             yield linear, partial(_linear, linear, casts)
         dtype = precision_of(self.model)
@@ -68,35 +65,17 @@ class Invariant:
                 yield module, partial(_conv1d, module)
             elif dtype in HALF and (table := self._table(module, dtype)) is not None:
                 yield module, partial(_look_up, module, table)
-            elif (norm := self._norm(module)) is not None:
-                yield module, partial(_norm_rows, module, *norm)
-
-    def _norm(self, module: nn.Module) -> tuple[float, Form] | None:
-        """Its eps and its form of `rms_norm`, if ``module`` is a weight and a small number, and gives that."""
-        weights = list(module.parameters())
-        if len(weights) != 1 or any(True for _ in (*module.buffers(), *module.children())):
-            return None
-        weight = getattr(module, "weight", None)
-        if weight is not weights[0] or not is_plain(weight) or weight.dim() != 1 or weight.dtype == torch.float64:
-            return None
-        key = type(module), weight.dtype, weight.device, len(weight), _settings_of(module)
-        if key not in self._norms:
-            self._norms[key] = _norm_of(module, weight)
-        return self._norms[key]
 
     def _table(self, module: nn.Module, dtype: torch.dtype) -> Tensor | None:
         """What ``module`` makes of each number of ``dtype``, by its bits; None if it is not a function of a number."""
         of_activations = type(module).__module__ in ("torch.nn.modules.activation", "transformers.activations")
         if not of_activations or any(True for _ in (*module.parameters(), *module.buffers(), *module.children())):
             return None
-        key = type(module), _settings_of(module), dtype, self.model.device
+        settings = {name: repr(value) for name, value in vars(module).items() if name[0] != "_" and name != "training"}
+        key = type(module), tuple(settings.items()), dtype, self.model.device
         if key not in self._tables:
             self._tables[key] = _table_of(module, dtype, self.model.device)
         return self._tables[key]
-
-
-def _settings_of(module: nn.Module) -> tuple[tuple[str, str], ...]:
-    return tuple((name, repr(one)) for name, one in vars(module).items() if name[0] != "_" and name != "training")
 
 
 def _linear(module: nn.Linear, casts: CastWeights | None, hidden: Tensor) -> Tensor:
@@ -133,37 +112,6 @@ def _look_up(module: nn.Module, table: Tensor, hidden: Tensor) -> Tensor:
     if hidden.dtype != table.dtype:
         return type(module).forward(module, hidden)
     return table[hidden.contiguous().view(torch.int16).long()]  # negative ones count from the end
-
-
-def _norm_of(module: nn.Module, weight: Tensor) -> tuple[float, Form] | None:
-    """By trying: in each dtype all numbers must be near, and most be equal, as forms round at different places."""
-    rows = torch.randn(8, len(weight), generator=torch.Generator().manual_seed(0))
-    rows *= torch.tensor([1e-4, 1e-2, 0.1, 1, 2, 7, 30, 300])[:, None]
-    scale = torch.randn(len(weight), generator=torch.Generator().manual_seed(1)).to(weight)
-    for eps in {one for one in vars(module).values() if isinstance(one, float) and 2**-64 <= one < 1}:
-        for form in FORMS:
-            for dtype in (torch.float32, *HALF):
-                given = rows.to(weight.device, dtype)
-                try:
-                    want = functional_call(module, {"weight": scale}, (given,))
-                    found = rms_norm(given, scale, eps, form=form)
-                except (RuntimeError, TypeError, ValueError):
-                    return None
-                if found.dtype != want.dtype or found.shape != want.shape:
-                    break
-                if not torch.allclose(found, want, rtol=4 * torch.finfo(want.dtype).eps, atol=0.0):
-                    break
-                if dtype in HALF and (found != want).double().mean() > 0.02:
-                    break
-            else:
-                return eps, form
-    return None
-
-
-def _norm_rows(module: nn.Module, eps: float, form: Form, hidden: Tensor) -> Tensor:
-    if hidden.dtype == torch.float64:
-        return type(module).forward(module, hidden)
-    return rms_norm(hidden, module.get_parameter("weight"), eps, form=form)
 
 
 # ---- What a model computes besides ----------------------------------------------------------------------------------
@@ -281,7 +229,7 @@ def check_invariant(model: PreTrainedModel, invariant: Invariant, rows: list[Ten
     starts = [sum(lengths[:i]) for i in range(len(lengths))]
     every = [(start, 0, length) for start, length in zip(starts, lengths, strict=True)]
     of_first = torch.arange(lengths[0], device=tokens.device)
-    with ragged_model(model), invariant.used():
+    with ragged_model(model), invariant.used(), Fused(model).used():
         with _Operations(model, invariant.by_place) as operations:
             _outputs_of(model, tokens, [every], of_first)
         for where, operation in operations.doubts.items():

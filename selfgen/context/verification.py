@@ -22,6 +22,7 @@ from torch import Tensor
 from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedModel
 
 from .batch import Batch
+from .fused import Fused
 from .hidden_states import noise_of
 from .invariant import Invariant, check_half, check_invariant
 from .models import (
@@ -378,7 +379,8 @@ def _compare_ragged(model: PreTrainedModel, length: int, invariant: Invariant | 
     first, second, short = (_some(begin, end, device) for begin, end in ((0, cut), (cut, length), (0, short_length)))
     found: list[Tensor] = []
     try:
-        with ragged_model(model), packed_linears(model) if invariant is None else invariant.used():
+        weights = packed_linears(model) if invariant is None else invariant.used()
+        with ragged_model(model), weights, Fused(model).used():
             for windows, index in (
                 ([(0, 0, cut), (length, 0, short_length)], torch.cat([first, cut + short])),
                 ([(0, cut, length), (length, short_length, short_length)], second - cut),  # row start, begin, end

@@ -43,6 +43,8 @@ OPS = {
     "kv_append": Op("attention"),
     "ragged_attention": Op("attention"),
     "rms_norm": Op("norm"),
+    "act_mul": Op("activation", kernels=("triton",)),
+    "rotary": Op("rotary", kernels=("triton",)),
 }
 """By the name of the operator."""
 

@@ -46,6 +46,12 @@ def check_tensor(
         )
 
 
+def leading(tensor: Any) -> tuple[str, ...]:
+    """Names of all axes of `tensor` but the last, for `check_tensor`, which refuses what is no dense tensor."""
+    dense = isinstance(tensor, Tensor) and not tensor.is_nested and tensor.dim() > 0
+    return ("N",) * (tensor.dim() - 1) if dense else ("...",)
+
+
 def check_number(
     name: str, value: Any, accepted: str, is_valid: Callable[[Any], Any], *, whole: bool = False, or_else: str = "None"
 ) -> None:

@@ -5,7 +5,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from selfgen_kernels.ops.arguments import check_number, check_tensor, refuse_grad
+from selfgen_kernels.ops.arguments import check_number, check_tensor, leading, refuse_grad
 from selfgen_kernels.ops.registration import define
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
@@ -53,11 +53,10 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float, *, form: Literal["llama", "o
         tensor([[ 4.2426,  5.6569],
                 [-4.2426,  5.6569]])
     """
-    shape = tuple(x.shape) if isinstance(x, Tensor) and x.dim() else ("...", "D")
-    check_tensor("x", x, (*"N" * (len(shape) - 1), "D"), DTYPES, None)
-    width = shape[-1]
+    check_tensor("x", x, (*leading(x), "D"), DTYPES, None)
+    width = x.shape[-1]
     if not 1 <= width <= MOST_WIDTH:
-        raise ValueError(f"x has shape {list(shape)}, rows of {width} numbers; pass rows of 1 to {MOST_WIDTH}")
+        raise ValueError(f"x has shape {list(x.shape)}, rows of {width} numbers; pass rows of 1 to {MOST_WIDTH}")
     check_tensor("weight", weight, (width,), DTYPES, x.device)
     check_number("eps", eps, "2**-64 <= eps < 2**64", lambda x: 2**-64 <= x < 2**64, or_else="an int")
     if not isinstance(form, str) or form not in FORMS:

@@ -60,6 +60,7 @@ def recorded_passes() -> Iterator[None]:
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(engine, "not_waiting", nullcontext)
         patch.setattr("selfgen.context.forward.packed_linears", nullcontext)  # a CPU's, whose weights are copies
+        patch.setattr("selfgen.context.fused.saves_time", lambda device: True)
         patch.setattr(engine, "_memory_of", lambda device: 2**34)
         patch.setattr(engine, "forward_of", lambda model, cuda_graphs, invariant=None: Recorder(model, invariant))
         patch.setattr(

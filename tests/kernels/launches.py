@@ -18,7 +18,7 @@ from triton.backends.compiler import GPUTarget
 from triton.runtime import driver
 from triton.runtime.jit import JITFunction
 
-from selfgen_kernels.backends.triton import attention, head, linear, noise, norm, passes, sampling
+from selfgen_kernels.backends.triton import activation, attention, head, linear, noise, norm, passes, rotary, sampling
 
 
 class AnH100:
@@ -105,6 +105,18 @@ def launch_norm(rows, width):
             norm.rms_norm(x, weight, 1e-6, *form)
 
 
+def launch_activation(rows, width):
+    for gelu in (False, True):
+        activation.act_mul(*torch.zeros(2, rows, width), gelu)
+
+
+def launch_rotary(tokens, heads, kv_heads, head_dim):
+    angles = torch.zeros(2, tokens, head_dim)
+    for dtype in (torch.float32, torch.bfloat16):
+        states = (torch.zeros(tokens, count, head_dim, dtype=dtype) for count in (heads, kv_heads))
+        rotary.rotary(*states, *angles, True)
+
+
 def launch_passes(rows, token_budget, slots):
     row, slot, place = torch.arange(rows), torch.arange(slots), torch.arange(token_budget)
     passes.plan_pass(row, row, slot, torch.zeros(slots), token_budget)
@@ -123,6 +135,10 @@ CASES = {
     "attention": lambda: launch_attention(3, 6, 2, 16),
     "linear of one row": lambda: launch_linear(1, 1, 1),
     "linear": lambda: launch_linear(2, 16, 5),
+    "activation of one number": lambda: launch_activation(1, 1),
+    "activation": lambda: launch_activation(3, 20),
+    "rotary of one head": lambda: launch_rotary(1, 1, 1, 2),
+    "rotary": lambda: launch_rotary(3, 4, 2, 64),
     "norm of one number": lambda: launch_norm(1, 1),
     "norm": lambda: launch_norm(3, 20),
     "passes over one slot": lambda: launch_passes(1, 1, 1),

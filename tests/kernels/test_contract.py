@@ -184,6 +184,8 @@ DYNAMIC = {  # sizes that a caller's batch changes, of the tensors that have the
     "commit_pass": (("tokens", "final", "slots", "cu_seqlens_q", "next_self", "sampled"), (0,)),
     "ragged_attention": (("query", "key", "value", "cu_seqlens_q", "kv_ranges"), (0,)),
     "rms_norm": (("x",), (0,)),
+    "act_mul": (("gate", "up"), (0,)),
+    "rotary": (("query", "key", "cos", "sin"), (0,)),
 }
 
 
@@ -207,6 +209,8 @@ def resized(name, arguments):
         "invariant_linear": {"hidden": arguments["hidden"][:3]} if "hidden" in arguments else {},
         "kv_append": {n: arguments[n][:2] for n in ("key", "value", "slots") if n in arguments},
         "rms_norm": {n: arguments[n][:2] for n in arguments if n == "x"},
+        "act_mul": {n: arguments[n][:2] for n in ("gate", "up") if n in arguments},
+        "rotary": {n: arguments[n][:2] for n in ("query", "key", "cos", "sin") if n in arguments},
         "plan_pass": {
             "final": torch.tensor([0, 5, 8]),
             "row_starts": torch.tensor([0, 5, 8]),

@@ -28,6 +28,8 @@ SAMPLING = IDS, FULL, 3, IDS, IDS, torch.ones(N)
     [
         ("gumbel_noise", (3, IDS, IDS, 10, 1)),
         ("kv_append", (*torch.randn(2, 9, 3, 16), *torch.randn(2, N, 3, 16), IDS - 1)),
+        ("act_mul", (*torch.randn(2, N, D), False)),
+        ("rotary", (torch.randn(N, 4, D), torch.randn(N, 2, D), *torch.randn(2, N, D), False)),
         ("rms_norm", (torch.randn(N, D), torch.randn(D), 1e-6, False, True)),
         ("rms_norm", (torch.randn(N, D).bfloat16(), torch.randn(D), 1e-6, True, False)),
         ("self_mask", (3, IDS, IDS, FULL)),

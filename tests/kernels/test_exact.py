@@ -81,9 +81,19 @@ def test_weights_are_whole_and_near():
 
 def test_no_kernel_that_draws_may_fuse_a_multiplication_with_an_addition():
     pytest.importorskip("triton")
-    from selfgen_kernels.backends.triton import filters, head, head_log_prob, noise, norm, passes, sampling
+    from selfgen_kernels.backends.triton import (
+        activation,
+        filters,
+        head,
+        head_log_prob,
+        noise,
+        norm,
+        passes,
+        rotary,
+        sampling,
+    )
 
-    for module in (filters, head, head_log_prob, noise, norm, passes, sampling):
+    for module in (activation, filters, head, head_log_prob, noise, norm, passes, rotary, sampling):
         for target in TARGETS:
             for choice in module.configurations(target):
                 assert choice.options["enable_fp_fusion"] is False, choice.name

@@ -23,6 +23,7 @@ from test_passes import next_self_of
 from triton.runtime.errors import InterpreterError
 
 from selfgen_kernels.backends.triton import (
+    activation,
     attention,
     filters,
     head,
@@ -32,6 +33,7 @@ from selfgen_kernels.backends.triton import (
     norm,
     passes,
     products,
+    rotary,
     sampling,
 )
 from selfgen_kernels.call import Sampling
@@ -226,6 +228,26 @@ def rms_norm(draw):
         return norm.rms_norm(x, weight, 1e-6, draw(st.booleans()), draw(st.booleans()))
 
 
+def act_mul(draw):
+    rows, width, dtype = (
+        draw(st.integers(0, 5)),
+        draw(st.integers(0, 300) | st.sampled_from([2048, 2049])),
+        draw(DTYPES),
+    )
+    gate, up = (spoilt(draw, padded(draw, (rows, width), dtype)) for _ in range(2))
+    with mock.patch.object(activation, "BLOCK", draw(st.sampled_from([64, activation.BLOCK]))):
+        return activation.act_mul(gate, up, draw(st.booleans()))
+
+
+def turn(draw):
+    tokens, heads, kv_heads = (draw(st.integers(0, 5)) for _ in range(3))
+    head_dim, dtype, of_cos = draw(st.sampled_from([2, 16, 20, 64, 96])), draw(DTYPES), draw(DTYPES)
+    states = (spoilt(draw, padded(draw, (tokens, count, head_dim), dtype)) for count in (heads, kv_heads))
+    angles = (padded(draw, (tokens, head_dim), of_cos) for _ in range(2))
+    with mock.patch.object(rotary, "TILE", draw(st.sampled_from([16, rotary.TILE]))):
+        return rotary.rotary(*states, *angles, draw(st.booleans()))
+
+
 def a_state(draw):
     """(final, row_starts, next_self, log_chance) of rows of slots; half of the time it holds numbers of no slot."""
     rows = draw(st.sampled_from([0, 1, 2, 3, 63, 64, 65]))
@@ -291,6 +313,8 @@ LAUNCHES = {
     ragged_attention_of_nonsense: [attention.ragged_attention_kernel],
     kv_append: [attention.kv_append_kernel],
     rms_norm: [norm.rms_norm_kernel],
+    act_mul: [activation.act_mul_kernel],
+    turn: [rotary.rotary_kernel],
     plan_pass: [passes.window_kernel, passes.slots_kernel],
     plan_pass_of_many_rows: [passes.many_windows_kernel, passes.slots_kernel],
     commit_pass: [passes.commit_pass_kernel],

@@ -20,6 +20,8 @@ KERNELS = {
     "head": {"select_rows_kernel", "score_tile_kernel", "logits_kernel", "pick_token_kernel", "pick_candidates_kernel"},
     "linear": {"linear_kernel"},
     "attention": {"ragged_attention_kernel", "kv_append_kernel"},
+    "activation": {"act_mul_kernel"},
+    "rotary": {"rotary_kernel"},
     "norm": {"rms_norm_kernel"},
     "passes": {"window_kernel", "slots_kernel", "commit_pass_kernel"},
 }

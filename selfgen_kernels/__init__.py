@@ -8,6 +8,7 @@ from selfgen_kernels.call import NOISE_VERSION
 from selfgen_kernels.ops.activation import act_mul
 from selfgen_kernels.ops.attention import kv_append, ragged_attention
 from selfgen_kernels.ops.head import combine_shards, linear_sample_mix, linear_sample_shard
+from selfgen_kernels.ops.linear import invariant_linear
 from selfgen_kernels.ops.noise import gumbel_noise, self_mask
 from selfgen_kernels.ops.norm import rms_norm
 from selfgen_kernels.ops.passes import commit_pass, plan_pass
@@ -23,6 +24,7 @@ __all__ = [
     "combine_shards",
     "commit_pass",
     "gumbel_noise",
+    "invariant_linear",
     "kv_append",
     "linear_sample_mix",
     "linear_sample_shard",

@@ -295,7 +295,7 @@ def test_a_model_trained_in_bf16_autocast_makes_contexts_in_it(tmp_path, adapter
             ids = torch.full_like(at, row)
             chosen, _ = sample_mix(own, reference[at], 1.0, seed=3, sample_ids=ids, positions=at)
             assert torch.equal(chosen, token)
-    assert generator.precision == torch.bfloat16
+    assert generator.dtype == torch.bfloat16
     same = 0
     for prompt, tokens in zip(prompts, answer(trainer.model, prompts, max_new_tokens=8).tokens, strict=True):
         ids = torch.cat([prompt, tokens])[None]

@@ -102,6 +102,17 @@ UPSTREAM = [
     ("transformers:LlamaForCausalLM.forward", forward_of_a_model, "ragged_logits can't hand over a pass"),
     ("transformers:PreTrainedModel.warn_if_padding_and_no_attention_mask", exists, "passes wait for the device again"),
     ("transformers:PreTrainedConfig.get_text_config", arguments("decoder"), "sizes of a model can't be read"),
+    (
+        "torch.utils._python_dispatch:TorchDispatchMode.__torch_dispatch__",
+        exists,
+        "what depends on the batch is not refused by precision=invariant",
+    ),
+    ("transformers.pytorch_utils:Conv1D.forward", arguments("x"), "GPT-2 is refused by precision=invariant"),
+    (
+        "transformers.activations:GELUTanh.forward",
+        arguments("input"),
+        "activations have no tables, so precision=invariant refuses gelu",
+    ),
     # Reuse of passes
     ("transformers.modeling_layers:GradientCheckpointingLayer.gradient_checkpointing", exists, "no pass is reused"),
     (

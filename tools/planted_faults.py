@@ -31,6 +31,8 @@ PLAIN, RECORDED = MACHINE.format("llama-plain"), MACHINE.format("llama-graphs")
 LORA, WINDOW = MACHINE.format("lora-plain"), MACHINE.format("mistral-plain")
 RECORDINGS = "tests/test_recorded_generations.py::"
 COMMIT = "tests/kernels/test_passes.py::test_commit_place_by_place"
+INVARIANT = "tests/test_invariant.py::"
+BY_NAME = INVARIANT + "test_what_may_depend_on_the_batch_is_refused_by_name"
 REUSE = "tests/test_reuse.py::test_loss_and_gradients_are_those_of_the_ordinary_step[llama]"
 RANKS = "tests/test_ranks.py"
 
@@ -125,6 +127,41 @@ FAULTS = [
         "        kv_append(self.keys, self.values, key, value, new)\n"
         "        seen.update(slots.tolist())\n",
         (PLAIN,),
+    ),
+    Fault(
+        "invariant: a sum whose order is the library's",
+        REFERENCE + "linear.py",
+        "        total += left[:, None] * right\n",
+        "        pass\n    total += hidden.float() @ weight.float().T\n",
+        ("tests/kernels/test_linear.py::test_a_row_does_not_depend_on_its_batch",),
+    ),
+    Fault(
+        "invariant: few tokens without the table of activations",
+        CONTEXT + "invariant.py",
+        "    if hidden.dtype != table.dtype:\n",
+        "    if hidden.dtype != table.dtype or hidden.shape[1] < 3:\n",
+        (INVARIANT + "test_activations_of_few_tokens",),
+    ),
+    Fault(
+        "invariant: bits are not compared",
+        CONTEXT + "invariant.py",
+        "if not torch.equal(found[where].view(torch.uint8), output.view(torch.uint8)):",
+        "if found[where].shape != output.shape:",
+        (BY_NAME,),
+    ),
+    Fault(
+        "invariant: every mean is taken for one of a row",
+        CONTEXT + "invariant.py",
+        "return dims in ([-1], [given.dim() - 1]) and given.shape[-1] < _MOST_WIDTH and given.is_cpu",
+        "return given.shape[-1] < _MOST_WIDTH",
+        (BY_NAME,),
+    ),
+    Fault(
+        "invariant: the loop runs without it",
+        CONTEXT + "generator.py",
+        "            return one_by_one(self._forward(), batch)\n",
+        "            return sequential(self.model, batch)\n",
+        (INVARIANT + "test_ordinary_products_do_not_give_the_loop_s_contexts",),
     ),
     Fault(
         "position: counted over all rows",

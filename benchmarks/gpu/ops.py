@@ -21,6 +21,7 @@ from selfgen_kernels import (
     combine_shards,
     commit_pass,
     gumbel_noise,
+    invariant_linear,
     kv_append,
     linear_sample_mix,
     linear_sample_shard,
@@ -35,6 +36,8 @@ from selfgen_kernels import (
 Call = Callable[[], object]
 DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
 HEADS = {"Qwen3-8B": (4096, 151_936), "SmolLM2-135M": (576, 49_152)}
+LINEARS = {"Qwen3-8B": (4096, 12_288), "SmolLM2-135M": (576, 1536)}  # of a gated layer
+LINEAR_ROWS = (1, 64, 1024)
 HEAD_ROWS, SAMPLING_ROWS = (1, 8, 64, 256), (1, 8, 64, 512)
 VOCABULARIES = (49_152, 151_936)
 FILTERS: dict[str, dict[str, Any]] = {
@@ -76,6 +79,7 @@ def cases(device: str, *, rehearsal: bool = False) -> Iterator[Case]:
     """Most important first."""
     families = {
         "head": head_cases,
+        "linear": linear_cases,
         "sampling": sampling_cases,
         "attention": attention_cases,
         "layer": layer_cases,
@@ -148,6 +152,22 @@ def _head_case(
         return lambda: call(hidden, head)
 
     return Case(op, {**columns, "variant": variant}, make, **work)
+
+
+def linear_cases(device: str, *, rehearsal: bool = False) -> Iterator[Case]:
+    for name, (width, outputs) in ({"tiny": (32, 70)} if rehearsal else LINEARS).items():
+        for rows in (2,) if rehearsal else LINEAR_ROWS:
+            for op, multiply in (("invariant_linear", invariant_linear), ("matrix product", F.linear)):
+
+                def make(multiply=multiply, rows=rows, width=width, outputs=outputs) -> Call:
+                    hidden, weight = (
+                        torch.randn(size, width, device=device, dtype=torch.bfloat16) for size in (rows, outputs)
+                    )
+                    return lambda: multiply(hidden, weight)
+
+                read = 2 * width * (rows + outputs)
+                columns = {"layer": name, "rows": rows, "dtype": "bf16"}
+                yield Case(op, columns, make, read, read + 2 * rows * outputs, 2 * rows * width * outputs)
 
 
 def _few_bytes(rows: int) -> dict[str, int]:

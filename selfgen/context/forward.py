@@ -14,7 +14,8 @@ from transformers import PreTrainedModel
 
 from .fused import Fused
 from .hidden_states import HiddenStates, captured
-from .packed import packed_linears
+from .invariant import Invariant
+from .packed import fresh_casts_of, packed_linears
 from .ragged import RaggedCache, RaggedPass, ragged_logits, ragged_model
 
 PADDING = -1  # the slot of a token that is none; as an index it is the last slot, which is nobody's
@@ -109,15 +110,15 @@ class Coverage:
 
 
 class Forward:
-    """Passes of ``model`` over a ragged cache; one generation at a time.
+    """Passes of ``model`` over a ragged cache; one generation at a time. ``invariant`` runs in them if it is given.
 
     ``coverage`` is of the generation that runs, or of the last one.
     """
 
     cache: RaggedCache
 
-    def __init__(self, model: PreTrainedModel):
-        self.model, self.device = model, model.device
+    def __init__(self, model: PreTrainedModel, invariant: Invariant | None = None):
+        self.model, self.device, self.invariant = model, model.device, invariant
         self._fused = Fused(model)
         self.coverage = Coverage()
         self._busy = False
@@ -167,9 +168,12 @@ class Forward:
 
     def _weights(self) -> AbstractContextManager[None]:
         """Inside, passes read weights in the form that is best for them."""
-        return packed_linears(self.model)
+        if self.invariant is None:
+            return packed_linears(self.model)
+        return self.invariant.used(fresh_casts_of(self.model))
 
     def _begin(self, passes: Passes) -> None:
+        self._fused.forget()
         self.cache = RaggedCache(self.model, passes.num_slots)
 
     def _end(self) -> None:

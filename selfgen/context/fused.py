@@ -49,16 +49,29 @@ class Fused:
     def __init__(self, model: PreTrainedModel):
         self.model = model
         self._found: dict[Hashable, Fitting | None] = {}
+        self._last: list[tuple[nn.Module, Forward]] | None = None
 
     def used(self) -> AbstractContextManager[None]:
         """Inside, parts are single kernels, where that saves time; modules get their own forwards back afterwards."""
-        return replaced(self.forwards() if saves_time(self.model.device) else ())
+        if not saves_time(self.model.device):
+            return replaced(())
+        if self._last is None:
+            self._last = list(self.forwards())
+        return replaced(self._last)
 
-    def forwards(self) -> Iterator[tuple[nn.Module, Forward]]:
-        """The modules whose forward can be replaced, and by what."""
+    def forget(self) -> None:
+        """Have a look at all modules again: they may have changed."""
+        self._last = None
+
+    def norms(self) -> Iterator[tuple[nn.Module, Forward]]:
+        """Those that are `rms_norm`, and the forward that runs it."""
+        return self.forwards(_norm)
+
+    def forwards(self, *kinds: Callable[[nn.Module], Fitting | None]) -> Iterator[tuple[nn.Module, Forward]]:
+        """The modules, of some ``kinds`` or of all, whose forward can be replaced, and by what."""
         for module in self.model.modules():
             kind = tuple(_kind_of(module)) if _is_its_own(module) else ()
-            for find in (_norm, _gated, _attention) if kind else ():
+            for find in (kinds or (_norm, _gated, _attention)) if kind else ():
                 if (find, kind) not in self._found:
                     self._found[find, kind] = _tried(find, module)
                 fitting = self._found[find, kind]

@@ -23,6 +23,7 @@ from .forward import Coverage, Forward
 from .free_running import Prompts, free_running
 from .graphs import GraphedForward, forward_of
 from .hidden_states import ReuseError
+from .invariant import DependsOnBatchError, Invariant
 from .masks import Masks
 from .models import (
     active_adapters,
@@ -40,15 +41,17 @@ from .models import (
 from .packed import packed_linears
 from .precision import autocast_dtype, autocast_inside, precision_of
 from .ragged import UnsupportedModelError
-from .sequential import ALONE, sequential
+from .sequential import ALONE, SequentialResult, one_by_one, sequential
 from .sharding import IN_STEP, Together, agreed, check_splits, together_of
-from .support import inspect_model
-from .verification import Verification
+from .support import Support, inspect_model
+from .verification import LooksAheadError, Verification
 
 logger = logging.getLogger(__name__)
 
 Method = Literal["fixed_point", "sequential"]
 METHODS = ("fixed_point", "sequential")
+Precision = Literal["model", "invariant"]
+PRECISIONS = ("model", "invariant")
 
 
 class ContextGenerator:
@@ -72,13 +75,17 @@ class ContextGenerator:
         vocab_size: how many ids there are: only those below it are sampled, in contexts and in answers, and counted in
             any probability. Give ``len(tokenizer)`` where the embedding has more rows, which are padding. Holes, ids
             below it that no token has, are sampled. None: all rows of the embedding.
+        precision: "invariant" computes a row's bits from that row alone, by products and activations of selfgen's own,
+            so that contexts and answers in bf16 or fp16 are equal at any budget, in any batch, in any order and by both
+            methods. It takes longer, and models that have operations without such a guarantee are refused
+            (docs/exactness.md). "model": with the products of the model's own forward.
 
     Generators of one model may be used in several threads: they take turns. Nobody may train the model meanwhile.
 
     Raises:
         TypeError: ``model`` is not a transformers model.
-        ValueError: ``temperature``, ``token_budget``, ``balance``, ``graph_memory`` or ``vocab_size`` out of range, or
-            the model is split over processes or offloaded.
+        ValueError: ``temperature``, ``token_budget``, ``balance``, ``graph_memory``, ``vocab_size`` or ``precision``
+            out of range, or the model is split over processes or offloaded.
 
     Example:
         >>> generator = ContextGenerator(model)
@@ -97,6 +104,7 @@ class ContextGenerator:
         cuda_graphs: bool = True,
         graph_memory: float = 0.125,
         vocab_size: int | None = None,
+        precision: Precision = "model",
     ):
         self.model = transformers_model(model)
         self._given: torch.nn.Module = model
@@ -113,6 +121,8 @@ class ContextGenerator:
             raise ValueError(f"balance is {balance!r}; it must be a finite number > 0, or None to measure it")
         if isinstance(graph_memory, bool) or not isinstance(graph_memory, int | float) or not 0 <= graph_memory <= 1:
             raise ValueError(f"graph_memory is {graph_memory!r}; it must be a share of the memory, from 0 to 1")
+        if precision not in PRECISIONS:
+            raise ValueError(f'precision is {precision!r}; it must be "model" or "invariant"')
         if vocab_size is not None:
             rows = vocab_size_of(self.model)
             if type(vocab_size) is not int or not 1 <= vocab_size <= rows:
@@ -128,6 +138,7 @@ class ContextGenerator:
         self._make: object = None
         self._verified: dict[torch.dtype | None, Verification] = {}  # by what autocast computes in
         self._cuda_graphs, self._graph_memory = cuda_graphs, float(graph_memory)
+        self._invariant = Invariant(self.model) if precision == "invariant" else None
         self._passes: Forward | None = None
         self._together = together_of(self.model)  # whose forwards wait for each other
         self._fallback = Fallback(self.model, self._together)
@@ -158,14 +169,20 @@ class ContextGenerator:
         budget = self.budget
         self._budget = PassBudget(int(together.most(budget.tokens)), together.most(budget.balance))
 
+    @property
+    def precision(self) -> Precision:
+        """ "invariant", if a row's bits depend on that row alone, otherwise "model"."""
+        return "model" if self._invariant is None else "invariant"
+
     def _measured(self) -> PassBudget:
         forward = self._forward()
         with self.computing():
             verification = self._verification
             verification.check_dtypes()
-        with self.computing(), packed_linears(self.model):
-            if not isinstance(forward, GraphedForward):
-                return measure_budget(self.model, together=self._together)
+        with self.computing():
+            if not isinstance(forward, GraphedForward) and self._invariant is None:
+                with packed_linears(self.model):
+                    return measure_budget(self.model, together=self._together)
             verification.check_ragged(0)
             try:
                 # A pass takes another time than a forward.
@@ -193,7 +210,7 @@ class ContextGenerator:
                 yield
 
     @property
-    def precision(self) -> torch.dtype:
+    def dtype(self) -> torch.dtype:
         """The dtype that matrix products are computed in; the least precise one where weights have several."""
         with self.computing():
             return precision_of(self.model)
@@ -264,18 +281,10 @@ class ContextGenerator:
             return MixedContext([], [], ContextStats.untouched([], []))
         support = inspect_model(self.model, max(batch.lengths))
 
-        if method == "fixed_point":
+        if method == "fixed_point" or self._invariant is not None:
             with self.computing():
-                verification = self._verification
-                verification.check_dtypes()
-                if support.missing:
-                    verification.check_causal(max(batch.lengths))  # says more
-                    raise UnsupportedModelError(
-                        f"{type(self.model).__name__} uses {'; '.join(support.missing)}: the ragged path of "
-                        'method="fixed_point" does not support it. Use method="sequential" (--context-method '
-                        "sequential)."
-                    )
-                verification.check_ragged(max(batch.lengths))
+                self._check_ragged(support, max(batch.lengths))
+        if method == "fixed_point":
             budget = self.budget
             with self.computing():
                 state = fixed_point(self._forward(), batch, budget, keep_hidden_states=keep_hidden_states)
@@ -285,12 +294,7 @@ class ContextGenerator:
             coverage = self._forward().coverage
         else:
             with self.computing():
-                verification = self._verification
-                verification.check_dtypes()
-                verification.check_causal(max(batch.lengths))
-                verification.check_adapter()
-                isolate = support.isolate_rows
-                result = sequential(self.model, batch, ALONE) if isolate else verification.sequential(batch)
+                result = self._sequential(batch, support)
             tokens, is_self, invalid = result.tokens, result.is_self, result.invalid
             passes, tokens_computed, hidden_states = result.passes, result.tokens_computed, None
             coverage = Coverage()
@@ -314,6 +318,37 @@ class ContextGenerator:
             **vars(coverage),
         )
         return MixedContext(tokens, is_self, stats, hidden_states)
+
+    def _check_ragged(self, support: Support, longest_row: int) -> None:
+        """Raise UnsupportedModelError unless passes over the ragged cache are right for rows of this length."""
+        verification = self._verification
+        verification.check_dtypes()
+        try:
+            if support.missing:
+                verification.check_causal(longest_row)  # says more
+                raise UnsupportedModelError(
+                    f"{type(self.model).__name__} uses {'; '.join(support.missing)}: the ragged path of "
+                    'method="fixed_point" does not support it. Use method="sequential" (--context-method sequential).'
+                )
+            verification.check_ragged(longest_row)
+        except (DependsOnBatchError, LooksAheadError):
+            raise
+        except UnsupportedModelError as error:
+            if self._invariant is None:
+                raise
+            raise UnsupportedModelError(
+                'precision="invariant" computes everything over the ragged cache, whatever the method, which is not '
+                f'possible: use precision="model" (--context-precision model), with which holds: {error}'
+            ) from error
+
+    def _sequential(self, batch: Batch, support: Support) -> SequentialResult:
+        if self._invariant is not None:
+            return one_by_one(self._forward(), batch)
+        verification = self._verification
+        verification.check_dtypes()
+        verification.check_causal(max(batch.lengths))
+        verification.check_adapter()
+        return sequential(self.model, batch, ALONE) if support.isolate_rows else verification.sequential(batch)
 
     def answer(
         self,
@@ -388,6 +423,8 @@ class ContextGenerator:
             verification = self._verification
             verification.check_dtypes()
             verification.check_adapter()
+            if self._invariant is not None:
+                self._check_ragged(support, longest)
             if support.missing or not self._runs_ragged(longest):
                 work = self._fallback(what, sampling, batch_size, finish, recompute=support.recompute)
             else:
@@ -421,7 +458,10 @@ class ContextGenerator:
         moved = self._passes is None or self._passes.device != self.model.device
         if moved or (in_step and isinstance(self._passes, GraphedForward)):
             self._passes = forward_of(
-                self.model, cuda_graphs=self._cuda_graphs and not in_step, graph_memory=self._graph_memory
+                self.model,
+                cuda_graphs=self._cuda_graphs and not in_step,
+                graph_memory=self._graph_memory,
+                invariant=self._invariant,
             )
         assert self._passes is not None
         return self._passes
@@ -434,7 +474,7 @@ class ContextGenerator:
             transformers_model(self._given)  # refuses some adapters
             self._make, self._verified, self._fallback = make, {}, Fallback(self.model, self._together)
         if precision not in self._verified:
-            self._verified[precision] = Verification(self.model, self._given, self._together)
+            self._verified[precision] = Verification(self.model, self._given, self._together, self._invariant)
         return self._verified[precision]
 
     def look_again(self) -> None:

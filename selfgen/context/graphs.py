@@ -24,6 +24,7 @@ from transformers import PreTrainedModel
 
 from .forward import Forward, Passes, Size
 from .hidden_states import HiddenStates
+from .invariant import Invariant
 from .models import vocab_size_of
 from .packed import CastWeights
 from .precision import autocast_dtype, precision_of
@@ -39,7 +40,9 @@ MOST_LOGITS = 1 / 32  # of the GPU's memory, for those of one pass
 MOST_CASTS = 1 / 8  # the same, for weights in autocast's dtype that are kept from generation to generation
 
 
-def forward_of(model: PreTrainedModel, *, cuda_graphs: bool, graph_memory: float) -> Forward:
+def forward_of(
+    model: PreTrainedModel, *, cuda_graphs: bool, graph_memory: float, invariant: Invariant | None = None
+) -> Forward:
     """The fastest forward for ``model`` where it is."""
     parameters = list(model.parameters())
     one_gpu = len({parameter.device for parameter in parameters}) == 1 and parameters[0].device.type == "cuda"
@@ -47,8 +50,8 @@ def forward_of(model: PreTrainedModel, *, cuda_graphs: bool, graph_memory: float
     if cuda_graphs and one_gpu and any(isinstance(parameter, DTensor) for parameter in parameters):
         logger.info("passes are not recorded as CUDA graphs, as weights are split over processes")
     if cuda_graphs and one_gpu and plain and not torch.version.hip:
-        return GraphedForward(model, graph_memory)
-    return Forward(model)
+        return GraphedForward(model, graph_memory, invariant)
+    return Forward(model, invariant)
 
 
 def recorded_size(size: Size, most_places: int) -> Size | None:
@@ -87,8 +90,8 @@ class GraphedForward(Forward):
     whose K/V and hidden states would take more than ``share`` of the GPU's memory.
     """
 
-    def __init__(self, model: PreTrainedModel, share: float):
-        super().__init__(model)
+    def __init__(self, model: PreTrainedModel, share: float, invariant: Invariant | None = None):
+        super().__init__(model, invariant)
         self._share = share
         self._most_places = int(MOST_LOGITS * _memory_of(self.device)) // (4 * vocab_size_of(model))
         self._off = self._told_of_memory = self._told_of_casts = False
@@ -154,6 +157,7 @@ class GraphedForward(Forward):
         state = self._room, _state_of(self.model, casts.modules if casts else ())
         if state != self._state:
             self._drop()
+            self._fused.forget()
             self._kept = RaggedCache(self.model, passes.num_slots)
             self._state, self._casts = state, casts
         if self._casts is not None:
@@ -204,6 +208,10 @@ class GraphedForward(Forward):
         return None
 
     def _weights(self) -> AbstractContextManager[None]:
+        if self._current is None:  # no copy of a weight has been refreshed
+            return super()._weights()
+        if self.invariant is not None:
+            return self.invariant.used(self._casts)
         return super()._weights() if self._casts is None else self._casts.used()
 
     def run(self, passes: Passes, size: Size) -> None:
@@ -313,7 +321,7 @@ def _memory_of(device: torch.device) -> int:
     return torch.cuda.get_device_properties(device).total_memory
 
 
-_UNRELATED = {"training", "gradient_checkpointing"}  # to what is computed in inference
+_UNRELATED = {*vars(nn.Module()), "gradient_checkpointing"}  # to what is computed in inference, or compared by itself
 
 
 def _state_of(model: PreTrainedModel, cast: Iterable[nn.Module] = ()) -> object:

@@ -21,7 +21,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
-from .precision import is_linear, is_plain
+from .precision import autocast_dtype, is_linear, is_plain
 
 _BATCH_HINT = 64  # rows of a typical pass; oneDNN chooses the layout by it
 
@@ -122,6 +122,10 @@ class CastWeights:
         if copies:
             torch._foreach_copy_(copies, self._weights())
 
+    def of(self, module: nn.Linear) -> tuple[Tensor, Tensor | None] | None:
+        """The copies for ``module``, or None: it has none, or its weight is another one for a while (parametrized)."""
+        return self._copies.get(module) if is_linear(module) else None
+
     def used(self) -> AbstractContextManager[None]:
         return replaced((module, partial(self._multiply, module, *self._copies[module])) for module in self.modules)
 
@@ -130,3 +134,13 @@ class CastWeights:
         if not casts or not is_linear(module) or hidden.dtype == torch.float64:
             return type(module).forward(module, hidden)
         return F.linear(hidden, weight, bias)  # of which autocast casts what is not cast yet
+
+
+def fresh_casts_of(model: nn.Module) -> CastWeights | None:
+    """The weights of ``model`` in autocast's dtype, as they are now; None where autocast is off."""
+    dtype = autocast_dtype(next(model.parameters()).device)
+    if dtype is None:
+        return None
+    casts = CastWeights(model, dtype)
+    casts.refresh()
+    return casts

@@ -45,6 +45,7 @@ OPS = {
     "linear_sample_shard": Op("head", (HEAD, one("SymInt first_id"), DRAW)),
     "linear_reference_log_prob": Op("head", (HEAD, _REFERENCE, MASK)),
     "combine_shards": Op("head", (one("Tensor values"), one("Tensor ids"), _REFERENCE, DRAW), kernels=()),
+    "invariant_linear": Op("linear"),
     "plan_pass": Op("passes"),
     "commit_pass": Op("passes"),
     "kv_append": Op("attention"),

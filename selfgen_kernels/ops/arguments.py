@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from selfgen_kernels.torch_internals import has_tangent, is_traced
+from selfgen_kernels.torch_internals import autocast_dtype, has_tangent, is_traced
 
 FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 INTEGERS = (torch.int64, torch.int32)
@@ -76,6 +76,14 @@ def check_factor(name: str, factor: Any, *, or_else: str) -> None:
     """Raise unless `factor` is a number that fp32, in which it is applied, holds: not as inf, nor as 0 what is not."""
     accepted = "0 or a float with 2**-126 <= abs < 2**127"
     check_number(name, factor, accepted, lambda x: x == 0 or 2**-126 <= abs(x) < 2**127, or_else=or_else)
+
+
+def autocast(tensor: Any) -> Any:
+    """What torch.nn.functional.linear makes of an argument under torch.autocast: fp64 stays, other floats are cast."""
+    if not isinstance(tensor, Tensor) or not tensor.is_floating_point() or tensor.dtype == torch.float64:
+        return tensor
+    dtype = autocast_dtype(tensor.device.type)
+    return tensor if dtype is None else tensor.to(dtype)
 
 
 def refuse_grad(op: str, *tensors: Tensor | None) -> None:

@@ -1,13 +1,11 @@
 """`sample_mix` of what an LM head makes of hidden states, on one rank or on several that hold a part of it each."""
 
-from typing import Any
-
 import torch
 from torch import Tensor
 
 from selfgen_kernels.call import Head
 from selfgen_kernels.ops import OPS
-from selfgen_kernels.ops.arguments import FLOATS, check_factor, check_number, check_softcap, check_tensor
+from selfgen_kernels.ops.arguments import FLOATS, autocast, check_factor, check_number, check_softcap, check_tensor
 from selfgen_kernels.ops.registration import define
 from selfgen_kernels.ops.rows import (
     check_reference,
@@ -18,7 +16,6 @@ from selfgen_kernels.ops.rows import (
     sampling_of,
     where_confident,
 )
-from selfgen_kernels.torch_internals import autocast_dtype
 
 _MIXED = "(Tensor tokens, Tensor is_self, Tensor invalid)"
 
@@ -245,7 +242,7 @@ def combine_shards(
 
 def _head_of(hidden: Tensor, weight: Tensor, bias: Tensor | None, softcap: float | None, logit_scale: float) -> Head:
     """A head, checked."""
-    hidden, weight, bias = (_autocast(tensor) for tensor in (hidden, weight, bias))
+    hidden, weight, bias = (autocast(tensor) for tensor in (hidden, weight, bias))
     check_tensor("hidden", hidden, ("N", "D"), FLOATS, None)
     check_tensor("weight", weight, ("V", hidden.shape[1]), (hidden.dtype,), hidden.device)
     check_vocabulary(weight.shape[0])
@@ -265,11 +262,3 @@ def _below(end: int, head: Head) -> Head:
 def _check_vocab_size(vocab_size: int) -> None:
     """Check the size of a vocabulary of which nobody here has the whole head."""
     check_number("vocab_size", vocab_size, "vocab_size >= 1", lambda ids: ids >= 1, whole=True)
-
-
-def _autocast(tensor: Any) -> Any:
-    """What torch.nn.functional.linear makes of an argument under torch.autocast: fp64 stays, other floats are cast."""
-    if not isinstance(tensor, Tensor) or not tensor.is_floating_point() or tensor.dtype == torch.float64:
-        return tensor
-    dtype = autocast_dtype(tensor.device.type)
-    return tensor if dtype is None else tensor.to(dtype)

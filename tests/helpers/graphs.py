@@ -75,8 +75,8 @@ class Launches(TorchDispatchMode):
 class Recorder(engine.GraphedForward):
     """A replay calls the operators of the recording on its memory again; as in a graph, no Python of the model runs."""
 
-    def __init__(self, model, share=0.125):
-        super().__init__(model, share)
+    def __init__(self, model, share=0.125, invariant=None):
+        super().__init__(model, share, invariant)
         self.records = self.replays = 0
 
     def _record(self, run):
@@ -99,6 +99,10 @@ class Recorder(engine.GraphedForward):
                     old.copy_(new)
 
 
+def _recorder_of(model, cuda_graphs, graph_memory=0.125, invariant=None):
+    return Recorder(model, graph_memory, invariant)
+
+
 @contextmanager
 def recorded_passes() -> Iterator[None]:
     """Inside, generators that are made record their passes, and replay them."""
@@ -108,5 +112,5 @@ def recorded_passes() -> Iterator[None]:
         patch.setattr("selfgen.context.fused.saves_time", lambda device: True)
         patch.setattr(engine, "_memory_of", lambda device: 2**34)
         for module in (engine, generator):
-            patch.setattr(module, "forward_of", lambda model, cuda_graphs, graph_memory: Recorder(model, graph_memory))
+            patch.setattr(module, "forward_of", _recorder_of)
         yield

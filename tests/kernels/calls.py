@@ -67,6 +67,7 @@ EXAMPLES = {
         {**_PARTS, "self_prob": _PROBS, **_KEYS, **_ROWS, "vocab_size": 200},
     ],
     "kv_append": [_APPEND],
+    "invariant_linear": [_HEAD, {**_HEAD, "bias": _normal(V)}],
     "act_mul": [
         {"gate": _normal(3, D), "up": _normal(3, D)},
         {"gate": _normal(3, 2, D).bfloat16(), "up": _normal(3, 2, D).bfloat16(), "activation": "gelu_tanh"},

@@ -23,6 +23,7 @@ from selfgen_kernels.backends.triton import (
     attention,
     head,
     head_log_prob,
+    linear,
     noise,
     norm,
     passes,
@@ -109,6 +110,12 @@ def launch_attention(queries, heads, kv_heads, head_dim):
     attention.kv_append(cache, cache, cache[:1], cache[:1], torch.arange(1))
 
 
+def launch_linear(rows, width, outputs):
+    hidden, weight = torch.zeros(rows, width), torch.zeros(outputs, width)
+    linear.invariant_linear(hidden, weight, None)
+    linear.invariant_linear(hidden.half(), weight.half(), torch.zeros(outputs).half())
+
+
 def launch_norm(rows, width):
     for dtype in (torch.float32, torch.bfloat16):
         x, weight = torch.zeros(rows, width, dtype=dtype), torch.zeros(width)
@@ -144,6 +151,8 @@ CASES = {
     "head from the first id": lambda: launch_head(2, 65, 0),
     "attention of one query": lambda: launch_attention(1, 1, 1, 1),
     "attention": lambda: launch_attention(3, 6, 2, 16),
+    "linear of one row": lambda: launch_linear(1, 1, 1),
+    "linear": lambda: launch_linear(2, 16, 5),
     "activation of one number": lambda: launch_activation(1, 1),
     "activation": lambda: launch_activation(3, 20),
     "rotary of one head": lambda: launch_rotary(1, 1, 1, 2),

@@ -178,6 +178,7 @@ def test_make_fx(example, tracing_mode, pre_dispatch):
 DYNAMIC = {  # sizes that a caller's batch changes, of the tensors that have them
     "rows": ((*ROWS, "status"), (0,)),
     "combine_shards": (("values", "ids"), (1,)),
+    "invariant_linear": (("hidden",), (0,)),
     "kv_append": (("key", "value", "slots"), (0,)),
     "plan_pass": (("final", "row_starts", "next_self", "log_chance", "least_log_chance"), (0,)),
     "commit_pass": (("tokens", "final", "slots", "cu_seqlens_q", "next_self", "sampled"), (0,)),
@@ -205,6 +206,7 @@ def resized(name, arguments):
         shards = {n: arguments[n][:, :3] for n in ("values", "ids") if n in arguments}
         return arguments | cut | shards
     other = {
+        "invariant_linear": {"hidden": arguments["hidden"][:3]} if "hidden" in arguments else {},
         "kv_append": {n: arguments[n][:2] for n in ("key", "value", "slots") if n in arguments},
         "rms_norm": {n: arguments[n][:2] for n in arguments if n == "x"},
         "act_mul": {n: arguments[n][:2] for n in ("gate", "up") if n in arguments},

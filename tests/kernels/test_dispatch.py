@@ -42,6 +42,7 @@ SAMPLING = IDS, FULL, 3, IDS, IDS, torch.ones(N)
         ("combine_shards", (torch.randn(2, N, 3, 3), torch.arange(2 * N * 3).view(2, N, 3), *SAMPLING)),
         ("reference_log_prob", (torch.randn(N, V), *SAMPLING[:5])),
         ("linear_reference_log_prob", (torch.randn(N, D), torch.randn(V, D), None, 30.0, 0.5, *SAMPLING[:5])),
+        ("invariant_linear", (torch.randn(N, D), torch.randn(V, D), torch.randn(V))),
         ("plan_pass", (IDS[:1], IDS[:1], NEXT_SELF, torch.zeros(N), 3)),
         ("commit_pass", (IDS.clone(), IDS[:1].clone(), IDS[:3], torch.tensor([0, 3]).int(), NEXT_SELF, IDS[2:])),
     ],

@@ -128,6 +128,15 @@ def test_linear_sample_mix(backend, far_argument):
     assert all(torch.equal(a, b) for a, b in zip(near, got, strict=True))
 
 
+@pytest.mark.parametrize("far_argument", ["hidden", "weight"])
+def test_invariant_linear(backend, far_argument):
+    invariant_linear = function_of(backend, "linear", "invariant_linear")
+    inputs = {name: torch.randn(4, 64).to(DTYPE) for name in ("hidden", "weight")}
+    near = invariant_linear(*moved(inputs.values(), backend.device), None)
+    inputs[far_argument] = far_apart(inputs[far_argument], backend.device)
+    assert torch.equal(invariant_linear(*moved(inputs.values(), backend.device), None), near)
+
+
 @pytest.mark.parametrize("far_argument", ["query", "key", "value"])
 def test_ragged_attention(backend, far_argument):
     ragged_attention = function_of(backend, "attention", "ragged_attention")

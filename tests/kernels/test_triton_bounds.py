@@ -28,6 +28,7 @@ from selfgen_kernels.backends.triton import (
     filters,
     head,
     head_log_prob,
+    linear,
     noise,
     norm,
     passes,
@@ -54,6 +55,7 @@ def small_constants():
         mock.patch.multiple(sampling, SPAN=8, BLOCK=4),
         mock.patch.multiple(filters, SPAN=256, BLOCK=128, STEP=4),
         mock.patch.object(products, "tile_constants", return_value=tile),
+        mock.patch.object(linear, "tile_constants", return_value=tile),
         mock.patch.object(products, "ROWS", 16),
         mock.patch.object(passes, "SCAN", 16),
         mock.patch.object(head, "FEW_ROWS", 16),
@@ -166,6 +168,11 @@ def linear_reference_log_prob(draw):
 def linear_sample_shard(draw):
     n, first_id = rows_of(draw), draw(st.sampled_from([0, 64, 128, 2**20]) | st.integers(0, 300))
     return head.linear_sample_shard(*a_head(draw, n), first_id, *how_of(draw, n).draw)
+
+
+def invariant_linear(draw):
+    hidden, weight, bias, *_ = a_head(draw, rows_of(draw))
+    return linear.invariant_linear(hidden, weight, bias)
 
 
 def a_batch(draw):
@@ -309,6 +316,7 @@ LAUNCHES = {
         head_log_prob.log_prob_kernel,
     ],
     ragged_attention: [attention.ragged_attention_kernel, attention.merge_kernel],
+    invariant_linear: [linear.linear_kernel],
     ragged_attention_of_nonsense: [attention.ragged_attention_kernel],
     kv_append: [attention.kv_append_kernel],
     plan_pass: [passes.free_end_kernel, passes.window_kernel, passes.slots_kernel],

@@ -30,6 +30,7 @@ KERNELS = {
     },
     "attention": {"ragged_attention_kernel", "merge_kernel", "kv_append_kernel"},
     "passes": {"free_end_kernel", "window_kernel", "slots_kernel", "commit_pass_kernel"},
+    "linear": {"linear_kernel"},
     "activation": {"act_mul_kernel"},
     "rotary": {"rotary_kernel"},
     "norm": {"rms_norm_kernel"},

@@ -54,8 +54,8 @@ def compiling_only():
         JITFunction.run = run
 
 
-def rows_of(n):
-    return torch.full((n,), 2**31), 5, torch.arange(n), torch.arange(n), torch.ones(n)
+def rows_of(n, seed=5):
+    return torch.full((n,), 2**31), seed, torch.arange(n), torch.arange(n), torch.ones(n)
 
 
 def launch_noise(n, size):
@@ -65,16 +65,16 @@ def launch_noise(n, size):
     specimens.words_kernel[(1,)](torch.zeros(4, dtype=torch.int64), 1, ids, ids, 0, STREAM=0)
 
 
-def launch_sampling(n, vocab_size):
+def launch_sampling(n, vocab_size, seed=5):
     filters = torch.full((n,), 3), torch.full((n,), 0.5).double(), torch.full((n,), 0.1).double()
     for some in (filters, (None, None, None)):
-        sampling.sample_mix(torch.zeros(n, vocab_size), torch.arange(n), *rows_of(n), *some)
-    sampling.reference_log_prob(torch.zeros(n, vocab_size), torch.arange(n), *rows_of(n)[:4])
+        sampling.sample_mix(torch.zeros(n, vocab_size), torch.arange(n), *rows_of(n, seed), *some)
+    sampling.reference_log_prob(torch.zeros(n, vocab_size), torch.arange(n), *rows_of(n, seed)[:4])
 
 
-def launch_head(n, vocab_size, first_id):
+def launch_head(n, vocab_size, first_id, seed=5):
     hidden, weight = torch.zeros(n, vocab_size % 17), torch.zeros(vocab_size, vocab_size % 17)
-    rows = rows_of(n)
+    rows = rows_of(n, seed)
     head.linear_sample_mix(hidden, weight, None, None, 1.0, torch.arange(n), *rows, None, None, None)
     head.linear_sample_shard(hidden, weight, torch.zeros(vocab_size), 8.0, 1.0, first_id, *rows)
     head.linear_reference_log_prob(hidden, weight, None, None, 1.0, torch.arange(n), *rows[:4])
@@ -103,6 +103,8 @@ CASES = {
     "noise": lambda: launch_noise(3, 5),
     "sampling from one logit": lambda: launch_sampling(1, 1),
     "sampling": lambda: launch_sampling(3, 20),
+    "sampling by a seed in memory": lambda: launch_sampling(3, 20, torch.tensor([5])),
+    "head by a seed in memory": lambda: launch_head(2, 65, 0, torch.tensor([5])),
     "head of one row": lambda: launch_head(1, 1, 1),
     "head": lambda: launch_head(2, 1, 1),
     "head from the first id": lambda: launch_head(2, 65, 0),

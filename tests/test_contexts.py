@@ -103,7 +103,7 @@ def test_nothing_final_is_computed_twice(token_budget, monkeypatch):
     original = engine.FixedPoint.run
 
     def record(state, forward, size):
-        slots, bounds = state.slots[: size.tokens], state.cu_seqlens_q
+        slots, bounds = state.slots[: size.tokens].clone(), state.cu_seqlens_q
         assert 1 <= len(slots) <= token_budget
         assert bounds[-1] == len(slots) == size.tokens
         assert (state.slots[size.tokens :] < 0).all()
@@ -112,7 +112,6 @@ def test_nothing_final_is_computed_twice(token_budget, monkeypatch):
             assert torch.equal(window, torch.arange(final, final + len(window)))
         sizes.append(len(slots))
         original(state, forward, size)
-        assert torch.equal(forward.cache.current.slots, slots)
         assert torch.equal(forward.cache.current.position_ids[0], state.positions[slots])
 
     monkeypatch.setattr(engine.FixedPoint, "run", record)

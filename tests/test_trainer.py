@@ -441,6 +441,7 @@ def test_lora(tmp_path):
         ({"self_prob_schedule": "cubic"}, "'cubic'; accepted: constant, linear"),
         ({"context_method": "magic"}, "'magic'; accepted: fixed_point, sequential"),
         ({"token_budget": 0}, "token_budget is 0; it must be at least 1"),
+        ({"graph_memory": 1.5}, r"graph_memory is 1\.5; it must be a share"),
         ({"max_length": 1}, "max_length is 1; it must be at least 2"),
         ({"remove_unused_columns": True}, "remove_unused_columns must stay False"),
     ],

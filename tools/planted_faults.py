@@ -388,6 +388,13 @@ FAULTS = [
         (RECORDINGS + "test_logits_that_are_not_finite_are_counted_once",),
     ),
     Fault(
+        "graphs: the host launches something between passes",
+        CONTEXT + "fixed_point.py",
+        "state.passes += 1",
+        "state.passes += int(state.final.sum() >= 0)",
+        (RECORDINGS + "test_the_host_only_reads_numbers_between_two_passes",),
+    ),
+    Fault(
         "graphs: hidden states that are wanted yet are written to",
         CONTEXT + "graphs.py",
         "last.move_away()",

@@ -65,8 +65,8 @@ def compiling_only():
         JITFunction.run = run
 
 
-def rows_of(n):
-    return torch.full((n,), 2**31), 5, torch.arange(n), torch.arange(n), torch.ones(n)
+def rows_of(n, seed=5):
+    return torch.full((n,), 2**31), seed, torch.arange(n), torch.arange(n), torch.ones(n)
 
 
 def launch_noise(n, size):
@@ -76,19 +76,19 @@ def launch_noise(n, size):
     specimens.words_kernel[(1,)](torch.zeros(4, dtype=torch.int64), 1, ids, ids, 0, STREAM=0)
 
 
-def launch_sampling(n, vocab_size):
+def launch_sampling(n, vocab_size, seed=5):
     filters = torch.full((n,), 3), torch.full((n,), 0.5).double(), torch.full((n,), 0.1).double()
     for some in (filters, (None, None, None)):
-        sampling.sample_mix(torch.zeros(n, vocab_size), torch.arange(n), *rows_of(n), *some)
+        sampling.sample_mix(torch.zeros(n, vocab_size), torch.arange(n), *rows_of(n, seed), *some)
         numbers = (None if value is None else value[0] for value in some)
-        rows = torch.tensor(2**31), *rows_of(n)[1:4], torch.tensor(1.0)
+        rows = torch.tensor(2**31), *rows_of(n, seed)[1:4], torch.tensor(1.0)
         sampling.sample_mix(torch.zeros(n, vocab_size), torch.arange(n), *rows, *numbers)
-    sampling.reference_log_prob(torch.zeros(n, vocab_size), torch.arange(n), *rows_of(n)[:4])
+    sampling.reference_log_prob(torch.zeros(n, vocab_size), torch.arange(n), *rows_of(n, seed)[:4])
 
 
-def launch_head(n, vocab_size, first_id):
+def launch_head(n, vocab_size, first_id, seed=5):
     hidden, weight = torch.zeros(n, vocab_size % 17), torch.zeros(vocab_size, vocab_size % 17)
-    rows = rows_of(n)
+    rows = rows_of(n, seed)
     for few in (n, 0):
         with mock.patch.object(head, "FEW_ROWS", few), mock.patch.object(head_log_prob, "FEW_ROWS", few):
             head.linear_sample_mix(hidden, weight, None, None, 1.0, torch.arange(n), *rows, None, None, None)
@@ -146,6 +146,8 @@ CASES = {
     "noise": lambda: launch_noise(3, 5),
     "sampling from one logit": lambda: launch_sampling(1, 1),
     "sampling": lambda: launch_sampling(3, 20),
+    "sampling by a seed in memory": lambda: launch_sampling(3, 20, torch.tensor([5])),
+    "head by a seed in memory": lambda: launch_head(2, 65, 0, torch.tensor([5])),
     "head of one row": lambda: launch_head(1, 1, 1),
     "head": lambda: launch_head(2, 1, 1),
     "head from the first id": lambda: launch_head(2, 65, 0),

@@ -30,9 +30,9 @@ LAUNCHED_BY = {  # op with a Triton kernel: tests of which one at least must be 
     "linear_sample_shard": ("test_triton_head.py::test_candidates_of_a_shard_are_those_of_the_reference",),
     "linear_reference_log_prob": ("test_triton_head.py::test_log_probs_are_those_of_the_reference",),
     "kv_append": ("test_attention.py::test_append_writes_its_slots_and_nothing_else[triton",),
-    "act_mul": ("test_layer_ops.py::test_act_mul_is_equal[triton",),
-    "rotary": ("test_layer_ops.py::test_rotary_is_equal[triton",),
-    "rms_norm": ("test_norm.py::test_backends_are_equal[1-llama-triton",),
+    "act_mul": ("test_layer_ops.py::test_act_mul_is_equal[",),
+    "rotary": ("test_layer_ops.py::test_rotary_is_equal[",),
+    "rms_norm": ("test_norm.py::test_backends_are_equal[triton",),
     "ragged_attention": ("test_attention.py::test_agrees_with_dense_attention[triton",),
 }
 OFF_THE_GPU = (  # what names Triton, but launches no kernel or asks the interpreter

@@ -351,6 +351,8 @@ def test_training_in_mixed_precision(tmp_path):
         return trainer, mixed.tokens
 
     (trainer, few), (_, many) = contexts_of(1), contexts_of(300)
+    assert trainer._reuse.on
+    assert trainer._reuse.verified
     assert trainer.generator.precision == "invariant"
     assert trainer.generator.dtype == torch.bfloat16
     assert all(map(torch.equal, few, many))

@@ -26,6 +26,8 @@ FITS = {
     ("linear_sample_shard", "weight", "shorter"),
     ("linear_reference_log_prob", "weight", "longer"),
     ("linear_reference_log_prob", "weight", "shorter"),
+    ("combine_shards", "threshold", "one axis less"),  # a number for all rows, as in the next; C++ kernels take none
+    ("combine_shards", "inv_temperature", "one axis less"),
 }
 """What has a meaning: (operator, argument, change)."""
 TORCH_ONLY = [f"selfgen::{name}" for name, op in TABLE.items() if not op.kernels]

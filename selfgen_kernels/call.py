@@ -78,7 +78,8 @@ _Rows = TypeVar("_Rows", Mask, Sampling)
 def in_rows(how: _Rows) -> _Rows:
     """`how` with a tensor [N] in place of each number."""
     like = how.positions
-    numbers = {name: x for name, x in how._asdict().items() if isinstance(x, Tensor) and not x.dim()}
+    given = {name: x for name, x in how._asdict().items() if name not in ("sample_ids", "positions")}
+    numbers = {name: x for name, x in given.items() if isinstance(x, Tensor) and not x.dim()}
     tensors: Any = {name: like.new_full(like.shape, x.item(), dtype=x.dtype) for name, x in numbers.items()}
     return how._replace(**tensors)
 

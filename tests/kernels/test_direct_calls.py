@@ -33,6 +33,8 @@ FITS = {
     ("linear_reference_log_prob", "weight", "longer"),
     ("linear_reference_log_prob", "weight", "shorter"),
     *(("rms_norm", "x", change) for change in ("longer", "shorter", "empty")),  # rows
+    ("combine_shards", "threshold", "one axis less"),  # a number for all rows, as in the next; C++ kernels take none
+    ("combine_shards", "inv_temperature", "one axis less"),
 }
 """What has a meaning: (operator, argument, change)."""
 TORCH_ONLY = [f"selfgen::{name}" for name, op in TABLE.items() if not op.kernels]

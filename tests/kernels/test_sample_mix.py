@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from conftest import _TRITON
+from conftest import _TRITON, INTERPRETER_ONLY
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -71,6 +71,24 @@ def test_sizes_of_tiles_do_not_matter(fast, reference, span, part, block, step, 
         got = fast.sample_mix(x, **how, **case)
         assert all(torch.equal(a, b) for a, b in zip(got, before, strict=True))
         assert torch.equal(got[0], reference.sample_mix(x, **how, **case)[0])
+
+
+@INTERPRETER_ONLY
+@pytest.mark.parametrize("fast", [_TRITON], indirect=True)
+def test_programs_may_run_in_any_order(fast, reference, monkeypatch):
+    from triton.runtime.interpreter import interpreter_builder
+
+    from selfgen_kernels.backends.triton import sampling
+
+    monkeypatch.setattr(sampling, "SPAN", 4)
+    logits = random_logits(3, 1100).round()  # five spans, and ties
+    logits[2, 500] = torch.nan
+    how = {"inv_temperature": torch.tensor([1.0, INF, 1.0]), "seed": 3}
+    want, usual = reference.sample_mix(logits, **how), interpreter_builder.set_grid_idx
+    for order in (range(5), range(4, -1, -1), (2, 4, 0, 3, 1)):
+        monkeypatch.setattr(interpreter_builder, "set_grid_idx", lambda x, y, z, order=order: usual(x, order[y], z))
+        got = fast.sample_mix(logits, **how)
+        assert all(torch.equal(ours, theirs) for ours, theirs in zip(got, want, strict=True))
 
 
 def test_the_rule_by_hand(backend):

@@ -194,9 +194,11 @@ def filter_cutoff_kernel(
 ):  # fmt: skip
     """One program per row writes the smallest z that the filters keep, if it is a self row; RUNS holds all its runs."""
     row = tl.program_id(0).to(tl.int64)
+    if not in_mask(seed, tl.load(sample_ids + row), tl.load(positions + row), int64_of_row(thresholds, row)):
+        return
     inv_temperature = fp32_of_row(inv_temperatures, row)
     cutoff = float("-inf")
-    if is_filtered(inv_temperature, thresholds, seed, sample_ids, positions, row):
+    if inv_temperature != float("inf"):
         DTYPE: tl.constexpr = logits.dtype.element_ty
         runs = tl.cdiv(vocab_size, RUN)
         logits += row * row_stride

@@ -16,21 +16,24 @@ SHIFT = tl.constexpr(2**62)
 @triton.jit
 def int64_of_row(values, row):
     """Of a tensor int64 [N], or a number."""
-    return tl.load(values + row) if values.dtype.is_ptr() else values - SHIFT
+    return tl.load(values + row) if values.dtype.is_ptr() else values.to(tl.int64) - SHIFT
 
 
 @triton.jit
 def fp32_of_row(values, row):
     """Of a tensor fp32 [N], or a number."""
-    return (
-        tl.load(values + row) if values.dtype.is_ptr() else (values - SHIFT).to(tl.int32).to(tl.float32, bitcast=True)
-    )
+    if values.dtype.is_ptr():
+        return tl.load(values + row)
+    else:
+        return (values.to(tl.int64) - SHIFT).to(tl.int32).to(tl.float32, bitcast=True)
 
 
 @triton.jit
 def fp64_of_row(values, row):
     """Of a tensor fp64 [N], or a number."""
-    return tl.load(values + row) if values.dtype.is_ptr() else (values - SHIFT).to(tl.float64, bitcast=True)
+    return (
+        tl.load(values + row) if values.dtype.is_ptr() else (values.to(tl.int64) - SHIFT).to(tl.float64, bitcast=True)
+    )
 
 
 def for_rows(value: Tensor | None) -> Tensor | int | None:

@@ -49,16 +49,23 @@ def attention_tile(head_dim: int, dtype: torch.dtype, target: str) -> tuple[dict
     """
     width = max(16, triton.next_power_of_2(head_dim))
     columns, amd = min(width, MOST_COLUMNS), target == "gfx942"
-    tile = {"ROWS": 64, "KEYS": 32, "PART": width if width <= 128 else 64, "COLUMNS": columns, "PRECISION": "ieee"}
+    tile = {
+        "ROWS": 64,
+        "KEYS": 32,
+        "PART": width if width <= 128 else 128 if amd else 64,
+        "COLUMNS": columns,
+        "PRECISION": "ieee",
+    }
     options = {"num_warps": 4 if columns <= 64 else 8, "num_stages": 2, "enable_fp_fusion": False}
     if dtype == torch.float32 and not amd:
         tile |= {"ROWS": 16, "PART": min(width, 64), "PRECISION": "tf32x3"}
         options |= {"num_warps": 4 if columns <= 128 else 8}
     elif dtype.itemsize > 2:
+        columns = min(width, MOST_COLUMNS * 4 // dtype.itemsize)
         part, warps = 512 // dtype.itemsize, 8 if dtype == torch.float32 and columns <= 128 else 16
         if dtype == torch.float64:
             part, warps = FP64_TILES.get((target, max(64, columns)), (part, warps))
-        tile |= {"ROWS": 16, "KEYS": 16, "PART": min(width, part)}
+        tile |= {"ROWS": 16, "KEYS": 16, "PART": min(width, part), "COLUMNS": columns}
         warps //= 2 if amd else 1  # wavefronts of 64 lanes, warps of 32: 128 bits of K/V for each
         options |= {"num_warps": warps, "num_stages": 1}
     return tile, options

@@ -436,6 +436,22 @@ def test_under_autocast_weights_are_cast_once_a_generation(family, monkeypatch):
     assert cast_operators(again)
 
 
+def test_a_generation_without_graphs_casts_weights_as_they_are():
+    """Copies that the last recorded generation has read are those of its weights."""
+    model = tiny_model("llama")
+    generator, plain = with_casts_and_without(model)
+    under_autocast(generator)
+    assert generator._forward()._casts is not None
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.add_(0.05 * torch.randn_like(parameter))
+    for one in (generator, plain):
+        one._forward()._share = 0.0
+    found, want = under_autocast(generator), under_autocast(plain)
+    assert found.stats.captured == found.stats.replayed == 0
+    assert_equal(found, want)
+
+
 def test_weights_that_have_moved_need_no_new_recording():
     """As after an optimizer that swaps them: passes read copies. Other weights do need one."""
     model = tiny_model("llama")

@@ -272,6 +272,16 @@ def test_what_has_hooks_keeps_its_forward():
     assert model.model.layers[1].mlp in found
 
 
+@pytest.mark.parametrize("value", [0.0, torch.nan])
+def test_a_gated_mlp_whose_weights_do_not_tell_keeps_its_forward(value):
+    """Whichever of its parts were the gate, all would be as well: it may tell once it has been trained."""
+    model = tiny_model("llama")
+    mlps = [layer.mlp for layer in model.model.layers]
+    for mlp in mlps:
+        torch.nn.init.constant_(mlp.down_proj.weight, value)
+    assert not {*mlps} & {module for module, _ in fused.Fused(model).forwards()}
+
+
 def test_forwards_are_restored_after_an_error(monkeypatch):
     model = tiny_model("llama")
     generator = ContextGenerator(model, token_budget=100, balance=12.5)
@@ -282,7 +292,7 @@ def test_forwards_are_restored_after_an_error(monkeypatch):
         assert any("forward" in vars(module) for module in model.modules())
         raise RuntimeError("a test")
 
-    monkeypatch.setattr(type(generator._forward()), "__call__", fail)
+    monkeypatch.setattr(type(generator._forward()), "run", fail)
     with pytest.raises(RuntimeError, match="a test"):
         contexts(generator)
     assert not any("forward" in vars(module) for module in model.modules())

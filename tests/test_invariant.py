@@ -5,6 +5,7 @@ The loop is each row by itself, one token per pass. What it computes is compared
 
 from __future__ import annotations
 
+import pickle
 from contextlib import contextmanager, nullcontext
 from functools import cache
 
@@ -179,6 +180,26 @@ def test_adapters(adapters):
     loop = generator_of(model).contexts(prompts, references, 0.5, method="sequential", **keys)
     for budget in BUDGETS:
         assert_equal(generator_of(model, budget).contexts(prompts, references, 0.5, **keys), loop)
+
+
+def test_rows_of_the_loop_do_not_share_memory():
+    """Where as many slots as a row has are what recorded passes have room for."""
+    model = model_of("llama")
+    generator = torch.Generator().manual_seed(5)
+    with recorded_passes():
+        found = generator_of(model)
+        found._forward()._room = 41, 32
+        prompts, references = torch.randint(3, VOCAB, (2, 2, 20), generator=generator)
+        loop = found.contexts([*prompts], [*references], 1.0, seed=1, sample_ids=[0, 1], method="sequential")
+    assert loop.tokens[0].tolist() != loop.tokens[1].tolist()
+    assert loop.stats.captured == loop.stats.replayed == 0
+
+
+def test_generators_can_be_copied():
+    generator = generator_of(model_of("llama"))
+    prompts, references, ids = (column[:2] for column in batch())
+    want = generator.contexts(prompts, references, 0.5, seed=0, sample_ids=ids)
+    assert_equal(pickle.loads(pickle.dumps(generator)).contexts(prompts, references, 0.5, seed=0, sample_ids=ids), want)
 
 
 def test_the_model_is_left_as_it_was():

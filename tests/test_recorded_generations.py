@@ -6,6 +6,7 @@ What differs from call to call (seed, rows, budget, settings, weights) is what a
 from __future__ import annotations
 
 import gc
+from contextlib import contextmanager
 
 import pytest
 import torch
@@ -229,6 +230,36 @@ def test_so_of_answers_unless_a_row_ends():
             answers = generator.answer(prompts, max_new_tokens=9, batch_size=5, eos_token_ids=[])
     assert answers.replayed == answers.passes == len(launches.between) + 1 == 9
     assert launches.between == [[]] * 8
+
+
+def test_what_a_thread_gets_is_its_own(monkeypatch):
+    """Though the next one, which waits for its turn, computes in the same memory."""
+    generator = make(tiny_model("llama"))
+    want = {seed: contexts(generator, seed=seed).tokens for seed in (1, 2)}
+    computing, others = type(generator).computing, []
+
+    @contextmanager
+    def then_another(self):
+        with computing(self):
+            yield
+        if not others:
+            others.append(None)
+            others[0] = contexts(generator, seed=2).tokens
+
+    monkeypatch.setattr(type(generator), "computing", then_another)
+    found = contexts(generator, seed=1).tokens
+    assert all(map(torch.equal, others[0], want[2]))
+    assert all(map(torch.equal, found, want[1]))
+
+
+def test_what_was_kept_for_larger_generations_counts():
+    """Hidden states have as many slots as the K/V that stay, and so do not fit beside them."""
+    passes = make(tiny_model("llama"), graph_memory=1.0)._forward()
+    large = passes.room(100_000, 40)
+    assert large[0] > 100_001
+    passes._share = 1.01 * large[0] * 4 * 2 * 2 * 16 / 2**34  # K/V of two layers of two heads of 8 numbers
+    assert passes.room(1000, 8) == large
+    assert passes.room(1000, 8, keeps_hidden_states=True) == (1001, 8)
 
 
 MOST_LAUNCHES = {

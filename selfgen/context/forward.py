@@ -36,6 +36,7 @@ class Passes(ABC):
     """
 
     num_slots: int
+    recordable: ClassVar[bool] = True
     hidden_states: HiddenStates | None  # where the passes leave what a training step wants
     numbers: Tensor  # int64, on the host
     PLAN: ClassVar[dict[str, int]] = {}  # the tensors that say what the next pass computes, and what nothing is
@@ -173,10 +174,10 @@ class Forward:
         return self.invariant.used(fresh_casts_of(self.model))
 
     def _begin(self, passes: Passes) -> None:
-        self._fused.forget()
         self.cache = RaggedCache(self.model, passes.num_slots)
 
     def _end(self) -> None:
+        self._fused.forget()  # as nobody looks whether modules have changed
         vars(self).pop("cache", None)  # and the K/V with it
 
     def run(self, passes: Passes, size: Size) -> None:

@@ -95,7 +95,7 @@ class FreeRun(Passes):
             prompt_lengths=prompt_lengths,
             limits=limits,
             ended=torch.zeros(rows, dtype=torch.bool, device=device),
-            stop_ids=prompts.stop_ids,
+            stop_ids=prompts.stop_ids.clone(),  # the caller's may not be written
             seed=seed_for(sampling["seed"], device),
             status=torch.zeros(1, dtype=torch.int64, device=device),
             numbers=numbers_for(1, device),

@@ -231,21 +231,24 @@ def _number(value: object) -> int:
 
 def _gated(module: nn.Module) -> Fitting | None:
     """Of a module that gives the bits of torch's ops for a gated MLP: the activation of `act_mul` that it has."""
-    for gate in _gates(module):
-        act, width = getattr(module, gate.act), _number(module.get_submodule(gate.inner[0]).in_features)
-        weights = list(module.parameters())
-        if not weights or not all(map(is_plain, weights)):
-            return None
-        weight = weights[0]
-        rows = [_random(1, 5, width) * size for size in (1, 100)]
-        given = [x.to(weight.device, weight.dtype) for x in rows]
-        pairs = [(gate.own(module, x), type(module).forward(module, x)) for x in given]
-        if not all(torch.allclose(got, want, rtol=0, atol=0, equal_nan=True) for got, want in pairs):
-            continue
-        for activation in _ACTIVATIONS:
-            if all(_is_activation(act, activation, dtype, weight.device) for dtype in _dtypes(weight.device)):
-                return partial(partial, _gated_forward, gate, activation)
+    weights = list(module.parameters())
+    if not weights or not all(map(is_plain, weights)):
+        return None
+    gates = [gate for gate in _gates(module) if _is_gated(module, gate, weights[0])]
+    if len(gates) != 1:  # or weights that don't tell, such as zeros
+        return None
+    act = getattr(module, gates[0].act)
+    for activation in _ACTIVATIONS:
+        if all(_is_activation(act, activation, dtype, weights[0].device) for dtype in _dtypes(weights[0].device)):
+            return partial(partial, _gated_forward, gates[0], activation)
     return None
+
+
+def _is_gated(module: nn.Module, gate: _Gate, weight: Tensor) -> bool:
+    width = _number(module.get_submodule(gate.inner[0]).in_features)
+    given = [(_random(1, 5, width) * size).to(weight.device, weight.dtype) for size in (1, 100)]
+    pairs = [(gate.own(module, x), type(module).forward(module, x)) for x in given]
+    return all(torch.allclose(got, want, rtol=0, atol=0, equal_nan=True) for got, want in pairs)
 
 
 def _is_activation(act: nn.Module, activation: _Activation, dtype: torch.dtype, device: torch.device) -> bool:

@@ -287,11 +287,13 @@ class ContextGenerator:
         if method == "fixed_point":
             budget = self.budget
             with self.computing():
-                state = fixed_point(self._forward(), batch, budget, keep_hidden_states=keep_hidden_states)
-            tokens, is_self, invalid = state.contexts, state.masks, int(state.status)
+                forward = self._forward()
+                state = fixed_point(forward, batch, budget, keep_hidden_states=keep_hidden_states)
+                # Before another thread has its turn: its generation may take place in the same memory.
+                tokens, is_self, invalid = state.contexts, state.masks, int(state.status)
+                coverage = forward.coverage
             hidden_states = state.hidden_states
             passes, tokens_computed = state.passes, state.tokens_computed
-            coverage = self._forward().coverage
         else:
             with self.computing():
                 result = self._sequential(batch, support)

@@ -8,6 +8,7 @@ and the plan of the next pass. To replay one is one launch, and between two of t
 from __future__ import annotations
 
 import logging
+import threading
 from bisect import bisect_left
 from collections.abc import Callable, Hashable, Iterable, Iterator
 from contextlib import AbstractContextManager, contextmanager
@@ -37,6 +38,7 @@ _streams: WeakKeyDictionary[object, torch.cuda.Stream] = WeakKeyDictionary()
 TOKENS = (16, 32, 64, 128, 256, 384, 512, 768, 1024, 1536, 2048, 3072, 4096, 6144, 8192)
 """Of recorded passes: coarse, so that sizes recur. Beyond, the GPU has enough to do."""
 MOST_LOGITS = 1 / 32  # of the GPU's memory, for those of one pass
+_ONE_AT_A_TIME = threading.Lock()
 MOST_CASTS = 1 / 8  # the same, for weights in autocast's dtype that are kept from generation to generation
 
 
@@ -104,6 +106,7 @@ class GraphedForward(Forward):
 
     def _drop(self) -> None:
         """Let go of all graphs, and of all that they read and write."""
+        self._fused.forget()
         self._state: object = None
         self._casts: CastWeights | None = None
         self._recorded: dict[Hashable, _Recordings] = {}
@@ -121,14 +124,15 @@ class GraphedForward(Forward):
         self._off, self.cache = True, cache  # with which the generation goes on
 
     def room(self, slots: int, rows: int, *, keeps_hidden_states: bool = False) -> tuple[int, int]:
-        exact = super().room(slots, rows)
-        if self._off or not self._fits(exact[0], keeps_hidden_states):
-            return exact
-        if exact[0] > self._room[0] or rows > self._room[1]:
+        exact, room = super().room(slots, rows), self._room
+        if exact[0] > room[0] or rows > room[1]:
             step = max(1024, (1 << exact[0].bit_length()) // 8)  # so that the next generation fits, too
             more = -(-exact[0] // step) * step, max(32, 1 << (rows - 1).bit_length())
-            self._room = max(more[0], self._room[0]), max(more[1], self._room[1])
-        return self._room
+            room = max(more[0], room[0]), max(more[1], room[1])
+        if self._off or not self._fits(room[0], keeps_hidden_states or self._hidden is not None):
+            return exact
+        self._room = room
+        return room
 
     def _fits(self, slots: int, keeps_hidden_states: bool) -> bool:
         """Whether what graphs of so many slots keep is no more than their share of the memory."""
@@ -150,14 +154,13 @@ class GraphedForward(Forward):
         return fits
 
     def _begin(self, passes: Passes) -> None:
-        if self._off or passes.num_slots != self._room[0]:
+        if self._off or not passes.recordable or passes.num_slots != self._room[0]:
             super()._begin(passes)
             return
         casts = self._casts_of_now()
         state = self._room, _state_of(self.model, casts.modules if casts else ())
         if state != self._state:
             self._drop()
-            self._fused.forget()
             self._kept = RaggedCache(self.model, passes.num_slots)
             self._state, self._casts = state, casts
         if self._casts is not None:
@@ -308,13 +311,14 @@ def fresh_casts(model: PreTrainedModel) -> Iterator[None]:
 
 @contextmanager
 def not_waiting() -> Iterator[None]:
-    """Inside, an operation that waits for the device raises a RuntimeError."""
-    before = torch.cuda.get_sync_debug_mode()
-    torch.cuda.set_sync_debug_mode("error")
-    try:
-        yield
-    finally:
-        torch.cuda.set_sync_debug_mode(before)
+    """Inside, an operation that waits for the device raises a RuntimeError, in other threads, too."""
+    with _ONE_AT_A_TIME:
+        before = torch.cuda.get_sync_debug_mode()
+        torch.cuda.set_sync_debug_mode("error")
+        try:
+            yield
+        finally:
+            torch.cuda.set_sync_debug_mode(before)
 
 
 def _memory_of(device: torch.device) -> int:
@@ -335,6 +339,8 @@ def _state_of(model: PreTrainedModel, cast: Iterable[nn.Module] = ()) -> object:
         torch.is_inference_mode_enabled(),
         torch.get_float32_matmul_precision(),
         torch.are_deterministic_algorithms_enabled(),
+        torch.backends.cuda.matmul.allow_bf16_reduced_precision_reduction,
+        torch.backends.cuda.matmul.allow_fp16_reduced_precision_reduction,
     )
     modules, copied = list(model.modules()), {*cast}
     tensors = [

@@ -102,6 +102,7 @@ class HiddenStates:
 
     ``states`` is [layers + 1, S + 1, hidden_size] once there are any; the last slot holds zeros, for padding. It is a
     part of ``memory`` [layers + 1, slots, hidden_size], whose last slot is nobody's: there is what padding computes.
+    Take copies (`at`): these attributes may be of other memory once the next generation has begun.
     """
 
     states: Tensor

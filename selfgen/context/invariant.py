@@ -23,7 +23,7 @@ from transformers.pytorch_utils import Conv1D
 
 from .fused import Fused
 from .models import UnsupportedModelError
-from .packed import CastWeights, plain_linears, replaced
+from .packed import CastWeights, fresh_casts_of, plain_linears, replaced
 from .precision import autocast_dtype, how_quantized, is_plain, precision_of
 from .ragged import RaggedCache, RaggedPass, ragged_logits, ragged_model
 
@@ -48,6 +48,12 @@ class Invariant:
         self._tables: dict[object, Tensor | None] = {}
         self._fused = Fused(model)
         self.by_place: dict[object, bool] = {}  # what `_Operations` has found out
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {"model": self.model}  # the rest is found out again
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        vars(self).update(vars(Invariant(state["model"])))
 
     def used(self, casts: CastWeights | None = None) -> AbstractContextManager[None]:
         """Inside, it runs; ``casts`` are the weights in autocast's dtype, which otherwise are cast at each use."""
@@ -79,7 +85,10 @@ class Invariant:
 
 
 def _linear(module: nn.Linear, casts: CastWeights | None, hidden: Tensor) -> Tensor:
-    return _product(hidden, *(casts and casts.of(module)) or (module.weight, module.bias))
+    own = module.weight, module.bias
+    if casts is None or casts.dtype != autocast_dtype(hidden.device) or hidden.dtype == torch.float64:
+        return _product(hidden, *own)
+    return _product(hidden, *casts.of(module) or own)
 
 
 def _conv1d(module: Conv1D, hidden: Tensor) -> Tensor:
@@ -167,6 +176,10 @@ class _Operations(TorchDispatchMode):
 
     def _is_known(self, func: Any, args: Any, kwargs: Any, result: Any) -> bool:
         name = func.name().removeprefix("aten::").partition(".")[0]
+        given = zip(func._schema.arguments, args, strict=False)
+        named = {argument.name: value for argument, value in given} | kwargs
+        if named.get("accumulate") or named.get("reduce"):  # a sum in the order of the rows
+            return False
         tensors = [one for one in tree_leaves((args, kwargs, result)) if isinstance(one, Tensor)]
         if func.namespace != "aten" or func.is_view or name in _MOVES | _EXACT | _BY_ROW:
             return func.namespace in ("aten", "prim", "selfgen")
@@ -229,7 +242,7 @@ def check_invariant(model: PreTrainedModel, invariant: Invariant, rows: list[Ten
     starts = [sum(lengths[:i]) for i in range(len(lengths))]
     every = [(start, 0, length) for start, length in zip(starts, lengths, strict=True)]
     of_first = torch.arange(lengths[0], device=tokens.device)
-    with ragged_model(model), invariant.used(), Fused(model).used():
+    with ragged_model(model), invariant.used(fresh_casts_of(model)), Fused(model).used():
         with _Operations(model, invariant.by_place) as operations:
             _outputs_of(model, tokens, [every], of_first)
         for where, operation in operations.doubts.items():

@@ -156,8 +156,9 @@ def one_by_one(forward: Forward, batch: Batch) -> SequentialResult:
 
 
 class _OneByOne(Passes):
-    """One row, of which a pass computes the token at ``place``: which the host knows, so that it can't be recorded."""
+    """One row, of which a pass computes the token at ``place``, which only the host knows."""
 
+    recordable = False
     hidden_states = None
     settings = ()
     place = 0

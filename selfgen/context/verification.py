@@ -33,7 +33,7 @@ from .models import (
     text_inputs,
     vocab_size_of,
 )
-from .packed import packed_linears
+from .packed import fresh_casts_of, packed_linears
 from .precision import dtype_clash, full_precision
 from .ragged import RaggedCache, RaggedPass, UnsupportedModelError, ragged_logits, ragged_model
 from .sequential import ALONE, STRATEGIES, SequentialResult, Strategy, sequential
@@ -379,7 +379,7 @@ def _compare_ragged(model: PreTrainedModel, length: int, invariant: Invariant | 
     first, second, short = (_some(begin, end, device) for begin, end in ((0, cut), (cut, length), (0, short_length)))
     found: list[Tensor] = []
     try:
-        weights = packed_linears(model) if invariant is None else invariant.used()
+        weights = packed_linears(model) if invariant is None else invariant.used(fresh_casts_of(model))
         with ragged_model(model), weights, Fused(model).used():
             for windows, index in (
                 ([(0, 0, cut), (length, 0, short_length)], torch.cat([first, cut + short])),

@@ -113,7 +113,8 @@ def ragged_attention(
 
     Chunk b holds the queries `cu_seqlens_q[b] : cu_seqlens_q[b + 1]`; they are the last positions of the K/V in slots
     `kv_ranges[b, 0] : kv_ranges[b, 0] + kv_ranges[b, 1]`. Each query sees the keys up to its own position; what it does
-    not see does not touch it, NaN included. Queries past `cu_seqlens_q[B]` are padding.
+    not see does not touch it, NaN included. A value that it sees and that is not finite makes it NaN, or on a GPU such
+    columns of it; at least those that the value has. Queries past `cu_seqlens_q[B]` are padding.
 
     A query over the same keys gives the same bits however the chunks are cut: keys count from the first slot of their
     range. It holds for the C++ kernel on any number of threads, and for the Triton kernel, which adds up 512 keys at a

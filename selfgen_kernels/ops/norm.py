@@ -28,7 +28,8 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float, *, form: Literal["llama", "o
 
     The result is a function of the row, the weight and eps alone, bit for bit: it depends on no other row, and every
     backend gives the same. Squares are summed as integers, so there is no order that could matter
-    (`backends/reference/norm.py`). It is what the modules of transformers compute, but for the order of their sum.
+    (`backends/reference/norm.py`). It is what the modules of transformers compute, but for the order
+    of their sum, and with 1 / sqrt in place of rsqrt.
 
     Args:
         x: fp32, bf16 or fp16 [..., D], any strides, 1 <= D <= 16384; computed in fp32.

@@ -343,6 +343,22 @@ def test_triton_gives_the_same_bits_however_segments_are_shared_out(triton_ops, 
         torch.testing.assert_close(attend(programs, cut=cut), by_one, **wanted)
 
 
+@pytest.mark.parametrize("bad", [torch.nan, torch.inf])
+@pytest.mark.parametrize("column", [3, 300])
+def test_a_value_that_is_not_finite_is_seen_in_any_part_of_a_wide_head(triton_ops, shared_out, column, bad):
+    """In its own columns at least, and the same whether segments are shared out or not."""
+    shared_out(SEGMENT=64)
+    query, key, value, *chunks = problem([(1, 130)], head_dim=320, heads=2)
+    value[chunks[1][0, 0] + 5, 0, column] = bad
+    found = []
+    for programs in (1, 1000):
+        shared_out(PROGRAMS=programs)
+        found.append(triton_ops.ragged_attention(query, key, value, *chunks, 0.1, None, None, None).isnan())
+    assert torch.equal(*found)
+    part = slice(0, 256) if column < 256 else slice(256, None)
+    assert found[0].nonzero()[:, 2].unique().tolist() == list(range(320))[part]
+
+
 @pytest.mark.parametrize("programs", [1, 1000])
 @pytest.mark.parametrize(
     ("shape", "options"),

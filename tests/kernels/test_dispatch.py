@@ -81,6 +81,14 @@ def test_a_seed_in_memory_is_read_when_the_operator_runs(op, args):
     }
 
 
+def test_no_device_waits_for_the_seed_of_combine_shards():
+    """It has no kernels, so that its reference would be captured in a CUDA graph."""
+    args = torch.randn(2, N, 3, 3), torch.arange(2 * N * 3).view(2, N, 3), IDS, FULL, torch.tensor([3]), *SAMPLING[3:]
+    with torch.profiler.profile() as run:
+        torch.ops.selfgen.combine_shards.seed_tensor(*args)
+    assert "aten::_local_scalar_dense" not in {event.name for event in run.events()}
+
+
 def test_public_functions_take_a_seed_in_memory():
     logits, hidden, weight = torch.randn(N, V), torch.randn(N, D), torch.randn(V, D)
     keys = {"sample_ids": IDS, "positions": IDS, "min_reference_prob": 0.001, "top_k": 50}

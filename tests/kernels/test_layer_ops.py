@@ -23,6 +23,7 @@ def gates(width, dtype):
     """gate and up [6, width]: gates of any size, some of them not finite."""
     gate = normal(6, width, seed=width) * torch.tensor([1.0, 10, 100, 1e-3, 1e4, 1])[:, None]
     gate[5, 0], gate[5, -1] = torch.nan, torch.inf
+    gate[4, -1] = -0.9 * torch.finfo(dtype).max
     return gate.to(dtype), normal(6, width, seed=1).to(dtype)
 
 

@@ -22,5 +22,7 @@ def _register_with_seed_in_memory(op: str) -> None:
 for _name, _op in OPS.items():
     _kernel = getattr(import_module(f"{__name__}.{_op.module}"), _name)
     torch.library.impl(f"selfgen::{_name}", "CompositeExplicitAutograd", _kernel)
-    if SEED_TENSOR in _op.overloads:
+    if SEED_TENSOR in _op.overloads and _op.kernels:
         _register_with_seed_in_memory(_name)
+    elif SEED_TENSOR in _op.overloads:
+        torch.library.impl(f"selfgen::{qualified(_name, SEED_TENSOR)}", "CompositeExplicitAutograd", _kernel)

@@ -19,6 +19,6 @@ def act_mul(gate: Tensor, up: Tensor, gelu: bool) -> Tensor:
     check_tensor("up", up, tuple(gate.shape), (gate.dtype,), gate.device)
     x = gate.float()
     y = (x * x * x * GELU_CUBE + x) * GELU_SCALE if gelu else x
-    small = exp_(-y.abs())
+    small = exp_(-y.abs()).masked_fill_(y.abs() > 87, 0)  # `exp_` goes no lower
     activated = x * torch.where(y < 0, small, 1.0) / (small + 1)  # x sigmoid(y)
     return (activated.to(gate.dtype).float() * up.float()).to(gate.dtype).contiguous()

@@ -24,7 +24,7 @@ def act_mul_kernel(gate, gate_stride, up, up_stride, out, width, GELU: tl.conste
     factor = tl.load(up + row * up_stride + column, mask=exists, other=0.0).to(tl.float32)
     x = given.to(tl.float32)
     y = (x * x * x * GELU_CUBE + x) * GELU_SCALE if GELU else x
-    small = exp(-tl.abs(y))
+    small = tl.where(tl.abs(y) > 87, 0.0, exp(-tl.abs(y)))  # `exp` goes no lower
     activated = tl.math.div_rn(x * tl.where(y < 0, small, 1.0), small + 1.0)
     activated = rounded(activated, given.dtype).to(tl.float32)
     tl.store(out + row * width + column, rounded(activated * factor, given.dtype), mask=exists)

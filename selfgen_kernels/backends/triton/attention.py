@@ -121,7 +121,7 @@ def tile_of_rows(
     start = tl.load(kv_ranges + 2 * chunk, mask=chunk < chunks, other=0)
     length = tl.load(kv_ranges + 2 * chunk + 1, mask=chunk < chunks, other=0)
     # No range is read that leaves the cache: its queries give NaN. Padding has no keys.
-    fits = (start >= 0) & (length >= end - begin) & (length < 2**30) & (start <= slots - length)
+    fits = (start >= 0) & (length >= end - begin) & (length <= 2**30) & (start <= slots - length)
     invalid = (chunk < chunks) & ~fits
     length = tl.where(invalid, 0, length).to(tl.int32)
     row = first_row + tl.arange(0, ROWS)  # [ROWS]: query * GROUP + head
@@ -154,6 +154,7 @@ def attend_blocks(
     largest = tl.full(last.shape, float("-inf"), NUMBER)
     total = tl.zeros(last.shape, NUMBER)
     out = tl.zeros([last.shape[0], COLUMNS], NUMBER)
+    bad = tl.zeros(last.shape, NUMBER)  # NaN of a row that sees a value that is not finite
     for start in tl.range(0, end - begin, KEYS, num_stages=1 if CAREFUL else None):
         at = begin + start + offset
         slot = tl.minimum(at, end - 1).to(tl.int64)[:, None]
@@ -183,11 +184,13 @@ def attend_blocks(
         exists = column < HEAD_DIM
         if CAREFUL:
             zero = tl.sum(tl.load(from_value, mask=exists, other=0.0).to(NUMBER) * 0, 1)  # [KEYS], or NaN
-            total += tl.sum(tl.where(visible, zero[None, :], 0.0), 1)
+            bad += tl.sum(tl.where(visible, zero[None, :], 0.0), 1)
             exists = exists & (zero == 0)[:, None]
         v = tl.load(from_value, mask=exists, other=0.0)
         weights = factor_of_dot(rounded(weights, v.dtype))
         out = tl.dot(weights, factor_of_dot(v), out * factor[:, None], input_precision=PRECISION, out_dtype=NUMBER)
+    if CAREFUL:  # not in `total`, which all columns of a row share
+        out = tl.where((bad == bad)[:, None], out, float("nan"))
     return largest, total, out
 
 

@@ -32,6 +32,7 @@ from selfgen_kernels.backends.triton.products import (
     chunk_bounds,
     chunk_configurations,
     factors,
+    keeps_precision,
     load_groups,
     logit_chunks,
     multiply_tile,
@@ -260,7 +261,7 @@ def score_pieces(head: Head, first_id, whole_begin, whole_end, cut_groups, how: 
     keys = how.seed, how.sample_ids.contiguous(), how.positions.contiguous()
     token_noise = gumbel_noise(*keys, GROUP_SIZE.value, TOKEN.value, rows, count)  # [N, 64]
     bounds = first_id, whole_begin, whole_end, cut_groups
-    score = score_tiles if len(head.hidden) <= FEW_ROWS else score_chunks
+    score = score_chunks if len(head.hidden) > FEW_ROWS and keeps_precision(head) else score_tiles
     return score(head, *bounds, rows, count, len(head.hidden), how.inv_temperature.contiguous(), *keys, token_noise)
 
 
@@ -273,7 +274,7 @@ def new_pieces(head: Head, pieces: int) -> tuple[Tensor, Tensor]:
 def score_tiles(head: Head, first_id, whole_begin, whole_end, cut_groups, *each_row) -> Pieces:
     """Pieces by `score_tile_kernel`."""
     capacity, end_id = len(head.hidden), first_id + len(head.weight)
-    constants, options = tile_of(head, capacity)
+    constants, options = tile_of(head, min(capacity, FEW_ROWS))
     tiles = triton.cdiv(end_id, constants["BLOCK_N"]) - first_id // constants["BLOCK_N"]
     pieces = tiles + cut_groups
     results = new_pieces(head, pieces)

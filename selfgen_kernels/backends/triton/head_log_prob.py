@@ -19,6 +19,7 @@ from selfgen_kernels.backends.triton.products import (
     SPAN,
     chunk_configurations,
     factors,
+    keeps_precision,
     load_groups,
     logit_chunks,
     multiply_tile,
@@ -138,8 +139,8 @@ def linear_reference_log_prob(head: Head, reference: Tensor, mask: Mask) -> Tens
     masses = torch.empty_like(peaks, dtype=torch.int32)
     found = torch.full_like(log_probs, -torch.inf)
     results = rows, count, reference.contiguous(), peaks, masses, found, groups
-    if size <= FEW_ROWS:
-        constants, options = tile_of(head, size)
+    if size <= FEW_ROWS or not keeps_precision(head):
+        constants, options = tile_of(head, min(size, FEW_ROWS))
         tiles = triton.cdiv(vocab_size, constants["BLOCK_N"])
         tile_mass_kernel[(tiles * triton.cdiv(size, constants["BLOCK_M"]),)](
             *product_arguments(head), vocab_size, tiles, *results, **constants, **options

@@ -165,6 +165,11 @@ def chunk_bounds(size: int, first_id: int) -> list[tuple[int, int]]:
     return list(pairwise((first_id, *range(first_id // GROUP_SIZE * GROUP_SIZE + chunk, end_id, chunk), end_id)))
 
 
+def keeps_precision(head: Head) -> bool:
+    """Whether torch's product is as precise as that of tiles: fp32 by TF32 is not, where a program has allowed that."""
+    return head.hidden.dtype != torch.float32 or torch.get_float32_matmul_precision() == "highest"
+
+
 def logit_chunks(head: Head, first_id: int) -> Iterator[tuple[int, int, Tensor]]:
     """(first id, id past its last, product [N, C]) of the parts of a head that `factors` has made ready.
 

@@ -31,7 +31,8 @@ MOST_COLUMNS = 256  # numbers of a value that a program sums up
 MERGED_COLUMNS = 64  # numbers of a value that a program merges
 BLOCK = 1024  # most numbers of a token that a program of kv_append copies
 TILE = 2048  # numbers of K, and of V, that it copies
-APPEND_OPTIONS = MERGE_OPTIONS = {"num_warps": 4, "enable_fp_fusion": False}
+APPEND_OPTIONS = {"num_warps": 4, "enable_fp_fusion": False}
+MERGE_OPTIONS = {"num_warps": 8, "enable_fp_fusion": False}
 FP64_TILES = {("sm_86", 64): (64, 8), ("sm_89", 64): (64, 8), ("sm_120", 64): (64, 8), ("sm_120", 256): (128, 16)}
 """(PART, num_warps) by target and width, where others spill: GPUs with few units for fp64."""
 
@@ -154,7 +155,6 @@ def attend_blocks(
     largest = tl.full(last.shape, float("-inf"), NUMBER)
     total = tl.zeros(last.shape, NUMBER)
     out = tl.zeros([last.shape[0], COLUMNS], NUMBER)
-    bad = tl.zeros(last.shape, NUMBER)  # NaN of a row that sees a value that is not finite
     for start in tl.range(0, end - begin, KEYS, num_stages=1 if CAREFUL else None):
         at = begin + start + offset
         slot = tl.minimum(at, end - 1).to(tl.int64)[:, None]
@@ -184,13 +184,11 @@ def attend_blocks(
         exists = column < HEAD_DIM
         if CAREFUL:
             zero = tl.sum(tl.load(from_value, mask=exists, other=0.0).to(NUMBER) * 0, 1)  # [KEYS], or NaN
-            bad += tl.sum(tl.where(visible, zero[None, :], 0.0), 1)
+            total += tl.sum(tl.where(visible, zero[None, :], 0.0), 1)
             exists = exists & (zero == 0)[:, None]
         v = tl.load(from_value, mask=exists, other=0.0)
         weights = factor_of_dot(rounded(weights, v.dtype))
         out = tl.dot(weights, factor_of_dot(v), out * factor[:, None], input_precision=PRECISION, out_dtype=NUMBER)
-    if CAREFUL:  # not in `total`, which all columns of a row share
-        out = tl.where((bad == bad)[:, None], out, float("nan"))
     return largest, total, out
 
 
@@ -234,7 +232,8 @@ def ragged_attention_kernel(
     """Program (tile, K/V head and columns, 0) writes up to ROWS rows of out [N, HEADS, HEAD_DIM].
 
     Where segments are shared out, program (.., .., i) takes the i-th. It writes weighted values to partial_sums
-    [segments, N, HEADS, HEAD_DIM], the largest logit and the sum of weights to partial_stats [segments, 2, N, HEADS].
+    [segments, N, HEADS, HEAD_DIM], the largest logit and the sum of weights to partial_stats [segments, parts, 2, N,
+    HEADS]: of each part of the columns, as the sum is NaN where a value of the part is not finite.
     """
     index, head, row_exists, last, first_slot, invalid, segment, count, programs = tile_of_rows(
         cu_seqlens_q, kv_ranges, queries, chunks, slots, window, segments, GROUP, ROWS, SEGMENT
@@ -244,7 +243,8 @@ def ragged_attention_kernel(
     is_shared = programs > 1
     PARTS: tl.constexpr = (HEAD_DIM + COLUMNS - 1) // COLUMNS
     kv_head = (tl.program_id(1) // PARTS).to(tl.int64)
-    first_column = tl.program_id(1) % PARTS * COLUMNS
+    part = tl.program_id(1) % PARTS
+    first_column = part * COLUMNS
     column = first_column + tl.arange(0, COLUMNS)[None, :]
     head += kv_head * GROUP
     place = index * HEADS + head  # [ROWS]
@@ -282,8 +282,9 @@ def ragged_attention_kernel(
         partial = tl.program_id(2) * rows
         mask = row_exists[:, None] & (column < HEAD_DIM)
         tl.store(partial_sums + (partial + place)[:, None] * HEAD_DIM + column, sums, mask=mask)
-        tl.store(partial_stats + 2 * partial + place, largest, mask=row_exists)
-        tl.store(partial_stats + 2 * partial + rows + place, total, mask=row_exists)
+        stats = partial_stats + 2 * (partial * PARTS + part * rows) + place
+        tl.store(stats, largest, mask=row_exists)
+        tl.store(stats + rows, total, mask=row_exists)
     else:
         sums = tl.where(invalid, float("nan"), sums)
         store_rows(out, place, column, row_exists, total, sums, HEAD_DIM)
@@ -293,7 +294,7 @@ def ragged_attention_kernel(
 def merge_kernel(
     cu_seqlens_q, kv_ranges, sinks, out, partial_sums, partial_stats, queries, chunks, slots, segments, window,
     HEADS: tl.constexpr, GROUP: tl.constexpr, HEAD_DIM: tl.constexpr, SEGMENT: tl.constexpr,
-    ROWS: tl.constexpr, COLUMNS: tl.constexpr,
+    ROWS: tl.constexpr, COLUMNS: tl.constexpr, PART_COLUMNS: tl.constexpr,
 ):  # fmt: skip
     """Program (tile, K/V head and columns) writes rows of out [N, HEADS, HEAD_DIM] whose segments are shared."""
     index, head, row_exists, _, _, _, _, count, programs = tile_of_rows(
@@ -302,17 +303,20 @@ def merge_kernel(
     if programs <= 1:
         return
     PARTS: tl.constexpr = (HEAD_DIM + COLUMNS - 1) // COLUMNS
-    column = tl.program_id(1) % PARTS * COLUMNS + tl.arange(0, COLUMNS)[None, :]
+    first_column = tl.program_id(1) % PARTS * COLUMNS
+    column = first_column + tl.arange(0, COLUMNS)[None, :]
     head += (tl.program_id(1) // PARTS).to(tl.int64) * GROUP
     place = index * HEADS + head
     mask = row_exists[:, None] & (column < HEAD_DIM)
     rows = queries.to(tl.int64) * HEADS
+    STATS: tl.constexpr = (HEAD_DIM + PART_COLUMNS - 1) // PART_COLUMNS
     largest, total, sums = before_keys(sinks, head, False, ROWS, COLUMNS, partial_sums.dtype.element_ty)
     for segment in range(count):
         partial = segment * rows
         its_sums = tl.load(partial_sums + (partial + place)[:, None] * HEAD_DIM + column, mask=mask, other=0.0)
-        its_largest = tl.load(partial_stats + 2 * partial + place, mask=row_exists, other=0.0)
-        its_total = tl.load(partial_stats + 2 * partial + rows + place, mask=row_exists, other=0.0)
+        stats = partial_stats + 2 * (partial * STATS + first_column // PART_COLUMNS * rows) + place
+        its_largest = tl.load(stats, mask=row_exists, other=0.0)
+        its_total = tl.load(stats + rows, mask=row_exists, other=0.0)
         largest, total, sums = merged(largest, total, sums, its_largest, its_total, its_sums)
     store_rows(out, place, column, row_exists, total, sums, HEAD_DIM)
 
@@ -348,7 +352,9 @@ def kv_append(key_cache: Tensor, value_cache: Tensor, key: Tensor, value: Tensor
     )
 
 
-def shared_segments(query: Tensor, key: Tensor, chunks: int, window: int, programs: int, rows: int) -> int:
+def shared_segments(
+    query: Tensor, key: Tensor, chunks: int, window: int, programs: int, rows: int, parts: int = 1
+) -> int:
     """How many segments a chunk has at most, if a program each is to have them, and not one of `programs` all of them.
 
     It is 1 where ranges that are alike and share no slot would have one, so that a second launch would be for nothing.
@@ -360,7 +366,7 @@ def shared_segments(query: Tensor, key: Tensor, chunks: int, window: int, progra
     if slots <= SEGMENT * chunks or window <= SEGMENT:
         return 1
     most = triton.cdiv(min(slots, window + rows), SEGMENT) + 1
-    bytes_each = queries * heads * (head_dim + 2) * max(4, query.dtype.itemsize)
+    bytes_each = queries * heads * (head_dim + 2 * parts) * max(4, query.dtype.itemsize)
     return max(1, min(most, PROGRAMS // programs, PARTIAL_BYTES // bytes_each))
 
 
@@ -383,13 +389,14 @@ def ragged_attention(
         number = torch.float64
         factors = [None if factor is None else query.new_full((), factor) for factor in factors]
     window = min(2**30, sliding_window or 2**30)
-    rows, columns = tile["ROWS"], kv_heads * triton.cdiv(head_dim, tile["COLUMNS"])
+    parts = triton.cdiv(head_dim, tile["COLUMNS"])
+    rows, columns = tile["ROWS"], kv_heads * parts
     tiles = queries * group // rows + chunks + 1
     working = queries * group // rows + min(chunks, queries)
-    segments = shared_segments(query, key, chunks, window, max(1, working) * columns, rows)
+    segments = shared_segments(query, key, chunks, window, max(1, working) * columns, rows, parts)
     partials = segments if segments > 1 else 0
     chunk_arguments = cu_seqlens_q.contiguous(), kv_ranges.contiguous(), None if sinks is None else sinks.contiguous()
-    sums, stats = ((partials, *out.shape), (partials, 2, queries, heads))
+    sums, stats = ((partials, *out.shape), (partials, parts, 2, queries, heads))
     results = out, *(out.new_empty(shape, dtype=number) for shape in (sums, stats))
     sizes = queries, chunks, slots, segments
     constants = {"HEADS": heads, "GROUP": group, "HEAD_DIM": head_dim, "SEGMENT": SEGMENT}
@@ -400,8 +407,9 @@ def ragged_attention(
     if segments > 1:
         grid = tiles, kv_heads * triton.cdiv(head_dim, MERGED_COLUMNS)
         merge_kernel[grid](
-            *chunk_arguments, *results, *sizes, window, **constants, ROWS=rows, COLUMNS=MERGED_COLUMNS, **MERGE_OPTIONS
-        )
+            *chunk_arguments, *results, *sizes, window, **constants, ROWS=rows, COLUMNS=MERGED_COLUMNS,
+            PART_COLUMNS=tile["COLUMNS"], **MERGE_OPTIONS,
+        )  # fmt: skip
     return out
 
 
@@ -444,7 +452,7 @@ def configurations(target: str) -> list[Configuration]:
             )
         )
         if dtype in ("fp64", "bf16") and head_dim == 80:
-            tile = {"ROWS": tile["ROWS"], "COLUMNS": MERGED_COLUMNS}
+            tile = {"ROWS": tile["ROWS"], "COLUMNS": MERGED_COLUMNS, "PART_COLUMNS": tile["COLUMNS"]}
             found.append(Configuration(f"merge {name}", merge_kernel, shared, constants | tile | absent, MERGE_OPTIONS))
     tensors = "key_cache", "value_cache", "key", "value"
     stride_names = tuple(f"{name}{kind}" for name in tensors for kind in ("_stride", "_head_stride"))

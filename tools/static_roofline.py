@@ -173,7 +173,13 @@ def attention(chunks: int, queries: int, keys: int) -> Op:
         kv = 2 * keys * 128
         careful = 0  # the second loop, for K/V that are not finite
         flops = 4 * programs * height * keys * 128
-        yield Launch(name, programs, (programs * kv, careful), 2 * chunks * (8 * kv + 64 * queries * 128), flops)
+        segments = ceil_div(keys, found[name].get("SEGMENT", keys))  # of few long rows, each has a program
+        nbytes, sums = 2 * chunks * (8 * kv + 64 * queries * 128), 4 * segments * chunks * queries * 32 * 130
+        if segments == 1:
+            yield Launch(name, programs, (programs * kv, careful), nbytes, flops)
+            return
+        yield Launch(name, programs * segments, (programs * kv, careful), nbytes + sums, flops)
+        yield Launch("merge bf16 80", programs * 2, (sums // 4,), sums)
 
     return launches
 

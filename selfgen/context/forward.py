@@ -169,9 +169,10 @@ class Forward:
 
     def _weights(self) -> AbstractContextManager[None]:
         """Inside, passes read weights in the form that is best for them."""
-        if self.invariant is None:
-            return packed_linears(self.model)
-        return self.invariant.used(fresh_casts_of(self.model))
+        casts = fresh_casts_of(self.model)
+        if self.invariant is not None:
+            return self.invariant.used(casts)
+        return packed_linears(self.model) if casts is None else casts.used()
 
     def _begin(self, passes: Passes) -> None:
         self.cache = RaggedCache(self.model, passes.num_slots)

@@ -1,13 +1,13 @@
-"""Weights as small passes read them: laid out for oneDNN on a CPU, in the dtype of autocast for CUDA graphs.
+"""Weights as small passes read them: laid out for oneDNN on a CPU, or in the dtype of autocast.
 
 torch multiplies fp32 matrices on the CPU through MKL, which reads the weights as they lie. A generation runs dozens of
 small products over the same weights, so it pays to lay them out once for oneDNN, as torch's own inductor does when it
 freezes a model. ``python -m benchmarks.packed``, two cores of an AMD EPYC (AVX-512): a [96, 576] x [576, 1536] product
 takes 0.44 ms instead of 1.02 ms, the LM head of SmolLM2 over 8 rows 3.5 ms instead of 9.9 ms.
 
-Autocast casts a weight whenever it is used, or keeps its cast for a while. A CUDA graph can't know whether a cast that
-was kept is still that of the weight, so its replays would cast all weights anew. `CastWeights` casts them once per
-generation, into memory that stays where it is.
+Autocast casts a weight whenever it is used, or keeps its cast for a while: where Accelerate puts it inside the forward,
+until that ends. A CUDA graph can't know whether a cast that was kept is still that of the weight, so its replays would
+cast all weights anew. `CastWeights` casts them once per generation, for graphs into memory that stays where it is.
 """
 
 from __future__ import annotations

@@ -11,7 +11,7 @@ import logging
 import threading
 from bisect import bisect_left
 from collections.abc import Callable, Hashable, Iterable, Iterator
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
@@ -215,7 +215,7 @@ class GraphedForward(Forward):
             return super()._weights()
         if self.invariant is not None:
             return self.invariant.used(self._casts)
-        return super()._weights() if self._casts is None else self._casts.used()
+        return nullcontext() if self._casts is None else self._casts.used()  # recordings outlive what this one copies
 
     def run(self, passes: Passes, size: Size) -> None:
         recordings = self._current

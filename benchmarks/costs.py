@@ -7,11 +7,16 @@ A part of a forward over n tokens takes max(FLOPs / rate, bytes / bandwidth) sec
     head       at m rows: 2 m hidden * vocab FLOPs; its weights, and m rows of logits written and read
     reuse      the hidden states of n tokens, layers + 1 times, copied to where they are kept
 
-With F(n) = layers + attention, H(m) = head, and a host that needs h seconds to launch a forward:
+With F(n) = layers + attention, H(m) = head, and a host that needs h seconds to launch a training forward:
 
-    pass    F(n) + H(m) + reuse + h       the host waits for each plan, so that nothing hides its time
+    pass    F(n) + H(m) + reuse + what its engine takes to launch it
     SFT     3 max(F + H, h) + optimizer, and with checkpointing max(F, h) more: a backward is two forwards
     BSS     all passes + H + max(F, h) + 2 max(F + H, h) + what is kept read twice + optimizer
+
+An engine launches a pass as nodes of a CUDA graph, which take `NODE` seconds each however little they do, and by
+launches from the host, which take `LAUNCH`; nothing hides them, as the next pass waits for this one. Where weights are
+in fp32 under autocast, F and H of training forwards come with a cast of their weights. Passes read copies that are
+written once a generation, or, with `casts`, cast in every pass.
 
 The optimizer is traffic alone, and the same on all sides. Left out on all sides: elementwise operations and the loss.
 """
@@ -89,18 +94,52 @@ GPUS = (
 )
 
 
+class Engine(NamedTuple):
+    """How passes are launched."""
+
+    name: str
+    basis: str  # of its counts: measured, inferred from measurements, or estimated
+    nodes: int  # of a layer in the graph
+    other_nodes: int
+    launches: int  # of a layer by the host
+    other_launches: int
+
+    def seconds(self, shape: Shape) -> float:
+        """To launch a pass."""
+        nodes, launches = self.nodes * shape.layers + self.other_nodes, self.launches * shape.layers
+        return nodes * NODE + (launches + self.other_launches) * LAUNCH
+
+
+NODE = 2.5e-6
+"""Seconds of a small kernel in a CUDA graph: inferred from passes of 4.6 ms (benchmarks/results/gpu.md, H200)."""
+LAUNCH = 20e-6
+"""Seconds of a launch from Python: inferred from what a pass takes outside of its graph, 1.4 to 1.8 ms, and from passes
+without graphs, 27 to 33 ms (the same)."""
+ENGINES = (
+    Engine("no launch costs", "a bound", 0, 0, 0, 0),
+    Engine("one graph, 15 nodes a layer", "estimated", 15, 20, 0, 1),
+    Engine("one graph, 25 nodes a layer", "estimated", 25, 20, 0, 1),
+    Engine("one graph, 39 nodes a layer", "estimated", 39, 20, 0, 1),
+    Engine("graph of the model", "measured", 39, 20, 2, 20),  # planning, sampling, committing and copies outside
+    Engine("no graph", "measured", 0, 0, 41, 40),
+)
+MEASURED, NO_GRAPH = ENGINES[-2:]
+
+
 class Precision(NamedTuple):
     """Bytes."""
 
     width: int  # of a number
     state: int  # a parameter: weight, gradient, AdamW's state
     step: int  # a parameter: traffic of an optimizer step
+    cast: int = 0  # a parameter: traffic of a cast from the dtype of weights
 
 
 # The gradients' norm reads them; AdamW reads them, and reads and writes weights and two moments. In bf16 these three
 # are in fp32, and weights are written in bf16, too.
 BF16 = Precision(2, 2 + 2 + 3 * 4, 2 * 2 + 2 * 3 * 4 + 2)
 FP32 = Precision(4, 4 * 4, 2 * 4 + 2 * 3 * 4)
+AUTOCAST = Precision(2, 4 * 4, 2 * 4 + 2 * 3 * 4, cast=4 + 2)  # weights in fp32, products in bf16
 
 
 class Pass(NamedTuple):
@@ -118,7 +157,9 @@ class Costs(NamedTuple):
     shape: Shape
     device: Device
     precision: Precision = BF16
-    host: float = 0.0  # seconds a pass
+    host: float = 0.0  # seconds a training forward
+    launching: float = 0.0  # seconds a pass
+    casts: bool = False  # weights in every pass; else once a generation
 
     def part(self, flops: float, numbers: float) -> float:
         return max(flops / self.device.flops, numbers * self.precision.width / self.device.bandwidth)
@@ -138,24 +179,31 @@ class Costs(NamedTuple):
         """Hidden states of ``tokens`` copied."""
         return self.part(0, 2 * tokens * (self.shape.layers + 1) * self.shape.hidden)
 
+    def cast(self) -> float:
+        """All weights of products."""
+        return (self.shape.layer_weights + self.shape.head_weights) * self.precision.cast / self.device.bandwidth
+
     def a_pass(self, work: Pass, *, reuse: bool = True) -> float:
-        return self.layers(work) + self.head(work.sampled) + reuse * self.kept(work.tokens) + self.host
+        computing = self.layers(work) + self.head(work.sampled) + reuse * self.kept(work.tokens)
+        return computing + self.casts * self.cast() + self.launching
 
     def optimizer(self) -> float:
         return self.shape.parameters * self.precision.step / self.device.bandwidth
 
     def sft(self, batches: Sequence[Pass], *, checkpointing: bool) -> float:
         """Seconds of an SFT step over micro-batches."""
-        forwards = sum(3 * max(self.layers(b) + self.head(b.sampled), self.host) for b in batches)
-        recomputed = sum(max(self.layers(b), self.host) for b in batches)
+        forwards = sum(3 * max(self.layers(b) + self.head(b.sampled), self.host) + self.cast() for b in batches)
+        recomputed = sum(max(self.layers(b), self.host) + self.cast() for b in batches)
         return forwards + checkpointing * recomputed + self.optimizer()
 
     def bss(self, batches: Sequence[Pass], passes: Sequence[Pass], *, generator: Costs | None = None) -> float:
         """Seconds of a BSS step over micro-batches. ``generator``: costs of the passes, where they are others."""
-        contexts = sum((generator or self).a_pass(work) for work in passes)
+        generator = generator or self
+        once = 0.0 if generator.casts else generator.cast()
+        contexts = once + sum(generator.a_pass(work) for work in passes)
         reused = sum(self.head(b.sampled) + 2 * self.kept(b.tokens) for b in batches)  # forward reads, backward reads
         backward = sum(2 * max(self.layers(b) + self.head(b.sampled), self.host) for b in batches)
-        recomputed = sum(max(self.layers(b), self.host) for b in batches)
+        recomputed = sum(max(self.layers(b), self.host) + self.cast() for b in batches)
         return contexts + reused + recomputed + backward + self.optimizer()
 
     def token_budget(self) -> int:

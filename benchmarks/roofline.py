@@ -10,9 +10,14 @@ The formula is the docstring of ``costs.py``. What goes into it:
   the model agrees with the reference, not on the device. A model of 70B is assumed to agree as often as SmolLM2 does.
 - The token budget is what ``measure_budget`` finds if a forward takes what the formula says, and the passes
   are those of the nearest budget measured.
-- `--achievable` of the data sheet's FLOP rate and of its bandwidth; it cancels out where the host's time is 0. -
-`--layer-host-us` of host time per layer and forward: about 40 launches of 10 microseconds each through Python and eager
-  torch, an assumption. Passes captured in a CUDA graph would have next to none: the table is printed with 0, too.
+- `--achievable` of the data sheet's FLOP rate and of its bandwidth; it cancels out where launching takes no time.
+- Passes are launched by one of ``costs.ENGINES``: with no launch costs, which is a bound; with one graph a pass, as
+  estimated; with a graph of the model alone, and with none, as measured on an H200 (results/gpu.md). The table of a
+  pass has these measurements beside what the formula gives: its two constants, of a graph's node and of a launch, were
+  inferred from them, so other models and GPUs are extrapolations.
+- `--layer-host-us` of host time per layer and training forward: about 40 launches of 10 microseconds each through
+  Python and eager torch, an assumption. It is 0 where launches cost nothing.
+- Weights in fp32 under autocast are cast in each training forward, and for passes once a generation: the last table.
 - Weights, gradients and AdamW's state (16 bytes per parameter) lie on the fewest GPUs that hold them, in perfect tensor
   parallelism: each has its share of all FLOPs and bytes. Communication costs nothing, activations take no memory.
 - Rows of a step are trained on in micro-batches of 8 without padding. It would add to all but the passes.
@@ -42,7 +47,24 @@ from selfgen.context.packed import packed_linears
 from selfgen.data import tokenize_rows
 from tools.real_parts import gsm8k, load_smollm2
 
-from .costs import BF16, FP32, GPUS, SHAPES, SMOLLM2, Costs, Device, Pass, Shape, micro_batches
+from .costs import (
+    AUTOCAST,
+    BF16,
+    ENGINES,
+    FP32,
+    GPUS,
+    MEASURED,
+    NO_GRAPH,
+    SHAPES,
+    SMOLLM2,
+    Costs,
+    Device,
+    Engine,
+    Pass,
+    Precision,
+    Shape,
+    micro_batches,
+)
 
 PASSES = Path(__file__).parent / "results" / "passes.json"
 SELF_PROBS = 0.1, 0.25, 0.5, 1.0
@@ -51,6 +73,10 @@ ROWS = 32  # of an optimizer step, as in bench_step
 CHECK, OFF_BY = "The model against this machine", "predicted / measured"
 STEP_RATIOS = {"BSS / SFT, checkpointing": True, "BSS / SFT": False}  # columns of bench_step
 FACTOR = 1.5  # found: 0.87 to 1.31
+H200 = Device("H200, rates as measured", 790e12, 4.3e12, 141e9)
+SMALL = Pass(64, 16, 1600, 64 * 200)  # of 8 rows of 200
+PASS_TITLE = "A pass of 64 tokens in bf16, ms: the formula at an H200's measured rates, and what was measured"
+MEASURED_MS = {MEASURED.name: "4.6 to 8.7", NO_GRAPH.name: "33"}  # SmolLM2 in bf16: results/gpu.md
 
 
 def nearest_run(measured: dict[str, Any], self_prob: float, budget: int) -> dict[str, Any]:
@@ -67,11 +93,18 @@ def passes_table(measured: dict[str, Any]) -> list[dict[str, Any]]:
 
 
 def predict(
-    shape: Shape, gpu: Device, measured: dict[str, Any], achievable: float, layer_host: float
+    shape: Shape,
+    gpu: Device,
+    measured: dict[str, Any],
+    achievable: float,
+    layer_host: float,
+    engine: Engine = ENGINES[0],
+    precision: Precision = BF16,
 ) -> dict[str, Any]:
     """One row of the model's table. ``layer_host`` in seconds."""
-    gpus = math.ceil(BF16.state * shape.parameters / gpu.memory)
-    costs = Costs(shape, gpu.times(achievable * gpus), BF16, layer_host * shape.layers)
+    gpus = math.ceil(precision.state * shape.parameters / gpu.memory)
+    device, host = gpu.times(achievable * gpus), layer_host * shape.layers
+    costs = Costs(shape, device, precision, host, engine.seconds(shape))
     batches = micro_batches(measured["lengths"])
     row: dict[str, Any] = {"GPU": gpu.name, "model": shape.name, "GPUs": gpus, "budget": costs.token_budget()}
     for p in SELF_PROBS:
@@ -80,6 +113,33 @@ def predict(
         ratios = [bss / costs.sft(batches, checkpointing=checkpointing) for checkpointing in (True, False)]
         row[f"p = {p}"] = " / ".join(f"{ratio:.2f}" for ratio in ratios)
     return row
+
+
+def pass_table() -> list[dict[str, Any]]:
+    """Milliseconds of a pass of 64 tokens in bf16 on an H200, by engine; measured ones beside them."""
+    shapes = [SMOLLM2, *(shape for shape in SHAPES if shape.name in ("Llama-3.2-1B", "Llama-3.1-8B"))]
+    rows = []
+    for engine in ENGINES:
+        row = {"passes": engine.name, "their counts are": engine.basis}
+        for shape in shapes:
+            plain, casting = (
+                Costs(shape, H200, precision, 0.0, engine.seconds(shape), casts=True) for precision in (BF16, AUTOCAST)
+            )
+            row[shape.name] = f"{1e3 * plain.a_pass(SMALL):.2f}"
+            row[f"{shape.name}, casting"] = f"{1e3 * casting.a_pass(SMALL):.2f}"
+        row[f"{SMOLLM2.name}, measured"] = MEASURED_MS.get(engine.name, "")
+        rows.append(row)
+    return rows
+
+
+def title_of(engine: Engine, precision: Precision, host: float) -> str:
+    """Of a table of steps; ``host`` in microseconds."""
+    weights = ", weights in fp32 under autocast" if precision.cast else ""
+    passes = f"passes: {engine.name} ({engine.basis})"
+    return (
+        f"Model, not measured: BSS / SFT with checkpointing, BSS / SFT{weights}; {passes}; "
+        f"host time a layer of a training forward {host:g} us"
+    )
 
 
 @contextmanager
@@ -169,7 +229,8 @@ def check(measured: dict[str, Any], layer_host: float, bench: Path | None) -> li
     seconds, passes = statistics.median(run.seconds for run in runs), passes[-runs[0].passes :]
 
     cpu, cpu_in_passes = this_cpu(round(statistics.mean(work.tokens for work in passes)))
-    costs = Costs(SMOLLM2, cpu, FP32, layer_host * SMOLLM2.layers)
+    host = layer_host * SMOLLM2.layers
+    costs = Costs(SMOLLM2, cpu, FP32, host, launching=host)
     in_passes = costs._replace(device=cpu_in_passes)
     print(f"{cpu.name}: {cpu.flops / 1e9:.0f} GFLOP/s, in passes {cpu_in_passes.flops / 1e9:.0f}", end="; ")
     print(f"{cpu.bandwidth / 1e9:.1f} GB/s; token budget {budget}")
@@ -227,10 +288,15 @@ def main(argv: list[str] | None = None) -> int:
     tables = {title: passes_table(measured)}
     if args.check:
         tables[CHECK] = check(measured, args.layer_host_us * 1e-6, args.bench)
-    for host in dict.fromkeys((0.0, args.layer_host_us)):
-        title = f"Model, not measured: BSS / SFT with checkpointing, BSS / SFT; host time a layer {host:g} us"
-        rows = [predict(s, gpu, measured, args.achievable, host * 1e-6) for gpu in GPUS for s in SHAPES]
-        tables[title] = rows
+    tables[PASS_TITLE] = pass_table()
+    ways = [*((engine, BF16) for engine in ENGINES), (ENGINES[1], AUTOCAST)]
+    for engine, precision in ways:
+        host = 0.0 if engine == ENGINES[0] else args.layer_host_us
+        tables[title_of(engine, precision, host)] = [
+            predict(shape, gpu, measured, args.achievable, host * 1e-6, engine, precision)
+            for gpu in GPUS
+            for shape in SHAPES
+        ]
     print("\n\n".join(f"{title}\n\n{table(rows)}" for title, rows in tables.items()))
     if args.json:
         arguments = {"achievable": args.achievable, "layer_host_us": args.layer_host_us}

@@ -111,7 +111,8 @@ class Step(NamedTuple):
 
 
 def step(shape: Shape, layout: Layout, measured: dict[str, Any], achievable: float) -> Step:
-    costs = Costs(shape, H100.times(achievable * layout.tensor), BF16, HOST * shape.layers)
+    host = HOST * shape.layers
+    costs = Costs(shape, H100.times(achievable * layout.tensor), BF16, host, launching=host)
     batches = micro_batches(measured["lengths"])
     run = nearest_run(measured, SELF_PROB, costs.token_budget())
     passes = [Pass(*work) for work in run["passes"]]

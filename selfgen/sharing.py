@@ -136,7 +136,7 @@ def rounding(
     Raises:
         ValueError: something differs from what is noted down.
     """
-    if generator.precision in (torch.float32, torch.float64):
+    if generator.dtype in (torch.float32, torch.float64) or generator.precision == "invariant":
         return {}
     now: dict[str, Any] = {"batch_size": batch_size} | ({} if method is None else {"method": method})
     if method == "fixed_point":
@@ -146,7 +146,7 @@ def rounding(
     other = differences(found, now, ignore=(found.keys() | now.keys()) - (found.keys() & now.keys()))
     if other:
         raise ValueError(
-            f"contexts and answers in {str(generator.precision).removeprefix('torch.')} depend on how rows are "
+            f"contexts and answers in {str(generator.dtype).removeprefix('torch.')} depend on how rows are "
             f"computed together ({'; '.join(other)}): give the former values, or another place"
         )
     return now

@@ -5,25 +5,33 @@ of `backends/` compute the same faster. Only torch is needed: a missing compiler
 """
 
 from selfgen_kernels.call import NOISE_VERSION
+from selfgen_kernels.ops.activation import act_mul
 from selfgen_kernels.ops.attention import kv_append, ragged_attention
 from selfgen_kernels.ops.head import combine_shards, linear_sample_mix, linear_sample_shard
+from selfgen_kernels.ops.linear import invariant_linear
 from selfgen_kernels.ops.noise import gumbel_noise, self_mask
+from selfgen_kernels.ops.norm import rms_norm
 from selfgen_kernels.ops.passes import commit_pass, plan_pass
+from selfgen_kernels.ops.rotary import rotary
 from selfgen_kernels.ops.sampling import sample_mix
 
 from selfgen_kernels import backends  # isort: skip  (kernels register for schemas that the ops above have defined)
 
 __all__ = [
     "NOISE_VERSION",
+    "act_mul",
     "backends",
     "combine_shards",
     "commit_pass",
     "gumbel_noise",
+    "invariant_linear",
     "kv_append",
     "linear_sample_mix",
     "linear_sample_shard",
     "plan_pass",
     "ragged_attention",
+    "rms_norm",
+    "rotary",
     "sample_mix",
     "self_mask",
 ]

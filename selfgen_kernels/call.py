@@ -1,12 +1,15 @@
 """The records of a sampling call, in the order in which its operators take what they hold.
 
+What is per row is a tensor [N] or, on every device but the CPU, may be a number for all rows: a CPU tensor of no
+dimension, which costs no launch. Kernels that want tensors only call `in_rows`.
+
 Arguments of an operator are flat, as torch wants them. The table of operators (`ops/__init__.py`) says which records
 those of a sampling op make, and everything else reads it: schemas are written from it, public functions hand over
 `*record`, and kernels get the records back.
 """
 
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 import torch
 from torch import Tensor
@@ -25,19 +28,19 @@ NaN."""
 
 
 class Mask(NamedTuple):
-    """Which rows take a self token: those whose random number is below their threshold. Tensors are [N]."""
+    """Which rows take a self token: those whose random number is below their threshold. Tensors are [N], or numbers."""
 
     threshold: Tensor
-    seed: int
+    seed: int | Tensor  # int64 [1], in the overload that takes it
     sample_ids: Tensor
     positions: Tensor
 
 
 class Sampling(NamedTuple):
-    """How each row is drawn: its `Mask`, temperature and filters. Tensors are [N]."""
+    """How each row is drawn: its `Mask`, temperature and filters. Tensors are [N], or numbers."""
 
     threshold: Tensor
-    seed: int
+    seed: int | Tensor  # int64 [1], in the overload that takes it
     sample_ids: Tensor
     positions: Tensor
     inv_temperature: Tensor  # +inf is greedy
@@ -63,7 +66,22 @@ class Sampling(NamedTuple):
         return any(value is not None for value in (self.top_k, self.top_p, self.min_p))
 
     def select(self, rows: Tensor | slice) -> "Sampling":
-        return Sampling(*(value[rows] if isinstance(value, Tensor) else value for value in self))  # type: ignore[arg-type]
+        of_rows = {
+            name: value[rows] for name, value in self._asdict().items() if isinstance(value, Tensor) and name != "seed"
+        }
+        return self._replace(**of_rows)
+
+
+_Rows = TypeVar("_Rows", Mask, Sampling)
+
+
+def in_rows(how: _Rows) -> _Rows:
+    """`how` with a tensor [N] in place of each number."""
+    like = how.positions
+    given = {name: x for name, x in how._asdict().items() if name not in ("sample_ids", "positions")}
+    numbers = {name: x for name, x in given.items() if isinstance(x, Tensor) and not x.dim()}
+    tensors: Any = {name: like.new_full(like.shape, x.item(), dtype=x.dtype) for name, x in numbers.items()}
+    return how._replace(**tensors)
 
 
 class Head(NamedTuple):
@@ -76,7 +94,7 @@ class Head(NamedTuple):
     logit_scale: float
 
 
-def unscaled(threshold: Tensor, seed: int, sample_ids: Tensor, positions: Tensor) -> Sampling:
+def unscaled(threshold: Tensor, seed: int | Tensor, sample_ids: Tensor, positions: Tensor) -> Sampling:
     """The `Sampling` of a `Mask` at temperature 1."""
     return Sampling(threshold, seed, sample_ids, positions, torch.ones_like(threshold, dtype=torch.float32))
 
@@ -89,7 +107,7 @@ class Part(NamedTuple):
 
 
 _IN_SCHEMAS: dict[Any, str] = {
-    Tensor: "Tensor", Tensor | None: "Tensor?", int: "SymInt", float: "float", float | None: "float?"
+    Tensor: "Tensor", Tensor | None: "Tensor?", int | Tensor: "SymInt", float: "float", float | None: "float?"
 }  # fmt: skip
 
 

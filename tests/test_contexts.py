@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+from contextlib import nullcontext
 from functools import cache
 
 import pytest
 import torch
-from helpers.contexts import PER_FAMILY, assert_equal, batches
+from helpers.contexts import PER_FAMILY, assert_equal, batch, batches
 from hypothesis import given
 from hypothesis import strategies as st
 from models import CONFIGS, tiny_model
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from selfgen import ContextGenerator
 from selfgen.context import fixed_point as engine
@@ -102,16 +104,17 @@ def test_nothing_final_is_computed_twice(token_budget, monkeypatch):
     sizes: list[int] = []
     original = engine.FixedPoint.run
 
-    def record(state, forward, ragged_pass):
-        slots, bounds = ragged_pass.slots, ragged_pass.cu_seqlens_q
+    def record(state, forward, size):
+        slots, bounds = state.slots[: size.tokens].clone(), state.cu_seqlens_q
         assert 1 <= len(slots) <= token_budget
-        assert bounds[-1] == len(slots)
+        assert bounds[-1] == len(slots) == size.tokens
+        assert (state.slots[size.tokens :] < 0).all()
         for row, final in enumerate(state.final.tolist()):
             window = slots[bounds[row] : bounds[row + 1]]
             assert torch.equal(window, torch.arange(final, final + len(window)))
-        assert torch.equal(ragged_pass.position_ids[0], state.positions[slots])
         sizes.append(len(slots))
-        return original(state, forward, ragged_pass)
+        original(state, forward, size)
+        assert torch.equal(forward.cache.current.position_ids[0], state.positions[slots])
 
     monkeypatch.setattr(engine.FixedPoint, "run", record)
     generator = ContextGenerator(model_of("llama"), token_budget=token_budget, balance=token_budget / 8)
@@ -226,3 +229,39 @@ def test_smollm2_on_whole_rows(smollm2, math_rows, self_prob, temperature):
             smollm2[0], temperature=temperature, token_budget=token_budget, balance=token_budget / 8
         )
         assert_equal(generator.contexts(prompts, references, self_prob, **arguments), expected)
+
+
+class Casts(TorchDispatchMode):
+    """How often a matrix of some shapes is cast from fp32."""
+
+    def __init__(self, shapes):
+        super().__init__()
+        self.shapes, self.count = shapes, 0
+
+    def __torch_dispatch__(self, operator, types, args=(), kwargs=None):
+        if "copy" in str(operator):  # _to_copy, or _foreach_copy_ with what is cast last
+            of = args[-1] if isinstance(args[-1], list) else args[:1]
+            self.count += sum(one.dtype == torch.float32 and one.shape in self.shapes for one in of)
+        return operator(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("family", ["llama", "gpt_neox"])
+def test_under_autocast_a_pass_casts_no_weight(family):
+    """Once per generation each, also where autocast keeps no cast, and to the contexts of its own casts."""
+    model = tiny_model(family)
+    linears = [module for module in model.modules() if isinstance(module, torch.nn.Linear)]
+    prompts, references, ids = batch()
+    found = []
+    for own in (False, True):
+        generator = ContextGenerator(model, token_budget=20, balance=4.0)
+        with torch.autocast("cpu", torch.bfloat16, cache_enabled=False):
+            generator.contexts(prompts, references, 0.5, seed=1, sample_ids=ids)  # looked at before
+            if own:
+                generator._forward()._weights = nullcontext
+            with Casts({module.weight.shape for module in linears}) as casts:
+                found.append(generator.contexts(prompts, references, 0.5, seed=1, sample_ids=ids))
+        if own:
+            assert casts.count > len(linears) * 2
+        else:
+            assert casts.count == len(linears)
+    assert_equal(*found)

@@ -22,6 +22,7 @@ LAUNCHED_BY = {  # op with a Triton kernel: tests of which one at least must be 
     "reference_log_prob": ("test_reference_log_prob.py::test_any_dtype_and_vocabulary_size[triton",),
     "plan_pass": ("test_passes.py::test_plan_is_that_of_a_heap[triton",),
     "commit_pass": ("test_passes.py::test_commit_is_that_of_the_reference[triton",),
+    "invariant_linear": ("test_linear.py::test_products_are_exact_up_to_rounding[triton", "test_linear.py::TestOnAGpu"),
     "linear_sample_mix": (
         "test_triton_head.py::test_tokens_are_those_of_the_reference",
         "test_triton_head.py::test_cutoffs_are_those_of_the_reference",
@@ -30,12 +31,17 @@ LAUNCHED_BY = {  # op with a Triton kernel: tests of which one at least must be 
     "linear_sample_shard": ("test_triton_head.py::test_candidates_of_a_shard_are_those_of_the_reference",),
     "linear_reference_log_prob": ("test_triton_head.py::test_log_probs_are_those_of_the_reference",),
     "kv_append": ("test_attention.py::test_append_writes_its_slots_and_nothing_else[triton",),
+    "act_mul": ("test_layer_ops.py::test_act_mul_is_equal[",),
+    "rotary": ("test_layer_ops.py::test_rotary_is_equal[",),
+    "rms_norm": ("test_norm.py::test_backends_are_equal[triton",),
     "ragged_attention": ("test_attention.py::test_agrees_with_dense_attention[triton",),
 }
 OFF_THE_GPU = (  # what names Triton, but launches no kernel or asks the interpreter
     "test_triton_bounds.py",
     "test_triton_compile.py",
     "test_triton_launch.py",
+    "test_triton_targets.py",
+    "test_launches_of_triton_are_all_there_is",
     "test_dispatch.py::test_importing_needs_torch_only",
     "test_dispatch.py::test_without_triton_and_compiler",
     "test_far_offsets.py::test_a_wrapped_offset_is_noticed",

@@ -8,6 +8,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import pickle
+from contextlib import contextmanager
 from weakref import WeakKeyDictionary
 
 import pytest
@@ -19,6 +20,8 @@ from models import CONFIGS, tiny_model
 
 from selfgen import ContextGenerator
 from selfgen.context import graphs as engine
+from selfgen.context.fixed_point import FixedPoint
+from selfgen.context.forward import Forward
 from selfgen.training.meter import Meter
 
 
@@ -41,7 +44,7 @@ def test_padded_passes_give_the_contexts_of_the_loop(family, self_probs):
     generator = ContextGenerator(model, token_budget=100, balance=12.5)
     for self_prob in self_probs:
         want = contexts(generator, self_prob, method="sequential")
-        for _ in range(3):  # run, recorded, replayed
+        for _ in range(3):  # recorded, replayed
             assert_equal(contexts(generator, self_prob), want)
     passes = generator._forward()
     assert passes.replays > passes.records > 0
@@ -65,7 +68,8 @@ def test_passes_that_were_no_replay_are_counted(monkeypatch):
                 for name, count in zip(("records", "replays"), before, strict=True)
             )
             assert (found[-1].captured, found[-1].replayed) == (records, replays - records)
-        assert found[0].replayed < found[0].passes
+        assert found[0].captured > 0
+        assert all(one.captured + one.replayed == one.passes for one in found)
         assert found[0].padding > 0
         assert (found[-1].captured, found[-1].replayed) == (0, found[-1].passes)
     assert contexts(generator, method="sequential").stats.padding == 0
@@ -78,15 +82,14 @@ def test_passes_that_were_no_replay_are_counted(monkeypatch):
 
 def test_padding_is_what_recorded_sizes_have_too_much(monkeypatch):
     generator, sizes, planned = ContextGenerator(tiny_model("llama"), token_budget=100, balance=12.5), [], []
-    of = engine._Size.of.__func__
+    of = engine.recorded_size
 
-    def noted(kind, ragged_pass, *given):
-        size = of(kind, ragged_pass, *given)
-        sizes.append(size.tokens)
-        planned.append(ragged_pass.num_tokens)
-        return size
+    def noted(size, most_places):
+        sizes.append(of(size, most_places).tokens)
+        planned.append(size.tokens)
+        return of(size, most_places)
 
-    monkeypatch.setattr(engine._Size, "of", classmethod(noted))
+    monkeypatch.setattr(engine, "recorded_size", noted)
     for _ in range(3):
         sizes.clear()
         planned.clear()
@@ -125,7 +128,7 @@ def test_what_is_kept_is_that_of_the_plain_passes():
         how = {"seed": seed, "sample_ids": data["sample_id"], "keep_hidden_states": True}
         got = generator.contexts(*columns, 0.5, **how)
         plain = ContextGenerator(model, token_budget=40, balance=5)
-        plain._passes = engine.Forward(model)
+        plain._passes = Forward(model)
         want = plain.contexts(*columns, 0.5, **how)
         assert_equal(got, want)
         torch.testing.assert_close(got.hidden_states.states, want.hidden_states.states, rtol=1e-4, atol=1e-5)
@@ -145,7 +148,7 @@ def test_what_was_kept_before_stays():
 def test_answers_are_those_of_the_plain_passes():
     model = tiny_model("llama")
     generator, plain = ContextGenerator(model), ContextGenerator(model)
-    plain._passes = engine.Forward(model)
+    plain._passes = Forward(model)
     prompts = batch()[0]
     for seed in range(3):
         got, want = (one.answer(prompts, max_new_tokens=20, batch_size=5, seed=seed) for one in (generator, plain))
@@ -164,6 +167,11 @@ def test_an_optimizers_step_is_seen():
             parameter.add_(0.05 * torch.randn_like(parameter))
     assert_equal(contexts(generator), contexts(generator, method="sequential"))
     assert generator._forward().records == records
+
+
+def recordings(generator):
+    """What replays the recorded passes of all kinds and sizes."""
+    return [replay for kind in generator._forward()._recorded.values() for replay in kind.replays.values()]
 
 
 def moved(model):
@@ -225,11 +233,11 @@ def test_what_changes_the_computation_is_recorded_anew(change):
     for _ in range(2):
         for _ in range(3):
             contexts(generator)
-        old = list(generator._forward()._recorded.values())
+        old = recordings(generator)
         assert old
         change(model)
         assert_equal(contexts(generator), contexts(generator, method="sequential"))
-        assert not {*map(id, old)} & {*map(id, generator._forward()._recorded.values())}
+        assert not {*map(id, old)} & {*map(id, recordings(generator))}
 
 
 def test_one_hook_after_another():
@@ -282,7 +290,15 @@ def test_a_model_that_cannot_be_recorded_is_run_as_it_is(monkeypatch, caplog, wh
     def failing(*_):
         raise RuntimeError("called a synchronizing CUDA operation")
 
-    monkeypatch.setattr(engine._Recorded if when == "run" else Recorder, when, failing)
+    @contextmanager
+    def failing_context():
+        yield
+        failing()
+
+    if when == "run":
+        monkeypatch.setattr(engine, "not_waiting", failing_context)
+    else:
+        monkeypatch.setattr(Recorder, when, failing)
     generator = ContextGenerator(tiny_model("llama"), token_budget=100, balance=12.5)
     want = contexts(generator, method="sequential")
     for _ in range(3):
@@ -291,16 +307,21 @@ def test_a_model_that_cannot_be_recorded_is_run_as_it_is(monkeypatch, caplog, wh
     assert not hasattr(generator._forward(), "cache")  # K/V is freed
 
 
-@pytest.mark.parametrize("limit", ["_most_tokens", "_most_places"])
-def test_passes_that_would_keep_much_are_run_as_they_are(limit):
+@pytest.mark.parametrize("limit", ["tokens", "places"])
+def test_passes_that_are_too_large_are_run_as_they_are(limit, monkeypatch):
     generator = ContextGenerator(tiny_model("llama"), token_budget=400, balance=50)
-    setattr(generator._forward(), limit, 20)
+    if limit == "tokens":
+        monkeypatch.setattr(engine, "TOKENS", (16,))
+    else:
+        generator._forward()._most_places = 20
     want = contexts(generator, method="sequential")
     for _ in range(3):
-        assert_equal(contexts(generator), want)
-    sizes = generator._forward()._recorded
+        mixed = contexts(generator)
+        assert_equal(mixed, want)
+        assert mixed.stats.captured + mixed.stats.replayed < mixed.stats.passes
+    sizes = [size for kind in generator._forward()._recorded.values() for size in kind.replays]
     assert sizes
-    assert all((size.tokens if limit == "_most_tokens" else size.places) <= 20 for size in sizes)
+    assert all(getattr(size, limit) <= 20 for size in sizes)
 
 
 def test_kv_that_would_be_too_much_to_keep_is_freed(monkeypatch, caplog):
@@ -311,6 +332,20 @@ def test_kv_that_would_be_too_much_to_keep_is_freed(monkeypatch, caplog):
         assert_equal(contexts(generator), want)
         assert not hasattr(generator._forward(), "cache")
     assert caplog.text.count("too much to keep") == 1
+
+
+def test_only_a_generation_that_takes_too_much_runs_as_it_is():
+    """Between others, whose graphs stay; and a setting says what is too much."""
+    model = tiny_model("llama")
+    generator = ContextGenerator(model, token_budget=100, balance=12.5, graph_memory=2e-5)  # of 16 GB
+    prompts, references, sample_ids = batch(40, longest=100)
+    for count in (2, 40, 2, 40, 2):
+        rows = prompts[:count], references[:count]
+        how = {"self_prob": 0.5, "seed": count, "sample_ids": sample_ids[:count]}
+        mixed = generator.contexts(*rows, **how)
+        assert_equal(mixed, generator.contexts(*rows, **how, method="sequential"))
+        assert bool(mixed.stats.captured + mixed.stats.replayed) == (count == 2)
+    assert mixed.stats.captured == 0
 
 
 def test_release():
@@ -370,8 +405,8 @@ def cast_operators(generator):
     weights = {module.weight.shape for module in generator.model.modules() if isinstance(module, torch.nn.Linear)}
     return sum(
         "_to_copy" in str(operator) and args[0].dtype == torch.float32 and args[0].shape in weights
-        for recorded in generator._forward()._recorded.values()
-        for operator, args, *_ in getattr(recorded.replay, "calls", ())
+        for replay in recordings(generator)
+        for operator, args, *_ in replay.calls
     )
 
 
@@ -399,6 +434,22 @@ def test_under_autocast_weights_are_cast_once_a_generation(family, monkeypatch):
         assert_equal(under_autocast(again), under_autocast(plain))
     assert again._forward()._casts is None
     assert cast_operators(again)
+
+
+def test_a_generation_without_graphs_casts_weights_as_they_are():
+    """Copies that the last recorded generation has read are those of its weights."""
+    model = tiny_model("llama")
+    generator, plain = with_casts_and_without(model)
+    under_autocast(generator)
+    assert generator._forward()._casts is not None
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.add_(0.05 * torch.randn_like(parameter))
+    for one in (generator, plain):
+        one._forward()._share = 0.0
+    found, want = under_autocast(generator), under_autocast(plain)
+    assert found.stats.captured == found.stats.replayed == 0
+    assert_equal(found, want)
 
 
 def test_weights_that_have_moved_need_no_new_recording():
@@ -471,15 +522,14 @@ def test_each_forward_records_on_a_stream_of_its_own(monkeypatch):
 
 
 def test_another_error_is_raised(monkeypatch):
-    def failing(run):
+    def failing(*args):
         raise RuntimeError("out of luck")
 
     generator = ContextGenerator(tiny_model("llama"), token_budget=100, balance=12.5)
     with monkeypatch.context() as patch:
-        patch.setattr(engine._Recorded, "run", failing)
+        patch.setattr(FixedPoint, "run", failing)
         with pytest.raises(RuntimeError, match="out of luck"):
             contexts(generator)
-    assert not generator._forward()._recording
     assert not hasattr(generator._forward(), "cache")
     assert_equal(contexts(generator), contexts(generator, method="sequential"))
 
@@ -487,15 +537,13 @@ def test_another_error_is_raised(monkeypatch):
 @pytest.mark.parametrize(
     ("tokens", "places", "most", "room"),
     [
-        (1, 0, 10**6, (16, 16)), (16, 16, 10**6, (16, 16)), (17, 1, 10**6, (32, 16)), (65, 40, 10**6, (128, 64)),
-        (256, 1, 10**6, (256, 64)), (300, 1, 10**6, (320, 128)), (1025, 600, 10**6, (1280, 1024)),
-        (8192, 8192, 10**6, (8192, 8192)), (8192, 300, 883, (8192, 512)), (8192, 600, 883, (8192, 883)),
-        (8192, 900, 883, (8192, 1024)), (8192, 1, 300, (8192, 16)), (512, 100, 883, (512, 128)),
+        (1, 0, 10**6, (16, 16)), (16, 16, 10**6, (16, 16)), (17, 1, 10**6, (32, 32)), (65, 30, 10**6, (128, 32)),
+        (65, 40, 10**6, (128, 128)), (256, 1, 10**6, (256, 16)), (300, 1, 10**6, (384, 24)),
+        (1025, 600, 10**6, (1536, 1536)), (8192, 8192, 10**6, (8192, 8192)), (8192, 300, 883, (8192, 512)),
+        (8192, 600, 883, (8192, 883)), (8192, 1, 300, (8192, 300)), (512, 100, 883, (512, 128)), (8193, 1, 10**6, None),
+        (8192, 900, 883, None),
     ],
 )  # fmt: skip
 def test_sizes(tokens, places, most, room):
-    """Of a vocabulary of 152,000 there is room for the logits of 883 places, which large passes stay within."""
-    some = torch.zeros(tokens, dtype=torch.int64)
-    ragged_pass = engine.RaggedPass(some, some[None], torch.zeros(18), torch.zeros(17, 2))
-    size = engine._Size.of(ragged_pass, some[:places], False, most)
-    assert (size.tokens, size.places, size.rows) == (*room, 32)
+    """Of a vocabulary of 152,000 there is room for the logits of 883 places on a GPU of 16 GB."""
+    assert engine.recorded_size(engine.Size(tokens, places), most) == room

@@ -271,7 +271,7 @@ def test_experts_of_another_dtype():
 def test_the_precision_of_a_mix():
     model = mixed("llama", "tied_head", torch.bfloat16, torch.float32)
     assert model.dtype == torch.float32  # transformers', of the first weight
-    assert precision_of(model) == ContextGenerator(model).precision == torch.bfloat16
+    assert precision_of(model) == ContextGenerator(model).dtype == torch.bfloat16
     assert not full_precision(model)
     assert full_precision(mixed("llama", "head"))
 

@@ -26,10 +26,13 @@ def contexts(generator, self_prob: float, method: str = "fixed_point", seed: int
     return torch.cat(mixed.tokens).cpu(), torch.cat(mixed.is_self).cpu()
 
 
+def recordings(generator):
+    return [replay for kind in generator._forward()._recorded.values() for replay in kind.replays.values()]
+
+
 def assert_replays(generator):
     """But for gpt-oss, whose experts wait for the device: it runs as it is."""
-    recorded = generator._forward()._recorded.values()
-    assert any(one.replay is not None for one in recorded) or generator.model.config.model_type == "gpt_oss"
+    assert recordings(generator) or generator.model.config.model_type == "gpt_oss"
 
 
 @pytest.mark.parametrize("cuda_graphs", [True, False])
@@ -61,14 +64,33 @@ def test_recorded_passes_see_an_optimizers_step(precision):
 
     before = [run(generator) for _ in range(3)][-1]
     assert_replays(generator)
-    old = dict(generator._forward()._recorded)
+    old = recordings(generator)
     with torch.no_grad():
         for parameter in model.parameters():
             parameter.mul_(-1.0)
     after, plain = run(generator), run(plain)
-    assert all(generator._forward()._recorded[size] is one for size, one in old.items())
+    assert all(any(replay is one for one in recordings(generator)) for replay in old)
     assert not torch.equal(after[0], before[0])
     assert (after[0] != plain[0]).float().mean() <= (0 if precision == "fp32" else 0.5)
+
+
+def test_every_pass_is_a_replay_from_the_second_generation_on():
+    """Under another seed, with other rows, over what a training step still has."""
+    model = tiny_model("llama").cuda()
+    generator, plain = (
+        ContextGenerator(model, token_budget=100, balance=12.5, cuda_graphs=graphs) for graphs in (True, False)
+    )
+    prompts, references, ids = batch()
+    held = []
+    for seed, count in enumerate((12, 12, 7, 12, 12)):
+        how = {"seed": seed % 3, "sample_ids": ids[:count], "keep_hidden_states": True}
+        got, want = (one.contexts(prompts[:count], references[:count], 0.5, **how) for one in (generator, plain))
+        assert all(map(torch.equal, got.tokens, want.tokens))
+        assert got.stats.captured + got.stats.replayed == got.stats.passes
+        torch.testing.assert_close(got.hidden_states.states, want.hidden_states.states, rtol=1e-4, atol=1e-5)
+        held.append((got.hidden_states, got.hidden_states.states.clone()))
+    assert got.stats.replayed == got.stats.passes
+    assert all(torch.equal(kept.states, states) for kept, states in held)
 
 
 @pytest.mark.parametrize("family", FAMILIES)

@@ -257,7 +257,7 @@ def nothing_outside(model, whole, caplog):
     generator = ContextGenerator(model)
     for ask in (
         lambda: generator.budget,
-        lambda: generator.precision,
+        lambda: generator.dtype,
         lambda: generator.check_causal(),
         lambda: generator.touch(),
         lambda: generator.answer([[3]]),

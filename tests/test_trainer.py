@@ -295,7 +295,7 @@ def test_a_model_trained_in_bf16_autocast_makes_contexts_in_it(tmp_path, adapter
             ids = torch.full_like(at, row)
             chosen, _ = sample_mix(own, reference[at], 1.0, seed=3, sample_ids=ids, positions=at)
             assert torch.equal(chosen, token)
-    assert generator.precision == torch.bfloat16
+    assert generator.dtype == torch.bfloat16
     same = 0
     for prompt, tokens in zip(prompts, answer(trainer.model, prompts, max_new_tokens=8).tokens, strict=True):
         ids = torch.cat([prompt, tokens])[None]
@@ -441,6 +441,7 @@ def test_lora(tmp_path):
         ({"self_prob_schedule": "cubic"}, "'cubic'; accepted: constant, linear"),
         ({"context_method": "magic"}, "'magic'; accepted: fixed_point, sequential"),
         ({"token_budget": 0}, "token_budget is 0; it must be at least 1"),
+        ({"graph_memory": 1.5}, r"graph_memory is 1\.5; it must be a share"),
         ({"max_length": 1}, "max_length is 1; it must be at least 2"),
         ({"remove_unused_columns": True}, "remove_unused_columns must stay False"),
     ],

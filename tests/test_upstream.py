@@ -102,6 +102,17 @@ UPSTREAM = [
     ("transformers:LlamaForCausalLM.forward", forward_of_a_model, "ragged_logits can't hand over a pass"),
     ("transformers:PreTrainedModel.warn_if_padding_and_no_attention_mask", exists, "passes wait for the device again"),
     ("transformers:PreTrainedConfig.get_text_config", arguments("decoder"), "sizes of a model can't be read"),
+    (
+        "torch.utils._python_dispatch:TorchDispatchMode.__torch_dispatch__",
+        exists,
+        "what depends on the batch is not refused by precision=invariant",
+    ),
+    ("transformers.pytorch_utils:Conv1D.forward", arguments("x"), "GPT-2 is refused by precision=invariant"),
+    (
+        "transformers.activations:GELUTanh.forward",
+        arguments("input"),
+        "activations have no tables, so precision=invariant refuses gelu",
+    ),
     # Reuse of passes
     ("transformers.modeling_layers:GradientCheckpointingLayer.gradient_checkpointing", exists, "no pass is reused"),
     (
@@ -321,6 +332,12 @@ UPSTREAM = [
         "torch.nn:Module.__call__",
         own_forward,
         "packed weights and lean losses, which replace a forward, have no effect",
+    ),
+    ("torch.nn:Module.compile", mentions("self._compiled_call_impl"), "a compiled module loses its own forward"),
+    (
+        "transformers.models.llama.modeling_llama:LlamaAttention.forward",
+        mentions("apply_rotary_pos_emb(query_states, key_states, cos, sin)"),
+        "positions are turned by ten kernels again",
     ),
     ("torch.utils._python_dispatch:is_traceable_wrapper_subclass", exists, "graphs of quantized weights go wrong"),
     ("torch.nn:Module.register_forward_pre_hook", mentions("self._forward_pre_hooks"), "graphs miss a new hook"),

@@ -1,10 +1,13 @@
 """Compiles the Triton kernels for GPUs that are not here: registers, spills, shared memory, occupancy, instructions.
 
     python -m tools.aot [--target sm_90 ...] [--kernel TEXT] [--quick] [--json FILE]
+    python -m tools.aot --roofline [--against FILE]    the time that bytes, FLOPs and instructions allow each op
+    python -m tools.aot --record [FILE]                 figures of the kernels in bf16, which a test compares with
 
 Compiles every configuration that ships (`configurations(target)` in each module of `selfgen_kernels/backends/triton`)
 for every target and reads the machine code. It needs no GPU. It exits with 1 if a kernel breaks a rule of `faults`.
-Compiled kernels stay in Triton's cache, so a second run is short.
+Compiled kernels stay in Triton's cache, so a second run is short. `--target` may be any of `CHIPS`: other GPUs
+take the choices of a target.
 """
 
 from __future__ import annotations
@@ -21,9 +24,10 @@ import re
 import subprocess
 import sys
 import tempfile
-from collections.abc import Iterable
+from collections.abc import Container, Iterable, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from importlib import import_module
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -32,22 +36,29 @@ from tqdm import tqdm
 import selfgen_kernels.backends.triton as kernels
 from selfgen_kernels.backends.triton.configuration import TARGETS, Configuration
 
+from . import static_roofline
+
 
 class Chip(NamedTuple):
     """What one multiprocessor (CUDA) or compute unit (AMD) has, and the names of the instructions to look for."""
 
+    tiles: str  # the target whose choices it takes
     warps: int
     blocks: int
-    shared: int  # bytes
-    shared_per_block: int  # bytes
+    shared: int  # bytes, of which a block of CUDA may have all but 1 KiB
     tensor_core: str  # pattern of its opcode
     wide_load: str  # 128 bits or more from global memory; TMA copies are as wide
     narrow_load: str  # less
+    lanes: int = 32
+
+    @property
+    def shared_per_block(self) -> int:
+        return self.shared - (1024 if self.lanes == 32 else 0)
 
 
 # CUDA Programming Guide, 5.1 "Compute Capabilities", technical specifications. Each has 65,536 registers, given
 # to warps by 256; a block takes 1 KiB of shared memory for the system beside its own.
-# CDNA 3: 4 SIMDs of 8 wavefronts of 64 lanes and 64 KiB of LDS (LLVM's AMDGPUBaseInfo.cpp: getMaxWavesPerEU,
+# CDNA: 4 SIMDs of 8 wavefronts of 64 lanes and 64 KiB of LDS, CDNA 4 160 (LLVM's AMDGPUBaseInfo.cpp: getMaxWavesPerEU,
 # getAddressableLocalMemorySize); LLVM writes the wavefronts that registers allow into the assembly.
 CUDA_LOADS = r"LDG\.\S*(128|256)|LDGSTS\.\S*128|UTMALDG", r"LDG(STS)?(?!\S*(128|256|DEPBAR))(\.|$)"
 AMD_LOADS = (
@@ -55,11 +66,23 @@ AMD_LOADS = (
     r"(global|buffer)_load_(lds_)?(dword|dwordx2|dwordx3|[us]?byte|[us]?short)(_d16\w*)?$",
 )
 CHIPS = {
-    "sm_80": Chip(64, 32, 164 << 10, 163 << 10, "HMMA", *CUDA_LOADS),
-    "sm_90": Chip(64, 32, 228 << 10, 227 << 10, "HGMMA", *CUDA_LOADS),
-    "sm_100": Chip(64, 32, 228 << 10, 227 << 10, "UTCHMMA", *CUDA_LOADS),
-    "gfx942": Chip(32, 32, 64 << 10, 64 << 10, "v_mfma", *AMD_LOADS),
+    "sm_80": Chip("sm_80", 64, 32, 164 << 10, "HMMA", *CUDA_LOADS),
+    "sm_86": Chip("sm_86", 48, 16, 100 << 10, "HMMA", *CUDA_LOADS),
+    "sm_89": Chip("sm_89", 48, 24, 100 << 10, "HMMA", *CUDA_LOADS),
+    "sm_90": Chip("sm_90", 64, 32, 228 << 10, "HGMMA", *CUDA_LOADS),
+    "sm_100": Chip("sm_100", 64, 32, 228 << 10, "UTCHMMA", *CUDA_LOADS),
+    "sm_120": Chip("sm_120", 48, 24, 100 << 10, "HMMA", *CUDA_LOADS),
+    "gfx942": Chip("gfx942", 32, 32, 64 << 10, "v_mfma", *AMD_LOADS, lanes=64),
+    # Not targets: they take the choices of one. Orin, B300, Thor, GB10, MI250, MI350.
+    "sm_87": Chip("sm_86", 48, 16, 164 << 10, "HMMA", *CUDA_LOADS),
+    "sm_103": Chip("sm_100", 64, 32, 228 << 10, "UTCHMMA", *CUDA_LOADS),
+    "sm_110": Chip("sm_86", 48, 24, 228 << 10, "UTCHMMA|HMMA", *CUDA_LOADS),
+    "sm_121": Chip("sm_120", 48, 24, 100 << 10, "HMMA", *CUDA_LOADS),
+    "gfx90a": Chip("gfx942", 32, 32, 64 << 10, "v_mfma", *AMD_LOADS, lanes=64),
+    "gfx950": Chip("gfx942", 32, 32, 160 << 10, "v_mfma", *AMD_LOADS, lanes=64),
 }
+RECORDED = Path(__file__).parents[1] / "benchmarks/results/kernels.json"
+OTHER_DTYPES = re.compile("fp(16|32|64)")  # than bf16, in names of configurations
 OF_INTEREST = {  # what the table counts, under the name it prints
     "HMMA": r"HMMA",
     "HGMMA": r"HGMMA",
@@ -94,10 +117,20 @@ class Report:
     loops: tuple[tuple[int, int], ...] = ()  # (wide loads, narrow loads) of each loop that loads
     instructions: dict[str, int] = dataclasses.field(default_factory=dict)
     faults: tuple[str, ...] = ()
+    size: int = 0  # instructions
+    streams: tuple[tuple[int, int], ...] = ()  # see `streams_of`
+    num_warps: int = 0  # of a program
+    constants: dict[str, int] = dataclasses.field(default_factory=dict)
+    triton: str = ""  # the compiler's version
+
+    @property
+    def slots(self) -> tuple[float, ...]:
+        """Instructions that a warp issues for each element, in each of the `streams` whose elements are known."""
+        return tuple(count / elements for count, elements in self.streams if elements)
 
 
 def inspect(configuration: Configuration, target: str) -> Report:
-    """Compile `configuration` for `target`, one of `TARGETS`, and read the machine code."""
+    """Compile `configuration` for `target`, one of `CHIPS`, and read the machine code."""
     from triton import compile as triton_compile
 
     try:
@@ -124,10 +157,9 @@ def inspect(configuration: Configuration, target: str) -> Report:
         spills = count["vgpr_spill_count"] + count["sgpr_spill_count"], count_matching(instructions, "scratch_load")
         by_registers = 4 * int(re.findall(r"; Occupancy: (\d+)", code)[-1])
 
-    reserved = 1024 if target.startswith("sm_") else 0
     blocks = [chip.blocks, min(chip.warps, by_registers) // metadata.num_warps]
     if metadata.shared:
-        blocks.append(chip.shared // (metadata.shared + reserved))
+        blocks.append(chip.shared // (metadata.shared + chip.shared - chip.shared_per_block))
     if getattr(metadata, "tmem_size", 0):  # 512 columns of tensor memory per multiprocessor (PTX ISA, tcgen05)
         blocks.append(512 // metadata.tmem_size)
     loops = (
@@ -148,6 +180,11 @@ def inspect(configuration: Configuration, target: str) -> Report:
         wide_loads=count_matching(instructions, chip.wide_load),
         narrow_loads=count_matching(instructions, chip.narrow_load),
         loops=tuple(loads for loads in loops if any(loads)),
+        size=size_of(instructions),
+        streams=tuple(streams_of(instructions, configuration, chip)),
+        num_warps=metadata.num_warps,
+        triton=version("triton"),
+        constants={name: value for name, value in configuration.constants.items() if isinstance(value, int)},
         instructions={name: n for name, like in OF_INTEREST.items() if (n := count_matching(instructions, like))},
     )
     return dataclasses.replace(report, faults=tuple(faults(report, configuration)))
@@ -185,6 +222,20 @@ def narrow_streams(report: Report) -> Iterable[str]:
     for wide, narrow in report.loops:
         if narrow > (0 if wide else 1):
             yield f"{narrow} narrow loads in a loop" + (f" beside {wide} of 128 bits" if wide else "")
+
+
+def streams_of(program: list[Instruction], configuration: Configuration, chip: Chip) -> Iterable[tuple[int, int]]:
+    """(instructions, elements that a warp loads by 128 bits) of a round of each innermost loop that loads so.
+
+    What has no such loop is one round by itself. Elements are of the kernel's first tensor; 0 where TMA copies them,
+    whose instructions don't tell how many. Both sides of a branch count.
+    """
+    loops = [loop for loop in innermost_loops(program) if count_matching(loop, chip.wide_load)]
+    kinds = (configuration.types.get(name, "") for name in configuration.kernel.arg_names)
+    bits = int(next(kind for kind in kinds if kind.startswith("*")).lstrip("*bfpiu"))
+    for part in loops or [program] * bool(count_matching(program, chip.wide_load)):
+        loaded = 128 * chip.lanes * (count_matching(part, chip.wide_load) + count_matching(part, r"LDG\.\S*256"))
+        yield size_of(part), 0 if count_matching(part, "UTMALDG") else loaded // bits
 
 
 def source(configuration: Configuration, types: dict[str, str] | None = None) -> Any:
@@ -287,15 +338,38 @@ def places_of(operands: str, labels: dict[str, int]) -> tuple[int, ...]:
 
 def loops_of(program: list[Instruction]) -> list[list[Instruction]]:
     """The outermost loops of a program: its strongly connected parts, wherever the compiler has put their pieces."""
-    after: list[list[int]] = [list(instruction.targets) for instruction in program]
-    before: list[list[int]] = [[] for _ in program]
-    for i, instruction in enumerate(program):
-        if instruction.falls_through and i + 1 < len(program):
-            after[i].append(i + 1)
-        for j in after[i]:
-            before[j].append(i)
+    return [[program[i] for i in places] for places in cycles(program, range(len(program)))]
 
-    def visit(start: int, edges: list[list[int]], seen: set[int]) -> list[int]:
+
+def innermost_loops(program: list[Instruction]) -> list[list[Instruction]]:
+    """The loops of a program that have none within, in the order of the program."""
+
+    def within(loop: list[int]) -> list[list[int]]:
+        inside = set(loop)
+        entered = {j for i in range(len(program)) if i not in inside for j in after(program, i) if j in inside}
+        nested = cycles(program, [i for i in loop if i not in (entered or {loop[0]})])
+        return [innermost for inner in nested for innermost in within(inner)] or [loop]
+
+    found = [loop for outer in cycles(program, range(len(program))) for loop in within(outer)]
+    return [[program[i] for i in loop] for loop in sorted(found)]
+
+
+def after(program: list[Instruction], i: int) -> list[int]:
+    """Where control may go from instruction `i`."""
+    following = [i + 1] if program[i].falls_through and i + 1 < len(program) else []
+    return [*program[i].targets, *following]
+
+
+def cycles(program: list[Instruction], places: Iterable[int]) -> list[list[int]]:
+    """The strongly connected parts, of more than one instruction, of the part of a program at `places`."""
+    among = set(places)
+    onward = {i: [j for j in after(program, i) if j in among] for i in among}
+    back: dict[int, list[int]] = {i: [] for i in among}
+    for i, following in onward.items():
+        for j in following:
+            back[j].append(i)
+
+    def visit(start: int, edges: dict[int, list[int]], seen: set[int]) -> list[int]:
         """All that is not `seen` and can be reached from `start`, each after what it leads to."""
         seen.add(start)
         done, path = [], [(start, iter(edges[start]))]
@@ -312,10 +386,15 @@ def loops_of(program: list[Instruction]) -> list[list[Instruction]]:
         return done
 
     seen: set[int] = set()
-    order = [place for start in range(len(program)) if start not in seen for place in visit(start, after, seen)]
+    order = [place for start in sorted(among) if start not in seen for place in visit(start, onward, seen)]
     seen = set()
-    parts = [visit(start, before, seen) for start in reversed(order) if start not in seen]  # Kosaraju
-    return [[program[i] for i in sorted(part)] for part in parts if len(part) > 1]
+    parts = [visit(start, back, seen) for start in reversed(order) if start not in seen]  # Kosaraju
+    return [sorted(part) for part in parts if len(part) > 1]
+
+
+def size_of(program: list[Instruction]) -> int:
+    """Instructions that are issued: none that only fills a line of the instruction cache."""
+    return len(program) - count_matching(program, "NOP")
 
 
 def count_matching(instructions: Iterable[Instruction], pattern: str) -> int:
@@ -336,7 +415,7 @@ class Job(NamedTuple):
     place: int  # in the list of configurations
 
     def configuration(self) -> Configuration:
-        return import_module(self.module).configurations(self.target)[self.place]
+        return import_module(self.module).configurations(CHIPS[self.target].tiles)[self.place]
 
     def run(self) -> Report:
         return inspect(self.configuration(), self.target)
@@ -348,7 +427,7 @@ def jobs(modules: Iterable[str], targets: Iterable[str], kernel: str, quick: boo
     targets = list(targets)
     chosen, turn = [], 0
     for module in modules:
-        every = {target: import_module(module).configurations(target) for target in targets}
+        every = {target: import_module(module).configurations(CHIPS[target].tiles) for target in targets}
         found = [Job(module, target, i) for target in targets for i, c in enumerate(every[target]) if kernel in c.name]
         if quick:
             functions = dict.fromkeys(every[job.target][job.place].kernel.__name__ for job in found)
@@ -374,38 +453,74 @@ def compile_all(todo: list[Job], processes: int) -> list[Report]:
 
 def table(reports: list[Report]) -> str:
     """Reports as aligned text, faults below."""
-    head = "target", "configuration", "registers", "spills", "local B", "shared B", "warps", "instructions"
+    head = "target", "configuration", "registers", "spills", "local B", "shared B", "warps", "slots", "instructions"
     rows = [head]
     for r in reports:
         registers = f"{r.registers}+{r.scalar_registers}s" if r.scalar_registers else str(r.registers)
         instructions = "  ".join(f"{name} {count}" for name, count in r.instructions.items())
         spills = f"{r.spill_stores}/{r.spill_loads}"
         numbers = spills, str(r.local_bytes), f"{r.shared_bytes:,}", f"{r.warps}/{CHIPS[r.target].warps}"
-        rows.append((r.target, r.name, registers, *numbers, instructions))
-    widths = [max(len(row[i]) for row in rows) for i in range(len(head))]
-    left = 0, 1, 7  # columns of text
+        slots = " ".join(f"{count:.2f}" for count in r.slots)
+        rows.append((r.target, r.name, registers, *numbers, slots, instructions))
+    lines = columns(rows, left=(0, 1, 8))
+    lines += [f"FAULT {r.target} {r.name}: {fault}" for r in reports for fault in r.faults]
+    return "\n".join(lines)
+
+
+def columns(rows: Sequence[Sequence[str]], left: Container[int]) -> list[str]:
+    """Lines with cells below one another; `left` are columns of text."""
+    widths = [max(map(len, cells)) for cells in zip(*rows, strict=True)]
 
     def aligned(i: int, cell: str) -> str:
         return cell.ljust(widths[i]) if i in left else cell.rjust(widths[i])
 
-    lines = ["  ".join(aligned(i, cell) for i, cell in enumerate(row)) for row in rows]
-    lines += [f"FAULT {r.target} {r.name}: {fault}" for r in reports for fault in r.faults]
-    return "\n".join(line.rstrip() for line in lines)
+    return ["  ".join(aligned(i, cell) for i, cell in enumerate(row)).rstrip() for row in rows]
+
+
+def record(reports: list[Report]) -> str:
+    """JSON, a line for each kernel: what `read` takes, without what no figure is made of."""
+    names = "target", "name", "registers", "shared_bytes", "size", "streams", "num_warps", "constants", "triton"
+    lines = [json.dumps({name: getattr(report, name) for name in names}) for report in reports]
+    return "[\n" + ",\n".join(lines) + "\n]\n"
+
+
+def read(file: Path) -> list[Report]:
+    """The reports in a file that `--json` or `--record` wrote."""
+    return [Report(**fields) for fields in json.loads(file.read_text())]
 
 
 def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m tools.aot", description=(__doc__ or "").split("\n\n")[0])
-    parser.add_argument("--target", nargs="+", choices=TARGETS, default=TARGETS)
+    parser.add_argument("--target", nargs="+", choices=CHIPS, help="default: all that tiles are chosen for")
     parser.add_argument("--kernel", default="", help="only configurations whose name holds this text")
     parser.add_argument("--quick", action="store_true", help="only one configuration of each kernel")
     parser.add_argument("--module", nargs="+", help="modules with configurations(target); default: all that ship")
     parser.add_argument("--processes", type=int, default=min(2, os.cpu_count() or 1))
     parser.add_argument("--json", type=Path, help="also write the reports to this file")
+    parser.add_argument("--roofline", action="store_true", help="print ops in place of kernels; default target: sm_90")
+    parser.add_argument("--against", type=Path, help="with --roofline: a file of --json or --record of other code")
+    parser.add_argument(
+        "--record",
+        type=Path,
+        nargs="?",
+        const=RECORDED,
+        help="write figures of what is in bf16; default target: sm_90",
+    )
     args = parser.parse_args(argv)
     if os.environ.get("TRITON_INTERPRET"):
         parser.error("TRITON_INTERPRET is set, and interpreted kernels are not compiled; unset it")
-    reports = compile_all(jobs(args.module or shipped_modules(), args.target, args.kernel, args.quick), args.processes)
-    print(table(reports))
+    targets = args.target or (["sm_90"] if args.roofline or args.record else TARGETS)
+    todo = jobs(args.module or shipped_modules(), targets, args.kernel, args.quick)
+    if args.roofline or args.record:
+        todo = [job for job in todo if not OTHER_DTYPES.search(job.configuration().name)]
+    reports = compile_all(todo, args.processes)
+    if args.roofline:
+        lines = static_roofline.table(reports, read(args.against) if args.against else [])
+        print("\n".join(columns(lines, left=(0, 1, 2, 11, 14))))
+    else:
+        print(table(reports))
+    if args.record:
+        args.record.write_text(record(reports))
     if args.json:
         args.json.write_text(json.dumps([dataclasses.asdict(report) for report in reports], indent=1))
     return int(any(report.faults for report in reports))

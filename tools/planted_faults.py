@@ -29,11 +29,18 @@ DEADLINE = 600  # seconds for the tests of a fault; a loop without an end is a f
 MACHINE = "tests/test_state_machine.py::test_some_cases[{}]"
 PLAIN, RECORDED = MACHINE.format("llama-plain"), MACHINE.format("llama-graphs")
 LORA, WINDOW = MACHINE.format("lora-plain"), MACHINE.format("mistral-plain")
+RECORDINGS = "tests/test_recorded_generations.py::"
+SURVIVORS = (
+    "tests/kernels/test_exact.py::test_survivors_of_large_odd_vocabularies_are_equal[32001-torch.float32-top_p-triton]"
+)
 COMMIT = "tests/kernels/test_passes.py::test_commit_place_by_place"
+INVARIANT = "tests/test_invariant.py::"
+BY_NAME = INVARIANT + "test_what_may_depend_on_the_batch_is_refused_by_name"
 REUSE = "tests/test_reuse.py::test_loss_and_gradients_are_those_of_the_ordinary_step[llama]"
 RANKS = "tests/test_ranks.py"
 
 CONTEXT, TRAINING, REFERENCE = "selfgen/context/", "selfgen/training/", "selfgen_kernels/backends/reference/"
+TRITON = "selfgen_kernels/backends/triton/"
 
 
 class Fault(NamedTuple):
@@ -46,6 +53,77 @@ class Fault(NamedTuple):
 
 
 FAULTS = [
+    Fault(
+        "rms_norm: squares are summed as floats",
+        REFERENCE + "norm.py",
+        "weights(scaled.mul_(scaled)).sum(1).float().mul_(1 / WEIGHT)",
+        "scaled.mul_(scaled).sum(1)",
+        ("tests/kernels/test_norm.py::test_no_order_changes_a_bit[reference]",),
+        compiled=False,
+    ),
+    Fault(
+        "fused: a norm is tried in fp32 alone",
+        CONTEXT + "fused.py",
+        "given = [rows.to(weight.device, dtype) for dtype in _dtypes(weight.device)]",
+        "given = [rows.to(weight.device, torch.float32)]",
+        ("tests/test_fused.py::test_what_computes_something_else_keeps_its_forward[Rounding]",),
+    ),
+    Fault(
+        "fused: an MLP is not tried with large numbers",
+        CONTEXT + "fused.py",
+        "for size in (1, 100)]",
+        "for size in (1,)]",
+        ("tests/test_fused.py::test_gated_mlps_are_known_by_what_they_compute",),
+    ),
+    Fault(
+        "graphs: a generation without them reads copies of older weights",
+        CONTEXT + "graphs.py",
+        "if self._current is None:  # no copy of a weight has been refreshed",
+        "if False:",
+        ("tests/test_graphs.py::test_a_generation_without_graphs_casts_weights_as_they_are",),
+    ),
+    Fault(
+        "fused: hooks are passed by",
+        CONTEXT + "fused.py",
+        "if any(part._forward_hooks or part._forward_pre_hooks for part in module.modules()):",
+        "if False:",
+        ("tests/test_fused.py::test_what_has_hooks_keeps_its_forward",),
+    ),
+    Fault(
+        "fused: another model's rotation is replaced, too",
+        CONTEXT + "fused.py",
+        "names = {**names, _ROTARY: turn}",
+        "names[_ROTARY] = turn",
+        ("tests/test_fused.py::test_a_rotation_is_replaced_in_its_module_alone",),
+    ),
+    Fault(
+        "filters: runs are not enough until they weigh enough as a whole",
+        TRITON + "filters.py",
+        "enough = (weight >= needed) | (taken == runs)",
+        "enough = (weight >= 0.0) | (taken == runs)",
+        (SURVIVORS,),
+    ),
+    Fault(
+        "filters: what ties with the k-th logit is left out of top_p's sum",
+        TRITON + "filters.py",
+        "inv_temperature >= cutoff  # once",
+        "inv_temperature > cutoff  # once",
+        ("tests/kernels/test_exact.py::test_what_ties_with_the_kth_counts_in_top_p[triton]",),
+    ),
+    Fault(
+        "sample_mix: the first program of a row to come draws its token",
+        TRITON + "sampling.py",
+        "== tl.num_programs(1) - 1:",
+        "== 0:",
+        ("tests/kernels/test_sample_mix.py::test_programs_may_run_in_any_order[triton]",),
+    ),
+    Fault(
+        "plan: windows that take one token too many pass for all that is worth it",
+        TRITON + "passes.py",
+        "fits = tl.sum(free_end - begin, 0) <= token_budget",
+        "fits = tl.sum(free_end - begin, 0) <= token_budget + 1",
+        ("tests/kernels/test_passes.py::test_plan_of_long_rows[8-triton]",),
+    ),
     Fault(
         "commit: final one too far after a change",
         REFERENCE + "passes.py",
@@ -90,18 +168,53 @@ FAULTS = [
         (PLAIN,),
     ),
     Fault(
+        "invariant: a sum whose order is the library's",
+        REFERENCE + "linear.py",
+        "        total += left[:, None] * right\n",
+        "        pass\n    total += hidden.float() @ weight.float().T\n",
+        ("tests/kernels/test_linear.py::test_a_row_does_not_depend_on_its_batch",),
+    ),
+    Fault(
+        "invariant: few tokens without the table of activations",
+        CONTEXT + "invariant.py",
+        "    if hidden.dtype != table.dtype:\n",
+        "    if hidden.dtype != table.dtype or hidden.shape[1] < 3:\n",
+        (INVARIANT + "test_activations_of_few_tokens",),
+    ),
+    Fault(
+        "invariant: bits are not compared",
+        CONTEXT + "invariant.py",
+        "if not torch.equal(found[where].view(torch.uint8), output.view(torch.uint8)):",
+        "if found[where].shape != output.shape:",
+        (BY_NAME,),
+    ),
+    Fault(
+        "invariant: every mean is taken for one of a row",
+        CONTEXT + "invariant.py",
+        "return dims in ([-1], [given.dim() - 1]) and given.shape[-1] < _MOST_WIDTH and given.is_cpu",
+        "return given.shape[-1] < _MOST_WIDTH",
+        (BY_NAME,),
+    ),
+    Fault(
+        "invariant: the loop runs without it",
+        CONTEXT + "generator.py",
+        "            return one_by_one(self._forward(), batch)\n",
+        "            return sequential(self.model, batch)\n",
+        (INVARIANT + "test_ordinary_products_do_not_give_the_loop_s_contexts",),
+    ),
+    Fault(
         "position: counted over all rows",
         CONTEXT + "fixed_point.py",
-        "return RaggedPass(slots, self.positions[slots][None], cu_seqlens_q, kv_ranges)",
-        "return RaggedPass(slots, slots[None], cu_seqlens_q, kv_ranges)",
+        "RaggedPass(slots, self.positions[slots][None], self.cu_seqlens_q, self.kv_ranges)",
+        "RaggedPass(slots, slots[None], self.cu_seqlens_q, self.kv_ranges)",
         ("tests/test_contexts.py::test_fixed_point_equals_sequential[gpt2]",),
     ),
     Fault(
         "position: one too late in contexts' answers",
         CONTEXT + "fixed_point.py",
-        "return RaggedPass(slots, self.positions[slots][None], cu_seqlens_q, kv_ranges)",
+        "ragged_pass = RaggedPass(slots, self.positions[slots][None], self.cu_seqlens_q, self.kv_ranges)",
         "late = self.positions + (self.answer_positions >= 0)\n"
-        "        return RaggedPass(slots, late[slots][None], cu_seqlens_q, kv_ranges)",
+        "        ragged_pass = RaggedPass(slots, late[slots][None], self.cu_seqlens_q, self.kv_ranges)",
         (PLAIN,),
     ),
     Fault(
@@ -128,15 +241,15 @@ FAULTS = [
     Fault(
         "stream: another seed than the mask's",
         CONTEXT + "fixed_point.py",
-        "seed=batch.seed,",
-        "seed=batch.seed ^ 1,",
+        "seed=self.seed,",
+        "seed=self.seed ^ 1,",
         (PLAIN,),
     ),
     Fault(
         "stream: the place in the batch for the row's id",
         CONTEXT + "free_running.py",
-        "sample_ids=self.prompts.sample_ids[self.row[taken]],",
-        "sample_ids=taken,",
+        "sample_ids=self.sample_ids[place],",
+        "sample_ids=place,",
         (PLAIN, RECORDED, LORA, WINDOW),
     ),
     Fault(
@@ -157,8 +270,8 @@ FAULTS = [
     Fault(
         "budget: not kept",
         CONTEXT + "fixed_point.py",
-        "min(budget.tokens, len(self.tokens)),",
-        "len(self.tokens),",
+        "slots=slots.new_empty(min(budget.tokens, room)),",
+        "slots=slots.new_empty(room),",
         ("tests/test_contexts.py::test_nothing_final_is_computed_twice[7]",),
     ),
     Fault(
@@ -185,8 +298,8 @@ FAULTS = [
     Fault(
         "candidates: shifted by one",
         CONTEXT + "fixed_point.py",
-        "            candidates=may_be_self,\n            is_self=may_be_self.clone(),\n",
-        "            candidates=may_be_self.roll(1),\n            is_self=may_be_self.clone(),\n",
+        "candidates=of_slots(may_be_self),",
+        "candidates=of_slots(may_be_self.roll(1)),",
         (PLAIN,),
     ),
     Fault(
@@ -274,16 +387,72 @@ FAULTS = [
     Fault(
         "weights: replayed from where they were",
         CONTEXT + "graphs.py",
-        "if state != self._state or num_slots > self.cache.num_slots:",
-        "if self._state is None or num_slots > self.cache.num_slots:",
+        "if state != self._state:",
+        "if self._state is None or state[0] != self._state[0]:",
         ("tests/test_graphs.py::test_what_changes_the_computation_is_recorded_anew[moved]", RECORDED),
     ),
     Fault(
-        "graphs: slots of an earlier pass are written",
+        "graphs: the seed that they were recorded with",
+        CONTEXT + "fixed_point.py",
+        "seed=self.seed,",
+        "seed=int(self.seed),",
+        (RECORDINGS + "test_a_seed_of_each_step",),
+    ),
+    Fault(
+        "graphs: the balance that they were recorded with",
+        CONTEXT + "fixed_point.py",
+        "self.self_left[self.final], self.balance)",
+        "self.self_left[self.final], float(self.balance))",
+        (RECORDINGS + "test_another_budget_and_balance",),
+    ),
+    Fault(
+        "graphs: padding is sampled",
+        CONTEXT + "fixed_point.py",
+        "is_place.float(),",
+        "1.0,",
+        (RECORDINGS + "test_logits_that_are_not_finite_are_counted_once",),
+    ),
+    Fault(
+        "graphs: padding is written to the last token",
+        CONTEXT + "free_running.py",
+        "self.tokens[torch.where(taken, self.starts + self.computed, PADDING)]",
+        "self.tokens[torch.where(taken, self.starts + self.computed, self.starts[0])]",
+        ("tests/test_graphs.py::test_answers_are_those_of_the_plain_passes",),
+    ),
+    Fault(
+        "graphs: a pass of a new size counts before it is one",
         CONTEXT + "graphs.py",
-        "        mine.slots[n:] = PADDING\n",
-        "",
-        (RECORDED,),
+        "with passes.idle(), not_waiting():",
+        "with not_waiting():",
+        (RECORDINGS + "test_logits_that_are_not_finite_are_counted_once",),
+    ),
+    Fault(
+        "graphs: the host launches something between passes",
+        CONTEXT + "fixed_point.py",
+        "state.passes += 1",
+        "state.passes += int(state.final.sum() >= 0)",
+        (RECORDINGS + "test_the_host_only_reads_numbers_between_two_passes",),
+    ),
+    Fault(
+        "graphs: hidden states that are wanted yet are written to",
+        CONTEXT + "graphs.py",
+        "last.move_away()",
+        "pass",
+        (RECORDINGS + "test_kept_hidden_states_are_written_once",),
+    ),
+    Fault(
+        "graphs: hidden states of an earlier generation are left",
+        CONTEXT + "hidden_states.py",
+        "self.memory = memory.zero_()",
+        "self.memory = memory",
+        (RECORDINGS + "test_kept_hidden_states_are_written_once",),
+    ),
+    Fault(
+        "graphs: a context is what the next generation writes",
+        CONTEXT + "fixed_point.py",
+        "torch.split(of_slots[: sum(lengths)].clone(), lengths)",
+        "torch.split(of_slots[: sum(lengths)], lengths)",
+        (RECORDINGS + "test_memory_of_a_generation_serves_the_next",),
     ),
     Fault(
         "mode: dropout is on while contexts are made",
@@ -291,6 +460,13 @@ FAULTS = [
         "    model.eval()\n    try:\n        with torch.no_grad(),",
         "    try:\n        with torch.no_grad(),",
         ("tests/test_contexts.py::test_dropout_is_off_while_contexts_are_made", LORA),
+    ),
+    Fault(
+        "targets: a GPU takes sizes that ask for more shared memory than it has",
+        "selfgen_kernels/backends/triton/configuration.py",
+        " if SHARED_MEMORY[target] <= room]",
+        "]",
+        ("tests/kernels/test_triton_targets.py::test_a_device_takes_tiles_that_fit_it",),
     ),
 ]
 

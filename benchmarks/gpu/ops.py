@@ -5,9 +5,11 @@ The shapes are those of ``bench_head``, ``bench_sampling`` and ``bench_attention
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from functools import partial
+from itertools import product
 from typing import Any
 
 import torch
@@ -15,14 +17,18 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from selfgen_kernels import (
+    act_mul,
     combine_shards,
     commit_pass,
     gumbel_noise,
+    invariant_linear,
     kv_append,
     linear_sample_mix,
     linear_sample_shard,
     plan_pass,
     ragged_attention,
+    rms_norm,
+    rotary,
     sample_mix,
     self_mask,
 )
@@ -30,6 +36,8 @@ from selfgen_kernels import (
 Call = Callable[[], object]
 DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
 HEADS = {"Qwen3-8B": (4096, 151_936), "SmolLM2-135M": (576, 49_152)}
+LINEARS = {"Qwen3-8B": (4096, 12_288), "SmolLM2-135M": (576, 1536)}  # of a gated layer
+LINEAR_ROWS = (1, 64, 1024)
 HEAD_ROWS, SAMPLING_ROWS = (1, 8, 64, 256), (1, 8, 64, 512)
 VOCABULARIES = (49_152, 151_936)
 FILTERS: dict[str, dict[str, Any]] = {
@@ -71,8 +79,10 @@ def cases(device: str, *, rehearsal: bool = False) -> Iterator[Case]:
     """Most important first."""
     families = {
         "head": head_cases,
+        "linear": linear_cases,
         "sampling": sampling_cases,
         "attention": attention_cases,
+        "layer": layer_cases,
         "passes": pass_cases,
         "noise": noise_cases,
     }
@@ -142,6 +152,22 @@ def _head_case(
         return lambda: call(hidden, head)
 
     return Case(op, {**columns, "variant": variant}, make, **work)
+
+
+def linear_cases(device: str, *, rehearsal: bool = False) -> Iterator[Case]:
+    for name, (width, outputs) in ({"tiny": (32, 70)} if rehearsal else LINEARS).items():
+        for rows in (2,) if rehearsal else LINEAR_ROWS:
+            for op, multiply in (("invariant_linear", invariant_linear), ("matrix product", F.linear)):
+
+                def make(multiply=multiply, rows=rows, width=width, outputs=outputs) -> Call:
+                    hidden, weight = (
+                        torch.randn(size, width, device=device, dtype=torch.bfloat16) for size in (rows, outputs)
+                    )
+                    return lambda: multiply(hidden, weight)
+
+                read = 2 * width * (rows + outputs)
+                columns = {"layer": name, "rows": rows, "dtype": "bf16"}
+                yield Case(op, columns, make, read, read + 2 * rows * outputs, 2 * rows * width * outputs)
 
 
 def _few_bytes(rows: int) -> dict[str, int]:
@@ -284,6 +310,45 @@ def pass_cases(device: str, *, rehearsal: bool = False) -> Iterator[Case]:
 
         yield Case("plan_pass", columns, plan, size, size + 8 * budget + 20 * rows)
         yield Case("commit_pass", columns, commit, size + 16 * budget, 34 * budget + 20 * rows)
+
+
+def layer_cases(device: str, *, rehearsal: bool = False) -> Iterator[Case]:
+    """What lies between the products of a layer of Llama-3-8B, beside torch's ops for the same."""
+    width, inner, (heads, kv_heads, head_dim) = (64, 96, (4, 2, 8)) if rehearsal else (4096, 14_336, (32, 8, 128))
+    for rows, dtype in product((2,) if rehearsal else (8, 64, 2048), DTYPES):
+        how: dict[str, Any] = {"device": device, "dtype": DTYPES[dtype]}
+        size = rows * DTYPES[dtype].itemsize
+
+        def case(op, call, shapes, outputs, *, rows=rows, dtype=dtype, size=size, how=how):
+            def make() -> Call:
+                given = [torch.randn(rows, *shape, **how) for shape in shapes]
+                return lambda: call(*given)
+
+            inputs = size * sum(math.prod(shape) for shape in shapes)
+            return Case(op, {"rows": rows, "dtype": dtype}, make, inputs, inputs + size * outputs)
+
+        weight = torch.ones(width, **how)
+
+        def norm_of_torch(x: Tensor, weight=weight) -> Tensor:
+            wide = x.float()
+            return weight * (wide * torch.rsqrt(wide.pow(2).mean(-1, keepdim=True) + 1e-6)).to(x.dtype)
+
+        def turned_by_torch(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+            first, second = x.chunk(2, dim=-1)
+            return x * cos[:, None] + torch.cat([-second, first], dim=-1) * sin[:, None]
+
+        states = (heads, head_dim), (kv_heads, head_dim), (head_dim,), (head_dim,)
+        yield case("rms_norm", lambda x, weight=weight: rms_norm(x, weight, 1e-6), [(width,)], width)
+        yield case("norm, torch", norm_of_torch, [(width,)], width)
+        yield case("act_mul", act_mul, [(inner,), (inner,)], inner)
+        yield case("SiLU and product, torch", lambda gate, up: F.silu(gate) * up, [(inner,), (inner,)], inner)
+        yield case("rotary", rotary, states, (heads + kv_heads) * head_dim)
+        yield case(
+            "rotary, torch",
+            lambda query, key, *angles: (turned_by_torch(query, *angles), turned_by_torch(key, *angles)),
+            states,
+            (heads + kv_heads) * head_dim,
+        )
 
 
 def noise_cases(device: str, *, rehearsal: bool = False) -> Iterator[Case]:

@@ -8,9 +8,10 @@ from contextlib import nullcontext
 from dataclasses import dataclass
 
 import torch
+from torch.nn.functional import pad
 from transformers import PreTrainedModel
 
-from .forward import Forward
+from .forward import Forward, Passes, Size, numbers_for
 from .models import arguments_of, max_positions
 from .ragged import RaggedPass
 from .sharding import ALONE, Together
@@ -31,6 +32,25 @@ class PassBudget:
     balance: float
 
 
+class _Trial(Passes):
+    """Passes over the first tokens of one row, whatever they are."""
+
+    hidden_states = None
+    settings = ()
+
+    def __init__(self, forward: Forward, longest: int):
+        self.num_slots, _ = forward.room(longest, 1)
+        self.slots = torch.arange(longest, device=forward.device)
+        self.tokens = torch.zeros_like(self.slots)
+        self.numbers = numbers_for(0, forward.device)
+
+    def run(self, forward: Forward, size: Size) -> None:
+        slots = self.slots[: size.tokens]
+        bounds = pad(slots[-1:] + 1, (1, 0))  # [0, N]
+        ragged_pass = RaggedPass(slots, slots[None], bounds.int(), bounds[None])
+        forward.logits(ragged_pass, self.tokens[slots], slots[-1:])
+
+
 def measure_budget(
     model: PreTrainedModel, *, forward: Forward | None = None, repeats: int = 3, together: Together = ALONE
 ) -> PassBudget:
@@ -45,18 +65,19 @@ def measure_budget(
     longest = min(max_positions(model) or LARGEST, LARGEST)
     device = model.device
 
+    trial = None if forward is None else _Trial(forward, longest)
+
     def run(tokens: int) -> None:
-        ids = torch.zeros(tokens, dtype=torch.int64, device=device)
-        if forward is None:
-            mask = torch.ones_like(ids)[None]
-            model(**arguments_of(model, input_ids=ids[None], attention_mask=mask, use_cache=False, logits_to_keep=1))
+        if forward is not None and trial is not None:
+            forward.run(trial, Size(tokens, 1))
             return
-        slots, bounds = torch.arange(tokens, device=device), torch.tensor([0, tokens], device=device)
-        forward(RaggedPass(slots, slots[None], bounds.int(), bounds[None]), ids, slots[-1:])
+        ids = torch.zeros(tokens, dtype=torch.int64, device=device)
+        mask = torch.ones_like(ids)[None]
+        model(**arguments_of(model, input_ids=ids[None], attention_mask=mask, use_cache=False, logits_to_keep=1))
 
     def seconds(tokens: int) -> float:
         times = []
-        for _ in range(repeats + (0 if forward is None else 2)):  # a size may be recorded when it comes back
+        for _ in range(repeats + (forward is not None)):  # a size may be recorded at first
             _synchronize(device)
             started = time.perf_counter()
             run(tokens)
@@ -64,7 +85,7 @@ def measure_budget(
             times.append(time.perf_counter() - started)
         return together.most(min(times))  # whatever else the machine does only adds to a time
 
-    with nullcontext() if forward is None else forward.over(longest):
+    with nullcontext() if forward is None or trial is None else forward.over(trial):
         seconds(1)  # warm-up
         return budget_of(seconds, longest)
 

@@ -6,32 +6,36 @@ positions at once, correct the guess, and repeat. Whatever stands before the fir
 stays in the KV cache and is never computed again. This is Jacobi iteration on the decoding equations (Song et al. 2021,
 arXiv 2002.03629; Santilli et al. 2023, arXiv 2305.10427), exact as each pass makes at least one more token final.
 
-``FixedPoint.plan`` chooses the tokens of a pass, ``run`` computes them, ``commit`` writes down what they showed.
+Each pass ends by planning the next one: ``FixedPoint.plan`` chooses its tokens, ``run`` computes them, and ``commit``
+writes down what they showed.
 """
 
 from __future__ import annotations
 
+from collections.abc import Hashable
 from dataclasses import dataclass
+from typing import ClassVar
 
 import torch
 from torch import Tensor
-from transformers import PreTrainedModel
+from torch.nn.functional import pad
 
 import selfgen_kernels as kernels
 
 from .batch import Batch
 from .budget import PassBudget
-from .forward import Forward
+from .forward import PADDING, Forward, Passes, Size, first_places, numbers_for, seed_for
 from .hidden_states import HiddenStates
 from .plan import Speculation, least_log_chance, next_self_slots
 from .ragged import RaggedPass
 
 
 @dataclass
-class FixedPoint:
+class FixedPoint(Passes):
     """The state of one generation, on the model's device. Rows lie one after the other; a token's index is its KV slot.
 
     ``tokens`` is the guess. K/V before ``final`` is computed under the final context; tokens up to it are final too.
+    There may be room for more: rows that are done, and slots that are nobody's, the last one in any case.
     """
 
     batch: Batch
@@ -47,14 +51,24 @@ class FixedPoint:
     tokens: Tensor  # [S] int64
     final: Tensor  # [R] int64: slots, in the same order
     status: Tensor  # [1] int64: self tokens whose logits were not finite
+    seed: Tensor  # [1] int64
+    balance: Tensor  # [1] fp64
+    slots: Tensor  # [token budget] int64: the next pass, then padding
+    cu_seqlens_q: Tensor  # [R + 1] int32
+    kv_ranges: Tensor  # [R, 2] int64
+    numbers: Tensor  # [2] int64, on the host: tokens of the next pass, and places at which it samples
     speculation: Speculation
     hidden_states: HiddenStates | None  # kept for a training step
     passes: int = 0
     tokens_computed: int = 0
 
+    PLAN: ClassVar = {"slots": PADDING, "cu_seqlens_q": 0, "kv_ranges": 0}
+
     @classmethod
-    def start(cls, model: PreTrainedModel, batch: Batch, *, keep_hidden_states: bool = False) -> FixedPoint:
-        """Everything that can be known before the first pass.
+    def start(
+        cls, forward: Forward, batch: Batch, budget: PassBudget, *, keep_hidden_states: bool = False
+    ) -> FixedPoint:
+        """Everything that can be known before the first pass, which is planned.
 
         Passes end at the last self position of a row, as nothing after it has a say. Hidden states are wanted up to
         the row's last position, so where they are kept that one is planned for as if it were a candidate, too.
@@ -77,61 +91,84 @@ class FixedPoint:
         so_far = planned.cumsum(0)  # [S]
         self_left = so_far[row_ends - 1][row] - so_far
         row_starts = row_starts[self_left[row_starts].argsort(descending=True, stable=True)]
-        return cls(
+
+        room, rows = forward.room(num_slots, len(lengths), keeps_hidden_states=keep_hidden_states)
+
+        def of_slots(values: Tensor) -> Tensor:
+            return pad(values, (0, room - num_slots))
+
+        row_starts = pad(row_starts, (0, rows - len(lengths)), value=room - 1)
+        state = cls(
             batch=batch,
             row_starts=row_starts,
-            positions=positions,
-            answer_positions=positions - prompt_lengths[row],
-            sample_ids=batch.sample_ids[row],
-            reference=reference,
-            candidates=may_be_self,
-            is_self=may_be_self.clone(),
-            self_left=self_left,
-            next_self=next_self_slots(planned, row_ends[row]),
-            tokens=reference.clone(),
+            positions=of_slots(positions),
+            answer_positions=of_slots(positions - prompt_lengths[row]),
+            sample_ids=of_slots(batch.sample_ids[row]),
+            reference=of_slots(reference),
+            candidates=of_slots(may_be_self),
+            is_self=of_slots(may_be_self),
+            self_left=of_slots(self_left),
+            next_self=torch.cat(
+                [next_self_slots(planned, row_ends[row]), torch.arange(num_slots, room, device=device)]
+            ),
+            tokens=of_slots(reference),
             final=row_starts.clone(),
             status=torch.zeros(1, dtype=torch.int64, device=device),
-            speculation=Speculation(may_be_self),
-            hidden_states=HiddenStates(model, num_slots) if keep_hidden_states else None,
+            seed=seed_for(batch.seed, device),
+            balance=torch.full((1,), budget.balance, dtype=torch.float64, device=device),
+            slots=slots.new_empty(min(budget.tokens, room)),
+            cu_seqlens_q=slots.new_empty(rows + 1, dtype=torch.int32),
+            kv_ranges=slots.new_empty(rows, 2),
+            numbers=numbers_for(2, device),
+            speculation=Speculation(of_slots(may_be_self)),
+            hidden_states=HiddenStates(forward.model, num_slots, room) if keep_hidden_states else None,
         )
+        state.plan()
+        return state
 
-    def plan(self, budget: PassBudget) -> RaggedPass:
+    @property
+    def num_slots(self) -> int:  # type: ignore[override]
+        return len(self.tokens)
+
+    @property
+    def settings(self) -> tuple[Hashable, ...]:
+        batch = self.batch
+        return batch.temperature, batch.min_reference_prob, batch.vocab_size, self.hidden_states is not None
+
+    def owners(self) -> tuple[object, ...]:
+        return self, self.speculation
+
+    def plan(self) -> None:
         """Choose what to compute next: nothing once every row is done."""
         required = self.next_self[self.final] - self.final  # [R]
-        least = least_log_chance(required, self.self_left[self.final], budget.balance)
         slots, cu_seqlens_q, kv_ranges = kernels.plan_pass(
             self.final,
             self.row_starts,
             self.next_self,
             self.speculation.log_chance,
-            min(budget.tokens, len(self.tokens)),
-            least_log_chance=least,
+            len(self.slots),
+            least_log_chance=least_log_chance(required, self.self_left[self.final], self.balance),
         )
-        # A look at the device, one of two in a pass. A graph of plan, run and commit would keep the padding in place of
-        # this, and be replayed until a look at it now and then finds no planned token.
-        slots = slots[: int(cu_seqlens_q[-1])]
-        return RaggedPass(slots, self.positions[slots][None], cu_seqlens_q, kv_ranges)
+        self.slots.copy_(slots)
+        self.cu_seqlens_q.copy_(cu_seqlens_q)
+        self.kv_ranges.copy_(kv_ranges)
+        counts = torch.stack([cu_seqlens_q[-1].long(), self.is_sampled(slots).sum()])
+        self.numbers.copy_(counts, non_blocking=True)
 
-    def run(self, forward: Forward, ragged_pass: RaggedPass) -> tuple[Tensor, Tensor]:
-        """Compute the pass under the current guess, which stays as it is.
-
-        Returns [N] int64: at places right before a self position the token that belongs there, anything elsewhere; and
-        [N] bool: which places these are.
-        """
-        batch = self.batch
-        self.passes += 1
-        self.tokens_computed += ragged_pass.num_tokens
-
-        is_sampled = self.is_sampled(ragged_pass)
-        places = is_sampled.nonzero()[:, 0]  # [M]: a token is predicted one position before it
-        at = ragged_pass.slots[places] + 1  # [M]
-        logits = forward(ragged_pass, self.tokens, places)  # [M, V]
-        sampled = self.tokens[(ragged_pass.slots + 1).clamp(max=len(self.tokens) - 1)]  # as is
-        sampled[places], self.is_self[at] = kernels.sample_mix(
+    def run(self, forward: Forward, size: Size) -> None:
+        """Compute the planned pass under the current guess, commit it, and plan the next one."""
+        batch, slots = self.batch, self.slots[: size.tokens]  # [N]
+        is_sampled = self.is_sampled(slots)
+        places = first_places(is_sampled, size.places)  # [M]: a token is predicted one position before it
+        is_place, places = places < len(slots), places.clamp(max=len(slots) - 1)
+        at = torch.where(is_place, slots[places] + 1, PADDING)  # [M]
+        ragged_pass = RaggedPass(slots, self.positions[slots][None], self.cu_seqlens_q, self.kv_ranges)
+        logits = forward.logits(ragged_pass, self.tokens[slots], places)  # [M, V]
+        sampled, self.is_self[at] = kernels.sample_mix(
             logits,
             self.reference[at],
-            1.0,
-            seed=batch.seed,
+            is_place.float(),
+            seed=self.seed,
             sample_ids=self.sample_ids[at],
             positions=self.answer_positions[at],
             temperature=batch.temperature,
@@ -139,20 +176,28 @@ class FixedPoint:
             vocab_size=batch.vocab_size,
             status=self.status,
         )
-        return sampled, is_sampled
+        self.commit(slots, sampled, is_sampled)
+        self.plan()
 
-    def commit(self, ragged_pass: RaggedPass, sampled: Tensor, is_sampled: Tensor) -> None:
-        """Write the sampled tokens [N] into the guess and move each row to its first change."""
-        slots = ragged_pass.slots
+    def commit(self, slots: Tensor, sampled: Tensor, is_sampled: Tensor) -> None:
+        """Write the tokens [M] that were sampled at some of ``slots`` [N] into the guess; move each row to its first
+        change."""
+        number = (is_sampled.cumsum(0) - 1).clamp(min=0)  # [N]: which of the sampled tokens it gets
+        guess = self.tokens[(slots + 1).clamp(max=len(self.tokens) - 1)]  # as is
         changed, observed = kernels.commit_pass(
-            self.tokens, self.final, slots, ragged_pass.cu_seqlens_q, self.next_self, sampled
+            self.tokens,
+            self.final,
+            slots,
+            self.cu_seqlens_q,
+            self.next_self,
+            torch.where(is_sampled, pad(sampled, (0, 1))[number], guess),
         )
         self.speculation.observe(slots, changed, observed & is_sampled, is_sampled)
 
-    def is_sampled(self, ragged_pass: RaggedPass) -> Tensor:
-        """[N] bool: the places of a pass that come right before a self position."""
-        after = ragged_pass.slots + 1
-        return (self.next_self[ragged_pass.slots] == after) & self.candidates[after.clamp(max=len(self.tokens) - 1)]
+    def is_sampled(self, slots: Tensor) -> Tensor:
+        """bool, as ``slots``: which of them come right before a self position."""
+        after = slots + 1  # 0 of padding, which is the first token of a prompt
+        return (self.next_self[slots] == after) & self.candidates[after]
 
     @property
     def contexts(self) -> list[Tensor]:
@@ -165,7 +210,8 @@ class FixedPoint:
         return self._answers(self.is_self)
 
     def _answers(self, of_slots: Tensor) -> list[Tensor]:
-        rows = torch.split(of_slots, self.batch.lengths)
+        lengths = self.batch.lengths
+        rows = torch.split(of_slots[: sum(lengths)].clone(), lengths)  # the state may serve the next generation
         return [row[prompt:] for row, prompt in zip(rows, self.batch.prompt_lengths, strict=True)]
 
 
@@ -181,9 +227,10 @@ def fixed_point(
     keep_hidden_states: bool = False,
 ) -> FixedPoint:
     """Iterate passes of at most ``budget.tokens`` tokens until every self token is final."""
-    state = FixedPoint.start(forward.model, batch, keep_hidden_states=keep_hidden_states)
-    with forward.over(len(state.tokens), state.hidden_states):
-        while (ragged_pass := state.plan(budget)).num_tokens:
-            sampled, is_sampled = state.run(forward, ragged_pass)
-            state.commit(ragged_pass, sampled, is_sampled)
+    state = FixedPoint.start(forward, batch, budget, keep_hidden_states=keep_hidden_states)
+    with forward.over(state):
+        while (size := Size(*forward.read(state))).tokens:
+            state.passes += 1
+            state.tokens_computed += size.tokens
+            forward.run(state, size)
     return state

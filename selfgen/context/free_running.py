@@ -8,16 +8,17 @@ long enough for any row.
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Hashable
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import Any, ClassVar, NamedTuple
 
 import torch
 from torch import Tensor
+from torch.nn.functional import pad
 
 import selfgen_kernels as kernels
 
-from .forward import Coverage, Forward
+from .forward import PADDING, Coverage, Forward, Passes, Size, first_places, numbers_for, seed_for
 from .ragged import RaggedPass
 
 _MOST_TOKENS = 8192  # of the prompts that begin in one pass, or one prompt
@@ -42,49 +43,74 @@ class Work(NamedTuple):
 
 
 @dataclass
-class FreeRun:
+class FreeRun(Passes):
     """The state of one generation, on the model's device; the host knows only which row has which place.
 
     A place holds ``computed`` tokens in the cache and ``new`` ones after them that the next pass computes: a prompt,
-    then one token per pass, and none where no row is.
+    then one token per pass, and none where no row is. There may be room for more places, and for more slots, the last
+    of which is nobody's in any case.
     """
 
     prompts: Prompts
     waiting: deque[int]  # rows without a place yet
     rows: list[int | None]  # of each place
-    row: Tensor  # [B] int64: the same, anything where there is none
-    taken: Tensor  # [A] int64: the places of rows, in order
+    capacity: int  # slots of a place
+    how: dict[str, Any]  # tokens are sampled: temperature, filters, vocab_size
     starts: Tensor  # [B] int64: the first slot of each place
     tokens: Tensor  # [S] int64: prompts and answers by slot
+    sample_ids: Tensor  # [B] int64, anything where there is no row
     computed: Tensor  # [B] int64
     new: Tensor  # [B] int64
     prompt_lengths: Tensor  # [B] int64
     limits: Tensor  # [B] int64
+    ended: Tensor  # [B] bool: by the last pass
+    stop_ids: Tensor  # [E] int64
+    seed: Tensor  # [1] int64
+    status: Tensor  # [1] int64: tokens whose logits were not finite
+    numbers: Tensor  # [1] int64, on the host: how many rows the last pass has ended
     passes: int = 0
     tokens_computed: int = 0
 
+    PLAN: ClassVar = {"new": 0}
+    hidden_states = None
+
     @classmethod
-    def start(cls, prompts: Prompts, batch_size: int) -> FreeRun:
+    def start(cls, forward: Forward, prompts: Prompts, batch_size: int, sampling: dict[str, Any]) -> FreeRun:
         places = min(batch_size, len(prompts.tokens))
         capacity = max(len(prompt) + limit for prompt, limit in zip(prompts.tokens, prompts.limits, strict=True))
         device = prompts.sample_ids.device
-        row, computed, new, prompt_lengths, limits = torch.zeros(5, places, dtype=torch.int64, device=device)
+        slots, rows = forward.room(places * capacity, places)
+        sample_ids, computed, new, prompt_lengths, limits = torch.zeros(5, rows, dtype=torch.int64, device=device)
         return cls(
             prompts=prompts,
             waiting=deque(range(len(prompts.tokens))),
             rows=[None] * places,
-            row=row,
-            taken=row[:0],
-            starts=torch.arange(places, device=device) * capacity,
-            tokens=torch.zeros(places * capacity, dtype=torch.int64, device=device),
+            capacity=capacity,
+            how={name: value for name, value in sampling.items() if name not in ("seed", "status")},
+            starts=(torch.arange(rows, device=device) * capacity).clamp(max=slots - 1),
+            tokens=torch.zeros(slots, dtype=torch.int64, device=device),
+            sample_ids=sample_ids,
             computed=computed,
             new=new,
             prompt_lengths=prompt_lengths,
             limits=limits,
+            ended=torch.zeros(rows, dtype=torch.bool, device=device),
+            stop_ids=prompts.stop_ids.clone(),  # the caller's may not be written
+            seed=seed_for(sampling["seed"], device),
+            status=torch.zeros(1, dtype=torch.int64, device=device),
+            numbers=numbers_for(1, device),
         )
 
-    def admit(self) -> int:
-        """Give free places to waiting rows; returns how many tokens are new, none if there is nothing left to do."""
+    @property
+    def num_slots(self) -> int:  # type: ignore[override]
+        return len(self.tokens)
+
+    @property
+    def settings(self) -> tuple[Hashable, ...]:
+        return tuple(self.how.items())
+
+    def admit(self) -> Size:
+        """Give free places to waiting rows; returns what is new, no token if there is nothing left to do."""
         going_on = sum(row is not None for row in self.rows)  # with a token each
         begun = 0
         for place, taken in enumerate(self.rows):
@@ -96,65 +122,73 @@ class FreeRun:
                 break
             begun += len(prompt)
             self.waiting.popleft()
-            start = place * (len(self.tokens) // len(self.rows))
+            start = place * self.capacity
             self.tokens[start : start + len(prompt)] = prompt
             self.rows[place] = row
-            self.row[place] = row
+            self.sample_ids[place] = self.prompts.sample_ids[row]
             self.computed[place] = 0
             self.new[place] = self.prompt_lengths[place] = len(prompt)
             self.limits[place] = self.prompts.limits[row]
-        if begun or going_on < len(self.taken):
-            places = [place for place, one in enumerate(self.rows) if one is not None]
-            self.taken = torch.tensor(places, device=self.taken.device)
-        return going_on + begun
+        return Size(going_on + begun, sum(row is not None for row in self.rows))
 
     def plan(self, num_tokens: int) -> RaggedPass:
-        """All new tokens of all places."""
+        """All new tokens of all places, and padding up to ``num_tokens``."""
         ends = self.new.cumsum(0)
-        places = torch.arange(len(ends), device=ends.device)
-        place = places.repeat_interleave(self.new, output_size=num_tokens)  # [N]
-        positions = torch.arange(len(place), device=ends.device) + (self.computed - ends + self.new)[place]
+        token = torch.arange(num_tokens, device=ends.device)  # [N]
+        place = torch.searchsorted(ends, token, right=True)  # [N]: one too many for padding
+        is_token, place = place < len(ends), place.clamp(max=len(ends) - 1)
+        positions = torch.where(is_token, token + (self.computed - ends + self.new)[place], 0)
         return RaggedPass(
-            slots=self.starts[place] + positions,
+            slots=torch.where(is_token, self.starts[place] + positions, PADDING),
             position_ids=positions[None],
-            cu_seqlens_q=torch.nn.functional.pad(ends, (1, 0)).int(),
+            cu_seqlens_q=pad(ends, (1, 0)).int(),
             kv_ranges=torch.stack([self.starts, self.computed + self.new], 1),
         )
 
-    def run(self, forward: Forward, ragged_pass: RaggedPass, sampling: dict[str, Any]) -> Tensor:
-        """Compute the pass; returns the next token of each taken place, int64 [A]."""
-        self.passes += 1
-        self.tokens_computed += ragged_pass.num_tokens
-        taken = self.taken
-        last = ragged_pass.cu_seqlens_q[1:][taken].long() - 1  # [A]: where in the pass a token is predicted
-        logits = forward(ragged_pass, self.tokens, last)  # [A, V]
+    def run(self, forward: Forward, size: Size) -> None:
+        """Compute all new tokens, and append the token that follows them to each taken place."""
+        ragged_pass = self.plan(size.tokens)
+        taken = self.new > 0  # [B]
+        place = first_places(taken, size.places)  # [M]
+        is_taken, place = place < len(taken), place.clamp(max=len(taken) - 1)
+        last = (ragged_pass.cu_seqlens_q[1:][place].long() - 1).clamp(min=0)  # [M]: where a token is predicted
+        input_ids = self.tokens[ragged_pass.slots]
         sampled, _ = kernels.sample_mix(
-            logits,
-            self.tokens[ragged_pass.slots[last]],  # what a row gets whose logits are not finite: its last token again
-            1.0,
-            sample_ids=self.prompts.sample_ids[self.row[taken]],
-            positions=(self.computed + self.new - self.prompt_lengths)[taken],
-            **sampling,
+            forward.logits(ragged_pass, input_ids, last),  # [M, V]
+            input_ids[last],  # what a row gets whose logits are not finite: its last token again
+            is_taken.float(),
+            seed=self.seed,
+            sample_ids=self.sample_ids[place],
+            positions=(self.computed + self.new - self.prompt_lengths)[place],
+            status=self.status,
+            **self.how,
         )
-        return sampled
+        self.commit(sampled[(taken.cumsum(0) - 1).clamp(min=0)], taken)
 
-    def commit(self, sampled: Tensor) -> list[tuple[int, Tensor]]:
-        """Append the sampled tokens [A]; free the places of ended rows, and return these rows with their answers."""
-        taken = self.taken
+    def commit(self, sampled: Tensor, taken: Tensor) -> None:
+        """Append the tokens [B] that were sampled in the ``taken`` places [B]; the rows that end leave theirs."""
         self.computed += self.new
-        self.tokens[(self.starts + self.computed)[taken]] = sampled
-        self.new[taken] = 1
-        lengths = self.computed + 1 - self.prompt_lengths  # [B]: of the answers
-        ended = taken[torch.isin(sampled, self.prompts.stop_ids) | (lengths[taken] == self.limits[taken])]
+        self.tokens[torch.where(taken, self.starts + self.computed, PADDING)] = torch.where(taken, sampled, 0)
+        stops = (sampled[:, None] == self.stop_ids).any(1) | (self.lengths == self.limits)
+        self.ended.copy_(taken & stops)
+        self.new.copy_(taken & ~stops)
+        self.numbers.copy_(self.ended.sum()[None], non_blocking=True)
+
+    @property
+    def lengths(self) -> Tensor:
+        """[B] int64: of the answers so far."""
+        return self.computed + 1 - self.prompt_lengths
+
+    def take_ended(self) -> list[tuple[int, Tensor]]:
+        """The rows that the last pass has ended, with their answers; their places are free."""
+        ended = self.ended.nonzero()[:, 0]
         first = (self.starts + self.prompt_lengths)[ended]
         answers = []
-        found = torch.stack([ended, first, lengths[ended]]).tolist()  # the one wait
-        for place, begin, length in zip(*found, strict=True):
+        for place, begin, length in zip(*torch.stack([ended, first, self.lengths[ended]]).tolist(), strict=True):
             row = self.rows[place]
             assert row is not None
             answers.append((row, self.tokens[begin : begin + length].clone()))
             self.rows[place] = None
-        self.new[ended] = 0
         return answers
 
 
@@ -169,11 +203,14 @@ def free_running(
 
     ``sampling`` is what ``sample_mix`` takes beside rows and positions: seed, temperature, filters, vocab_size, status.
     """
-    state = FreeRun.start(prompts, batch_size)
-    with forward.over(len(state.tokens)):
-        while num_tokens := state.admit():
-            ragged_pass = state.plan(num_tokens)
-            sampled = state.run(forward, ragged_pass, sampling)
-            for row, answer in state.commit(sampled):
-                finish(row, answer)
+    state = FreeRun.start(forward, prompts, batch_size, sampling)
+    with forward.over(state):
+        while (size := state.admit()).tokens:
+            state.passes += 1
+            state.tokens_computed += size.tokens
+            forward.run(state, size)
+            if forward.read(state)[0]:
+                for row, answer in state.take_ended():
+                    finish(row, answer)
+    sampling["status"].add_(state.status)
     return Work(state.passes, state.tokens_computed, forward.coverage)

@@ -23,6 +23,7 @@ from .forward import Coverage, Forward
 from .free_running import Prompts, free_running
 from .graphs import GraphedForward, forward_of
 from .hidden_states import ReuseError
+from .invariant import DependsOnBatchError, Invariant
 from .masks import Masks
 from .models import (
     active_adapters,
@@ -40,15 +41,17 @@ from .models import (
 from .packed import packed_linears
 from .precision import autocast_dtype, autocast_inside, precision_of
 from .ragged import UnsupportedModelError
-from .sequential import ALONE, sequential
+from .sequential import ALONE, SequentialResult, one_by_one, sequential
 from .sharding import IN_STEP, Together, agreed, check_splits, together_of
-from .support import inspect_model
-from .verification import Verification
+from .support import Support, inspect_model
+from .verification import LooksAheadError, Verification
 
 logger = logging.getLogger(__name__)
 
 Method = Literal["fixed_point", "sequential"]
 METHODS = ("fixed_point", "sequential")
+Precision = Literal["model", "invariant"]
+PRECISIONS = ("model", "invariant")
 
 
 class ContextGenerator:
@@ -63,20 +66,26 @@ class ContextGenerator:
             ahead. If one of these two is not given, it is measured on the model's device, once. They change the cost,
             and the tokens only where rounding in a low precision turns a near tie (docs/exactness.md).
         masks: how the positions of self tokens are drawn; single tokens by default.
-        cuda_graphs: on an NVIDIA GPU, replay passes as CUDA graphs. Until `release` they keep the K/V of a generation,
-            the hidden states and logits of a pass (up to 2 GiB together) and, under autocast, the weights in its dtype
-            (if they take at most an eighth of the memory). Python code in the model, such as a hook that counts, does
-            not run in a replay.
+        cuda_graphs: on an NVIDIA GPU, replay passes as CUDA graphs. Until `release` they keep the K/V of a generation
+            and its hidden states if these are asked for (see ``graph_memory``), what a pass computes in between and,
+            under autocast, the weights in its dtype (if they take at most an eighth of the memory). Python code in the
+            model, such as a hook that counts, does not run in a replay.
+        graph_memory: most of the GPU's memory, as a share in [0, 1], that graphs may keep as K/V and hidden states. A
+            generation that needs more runs kernel by kernel, and frees them.
         vocab_size: how many ids there are: only those below it are sampled, in contexts and in answers, and counted in
             any probability. Give ``len(tokenizer)`` where the embedding has more rows, which are padding. Holes, ids
             below it that no token has, are sampled. None: all rows of the embedding.
+        precision: "invariant" computes a row's bits from that row alone, by products and activations of selfgen's own,
+            so that contexts and answers in bf16 or fp16 are equal at any budget, in any batch, in any order and by both
+            methods. It takes longer, and models that have operations without such a guarantee are refused
+            (docs/exactness.md). "model": with the products of the model's own forward.
 
     Generators of one model may be used in several threads: they take turns. Nobody may train the model meanwhile.
 
     Raises:
         TypeError: ``model`` is not a transformers model.
-        ValueError: ``temperature``, ``token_budget``, ``balance`` or ``vocab_size`` out of range, or the model is split
-            over processes or offloaded.
+        ValueError: ``temperature``, ``token_budget``, ``balance``, ``graph_memory``, ``vocab_size`` or ``precision``
+            out of range, or the model is split over processes or offloaded.
 
     Example:
         >>> generator = ContextGenerator(model)
@@ -93,7 +102,9 @@ class ContextGenerator:
         balance: float | None = None,
         masks: Masks | None = None,
         cuda_graphs: bool = True,
+        graph_memory: float = 0.125,
         vocab_size: int | None = None,
+        precision: Precision = "model",
     ):
         self.model = transformers_model(model)
         self._given: torch.nn.Module = model
@@ -108,6 +119,10 @@ class ContextGenerator:
             raise ValueError(f"token_budget is {token_budget!r}; it must be an integer >= 1, or None to measure it")
         if balance is not None and not (type(balance) in (int, float) and 0.0 < balance < float("inf")):
             raise ValueError(f"balance is {balance!r}; it must be a finite number > 0, or None to measure it")
+        if isinstance(graph_memory, bool) or not isinstance(graph_memory, int | float) or not 0 <= graph_memory <= 1:
+            raise ValueError(f"graph_memory is {graph_memory!r}; it must be a share of the memory, from 0 to 1")
+        if precision not in PRECISIONS:
+            raise ValueError(f'precision is {precision!r}; it must be "model" or "invariant"')
         if vocab_size is not None:
             rows = vocab_size_of(self.model)
             if type(vocab_size) is not int or not 1 <= vocab_size <= rows:
@@ -122,7 +137,8 @@ class ContextGenerator:
         self._budget: PassBudget | None = None
         self._make: object = None
         self._verified: dict[torch.dtype | None, Verification] = {}  # by what autocast computes in
-        self._cuda_graphs = cuda_graphs
+        self._cuda_graphs, self._graph_memory = cuda_graphs, float(graph_memory)
+        self._invariant = Invariant(self.model) if precision == "invariant" else None
         self._passes: Forward | None = None
         self._together = together_of(self.model)  # whose forwards wait for each other
         self._fallback = Fallback(self.model, self._together)
@@ -153,14 +169,20 @@ class ContextGenerator:
         budget = self.budget
         self._budget = PassBudget(int(together.most(budget.tokens)), together.most(budget.balance))
 
+    @property
+    def precision(self) -> Precision:
+        """ "invariant", if a row's bits depend on that row alone, otherwise "model"."""
+        return "model" if self._invariant is None else "invariant"
+
     def _measured(self) -> PassBudget:
         forward = self._forward()
         with self.computing():
             verification = self._verification
             verification.check_dtypes()
-        with self.computing(), packed_linears(self.model):
-            if not isinstance(forward, GraphedForward):
-                return measure_budget(self.model, together=self._together)
+        with self.computing():
+            if not isinstance(forward, GraphedForward) and self._invariant is None:
+                with packed_linears(self.model):
+                    return measure_budget(self.model, together=self._together)
             verification.check_ragged(0)
             try:
                 # A pass takes another time than a forward.
@@ -188,7 +210,7 @@ class ContextGenerator:
                 yield
 
     @property
-    def precision(self) -> torch.dtype:
+    def dtype(self) -> torch.dtype:
         """The dtype that matrix products are computed in; the least precise one where weights have several."""
         with self.computing():
             return precision_of(self.model)
@@ -259,33 +281,22 @@ class ContextGenerator:
             return MixedContext([], [], ContextStats.untouched([], []))
         support = inspect_model(self.model, max(batch.lengths))
 
-        if method == "fixed_point":
+        if method == "fixed_point" or self._invariant is not None:
             with self.computing():
-                verification = self._verification
-                verification.check_dtypes()
-                if support.missing:
-                    verification.check_causal(max(batch.lengths))  # says more
-                    raise UnsupportedModelError(
-                        f"{type(self.model).__name__} uses {'; '.join(support.missing)}: the ragged path of "
-                        'method="fixed_point" does not support it. Use method="sequential" (--context-method '
-                        "sequential)."
-                    )
-                verification.check_ragged(max(batch.lengths))
+                self._check_ragged(support, max(batch.lengths))
+        if method == "fixed_point":
             budget = self.budget
             with self.computing():
-                state = fixed_point(self._forward(), batch, budget, keep_hidden_states=keep_hidden_states)
-            tokens, is_self, invalid = state.contexts, state.masks, int(state.status)
+                forward = self._forward()
+                state = fixed_point(forward, batch, budget, keep_hidden_states=keep_hidden_states)
+                # Before another thread has its turn: its generation may take place in the same memory.
+                tokens, is_self, invalid = state.contexts, state.masks, int(state.status)
+                coverage = forward.coverage
             hidden_states = state.hidden_states
             passes, tokens_computed = state.passes, state.tokens_computed
-            coverage = self._forward().coverage
         else:
             with self.computing():
-                verification = self._verification
-                verification.check_dtypes()
-                verification.check_causal(max(batch.lengths))
-                verification.check_adapter()
-                isolate = support.isolate_rows
-                result = sequential(self.model, batch, ALONE) if isolate else verification.sequential(batch)
+                result = self._sequential(batch, support)
             tokens, is_self, invalid = result.tokens, result.is_self, result.invalid
             passes, tokens_computed, hidden_states = result.passes, result.tokens_computed, None
             coverage = Coverage()
@@ -309,6 +320,37 @@ class ContextGenerator:
             **vars(coverage),
         )
         return MixedContext(tokens, is_self, stats, hidden_states)
+
+    def _check_ragged(self, support: Support, longest_row: int) -> None:
+        """Raise UnsupportedModelError unless passes over the ragged cache are right for rows of this length."""
+        verification = self._verification
+        verification.check_dtypes()
+        try:
+            if support.missing:
+                verification.check_causal(longest_row)  # says more
+                raise UnsupportedModelError(
+                    f"{type(self.model).__name__} uses {'; '.join(support.missing)}: the ragged path of "
+                    'method="fixed_point" does not support it. Use method="sequential" (--context-method sequential).'
+                )
+            verification.check_ragged(longest_row)
+        except (DependsOnBatchError, LooksAheadError):
+            raise
+        except UnsupportedModelError as error:
+            if self._invariant is None:
+                raise
+            raise UnsupportedModelError(
+                'precision="invariant" computes everything over the ragged cache, whatever the method, which is not '
+                f'possible: use precision="model" (--context-precision model), with which holds: {error}'
+            ) from error
+
+    def _sequential(self, batch: Batch, support: Support) -> SequentialResult:
+        if self._invariant is not None:
+            return one_by_one(self._forward(), batch)
+        verification = self._verification
+        verification.check_dtypes()
+        verification.check_causal(max(batch.lengths))
+        verification.check_adapter()
+        return sequential(self.model, batch, ALONE) if support.isolate_rows else verification.sequential(batch)
 
     def answer(
         self,
@@ -383,6 +425,8 @@ class ContextGenerator:
             verification = self._verification
             verification.check_dtypes()
             verification.check_adapter()
+            if self._invariant is not None:
+                self._check_ragged(support, longest)
             if support.missing or not self._runs_ragged(longest):
                 work = self._fallback(what, sampling, batch_size, finish, recompute=support.recompute)
             else:
@@ -415,7 +459,12 @@ class ContextGenerator:
         in_step = self.model in IN_STEP  # so that a pass gathers weights, which no graph does
         moved = self._passes is None or self._passes.device != self.model.device
         if moved or (in_step and isinstance(self._passes, GraphedForward)):
-            self._passes = forward_of(self.model, cuda_graphs=self._cuda_graphs and not in_step)
+            self._passes = forward_of(
+                self.model,
+                cuda_graphs=self._cuda_graphs and not in_step,
+                graph_memory=self._graph_memory,
+                invariant=self._invariant,
+            )
         assert self._passes is not None
         return self._passes
 
@@ -427,7 +476,7 @@ class ContextGenerator:
             transformers_model(self._given)  # refuses some adapters
             self._make, self._verified, self._fallback = make, {}, Fallback(self.model, self._together)
         if precision not in self._verified:
-            self._verified[precision] = Verification(self.model, self._given, self._together)
+            self._verified[precision] = Verification(self.model, self._given, self._together, self._invariant)
         return self._verified[precision]
 
     def look_again(self) -> None:

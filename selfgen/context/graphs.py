@@ -1,18 +1,21 @@
-"""The forward of a generation's passes as CUDA graphs.
+"""The passes of a generation as CUDA graphs.
 
 A pass over few tokens is about a thousand small kernels. The host takes several times as long to launch them as a GPU
-takes to run them. ``GraphedForward`` records them once for each size of a pass, and replays them for the price of one
-launch.
+takes to run them. ``GraphedForward`` records whole passes, once for each size: the model's forward, sampling, commit
+and the plan of the next pass. To replay one is one launch, and between two of them the host reads a few numbers.
 """
 
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Iterable, Iterator
-from contextlib import AbstractContextManager, contextmanager
-from dataclasses import dataclass
+import threading
+from bisect import bisect_left
+from collections.abc import Callable, Hashable, Iterable, Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
-from weakref import WeakKeyDictionary
+from weakref import WeakKeyDictionary, ref
 
 import torch
 from torch import Tensor, nn
@@ -20,152 +23,175 @@ from torch.distributed.tensor import DTensor
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 from transformers import PreTrainedModel
 
-from .forward import Forward
+from .forward import Forward, Passes, Size
 from .hidden_states import HiddenStates
+from .invariant import Invariant
 from .models import vocab_size_of
 from .packed import CastWeights
-from .precision import autocast_dtype
-from .ragged import RaggedCache, RaggedPass, ragged_logits
+from .precision import autocast_dtype, precision_of
+from .ragged import RaggedCache
 
 logger = logging.getLogger(__name__)
 
 _STREAMS_OF_TORCH = 32  # of a device and a priority, which torch.cuda.Stream hands out in turn
 _streams: WeakKeyDictionary[object, torch.cuda.Stream] = WeakKeyDictionary()
-PADDING = -1  # a slot that `kv_append` passes by
-LARGEST = 8192  # tokens of a recorded pass; beyond, the GPU has enough to do
-MOST_HIDDEN = 2**30  # bytes of the hidden states of a recorded pass
-MOST_LOGITS = 2**29  # bytes of the logits of one; those of fewer places are kept beside them, less than twice as many
-MOST_KV = 1 / 16  # of the GPU's memory, to be kept from generation to generation
-MOST_CASTS = 1 / 8  # the same, of weights in autocast's dtype
+TOKENS = (16, 32, 64, 128, 256, 384, 512, 768, 1024, 1536, 2048, 3072, 4096, 6144, 8192)
+"""Of recorded passes: coarse, so that sizes recur. Beyond, the GPU has enough to do."""
+MOST_LOGITS = 1 / 32  # of the GPU's memory, for those of one pass
+_ONE_AT_A_TIME = threading.Lock()
+MOST_CASTS = 1 / 8  # the same, for weights in autocast's dtype that are kept from generation to generation
 
 
-def forward_of(model: PreTrainedModel, *, cuda_graphs: bool) -> Forward:
+def forward_of(
+    model: PreTrainedModel, *, cuda_graphs: bool, graph_memory: float, invariant: Invariant | None = None
+) -> Forward:
     """The fastest forward for ``model`` where it is."""
     parameters = list(model.parameters())
     one_gpu = len({parameter.device for parameter in parameters}) == 1 and parameters[0].device.type == "cuda"
     plain = not any(is_traceable_wrapper_subclass(parameter) for parameter in parameters)  # others hide their memory
     if cuda_graphs and one_gpu and any(isinstance(parameter, DTensor) for parameter in parameters):
         logger.info("passes are not recorded as CUDA graphs, as weights are split over processes")
-    return GraphedForward(model) if cuda_graphs and one_gpu and plain and not torch.version.hip else Forward(model)
+    if cuda_graphs and one_gpu and plain and not torch.version.hip:
+        return GraphedForward(model, graph_memory, invariant)
+    return Forward(model, invariant)
 
 
-@dataclass(frozen=True)
-class _Size:
-    """What a recorded pass has room for: coarse, so that sizes recur, and fine enough that little is padding."""
+def recorded_size(size: Size, most_places: int) -> Size | None:
+    """The size of a recorded pass that ``size`` fits into; None if there is none.
 
-    tokens: int
-    places: int
-    rows: int
-    keeps: bool  # hidden states, too
-
-    @classmethod
-    def of(cls, ragged_pass: RaggedPass, index: Tensor, keeps: bool, most_places: int) -> _Size:
-        """``most_places`` are those whose logits there is room for; sizes with more are the pass's own."""
-        tokens, places, rows = (
-            1 << max(4, (count - 1).bit_length())
-            for count in (ragged_pass.num_tokens, len(index), len(ragged_pass.kv_ranges))
-        )
-        # Or there would be many sizes. Of a large vocabulary a quarter of a large pass has no room, a sixteenth may.
-        places = max([places, *(least for least in (tokens // 4, tokens // 16) if least <= most_places)])
-        if len(index) <= most_places < places:
-            places = most_places
-        if tokens > 256:
-            step = tokens // 8
-            tokens = -(-ragged_pass.num_tokens // step) * step
-        return cls(tokens, places, rows, keeps)
+    ``most_places`` are those whose logits there is room for. Of a large vocabulary a quarter of a large pass has no
+    room, a sixteenth may.
+    """
+    at = bisect_left(TOKENS, size.tokens)
+    if at == len(TOKENS) or size.places > most_places:
+        return None
+    tokens = TOKENS[at]
+    places = (tokens,) if tokens <= 64 else (tokens // 16, tokens // 4, tokens)
+    return Size(tokens, min(places[bisect_left(places, size.places)], most_places))
 
 
-class _Results:
-    """What passes write, one after the other into the same memory."""
+@dataclass
+class _Recordings:
+    """Passes of one kind, by their sizes, and the tensors that they read and write."""
 
-    def __init__(self, model: PreTrainedModel, room: int):
-        self.model, self.room = model, room
-        self.logits: dict[int, Tensor] = {}  # by their number of places: [places, V]
-        self.hidden: HiddenStates | None = None  # a slot for each token of a pass
-
-    def keep_logits(self, logits: Tensor) -> None:
-        places = len(logits)
-        if places not in self.logits:
-            self.logits[places] = torch.empty_like(logits)
-        self.logits[places].copy_(logits)
-
-    def hidden_states(self) -> HiddenStates:
-        if self.hidden is None:
-            self.hidden = HiddenStates(self.model, self.room)
-        return self.hidden
-
-
-class _Recorded:
-    """A pass of one size: what it reads and writes lies where it is, and ``run`` computes it."""
-
-    replay: Callable[[], None] | None = None
-
-    def __init__(self, model: PreTrainedModel, cache: RaggedCache, results: _Results, size: _Size):
-        device = model.device
-        self.model, self.cache, self.results = model, cache, results
-        self.input_ids = torch.zeros(size.tokens, dtype=torch.int64, device=device)
-        self.index = torch.zeros(size.places, dtype=torch.int64, device=device)
-        self.ragged_pass = RaggedPass(
-            slots=torch.full((size.tokens,), PADDING, device=device),
-            position_ids=torch.zeros(1, size.tokens, dtype=torch.int64, device=device),
-            cu_seqlens_q=torch.zeros(size.rows + 1, dtype=torch.int32, device=device),
-            kv_ranges=torch.zeros(size.rows, 2, dtype=torch.int64, device=device),
-        )
-
-    def fill(self, ragged_pass: RaggedPass, tokens: Tensor, index: Tensor) -> None:
-        mine, n, rows = self.ragged_pass, ragged_pass.num_tokens, len(ragged_pass.kv_ranges)
-        self.input_ids[:n] = tokens[ragged_pass.slots]
-        self.index[: len(index)] = index
-        mine.slots[:n] = ragged_pass.slots
-        mine.slots[n:] = PADDING
-        mine.position_ids[:, :n] = ragged_pass.position_ids
-        mine.cu_seqlens_q[: rows + 1] = ragged_pass.cu_seqlens_q
-        mine.cu_seqlens_q[rows + 1 :] = ragged_pass.cu_seqlens_q[-1]  # windows of no row are empty
-        mine.kv_ranges[:rows] = ragged_pass.kv_ranges
-
-    def run(self) -> None:
-        self.results.keep_logits(ragged_logits(self.model, self.cache, self.ragged_pass, self.input_ids, self.index))
+    memory: list[Tensor]
+    replays: dict[Size, Callable[[], None]] = field(default_factory=dict)
 
 
 class GraphedForward(Forward):
     """The same passes as CUDA graphs, padded to some sizes.
 
-    A size is run as it is the first time, recorded the second time and replayed from then on, also in later
-    generations: K/V and graphs stay. Weights are read where they lie, so an optimizer's steps are seen. When weights
-    have moved, or modules, hooks, adapters, plain attributes or the precision have changed, all is recorded anew
-    (`_state_of`). A model that can't be recorded, as it waits for the device within a pass, is run as it is.
+    A size is run and recorded when a pass needs it, and replayed from that pass on, also in later generations: graphs,
+    K/V, hidden states and the tensors of passes stay where they are, with room for the largest generation so far. So
+    few sizes are recorded in vain, and a generation begins with its largest passes, whose memory the others share.
+    Weights are read where they lie, so an optimizer's steps are seen. When weights have moved, or modules, hooks,
+    adapters, plain attributes or the precision have changed (`_state_of`), or a generation needs more room, all graphs
+    are dropped: freeing a single one may harm others (`_stream_of_its_own`).
+
+    A model that can't be recorded, as it waits for the device within a pass, is run as it is; and so is a generation
+    whose K/V and hidden states would take more than ``share`` of the GPU's memory.
     """
 
-    def __init__(self, model: PreTrainedModel):
-        super().__init__(model)
-        text = model.config.get_text_config(decoder=True)
-        self._layers = text.num_hidden_layers
-        self._most_tokens = min(LARGEST, MOST_HIDDEN // (4 * (self._layers + 1) * text.hidden_size))
-        self._most_places = MOST_LOGITS // (4 * vocab_size_of(model))
-        self._off = False
-        self._state: object = None
-        self._results: _Results | None = None
-        self._casts: CastWeights | None = None
-        self._told_of_casts = False
-        self._recorded: dict[_Size, _Recorded] = {}
-        self._pool: Any = None
+    def __init__(self, model: PreTrainedModel, share: float, invariant: Invariant | None = None):
+        super().__init__(model, invariant)
+        self._share = share
+        self._most_places = int(MOST_LOGITS * _memory_of(self.device)) // (4 * vocab_size_of(model))
+        self._off = self._told_of_memory = self._told_of_casts = False
         self._stream: Any = None
-        self._recording = False  # or run as it is recorded
+        self.release()
 
-    def _begin(self, num_slots: int) -> None:
-        if self._off:
-            super()._begin(num_slots)
+    def release(self) -> None:
+        self._room = 0, 0  # slots and rows
+        self._drop()
+
+    def _drop(self) -> None:
+        """Let go of all graphs, and of all that they read and write."""
+        self._fused.forget()
+        self._state: object = None
+        self._casts: CastWeights | None = None
+        self._recorded: dict[Hashable, _Recordings] = {}
+        self._current: _Recordings | None = None  # of the generation that runs, if it is recorded
+        self._pool: Any = None
+        self._kept: RaggedCache | None = None
+        self._hidden: Tensor | None = None  # memory of hidden states
+        self._borrower: Callable[[], HiddenStates | None] = lambda: None  # who has it
+        vars(self).pop("cache", None)
+
+    def _turn_off(self, reason: object) -> None:
+        logger.warning("passes run without CUDA graphs: %s", reason)
+        cache = self.cache
+        self.release()
+        self._off, self.cache = True, cache  # with which the generation goes on
+
+    def room(self, slots: int, rows: int, *, keeps_hidden_states: bool = False) -> tuple[int, int]:
+        exact, room = super().room(slots, rows), self._room
+        if exact[0] > room[0] or rows > room[1]:
+            step = max(1024, (1 << exact[0].bit_length()) // 8)  # so that the next generation fits, too
+            more = -(-exact[0] // step) * step, max(32, 1 << (rows - 1).bit_length())
+            room = max(more[0], room[0]), max(more[1], room[1])
+        if self._off or not self._fits(room[0], keeps_hidden_states or self._hidden is not None):
+            return exact
+        self._room = room
+        return room
+
+    def _fits(self, slots: int, keeps_hidden_states: bool) -> bool:
+        """Whether what graphs of so many slots keep is no more than their share of the memory."""
+        config = self.model.config.get_text_config(decoder=True)
+        heads, layers = config.num_attention_heads, config.num_hidden_layers
+        kv_heads = getattr(config, "num_key_value_heads", None) or heads
+        head_dim = getattr(config, "head_dim", None) or config.hidden_size // heads
+        of_slot = 2 * layers * kv_heads * head_dim * precision_of(self.model).itemsize
+        if keeps_hidden_states:
+            of_slot += (layers + 1) * config.hidden_size * self.model.dtype.itemsize
+        fits = slots * of_slot <= self._share * _memory_of(self.device)
+        if not fits and not self._told_of_memory:
+            logger.warning(
+                "passes of a generation run without CUDA graphs: its K/V and hidden states take %.1f GB, too much to "
+                "keep between generations; give a larger graph_memory, or fewer rows at a time",
+                slots * of_slot / 1e9,
+            )
+            self._told_of_memory = True
+        return fits
+
+    def _begin(self, passes: Passes) -> None:
+        if self._off or not passes.recordable or passes.num_slots != self._room[0]:
+            super()._begin(passes)
             return
         casts = self._casts_of_now()
-        state = _state_of(self.model, casts.modules if casts else ())
-        if state != self._state or num_slots > self.cache.num_slots:
-            self.release()
-            step = max(1024, (1 << num_slots.bit_length()) // 8)  # so that the next generation fits, too
-            self.cache = RaggedCache(self.model, -(-num_slots // step) * step)
-            self._results = _Results(self.model, min(self._most_tokens, self.cache.num_slots))
+        state = self._room, _state_of(self.model, casts.modules if casts else ())
+        if state != self._state:
+            self._drop()
+            self._kept = RaggedCache(self.model, passes.num_slots)
             self._state, self._casts = state, casts
         if self._casts is not None:
             self._casts.refresh()
+        assert self._kept is not None
+        self.cache = self._kept
+        if passes.hidden_states is not None:
+            self._lend(passes.hidden_states)
+        self.read(passes)  # so that what was written to the host is there
+        memory = passes.memory
+        kind = type(passes), passes.settings, *((tensor.shape, tensor.dtype) for tensor in memory)
+        if kind in self._recorded:
+            passes.move_to(self._recorded[kind].memory)
+        self._current = self._recorded.setdefault(kind, _Recordings(memory))
+
+    def _lend(self, hidden_states: HiddenStates) -> None:
+        """Have them written where those of the last generation are, which go elsewhere if somebody wants them yet."""
+        last = self._borrower()
+        if last is not None:
+            last.move_away()
+        if self._hidden is not None:
+            hidden_states.use(self._hidden)
+        self._borrower = ref(hidden_states)
+
+    def _end(self) -> None:
+        if self._current is None:
+            super()._end()
+            return
+        self._current, borrower = None, self._borrower()
+        if borrower is not None and hasattr(borrower, "memory"):
+            self._hidden = borrower.memory
 
     def _casts_of_now(self) -> CastWeights | None:
         """What autocast makes of the weights, if it is on and there is room to keep that."""
@@ -185,77 +211,47 @@ class GraphedForward(Forward):
         return None
 
     def _weights(self) -> AbstractContextManager[None]:
-        return super()._weights() if self._casts is None else self._casts.used()
+        if self._current is None:  # no copy of a weight has been refreshed
+            return super()._weights()
+        if self.invariant is not None:
+            return self.invariant.used(self._casts)
+        return nullcontext() if self._casts is None else self._casts.used()  # recordings outlive what this one copies
 
-    def _end(self) -> None:
-        if self._off:
-            super()._end()
-        elif self._state is not None and _bytes_of(self.cache) > MOST_KV * _memory_of(self.device):
-            self._turn_off(
-                f"the K/V of one generation take {_bytes_of(self.cache) / 1e9:.1f} GB, too much to keep between "
-                "generations"
-            )
-            super()._end()
+    def run(self, passes: Passes, size: Size) -> None:
+        recordings = self._current
+        room = None if recordings is None else recorded_size(size, self._most_places)
+        if recordings is None or room is None:
+            super().run(passes, size)
+            return
+        is_new = room not in recordings.replays
+        if is_new:
+            replay = self._prepare(passes, room)
+            if replay is None:
+                super().run(passes, size)
+                return
+            recordings.replays[room] = replay
+        recordings.replays[room]()
+        self.coverage.captured += is_new
+        self.coverage.replayed += not is_new
+        self.coverage.padding += room.tokens - size.tokens
 
-    def release(self) -> None:
-        self._state = self._results = self._pool = self._casts = None
-        self._recorded.clear()
-        vars(self).pop("cache", None)
-
-    def _turn_off(self, reason: object) -> None:
-        logger.warning("passes run without CUDA graphs: %s", reason)
-        self._off, self._results, self._pool, self._casts = True, None, None, None
-        self._recorded.clear()
-
-    def _target(self) -> tuple[HiddenStates, Tensor | slice]:
-        if not self._recording:
-            return super()._target()
-        assert self._results is not None
-        return self._results.hidden_states(), slice(self.cache.current.num_tokens)
-
-    def __call__(self, ragged_pass: RaggedPass, tokens: Tensor, index: Tensor) -> Tensor:
-        size = _Size.of(ragged_pass, index, self.hidden_states is not None, self._most_places)
-        results = self._results
-        if results is None or size.tokens > results.room or size.places > self._most_places:
-            return super().__call__(ragged_pass, tokens, index)
-        known = size in self._recorded
-        recorded = self._recorded[size] if known else _Recorded(self.model, self.cache, results, size)
-        recorded.fill(ragged_pass, tokens, index)
-        is_new = recorded.replay is None
-        if is_new and not self._prepare(recorded, known):
-            del recorded, results  # and what they keep
-            return super().__call__(ragged_pass, tokens, index)
-        self._recorded[size] = recorded
-        if recorded.replay is not None:
-            recorded.replay()
-            self.coverage.captured += is_new
-            self.coverage.replayed += not is_new
-        self.coverage.padding += size.tokens - ragged_pass.num_tokens
-        if self.hidden_states is not None:
-            kept = results.hidden_states().states[:, : ragged_pass.num_tokens]
-            self.hidden_states.write(ragged_pass.slots, kept)
-        return results.logits[size.places][: len(index)]
-
-    def _prepare(self, recorded: _Recorded, known: bool) -> bool:
-        """Record a pass of a ``known`` size; run one of a new size, which also compiles its kernels.
-
-        False, if the model can't be recorded.
-        """
-        self._recording = True
+    def _prepare(self, passes: Passes, size: Size) -> Callable[[], None] | None:
+        """Run a pass of padding alone, which also compiles its kernels, and record one; None if that can't be."""
+        run = partial(passes.run, self, size)
         try:
-            if known:
-                recorded.replay = self._record(recorded.run)
-            else:
-                with not_waiting():
-                    recorded.run()
+            with passes.idle(), not_waiting():
+                run()
         except RuntimeError as error:
-            if not known and "synchroniz" not in str(error):
+            if "synchroniz" not in str(error):
                 raise
             self._turn_off(error)
-            return False
-        finally:
-            self._recording = False
-        return True
+            return None
+        try:
+            with passes.idle():
+                return self._record(run)
+        except RuntimeError as error:
+            self._turn_off(error)
+            return None
 
     def _record(self, run: Callable[[], None]) -> Callable[[], None]:
         """``run`` as a CUDA graph. What it allocates lies in one pool for all graphs, as nothing outlives a replay."""
@@ -315,24 +311,21 @@ def fresh_casts(model: PreTrainedModel) -> Iterator[None]:
 
 @contextmanager
 def not_waiting() -> Iterator[None]:
-    """Inside, an operation that waits for the device raises a RuntimeError."""
-    before = torch.cuda.get_sync_debug_mode()
-    torch.cuda.set_sync_debug_mode("error")
-    try:
-        yield
-    finally:
-        torch.cuda.set_sync_debug_mode(before)
-
-
-def _bytes_of(cache: RaggedCache) -> int:
-    return sum(states.nbytes for layer in cache.layers if layer.is_initialized for states in (layer.keys, layer.values))
+    """Inside, an operation that waits for the device raises a RuntimeError, in other threads, too."""
+    with _ONE_AT_A_TIME:
+        before = torch.cuda.get_sync_debug_mode()
+        torch.cuda.set_sync_debug_mode("error")
+        try:
+            yield
+        finally:
+            torch.cuda.set_sync_debug_mode(before)
 
 
 def _memory_of(device: torch.device) -> int:
     return torch.cuda.get_device_properties(device).total_memory
 
 
-_UNRELATED = {"training", "gradient_checkpointing"}  # to what is computed in inference
+_UNRELATED = {*vars(nn.Module()), "gradient_checkpointing"}  # to what is computed in inference, or compared by itself
 
 
 def _state_of(model: PreTrainedModel, cast: Iterable[nn.Module] = ()) -> object:
@@ -346,6 +339,8 @@ def _state_of(model: PreTrainedModel, cast: Iterable[nn.Module] = ()) -> object:
         torch.is_inference_mode_enabled(),
         torch.get_float32_matmul_precision(),
         torch.are_deterministic_algorithms_enabled(),
+        torch.backends.cuda.matmul.allow_bf16_reduced_precision_reduction,
+        torch.backends.cuda.matmul.allow_fp16_reduced_precision_reduction,
     )
     modules, copied = list(model.modules()), {*cast}
     tensors = [

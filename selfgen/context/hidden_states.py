@@ -100,63 +100,75 @@ def noise_of(modules: dict[str, nn.Module]) -> str | None:
 class HiddenStates:
     """What entered each decoder layer, and what left the last one, at every slot of a generation.
 
-    ``states`` is [layers + 1, S + 1, hidden_size] once there are any; the last slot holds zeros, for padding.
+    ``states`` is [layers + 1, S + 1, hidden_size] once there are any; the last slot holds zeros, for padding. It is a
+    part of ``memory`` [layers + 1, slots, hidden_size], whose last slot is nobody's: there is what padding computes.
+    Take copies (`at`): these attributes may be of other memory once the next generation has begun.
     """
 
     states: Tensor
+    memory: Tensor
 
-    def __init__(self, model: PreTrainedModel, num_slots: int):
+    def __init__(self, model: PreTrainedModel, num_slots: int, room: int):
+        """``room`` is for how many slots there is memory, more than ``num_slots``."""
         self.layers = decoder_layers(model)
-        self.num_slots = num_slots
+        self.num_slots, self.nobodys_slot = num_slots, room
 
-    def write(self, slots: Tensor | slice, hidden: Tensor, layer: int | slice = slice(None)) -> None:
-        """Keep what enters ``layer``, [N, hidden_size], or all layers, [layers + 1, N, hidden_size], at N slots.
+    def use(self, memory: Tensor) -> None:
+        """Leave the states in ``memory``, which is cleared."""
+        self.memory = memory.zero_()
+        self.states = memory[:, : self.num_slots + 1]
+
+    def move_away(self) -> None:
+        """Copy the states, as others will be written to their memory."""
+        self.memory = self.states = self.states.clone()
+
+    def write(self, slots: Tensor, hidden: Tensor, layer: int) -> None:
+        """Keep what enters ``layer``, [N, hidden_size], at N slots of the memory.
 
         Raises:
             ReuseError: another dtype than that of what is there already.
         """
-        if not hasattr(self, "states"):
-            self.states = hidden.new_zeros(len(self.layers) + 1, self.num_slots + 1, hidden.shape[-1])
-        if hidden.dtype != self.states.dtype:
-            raise ReuseError(f"hidden states are {self.states.dtype} in one layer and {hidden.dtype} in another")
-        if isinstance(slots, slice):
-            self.states[layer, slots] = hidden
-        else:
-            self.states[layer].index_copy_(-2, slots, hidden)
+        if not hasattr(self, "memory"):
+            self.use(hidden.new_empty(len(self.layers) + 1, self.nobodys_slot + 1, hidden.shape[-1]))
+        if hidden.dtype != self.memory.dtype:
+            raise ReuseError(f"hidden states are {self.memory.dtype} in one layer and {hidden.dtype} in another")
+        self.memory[layer].index_copy_(0, slots, hidden)
 
     def at(self, index: int, slots: Tensor) -> Tensor:
         """[B, L, hidden_size] of ``slots`` [B, L], where slot S is padding."""
         return self.states[index][slots]
 
 
-Target = Callable[[], tuple[HiddenStates, Tensor | slice]]
-"""Where the pass that is being run leaves its hidden states, and at which slots."""
-
-
 @contextmanager
-def captured(layers: list[GradientCheckpointingLayer], target: Target) -> Iterator[None]:
-    """Inside, every pass writes what enters each of its decoder layers, and what leaves the last one, to ``target``."""
-    left: list[Tensor] = []  # the layer before, in this pass
+def captured(kept: HiddenStates | None, slots_of_pass: Callable[[], Tensor]) -> Iterator[None]:
+    """Inside, every pass leaves in ``kept`` what enters each of its decoder layers, and what leaves the last one.
 
-    def write(index: int, hidden: Tensor) -> None:
-        states, slots = target()
-        states.write(slots, hidden[0], index)
+    ``slots_of_pass`` tells the slots [N] of the pass that is being run, where negative ones are padding.
+    """
+    if kept is None:
+        yield
+        return
+    left: list[Tensor] = []  # the layer before, in this pass
+    slots: list[Tensor] = []  # of this pass
 
     def enters(index: int, _layer: nn.Module, args: tuple) -> None:
         if not args or not isinstance(args[0], Tensor) or (index > 0 and (not left or args[0] is not left[0])):
             raise ReuseError("a decoder layer's first argument is not the hidden states that left the one before it")
-        write(index, args[0])
+        if index == 0:
+            given = slots_of_pass()
+            slots[:] = [torch.where(given < 0, kept.nobodys_slot, given)]
+        kept.write(slots[0], args[0][0], index)
 
     def leaves(index: int, _layer: nn.Module, _args: tuple, output) -> None:
         if not isinstance(output, Tensor):
             raise ReuseError(f"a decoder layer returns a {type(output).__name__}, not hidden states alone")
         left[:] = [output]
-        if index + 1 == len(layers):
+        if index + 1 == len(kept.layers):
             left.clear()
-            write(index + 1, output)
+            kept.write(slots[0], output[0], index + 1)
 
     handles = []
-    for index, layer in enumerate(layers):
+    for index, layer in enumerate(kept.layers):
         handles.append(layer.register_forward_pre_hook(partial(enters, index)))
         handles.append(layer.register_forward_hook(partial(leaves, index)))
     try:

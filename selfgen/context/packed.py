@@ -1,13 +1,13 @@
-"""Weights as small passes read them: laid out for oneDNN on a CPU, in the dtype of autocast for CUDA graphs.
+"""Weights as small passes read them: laid out for oneDNN on a CPU, or in the dtype of autocast.
 
 torch multiplies fp32 matrices on the CPU through MKL, which reads the weights as they lie. A generation runs dozens of
 small products over the same weights, so it pays to lay them out once for oneDNN, as torch's own inductor does when it
 freezes a model. ``python -m benchmarks.packed``, two cores of an AMD EPYC (AVX-512): a [96, 576] x [576, 1536] product
 takes 0.44 ms instead of 1.02 ms, the LM head of SmolLM2 over 8 rows 3.5 ms instead of 9.9 ms.
 
-Autocast casts a weight whenever it is used, or keeps its cast for a while. A CUDA graph can't know whether a cast that
-was kept is still that of the weight, so its replays would cast all weights anew. `CastWeights` casts them once per
-generation, into memory that stays where it is.
+Autocast casts a weight whenever it is used, or keeps its cast for a while: where Accelerate puts it inside the forward,
+until that ends. A CUDA graph can't know whether a cast that was kept is still that of the weight, so its replays would
+cast all weights anew. `CastWeights` casts them once per generation, for graphs into memory that stays where it is.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
-from .precision import is_linear, is_plain
+from .precision import autocast_dtype, is_linear, is_plain
 
 _BATCH_HINT = 64  # rows of a typical pass; oneDNN chooses the layout by it
 
@@ -53,7 +53,7 @@ def plain_linears(model: nn.Module, device: str) -> list[nn.Linear]:
 
 
 @contextmanager
-def _replaced(forwards: Iterable[tuple[nn.Linear, Callable[[Tensor], Tensor]]]) -> Iterator[None]:
+def replaced(forwards: Iterable[tuple[nn.Module, Callable[..., Tensor]]]) -> Iterator[None]:
     """Inside, modules have other forwards, which are made as they are asked for."""
     changed = []
     try:
@@ -83,7 +83,7 @@ def packed_linears(model: nn.Module) -> Iterator[None]:
                 weight = torch.ops.mkldnn._reorder_linear_weight(module.weight.detach(), _BATCH_HINT)
                 yield module, partial(_multiply, module, weight, module.bias)
 
-    with _replaced(packed()):
+    with replaced(packed()):
         yield
 
 
@@ -122,11 +122,25 @@ class CastWeights:
         if copies:
             torch._foreach_copy_(copies, self._weights())
 
+    def of(self, module: nn.Linear) -> tuple[Tensor, Tensor | None] | None:
+        """The copies for ``module``, or None: it has none, or its weight is another one for a while (parametrized)."""
+        return self._copies.get(module) if is_linear(module) else None
+
     def used(self) -> AbstractContextManager[None]:
-        return _replaced((module, partial(self._multiply, module, *self._copies[module])) for module in self.modules)
+        return replaced((module, partial(self._multiply, module, *self._copies[module])) for module in self.modules)
 
     def _multiply(self, module: nn.Linear, weight: Tensor, bias: Tensor | None, hidden: Tensor) -> Tensor:
         casts = torch.is_autocast_enabled(self.device) and torch.get_autocast_dtype(self.device) == self.dtype
         if not casts or not is_linear(module) or hidden.dtype == torch.float64:
             return type(module).forward(module, hidden)
         return F.linear(hidden, weight, bias)  # of which autocast casts what is not cast yet
+
+
+def fresh_casts_of(model: nn.Module) -> CastWeights | None:
+    """The weights of ``model`` in autocast's dtype, as they are now; None where autocast is off."""
+    dtype = autocast_dtype(next(model.parameters()).device)
+    if dtype is None:
+        return None
+    casts = CastWeights(model, dtype)
+    casts.refresh()
+    return casts

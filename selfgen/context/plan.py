@@ -24,7 +24,7 @@ def next_self_slots(is_self: Tensor, row_ends: Tensor) -> Tensor:
     return torch.where(after < row_ends, after, slots)
 
 
-def least_log_chance(required: Tensor, self_left: Tensor, balance: float) -> Tensor:
+def least_log_chance(required: Tensor, self_left: Tensor, balance: float | Tensor) -> Tensor:
     """[R] fp32: the log of the least chance that is worth speculation in each row.
 
     ``required`` is int64 [R], the tokens that a pass computes of each row anyway, ``self_left`` int64 [R] how many self

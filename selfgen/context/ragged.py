@@ -9,7 +9,7 @@ padded, and a roll-back is a window that begins earlier in the next pass, never 
 from __future__ import annotations
 
 import weakref
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 
@@ -44,6 +44,18 @@ class RaggedPass:
     @property
     def num_tokens(self) -> int:
         return len(self.slots)
+
+    @classmethod
+    def of_windows(cls, windows: Sequence[tuple[int, int, int]], device: torch.device) -> RaggedPass:
+        """Of each row: its first slot, and the first and one past the last position of its window."""
+        positions = torch.cat([torch.arange(begin, end, device=device) for _, begin, end in windows])
+        starts = torch.cat([torch.full((end - begin,), row, device=device) for row, begin, end in windows])
+        return cls(
+            starts + positions,
+            positions[None],
+            torch.tensor([0, *(end - begin for _, begin, end in windows)], device=device).cumsum(0).int(),
+            torch.tensor([(row, end) for row, _, end in windows], device=device),
+        )
 
 
 def _autocast(states: Tensor) -> Tensor:

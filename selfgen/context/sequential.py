@@ -19,7 +19,9 @@ from transformers import DynamicCache, PreTrainedModel
 from selfgen_kernels import sample_mix
 
 from .batch import Batch, left_pad
+from .forward import Forward, Passes, Size, numbers_for
 from .models import arguments_of, cache_argument, own_logits
+from .ragged import RaggedPass
 
 
 @dataclass
@@ -130,3 +132,63 @@ def _decode(
     width = range(first, first + steps)
     tokens_computed = rows * (first + steps - 1 if strategy.cache else sum(width))
     return SequentialResult(tokens, is_self, passes=steps, tokens_computed=tokens_computed, invalid=0)
+
+
+def one_by_one(forward: Forward, batch: Batch) -> SequentialResult:
+    """The definition in terms of passes: each row by itself, from its first token on, one token per pass.
+
+    ``precision="invariant"`` promises these contexts at any budget and in any batch.
+    """
+    rows = [_OneByOne(forward, batch.row(i)) for i in range(len(batch.prompts))]
+    for row in rows:
+        with forward.over(row):
+            for place in range(len(row.tokens) - 1):
+                row.place = place
+                row.run(forward, Size(1, 1))
+    passes = sum(batch.lengths) - len(batch.lengths)
+    return SequentialResult(
+        tokens=[row.tokens[batch.prompt_lengths[i] :] for i, row in enumerate(rows)],
+        is_self=[row.is_self for row in rows],
+        passes=passes,
+        tokens_computed=passes,
+        invalid=sum(int(row.status) for row in rows),
+    )
+
+
+class _OneByOne(Passes):
+    """One row, of which a pass computes the token at ``place``, which only the host knows."""
+
+    recordable = False
+    hidden_states = None
+    settings = ()
+    place = 0
+
+    def __init__(self, forward: Forward, row: Batch):
+        self.row = row
+        (prompt,), (reference,), (candidates,) = row.prompts, row.references, row.candidates
+        self.tokens, self.is_self = torch.cat([prompt, reference]), torch.zeros_like(candidates)
+        self.num_slots = len(self.tokens) + 1
+        self.status = torch.zeros(1, dtype=torch.int64, device=row.device)
+        self.numbers = numbers_for(0, row.device)
+
+    def run(self, forward: Forward, size: Size) -> None:
+        row, place = self.row, self.place
+        step = place + 1 - row.prompt_lengths[0]  # of the answer, whose token this one tells
+        index = torch.arange(step >= 0, device=row.device)
+        here = slice(place, place + 1)
+        logits = forward.logits(RaggedPass.of_windows([(0, place, place + 1)], row.device), self.tokens[here], index)
+        if step < 0:
+            return
+        at = slice(step, step + 1)
+        self.tokens[place + 1 : place + 2], self.is_self[at] = sample_mix(
+            logits,
+            row.references[0][at],
+            row.candidates[0][at].double(),
+            seed=row.seed,
+            sample_ids=row.sample_ids,
+            positions=torch.tensor([step], device=row.device),
+            temperature=row.temperature,
+            min_reference_prob=row.min_reference_prob,
+            vocab_size=row.vocab_size,
+            status=self.status,
+        )

@@ -22,7 +22,9 @@ from torch import Tensor
 from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedModel
 
 from .batch import Batch
+from .fused import Fused
 from .hidden_states import noise_of
+from .invariant import Invariant, check_half, check_invariant
 from .models import (
     attention_function,
     in_training_mode,
@@ -31,7 +33,7 @@ from .models import (
     text_inputs,
     vocab_size_of,
 )
-from .packed import packed_linears
+from .packed import fresh_casts_of, packed_linears
 from .precision import dtype_clash, full_precision
 from .ragged import RaggedCache, RaggedPass, UnsupportedModelError, ragged_logits, ragged_model
 from .sequential import ALONE, STRATEGIES, SequentialResult, Strategy, sequential
@@ -55,12 +57,18 @@ class LooksAheadError(UnsupportedModelError):
 class Verification:
     """What has been found out of one model. Each method raises what it has found once, and then again at each call."""
 
-    def __init__(self, model: PreTrainedModel, given: torch.nn.Module | None = None, together: Together = NOBODY):
+    def __init__(
+        self,
+        model: PreTrainedModel,
+        given: torch.nn.Module | None = None,
+        together: Together = NOBODY,
+        invariant: Invariant | None = None,
+    ):
         """``given`` is what the model is part of: a model of PEFT, or the model itself.
 
-        All processes that are ``together`` find out the same, at the same time.
+        All processes that are ``together`` find out the same, at the same time. ``invariant`` runs in passes.
         """
-        self.model, self.given, self._together = model, given, together
+        self.model, self.given, self._together, self._invariant = model, given, together, invariant
         self._numbers = lengths_of(model)
         self._found: dict[tuple[str, int], UnsupportedModelError | None] = {}  # (what was tried, length of the probe)
         self._masks: list[_LayerMask] | None = None
@@ -102,16 +110,23 @@ class Verification:
     def check_ragged(self, longest_row: int) -> None:
         """Raise UnsupportedModelError if rows of up to ``longest_row`` tokens differ over the ragged cache.
 
-        This shows that the model does not look ahead, too, as nothing over the ragged cache does.
+        This shows that the model does not look ahead, too, as nothing over the ragged cache does. DependsOnBatchError
+        if passes are to be invariant, and a row's bits may depend on its batch.
         """
         self.check_adapter()
+        invariant = self._invariant
+        if invariant is not None:
+            self._once("half", 0, lambda: check_half(self.model))
         length = self._probe_length(longest_row)
         try:
             self._check_masks(longest_row)
-            self._once("ragged", length, lambda: _compare_ragged(self.model, length))
+            self._once("ragged", length, lambda: _compare_ragged(self.model, length, invariant))
         except UnsupportedModelError:
             self.check_causal(longest_row)  # says more
             raise
+        if invariant is not None:
+            rows = _two_rows(self.model, min(_SHORT, max_positions(self.model) or _SHORT))
+            self._once("invariant", 0, lambda: check_invariant(self.model, invariant, rows))
 
     def _once(self, what: str, length: int, check: Callable[[], None]) -> None:
         """Unless it was, with a probe of this length, or all was well with a longer one."""
@@ -351,27 +366,26 @@ def _one_line(error: BaseException) -> str:
     return " ".join(f"{type(error).__name__}: {error}".split())[:200]
 
 
-def _compare_ragged(model: PreTrainedModel, length: int) -> None:
+def _two_rows(model: PreTrainedModel, length: int) -> list[Tensor]:
+    return [_probe_row(model, length), _probe_row(model, min(6, length), seed=1)]
+
+
+def _compare_ragged(model: PreTrainedModel, length: int, invariant: Invariant | None = None) -> None:
     """Compare the ragged path with the model's own forward on two rows, the first of them in two passes."""
     device, cut = model.device, length * _KEPT // _SHORT
-    short_length = min(6, length)
-    rows = [_probe_row(model, length), _probe_row(model, short_length, seed=1)]
-    tokens = torch.cat(rows)
+    rows = _two_rows(model, length)
+    tokens, short_length = torch.cat(rows), len(rows[1])
     cache = RaggedCache(model, len(tokens))
     first, second, short = (_some(begin, end, device) for begin, end in ((0, cut), (cut, length), (0, short_length)))
     found: list[Tensor] = []
     try:
-        with ragged_model(model), packed_linears(model):
+        weights = packed_linears(model) if invariant is None else invariant.used(fresh_casts_of(model))
+        with ragged_model(model), weights, Fused(model).used():
             for windows, index in (
                 ([(0, 0, cut), (length, 0, short_length)], torch.cat([first, cut + short])),
                 ([(0, cut, length), (length, short_length, short_length)], second - cut),  # row start, begin, end
             ):
-                ragged_pass = RaggedPass(
-                    torch.cat([torch.arange(row + begin, row + end, device=device) for row, begin, end in windows]),
-                    torch.cat([torch.arange(begin, end, device=device) for _, begin, end in windows])[None],
-                    torch.tensor([0, *(end - begin for _, begin, end in windows)], device=device).cumsum(0).int(),
-                    torch.tensor([(row, end) for row, _, end in windows], device=device),
-                )
+                ragged_pass = RaggedPass.of_windows(windows, device)
                 found.append(ragged_logits(model, cache, ragged_pass, tokens[ragged_pass.slots], index))
                 if len(found[-1]) != len(index):
                     raise UnsupportedModelError(

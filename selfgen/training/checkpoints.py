@@ -44,7 +44,7 @@ _CODE_OF_DEEPSPEED = {
 _SMALL = 2**26  # bytes of a file that is read as a whole to find damage
 _MAY_CHANGE = {
     "context_method", "token_budget", "balance", "context_micro_batches", "own_answer_batch_size", "cuda_graphs",
-    "reuse_passes", "lean_loss", "weights", "eval_corrections",
+    "graph_memory", "reuse_passes", "lean_loss", "weights", "eval_corrections",
 }  # fmt: skip
 
 

@@ -11,7 +11,7 @@ import torch
 from transformers import PreTrainedTokenizerBase, TrainingArguments, integrations
 
 from ..context import ContextGenerator
-from ..context.generator import METHODS, Method
+from ..context.generator import METHODS, PRECISIONS, Method, Precision
 from ..context.masks import Masks, check_probability
 from ..context.models import transformers_model, unpadded_vocab_size
 from ..data import RowOptions
@@ -133,6 +133,14 @@ class GeneratorOptions(MaskOptions):
             "which is slower, for models that fixed_point refuses). Both give the same contexts."
         },
     )
+    context_precision: Precision = field(
+        default="model",
+        metadata={
+            "help": "model: contexts are made with the products of the model's own forward, so that in bf16 and fp16 "
+            "rounding may turn near ties. invariant: with products that give a row the same bits in any batch and at "
+            "any budget, in bf16 or fp16 (weights or --bf16); slower, and refused where a model can't have it."
+        },
+    )
     token_budget: int | None = field(
         default=None,
         metadata={
@@ -151,8 +159,16 @@ class GeneratorOptions(MaskOptions):
         default=True,
         metadata={
             "help": "On an NVIDIA GPU, replay context passes as CUDA graphs, which is faster. The graphs keep the K/V "
-            "of the contexts made at once, up to 2 GiB of other results and, with bf16 or fp16, the weights in that "
-            "dtype (if these take at most an eighth of the memory) in GPU memory between uses."
+            "and hidden states of the contexts made at once (see graph_memory), what a pass computes in between and, "
+            "with bf16 or fp16, the weights in that dtype (if these take at most an eighth of the memory) in GPU "
+            "memory between uses."
+        },
+    )
+    graph_memory: float = field(
+        default=0.125,
+        metadata={
+            "help": "Most of the GPU's memory, as a share from 0 to 1, that CUDA graphs may keep as K/V and hidden "
+            "states. Contexts that need more are made kernel by kernel, and their memory is freed."
         },
     )
 
@@ -164,10 +180,14 @@ class GeneratorOptions(MaskOptions):
             raise ValueError(f"sampling_temperature is {self.sampling_temperature}; it must be a finite number >= 0")
         if self.context_method not in METHODS:
             raise ValueError(f"context_method is {self.context_method!r}; accepted: {', '.join(METHODS)}")
+        if self.context_precision not in PRECISIONS:
+            raise ValueError(f"context_precision is {self.context_precision!r}; accepted: {', '.join(PRECISIONS)}")
         if self.token_budget is not None and self.token_budget < 1:
             raise ValueError(f"token_budget is {self.token_budget}; it must be at least 1")
         if self.balance is not None and not 0.0 < self.balance < float("inf"):
             raise ValueError(f"balance is {self.balance}; it must be a finite number > 0")
+        if not 0.0 <= self.graph_memory <= 1.0:
+            raise ValueError(f"graph_memory is {self.graph_memory}; it must be a share of the memory, from 0 to 1")
 
     def generator(self, model: torch.nn.Module, tokenizer: PreTrainedTokenizerBase | None = None) -> ContextGenerator:
         """What makes the contexts of ``model`` as these options ask for, of the ids of ``tokenizer`` if it is given.
@@ -182,6 +202,8 @@ class GeneratorOptions(MaskOptions):
             balance=self.balance,
             masks=self.masks,
             cuda_graphs=self.cuda_graphs,
+            graph_memory=self.graph_memory,
+            precision=self.context_precision,
             vocab_size=None if tokenizer is None else unpadded_vocab_size(transformers_model(model), tokenizer),
         )
 

@@ -12,6 +12,9 @@ from selfgen_kernels.call import DRAW, HEAD, MASK, SAMPLING, Part, one
 
 _Result = TypeVar("_Result")
 
+SEED_TENSOR = "seed_tensor"
+"""The overload of each op of a sampling call whose seed is int64 [1], read when the kernel runs."""
+
 
 class Op(NamedTuple):
     """An operator of this library."""
@@ -25,6 +28,11 @@ class Op(NamedTuple):
         """Those of a sampling call, as in a schema."""
         return ", ".join(parameter for part in self.arguments for parameter in part.parameters)
 
+    @property
+    def overloads(self) -> tuple[str, ...]:
+        """The operator with a seed that is a number; for a sampling call also the one with a seed in memory."""
+        return ("default", SEED_TENSOR) if self.arguments else ("default",)
+
 
 _LOGITS, _REFERENCE = one("Tensor logits"), one("Tensor reference")
 
@@ -37,10 +45,14 @@ OPS = {
     "linear_sample_shard": Op("head", (HEAD, one("SymInt first_id"), DRAW)),
     "linear_reference_log_prob": Op("head", (HEAD, _REFERENCE, MASK)),
     "combine_shards": Op("head", (one("Tensor values"), one("Tensor ids"), _REFERENCE, DRAW), kernels=()),
+    "invariant_linear": Op("linear"),
     "plan_pass": Op("passes"),
     "commit_pass": Op("passes"),
     "kv_append": Op("attention"),
     "ragged_attention": Op("attention"),
+    "rms_norm": Op("norm"),
+    "act_mul": Op("activation", kernels=("triton",)),
+    "rotary": Op("rotary", kernels=("triton",)),
 }
 """By the name of the operator."""
 

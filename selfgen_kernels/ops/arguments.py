@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from selfgen_kernels.torch_internals import is_traced
+from selfgen_kernels.torch_internals import autocast_dtype, has_tangent, is_traced
 
 FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 INTEGERS = (torch.int64, torch.int32)
@@ -46,6 +46,12 @@ def check_tensor(
         )
 
 
+def leading(tensor: Any) -> tuple[str, ...]:
+    """Names of all axes of `tensor` but the last, for `check_tensor`, which refuses what is no dense tensor."""
+    dense = isinstance(tensor, Tensor) and not tensor.is_nested and tensor.dim() > 0
+    return ("N",) * (tensor.dim() - 1) if dense else ("...",)
+
+
 def check_number(
     name: str, value: Any, accepted: str, is_valid: Callable[[Any], Any], *, whole: bool = False, or_else: str = "None"
 ) -> None:
@@ -70,3 +76,19 @@ def check_factor(name: str, factor: Any, *, or_else: str) -> None:
     """Raise unless `factor` is a number that fp32, in which it is applied, holds: not as inf, nor as 0 what is not."""
     accepted = "0 or a float with 2**-126 <= abs < 2**127"
     check_number(name, factor, accepted, lambda x: x == 0 or 2**-126 <= abs(x) < 2**127, or_else=or_else)
+
+
+def autocast(tensor: Any) -> Any:
+    """What torch.nn.functional.linear makes of an argument under torch.autocast: fp64 stays, other floats are cast."""
+    if not isinstance(tensor, Tensor) or not tensor.is_floating_point() or tensor.dtype == torch.float64:
+        return tensor
+    dtype = autocast_dtype(tensor.device.type)
+    return tensor if dtype is None else tensor.to(dtype)
+
+
+def refuse_grad(op: str, *tensors: Tensor | None) -> None:
+    """Raise if a derivative is asked of an op that has none."""
+    if torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in tensors):
+        raise RuntimeError(f"{op} has no backward; call it under torch.no_grad(), or detach its tensors")
+    if any(x is not None and has_tangent(x) for x in tensors):
+        raise RuntimeError(f"{op} has no backward and no forward-mode derivative; detach its tensors")

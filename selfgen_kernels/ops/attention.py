@@ -13,9 +13,10 @@ from selfgen_kernels.ops.arguments import (
     check_softcap,
     check_tensor,
     is_traced,
+    refuse_grad,
 )
 from selfgen_kernels.ops.registration import define
-from selfgen_kernels.torch_internals import has_tangent, storage_of
+from selfgen_kernels.torch_internals import storage_of
 
 IMPLEMENTATIONS: dict[str, Callable[..., Tensor]] = {}
 """What `ragged_attention` offers by name besides the operator's kernels; the backends enter theirs."""
@@ -89,7 +90,7 @@ def kv_append(key_cache: Tensor, value_cache: Tensor, key: Tensor, value: Tensor
     check_tensor("key", key, ("N", *key_cache.shape[1:]), dtype, device)
     check_tensor("value", value, tuple(key.shape), dtype, device)
     check_tensor("slots", slots, (key.shape[0],), (torch.int64,), device)
-    _refuse_grad("kv_append", key_cache, value_cache, key, value)
+    refuse_grad("kv_append", key_cache, value_cache, key, value)
     if not is_traced(key_cache, value_cache, key, value):  # which may have no memory
         _refuse_overlap(key_cache, value_cache, key, value)
     torch.ops.selfgen.kv_append(key_cache, value_cache, key, value, slots)
@@ -112,11 +113,13 @@ def ragged_attention(
 
     Chunk b holds the queries `cu_seqlens_q[b] : cu_seqlens_q[b + 1]`; they are the last positions of the K/V in slots
     `kv_ranges[b, 0] : kv_ranges[b, 0] + kv_ranges[b, 1]`. Each query sees the keys up to its own position; what it does
-    not see does not touch it, NaN included. Queries past `cu_seqlens_q[B]` are padding.
+    not see does not touch it, NaN included. A value that it sees and that is not finite makes it NaN, or on a GPU such
+    columns of it; at least those that the value has. Queries past `cu_seqlens_q[B]` are padding.
 
     A query over the same keys gives the same bits however the chunks are cut: keys count from the first slot of their
-    range. It holds for the C++ kernel on any number of threads, and for the Triton kernel as tested on an H200. The
-    latter never waits for the device; in fp32 and fp64 with head_dim > 256, the reference runs, which does.
+    range. It holds for the C++ kernel on any number of threads, and for the Triton kernel, which adds up 512 keys at a
+    time, in one program or in many, and puts these sums together from the first to the last. That one never waits for
+    the device, and keeps at most 64 MiB of such sums.
 
     Args:
         query: fp32, bf16, fp16 or fp64 [N, heads, head_dim], any strides.
@@ -172,7 +175,7 @@ def ragged_attention(
     check_softcap(softcap)
     if sinks is not None:
         check_tensor("sinks", sinks, (heads,), FLOATS, query.device)
-    _refuse_grad("ragged_attention", query, key, value, sinks)
+    refuse_grad("ragged_attention", query, key, value, sinks)
     args = query, key, value, cu_seqlens_q, kv_ranges, scale, sliding_window, softcap, sinks
     if implementation is None:
         return torch.ops.selfgen.ragged_attention(*args)
@@ -180,13 +183,6 @@ def ragged_attention(
         accepted = " or ".join(["None", *(f'"{name}"' for name in IMPLEMENTATIONS)])
         raise ValueError(f"implementation={implementation!r} is not accepted; pass {accepted}")
     return IMPLEMENTATIONS[implementation](*args)
-
-
-def _refuse_grad(op: str, *tensors: Tensor | None) -> None:
-    if torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in tensors):
-        raise RuntimeError(f"{op} has no backward; call it under torch.no_grad(), or detach its tensors")
-    if any(x is not None and has_tangent(x) for x in tensors):
-        raise RuntimeError(f"{op} has no backward and no forward-mode derivative; detach its tensors")
 
 
 def _refuse_overlap(key_cache: Tensor, value_cache: Tensor, key: Tensor, value: Tensor) -> None:

@@ -1,16 +1,21 @@
 """`sample_mix` of what an LM head makes of hidden states, on one rank or on several that hold a part of it each."""
 
-from typing import Any
-
 import torch
 from torch import Tensor
 
 from selfgen_kernels.call import Head
 from selfgen_kernels.ops import OPS
-from selfgen_kernels.ops.arguments import FLOATS, check_factor, check_number, check_softcap, check_tensor
+from selfgen_kernels.ops.arguments import FLOATS, autocast, check_factor, check_number, check_softcap, check_tensor
 from selfgen_kernels.ops.registration import define
-from selfgen_kernels.ops.rows import check_reference, check_vocabulary, mixed_like, report, sampling_of, where_confident
-from selfgen_kernels.torch_internals import autocast_dtype
+from selfgen_kernels.ops.rows import (
+    check_reference,
+    check_vocabulary,
+    for_seed,
+    mixed_like,
+    report,
+    sampling_of,
+    where_confident,
+)
 
 _MIXED = "(Tensor tokens, Tensor is_self, Tensor invalid)"
 
@@ -45,7 +50,7 @@ def linear_sample_mix(
     bias: Tensor | None = None,
     softcap: float | None = None,
     logit_scale: float = 1.0,
-    seed: int,
+    seed: int | Tensor,
     sample_ids: Tensor,
     positions: Tensor,
     temperature: float | Tensor = 1.0,
@@ -58,12 +63,13 @@ def linear_sample_mix(
 ) -> tuple[Tensor, Tensor]:
     """`sample_mix` of `hidden @ weight.T + bias`, without the logits [N, V] ever in memory as a whole.
 
-    Only rows that the mask selects are multiplied. Without filters the vocabulary passes by in chunks; with a filter,
-    rows do, one or more at a time. The C++ kernel on the CPU lets the vocabulary pass by with filters, too, where what
-    can matter of the rows fits into memory: that is at most 1/8 of the bytes of all logits in their dtype, and beside
-    them 1/32 of an fp32 row per thread; one row is more than that for N < 8, and for N < 16 in bf16 and fp16 with a
-    softcap or a scale, after which logits are fp32. The torch reference keeps to 1/8 from 32,000 ids on, but one row
-    with its filters takes up to 64 bytes per id, which is more for N < 128 in fp32.
+    Only rows that the mask selects are multiplied, but for more than 64 rows without filters on a GPU: torch multiplies
+    all of them. Without filters the vocabulary passes by in chunks; with a filter, rows do, one or more at a time. The
+    C++ kernel on the CPU lets the vocabulary pass by with filters, too, where what can matter of the rows fits into
+    memory: that is at most 1/8 of the bytes of all logits in their dtype, and beside them 1/32 of an fp32 row per
+    thread; one row is more than that for N < 8, and for N < 16 in bf16 and fp16 with a softcap or a scale, after which
+    logits are fp32. The torch reference keeps to 1/8 from 32,000 ids on, but one row with its filters takes up to 64
+    bytes per id, which is more for N < 128 in fp32.
 
     The tokens are those of `sample_mix` on the same logits; the product may round differently than one over the whole
     vocabulary, which can decide between near ties.
@@ -106,7 +112,7 @@ def linear_sample_mix(
     how = sampling_of(hidden, self_prob, seed, sample_ids, positions, temperature, top_k, top_p, min_p)
     given = *head, reference
     how = where_confident(how, min_reference_prob, torch.ops.selfgen.linear_reference_log_prob, *given)
-    tokens, is_self, invalid = torch.ops.selfgen.linear_sample_mix(*given, *how)
+    tokens, is_self, invalid = for_seed(torch.ops.selfgen.linear_sample_mix, how)(*given, *how)
     report(invalid, status)
     return tokens, is_self
 
@@ -120,7 +126,7 @@ def linear_sample_shard(
     bias: Tensor | None = None,
     softcap: float | None = None,
     logit_scale: float = 1.0,
-    seed: int,
+    seed: int | Tensor,
     sample_ids: Tensor,
     positions: Tensor,
     temperature: float | Tensor = 1.0,
@@ -177,7 +183,7 @@ def linear_sample_shard(
             values = hidden.new_full((n, 3, 3), -torch.inf, dtype=torch.float32)
             return values, torch.full_like(values[:, :, 0], -1, dtype=torch.int64)
         head = _below(vocab_size - first_id, head)
-    return torch.ops.selfgen.linear_sample_shard(*head, first_id, *how.draw)
+    return for_seed(torch.ops.selfgen.linear_sample_shard, how)(*head, first_id, *how.draw)
 
 
 def combine_shards(
@@ -186,7 +192,7 @@ def combine_shards(
     reference: Tensor,
     self_prob: float | Tensor,
     *,
-    seed: int,
+    seed: int | Tensor,
     sample_ids: Tensor,
     positions: Tensor,
     temperature: float | Tensor = 1.0,
@@ -229,14 +235,14 @@ def combine_shards(
         _check_vocab_size(vocab_size)
     reference = check_reference(reference, status, ids.shape[1], ids.device, vocab_size)
     how = sampling_of(reference, self_prob, seed, sample_ids, positions, temperature)
-    tokens, is_self, invalid = torch.ops.selfgen.combine_shards(values, ids, reference, *how.draw)
+    tokens, is_self, invalid = for_seed(torch.ops.selfgen.combine_shards, how)(values, ids, reference, *how.draw)
     report(invalid, status)
     return tokens, is_self
 
 
 def _head_of(hidden: Tensor, weight: Tensor, bias: Tensor | None, softcap: float | None, logit_scale: float) -> Head:
     """A head, checked."""
-    hidden, weight, bias = (_autocast(tensor) for tensor in (hidden, weight, bias))
+    hidden, weight, bias = (autocast(tensor) for tensor in (hidden, weight, bias))
     check_tensor("hidden", hidden, ("N", "D"), FLOATS, None)
     check_tensor("weight", weight, ("V", hidden.shape[1]), (hidden.dtype,), hidden.device)
     check_vocabulary(weight.shape[0])
@@ -256,11 +262,3 @@ def _below(end: int, head: Head) -> Head:
 def _check_vocab_size(vocab_size: int) -> None:
     """Check the size of a vocabulary of which nobody here has the whole head."""
     check_number("vocab_size", vocab_size, "vocab_size >= 1", lambda ids: ids >= 1, whole=True)
-
-
-def _autocast(tensor: Any) -> Any:
-    """What torch.nn.functional.linear makes of an argument under torch.autocast: fp64 stays, other floats are cast."""
-    if not isinstance(tensor, Tensor) or not tensor.is_floating_point() or tensor.dtype == torch.float64:
-        return tensor
-    dtype = autocast_dtype(tensor.device.type)
-    return tensor if dtype is None else tensor.to(dtype)

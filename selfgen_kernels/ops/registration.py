@@ -6,26 +6,37 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from selfgen_kernels.ops import OPS
+from selfgen_kernels.ops import OPS, SEED_TENSOR
 
 
 def define(name: str, schema: str) -> Callable[[Callable[..., Any]], None]:
     """Define the operator `name`, one of `OPS`; decorates its fake kernel, which tells shapes and dtypes of results."""
     if name not in OPS:
         raise KeyError(f"{name} is not in selfgen_kernels.ops.OPS, the table of operators; give it a line there")
-    parameters, _, _ = schema.rpartition(" -> ")
-    torch.library.define(f"selfgen::{name}", schema)
+    schemas = dict.fromkeys(OPS[name].overloads, schema)
+    if SEED_TENSOR in schemas:
+        schemas[SEED_TENSOR] = schema.replace("SymInt seed", "Tensor seed")
+    for overload, its_schema in schemas.items():
+        torch.library.define(f"selfgen::{qualified(name, overload)}", its_schema)
 
     def register(fake: Callable[..., Any]) -> None:
-        torch.library.register_fake(f"selfgen::{name}")(fake)
-        torch.library.register_vmap(f"selfgen::{name}", _call_after_call(name, parameters[1:-1].split(", ")))
+        for overload, its_schema in schemas.items():
+            parameters, _, _ = its_schema.rpartition(" -> ")
+            operator = f"selfgen::{qualified(name, overload)}"
+            torch.library.register_fake(operator)(fake)
+            torch.library.register_vmap(operator, _call_after_call(name, overload, parameters[1:-1].split(", ")))
 
     return register
 
 
-def _call_after_call(name: str, parameters: list[str]) -> Callable[..., Any]:
+def qualified(name: str, overload: str) -> str:
+    """As torch.library names an overload of an operator."""
+    return name if overload == "default" else f"{name}.{overload}"
+
+
+def _call_after_call(name: str, overload: str, parameters: list[str]) -> Callable[..., Any]:
     """The batching rule of torch.func.vmap: call after call, each as it would be alone."""
-    op = getattr(torch.ops.selfgen, name).default
+    op = getattr(getattr(torch.ops.selfgen, name), overload)
     names = [parameter.split()[1].partition("=")[0] for parameter in parameters]
     written = [name for name, parameter in zip(names, parameters, strict=True) if "!" in parameter.split()[0]]
 

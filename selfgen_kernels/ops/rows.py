@@ -5,12 +5,13 @@ What users hand to sampling and noise ops for each row, checked and packed into 
 
 from collections.abc import Callable
 from math import log
-from typing import Any
+from typing import Any, TypeGuard
 
 import torch
 from torch import Tensor
 
 from selfgen_kernels.call import Mixed, Sampling
+from selfgen_kernels.ops import SEED_TENSOR
 from selfgen_kernels.ops.arguments import FLOATS, INTEGERS, check_number, check_tensor, values_visible
 from selfgen_kernels.torch_internals import is_batchedtensor
 
@@ -27,6 +28,19 @@ def signed_seed(seed: int) -> int:
     return seed - 2**64 if seed >= 2**63 else seed
 
 
+def check_seed(seed: int | Tensor, device: torch.device) -> int | Tensor:
+    """`signed_seed` of a number; a tensor as it is, checked."""
+    if not isinstance(seed, Tensor):
+        return signed_seed(seed)
+    check_tensor("seed", seed, (1,), (torch.int64,), device)
+    return seed
+
+
+def for_seed(op: Any, how: Sampling) -> Any:
+    """The overload of the operator `op` that takes the seed of `how`."""
+    return getattr(op, SEED_TENSOR) if isinstance(how.seed, Tensor) else op
+
+
 def check_keys(sample_ids: Tensor, positions: Tensor, rows: int | str, device: torch.device | None) -> None:
     """Check the two tensors [N] that name each row's random numbers."""
     check_tensor("sample_ids", sample_ids, (rows,), INTEGERS, device)
@@ -41,7 +55,7 @@ def check_keys(sample_ids: Tensor, positions: Tensor, rows: int | str, device: t
 def per_row(
     name: str, value: Any, like: Tensor, dtype: torch.dtype, accepted: str, is_valid: Callable[[Any], Any]
 ) -> Tensor:
-    """A number or a tensor [N] as a tensor [N] of `dtype` beside `like` [N, ...]; `accepted` is `is_valid` in words."""
+    """A number or a tensor [N] for `like` [N, ...], of `dtype`; `accepted` is `is_valid` in words."""
     whole = not dtype.is_floating_point
     if isinstance(value, Tensor):
         check_tensor(name, value, (like.shape[0],), INTEGERS if whole else FLOATS, like.device)
@@ -50,31 +64,40 @@ def per_row(
             raise ValueError(f"{name} holds {wrong}, accepted is {accepted}; correct that row")
         return value.to(dtype)
     check_number(name, value, accepted, is_valid, whole=whole, or_else="a tensor [N]")
-    return like.new_full((like.shape[0],), value, dtype=dtype)  # fake if `like` is
+    if _on_host(value):
+        return _for_all_rows(value, like, dtype)
+    return like.new_full((like.shape[0],), value, dtype=dtype)
 
 
-def _on_host(value: Any) -> bool:
+def _on_host(value: Any) -> TypeGuard[float]:
     """Whether `value` is a number that Python computes with: no tensor, and no symbol of what traces the call."""
     return isinstance(value, int | float) and not torch.compiler.is_compiling()
 
 
+def _for_all_rows(value: float, like: Tensor, dtype: torch.dtype) -> Tensor:
+    """A number for all rows of `like` [N, ...], as the records of `call.py` have it."""
+    if like.device.type == "cpu":
+        return like.new_full((like.shape[0],), value, dtype=dtype)
+    return like.new_full((), value, dtype=dtype, device="cpu")  # fake if `like` is
+
+
 def mask_threshold(self_prob: float | Tensor, like: Tensor) -> Tensor:
-    """The probability p [N] as int64 [N]: a row is a self row if its uint32 random number is below p * 2^32."""
+    """The probability p as int64 [N], or a number: a row whose uint32 random number is below p * 2^32 is a self row."""
     accepted, is_valid = "0 <= p <= 1", lambda p: (p >= 0) & (p <= 1)
     if _on_host(self_prob):
         check_number("self_prob", self_prob, accepted, is_valid, or_else="a tensor [N]")
-        return like.new_full((like.shape[0],), round(self_prob * 2**32), dtype=torch.int64)
+        return _for_all_rows(round(self_prob * 2**32), like, torch.int64)
     prob = per_row("self_prob", self_prob, like, torch.float64, accepted, is_valid)
     return (prob * 2**32).round().long()
 
 
 def inverse_temperature(temperature: float | Tensor, like: Tensor) -> Tensor:
-    """1 / temperature as fp32 [N]; +inf stands for greedy, NaN for a temperature that no one could accept."""
+    """1 / temperature as fp32 [N], or a number; +inf is greedy, NaN a temperature that no one could accept."""
     accepted, is_valid = "a finite temperature >= 0 (0 is greedy)", lambda t: (t >= 0) & (t < float("inf"))
     if _on_host(temperature):
         check_number("temperature", temperature, accepted, is_valid, or_else="a tensor [N]")
-        inverse = torch.inf if temperature < GREEDY_BELOW else max(1 / temperature, 2**-126)
-        return like.new_full((like.shape[0],), inverse, dtype=torch.float32)
+        number = torch.inf if temperature < GREEDY_BELOW else max(1 / temperature, 2**-126)
+        return _for_all_rows(number, like, torch.float32)
     value = per_row("temperature", temperature, like, torch.float64, accepted, is_valid)
     inverse = (1 / value).clamp(min=2**-126)  # 0 would make NaN of -inf
     return inverse.masked_fill(value < GREEDY_BELOW, torch.inf).masked_fill(value < 0, torch.nan).float()
@@ -83,7 +106,7 @@ def inverse_temperature(temperature: float | Tensor, like: Tensor) -> Tensor:
 def sampling_of(
     like: Tensor,
     self_prob: float | Tensor,
-    seed: int,
+    seed: int | Tensor,
     sample_ids: Tensor,
     positions: Tensor,
     temperature: float | Tensor,
@@ -94,13 +117,13 @@ def sampling_of(
     """How the rows of `like` [N, ...] are drawn, checked."""
     check_keys(sample_ids, positions, like.shape[0], like.device)
     threshold = mask_threshold(self_prob, like)  # [N]
-    keys = signed_seed(seed), sample_ids, positions
+    keys = check_seed(seed, like.device), sample_ids, positions
     inv_temperature = inverse_temperature(temperature, like)  # [N]
     return Sampling(threshold, *keys, inv_temperature, *_filters(like, top_k, top_p, min_p))
 
 
 def _filters(like: Tensor, top_k: Any, top_p: Any, min_p: Any) -> list[Tensor | None]:
-    """The filters as tensors [N] beside `like` [N, ...], checked."""
+    """The filters for `like` [N, ...], checked."""
     return [
         None if value is None else per_row(name, value, like, dtype, accepted, is_valid)
         for name, value, dtype, accepted, is_valid in (
@@ -112,19 +135,19 @@ def _filters(like: Tensor, top_k: Any, top_p: Any, min_p: Any) -> list[Tensor | 
 
 
 def where_confident(how: Sampling, min_reference_prob: Any, log_prob_of: Any, *given: Any) -> Sampling:
-    """`how` with a threshold of 0 where `log_prob_of` the `given` finds the reference less likely than that."""
+    """`how` with a threshold of 0 where the operator `log_prob_of` finds the reference less likely than that."""
     if min_reference_prob is None:
         return how
     like, accepted, is_valid = given[0], "0 <= p <= 1", lambda p: (p >= 0) & (p <= 1)
     if _on_host(min_reference_prob):
         check_number("min_reference_prob", min_reference_prob, accepted, is_valid, or_else="a tensor [N]")
         least = log(min_reference_prob) if min_reference_prob > 0 else -torch.inf
-        log_least = like.new_full((like.shape[0],), least, dtype=torch.float32)
+        log_least = _for_all_rows(least, like, torch.float32)
     else:
         log_least = _log(per_row("min_reference_prob", min_reference_prob, like, torch.float64, accepted, is_valid))
-    log_prob = log_prob_of(*given, *how.mask)  # [N]
+    log_prob = for_seed(log_prob_of, how)(*given, *how.mask)  # [N]
     rounding = 4 * torch.finfo(torch.float32).eps * (1 + log_least.abs())  # what is as likely as asked for is enough
-    return how._replace(threshold=how.threshold.masked_fill(~(log_prob >= log_least - rounding), 0))
+    return how._replace(threshold=how.threshold * (log_prob >= log_least - rounding))
 
 
 _SQRT_HALF = 0x3FE6A09E667F3BCD  # bits of sqrt(1/2) in fp64

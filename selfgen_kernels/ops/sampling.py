@@ -6,7 +6,15 @@ from torch import Tensor
 from selfgen_kernels.ops import OPS
 from selfgen_kernels.ops.arguments import FLOATS, check_tensor
 from selfgen_kernels.ops.registration import define
-from selfgen_kernels.ops.rows import check_reference, check_vocabulary, mixed_like, report, sampling_of, where_confident
+from selfgen_kernels.ops.rows import (
+    check_reference,
+    check_vocabulary,
+    for_seed,
+    mixed_like,
+    report,
+    sampling_of,
+    where_confident,
+)
 
 
 @define("sample_mix", f"({OPS['sample_mix'].parameters}) -> (Tensor tokens, Tensor is_self, Tensor invalid)")
@@ -24,7 +32,7 @@ def sample_mix(
     reference: Tensor,
     self_prob: float | Tensor,
     *,
-    seed: int,
+    seed: int | Tensor,
     sample_ids: Tensor,
     positions: Tensor,
     temperature: float | Tensor = 1.0,
@@ -48,7 +56,8 @@ def sample_mix(
         logits: fp32, bf16, fp16 or fp64 [N, V], any strides, V >= 1; computed in fp32, no gradient flows.
         reference: int32 or int64 [N], the tokens of the reference answer, below `vocab_size` where that is given.
         self_prob: a probability, or floating [N].
-        seed: any 64-bit integer, signed or unsigned.
+        seed: any 64-bit integer, signed or unsigned; or int64 [1] on the same device, which the kernel reads when it
+            runs, so that a CUDA graph may be replayed with another one.
         sample_ids: int32 or int64 [N], any values.
         positions: int32 or int64 [N], 0 <= position < 2^32, counted from the first answer token.
         temperature: >= 0 and finite, or floating [N]; below 1e-5 is greedy (argmax, the lowest id wins a tie).
@@ -98,6 +107,6 @@ def sample_mix(
         logits = logits.float()
     given = logits.detach(), reference
     how = where_confident(how, min_reference_prob, torch.ops.selfgen.reference_log_prob, *given)
-    tokens, is_self, invalid = torch.ops.selfgen.sample_mix(*given, *how)
+    tokens, is_self, invalid = for_seed(torch.ops.selfgen.sample_mix, how)(*given, *how)
     report(invalid, status)
     return tokens, is_self

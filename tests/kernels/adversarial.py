@@ -32,12 +32,14 @@ def adversarial_logits(vocab_size, dtype=torch.float32):
     tails = torch.full((vocab_size,), -23.5)  # each of 2^-34 of the peak's probability, or about that
     tails[: vocab_size // 2] += 0.1 * noise[: vocab_size // 2]
     tails[vocab_size - 1] = 0.0
+    above = torch.zeros(vocab_size)  # one above all others, which tie
+    above[vocab_size // 2] = 1.0
     rows = [
         3 * noise, 12 * noise, 1e-3 * noise, torch.zeros(vocab_size), torch.full((vocab_size,), -1e4), whole,
         40 * whole, ulps.view(torch.float32), 100 * line, (-100 * line).exp2() * 2.0**-100, finfo.max * line,
         huge, -huge.abs(), noise * finfo.smallest_normal, line * finfo.smallest_normal, 0 * noise, sparse, one, peak,
         tails, noise.bfloat16().float(), (noise.abs() + 1).log().neg(), -(2.0 ** (line * 7)),
-        torch.where(line > 0, -0.0, 0.0), torch.where(whole > 1, 5.0, whole),
+        torch.where(line > 0, -0.0, 0.0), torch.where(whole > 1, 5.0, whole), above,
     ]  # fmt: skip
     bad = [noise.clone(), noise.clone(), torch.full((vocab_size,), -INF)]
     bad[0][vocab_size // 2], bad[1][0] = torch.nan, INF

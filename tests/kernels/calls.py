@@ -67,6 +67,25 @@ EXAMPLES = {
         {**_PARTS, "self_prob": _PROBS, **_KEYS, **_ROWS, "vocab_size": 200},
     ],
     "kv_append": [_APPEND],
+    "invariant_linear": [_HEAD, {**_HEAD, "bias": _normal(V)}],
+    "act_mul": [
+        {"gate": _normal(3, D), "up": _normal(3, D)},
+        {"gate": _normal(3, 2, D).bfloat16(), "up": _normal(3, 2, D).bfloat16(), "activation": "gelu_tanh"},
+    ],
+    "rotary": [
+        {"query": _normal(3, 4, D), "key": _normal(3, 2, D), "cos": _normal(3, D), "sin": _normal(3, D)},
+        {
+            "query": _normal(3, 4, D).bfloat16(),
+            "key": _normal(3, 2, D).bfloat16(),
+            "cos": _normal(3, D),
+            "sin": _normal(3, D),
+            "keep_dtype": True,
+        },
+    ],
+    "rms_norm": [
+        {"x": _normal(3, D), "weight": _normal(D), "eps": 1e-6},
+        {"x": _normal(3, 2, D).bfloat16(), "weight": _normal(D), "eps": 1e-5, "form": "gemma"},
+    ],
     "plan_pass": [
         {
             "final": torch.tensor([0, 5]),

@@ -15,7 +15,7 @@ from triton.compiler.compiler import make_backend
 
 from tools.aot import gpu_target, shipped_modules, source
 
-DEFINITION = re.compile(r"^\s*(%[\w:]+) = \"?([\w.]+)\"?(.*)$")
+DEFINITION = re.compile(r"^\s*(%[\w:-]+) = \"?([\w.]+)\"?(.*)$")
 PRODUCTS = ("arith.muli", "arith.shli")
 
 
@@ -48,24 +48,24 @@ def narrow_products(text: str) -> list[str]:
         if match := DEFINITION.match(line):
             results, operation, rest = match.groups()
             if operation in ("scf.for", "scf.if"):
-                pairs = re.findall(r"(%\w+) = (%\w+(?:#\d+)?)", rest.split("iter_args")[-1])
+                pairs = re.findall(r"(%\w+) = (%[\w-]+(?:#\d+)?)", rest.split("iter_args")[-1])
                 base, _, number = results.partition(":")
                 carried = [[first] for _, first in pairs] or [[] for _ in range(int(number or 1))]
                 for i, values in enumerate(carried):
                     for name in (f"{base}#{i}" if number else base, *(pair[0] for pair in pairs[i : i + 1])):
                         made_by[name] = operation, values, line.strip()
             else:
-                operands = re.findall(r"%\w+(?:#\d+)?", rest)
+                operands = re.findall(r"%[\w-]+(?:#\d+)?", rest)
                 made_by[results] = operation, operands, line.strip()
                 if operation == "tt.addptr":
                     addresses.append(operands[1])
                 elif operation.startswith("tt.descriptor"):
                     addresses += operands[1:]
         elif "scf.yield" in line and open_blocks:
-            for values, value in zip(open_blocks[-1], re.findall(r"%\w+(?:#\d+)?", line), strict=False):
+            for values, value in zip(open_blocks[-1], re.findall(r"%[\w-]+(?:#\d+)?", line), strict=False):
                 values.append(value)
         elif "tt.descriptor_store" in line:
-            addresses += re.findall(r"%\w+(?:#\d+)?", line.partition("[")[2].partition("]")[0])
+            addresses += re.findall(r"%[\w-]+(?:#\d+)?", line.partition("[")[2].partition("]")[0])
         if re.match(r"\s*\}", line) and open_blocks:
             closed = open_blocks.pop()
             carried = closed if "else" in line else carried

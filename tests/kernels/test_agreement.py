@@ -57,6 +57,16 @@ def test_the_third_known_answer_far_into_a_row():
     assert torch.equal(noise[0, -4:], philox.gumbel_from_words(torch.tensor(words)))
 
 
+@pytest.mark.parametrize("seed", [3, -(2**63)])
+def test_a_seed_in_memory_gives_the_same_tokens(backend, seed):
+    """Kernels of a GPU read it themselves; the operator of others looks at it first."""
+    logits = torch.randn(5, V, generator=torch.Generator().manual_seed(6))
+    in_memory = torch.tensor([seed], device=backend.device)
+    for filters in ({}, {"top_k": 30}):
+        got, want = (backend.sample_mix(logits, seed=one, **filters) for one in (in_memory, seed))
+        assert all(map(torch.equal, got, want))
+
+
 @pytest.mark.parametrize("filters", [{}, {"top_k": 30, "top_p": 0.95, "min_p": 1e-3}], ids=["none", "all"])
 def test_tokens_of_many_rows_are_equal(fast, reference, filters):
     n = INTERPRETED_ROWS if fast.name == "triton" and fast.device == "cpu" else ROWS

@@ -280,26 +280,144 @@ def test_a_query_gives_the_same_bits_in_any_batch(set_threads, dtype, sliding_wi
     assert torch.equal(got[40:], whole)
 
 
+@pytest.fixture
+def shared_out(triton_ops, monkeypatch):
+    """Sets how many keys a segment has and how they are shared out; products add in a fixed order.
+
+    In the interpreter numpy's depend on a row's place in the tile.
+    """
+    module = triton_ops.module if conftest.ON_GPU else triton_ops
+    if not conftest.ON_GPU:
+        monkeypatch.setattr(numpy, "matmul", lambda a, b, dtype: (a[:, :, None] * b).sum(1, dtype=dtype))
+
+    def choose(**constants):
+        for name, value in constants.items():
+            monkeypatch.setattr(module, name, value)
+
+    return choose
+
+
 @pytest.mark.parametrize(("head_dim", "sliding_window"), [(16, None), (16, 20), (130, None)])
 @pytest.mark.parametrize(
     "dtype",
     [torch.bfloat16, *(pytest.param(d, marks=pytest.mark.slow) for d in (torch.float32, torch.float64))],
     ids=str,
 )
-def test_triton_gives_the_same_bits_in_any_batch(triton_ops, monkeypatch, dtype, head_dim, sliding_window):
-    """In the interpreter with products that add in a fixed order: numpy's depend on a row's place in the tile."""
-    length = 40 if conftest.ON_GPU or dtype == torch.bfloat16 else 24  # fp32 and fp64 have tiles of 16
+def test_triton_gives_the_same_bits_in_any_batch(triton_ops, shared_out, dtype, head_dim, sliding_window):
+    length = 40 if conftest.ON_GPU or dtype == torch.bfloat16 else 24
     query, key, value, *chunks = problem([(length, length)], head_dim=head_dim, dtype=dtype, gap=11)
     how = 0.1, sliding_window, 20.0, torch.randn(6)
-    if not conftest.ON_GPU:
-        monkeypatch.setattr(numpy, "matmul", lambda a, b, dtype: (a[:, :, None] * b).sum(1, dtype=dtype))
-        monkeypatch.setattr(reference, "ragged_attention", None)  # is not what is tested
     whole = triton_ops.ragged_attention(query, key, value, *chunks, *how)
     alone = (1,) * length if conftest.ON_GPU else (*(1,) * 4, length - 9, *(1,) * 5)
     for parts in ((1, 2, 10, 3, length - 16), (length - 1, 1), alone):
         bounds = torch.tensor((0, *parts)).cumsum(0)
         ranges = torch.stack([torch.full_like(bounds[1:], 11), bounds[1:]], 1)
         assert torch.equal(triton_ops.ragged_attention(query, key, value, bounds.int(), ranges, *how), whole)
+
+
+@pytest.mark.parametrize("sliding_window", [None, 70])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64], ids=str)
+def test_triton_gives_the_same_bits_however_segments_are_shared_out(triton_ops, shared_out, dtype, sliding_window):
+    """One program for all segments or one for each, only for rows with few of them, and cut into other chunks."""
+    shared_out(SEGMENT=64)
+    query, key, value, *chunks = problem([(3, 230), (1, 20), (5, 130)], head_dim=16, dtype=dtype, heads=4)
+    key[11, 0] = torch.nan  # seen by the first row, if it looks that far back
+    how = 0.1, sliding_window, 20.0, torch.randn(4)
+
+    def attend(programs, partial_bytes=2**26, cut=chunks):
+        shared_out(PROGRAMS=programs, PARTIAL_BYTES=partial_bytes)
+        return triton_ops.ragged_attention(query, key, value, *cut, *how)
+
+    segment_bytes = 9 * 4 * (16 + 2) * max(4, dtype.itemsize)
+    by_one = attend(1)
+    assert by_one[:3].isnan().any() == (sliding_window is None)
+    wanted = {"rtol": 0, "atol": 0, "equal_nan": True}
+    for programs, partial_bytes in ((1000, 2**26), (20, 2**26), (1000, 3 * segment_bytes)):
+        torch.testing.assert_close(attend(programs, partial_bytes), by_one, **wanted)
+    starts, ends = chunks[1][:, 0], chunks[1].sum(1)
+    cut = (
+        torch.tensor([0, 1, 3, 4, 9], dtype=torch.int32),
+        torch.stack([starts[[0, 0, 1, 2]], (ends - starts)[[0, 0, 1, 2]] - torch.tensor([2, 0, 0, 0])], 1),
+    )
+    for programs in (1, 1000):
+        torch.testing.assert_close(attend(programs, cut=cut), by_one, **wanted)
+
+
+@pytest.mark.parametrize("bad", [torch.nan, torch.inf])
+@pytest.mark.parametrize("column", [3, 300])
+def test_a_value_that_is_not_finite_is_seen_in_any_part_of_a_wide_head(triton_ops, shared_out, column, bad):
+    """In its own columns at least, and the same whether segments are shared out or not."""
+    shared_out(SEGMENT=64)
+    query, key, value, *chunks = problem([(1, 130)], head_dim=320, heads=2)
+    value[chunks[1][0, 0] + 5, 0, column] = bad
+    found = []
+    for programs in (1, 1000):
+        shared_out(PROGRAMS=programs)
+        found.append(triton_ops.ragged_attention(query, key, value, *chunks, 0.1, None, None, None).isnan())
+    assert torch.equal(*found)
+    part = slice(0, 256) if column < 256 else slice(256, None)
+    assert found[0].nonzero()[:, 2].unique().tolist() == list(range(320))[part]
+
+
+@pytest.mark.parametrize("programs", [1, 1000])
+@pytest.mark.parametrize(
+    ("shape", "options"),
+    [({}, {}), ({"head_dim": 23}, {"sliding_window": 70, "softcap": 5.0, "sinks": True}), ({"head_dim": 130}, {})],
+    ids=str,
+)
+def test_segments_agree_with_dense_attention(triton_ops, shared_out, shape, options, programs):
+    shared_out(SEGMENT=64, PROGRAMS=programs)
+    args = problem([(2, 200), (1, 20), (0, 0), (0, 70), (12, 140)], **shape)
+    sinks = torch.linspace(-3, 3, 6) if "sinks" in options else None
+    how = 0.3, options.get("sliding_window"), options.get("softcap"), sinks
+    got = triton_ops.ragged_attention(*args, *how)
+    torch.testing.assert_close(got.double(), dense(*args, *how), rtol=0, atol=TOLERANCE[torch.float32])
+
+
+def test_when_segments_are_shared_out():
+    pytest.importorskip("triton")
+    from selfgen_kernels.backends.triton.attention import PARTIAL_BYTES, shared_segments
+
+    def shared(slots, chunks=1, queries=1, window=2**30, programs=8):
+        query, key = torch.empty(queries, 32, 128, device="meta"), torch.empty(slots, 8, 128, device="meta")
+        return shared_segments(query, key, chunks, window, programs, 64)
+
+    assert shared(512) == 1
+    assert shared(4 * 512, chunks=4) == 1  # rows of 512 keys each: one launch
+    assert shared(4096) == 9
+    assert shared(4096, window=512) == 1
+    assert shared(2**20, window=1024) == 4
+    assert shared(4096, programs=2048) == 1  # programs enough without
+    assert shared(4096, programs=512) == 4
+    for queries in (1, 64, 4096):
+        segments = shared(2**20, queries=queries)
+        assert segments * queries * 32 * 130 * 4 <= PARTIAL_BYTES or segments == 1
+
+
+def test_three_products_of_tf32_lose_what_is_said():
+    """Not the tensor cores: their arithmetic, in torch. A product is off by less than 2^-19, a sum by hardly more."""
+
+    def first_bits(x, nearest):  # 11 of the 24 that fp32 has
+        bits = x.view(torch.int32) + (0x1000 if nearest else 0)
+        return (bits & ~0x1FFF).view(torch.float32)
+
+    a, b = torch.randn(2, 10**6, generator=torch.Generator().manual_seed(0))
+    halves = [(large := first_bits(x, True), first_bits(x - large, False)) for x in (a, b)]
+    (a_large, a_small), (b_large, b_small) = ([part.double() for part in pair] for pair in halves)
+    got, exact = a_large * b_large + a_large * b_small + a_small * b_large, a.double() * b.double()
+    error = ((got - exact) / exact).abs()
+    assert 2**-22 < error.max() < 2**-19
+    assert (a_large * b_large - exact).div(exact).abs().max() > 2**-12  # without the second and third
+
+
+@pytest.mark.parametrize("dtype", TOLERANCE, ids=str)
+@pytest.mark.parametrize("head_dim", [257, 320, pytest.param(512, marks=pytest.mark.slow)])
+def test_heads_wider_than_a_program_sums_up(triton_ops, dtype, head_dim):
+    """Their columns are parts of the accumulator, and no torch reference stands in."""
+    args = problem([(2, 40), (1, 1)], head_dim=head_dim, dtype=dtype)
+    how = 0.1, 33, 5.0, torch.linspace(-3, 3, 6).to(dtype)
+    got = triton_ops.ragged_attention(*args, *how)
+    torch.testing.assert_close(got.double(), dense(*args, *how), rtol=0, atol=TOLERANCE[dtype])
 
 
 def test_opcheck():
@@ -652,7 +770,9 @@ def test_flash_attn_agrees_on_a_gpu(window):
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 @pytest.mark.parametrize(
-    ("dtype", "head_dim"), [(torch.bfloat16, 16), (torch.float32, 256), (torch.float64, 256)], ids=str
+    ("dtype", "head_dim"),
+    [(torch.bfloat16, 16), (torch.float32, 256), (torch.float64, 256), (torch.float32, 320)],
+    ids=str,
 )
 def test_a_step_is_captured_in_a_cuda_graph(dtype, head_dim):
     query, key, value, bounds, ranges = (x.cuda() for x in problem(CHUNKS, head_dim=head_dim, dtype=dtype))

@@ -178,10 +178,14 @@ def test_make_fx(example, tracing_mode, pre_dispatch):
 DYNAMIC = {  # sizes that a caller's batch changes, of the tensors that have them
     "rows": ((*ROWS, "status"), (0,)),
     "combine_shards": (("values", "ids"), (1,)),
+    "invariant_linear": (("hidden",), (0,)),
     "kv_append": (("key", "value", "slots"), (0,)),
     "plan_pass": (("final", "row_starts", "next_self", "log_chance", "least_log_chance"), (0,)),
     "commit_pass": (("tokens", "final", "slots", "cu_seqlens_q", "next_self", "sampled"), (0,)),
     "ragged_attention": (("query", "key", "value", "cu_seqlens_q", "kv_ranges"), (0,)),
+    "rms_norm": (("x",), (0,)),
+    "act_mul": (("gate", "up"), (0,)),
+    "rotary": (("query", "key", "cos", "sin"), (0,)),
 }
 
 
@@ -202,7 +206,11 @@ def resized(name, arguments):
         shards = {n: arguments[n][:, :3] for n in ("values", "ids") if n in arguments}
         return arguments | cut | shards
     other = {
+        "invariant_linear": {"hidden": arguments["hidden"][:3]} if "hidden" in arguments else {},
         "kv_append": {n: arguments[n][:2] for n in ("key", "value", "slots") if n in arguments},
+        "rms_norm": {n: arguments[n][:2] for n in arguments if n == "x"},
+        "act_mul": {n: arguments[n][:2] for n in ("gate", "up") if n in arguments},
+        "rotary": {n: arguments[n][:2] for n in ("query", "key", "cos", "sin") if n in arguments},
         "plan_pass": {
             "final": torch.tensor([0, 5, 8]),
             "row_starts": torch.tensor([0, 5, 8]),
@@ -285,7 +293,7 @@ def test_vmap_does_not_write_to_one_tensor_from_many_calls(example):
 def test_autocast_changes_the_product_of_a_head_and_nothing_else(example, dtype):
     name, arguments = example
     lowered = copied(arguments)
-    if "weight" in arguments:  # what torch.nn.functional.linear casts
+    if "hidden" in arguments:  # what torch.nn.functional.linear casts
         lowered |= {k: v.to(dtype) for k, v in lowered.items() if k in ("hidden", "weight", "bias")}
     want = call(name, **lowered)
     with torch.autocast("cpu", dtype):

@@ -24,7 +24,7 @@ for level in ("", *sys.argv[2:]):  # each in a child of this process, which has 
 else:
     sys.exit()
 
-from selfgen_kernels import gumbel_noise, linear_sample_mix, linear_sample_shard, ragged_attention, sample_mix
+from selfgen_kernels import gumbel_noise, linear_sample_mix, linear_sample_shard, ragged_attention, rms_norm, sample_mix
 
 def normal(*shape):
     return torch.randn(shape, generator=generator).to(dtype)
@@ -42,6 +42,8 @@ for name in ("float32", "bfloat16", "float16", "float64"):
         tokens[f"head {of}"] = linear_sample_mix(hidden, weight, ids, 0.9, softcap=30.0, **keys, **filters)[0]
     logits = (hidden @ weight.T).to(torch.float32 if name == "float64" else dtype)
     keyed = torch.full((21,), 2**32), 3, ids, ids
+    if dtype != torch.float64:
+        tokens[f"rms_norm {name}"] = rms_norm(logits, logits[0], 1e-6)
     tokens[f"log_prob {name}"] = torch.ops.selfgen.reference_log_prob(logits, ids, *keyed)
     head = hidden, weight, None, 30.0, 1.0
     close[f"head log_prob {name}"] = torch.ops.selfgen.linear_reference_log_prob(*head, ids, *keyed)

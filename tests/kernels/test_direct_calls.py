@@ -20,12 +20,21 @@ FITS = {
     ("ragged_attention", "query", "longer"),  # padding
     ("sample_mix", "logits", "wider"),  # another vocabulary, as in the next
     ("sample_mix", "logits", "narrower"),
-    ("linear_sample_mix", "weight", "longer"),  # without a bias
+    ("invariant_linear", "hidden", "longer"),
+    ("invariant_linear", "hidden", "shorter"),
+    ("invariant_linear", "hidden", "empty"),
+    ("invariant_linear", "weight", "longer"),  # without a bias, as in the next
+    ("invariant_linear", "weight", "shorter"),
+    ("invariant_linear", "weight", "empty"),
+    ("linear_sample_mix", "weight", "longer"),
     ("linear_sample_mix", "weight", "shorter"),
     ("linear_sample_shard", "weight", "longer"),
     ("linear_sample_shard", "weight", "shorter"),
     ("linear_reference_log_prob", "weight", "longer"),
     ("linear_reference_log_prob", "weight", "shorter"),
+    *(("rms_norm", "x", change) for change in ("longer", "shorter", "empty")),  # rows
+    ("combine_shards", "threshold", "one axis less"),  # a number for all rows, as in the next; C++ kernels take none
+    ("combine_shards", "inv_temperature", "one axis less"),
 }
 """What has a meaning: (operator, argument, change)."""
 TORCH_ONLY = [f"selfgen::{name}" for name, op in TABLE.items() if not op.kernels]
@@ -67,7 +76,7 @@ def test_a_tensor_that_does_not_fit_is_refused(example):
                 given = [arg.clone() if isinstance(arg, torch.Tensor) else arg for arg in given]
                 case = (name, names[place], change)
                 has_bias = "bias" in names and args[names.index("bias")] is not None
-                if case in FITS and not has_bias:
+                if case in FITS and not (has_bias and names[place] == "weight"):
                     op(*given)
                     continue
                 try:
@@ -123,6 +132,8 @@ def plan(token_budget):
             (lambda window=window: attend(window=window), f"sliding_window={window}")
             for window in (0, -5, -(2**31) - 5, -(2**63))
         ),
+        (lambda: OPS.rms_norm(ones(4, 0), ones(0), 1e-6, False, True), "x has rows of 0 numbers"),
+        (lambda: OPS.rms_norm(ones(1, 2**14 + 1), ones(2**14 + 1), 1e-6, False, True), "x has rows of 16385 numbers"),
         (lambda: plan(-1), "token_budget=-1"),
         (lambda: plan(2**31), "token_budget=2147483648"),
     ],

@@ -5,6 +5,7 @@ import shutil
 import subprocess
 import sys
 import textwrap
+from functools import partial
 
 import pytest
 import torch
@@ -28,6 +29,10 @@ SAMPLING = IDS, FULL, 3, IDS, IDS, torch.ones(N)
     [
         ("gumbel_noise", (3, IDS, IDS, 10, 1)),
         ("kv_append", (*torch.randn(2, 9, 3, 16), *torch.randn(2, N, 3, 16), IDS - 1)),
+        ("act_mul", (*torch.randn(2, N, D), False)),
+        ("rotary", (torch.randn(N, 4, D), torch.randn(N, 2, D), *torch.randn(2, N, D), False)),
+        ("rms_norm", (torch.randn(N, D), torch.randn(D), 1e-6, False, True)),
+        ("rms_norm", (torch.randn(N, D).bfloat16(), torch.randn(D), 1e-6, True, False)),
         ("self_mask", (3, IDS, IDS, FULL)),
         ("sample_mix", (torch.randn(N, V), *SAMPLING, None, None, None)),
         ("sample_mix", (torch.randn(N, V).bfloat16(), *SAMPLING, *FILTERS)),
@@ -37,12 +42,64 @@ SAMPLING = IDS, FULL, 3, IDS, IDS, torch.ones(N)
         ("combine_shards", (torch.randn(2, N, 3, 3), torch.arange(2 * N * 3).view(2, N, 3), *SAMPLING)),
         ("reference_log_prob", (torch.randn(N, V), *SAMPLING[:5])),
         ("linear_reference_log_prob", (torch.randn(N, D), torch.randn(V, D), None, 30.0, 0.5, *SAMPLING[:5])),
+        ("invariant_linear", (torch.randn(N, D), torch.randn(V, D), torch.randn(V))),
         ("plan_pass", (IDS[:1], IDS[:1], NEXT_SELF, torch.zeros(N), 3)),
         ("commit_pass", (IDS.clone(), IDS[:1].clone(), IDS[:3], torch.tensor([0, 3]).int(), NEXT_SELF, IDS[2:])),
     ],
 )
 def test_opcheck(op, args):
     torch.library.opcheck(getattr(torch.ops.selfgen, op).default, args)
+
+
+@pytest.mark.parametrize(
+    ("op", "args"),
+    [
+        ("sample_mix", (torch.randn(N, V), *SAMPLING, *FILTERS)),
+        ("reference_log_prob", (torch.randn(N, V), *SAMPLING[:5])),
+        ("linear_sample_mix", (torch.randn(N, D), torch.randn(V, D), None, None, 1.0, *SAMPLING, None, None, None)),
+        ("linear_reference_log_prob", (torch.randn(N, D), torch.randn(V, D), None, 30.0, 0.5, *SAMPLING[:5])),
+        ("linear_sample_shard", (torch.randn(N, D), torch.randn(V, D), None, 30.0, 0.5, 77, *SAMPLING[1:])),
+        ("combine_shards", (torch.randn(2, N, 3, 3), torch.arange(2 * N * 3).view(2, N, 3), *SAMPLING)),
+    ],
+)
+def test_a_seed_in_memory_is_read_when_the_operator_runs(op, args):
+    """In the program of a CUDA graph, so to speak: the same call, another seed."""
+    packet = getattr(torch.ops.selfgen, op)
+    place = [argument.name for argument in packet.default._schema.arguments].index("seed")
+    seed = torch.tensor([3])
+    in_memory = *args[:place], seed, *args[place + 1 :]
+    torch.library.opcheck(packet.seed_tensor, in_memory)
+    found = []
+    for number in (3, -(2**63), 2**63 - 1):
+        seed.fill_(number)
+        found.append(packet.seed_tensor(*in_memory))
+        want = packet.default(*args[:place], number, *args[place + 1 :])
+        assert all(map(torch.equal, found[-1], want)) if isinstance(want, tuple) else torch.equal(found[-1], want)
+    assert packet.seed_tensor._schema.name == packet.default._schema.name
+    assert {op for op, line in OPS.items() if "seed_tensor" in line.overloads} == {
+        name for name in OPS if hasattr(getattr(torch.ops.selfgen, name), "seed_tensor")
+    }
+
+
+def test_no_device_waits_for_the_seed_of_combine_shards():
+    """It has no kernels, so that its reference would be captured in a CUDA graph."""
+    args = torch.randn(2, N, 3, 3), torch.arange(2 * N * 3).view(2, N, 3), IDS, FULL, torch.tensor([3]), *SAMPLING[3:]
+    with torch.profiler.profile() as run:
+        torch.ops.selfgen.combine_shards.seed_tensor(*args)
+    assert "aten::_local_scalar_dense" not in {event.name for event in run.events()}
+
+
+def test_public_functions_take_a_seed_in_memory():
+    logits, hidden, weight = torch.randn(N, V), torch.randn(N, D), torch.randn(V, D)
+    keys = {"sample_ids": IDS, "positions": IDS, "min_reference_prob": 0.001, "top_k": 50}
+    for call in (partial(sample_mix, logits), partial(linear_sample_mix, hidden, weight)):
+        for seed in (0, -5, 2**62):
+            got = call(IDS, 0.9, seed=torch.tensor([seed]), **keys)
+            assert all(map(torch.equal, got, call(IDS, 0.9, seed=seed, **keys)))
+        with pytest.raises(TypeError, match="seed has dtype"):
+            call(IDS, 0.9, seed=torch.zeros(1, dtype=torch.int32), **keys)
+        with pytest.raises(ValueError, match="seed has shape"):
+            call(IDS, 0.9, seed=torch.zeros(2, dtype=torch.int64), **keys)
 
 
 def test_a_call_in_records_takes_the_arguments_of_its_schema():

@@ -81,9 +81,19 @@ def test_weights_are_whole_and_near():
 
 def test_no_kernel_that_draws_may_fuse_a_multiplication_with_an_addition():
     pytest.importorskip("triton")
-    from selfgen_kernels.backends.triton import filters, head, head_log_prob, noise, passes, sampling
+    from selfgen_kernels.backends.triton import (
+        activation,
+        filters,
+        head,
+        head_log_prob,
+        noise,
+        norm,
+        passes,
+        rotary,
+        sampling,
+    )
 
-    for module in (filters, head, head_log_prob, noise, passes, sampling):
+    for module in (activation, filters, head, head_log_prob, noise, norm, passes, rotary, sampling):
         for target in TARGETS:
             for choice in module.configurations(target):
                 assert choice.options["enable_fp_fusion"] is False, choice.name
@@ -151,22 +161,95 @@ def test_the_reference_gives_the_same_on_a_gpu(reference, filters, device):
     assert_equal(there.gumbel_noise(5, *keys, 5000, 1), reference.gumbel_noise(5, *keys, 5000, 1))
 
 
-@pytest.mark.parametrize("fast", [_TRITON], indirect=True)
-@pytest.mark.parametrize(("vocab_size", "dtype"), SIZES[1:], ids=str)
-@pytest.mark.parametrize("filters", [name for name in FILTERS if name != "none"])
-def test_survivors_of_filters_are_equal(fast, vocab_size, filters, dtype):
+def assert_survivors_are_equal(logits, inverse, some):
+    """What Triton's filters `some` keep of valid rows is what the reference's keep."""
     from selfgen_kernels.backends.triton import filters as kernels
 
-    logits, inverse, some = adversarial_rows(vocab_size, dtype, filters, 1 if is_interpreted(fast) else 5)
     ids = torch.arange(len(logits))
     values = (some.get(name) for name in ("top_k", "top_p", "min_p"))
     how = Sampling(ids * 0 + 2**32, 0, ids, ids, inverse, *values)
     want = filter_cutoff(logits, how)
-    there = Sampling(*moved(how, DEVICE))
-    got = kernels.filter_cutoff(logits.to(DEVICE), there).cpu()
-    z = scaled(logits, inverse)[:-3]
-    kept, want_kept = ((z >= cutoff[:-3, None]) & (z > -torch.inf) for cutoff in (got, want))
+    got = kernels.filter_cutoff(logits.to(DEVICE), Sampling(*moved(how, DEVICE))).cpu()
+    z = scaled(logits, inverse)
+    kept, want_kept = ((z >= cutoff[:, None]) & (z > -torch.inf) for cutoff in (got, want))
     assert_equal(kept, want_kept)
+
+
+SOME_FILTERS = [name for name in FILTERS if name != "none"]
+
+
+@pytest.mark.parametrize("fast", [_TRITON], indirect=True)
+@pytest.mark.parametrize(("vocab_size", "dtype"), SIZES[1:], ids=str)
+@pytest.mark.parametrize("filters", SOME_FILTERS)
+def test_survivors_of_filters_are_equal(fast, vocab_size, filters, dtype):
+    logits, inverse, some = adversarial_rows(vocab_size, dtype, filters, 1 if is_interpreted(fast) else 5)
+    valid = slice(-3)
+    assert_survivors_are_equal(logits[valid], inverse[valid], {name: value[valid] for name, value in some.items()})
+
+
+@pytest.mark.parametrize("fast", [_TRITON], indirect=True)
+@pytest.mark.parametrize("filters", SOME_FILTERS)
+@pytest.mark.parametrize(
+    ("vocab_size", "dtype"),
+    [(32_001, FLOATS[0]), (50_257, FLOATS[1]), pytest.param(128_257, FLOATS[1], marks=pytest.mark.slow)],
+    ids=str,
+)
+def test_survivors_of_large_odd_vocabularies_are_equal(fast, vocab_size, dtype, filters):
+    """A wide row, one of ties at every cutoff, one with few finite logits, and two with a peak and a flat rest."""
+    logits, _, some = adversarial_rows(vocab_size, dtype, filters, 1)
+    rows = torch.tensor([1, 6, 16, 19, 25])
+    assert_survivors_are_equal(logits[rows], torch.ones(5), {name: value[rows] for name, value in some.items()})
+
+
+@pytest.mark.parametrize("fast", [_TRITON], indirect=True)
+@pytest.mark.parametrize("filters", SOME_FILTERS)
+def test_survivors_in_longer_runs_are_equal(fast, filters, monkeypatch):
+    """As of vocabularies with more than 4,096 runs of 64."""
+    from selfgen_kernels.backends.triton import filters as kernels
+
+    monkeypatch.setattr(kernels, "MOST_RUNS", 4)
+    assert kernels.run_length(900) == 256
+    logits, inverse, some = adversarial_rows(900, torch.bfloat16, filters, 1)
+    valid = slice(0, -3, 2)
+    assert_survivors_are_equal(logits[valid], inverse[valid], {name: value[valid] for name, value in some.items()})
+
+
+@pytest.mark.parametrize("fast", [_TRITON], indirect=True)
+def test_what_ties_with_the_kth_counts_in_top_p(fast):
+    """Also in runs where nothing is above it: one part in 2,400 is above, here, and not one in 25."""
+    logits = torch.zeros(1, 6400)
+    logits[0, 3] = 1.0
+    some = {"top_k": torch.tensor([5]), "top_p": torch.tensor([0.01], dtype=torch.float64)}
+    assert_survivors_are_equal(logits, torch.ones(1), some)
+
+
+@pytest.mark.parametrize("fast", [_TRITON], indirect=True)
+def test_filters_look_at_the_runs_that_can_matter(fast, monkeypatch):
+    """At none where all logits are equal, and at all where they are nearly equal."""
+    from selfgen_kernels.backends.triton import filters as kernels
+
+    if not is_interpreted(fast):
+        pytest.skip("a compiled kernel calls nothing that Python sees")
+    looked_at, sweep = [], kernels.weights_not_below
+
+    def spy(logits, order, taken, *rest, **sizes):
+        looked_at.append(int(taken.handle.data[0]))
+        return sweep(logits, order, taken, *rest, **sizes)
+
+    monkeypatch.setattr(kernels, "weights_not_below", spy)
+    monkeypatch.setattr(kernels, "BLOCK", 256)
+    runs = 100
+    wide = torch.randn(1, 64 * runs, generator=torch.Generator().manual_seed(0)) * 3
+    for logits, name, value, most in (
+        (wide, "top_k", torch.tensor([5]), 5),
+        (wide, "top_p", torch.tensor([0.3]).double(), 24),
+        (torch.zeros(1, 64 * runs), "top_k", torch.tensor([5]), 0),
+        (1e-3 * wide, "top_p", torch.tensor([0.9]).double(), runs),
+    ):
+        looked_at.clear()
+        assert_survivors_are_equal(logits, torch.ones(1), {name: value})
+        assert max(looked_at, default=0) <= most, name
+    assert max(looked_at) == runs
 
 
 # ---- Log probabilities -----------------------------------------------------------------------------------------------

@@ -98,6 +98,16 @@ def test_sample_mix_by_the_public_function(device, logits):
     assert torch.equal(near, got)
 
 
+def test_rms_norm(backend):
+    rms_norm = function_of(backend, "norm", "rms_norm")
+    x, weight = torch.randn(4, 500, generator=torch.Generator().manual_seed(1)).to(DTYPE), torch.ones(500)
+    near, got = (
+        rms_norm(*moved((rows, weight), backend.device), 1e-6, False, True)
+        for rows in (x, far_apart(x, backend.device))
+    )
+    assert torch.equal(near, got)
+
+
 def function_of(backend, module, op):
     """The op of a backend."""
     if backend.name == "cpp":
@@ -116,6 +126,15 @@ def test_linear_sample_mix(backend, far_argument):
     inputs[far_argument] = far_apart(inputs[far_argument], backend.device)
     got = linear_sample_mix(*moved(inputs.values(), backend.device), *how)
     assert all(torch.equal(a, b) for a, b in zip(near, got, strict=True))
+
+
+@pytest.mark.parametrize("far_argument", ["hidden", "weight"])
+def test_invariant_linear(backend, far_argument):
+    invariant_linear = function_of(backend, "linear", "invariant_linear")
+    inputs = {name: torch.randn(4, 64).to(DTYPE) for name in ("hidden", "weight")}
+    near = invariant_linear(*moved(inputs.values(), backend.device), None)
+    inputs[far_argument] = far_apart(inputs[far_argument], backend.device)
+    assert torch.equal(invariant_linear(*moved(inputs.values(), backend.device), None), near)
 
 
 @pytest.mark.parametrize("far_argument", ["query", "key", "value"])

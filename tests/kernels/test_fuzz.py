@@ -23,15 +23,18 @@ from selfgen_kernels import (
     linear_sample_shard,
     plan_pass,
     ragged_attention,
+    rms_norm,
     sample_mix,
     self_mask,
 )
 from selfgen_kernels.backends.reference import attention as reference_attention
+from selfgen_kernels.backends.reference import norm as reference_norm
 from selfgen_kernels.backends.reference import passes as reference_passes
 from selfgen_kernels.backends.reference import philox
 from selfgen_kernels.backends.reference import sampling as reference_sampling
 from selfgen_kernels.backends.reference.sampling import scaled_and_filtered
 from selfgen_kernels.call import Sampling
+from selfgen_kernels.ops.norm import DTYPES, FORMS
 from selfgen_kernels.ops.rows import inverse_temperature, signed_seed
 
 INF, NAN = float("inf"), float("nan")
@@ -133,6 +136,17 @@ def filters(draw, n):
 
 def scalar_or_rows(value, n, dtype):
     return torch.as_tensor(value, dtype=dtype).expand(n)
+
+
+# ---- Norm ------------------------------------------------------------------------------------------------------------
+
+
+@given(st.data(), st.integers(0, 9), st.integers(1, 80), st.sampled_from(DTYPES), st.sampled_from([*FORMS]))
+def test_rms_norm(data, n, width, dtype, form):
+    x = data.draw(layouts(data.draw(floats(n, width, dtype=dtype, bound=9))))
+    weight = data.draw(layouts(data.draw(floats(width, dtype=data.draw(st.sampled_from(DTYPES))))))
+    want = reference_norm.rms_norm(x.clone().resolve_neg(), weight.clone().resolve_neg(), 1e-6, *FORMS[form])
+    torch.testing.assert_close(rms_norm(x, weight, 1e-6, form=form), want, rtol=0, atol=0, equal_nan=True)
 
 
 # ---- Sampling --------------------------------------------------------------------------------------------------------

@@ -1,7 +1,8 @@
 """What only hardware shows of the public ops: Triton against the CPU, no wait for the device, CUDA graphs.
 
-Ops whose graphs are captured elsewhere: `kv_append` and `ragged_attention` in test_attention.py, `plan_pass` and
-`commit_pass` in test_passes.py. The distribution of ten million draws is in test_distribution.py.
+Ops whose graphs are captured elsewhere: `rms_norm` in test_norm.py, `kv_append` and `ragged_attention` in
+test_attention.py, `plan_pass` and `commit_pass` in test_passes.py. The distribution of ten million draws is in
+test_distribution.py.
 """
 
 import contextlib

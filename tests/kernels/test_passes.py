@@ -5,9 +5,10 @@ import math
 
 import pytest
 import torch
-from conftest import _TRITON, ON_GPU, require_cpp
+from conftest import _TRITON, INTERPRETER_ONLY, ON_GPU, require_cpp
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from test_numbers import FREE, Computed
 
 from selfgen_kernels import commit_pass, plan_pass
 from selfgen_kernels.backends.reference import passes as reference
@@ -178,6 +179,46 @@ def test_plan_of_many_rows(fast, rows):
             fast.plan_pass(*args, token_budget=token_budget), reference.plan_pass(*args, token_budget), strict=True
         ):
             assert torch.equal(got, want)
+
+
+@pytest.mark.parametrize("fast", [_TRITON], indirect=True)
+@pytest.mark.parametrize("scan", [8, None])
+def test_plan_of_long_rows(fast, scan, monkeypatch):
+    """Rows of several scans: with budgets that bind and that don't, and sums that end a window or never do."""
+    if scan:
+        monkeypatch.setattr(fast.ops, "SCAN", scan)
+    sizes = (1, 40, 8, 9, 17, 3) if scan else (1500, 3)
+    generator = torch.Generator().manual_seed(0)
+    for share, chances in ((0.5, (-0.1,)), (0.1, (0.0, -0.5, -math.inf)), (0.02, (-1e-7, 0.0))):
+        next_self, starts = next_self_of([(torch.rand(n, generator=generator) < share).tolist() for n in sizes])
+        log_chance = torch.tensor(chances)[torch.randint(0, len(chances), next_self.shape, generator=generator)]
+        for final in (starts, (starts + 5).minimum(torch.tensor(sizes).cumsum(0) - 1)):
+            args = final, starts, next_self, log_chance
+            whole = int(reference.plan_pass(*args, sum(sizes))[1][-1])
+            for least in (None, -0.7, -1e-7, -3.0):
+                limits = None if least is None else torch.full((len(sizes),), least)
+                for token_budget in {1, 7, max(1, whole - 1), max(1, whole), sum(sizes)}:
+                    got = fast.plan_pass(*args, token_budget=token_budget, least_log_chance=limits)
+                    want = reference.plan_pass(*args, token_budget, limits)
+                    assert all(torch.equal(ours, theirs) for ours, theirs in zip(got, want, strict=True))
+
+
+@INTERPRETER_ONLY
+@pytest.mark.parametrize("rows", [0, 3])
+def test_launches_of_triton_are_all_there_is(monkeypatch, rows):
+    """Besides allocations."""
+    passes = triton_passes()
+    from triton.runtime import interpreter
+
+    launched = []
+    monkeypatch.setattr(interpreter.GridExecutor, "__call__", lambda self, *_, **__: launched.append(self.fn.__name__))
+    slots, chunks = torch.arange(9), torch.zeros(rows + 1, dtype=torch.int32)
+    row, log_chance = slots[:rows].clone(), torch.zeros(9)
+    with Computed("cpu") as computed:
+        passes.plan_pass(row, row, slots, log_chance, 5)
+        passes.commit_pass(slots, row, slots, chunks, slots, slots)
+    assert launched == [*["free_end_kernel"][:rows], "window_kernel", "slots_kernel", "commit_pass_kernel"]
+    assert set(computed.names) - FREE == {"new_empty", "empty_like", "unbind"}
 
 
 def test_log_chances_round_alike(fast):

@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from conftest import _TRITON
+from conftest import _TRITON, INTERPRETER_ONLY
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -53,22 +53,42 @@ def test_any_vocabulary_size(backend, reference, vocab_size):
 
 @pytest.mark.parametrize("fast", [_TRITON], indirect=True)
 @pytest.mark.parametrize(
-    ("tile", "span", "block"), [(4, 4, 64), (64, 64, 4096), pytest.param(8, 16, 256, marks=pytest.mark.slow)]
+    ("span", "part", "block", "step"),
+    [(4, 64, 64, 2), (64, 2048, 2048, 16), pytest.param(16, 128, 256, 4, marks=pytest.mark.slow)],
 )
-def test_sizes_of_tiles_do_not_matter(fast, reference, tile, span, block, monkeypatch):
+def test_sizes_of_tiles_do_not_matter(fast, reference, span, part, block, step, monkeypatch):
     from selfgen_kernels.backends.triton import filters, sampling
 
     logits = random_logits(4, 1100)  # 18 groups, in one tile of the sizes that ship
     how = {"inv_temperature": torch.tensor([1.0, 0.1, 2.0, INF]), "seed": 3}
     cases = [(logits, {}), (logits.bfloat16(), {"top_k": 60, "top_p": 0.9, "min_p": 0.001})]
     shipped = [fast.sample_mix(x, **how, **case) for x, case in cases]
-    for module, name, value in ((sampling, "TILE", tile), (sampling, "SPAN", span), (filters, "BLOCK", block)):
+    sizes = (sampling, "SPAN", span), (filters, "SPAN", part), (filters, "BLOCK", block), (filters, "STEP", step)
+    for module, name, value in sizes:
         assert getattr(module, name) != value
         monkeypatch.setattr(module, name, value)
     for (x, case), before in zip(cases, shipped, strict=True):
         got = fast.sample_mix(x, **how, **case)
         assert all(torch.equal(a, b) for a, b in zip(got, before, strict=True))
         assert torch.equal(got[0], reference.sample_mix(x, **how, **case)[0])
+
+
+@INTERPRETER_ONLY
+@pytest.mark.parametrize("fast", [_TRITON], indirect=True)
+def test_programs_may_run_in_any_order(fast, reference, monkeypatch):
+    from triton.runtime.interpreter import interpreter_builder
+
+    from selfgen_kernels.backends.triton import sampling
+
+    monkeypatch.setattr(sampling, "SPAN", 4)
+    logits = random_logits(3, 1100).round()  # five spans, and ties
+    logits[2, 500] = torch.nan
+    how = {"inv_temperature": torch.tensor([1.0, INF, 1.0]), "seed": 3}
+    want, usual = reference.sample_mix(logits, **how), interpreter_builder.set_grid_idx
+    for order in (range(5), range(4, -1, -1), (2, 4, 0, 3, 1)):
+        monkeypatch.setattr(interpreter_builder, "set_grid_idx", lambda x, y, z, order=order: usual(x, order[y], z))
+        got = fast.sample_mix(logits, **how)
+        assert all(torch.equal(ours, theirs) for ours, theirs in zip(got, want, strict=True))
 
 
 def test_the_rule_by_hand(backend):

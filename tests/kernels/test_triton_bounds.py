@@ -22,7 +22,20 @@ from guard import guarded
 from test_passes import next_self_of
 from triton.runtime.errors import InterpreterError
 
-from selfgen_kernels.backends.triton import attention, filters, head, head_log_prob, noise, passes, products, sampling
+from selfgen_kernels.backends.triton import (
+    activation,
+    attention,
+    filters,
+    head,
+    head_log_prob,
+    linear,
+    noise,
+    norm,
+    passes,
+    products,
+    rotary,
+    sampling,
+)
 from selfgen_kernels.call import Sampling
 from tools.aot import shipped_modules
 
@@ -39,11 +52,16 @@ def small_constants():
     names = "BLOCK_M", "BLOCK_N", "BLOCK_K"
     tile = dict(zip(names, (16, 64, 16), strict=True)), {"num_warps": 4, "num_stages": 2}
     with (
-        mock.patch.multiple(sampling, TILE=4, SPAN=8, BLOCK=4),
-        mock.patch.object(filters, "BLOCK", 128),
+        mock.patch.multiple(sampling, SPAN=8, BLOCK=4),
+        mock.patch.multiple(filters, SPAN=256, BLOCK=128, STEP=4),
         mock.patch.object(products, "tile_constants", return_value=tile),
+        mock.patch.object(linear, "tile_constants", return_value=tile),
         mock.patch.object(products, "ROWS", 16),
-        mock.patch.dict(products.REDUCTION, PIECES=2),
+        mock.patch.object(passes, "SCAN", 16),
+        mock.patch.object(head, "FEW_ROWS", 16),
+        mock.patch.object(head_log_prob, "FEW_ROWS", 16),
+        mock.patch.dict(products.REDUCTION, LANES=2),
+        mock.patch.dict(products.SPAN, GROUPS=4),
     ):
         yield
 
@@ -152,6 +170,11 @@ def linear_sample_shard(draw):
     return head.linear_sample_shard(*a_head(draw, n), first_id, *how_of(draw, n).draw)
 
 
+def invariant_linear(draw):
+    hidden, weight, bias, *_ = a_head(draw, rows_of(draw))
+    return linear.invariant_linear(hidden, weight, bias)
+
+
 def a_batch(draw):
     """(query, key, value, cu_seqlens_q, kv_ranges): chunks one after the other in a cache that the last one ends."""
     chunks = [(0, 0)] * draw(st.integers(0, 5))
@@ -168,7 +191,9 @@ def a_batch(draw):
 def attend(draw, query, *batch):
     sinks = draw(st.sampled_from([None, torch.randn(query.shape[1])]))
     how = 0.3, draw(st.sampled_from([None, 1, 7, 40])), draw(st.sampled_from([None, 5.0])), sinks
-    with mock.patch.object(attention, "SEARCH", tl.constexpr(draw(st.sampled_from([4, attention.SEARCH.value])))):
+    search, segments = draw(st.sampled_from([4, attention.SEARCH.value])), draw(st.sampled_from([1, 2, 9]))
+    constants = {"SEARCH": tl.constexpr(search), "SEGMENT": 32, "shared_segments": lambda *_: segments}
+    with mock.patch.multiple(attention, **constants):
         return attention.ragged_attention(query, *batch, *how)
 
 
@@ -199,6 +224,34 @@ def kv_append(draw):
     width = draw(st.integers(1, 5)), draw(st.sampled_from([1, 5, 16, 80, 256]))
     caches = [padded(draw, (slots, *width), dtype) for _ in range(2)]
     return attention.kv_append(*caches, *(padded(draw, (n, *width), dtype) for _ in range(2)), where)
+
+
+def rms_norm(draw):
+    rows, width = draw(st.integers(0, 40)), draw(st.integers(1, 80) | st.sampled_from([512, 1025]))
+    x = spoilt(draw, padded(draw, (rows, width), draw(DTYPES)))
+    weight = torch.randn(width).to(draw(DTYPES))
+    with mock.patch.object(norm, "TILE", draw(st.sampled_from([64, norm.TILE]))):
+        return norm.rms_norm(x, weight, 1e-6, draw(st.booleans()), draw(st.booleans()))
+
+
+def act_mul(draw):
+    rows, width, dtype = (
+        draw(st.integers(0, 5)),
+        draw(st.integers(0, 300) | st.sampled_from([2048, 2049])),
+        draw(DTYPES),
+    )
+    gate, up = (spoilt(draw, padded(draw, (rows, width), dtype)) for _ in range(2))
+    with mock.patch.object(activation, "BLOCK", draw(st.sampled_from([64, activation.BLOCK]))):
+        return activation.act_mul(gate, up, draw(st.booleans()))
+
+
+def turn(draw):
+    tokens, heads, kv_heads = (draw(st.integers(0, 5)) for _ in range(3))
+    head_dim, dtype, of_cos = draw(st.sampled_from([2, 16, 20, 64, 96])), draw(DTYPES), draw(DTYPES)
+    states = (spoilt(draw, padded(draw, (tokens, count, head_dim), dtype)) for count in (heads, kv_heads))
+    angles = (padded(draw, (tokens, head_dim), of_cos) for _ in range(2))
+    with mock.patch.object(rotary, "TILE", draw(st.sampled_from([16, rotary.TILE]))):
+        return rotary.rotary(*states, *angles, draw(st.booleans()))
 
 
 def a_state(draw):
@@ -247,25 +300,30 @@ def commit_pass(draw):
     return passes.commit_pass(tokens, final, slots, cu_seqlens_q, next_self, sampled)
 
 
-HEAD = [noise.gumbel_noise_kernel, products.select_rows_kernel, head.score_tile_kernel]
+HEAD = [noise.gumbel_noise_kernel, products.select_rows_kernel, head.score_tile_kernel, head.score_span_kernel]
 LAUNCHES = {
     gumbel_noise: [noise.gumbel_noise_kernel],
     self_mask: [noise.self_mask_kernel],
-    sample_mix: [filters.filter_cutoff_kernel, sampling.best_group_kernel, sampling.pick_token_kernel],
+    sample_mix: [filters.filter_cutoff_kernel, sampling.sample_mix_kernel],
     reference_log_prob: [sampling.mass_kernel, sampling.log_prob_kernel],
-    filter_cutoff: [filters.filter_cutoff_kernel],
-    linear_sample_mix: [*HEAD, head.pick_token_kernel, head.logits_kernel, sampling.best_group_kernel],
+    filter_cutoff: [filters.run_peaks_kernel, filters.run_order_kernel, filters.filter_cutoff_kernel],
+    linear_sample_mix: [*HEAD, head.pick_token_kernel, head.logits_kernel, sampling.sample_mix_kernel],
     linear_sample_shard: [*HEAD, head.pick_candidates_kernel],
     linear_reference_log_prob: [
         products.select_rows_kernel,
         head_log_prob.tile_mass_kernel,
+        head_log_prob.span_mass_kernel,
         head_log_prob.log_prob_kernel,
     ],
-    ragged_attention: [attention.ragged_attention_kernel],
+    ragged_attention: [attention.ragged_attention_kernel, attention.merge_kernel],
+    invariant_linear: [linear.linear_kernel],
     ragged_attention_of_nonsense: [attention.ragged_attention_kernel],
     kv_append: [attention.kv_append_kernel],
-    plan_pass: [passes.window_kernel, passes.slots_kernel],
-    plan_pass_of_many_rows: [passes.many_windows_kernel, passes.slots_kernel],
+    plan_pass: [passes.free_end_kernel, passes.window_kernel, passes.slots_kernel],
+    plan_pass_of_many_rows: [passes.free_end_kernel, passes.many_windows_kernel, passes.slots_kernel],
+    rms_norm: [norm.rms_norm_kernel],
+    act_mul: [activation.act_mul_kernel],
+    turn: [rotary.rotary_kernel],
     commit_pass: [passes.commit_pass_kernel],
 }
 

@@ -9,7 +9,7 @@ from conftest import DEVICE, TRITON_MARKS, moved
 from selfgen_kernels.backends.reference import head as reference
 from selfgen_kernels.backends.reference.sampling import is_self_of, sample_mix
 from selfgen_kernels.backends.reference.scaling import filter_cutoff as reference_cutoff
-from selfgen_kernels.call import Sampling
+from selfgen_kernels.call import Head, Sampling
 
 pytest.importorskip("triton")
 pytestmark = TRITON_MARKS
@@ -82,7 +82,7 @@ def assert_same_candidates(head, first_id, rows):
 
 
 PLAIN = {"bias": False, "softcap": None, "logit_scale": 1.0}
-SIZES = (0, 4, 9), (3, 1, 1), (7, 16, 300), (66, 67, 77), (66, 80, 130)  # rows, width, ids
+SIZES = (0, 4, 9), (3, 1, 1), (7, 16, 300), (60, 67, 77), (60, 80, 130)  # rows, width, ids
 
 
 @pytest.fixture(
@@ -134,11 +134,73 @@ def test_tiles_do_not_matter(tile, monkeypatch):
     options = {"num_warps": 4, "num_stages": 2}
     monkeypatch.setattr(products, "tile_constants", lambda *_: (dict(zip(names, tile, strict=True)), options))
     monkeypatch.setattr(products, "ROWS", 16)
-    monkeypatch.setitem(products.REDUCTION, "PIECES", 2)
+    monkeypatch.setitem(products.REDUCTION, "LANES", 2)
     for settings in ({}, PLAIN):
         assert_same_tokens(a_head(35, 20, 400, **settings), rows_of(35))
         assert_same_log_probs(a_head(35, 20, 400, **settings), rows_of(35))
         assert_same_candidates(a_head(9, 3, 400, **settings), 70, rows_of(9))
+
+
+@pytest.fixture
+def in_chunks(monkeypatch):
+    """Any number of rows is taken for many; the shapes of what torch multiplies."""
+    from selfgen_kernels.backends.triton import head, head_log_prob, products
+
+    shapes = []
+    for module in (head, head_log_prob):
+
+        def spied(*args, chunks=module.logit_chunks):
+            for begin, end, logits in chunks(*args):
+                shapes.append(tuple(logits.shape))
+                yield begin, end, logits
+
+        monkeypatch.setattr(module, "FEW_ROWS", 0)
+        monkeypatch.setattr(module, "tile_of", None)  # no product of Triton's
+        monkeypatch.setattr(module, "logit_chunks", spied)
+    monkeypatch.setitem(products.SPAN, "GROUPS", 4)
+    return shapes
+
+
+@pytest.mark.parametrize("settings", [{}, PLAIN], ids=["all", "plain"])
+@pytest.mark.parametrize("vocab_size", [1, 130, 4200])  # of the last, a chunk is two spans
+def test_an_eighth_of_the_logits_at_a_time(in_chunks, settings, vocab_size):
+    """Of what torch's product gives, the chunks are of no matter."""
+    head = a_head(8, 5, vocab_size, torch.bfloat16, **settings)
+    for op in (assert_same_tokens, assert_same_log_probs):
+        in_chunks.clear()
+        op(head, rows_of(8, 1.0))
+        assert sum(size for _, size in in_chunks) == vocab_size
+        assert max(size for _, size in in_chunks) <= max(64, vocab_size / 8)
+        assert {rows for rows, _ in in_chunks} == {8}
+
+
+@pytest.mark.parametrize(("first_id", "size"), [*SHARDS, (70, 1100)])
+def test_shards_in_chunks(in_chunks, first_id, size):
+    assert_same_candidates(a_head(4, 3, size), first_id, rows_of(4))
+    assert in_chunks
+
+
+@pytest.mark.parametrize("bad", [torch.nan, INF, -INF])
+def test_bad_logits_in_chunks(in_chunks, bad):
+    check_bad_logits(bad, "one", 5)
+
+
+def test_chunks_of_any_strides_and_with_gradients(in_chunks):
+    test_any_strides()
+    hidden, weight, *rest = a_head(3, 5, 100)
+    assert_same_tokens((hidden.requires_grad_(), weight.requires_grad_(), *rest), rows_of(3))
+
+
+def test_how_many_rows_are_few(monkeypatch):
+    from selfgen_kernels.backends.triton import head
+
+    ways = []
+    for name in ("score_tiles", "score_chunks"):
+        monkeypatch.setattr(head, name, lambda head, *_, name=name: ways.append((len(head.hidden), name)) or [])
+    monkeypatch.setattr(head, "gumbel_noise", lambda *_: None)
+    for n in (1, 64, 65, 256):
+        head.score_pieces(Head(*a_head(n, 1, 1)), 0, 0, 1, 0, Sampling(*rows_of(n)), None, None)
+    assert ways == [(1, "score_tiles"), (64, "score_tiles"), (65, "score_chunks"), (256, "score_chunks")]
 
 
 def test_any_strides():
@@ -170,10 +232,14 @@ def test_rows_that_keep_their_reference_do_no_harm(filters):
 @pytest.mark.parametrize("bad", [torch.nan, INF, -INF])
 @pytest.mark.parametrize("where", ["one", "all"])
 def test_bad_logits(bad, where):
+    check_bad_logits(bad, where, 9)
+
+
+def check_bad_logits(bad, where, n):
     """NaN and +inf spoil their rows, -inf only if nothing else is there; a NaN temperature spoils its row."""
-    hidden, weight, bias, *_ = a_head(9, 5, 150)
+    hidden, weight, bias, *_ = a_head(n, 5, 150)
     bias[149 if where == "one" else slice(None)] = bad
-    rows = rows_of(9, 1.0)
+    rows = rows_of(n, 1.0)
     rows[4][1] = torch.nan
     invalid = assert_same_tokens((hidden, weight, bias, None, 1.0), rows)[2]
     assert_same_log_probs((hidden, weight, bias, None, 1.0), rows)

@@ -11,15 +11,29 @@ from test_triton_compile import FOLDER, run_compiled
 KERNELS = {
     "noise": {"gumbel_noise_kernel", "self_mask_kernel", "words_kernel"},
     "sampling": {
+        "run_peaks_kernel",
+        "run_order_kernel",
         "filter_cutoff_kernel",
-        "best_group_kernel",
-        "pick_token_kernel",
+        "sample_mix_kernel",
         "mass_kernel",
         "log_prob_kernel",
     },
-    "head": {"select_rows_kernel", "score_tile_kernel", "logits_kernel", "pick_token_kernel", "pick_candidates_kernel"},
-    "attention": {"ragged_attention_kernel", "kv_append_kernel"},
-    "passes": {"window_kernel", "slots_kernel", "commit_pass_kernel"},
+    "head": {
+        "select_rows_kernel",
+        "score_tile_kernel",
+        "score_span_kernel",
+        "logits_kernel",
+        "pick_token_kernel",
+        "pick_candidates_kernel",
+        "tile_mass_kernel",
+        "span_mass_kernel",
+    },
+    "attention": {"ragged_attention_kernel", "merge_kernel", "kv_append_kernel"},
+    "passes": {"free_end_kernel", "window_kernel", "slots_kernel", "commit_pass_kernel"},
+    "linear": {"linear_kernel"},
+    "activation": {"act_mul_kernel"},
+    "rotary": {"rotary_kernel"},
+    "norm": {"rms_norm_kernel"},
 }
 
 

@@ -216,16 +216,21 @@ class HeadRows {
   using Real = Accumulator<T>;
 
   HeadRows(const HeadArguments& arguments, const Row* rows, int64_t count)
+      : HeadRows(arguments, count, [&](int64_t i) { return rows[i].index; }) {}
+
+  // Of the rows index_of(0), .., index_of(count - 1) of `hidden`.
+  template <typename F>
+  HeadRows(const HeadArguments& arguments, int64_t count, F index_of)
       : level_(best_level<T>(arguments.weight)), first_id_(arguments.first_id), size_(arguments.weight.size(0)) {
     const at::Tensor &hidden = arguments.hidden, &weight = arguments.weight;
     const int64_t depth = weight.size(1), vectors = (count + level_.lanes - 1) / level_.lanes;
     const auto options = hidden.options().dtype(c10::CppTypeToScalarType<Real>::value);
     if (level_.in_pairs) {
       packed_ = at::zeros({vectors * level_.lanes * depth}, hidden.options());
-      pack<2>(hidden, rows, count, vectors, packed_.template data_ptr<T>());
+      pack<2>(hidden, index_of, count, vectors, packed_.template data_ptr<T>());
     } else {
       packed_ = at::zeros({vectors * level_.lanes * depth}, options);
-      pack<1>(hidden, rows, count, vectors, packed_.template data_ptr<Real>());
+      pack<1>(hidden, index_of, count, vectors, packed_.template data_ptr<Real>());
     }
     head_ = {weight.const_data_ptr<T>(),
              arguments.bias ? arguments.bias->const_data_ptr<T>() : nullptr,
@@ -272,14 +277,14 @@ class HeadRows {
 
  private:
   // The rows of `hidden`, strip after strip of [depth / together, lanes, together].
-  template <int64_t together, typename To>
-  void pack(const at::Tensor& hidden, const Row* rows, int64_t count, int64_t vectors, To* to) {
+  template <int64_t together, typename To, typename F>
+  void pack(const at::Tensor& hidden, F index_of, int64_t count, int64_t vectors, To* to) {
     const int64_t depth = hidden.size(1);
     const T* from = hidden.const_data_ptr<T>();
     for_each_strip(vectors, [&](int64_t vector, int64_t strip) {
       const int64_t lanes = strip * level_.lanes, first = vector * level_.lanes;
       for (int64_t i = 0; i < std::min(lanes, count - first); ++i) {
-        const T* row = from + rows[first + i].index * hidden.stride(0);
+        const T* row = from + index_of(first + i) * hidden.stride(0);
         To* own = to + first * depth + i * together;
         for (int64_t d = 0; d < depth; ++d) {
           own[d / together * together * lanes + d % together] = To(row[d * hidden.stride(1)]);

@@ -17,7 +17,7 @@ from selfgen_kernels.backends.reference.sampling import (
     mix,
     scaled_and_filtered,
 )
-from selfgen_kernels.call import GROUP_SIZE, Candidates, Head, Mask, Mixed, Sampling, unscaled
+from selfgen_kernels.call import GROUP_SIZE, Candidates, Head, Mask, Mixed, Sampling, in_rows, unscaled
 from selfgen_kernels.ops import in_records
 
 WORKSPACE, FILTER_WORKSPACE = 32, 64
@@ -29,6 +29,7 @@ WORKSPACE, FILTER_WORKSPACE = 32, 64
 @in_records
 def linear_sample_mix(head: Head, reference: Tensor, how: Sampling) -> Mixed:
     """`sample_mix` of what a head makes of its hidden states, with logits of only some rows or some ids at a time."""
+    how = in_rows(how)
     is_self = is_self_of(how.mask)  # [N]
     rows = is_self.nonzero()[:, 0]  # [S]
     drawn, valid = torch.empty_like(rows), torch.empty_like(rows, dtype=torch.bool)  # [S]
@@ -44,7 +45,7 @@ def linear_sample_mix(head: Head, reference: Tensor, how: Sampling) -> Mixed:
 @in_records
 def linear_sample_shard(head: Head, first_id: int, how: Sampling) -> Candidates:
     """Values [N, 3, 3] and ids [N, 3] of a shard of the head, whose weight [V_shard, D] begins with `first_id`."""
-    hidden, weight = head.hidden, head.weight
+    hidden, weight, how = head.hidden, head.weight, in_rows(how)
     rows = is_self_of(how.mask).nonzero()[:, 0]  # [S]
     values = torch.full((len(hidden), 3, 3), -torch.inf, device=hidden.device)
     ids = torch.full((len(hidden), 3), -1, device=hidden.device)
@@ -57,6 +58,7 @@ def linear_sample_shard(head: Head, first_id: int, how: Sampling) -> Candidates:
 @in_records
 def combine_shards(values: Tensor, ids: Tensor, reference: Tensor, how: Sampling) -> Mixed:
     """Tokens, is_self and invalid [N] from the candidates of all shards, [R, N, 3, 3] and [R, N, 3]; any device."""
+    how = in_rows(how)
     per_row = reference, how.threshold, how.sample_ids, how.positions, how.inv_temperature  # [N] each
     shapes = [list(x.shape) for x in (values, ids, *per_row)]
     ranks, rows = len(ids), len(reference)
@@ -74,6 +76,7 @@ def combine_shards(values: Tensor, ids: Tensor, reference: Tensor, how: Sampling
 def linear_reference_log_prob(head: Head, reference: Tensor, mask: Mask) -> Tensor:
     """`reference_log_prob` of what a head makes of its hidden states, chunk by chunk of the vocabulary; any device."""
     hidden, weight, bias, *_ = head
+    mask = in_rows(mask)
     per_row = reference, mask.threshold, mask.sample_ids, mask.positions  # [N] each
     shapes = [None if x is None else list(x.shape) for x in (hidden, weight, bias, *per_row)]
     rows, size, vocab_size = len(hidden), hidden.shape[-1], len(weight)

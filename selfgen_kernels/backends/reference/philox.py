@@ -43,7 +43,7 @@ _LOW = 0xFFFFFFFF
 Words = tuple[Tensor, Tensor, Tensor, Tensor]
 
 
-def philox4x32(counter: Words, key: tuple[int, int]) -> Words:
+def philox4x32(counter: Words, key: tuple[int | Tensor, int | Tensor]) -> Words:
     """Ten rounds of Philox on uint32 counters, held in int64 tensors of any one shape."""
     c0, c1, c2, c3 = counter
     k0, k1 = key
@@ -55,7 +55,9 @@ def philox4x32(counter: Words, key: tuple[int, int]) -> Words:
     return c0, c1, c2, c3
 
 
-def random_words(seed: int, sample_ids: Tensor, positions: Tensor, size: int, stream: int, first: int = 0) -> Tensor:
+def random_words(
+    seed: int | Tensor, sample_ids: Tensor, positions: Tensor, size: int, stream: int, first: int = 0
+) -> Tensor:
     """r(first) .. r(first + size - 1) of every row: uint32 in int64 [N, size]; `first` is a multiple of 4."""
     sample_ids, positions = sample_ids.long()[:, None], positions.long()[:, None]  # [N, 1]
     blocks = torch.arange(first // 4, (first + size + 3) // 4, device=sample_ids.device)[None]  # [1, B]
@@ -73,12 +75,14 @@ def gumbel_from_words(words: Tensor) -> Tensor:
     return -log(exponential)
 
 
-def gumbel_noise(seed: int, sample_ids: Tensor, positions: Tensor, size: int, stream: int, first: int = 0) -> Tensor:
+def gumbel_noise(
+    seed: int | Tensor, sample_ids: Tensor, positions: Tensor, size: int, stream: int, first: int = 0
+) -> Tensor:
     """Standard Gumbel noise, fp32 [N, size], of the indices from `first`, a multiple of 4."""
     return gumbel_from_words(random_words(seed, sample_ids, positions, size, stream, first)).contiguous()
 
 
-def self_mask(seed: int, sample_ids: Tensor, positions: Tensor, threshold: Tensor) -> Tensor:
+def self_mask(seed: int | Tensor, sample_ids: Tensor, positions: Tensor, threshold: Tensor) -> Tensor:
     """bool [N]: r(0) of stream MASK is below `threshold` int64 [N]."""
     return random_words(seed, sample_ids, positions, 1, MASK)[:, 0] < threshold
 

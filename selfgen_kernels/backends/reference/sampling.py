@@ -27,13 +27,14 @@ from torch.nn.functional import pad
 from selfgen_kernels.backends.reference.elementary import group_masses, log_mass, log_weight, row_mass
 from selfgen_kernels.backends.reference.philox import GROUP, TOKEN, gumbel_noise, self_mask
 from selfgen_kernels.backends.reference.scaling import filter_cutoff, scaled
-from selfgen_kernels.call import GROUP_SIZE, Candidates, Mask, Mixed, Sampling
+from selfgen_kernels.call import GROUP_SIZE, Candidates, Mask, Mixed, Sampling, in_rows
 from selfgen_kernels.ops import in_records
 
 
 @in_records
 def sample_mix(logits: Tensor, reference: Tensor, how: Sampling) -> Mixed:
     """Tokens int64 [N], is_self bool [N], invalid bool [N] from logits [N, V] and reference [N]."""
+    how = in_rows(how)
     is_self = is_self_of(how.mask)  # [N]
     rows = is_self.nonzero()[:, 0]  # [S]
     how = how.select(rows)
@@ -47,7 +48,7 @@ def reference_log_prob(logits: Tensor, reference: Tensor, mask: Mask) -> Tensor:
 
     A reference outside of the vocabulary gives -inf, and a row with NaN, +inf or nothing but -inf gives 0.
     """
-    rows = is_self_of(mask).nonzero()[:, 0]  # [S]
+    rows = is_self_of(in_rows(mask)).nonzero()[:, 0]  # [S]
     result = torch.zeros_like(reference, dtype=torch.float32)
     result[rows] = log_prob([logits[rows].float()], reference[rows], logits.shape[1])
     return result

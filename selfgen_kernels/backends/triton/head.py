@@ -3,7 +3,8 @@
 1. `select_rows_kernel` packs the self rows, so that tiles are full and the others cost nothing.
 2. `score_tile_kernel` multiplies BLOCK_M of them with BLOCK_N ids and keeps, of each row, the best group: its
    logsumexp, G1, and its best token with z + G2. The token comes from the accumulators that the group was scored by.
-3. A small kernel reduces the tiles' candidates: to tokens, or to the three candidates of a shard.
+   Of many rows, torch multiplies a part of the vocabulary at a time, and `score_span_kernel` does the rest.
+3. A small kernel reduces the tiles' candidates, a program per row: to tokens, or to the three candidates of a shard.
 
 A filter looks at whole rows: `logits_kernel` multiplies the selected rows a block at a time, and `sampling` draws. The
 host knows no number of rows; all is launched for N of them, and what lies after the selected ones returns at once.
@@ -24,18 +25,25 @@ from selfgen_kernels.backends.triton.elementary import OPTIONS, gumbel
 from selfgen_kernels.backends.triton.head_log_prob import linear_reference_log_prob
 from selfgen_kernels.backends.triton.noise import GROUP, TOKEN, gumbel_noise, random_words
 from selfgen_kernels.backends.triton.products import (
+    FEW_ROWS,
     REDUCTION,
     SELECTED,
-    SLOTS,
+    SPAN,
+    chunk_bounds,
+    chunk_configurations,
     factors,
+    keeps_precision,
+    load_groups,
+    logit_chunks,
     multiply_tile,
     product_arguments,
     product_configurations,
     select_rows,
+    spans_of,
     tile_of,
 )
 from selfgen_kernels.backends.triton.sampling import GROUP_SIZE, group_mass
-from selfgen_kernels.call import Candidates, Head, Mixed, Sampling
+from selfgen_kernels.call import Candidates, Head, Mixed, Sampling, in_rows
 from selfgen_kernels.ops import in_records
 
 __all__ = ["linear_reference_log_prob", "linear_sample_mix", "linear_sample_shard"]
@@ -50,7 +58,7 @@ def score_tile_kernel(
     rows, count, capacity, inv_temperatures, seed, sample_ids, positions, token_noise, values, ids,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
-    """Program (piece, rows) writes its best group into values [pieces, 3, capacity] and ids [pieces, capacity].
+    """Program (piece, rows) writes its best group into values [3, capacity, pieces] and ids [capacity, pieces].
 
     The first `tiles` pieces are tiles of the groups in whole_begin .. whole_end - 1, the next two the cut groups.
     """
@@ -101,12 +109,51 @@ def score_tile_kernel(
     inner, token = tl.max(z + tl.where(greedy[:, None], 0.0, noise), 1, return_indices=True)
     token = tl.where(best_mass > float("-inf"), start + best * GROUP_SIZE + token, -1)
 
-    capacity = capacity.to(tl.int64)
-    value = values + piece * 3 * capacity + slot
-    tl.store(value, best_mass, mask=is_row)
-    tl.store(value + capacity, best_noise, mask=is_row)
-    tl.store(value + 2 * capacity, inner, mask=is_row)
-    tl.store(ids + piece * capacity + slot, token, mask=is_row)
+    place = slot.to(tl.int64) * pieces + piece
+    size = capacity.to(tl.int64) * pieces
+    tl.store(values + place, best_mass, mask=is_row)
+    tl.store(values + size + place, best_noise, mask=is_row)
+    tl.store(values + 2 * size + place, inner, mask=is_row)
+    tl.store(ids + place, token, mask=is_row)
+
+
+@triton.jit(do_not_specialize=["seed", "capacity", "first_piece", "spans", "pieces"])
+def score_span_kernel(
+    logits, row_stride, logit_scale, softcap, chunk_begin, begin, end, first_piece, spans, pieces,
+    rows, count, capacity, inv_temperatures, seed, sample_ids, positions, token_noise, values, ids,
+    GROUPS: tl.constexpr,
+):  # fmt: skip
+    """Program (slot, span) writes the best of GROUPS groups among ids begin .. end - 1 as piece first_piece + span."""
+    slot, span = tl.program_id(0).to(tl.int64) // spans, tl.program_id(0) % spans
+    if slot >= tl.load(count):
+        return
+    row = tl.load(rows + slot).to(tl.int64)
+    inv_temperature, sample_id, position = (
+        tl.load(inv_temperatures + row), tl.load(sample_ids + row), tl.load(positions + row),
+    )  # fmt: skip
+    greedy = inv_temperature == float("inf")
+    first, z = load_groups(
+        logits, row_stride, logit_scale, softcap, row, chunk_begin, begin, end, span, GROUP_SIZE, GROUPS
+    )
+    z *= tl.where(greedy, 1.0, inv_temperature)
+    z = tl.where(z == z, z, float("inf"))  # a temperature may be NaN
+    mass = group_mass(z, greedy)  # [GROUPS]
+    noise = tl.where(greedy, 0.0, gumbel(random_words(seed, sample_id, position, first, GROUPS, GROUP)))
+    best = tl.argmax(mass + noise, 0)  # the lowest of equals
+    is_best = tl.arange(0, GROUPS) == best
+    best_mass = tl.max(tl.where(is_best, mass, float("-inf")))
+    best_noise = tl.max(tl.where(is_best & (mass > float("-inf")), noise, float("-inf")))
+    z = tl.max(tl.where(is_best[:, None], z, float("-inf")), 0)  # [64]
+    noise = tl.load(token_noise + slot * GROUP_SIZE + tl.arange(0, GROUP_SIZE))
+    inner, token = tl.max(z + tl.where(greedy, 0.0, noise), 0, return_indices=True)
+    token = tl.where(best_mass > float("-inf"), (first + best).to(tl.int64) * GROUP_SIZE + token, -1)
+
+    place = slot * pieces + first_piece + span
+    size = capacity.to(tl.int64) * pieces
+    tl.store(values + place, best_mass)
+    tl.store(values + size + place, best_noise)
+    tl.store(values + 2 * size + place, inner)
+    tl.store(ids + place, token)
 
 
 @triton.jit(do_not_specialize=["first_slot", "slots"])
@@ -151,85 +198,117 @@ def group_noise(seed, sample_id, position, tile, GROUPS: tl.constexpr):
 
 
 @triton.jit
-def best_of_rows(values, capacity, tiles, rows, count, PIECES: tl.constexpr, SLOTS: tl.constexpr):
-    """Of this program's slots [SLOTS]: number, whether there is a row, which, its best score and that score's tile."""
-    selected = tl.load(count)
-    slot = tl.program_id(0) * SLOTS + tl.arange(0, SLOTS)
-    is_row = slot < selected
-    row = tl.load(rows + slot, mask=is_row, other=0).to(tl.int64)
-
-    lane = tl.arange(0, PIECES)[:, None]
-    best = tl.full([PIECES, SLOTS], float("-inf"), tl.float32)
-    best_piece = tl.zeros([PIECES, SLOTS], tl.int32)
-    tiles = tl.where(tl.program_id(0) * SLOTS < selected, tiles, 0)  # no row, no work
-    for start in range(0, tiles, PIECES):
+def best_of_row(values, size, first, tiles, LANES: tl.constexpr):
+    """The best score among values [3, size] from `first` on, `tiles` of them, and which it is."""
+    lane = tl.arange(0, LANES)
+    best = tl.full([LANES], float("-inf"), tl.float32)
+    best_piece = tl.zeros([LANES], tl.int32)
+    for start in range(0, tiles, LANES):
         piece = start + lane
-        exists = (piece < tiles) & is_row[None, :]
-        value = values + piece * 3 * capacity + slot[None, :]
-        score = tl.load(value, mask=exists, other=float("-inf")) + tl.load(value + capacity, mask=exists, other=0.0)
+        value = values + first + piece
+        score = tl.load(value, mask=piece < tiles, other=float("-inf"))
+        score += tl.load(value + size, mask=piece < tiles, other=0.0)
         best_piece = tl.where(score > best, piece, best_piece)
         best = tl.maximum(best, score)
-    score = tl.max(best, 0)
-    piece = tl.min(tl.where(best == score[None, :], best_piece, 2147483647), 0)
-    return slot, is_row, row, score, piece.to(tl.int64)
+    score = tl.max(best)
+    piece = tl.min(tl.where(best == score, best_piece, 2147483647))
+    return score, piece.to(tl.int64)
 
 
 @triton.jit(do_not_specialize=["capacity"])
-def pick_token_kernel(
-    values, ids, capacity, tiles, rows, count, tokens, invalids,
-    PIECES: tl.constexpr, SLOTS: tl.constexpr,
-):  # fmt: skip
-    """The tokens of SLOTS of the self rows."""
-    capacity = capacity.to(tl.int64)
-    slot, is_row, row, score, piece = best_of_rows(values, capacity, tiles, rows, count, PIECES, SLOTS)
+def pick_token_kernel(values, ids, capacity, tiles, rows, count, tokens, invalids, LANES: tl.constexpr):
+    """Program i writes the token of the i-th self row."""
+    slot = tl.program_id(0).to(tl.int64)
+    if slot >= tl.load(count):
+        return
+    row = tl.load(rows + slot).to(tl.int64)
+    first = slot * tiles
+    score, piece = best_of_row(values, capacity.to(tl.int64) * tiles, first, tiles, LANES)
     valid = (score > float("-inf")) & (score < float("inf"))
-    tl.store(tokens + row, tl.load(ids + piece * capacity + slot, mask=is_row & valid), mask=is_row & valid)
-    tl.store(invalids + row, ~valid, mask=is_row)
+    tl.store(tokens + row, tl.load(ids + first + piece, mask=valid), mask=valid)
+    tl.store(invalids + row, valid == 0)
 
 
 @triton.jit(do_not_specialize=["capacity"])
-def pick_candidates_kernel(
-    values, ids, capacity, tiles, rows, count, out_values, out_ids,
-    PIECES: tl.constexpr, SLOTS: tl.constexpr,
-):  # fmt: skip
-    """The three candidates of SLOTS of the self rows, into [N, 3, 3] and [N, 3]."""
-    capacity = capacity.to(tl.int64)
-    slot, is_row, row, score, piece = best_of_rows(values, capacity, tiles, rows, count, PIECES, SLOTS)
+def pick_candidates_kernel(values, ids, capacity, tiles, rows, count, out_values, out_ids, LANES: tl.constexpr):
+    """Program i writes the three candidates of the i-th self row into [N, 3, 3] and [N, 3]."""
+    slot = tl.program_id(0).to(tl.int64)
+    if slot >= tl.load(count):
+        return
+    row = tl.load(rows + slot).to(tl.int64)
+    first = slot * (tiles + 2)
+    size = capacity.to(tl.int64) * (tiles + 2)
+    score, piece = best_of_row(values, size, first, tiles, LANES)
     has_best = score > float("-inf")
-    first_cut, last_cut = tl.zeros_like(piece) + tiles, tl.zeros_like(piece) + tiles + 1
-    first_mass = tl.load(values + first_cut * 3 * capacity + slot, mask=is_row, other=0.0)
-    last_mass = tl.load(values + last_cut * 3 * capacity + slot, mask=is_row, other=0.0)
+    first_mass, last_mass = tl.load(values + first + tiles), tl.load(values + first + tiles + 1)
     bad = (score == float("inf")) | (first_mass == float("inf")) | (last_mass == float("inf"))
     for place in tl.static_range(3):
-        source = first_cut if place == 0 else (piece if place == 1 else last_cut)
-        has_any = is_row & has_best if place == 1 else is_row
+        source = first + (tiles if place == 0 else (piece if place == 1 else tiles + 1))
+        has_any = has_best if place == 1 else slot >= 0
         for part in tl.static_range(3):
-            value = tl.load(values + (source * 3 + part) * capacity + slot, mask=has_any, other=float("-inf"))
-            tl.store(out_values + row * 9 + place * 3 + part, tl.where(bad, float("nan"), value), mask=is_row)
-        tl.store(
-            out_ids + row * 3 + place, tl.load(ids + source * capacity + slot, mask=has_any, other=-1), mask=is_row
-        )
+            value = tl.load(values + part * size + source, mask=has_any, other=float("-inf"))
+            tl.store(out_values + row * 9 + place * 3 + part, tl.where(bad, float("nan"), value))
+        tl.store(out_ids + row * 3 + place, tl.load(ids + source, mask=has_any, other=-1))
 
 
-def score_tiles(
-    head: Head, first_id, whole_begin, whole_end, cut_groups, how: Sampling, rows, count
-) -> tuple[Tensor, Tensor, int, int]:
-    """Launch `score_tile_kernel`: values, ids, their number of slots, and of pieces that are tiles."""
+Pieces = tuple[Tensor, Tensor, int, int]
+"""values, ids, their number of slots, and of pieces that are no cut group."""
+
+
+def score_pieces(head: Head, first_id, whole_begin, whole_end, cut_groups, how: Sampling, rows, count) -> Pieces:
+    """The best group of each piece of the vocabulary, whose groups in whole_begin .. whole_end - 1 are whole."""
     head = factors(head)
+    keys = how.seed, how.sample_ids.contiguous(), how.positions.contiguous()
+    token_noise = gumbel_noise(*keys, GROUP_SIZE.value, TOKEN.value, rows, count)  # [N, 64]
+    bounds = first_id, whole_begin, whole_end, cut_groups
+    score = score_chunks if len(head.hidden) > FEW_ROWS and keeps_precision(head) else score_tiles
+    return score(head, *bounds, rows, count, len(head.hidden), how.inv_temperature.contiguous(), *keys, token_noise)
+
+
+def new_pieces(head: Head, pieces: int) -> tuple[Tensor, Tensor]:
+    """values [3, N, pieces] and ids [N, pieces]."""
+    ids = head.hidden.new_empty(len(head.hidden), pieces, dtype=torch.int64)
+    return ids.new_empty(3, *ids.shape, dtype=torch.float32), ids
+
+
+def score_tiles(head: Head, first_id, whole_begin, whole_end, cut_groups, *each_row) -> Pieces:
+    """Pieces by `score_tile_kernel`."""
     capacity, end_id = len(head.hidden), first_id + len(head.weight)
-    constants, options = tile_of(head, capacity)
+    constants, options = tile_of(head, min(capacity, FEW_ROWS))
     tiles = triton.cdiv(end_id, constants["BLOCK_N"]) - first_id // constants["BLOCK_N"]
     pieces = tiles + cut_groups
-    values = head.hidden.new_empty(pieces, 3, capacity, dtype=torch.float32)
-    ids = head.hidden.new_empty(pieces, capacity, dtype=torch.int64)
-    keys = how.seed, how.sample_ids.contiguous(), how.positions.contiguous()
-    token_noise = gumbel_noise(*keys, GROUP_SIZE.value, TOKEN.value, rows, count)  # [capacity, 64]
+    results = new_pieces(head, pieces)
     score_tile_kernel[(pieces * triton.cdiv(capacity, constants["BLOCK_M"]),)](
-        *product_arguments(head), first_id, end_id, whole_begin, whole_end, tiles, pieces,
-        rows, count, capacity, how.inv_temperature.contiguous(), *keys, token_noise, values, ids,
+        *product_arguments(head), first_id, end_id, whole_begin, whole_end, tiles, pieces, *each_row, *results,
         **constants, **options,
     )  # fmt: skip
-    return values, ids, capacity, tiles
+    return *results, capacity, tiles
+
+
+def score_chunks(head: Head, first_id, whole_begin, whole_end, cut_groups, *each_row) -> Pieces:
+    """Pieces by torch's product of a chunk at a time, and `score_span_kernel`."""
+    capacity, end_id = len(head.hidden), first_id + len(head.weight)
+    whole = [
+        (max(begin, whole_begin), max(begin, whole_begin, min(end, whole_end)))
+        for begin, end in chunk_bounds(len(head.weight), first_id)
+    ]
+    tiles = sum(spans_of(*part) for part in whole)
+    results = new_pieces(head, tiles + cut_groups)
+    piece = 0
+    for (chunk_begin, chunk_end, product), part in zip(logit_chunks(head, first_id), whole, strict=True):
+        stretches = [(part, piece, spans_of(*part))]
+        piece += spans_of(*part)
+        if cut_groups and chunk_begin == first_id:
+            stretches.append(((first_id, min(whole_begin, end_id)), tiles, 1))
+        if cut_groups and chunk_end == end_id:
+            stretches.append(((max(whole_begin, whole_end), end_id), tiles + 1, 1))
+        for (begin, end), first_piece, spans in stretches:
+            if spans:
+                score_span_kernel[(capacity * spans,)](
+                    product, product.stride(0), head.logit_scale, head.softcap, chunk_begin, begin, end, first_piece,
+                    spans, tiles + cut_groups, *each_row, *results, **SPAN, **OPTIONS,
+                )  # fmt: skip
+    return *results, capacity, tiles
 
 
 @in_records
@@ -240,14 +319,15 @@ def linear_sample_mix(head: Head, reference: Tensor, how: Sampling) -> Mixed:
     results = tokens, is_self, invalid
     if len(tokens) == 0:
         return results
+    how = in_rows(how)
     if how.filtered:
         order, drawn = draw_filtered(head, reference, how)
         for whole, part in zip(results, drawn, strict=True):
             whole[order] = part
         return results
     selected = select_rows(how.mask, reference.contiguous(), *results)
-    pieces = score_tiles(head, 0, 0, len(head.weight), 0, how, *selected)
-    pick_token_kernel[(triton.cdiv(len(tokens), SLOTS),)](*pieces, *selected, tokens, invalid, **REDUCTION, **OPTIONS)
+    pieces = score_pieces(head, 0, 0, len(head.weight), 0, how, *selected)
+    pick_token_kernel[(len(tokens),)](*pieces, *selected, tokens, invalid, **REDUCTION, **OPTIONS)
     return results
 
 
@@ -282,16 +362,15 @@ def draw_filtered(head: Head, reference: Tensor, how: Sampling) -> tuple[Tensor,
 @in_records
 def linear_sample_shard(head: Head, first_id: int, how: Sampling) -> Candidates:
     """Values [N, 3, 3] and ids [N, 3] of a shard of the head, whose weight [V_shard, D] begins with `first_id`."""
-    hidden = head.hidden
+    hidden, how = head.hidden, in_rows(how)
     values = torch.full((len(hidden), 3, 3), -torch.inf, device=hidden.device)
     ids = torch.full((len(hidden), 3), -1, device=hidden.device)
     if len(hidden):
         end_id, size = first_id + len(head.weight), GROUP_SIZE.value
         bounds = first_id, triton.cdiv(first_id, size) * size, end_id // size * size
         selected = select_rows(how.mask)
-        pieces = score_tiles(head, *bounds, 2, how, *selected)
-        grid = (triton.cdiv(len(hidden), SLOTS),)
-        pick_candidates_kernel[grid](*pieces, *selected, values, ids, **REDUCTION, **OPTIONS)
+        pieces = score_pieces(head, *bounds, 2, how, *selected)
+        pick_candidates_kernel[(len(hidden),)](*pieces, *selected, values, ids, **REDUCTION, **OPTIONS)
     return values, ids
 
 
@@ -304,11 +383,13 @@ def configurations(target: str) -> list[Configuration]:
         "inv_temperatures": "*fp32", "token_noise": "*fp32", "values": "*fp32", "ids": "*i64",
         "seed": "i64", "sample_ids": "*i64", "positions": "*i64",
     }  # fmt: skip
+    spans = tiles | dict.fromkeys(("first_piece", "pieces", "capacity"), "i32")
     tiles |= dict.fromkeys(("first_id", "end_id", "whole_begin", "whole_end", "tiles", "pieces", "capacity"), "i32")
     block = dict.fromkeys(("vocab_size", "first_slot", "slots"), "i32")
     return [
         Configuration("pick_tokens", pick_token_kernel, reduced | SELECTED | results, REDUCTION, OPTIONS),
         Configuration("pick_candidates", pick_candidates_kernel, reduced | SELECTED | candidates, REDUCTION, OPTIONS),
         *product_configurations(target, "score_tile", score_tile_kernel, tiles),
+        *chunk_configurations("score_span", score_span_kernel, spans),
         *product_configurations(target, "head_logits", logits_kernel, block, ("vocab_size",), out="out"),
     ]

@@ -1,9 +1,12 @@
 """`plan_pass` and `commit_pass` without a look at the device's values from the host.
 
-Planning is one program with a row in each lane; more rows than registers hold are taken in blocks, their state kept in
-memory. It goes down through the sums of log chances that occur: all segments of the best one are taken at once, by all
-rows that have one, until the budget ends within such a level. In a generation few sums differ, so that a plan takes few
-steps, each a reduction over the rows and a gather.
+Rows know nothing of each other but the budget. So one program per row adds up its log chances, integers, by a scan
+over its slots, and finds where the row's window would end if the budget allowed all that is worth computing. Where it
+does, these windows are the plan.
+
+If not, one program with a row in each lane shares the budget out; more rows than registers hold are taken in blocks,
+their state kept in memory. It goes down through the sums of log chances that occur: all segments of the best one are
+taken at once, by all rows that have one, until the budget ends within such a level.
 """
 
 import torch
@@ -22,6 +25,7 @@ LANES = (64, 512, 2048)
 """Rows that shipped plans hold in registers; with more, registers spill."""
 ROWS = 256  # at a time, in plans of more: one a thread, which spills under no Triton
 BLOCK = 128  # places that a program of the other kernels handles at a time
+SCAN = 512  # slots of a row whose log chances are added up at a time
 
 
 @triton.jit
@@ -90,22 +94,50 @@ def store_windows(row_starts, cu_seqlens_q, kv_ranges, row, exists, begin, end, 
     return planned + tl.sum(end - begin, 0)
 
 
+@triton.jit(do_not_specialize=["num_slots", "token_budget"])
+def free_end_kernel(
+    final, next_self, log_chance, least_log_chance, free_ends, num_slots, token_budget, SCAN: tl.constexpr
+):  # fmt: skip
+    """One program per row: where its window ends if no other row takes of the budget."""
+    row = tl.program_id(0)
+    start = tl.load(final + row)
+    is_slot = (start >= 0) & (start < num_slots)
+    end = tl.where(is_slot, tl.minimum(start + token_budget, num_slots), start)
+    least = least_log_sum(least_log_chance, row, True)
+    log_sum = start * 0
+    while start < end:
+        slot = start + tl.arange(0, SCAN)  # [SCAN], as all that follows but for scalars
+        exists = slot < end
+        after = following(next_self, slot, num_slots, exists)
+        is_self = exists & (after == slot + 1)  # the next slot
+        chance = log_units(tl.load(log_chance + slot + 1, mask=is_self, other=0.0)).to(tl.int64)
+        chance = tl.where(is_self, chance, 0)
+        unlikely = is_self & (tl.maximum(log_sum + tl.cumsum(chance, 0), LOWEST) < least)
+        stop = tl.where(exists & (after == slot), slot, tl.where(unlikely, slot + 1, end))
+        log_sum += tl.sum(chance, 0)
+        start += SCAN
+        end = tl.minimum(end, tl.min(stop, 0))
+    tl.store(free_ends + row, end)
+
+
 @triton.jit(do_not_specialize=["num_slots", "rows", "token_budget"])
 def window_kernel(
-    final, row_starts, next_self, log_chance, least_log_chance, cu_seqlens_q, kv_ranges, num_slots, rows, token_budget,
-    LANES: tl.constexpr,
+    final, row_starts, next_self, log_chance, least_log_chance, free_ends, cu_seqlens_q, kv_ranges, num_slots, rows,
+    token_budget, LANES: tl.constexpr,
 ):  # fmt: skip
     """One program: how far each row's window goes, as cu_seqlens_q [rows + 1], with kv_ranges [rows, 2]."""
     row = tl.arange(0, LANES)
     exists = row < rows
     begin = tl.load(final + row, mask=exists, other=0)  # [LANES], as is all that follows but for scalars
-    end = begin  # of the window
+    free_end = tl.load(free_ends + row, mask=exists, other=0)
+    fits = tl.sum(free_end - begin, 0) <= token_budget
+    end = tl.where(fits, free_end, begin)  # of the window
     reach = begin  # the end if the budget allows
     after = following(next_self, reach, num_slots, exists)
     log_sum = first_log_sum(reach, after)
     least = least_log_sum(least_log_chance, row, exists)
     best = tl.max(log_sum, 0)
-    left = token_budget.to(tl.int64)
+    left = tl.where(fits, 0, token_budget.to(tl.int64))
     while (left > 0) & (best > NONE):
         level = best
         while best == level:  # more than once if a guess is certain: a row may then have several segments of a level
@@ -118,23 +150,31 @@ def window_kernel(
 
 @triton.jit(do_not_specialize=["num_slots", "rows", "token_budget"])
 def many_windows_kernel(
-    final, row_starts, next_self, log_chance, least_log_chance, cu_seqlens_q, kv_ranges, ends, reaches, afters,
-    log_sums, num_slots, rows, token_budget, LANES: tl.constexpr,
+    final, row_starts, next_self, log_chance, least_log_chance, free_ends, cu_seqlens_q, kv_ranges, ends, reaches,
+    afters, log_sums, num_slots, rows, token_budget, LANES: tl.constexpr,
 ):  # fmt: skip
     """`window_kernel` for any number of rows, LANES at a time; `ends` .. `log_sums` [rows] hold their state."""
+    whole = token_budget.to(tl.int64) * 0
+    for start in range(0, rows, LANES):
+        row = start + tl.arange(0, LANES)
+        free_end = tl.load(free_ends + row, mask=row < rows, other=0)
+        whole += tl.sum(free_end - tl.load(final + row, mask=row < rows, other=0), 0)
+    fits = whole <= token_budget
+
     best = tl.full([], NONE, tl.int32)
     for start in range(0, rows, LANES):
         row = start + tl.arange(0, LANES)
         exists = row < rows
         reach = tl.load(final + row, mask=exists, other=0)
+        free_end = tl.load(free_ends + row, mask=exists, other=0)
         after = following(next_self, reach, num_slots, exists)
         log_sum = first_log_sum(reach, after)
-        tl.store(ends + row, reach, mask=exists)
+        tl.store(ends + row, tl.where(fits, free_end, reach), mask=exists)
         tl.store(reaches + row, reach, mask=exists)
         tl.store(afters + row, after, mask=exists)
         tl.store(log_sums + row, log_sum, mask=exists)
         best = tl.maximum(best, tl.max(log_sum, 0))
-    left = token_budget.to(tl.int64)
+    left = tl.where(fits, 0, token_budget.to(tl.int64))
     while (left > 0) & (best > NONE):
         level = best
         while best == level:
@@ -186,12 +226,19 @@ def slots_kernel(final, cu_seqlens_q, slots, rows, token_budget, BLOCK: tl.const
         tl.store(slots + place, tl.where(is_row, first + (place - begin), -1), mask=place < end)
 
 
-@triton.jit(do_not_specialize=["num_slots", "places"])
+@triton.jit(do_not_specialize=["num_slots", "rows", "places"])
 def commit_pass_kernel(
-    tokens, final, slots, cu_seqlens_q, next_self, sampled, changed, observed, num_slots, places, BLOCK: tl.constexpr
+    tokens, final, slots, cu_seqlens_q, next_self, sampled, changed, observed, num_slots, rows, places,
+    BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """One program per row."""
+    """One program per row, and a last one for the padding."""
     row = tl.program_id(0)
+    if row == rows:
+        for start in range(tl.maximum(tl.load(cu_seqlens_q + rows), 0), places, BLOCK):
+            place = start + tl.arange(0, BLOCK)
+            tl.store(changed + place, place < 0, mask=place < places)
+            tl.store(observed + place, place < 0, mask=place < places)
+        return
     begin = tl.maximum(tl.load(cu_seqlens_q + row), 0)
     end = tl.minimum(tl.load(cu_seqlens_q + row + 1), places)
     if begin < end:
@@ -227,7 +274,12 @@ def plan_pass(
     final = final.contiguous()
     state = final, row_starts.contiguous(), next_self.contiguous(), log_chance.contiguous()
     least = None if least_log_chance is None else least_log_chance.contiguous()
-    results, sizes = (cu_seqlens_q, kv_ranges), (num_slots, rows, token_budget)
+    free_ends = torch.empty_like(final)
+    if rows:
+        free_end_kernel[(rows,)](
+            final, *state[2:], least, free_ends, num_slots, token_budget, SCAN=SCAN, **ROWS_OPTIONS
+        )
+    results, sizes = (free_ends, cu_seqlens_q, kv_ranges), (num_slots, rows, token_budget)
     if rows <= LANES[-1]:
         lanes = next(lanes for lanes in LANES if rows <= lanes)
         window_kernel[(1,)](*state, least, *results, *sizes, LANES=lanes, **window_options(lanes))
@@ -242,11 +294,10 @@ def commit_pass(
     tokens: Tensor, final: Tensor, slots: Tensor, cu_seqlens_q: Tensor, next_self: Tensor, sampled: Tensor
 ) -> tuple[Tensor, Tensor]:
     """Changed and observed, bool [N]; `tokens` and `final`, contiguous, are written."""
-    changed, observed = torch.zeros(2, len(slots), dtype=torch.bool, device=slots.device)
-    if len(final):
-        inputs = (tensor.contiguous() for tensor in (slots, cu_seqlens_q, next_self, sampled))
-        sizes = len(tokens), len(slots)
-        commit_pass_kernel[(len(final),)](tokens, final, *inputs, changed, observed, *sizes, BLOCK=BLOCK, **OPTIONS)
+    changed, observed = slots.new_empty(2, len(slots), dtype=torch.bool)
+    inputs = (tensor.contiguous() for tensor in (slots, cu_seqlens_q, next_self, sampled))
+    sizes = len(tokens), len(final), len(slots)
+    commit_pass_kernel[(len(final) + 1,)](tokens, final, *inputs, changed, observed, *sizes, BLOCK=BLOCK, **OPTIONS)
     return changed, observed
 
 
@@ -262,11 +313,14 @@ def configurations(target: str) -> list[Configuration]:
     """What ships for one of `configuration.TARGETS`."""
     state = {"final": "*i64", "row_starts": "*i64", "next_self": "*i64"}
     state |= {"log_chance": "*fp32", "least_log_chance": "*fp32"}
-    plan = {"cu_seqlens_q": "*i32", "kv_ranges": "*i64", "num_slots": "i64", "rows": "i32", "token_budget": "i32"}
+    free = {"next_self": "*i64", "free_ends": "*i64", "num_slots": "i64", "token_budget": "i32"}
+    free |= {name: state[name] for name in ("final", "log_chance", "least_log_chance")}
+    plan = {"free_ends": "*i64", "cu_seqlens_q": "*i32", "kv_ranges": "*i64"}
+    plan |= {"num_slots": "i64", "rows": "i32", "token_budget": "i32"}
     places = {"final": "*i64", "cu_seqlens_q": "*i32", "slots": "*i64", "rows": "i32", "token_budget": "i32"}
     commit = {
         "tokens": "*i64", "final": "*i64", "slots": "*i64", "cu_seqlens_q": "*i32", "next_self": "*i64",
-        "sampled": "*i64", "changed": "*i1", "observed": "*i1", "num_slots": "i64", "places": "i32",
+        "sampled": "*i64", "changed": "*i1", "observed": "*i1", "num_slots": "i64", "rows": "i32", "places": "i32",
     }  # fmt: skip
     windows = [
         Configuration(f"plan_pass, {lanes} rows", window_kernel, state | plan, {"LANES": lanes}, window_options(lanes))
@@ -274,6 +328,7 @@ def configurations(target: str) -> list[Configuration]:
     ]
     memory = {"ends": "*i64", "reaches": "*i64", "afters": "*i64", "log_sums": "*i32"}
     return [
+        Configuration("plan_pass, rows alone", free_end_kernel, free, {"SCAN": SCAN}, ROWS_OPTIONS),
         *windows,
         Configuration(
             "plan_pass, more rows", many_windows_kernel, state | memory | plan, {"LANES": ROWS}, ROWS_OPTIONS

@@ -1,9 +1,15 @@
 """The products of an LM head, which all kernels on heads share: the rows that are multiplied, a tile of it, its size.
 
 Only self rows are multiplied: `select_rows_kernel` packs them, so that tiles are full and the others cost nothing. The
-host knows no number of rows; all is launched for N of them, and what lies after the selected ones returns at once.
+host knows no number of self rows; all is launched for N rows, and what lies after the selected ones returns at once.
+
+Of more than `FEW_ROWS`, torch's product is faster: `logit_chunks` multiplies all of them, one part of the vocabulary
+after the other, in memory that may stay in the cache. Which way is taken depends on N alone, so it is the same in a
+graph as without, and on every run.
 """
 
+from collections.abc import Iterator
+from itertools import pairwise
 from typing import Any
 
 import torch
@@ -15,14 +21,14 @@ from selfgen_kernels.backends.triton.configuration import Configuration, current
 from selfgen_kernels.backends.triton.dot import factor_of_dot, rounded
 from selfgen_kernels.backends.triton.elementary import OPTIONS
 from selfgen_kernels.backends.triton.noise import in_mask
-from selfgen_kernels.call import Head, Mask
+from selfgen_kernels.call import GROUP_SIZE, Head, Mask
 
 DTYPES = {torch.float32: "fp32", torch.bfloat16: "bf16", torch.float16: "fp16"}
 SELECTED = {"rows": "*i32", "count": "*i32"}  # what select_rows gives, as types of arguments
-FEW_ROWS = 64  # at most these: a smaller tile
+FEW_ROWS = 64  # at most these: products in tiles
 ROWS = 1024  # that select_rows_kernel looks at at a time
-SLOTS = 16  # rows per program of a reduction over tiles
-REDUCTION = {"PIECES": 64, "SLOTS": SLOTS}  # and the tiles' results that it looks at at a time
+SPAN = {"GROUPS": 64}  # of a chunk's logits that a program looks at
+REDUCTION = {"LANES": 1024}  # results of a row that its program looks at at a time
 
 
 @triton.jit(do_not_specialize=["seed", "size"])
@@ -66,10 +72,34 @@ def multiply_tile(
         logits = tl.dot(factor_of_dot(left), factor_of_dot(right), logits, input_precision="ieee")
     if bias is not None:
         logits += tl.load(bias + column, mask=is_column, other=0.0).to(tl.float32)[None, :]
-    logits = rounded(logits, weight.dtype.element_ty).to(tl.float32) * logit_scale
+    return scaled_and_capped(rounded(logits, weight.dtype.element_ty), logit_scale, softcap)
+
+
+@triton.jit
+def scaled_and_capped(logits, logit_scale, softcap):
+    """fp32: what a head makes of its product."""
+    logits = logits.to(tl.float32) * logit_scale
     if softcap is not None:
         logits = softcap * tanh(logits / softcap)
     return logits
+
+
+@triton.jit
+def load_groups(
+    logits, row_stride, logit_scale, softcap, row, chunk_begin, begin, end, span, GROUP_SIZE: tl.constexpr,
+    GROUPS: tl.constexpr,
+):  # fmt: skip
+    """The first group of the `span`-th GROUPS from that of `begin` on, and their logits fp32 [GROUPS, GROUP_SIZE].
+
+    They are of a row of a chunk, which begins with `chunk_begin`. What is not of begin .. end - 1 is -inf, NaN is +inf.
+    """
+    first = begin // (4 * GROUP_SIZE) * 4 + span * GROUPS  # noise comes by four
+    group = first + tl.arange(0, GROUPS)
+    ids = group[:, None] * GROUP_SIZE + tl.arange(0, GROUP_SIZE)[None, :]
+    exists = (ids >= begin) & (ids < end)
+    z = tl.load(logits + row * row_stride + (ids - chunk_begin), mask=exists, other=0.0)
+    z = scaled_and_capped(z, logit_scale, softcap)
+    return first, tl.where(exists, tl.where(z == z, z, float("inf")), float("-inf"))
 
 
 @triton.jit
@@ -92,6 +122,8 @@ def tile_constants(target: str, dtype: str, rows: int, aligned: bool) -> tuple[d
     else:
         few = rows <= FEW_ROWS
         tile, warps = (64 if few else 128, 128, 64), 4 if few else 8
+        if target == "sm_120":  # both of these spill
+            tile, warps = (64, 128, 64), 8
         stages = 2 if target == "gfx942" else 3  # 64 KiB of shared memory
     names = "BLOCK_M", "BLOCK_N", "BLOCK_K"
     return dict(zip(names, tile, strict=True)), OPTIONS | {"num_warps": warps, "num_stages": stages}
@@ -126,6 +158,42 @@ def product_arguments(head: Head) -> tuple[Any, ...]:
     )  # fmt: skip
 
 
+def chunk_bounds(size: int, first_id: int) -> list[tuple[int, int]]:
+    """Parts of `size` ids from `first_id` on, of whole groups but for the first and the last: an eighth, or 64 ids."""
+    chunk = max(1, size // (8 * GROUP_SIZE)) * GROUP_SIZE
+    end_id = first_id + size
+    return list(pairwise((first_id, *range(first_id // GROUP_SIZE * GROUP_SIZE + chunk, end_id, chunk), end_id)))
+
+
+def keeps_precision(head: Head) -> bool:
+    """Whether torch's product is as precise as that of tiles: fp32 by TF32 is not, where a program has allowed that."""
+    return head.hidden.dtype != torch.float32 or torch.get_float32_matmul_precision() == "highest"
+
+
+def logit_chunks(head: Head, first_id: int) -> Iterator[tuple[int, int, Tensor]]:
+    """(first id, id past its last, product [N, C]) of the parts of a head that `factors` has made ready.
+
+    The products take turns in the memory of the largest.
+    """
+    hidden, weight = head.hidden.detach(), head.weight.detach()
+    bias = None if head.bias is None else head.bias.detach()
+    rows, bounds = len(hidden), chunk_bounds(len(weight), first_id)
+    memory = hidden.new_empty(rows * max(end - begin for begin, end in bounds))
+    for begin, end in bounds:
+        product = memory[: rows * (end - begin)].view(rows, end - begin)
+        part = slice(begin - first_id, end - first_id)
+        if bias is None:
+            torch.mm(hidden, weight[part].T, out=product)
+        else:
+            torch.addmm(bias[part], hidden, weight[part].T, out=product)
+        yield begin, end, product
+
+
+def spans_of(begin: int, end: int) -> int:
+    """How many programs look at the ids begin .. end - 1 of a chunk."""
+    return triton.cdiv(triton.cdiv(end, GROUP_SIZE) - begin // (4 * GROUP_SIZE) * 4, SPAN["GROUPS"])
+
+
 def tile_of(head: Head, rows: int) -> tuple[dict, dict]:
     """`tile_constants` for at most `rows` self rows."""
     hidden, weight, *_ = head
@@ -150,7 +218,7 @@ def product_configurations(
 ) -> list[Configuration]:
     """`kernel` with each tile, dtype and head: `types` of its other arguments, of which `sizes` may be aligned.
 
-    `out` is an argument of the head's dtype, or fp32 with a softcap.
+    `out` is an argument of the head's dtype, or fp32 with a softcap. A kernel with one is for many rows, too.
     """
     ships = []
     for dtype in DTYPES.values():
@@ -159,8 +227,9 @@ def product_configurations(
             "hidden_size": "i32", "logit_scale": "fp32", **SELECTED,
         }  # fmt: skip
         optional = {"bias": f"*{dtype}", "softcap": "fp32"}
-        few = [("few rows", FEW_ROWS, True)] if dtype != "fp32" else []
-        for label, rows_at_most, aligned in (*few, ("many rows", FEW_ROWS + 1, True), ("odd sizes", 1, False)):
+        few, many = [("few rows", FEW_ROWS, True)], [("many rows", FEW_ROWS + 1, True)]
+        by_rows = few if out is None else many if dtype == "fp32" else few + many
+        for label, rows_at_most, aligned in (*by_rows, ("odd sizes", 1, False)):
             for extra, present, absent in (("", {}, dict.fromkeys(optional)), (", bias, softcap", optional, {})):
                 constants, options = tile_constants(target, dtype, rows_at_most, aligned)
                 divisible = ("hidden_stride", "weight_stride", "hidden_size", *sizes) if aligned else ()
@@ -171,4 +240,20 @@ def product_configurations(
                         absent | constants, options, divisible, streams=aligned, tensor_cores=dtype != "fp32",
                     )
                 )  # fmt: skip
+    return ships
+
+
+def chunk_configurations(name: str, kernel: Any, types: dict[str, str]) -> list[Configuration]:
+    """`kernel` on chunks of logits with each dtype and head: `types` of its other arguments."""
+    ships = []
+    sizes = dict.fromkeys(("chunk_begin", "begin", "end", "spans"), "i32")
+    given = sizes | {"row_stride": "i64", "logit_scale": "fp32", **SELECTED} | types
+    for dtype in DTYPES.values():
+        for extra, present, absent in (("", {}, {"softcap": None}), (", softcap", {"softcap": "fp32"}, {})):
+            constants, aligned = absent | SPAN, ("row_stride", "chunk_begin", "begin", "end")
+            logits = {"logits": f"*{dtype}"}
+            title = f"{name}[{dtype}{extra}]"
+            ships.append(
+                Configuration(title, kernel, given | logits | present, constants, OPTIONS, aligned, streams=True)
+            )
     return ships

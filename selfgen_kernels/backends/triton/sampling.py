@@ -1,9 +1,15 @@
-"""`sample_mix` in two launches: the best group of each span of the vocabulary, then the best span and its token.
-`reference_log_prob` likewise: the mass of each group, then of all, and the reference's share of it.
+"""`sample_mix` in one launch: the best group of each span of the vocabulary, then, by a row's last program, its token.
+`reference_log_prob` in two: the mass of each group, then of all, and the reference's share of it.
 
 A row's vocabulary is cut into spans so that a few rows still fill a GPU. The noise knows neither spans nor tiles, and
 the maximum of maxima is the maximum: the constants below may change, the tokens do not. Rows that keep their reference
 return at once.
+
+The programs of a row meet at two numbers of 64 bits, zeros before the launch (in a CUDA graph, by a node that every
+replay runs): the largest score with its group, in the bits of one number that `atomic_max` keeps, and how many programs
+have come. A scalar atomic is one thread's, the same one in all, and the count is added to with release and acquire: who
+finds that the others have come sees what they put in. Nothing else is handed over in memory, so no barrier is needed,
+on CUDA as on AMD, and no order of programs is assumed.
 """
 
 import torch
@@ -24,24 +30,24 @@ from selfgen_kernels.backends.triton.elementary import (
 )
 from selfgen_kernels.backends.triton.filters import filter_cutoff
 from selfgen_kernels.backends.triton.noise import GROUP, TOKEN, in_mask, random_words
+from selfgen_kernels.backends.triton.rows import for_rows, fp32_of_row, int64_of_row
 from selfgen_kernels.call import Mask, Mixed, Sampling
 from selfgen_kernels.ops import in_records
 
 GROUP_SIZE = tl.constexpr(call.GROUP_SIZE)
-TILE = 32  # groups that a program scores at a time
 SPAN = 128  # groups per program
 BLOCK = 512  # groups whose masses a program adds up at a time
 
 
 @triton.jit
-def load_z(logits, ids, vocab_size, inv_temperature, cutoffs, row):
+def load_z(logits, ids, vocab_size, inv_temperature, cutoff):
     """z fp32 of some `ids` of a row: scaled, filtered, -inf past the end, and +inf for NaN, which max ignores."""
     z = tl.load(logits + ids, mask=ids < vocab_size, other=float("-inf")).to(tl.float32)
     if inv_temperature != float("inf"):
         z *= inv_temperature
     z = tl.where(z == z, z, float("inf"))
-    if cutoffs is not None:
-        z = tl.where(z < tl.load(cutoffs + row), float("-inf"), z)
+    if cutoff is not None:
+        z = tl.where(z < cutoff, float("-inf"), z)
     return z
 
 
@@ -54,70 +60,64 @@ def group_mass(z, greedy):
     return tl.where(greedy, peak, peak + log(mass_of(mass)))
 
 
-@triton.jit(do_not_specialize=["seed"])
-def best_group_kernel(
+@triton.jit
+def ordered(score, group):
+    """int64 > 0: larger for a larger score fp32, which is not NaN, and of equal ones for the lower group."""
+    bits = (score + 0.0).to(tl.int32, bitcast=True)  # -0 is 0
+    bits = bits ^ ((bits >> 31) & 0x7FFFFFFF)
+    return ((bits.to(tl.int64) + 2147483648) << 31) + (2147483647 - group)
+
+
+@triton.jit
+def score_and_group(order):
+    """What `ordered` was made of."""
+    bits = ((order >> 31) - 2147483648).to(tl.int32)
+    score = (bits ^ ((bits >> 31) & 0x7FFFFFFF)).to(tl.float32, bitcast=True)
+    return score, 2147483647 - (order & 2147483647).to(tl.int32)
+
+
+@triton.jit(do_not_specialize=["inv_temperatures", "thresholds", "seed"])
+def sample_mix_kernel(
     logits, row_stride, inv_temperatures, cutoffs, thresholds, seed, sample_ids, positions,
-    best_scores, best_groups, vocab_size,
-    TILE: tl.constexpr, SPAN: tl.constexpr,
+    reference, tokens, is_selfs, invalids, meetings, vocab_size,
+    SPAN: tl.constexpr,
 ):  # fmt: skip
-    """Program (row, span) writes its best group's score and that group, each into [N, spans]."""
+    """Program (row, span) finds its best group; the last one of a row to do so writes the row's results.
+
+    `meetings` int64 [N, 2] holds zeros.
+    """
     row, span = tl.program_id(0).to(tl.int64), tl.program_id(1)
     sample_id, position = tl.load(sample_ids + row), tl.load(positions + row)
-    if not in_mask(seed, sample_id, position, tl.load(thresholds + row)):
+    if not in_mask(seed, sample_id, position, int64_of_row(thresholds, row)):
+        if span == 0:
+            tl.store(tokens + row, tl.load(reference + row))
+            tl.store(is_selfs + row, False)
+            tl.store(invalids + row, False)
         return
-    inv_temperature = tl.load(inv_temperatures + row)
+    inv_temperature = fp32_of_row(inv_temperatures, row)
     greedy = inv_temperature == float("inf")
+    cutoff = None if cutoffs is None else tl.load(cutoffs + row)
+    logits += row * row_stride
 
-    best = tl.full([TILE], float("-inf"), tl.float32)  # of each lane, as is the next
-    best_group = tl.zeros([TILE], tl.int32)
-    end = tl.minimum((span + 1) * SPAN, tl.cdiv(vocab_size, GROUP_SIZE))
-    for start in range(span * SPAN, end, TILE):
-        group = start + tl.arange(0, TILE)
-        ids = group[:, None] * GROUP_SIZE + tl.arange(0, GROUP_SIZE)[None, :]  # [TILE, 64]
-        z = load_z(logits + row * row_stride, ids, vocab_size, inv_temperature, cutoffs, row)
-        noise = gumbel(random_words(seed, sample_id, position, start, TILE, GROUP))
-        score = group_mass(z, greedy) + tl.where(greedy, 0.0, noise)  # [TILE]
-        best_group = tl.where(score > best, group, best_group)
-        best = tl.maximum(best, score)
+    group = span * SPAN + tl.arange(0, SPAN)
+    ids = group[:, None] * GROUP_SIZE + tl.arange(0, GROUP_SIZE)[None, :]  # [SPAN, 64]
+    z = load_z(logits, ids, vocab_size, inv_temperature, cutoff)
+    noise = gumbel(random_words(seed, sample_id, position, span * SPAN, SPAN, GROUP))
+    score = group_mass(z, greedy) + tl.where(greedy, 0.0, noise)  # [SPAN]
+    order = tl.max(ordered(score, group), 0)
 
-    row_best = tl.max(best)
-    out = row * tl.num_programs(1) + span
-    tl.store(best_scores + out, row_best)
-    tl.store(best_groups + out, tl.min(tl.where(best == row_best, best_group, 2147483647)))
-
-
-@triton.jit(do_not_specialize=["seed"])
-def pick_token_kernel(
-    logits, row_stride, inv_temperatures, cutoffs, thresholds, seed, sample_ids, positions,
-    best_scores, best_groups, vocab_size, spans, reference, tokens, is_selfs, invalids,
-    SPANS: tl.constexpr,
-):  # fmt: skip
-    """One program per row: the best span's group, the best token in it, and the row's place in the three results."""
-    row = tl.program_id(0).to(tl.int64)
-    sample_id, position = tl.load(sample_ids + row), tl.load(positions + row)
-    is_self = in_mask(seed, sample_id, position, tl.load(thresholds + row))
-    token = tl.load(reference + row)
-    invalid = False
-    if is_self:
-        span = tl.arange(0, SPANS)
-        exists = span < spans
-        score = tl.load(best_scores + row * spans + span, mask=exists, other=float("-inf"))  # [SPANS]
-        candidate = tl.load(best_groups + row * spans + span, mask=exists, other=2147483647)
-        best = tl.max(score)
-        group = tl.min(tl.where(score == best, candidate, 2147483647))
+    meeting = meetings + 2 * row
+    tl.atomic_max(meeting, order, sem="relaxed")
+    if tl.atomic_add(meeting + 1, 1, sem="acq_rel") == tl.num_programs(1) - 1:
+        best, winner = score_and_group(tl.atomic_max(meeting, 0, sem="relaxed"))  # read where it was written
         invalid = tl.abs(best) == float("inf")  # of NaN or +inf, or of nothing but -inf
-        if not invalid:
-            inv_temperature = tl.load(inv_temperatures + row)
-            offset = tl.arange(0, GROUP_SIZE)
-            z = load_z(
-                logits + row * row_stride, group * GROUP_SIZE + offset, vocab_size, inv_temperature, cutoffs, row
-            )
-            noise = gumbel(random_words(seed, sample_id, position, 0, GROUP_SIZE, TOKEN))  # [64]
-            noise = tl.where(inv_temperature == float("inf"), 0.0, noise)
-            token = (group * GROUP_SIZE + tl.argmax(z + noise, 0)).to(tl.int64)
-    tl.store(tokens + row, token)
-    tl.store(is_selfs + row, is_self)
-    tl.store(invalids + row, invalid)
+        token = winner * GROUP_SIZE + tl.arange(0, GROUP_SIZE)
+        inner = load_z(logits, token, vocab_size, inv_temperature, cutoff)  # [64]
+        inner += tl.where(greedy, 0.0, gumbel(random_words(seed, sample_id, position, 0, GROUP_SIZE, TOKEN)))
+        drawn = (winner * GROUP_SIZE + tl.argmax(inner, 0)).to(tl.int64)
+        tl.store(tokens + row, tl.where(invalid, tl.load(reference + row), drawn))
+        tl.store(is_selfs + row, True)
+        tl.store(invalids + row, invalid)
 
 
 @in_records
@@ -130,48 +130,45 @@ def sample_mix(logits: Tensor, reference: Tensor, how: Sampling) -> Mixed:
         return tokens, is_self, invalid
     if logits.stride(1) != 1:
         logits = logits.contiguous()
-    spans = triton.cdiv(vocab_size, SPAN * GROUP_SIZE.value)
-    scores = logits.new_empty(rows, spans, dtype=torch.float32)
-    groups = logits.new_empty(rows, spans, dtype=torch.int32)
-    inputs = (
+    sample_mix_kernel[(rows, triton.cdiv(vocab_size, SPAN * GROUP_SIZE.value))](
         logits,
         logits.stride(0),
-        how.inv_temperature.contiguous(),
+        for_rows(how.inv_temperature),
         filter_cutoff(logits, how) if how.filtered else None,
-        how.threshold.contiguous(),
+        for_rows(how.threshold),
         how.seed,
         how.sample_ids.contiguous(),
         how.positions.contiguous(),
-        scores,
-        groups,
+        reference.contiguous(),
+        tokens,
+        is_self,
+        invalid,
+        tokens.new_zeros(rows, 2),
         vocab_size,
+        SPAN=SPAN,
+        **OPTIONS,
     )
-    best_group_kernel[(rows, spans)](*inputs, TILE=TILE, SPAN=SPAN, **OPTIONS)
-    outputs = reference.contiguous(), tokens, is_self, invalid
-    pick_token_kernel[(rows,)](*inputs, spans, *outputs, SPANS=triton.next_power_of_2(spans), **OPTIONS)
     return tokens, is_self, invalid
 
 
-@triton.jit(do_not_specialize=["seed"])
+@triton.jit(do_not_specialize=["thresholds", "seed"])
 def mass_kernel(
     logits, row_stride, thresholds, seed, sample_ids, positions, peaks, masses, vocab_size,
-    TILE: tl.constexpr, SPAN: tl.constexpr,
+    SPAN: tl.constexpr,
 ):  # fmt: skip
     """Program (row, span) writes its groups' largest logits and masses, each into [N, groups]."""
     row, span = tl.program_id(0).to(tl.int64), tl.program_id(1)
-    if not in_mask(seed, tl.load(sample_ids + row), tl.load(positions + row), tl.load(thresholds + row)):
+    if not in_mask(seed, tl.load(sample_ids + row), tl.load(positions + row), int64_of_row(thresholds, row)):
         return
     groups = tl.cdiv(vocab_size, GROUP_SIZE)
-    end = tl.minimum((span + 1) * SPAN, groups)
-    for start in range(span * SPAN, end, TILE):
-        group = start + tl.arange(0, TILE)
-        ids = group[:, None] * GROUP_SIZE + tl.arange(0, GROUP_SIZE)[None, :]  # [TILE, 64]
-        peak, mass = group_masses(load_z(logits + row * row_stride, ids, vocab_size, 1.0, None, row))  # [TILE]
-        tl.store(peaks + row * groups + group, peak, mask=group < end)
-        tl.store(masses + row * groups + group, mass, mask=group < end)
+    group = span * SPAN + tl.arange(0, SPAN)
+    ids = group[:, None] * GROUP_SIZE + tl.arange(0, GROUP_SIZE)[None, :]  # [SPAN, 64]
+    peak, mass = group_masses(load_z(logits + row * row_stride, ids, vocab_size, 1.0, None))  # [SPAN]
+    tl.store(peaks + row * groups + group, peak, mask=group < groups)
+    tl.store(masses + row * groups + group, mass, mask=group < groups)
 
 
-@triton.jit(do_not_specialize=["seed"])
+@triton.jit(do_not_specialize=["thresholds", "seed"])
 def log_prob_kernel(
     logits, row_stride, thresholds, seed, sample_ids, positions, peaks, masses, vocab_size, reference, log_probs,
     BLOCK: tl.constexpr,
@@ -179,7 +176,7 @@ def log_prob_kernel(
     """One program per row: the reference's log probability from the masses of all groups, BLOCK at a time."""
     row = tl.program_id(0).to(tl.int64)
     log_prob = 0.0
-    if in_mask(seed, tl.load(sample_ids + row), tl.load(positions + row), tl.load(thresholds + row)):
+    if in_mask(seed, tl.load(sample_ids + row), tl.load(positions + row), int64_of_row(thresholds, row)):
         groups = tl.cdiv(vocab_size, GROUP_SIZE)
         largest = tl.full([BLOCK], float("-inf"), tl.float32)
         for start in range(0, groups, BLOCK):
@@ -214,49 +211,40 @@ def reference_log_prob(logits: Tensor, reference: Tensor, mask: Mask) -> Tensor:
     groups = triton.cdiv(vocab_size, GROUP_SIZE.value)
     peaks = log_probs.new_empty(rows, groups)
     masses = torch.empty_like(peaks, dtype=torch.int32)
-    keys = mask.threshold.contiguous(), mask.seed, mask.sample_ids.contiguous(), mask.positions.contiguous()
+    keys = for_rows(mask.threshold), mask.seed, mask.sample_ids.contiguous(), mask.positions.contiguous()
     inputs = logits, logits.stride(0), *keys, peaks, masses, vocab_size
-    mass_kernel[(rows, triton.cdiv(groups, SPAN))](*inputs, TILE=TILE, SPAN=SPAN, **OPTIONS)
+    mass_kernel[(rows, triton.cdiv(groups, SPAN))](*inputs, SPAN=SPAN, **OPTIONS)
     log_prob_kernel[(rows,)](*inputs, reference.contiguous(), log_probs, BLOCK=BLOCK, **OPTIONS)
     return log_probs
 
 
 def configurations(target: str) -> list[Configuration]:
     """What ships for `target`."""
-    types = {
-        "row_stride": "i64", "inv_temperatures": "*fp32", "thresholds": "*i64", "seed": "i64", "sample_ids": "*i64",
-        "positions": "*i64", "best_scores": "*fp32", "best_groups": "*i32", "vocab_size": "i32",
-    }  # fmt: skip
-    results = {"spans": "i32", "reference": "*i64", "tokens": "*i64", "is_selfs": "*i1", "invalids": "*i1"}
-    masses = {name: kind for name, kind in types.items() if name in mass_kernel.arg_names} | {
-        "peaks": "*fp32", "masses": "*i32",
-    }  # fmt: skip
-    log_probs = {"reference": "*i64", "log_probs": "*fp32"}
+    types = {"row_stride": "i64", "seed": "i64", "sample_ids": "*i64", "positions": "*i64", "vocab_size": "i32"}
+    kinds = {"": {"thresholds": "*i64", "inv_temperatures": "*fp32"}, ", numbers": {"thresholds": "i64"}}
+    kinds[", numbers"] |= {"inv_temperatures": "i64"}
+    results = {"reference": "*i64", "tokens": "*i64", "is_selfs": "*i1", "invalids": "*i1", "meetings": "*i64"}
+    masses, log_probs = {"peaks": "*fp32", "masses": "*i32"}, {"reference": "*i64", "log_probs": "*fp32"}
     aligned = "row_stride", "vocab_size"
     ships = []
     for dtype in ("fp32", "bf16", "fp16"):
-        inputs = masses | {"logits": f"*{dtype}"}
-        ships += [
-            Configuration(
-                f"mass[{dtype}]", mass_kernel, inputs, {"TILE": TILE, "SPAN": SPAN}, OPTIONS, aligned, streams=True
-            ),
-            Configuration(
-                f"log_prob[{dtype}]", log_prob_kernel, inputs | log_probs, {"BLOCK": BLOCK}, OPTIONS, aligned
-            ),
-        ]
-        for label, cutoffs, absent in (
-            (dtype, {}, {"cutoffs": None}),
-            (f"{dtype}, filtered", {"cutoffs": "*fp32"}, {}),
-        ):
-            inputs = types | cutoffs | {"logits": f"*{dtype}"}
+        for of_kind, kind in kinds.items():
+            inputs = types | masses | {"logits": f"*{dtype}", "thresholds": kind["thresholds"]}
             ships += [
                 Configuration(
-                    f"best_group[{label}]", best_group_kernel, inputs, absent | {"TILE": TILE, "SPAN": SPAN}, OPTIONS,
-                    aligned, streams=True,
+                    f"mass[{dtype}{of_kind}]", mass_kernel, inputs, {"SPAN": SPAN}, OPTIONS, aligned, streams=True
                 ),
                 Configuration(
-                    f"pick_token[{label}]", pick_token_kernel, inputs | results, absent | {"SPANS": 16}, OPTIONS,
+                    f"log_prob[{dtype}{of_kind}]", log_prob_kernel, inputs | log_probs, {"BLOCK": BLOCK}, OPTIONS,
                     aligned,
                 ),
             ]  # fmt: skip
+            for filtered, cutoffs, absent in (("", {}, {"cutoffs": None}), (", filtered", {"cutoffs": "*fp32"}, {})):
+                ships.append(
+                    Configuration(
+                        f"sample_mix[{dtype}{filtered}{of_kind}]", sample_mix_kernel,
+                        types | kind | results | cutoffs | {"logits": f"*{dtype}"}, absent | {"SPAN": SPAN}, OPTIONS,
+                        aligned, streams=True,
+                    )
+                )  # fmt: skip
     return ships

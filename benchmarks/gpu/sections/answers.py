@@ -94,8 +94,6 @@ def continuous(parts: Parts, prompts: list, longest: int) -> Callable[[], Answer
     copies: list = []
 
     def side() -> Answers:
-        if not hasattr(parts.model, "generate_batch"):
-            raise NotImplementedError("this version of transformers has no generate_batch")
         if not copies:
             copies.append(copy.deepcopy(parts.model))
         found = copies[0].generate_batch(prompts, generation_config=config, progress_bar=False)

@@ -42,6 +42,18 @@ def pytest_xdist_make_scheduler(config, log):
     return Scheduling(config, log)
 
 
+def pytest_collection_modifyitems(config, items):
+    """With --cov, trace the first and the last case of each test alone: tracing takes as long as the tests."""
+    if not config.pluginmanager.hasplugin("_cov"):
+        return
+    cases = {}
+    for item in items:
+        cases.setdefault(item.nodeid.partition("[")[0], []).append(item)
+    for first_to_last in cases.values():
+        for item in first_to_last[1:-1]:
+            item.add_marker("no_cover")
+
+
 def pytest_collection_finish():
     """Collect no garbage among what was imported: every Trainer asks for a collection, which took half of its time."""
     gc.collect()

@@ -25,7 +25,6 @@ def generator_of(family: str):
     return ContextGenerator(model_of(family))
 
 
-
 @pytest.mark.parametrize("family", FAMILIES)
 @PER_FAMILY
 @given(

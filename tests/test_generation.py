@@ -28,6 +28,7 @@ model_of = cache(tiny_model)
 def generator_of(family: str):
     return ContextGenerator(model_of(family))
 
+
 EOS = 2
 
 

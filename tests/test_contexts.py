@@ -212,7 +212,7 @@ def test_peft_model(modules):
 )
 def test_smollm2(smollm2, math_rows, self_prob, temperature, token_budget):
     prompts, references, sample_ids = (column[:2] for column in math_rows)
-    references = [reference[:32] for reference in references]
+    references = [reference[:16] for reference in references]
     generator = ContextGenerator(
         smollm2[0], temperature=temperature, token_budget=token_budget, balance=token_budget / 8
     )

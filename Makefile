@@ -19,7 +19,9 @@ STAMP  := $(VENV)/.installed
 # Processes that tests are run in, of one thread each; 0 runs them in this one, with as many threads as it likes.
 WORKERS ?= 2
 PYTEST := $(BIN)/python -m pytest -n $(WORKERS)
-# What is imported is compiled when it first is, and not all of torch beforehand.
+# What is imported is compiled when it first is, and not all of torch beforehand. It is kept, even where the environment
+# asks Python to keep nothing: every process that imports transformers would compile it again, for seconds.
+unexport PYTHONDONTWRITEBYTECODE
 PIP    := $(BIN)/python -m pip install --quiet --disable-pip-version-check --no-compile --constraint constraints.txt
 
 .DEFAULT_GOAL := help

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gc
 import os
+import sys
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("HF_DATASETS_OFFLINE", "1")
@@ -40,6 +41,31 @@ def pytest_xdist_make_scheduler(config, log):
             return next((name for name in TOGETHER if name in nodeid), nodeid)
 
     return Scheduling(config, log)
+
+
+BETWEEN = pytest.StashKey[bool]()
+"""Of a case that is neither the first nor the last one of its test."""
+
+
+def pytest_collection_modifyitems(items):
+    cases = {}
+    for item in items:
+        cases.setdefault(item.nodeid.partition("[")[0], []).append(item)
+    for first_to_last in cases.values():
+        for item in first_to_last[1:-1]:
+            item.stash[BETWEEN] = True
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_call(item):
+    """Measure no coverage in cases between the first and the last one: tracing takes as long as the tests."""
+    trace = sys.gettrace()
+    if BETWEEN in item.stash:  # no_cover of pytest-cov would wrap os._exit once more at each test
+        sys.settrace(None)
+    try:
+        return (yield)
+    finally:
+        sys.settrace(trace)
 
 
 def pytest_collection_finish():

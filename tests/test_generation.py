@@ -8,7 +8,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 import transformers as t
-from helpers.contexts import PER_FAMILY, batches
+from helpers.contexts import PER_FAMILY, batches, checked_as
 from helpers.data import TEMPLATE, make_tokenizer
 from hypothesis import given
 from hypothesis import strategies as st
@@ -22,6 +22,13 @@ from selfgen.correction import CorrectionCue
 from selfgen_kernels import sample_mix
 
 model_of = cache(tiny_model)
+
+
+@cache
+def generator_of(family: str):
+    return ContextGenerator(model_of(family))
+
+
 EOS = 2
 
 
@@ -42,7 +49,7 @@ def until_eos(tokens: torch.Tensor, stop: list[int]) -> torch.Tensor:
 def test_answers_are_the_sequential_loops(family, batch, temperature, batch_size, longest, stop):
     """With p = 1, up to where they end, however few places there are."""
     prompts, _, ids = batch
-    generator = ContextGenerator(model_of(family), temperature=temperature)
+    generator = checked_as(ContextGenerator(model_of(family), temperature=temperature), generator_of(family))
     nothing = [torch.zeros(longest, dtype=torch.int64)] * len(prompts)
     expected = generator.contexts(prompts, nothing, 1.0, seed=7, sample_ids=ids, method="sequential")
     answers = generator.answer(

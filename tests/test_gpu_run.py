@@ -97,7 +97,7 @@ def test_graphs_and_draws_are_run_on_a_gpu(with_a_gpu):
 # ---- make gpu --------------------------------------------------------------------------------------------------------
 
 PYTHON = """#!/bin/sh
-    echo "$@" >> calls
+    echo "$@" $PYTHONDONTWRITEBYTECODE >> calls
     exit $STATUS
 """
 
@@ -117,7 +117,7 @@ def test_make_runs_the_module_with_its_arguments_and_tells_of_a_failure(tmp_path
     python.chmod(0o755)
     (tmp_path / ".venv" / ".installed").touch()
     command = ["make", target, f"ARGS={module.partition(' ')[2]}"]
-    environment = os.environ | {"STATUS": str(status)}
+    environment = os.environ | {"STATUS": str(status), "PYTHONDONTWRITEBYTECODE": "not handed on"}
     done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, check=False)
     assert (done.returncode == 0) == (status == 0), done.stderr
     assert (tmp_path / "calls").read_text().split() == ["-m", *module.split()]

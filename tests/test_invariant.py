@@ -12,7 +12,7 @@ from functools import cache
 import pytest
 import torch
 import transformers as t
-from helpers.contexts import PER_FAMILY, assert_equal, batch, batches
+from helpers.contexts import PER_FAMILY, assert_equal, batch, batches, checked_as
 from helpers.graphs import recorded_passes
 from helpers.training import make_trainer, rows
 from hypothesis import given, settings
@@ -42,6 +42,11 @@ def in_bf16(how: str):
 
 def generator_of(model, budget: int = 32, precision: str = "invariant", **options) -> ContextGenerator:
     return ContextGenerator(model, token_budget=budget, balance=max(budget / 8, 0.1), precision=precision, **options)
+
+
+@cache
+def generator_that_checks(family: str, how: str) -> ContextGenerator:
+    return generator_of(model_of(family, how))
 
 
 @contextmanager
@@ -78,6 +83,8 @@ def test_contexts_equal_the_loop_s(
         for b in budgets
     )
     with in_bf16(how):
+        for generator in (first, second):
+            checked_as(generator, generator_that_checks(family, how))
         loop = first.contexts(prompts, references, self_prob, seed=seed, sample_ids=sample_ids, method="sequential")
         assert_equal(first.contexts(prompts, references, self_prob, seed=seed, sample_ids=sample_ids), loop)
         order = data.draw(st.permutations(range(len(prompts))))[: data.draw(st.integers(1, len(prompts)))]
@@ -95,11 +102,11 @@ def differing(family: str, how: str, precision: str, seed: int) -> int:
     prompts, references, sample_ids = batch(16, 24)
     arguments = prompts, references, 0.5
     keys = {"seed": seed, "sample_ids": sample_ids}
+    first, *others = (generator_of(model_of(family, how), budget, precision) for budget in BUDGETS)
     with in_bf16(how):
-        made = [
-            generator_of(model_of(family, how), budget, precision).contexts(*arguments, **keys) for budget in BUDGETS
-        ]
-        loop = generator_of(model_of(family, how), 1, precision).contexts(*arguments, **keys, method="sequential")
+        generators = [first, *(checked_as(other, first) for other in others)]
+        made = [generator.contexts(*arguments, **keys) for generator in generators]
+        loop = first.contexts(*arguments, **keys, method="sequential")
     return sum(not torch.equal(a, b) for one in made for a, b in zip(one.tokens, loop.tokens, strict=True))
 
 
@@ -107,8 +114,8 @@ def differing(family: str, how: str, precision: str, seed: int) -> int:
 def test_ordinary_products_do_not_give_the_loop_s_contexts(how):
     """The counterpart: here near ties are met, and turn. It was 4 to 16 of 128 for each of the families."""
     families = "gpt2", "olmo2", "qwen3"
-    assert sum(differing(family, how, "model", seed) for family in families for seed in range(2)) > 0
-    assert sum(differing(family, how, "invariant", seed) for family in families for seed in range(2)) == 0
+    assert any(differing(family, how, "model", seed) for seed in range(2) for family in families)
+    assert sum(differing(family, how, "invariant", seed=0) for family in families) == 0
 
 
 @pytest.mark.parametrize("how", ["weights", "autocast"])
@@ -416,9 +423,11 @@ def test_smollm2_on_some_tokens(smollm2_folder, math_rows):
     prompts, references, ids = (column[:2] for column in math_rows)
     prompts, references = [prompt[-40:] for prompt in prompts], [reference[:24] for reference in references]
     keys = {"seed": 11, "sample_ids": ids}
-    loop = generator_of(model).contexts(prompts, references, 0.5, method="sequential", **keys)
+    first = generator_of(model)
+    loop = first.contexts(prompts, references, 0.5, method="sequential", **keys)
     for budget in (33, 1000):
-        assert_equal(generator_of(model, budget).contexts(prompts, references, 0.5, **keys), loop)
+        generator = checked_as(generator_of(model, budget), first)
+        assert_equal(generator.contexts(prompts, references, 0.5, **keys), loop)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])

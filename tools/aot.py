@@ -270,7 +270,7 @@ def disassemble(cubin: bytes) -> tuple[str, str]:
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder, "kernel.cubin")
         path.write_bytes(cubin)
-        commands = ["cuobjdump", "--dump-resource-usage"], ["nvdisasm"]
+        commands = ["cuobjdump", "--dump-resource-usage"], ["nvdisasm", "--print-code", "--no-dataflow"]
         usage, code = (
             subprocess.run([tools / tool, *flags, path], capture_output=True, text=True, check=True).stdout
             for tool, *flags in commands

@@ -191,7 +191,7 @@ def newest() -> int:
         logged = json.loads(Path(folder, "out", "trainer_state.json").read_text())["log_history"]
         if not any(entry.get("self_share", 0) > 0 for entry in logged):
             raise SystemExit(f"the command ran, but no step was trained on self tokens: {logged}")
-        code = "import selfgen; print(selfgen.__file__)"
+        code = "from importlib.util import find_spec; print(find_spec('selfgen').origin)"
         where = subprocess.check_output([environment.python, "-c", code], cwd=folder, text=True).strip()
         if not Path(where).is_relative_to(environment.prefix):
             raise SystemExit(f"the command ran {where}, which is not what was installed")

@@ -34,6 +34,14 @@ def batch(count: int = 12, longest: int = 40):
     return [row() for _ in range(count)], [row() for _ in range(count)], list(range(-3, count - 3))
 
 
+def checked_as(generator, other):
+    """``generator``, for which a model that ``other`` has checked in the same precision need not be checked again."""
+    with other.computing():
+        _ = other._verification
+    generator._make, generator._verified = other._make, other._verified
+    return generator
+
+
 def assert_equal(mixed, expected) -> None:
     for name in ("is_self", "tokens"):
         for index, (got, want) in enumerate(zip(getattr(mixed, name), getattr(expected, name), strict=True)):

@@ -3,12 +3,14 @@
 It remaps `triton.language` to itself at each launch, and once more at each call from one jitted function to another: by
 then it is, and looking through the language again takes most of the call. Here it is done at the first call of each
 function in a launch. Types of numbers are looked up in a table that is made once. Whether integers leave their type is
-not computed where nobody looks at it, which is unless `debug` is set. Triton 3.9 is as this expects; a version that
-lacks one of the names is left as it is.
+not computed where nobody looks at it, which is unless `debug` is set. Coverage is not measured within launches, as
+tracing doubles their time; pyproject.toml leaves kernels out of what is counted. Triton 3.9 is as this expects; a
+version that lacks one of the names is left as it is.
 """
 
 import dataclasses
 import functools
+import sys
 
 import triton.language as tl
 from triton.runtime import interpreter
@@ -40,7 +42,12 @@ def hurry() -> None:
     @functools.wraps(launch)
     def launch_anew(self, *args, **kwargs):
         remapped.clear()  # the last launch has undone what it did
-        return launch(self, *args, **kwargs)
+        trace = sys.gettrace()
+        sys.settrace(None)
+        try:
+            return launch(self, *args, **kwargs)
+        finally:
+            sys.settrace(trace)
 
     every_dtype, of_scalar = interpreter._get_np_dtype, functools.cache(interpreter._get_np_dtype)
 

@@ -3,7 +3,7 @@
 import pytest
 import torch
 from adversarial import FILTERS, adversarial_logits, adversarial_rows
-from conftest import _TRITON, DEVICE, GPU_ONLY, Backend, moved
+from conftest import _TRITON, DEVICE, GPU_ONLY, ON_GPU, TRITON_MARKS, Backend, moved
 
 from selfgen_kernels.backends.reference import elementary, philox
 from selfgen_kernels.backends.reference import sampling as reference_sampling
@@ -13,6 +13,18 @@ from selfgen_kernels.call import Sampling
 
 FLOATS = [torch.float32, torch.bfloat16, torch.float16]
 SIZES = [(1, FLOATS[0]), (63, FLOATS[1]), (65, FLOATS[2]), *((1001, dtype) for dtype in FLOATS)]
+SOME_FILTERS = [name for name in FILTERS if name != "none"]
+
+
+def with_triton(sizes, filters):
+    """Every size with every filter, for Triton; in the interpreter a third of the pairs, with each of both, is fast."""
+    return [
+        pytest.param(
+            "triton", *size, name, marks=[*TRITON_MARKS, *([] if ON_GPU or (i + j) % 3 == 0 else [pytest.mark.slow])]
+        )
+        for i, size in enumerate(sizes)
+        for j, name in enumerate(filters)
+    ]
 
 
 def is_interpreted(backend):
@@ -126,8 +138,12 @@ def test_noise_of_chosen_words_is_equal(fast):
 # ---- Tokens ----------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize(("vocab_size", "dtype"), SIZES, ids=str)
-@pytest.mark.parametrize("filters", FILTERS)
+@pytest.mark.parametrize(
+    ("fast", "vocab_size", "dtype", "filters"),
+    [*(("cpp", *size, name) for size in SIZES for name in FILTERS), *with_triton(SIZES, FILTERS)],
+    ids=str,
+    indirect=["fast"],
+)
 def test_tokens_are_equal(fast, reference, vocab_size, filters, dtype):
     logits, inverse, some = adversarial_rows(vocab_size, dtype, filters, 1 if is_interpreted(fast) else 5)
     got, want = (b.sample_mix(logits, inv_temperature=inverse, seed=vocab_size, **some) for b in (fast, reference))
@@ -175,12 +191,9 @@ def assert_survivors_are_equal(logits, inverse, some):
     assert_equal(kept, want_kept)
 
 
-SOME_FILTERS = [name for name in FILTERS if name != "none"]
-
-
-@pytest.mark.parametrize("fast", [_TRITON], indirect=True)
-@pytest.mark.parametrize(("vocab_size", "dtype"), SIZES[1:], ids=str)
-@pytest.mark.parametrize("filters", SOME_FILTERS)
+@pytest.mark.parametrize(
+    ("fast", "vocab_size", "dtype", "filters"), with_triton(SIZES[1:], SOME_FILTERS), ids=str, indirect=["fast"]
+)
 def test_survivors_of_filters_are_equal(fast, vocab_size, filters, dtype):
     logits, inverse, some = adversarial_rows(vocab_size, dtype, filters, 1 if is_interpreted(fast) else 5)
     valid = slice(-3)

@@ -14,14 +14,18 @@ from weakref import WeakKeyDictionary
 import pytest
 import torch
 from helpers.contexts import assert_equal, batch
-from helpers.graphs import Recorder, recorded_passes
+from helpers.graphs import Launches, Recorder, recorded_passes
 from helpers.training import generate, make_trainer, padded, rows
 from models import CONFIGS, tiny_model
 
 from selfgen import ContextGenerator
+from selfgen.context import Masks
 from selfgen.context import graphs as engine
+from selfgen.context.batch import Batch
 from selfgen.context.fixed_point import FixedPoint
 from selfgen.context.forward import Forward
+from selfgen.context.models import inference
+from selfgen.context.sequential import one_by_one, sequential
 from selfgen.training.meter import Meter
 
 
@@ -118,6 +122,28 @@ def test_the_log_tells_of_them(tmp_path):
     meter = Meter(has_graphs=True)
     meter.load(tmp_path, 0)
     assert meter.flush()["replayed_share"] == 0
+
+
+@pytest.mark.parametrize("family", sorted(CONFIGS))
+def test_the_loop_is_one_replay_per_token(family):
+    """The tokens of the model's own loop, and nothing between replays; what precision="invariant" runs in bf16."""
+    model, (prompts, references, ids) = tiny_model(family), batch(4, 14)
+    masks = Masks("span", span_length=3.0, min_reference_prob=0.004 if family == "llama" else 0.0)
+    how = {"model": model, "temperature": 0.9, "masks": masks, "vocab_size": None}
+    forward = Recorder(model)
+    for seed in range(2):
+        rows = Batch.of(prompts, references, 0.6, seed=seed, sample_ids=ids, **how)
+        with inference(model), Launches() as launches:
+            want = sequential(model, rows)
+            got = one_by_one(forward, rows)
+        assert_equal(got, want)
+        assert got.passes == len(launches.between) + 1 == sum(map(len, prompts + references)) - len(prompts)
+        assert vars(got.coverage) == {
+            "captured": seed == 0,
+            "replayed": got.passes - (seed == 0),
+            "padding": 15 * got.passes,
+        }
+    assert launches.between == [[]] * len(launches.between)
 
 
 def test_what_is_kept_is_that_of_the_plain_passes():

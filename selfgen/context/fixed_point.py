@@ -22,7 +22,7 @@ from torch.nn.functional import pad
 
 import selfgen_kernels as kernels
 
-from .batch import Batch
+from .batch import Batch, interleave
 from .budget import PassBudget
 from .forward import PADDING, Forward, Passes, Size, first_places, numbers_for, seed_for
 from .hidden_states import HiddenStates
@@ -85,8 +85,8 @@ class FixedPoint(Passes):
         row = torch.arange(len(lengths), device=device).repeat_interleave(lengths, output_size=num_slots)  # [S]
         no_prompt = [torch.zeros_like(prompt, dtype=torch.bool) for prompt in batch.prompts]
         positions = slots - row_starts[row]
-        reference = torch.cat(_interleave(batch.prompts, batch.references))
-        may_be_self = torch.cat(_interleave(no_prompt, batch.candidates))
+        reference = torch.cat(interleave(batch.prompts, batch.references))
+        may_be_self = torch.cat(interleave(no_prompt, batch.candidates))
         planned = may_be_self.index_fill(0, row_ends - 1, True) if keep_hidden_states else may_be_self
         so_far = planned.cumsum(0)  # [S]
         self_left = so_far[row_ends - 1][row] - so_far
@@ -213,10 +213,6 @@ class FixedPoint(Passes):
         lengths = self.batch.lengths
         rows = torch.split(of_slots[: sum(lengths)].clone(), lengths)  # the state may serve the next generation
         return [row[prompt:] for row, prompt in zip(rows, self.batch.prompt_lengths, strict=True)]
-
-
-def _interleave(prompts: list[Tensor], answers: list[Tensor]) -> list[Tensor]:
-    return [part for pair in zip(prompts, answers, strict=True) for part in pair]
 
 
 def fixed_point(

@@ -36,7 +36,6 @@ class Passes(ABC):
     """
 
     num_slots: int
-    recordable: ClassVar[bool] = True
     hidden_states: HiddenStates | None  # where the passes leave what a training step wants
     numbers: Tensor  # int64, on the host
     PLAN: ClassVar[dict[str, int]] = {}  # the tensors that say what the next pass computes, and what nothing is

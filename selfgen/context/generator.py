@@ -299,7 +299,7 @@ class ContextGenerator:
                 result = self._sequential(batch, support)
             tokens, is_self, invalid = result.tokens, result.is_self, result.invalid
             passes, tokens_computed, hidden_states = result.passes, result.tokens_computed, None
-            coverage = Coverage()
+            coverage = result.coverage
 
         agreed(self._together, lambda: tokens, lambda tokens: [tokens])
         if invalid:

@@ -154,7 +154,7 @@ class GraphedForward(Forward):
         return fits
 
     def _begin(self, passes: Passes) -> None:
-        if self._off or not passes.recordable or passes.num_slots != self._room[0]:
+        if self._off or passes.num_slots != self._room[0]:
             super()._begin(passes)
             return
         casts = self._casts_of_now()

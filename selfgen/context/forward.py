@@ -95,9 +95,9 @@ def seed_for(seed: int, device: torch.device) -> Tensor:
     return torch.full((1,), (seed + 2**63) % 2**64 - 2**63, dtype=torch.int64, device=device)
 
 
-def first_places(mask: Tensor, count: int) -> Tensor:
-    """int64 [count]: where ``mask`` [N] is true, in order, and N for what is left; nothing waits for the device."""
-    return torch.searchsorted(mask.cumsum(0), torch.arange(1, count + 1, device=mask.device))
+def following(of_slots: Tensor) -> Tensor:
+    """A view of ``of_slots`` [..., S] by the slot before: of no slot, `PADDING`, it is what nobody's slot has."""
+    return of_slots[..., 1:]
 
 
 @dataclass

@@ -116,7 +116,7 @@ def _decode(
         column, coin = sample_mix(
             logits,
             reference[:, step],
-            may_be_self[:, step].double(),
+            may_be_self[:, step],
             seed=batch.seed,
             sample_ids=batch.sample_ids,
             positions=torch.full((rows,), step, device=batch.device),
@@ -217,7 +217,7 @@ class OneByOne(Passes):
         self.tokens[after], self.is_self[after] = sample_mix(
             logits,
             self.reference[after],
-            self.candidates[after].double(),
+            self.candidates[after],
             seed=self.seed,
             sample_ids=self.sample_ids[after],
             positions=self.answer_positions[after],

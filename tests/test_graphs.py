@@ -8,6 +8,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import pickle
+import threading
 from contextlib import contextmanager
 from weakref import WeakKeyDictionary
 
@@ -374,6 +375,17 @@ def test_only_a_generation_that_takes_too_much_runs_as_it_is():
     assert mixed.stats.captured == 0
 
 
+def test_a_trial_of_the_budget_does_not_use_up_the_warning(monkeypatch, caplog):
+    """It takes more memory than most generations, and nobody can give it fewer rows."""
+    monkeypatch.setattr(engine, "_memory_of", lambda device: 2**10)
+    generator = ContextGenerator(tiny_model("llama"))
+    assert generator.budget
+    assert "too much to keep" not in caplog.text
+    for _ in range(2):
+        contexts(generator)
+    assert caplog.text.count("too much to keep") == 1
+
+
 def test_release():
     generator = ContextGenerator(tiny_model("llama"), token_budget=100, balance=12.5)
     generator.release()
@@ -401,10 +413,36 @@ def test_one_generation_at_a_time():
     contexts(generator)
     inside.append(lambda: contexts(generator))
     generator.release()  # no hook runs in a replay
-    with pytest.raises(RuntimeError, match="at work already"):
+    with pytest.raises(RuntimeError, match=r"at work already.* use a second one"):
+        contexts(generator)
+    inside[:] = [generator.release]  # what is being run needs what would be freed
+    with pytest.raises(RuntimeError, match=r"at work already.* release it when that is done"):
         contexts(generator)
     model.model.norm._forward_hooks.clear()
     assert_equal(contexts(generator), contexts(generator, method="sequential"))
+
+
+def test_release_waits_for_its_turn():
+    """Not to free what a replay in another thread reads."""
+    model = tiny_model("llama")
+    generator, order = ContextGenerator(model, token_budget=100, balance=12.5), []
+    forward = generator._forward()
+
+    def release():
+        generator.release()
+        order.append("released")
+
+    other = threading.Thread(target=release)
+    with generator.computing():
+        contexts(generator)
+        other.start()
+        other.join(0.05)
+        assert other.is_alive()
+        assert forward._recorded
+        order.append("computed")
+    other.join()
+    assert order == ["computed", "released"]
+    assert not forward._recorded
 
 
 def test_the_budget_is_measured_by_recorded_passes():

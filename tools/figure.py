@@ -77,7 +77,7 @@ def recorded(prompt_length: int, length: int) -> Iterator[list[Pass]]:
         )
         return result
 
-    fixed_point.commit_pass = record
+    fixed_point.commit_pass = record  # type: ignore[assignment]
     try:
         yield passes
     finally:

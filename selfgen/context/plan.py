@@ -59,7 +59,7 @@ class Speculation:
         right = 10 * torch.tensor(self.PRIOR, dtype=torch.float64, device=is_self.device)
         self.counts = torch.stack([right, 10 - right], 1)  # [5, 2]: right, wrong
         self.kind = torch.where(is_self, self.FIRST, self.GIVEN)  # [S] int64
-        self.later = torch.tensor(self.LATER, device=is_self.device).flatten()  # [10] int64: a kind, by kind and outcome
+        self.later = torch.tensor(self.LATER, device=is_self.device).flatten()  # [10] int64: by kind and outcome
 
     @property
     def log_chance(self) -> Tensor:

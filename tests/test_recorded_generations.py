@@ -268,7 +268,7 @@ MOST_LAUNCHES = {
 """Of a recorded pass, per family: in each layer, and all others. Where they fall, lower these."""
 
 
-def launches_of(family, layers, monkeypatch):
+def launches_of(family, layers, monkeypatch, generate=contexts):
     config = CONFIGS[family]()
     name = "n_layer" if family == "gpt2" else "num_hidden_layers"
     types = getattr(config, "layer_types", None)
@@ -277,7 +277,7 @@ def launches_of(family, layers, monkeypatch):
         config.layer_types = (list(types) * layers)[:layers]
     monkeypatch.setitem(CONFIGS, family, lambda: config)
     generator = make(tiny_model(family))
-    contexts(generator)
+    generate(generator)
     (kind,) = generator._forward()._recorded.values()
     return {Launches.count(replay.calls) for replay in kind.replays.values()}
 
@@ -289,3 +289,11 @@ def test_launches_of_a_pass(family, monkeypatch):
     of_layer, besides = MOST_LAUNCHES[family]
     assert (four - two) / 2 <= of_layer
     assert 2 * two - four <= besides
+
+
+def test_launches_of_a_pass_of_answers(monkeypatch):
+    def answers(generator):
+        generator.answer(batch()[0], max_new_tokens=9, batch_size=5, eos_token_ids=[5])
+
+    (two,), (four,) = (launches_of("llama", layers, monkeypatch, answers) for layers in (2, 4))
+    assert 2 * two - four <= 66

@@ -8,20 +8,25 @@ from __future__ import annotations
 import dataclasses
 import json
 import pickle
+import threading
 from contextlib import contextmanager
 from weakref import WeakKeyDictionary
 
 import pytest
 import torch
 from helpers.contexts import assert_equal, batch
-from helpers.graphs import Recorder, recorded_passes
+from helpers.graphs import Launches, Recorder, recorded_passes
 from helpers.training import generate, make_trainer, padded, rows
 from models import CONFIGS, tiny_model
 
 from selfgen import ContextGenerator
+from selfgen.context import Masks
 from selfgen.context import graphs as engine
+from selfgen.context.batch import Batch
 from selfgen.context.fixed_point import FixedPoint
 from selfgen.context.forward import Forward
+from selfgen.context.models import inference
+from selfgen.context.sequential import one_by_one, sequential
 from selfgen.training.meter import Meter
 
 
@@ -118,6 +123,28 @@ def test_the_log_tells_of_them(tmp_path):
     meter = Meter(has_graphs=True)
     meter.load(tmp_path, 0)
     assert meter.flush()["replayed_share"] == 0
+
+
+@pytest.mark.parametrize("family", sorted(CONFIGS))
+def test_the_loop_is_one_replay_per_token(family):
+    """The tokens of the model's own loop, and nothing between replays; what precision="invariant" runs in bf16."""
+    model, (prompts, references, ids) = tiny_model(family), batch(4, 14)
+    masks = Masks("span", span_length=3.0, min_reference_prob=0.004 if family == "llama" else 0.0)
+    how = {"model": model, "temperature": 0.9, "masks": masks, "vocab_size": None}
+    forward = Recorder(model)
+    for seed in range(2):
+        rows = Batch.of(prompts, references, 0.6, seed=seed, sample_ids=ids, **how)
+        with inference(model), Launches() as launches:
+            want = sequential(model, rows)
+            got = one_by_one(forward, rows)
+        assert_equal(got, want)
+        assert got.passes == len(launches.between) + 1 == sum(map(len, prompts + references)) - len(prompts)
+        assert vars(got.coverage) == {
+            "captured": seed == 0,
+            "replayed": got.passes - (seed == 0),
+            "padding": 15 * got.passes,
+        }
+    assert launches.between == [[]] * len(launches.between)
 
 
 def test_what_is_kept_is_that_of_the_plain_passes():
@@ -348,6 +375,17 @@ def test_only_a_generation_that_takes_too_much_runs_as_it_is():
     assert mixed.stats.captured == 0
 
 
+def test_a_trial_of_the_budget_does_not_use_up_the_warning(monkeypatch, caplog):
+    """It takes more memory than most generations, and nobody can give it fewer rows."""
+    monkeypatch.setattr(engine, "_memory_of", lambda device: 2**10)
+    generator = ContextGenerator(tiny_model("llama"))
+    assert generator.budget
+    assert "too much to keep" not in caplog.text
+    for _ in range(2):
+        contexts(generator)
+    assert caplog.text.count("too much to keep") == 1
+
+
 def test_release():
     generator = ContextGenerator(tiny_model("llama"), token_budget=100, balance=12.5)
     generator.release()
@@ -375,10 +413,36 @@ def test_one_generation_at_a_time():
     contexts(generator)
     inside.append(lambda: contexts(generator))
     generator.release()  # no hook runs in a replay
-    with pytest.raises(RuntimeError, match="at work already"):
+    with pytest.raises(RuntimeError, match=r"at work already.* use a second one"):
+        contexts(generator)
+    inside[:] = [generator.release]  # what is being run needs what would be freed
+    with pytest.raises(RuntimeError, match=r"at work already.* release it when that is done"):
         contexts(generator)
     model.model.norm._forward_hooks.clear()
     assert_equal(contexts(generator), contexts(generator, method="sequential"))
+
+
+def test_release_waits_for_its_turn():
+    """Not to free what a replay in another thread reads."""
+    model = tiny_model("llama")
+    generator, order = ContextGenerator(model, token_budget=100, balance=12.5), []
+    forward = generator._forward()
+
+    def release():
+        generator.release()
+        order.append("released")
+
+    other = threading.Thread(target=release)
+    with generator.computing():
+        contexts(generator)
+        other.start()
+        other.join(0.05)
+        assert other.is_alive()
+        assert forward._recorded
+        order.append("computed")
+    other.join()
+    assert order == ["computed", "released"]
+    assert not forward._recorded
 
 
 def test_the_budget_is_measured_by_recorded_passes():

@@ -189,17 +189,27 @@ def test_adapters(adapters):
         assert_equal(generator_of(model, budget).contexts(prompts, references, 0.5, **keys), loop)
 
 
-def test_rows_of_the_loop_do_not_share_memory():
-    """Where as many slots as a row has are what recorded passes have room for."""
-    model = model_of("llama")
-    generator = torch.Generator().manual_seed(5)
+@pytest.mark.parametrize("how", ["weights", "autocast"])
+def test_recorded_steps_of_the_loop_give_the_same(how):
+    """Each token is one replay, for any rows and seed, beside recordings of the other method; and as weights are."""
+    model = tiny_model("llama", dtype=torch.bfloat16 if how == "weights" else torch.float32)
+    prompts, references, ids = batch(5, 16)
+    plain = generator_of(model)
+    plain._passes = Forward(model, plain._invariant)
     with recorded_passes():
         found = generator_of(model)
-        found._forward()._room = 41, 32
-        prompts, references = torch.randint(3, VOCAB, (2, 2, 20), generator=generator)
-        loop = found.contexts([*prompts], [*references], 1.0, seed=1, sample_ids=[0, 1], method="sequential")
-    assert loop.tokens[0].tolist() != loop.tokens[1].tolist()
-    assert loop.stats.captured == loop.stats.replayed == 0
+        for seed in range(3):
+            rows = slice(seed % 2, 5)
+            given, keys = (prompts[rows], references[rows], 0.7), {"seed": seed, "sample_ids": ids[rows]}
+            with in_bf16(how):
+                want = plain.contexts(*given, **keys, method="sequential")
+                loop = found.contexts(*given, **keys, method="sequential")
+                assert_equal(loop, want)
+                assert_equal(found.contexts(*given, **keys), want)
+            assert want.stats.captured == want.stats.replayed == want.stats.padding == 0
+            assert (loop.stats.captured, loop.stats.replayed) == (seed == 0, loop.stats.passes - (seed == 0))
+            with torch.no_grad():
+                model.lm_head.weight.mul_(1.25)
 
 
 def test_generators_can_be_copied():

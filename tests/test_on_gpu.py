@@ -93,6 +93,18 @@ def test_every_pass_is_a_replay_from_the_second_generation_on():
     assert all(torch.equal(kept.states, states) for kept, states in held)
 
 
+def test_the_invariant_loop_is_one_replay_per_token():
+    model = tiny_model("llama", dtype=torch.bfloat16).cuda()
+    generator = ContextGenerator(model, token_budget=64, balance=8, precision="invariant")
+    prompts, references, ids = batch()
+    for seed in range(3):
+        how = {"seed": seed, "sample_ids": ids}
+        loop = generator.contexts(prompts, references, 0.5, **how, method="sequential")
+        mixed = generator.contexts(prompts, references, 0.5, **how)
+        assert all(map(torch.equal, mixed.tokens, loop.tokens))
+        assert (loop.stats.captured, loop.stats.replayed) == (seed == 0, loop.stats.passes - (seed == 0))
+
+
 @pytest.mark.parametrize("family", FAMILIES)
 def test_contexts_are_those_of_the_cpu(family):
     model = tiny_model(family)

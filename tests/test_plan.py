@@ -30,10 +30,10 @@ def test_only_rows_with_as_much_left_count():
 def test_a_guess_that_is_kept_gets_surer():
     speculation = Speculation(torch.tensor([False, True, True, False]))
     kinds = [speculation.kind.tolist()]
-    slots, everywhere = torch.tensor([0, 1]), torch.tensor([True, True])
+    slots, everywhere = torch.tensor([0, 1, -1]), torch.tensor([True, True, False])  # and padding
     for changed in ([False, True], [False, False], [False, False], [True, False]):
         before = speculation.log_chance
-        speculation.observe(slots, torch.tensor(changed), everywhere, everywhere)
+        speculation.observe(slots, torch.tensor([*changed, False]), everywhere)
         kinds.append(speculation.kind.tolist())
     first, changed, kept, again, given = range(5)
     assert kinds == [
@@ -50,12 +50,12 @@ def test_a_guess_that_is_kept_gets_surer():
 def test_rates_follow_what_is_seen():
     speculation = Speculation(torch.ones(101, dtype=torch.bool))
     slots, yes, no = torch.arange(100), torch.ones(100, dtype=torch.bool), torch.zeros(100, dtype=torch.bool)
-    speculation.observe(slots, yes, no, yes)  # not under a final context: the rates say nothing of it
+    speculation.observe(slots, yes, no)  # not under a final context: the rates say nothing of it
     prior = Speculation(torch.ones(1, dtype=torch.bool)).counts
     assert torch.equal(speculation.counts, prior)
-    speculation.observe(slots, yes, yes, yes)
-    right, seen = speculation.counts[Speculation.CHANGED]
-    assert (right, seen) == (prior[Speculation.CHANGED, 0], 110)
+    speculation.observe(slots, yes, yes)
+    right, wrong = speculation.counts[Speculation.CHANGED]
+    assert (right, right + wrong) == (prior[Speculation.CHANGED, 0], 110)
 
 
 @pytest.mark.parametrize(("fixed", "per_token"), [(0.03, 0.0006), (1.0, 0.25)])

@@ -19,8 +19,8 @@ from xml.sax.saxutils import escape
 import torch
 from torch import Tensor
 
-import selfgen_kernels as kernels
 from selfgen import ContextGenerator, MixedContext
+from selfgen.context import fixed_point
 from selfgen.context.generator import Method
 from selfgen.data import tokenize_rows
 
@@ -60,7 +60,7 @@ class Run:
 def recorded(prompt_length: int, length: int) -> Iterator[list[Pass]]:
     """Inside, the passes over one row of ``prompt_length`` and ``length`` answer tokens are noted down."""
     passes: list[Pass] = []
-    commit_pass = kernels.commit_pass
+    commit_pass = fixed_point.commit_pass
 
     def record(tokens, final, slots, cu_seqlens_q, next_self, sampled):
         result = commit_pass(tokens, final, slots, cu_seqlens_q, next_self, sampled)
@@ -77,11 +77,11 @@ def recorded(prompt_length: int, length: int) -> Iterator[list[Pass]]:
         )
         return result
 
-    kernels.commit_pass = record
+    fixed_point.commit_pass = record  # type: ignore[assignment]
     try:
         yield passes
     finally:
-        kernels.commit_pass = commit_pass
+        fixed_point.commit_pass = commit_pass
 
 
 def run(row_number: int, self_prob: float, seed: int) -> Run:

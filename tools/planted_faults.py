@@ -213,7 +213,7 @@ FAULTS = [
         "position: one too late in contexts' answers",
         CONTEXT + "fixed_point.py",
         "ragged_pass = RaggedPass(slots, self.positions[slots][None], self.cu_seqlens_q, self.kv_ranges)",
-        "late = self.positions + (self.answer_positions >= 0)\n"
+        "late = self.positions + (self.draws[2] >= 0)\n"
         "        ragged_pass = RaggedPass(slots, late[slots][None], self.cu_seqlens_q, self.kv_ranges)",
         (PLAIN,),
     ),
@@ -227,15 +227,15 @@ FAULTS = [
     Fault(
         "stream: the noise of the first row for all",
         CONTEXT + "fixed_point.py",
-        "sample_ids=self.sample_ids[at],",
-        "sample_ids=self.sample_ids[:1].expand(len(at)),",
+        "sample_ids=sample_ids,",
+        "sample_ids=self.draws[1, :1].expand(len(before)),",
         (PLAIN,),
     ),
     Fault(
         "stream: positions counted from the prompt",
         CONTEXT + "fixed_point.py",
-        "positions=self.answer_positions[at],",
-        "positions=self.positions[at],",
+        "positions=answer_positions,",
+        "positions=following(self.positions)[before],",
         (PLAIN,),
     ),
     Fault(
@@ -270,8 +270,8 @@ FAULTS = [
     Fault(
         "budget: not kept",
         CONTEXT + "fixed_point.py",
-        "slots=slots.new_empty(min(budget.tokens, room)),",
-        "slots=slots.new_empty(room),",
+        "token_budget = min(budget.tokens, room)",
+        "token_budget = room",
         ("tests/test_contexts.py::test_nothing_final_is_computed_twice[7]",),
     ),
     Fault(
@@ -401,16 +401,30 @@ FAULTS = [
     Fault(
         "graphs: the balance that they were recorded with",
         CONTEXT + "fixed_point.py",
-        "self.self_left[self.final], self.balance)",
-        "self.self_left[self.final], float(self.balance))",
+        "least_log_chance(required, self_left, self.balance)",
+        "least_log_chance(required, self_left, float(self.balance))",
         (RECORDINGS + "test_another_budget_and_balance",),
     ),
     Fault(
         "graphs: padding is sampled",
         CONTEXT + "fixed_point.py",
-        "is_place.float(),",
-        "1.0,",
+        "            following(self.candidates)[before],\n",
+        "            1.0,\n",
         (RECORDINGS + "test_logits_that_are_not_finite_are_counted_once",),
+    ),
+    Fault(
+        "graphs: the slot that the loop was recorded at",
+        CONTEXT + "sequential.py",
+        "self.slot.copy_(self.next_slot[slot])",
+        "self.slot.fill_(int(self.next_slot[slot]))",
+        ("tests/test_graphs.py::test_the_loop_is_one_replay_per_token[llama]",),
+    ),
+    Fault(
+        "graphs: what is being run is freed",
+        CONTEXT + "forward.py",
+        'self._check_free("release it when that is done")',
+        "pass",
+        ("tests/test_graphs.py::test_one_generation_at_a_time",),
     ),
     Fault(
         "graphs: padding is written to the last token",

@@ -277,3 +277,8 @@ def _check_self_prob(self_prob: float | Sequence[float] | Tensor, rows: int, dev
 def left_pad(rows: list[Tensor]) -> Tensor:
     """[R, longest], zeros before the shorter rows."""
     return torch.nn.utils.rnn.pad_sequence(rows, batch_first=True, padding_side="left")
+
+
+def interleave(prompts: list[Tensor], answers: list[Tensor]) -> list[Tensor]:
+    """The parts of the rows, one after the other."""
+    return [part for pair in zip(prompts, answers, strict=True) for part in pair]

@@ -36,6 +36,7 @@ class PassBudget:
 class _Trial(Passes):
     """Passes over the first tokens of one row, whatever they are."""
 
+    is_trial = True
     hidden_states = None
     settings = ()
 

@@ -22,12 +22,15 @@ from torch.nn.functional import pad
 
 import selfgen_kernels as kernels
 
-from .batch import Batch
+from .batch import Batch, interleave
 from .budget import PassBudget
-from .forward import PADDING, Forward, Passes, Size, first_places, numbers_for, seed_for
+from .forward import PADDING, Forward, Passes, Size, following, numbers_for, seed_for
 from .hidden_states import HiddenStates
 from .plan import Speculation, least_log_chance, next_self_slots
 from .ragged import RaggedPass
+
+# The operators themselves: what they are given holds by how it is made, and to check it takes dozens of operations.
+plan_pass, commit_pass = torch.ops.selfgen.plan_pass, torch.ops.selfgen.commit_pass
 
 
 @dataclass
@@ -41,19 +44,20 @@ class FixedPoint(Passes):
     batch: Batch
     row_starts: Tensor  # [R] int64: slots, in the order in which rows are planned for
     positions: Tensor  # [S] int64: counted from the first prompt token of the slot's row
-    answer_positions: Tensor  # [S] int64: counted from the first answer token
-    sample_ids: Tensor  # [S] int64
-    reference: Tensor  # [S] int64: prompts and reference answers
+    draws: Tensor  # [3, S] int64: the reference token, the sample id, and the position in the answer
     next_self: Tensor  # [S] int64: slot of the first self position planned for after each slot; see `start`
-    self_left: Tensor  # [S] int64: self positions planned for after each slot in its row
+    ahead: Tensor  # [2, S] int64: tokens up to that, and self positions planned for after each slot in its row
     candidates: Tensor  # [S] bool: where the token may be a self token, so that it has to be sampled
     is_self: Tensor  # [S] bool: where it was one when it was last sampled; fewer where confidence is asked for
     tokens: Tensor  # [S] int64
+    drawn: Tensor  # [S] int64: what was last sampled, else the reference token
     final: Tensor  # [R] int64: slots, in the same order
     status: Tensor  # [1] int64: self tokens whose logits were not finite
     seed: Tensor  # [1] int64
     balance: Tensor  # [1] fp64
-    slots: Tensor  # [token budget] int64: the next pass, then padding
+    slots: Tensor  # [token budget + 1] int64: the next pass, then padding, in the last place always
+    sampled_so_far: Tensor  # [token budget] int64: at how many places of the next pass, up to each
+    ordinals: Tensor  # [token budget] int64: 1, 2, ...
     cu_seqlens_q: Tensor  # [R + 1] int32
     kv_ranges: Tensor  # [R, 2] int64
     numbers: Tensor  # [2] int64, on the host: tokens of the next pass, and places at which it samples
@@ -62,7 +66,7 @@ class FixedPoint(Passes):
     passes: int = 0
     tokens_computed: int = 0
 
-    PLAN: ClassVar = {"slots": PADDING, "cu_seqlens_q": 0, "kv_ranges": 0}
+    PLAN: ClassVar = {"slots": PADDING, "sampled_so_far": 0, "cu_seqlens_q": 0, "kv_ranges": 0}
 
     @classmethod
     def start(
@@ -85,8 +89,8 @@ class FixedPoint(Passes):
         row = torch.arange(len(lengths), device=device).repeat_interleave(lengths, output_size=num_slots)  # [S]
         no_prompt = [torch.zeros_like(prompt, dtype=torch.bool) for prompt in batch.prompts]
         positions = slots - row_starts[row]
-        reference = torch.cat(_interleave(batch.prompts, batch.references))
-        may_be_self = torch.cat(_interleave(no_prompt, batch.candidates))
+        reference = torch.cat(interleave(batch.prompts, batch.references))
+        may_be_self = torch.cat(interleave(no_prompt, batch.candidates))
         planned = may_be_self.index_fill(0, row_ends - 1, True) if keep_hidden_states else may_be_self
         so_far = planned.cumsum(0)  # [S]
         self_left = so_far[row_ends - 1][row] - so_far
@@ -98,25 +102,26 @@ class FixedPoint(Passes):
             return pad(values, (0, room - num_slots))
 
         row_starts = pad(row_starts, (0, rows - len(lengths)), value=room - 1)
+        next_self = next_self_slots(planned, row_ends[row])
+        token_budget = min(budget.tokens, room)
         state = cls(
             batch=batch,
             row_starts=row_starts,
             positions=of_slots(positions),
-            answer_positions=of_slots(positions - prompt_lengths[row]),
-            sample_ids=of_slots(batch.sample_ids[row]),
-            reference=of_slots(reference),
+            draws=of_slots(torch.stack([reference, batch.sample_ids[row], positions - prompt_lengths[row]])),
             candidates=of_slots(may_be_self),
             is_self=of_slots(may_be_self),
-            self_left=of_slots(self_left),
-            next_self=torch.cat(
-                [next_self_slots(planned, row_ends[row]), torch.arange(num_slots, room, device=device)]
-            ),
+            ahead=of_slots(torch.stack([next_self - slots, self_left])),
+            next_self=torch.cat([next_self, torch.arange(num_slots, room, device=device)]),
             tokens=of_slots(reference),
+            drawn=of_slots(reference),
             final=row_starts.clone(),
             status=torch.zeros(1, dtype=torch.int64, device=device),
             seed=seed_for(batch.seed, device),
             balance=torch.full((1,), budget.balance, dtype=torch.float64, device=device),
-            slots=slots.new_empty(min(budget.tokens, room)),
+            slots=slots.new_full((token_budget + 1,), PADDING),
+            sampled_so_far=slots.new_empty(token_budget),
+            ordinals=torch.arange(1, token_budget + 1, device=device),
             cu_seqlens_q=slots.new_empty(rows + 1, dtype=torch.int32),
             kv_ranges=slots.new_empty(rows, 2),
             numbers=numbers_for(2, device),
@@ -140,64 +145,50 @@ class FixedPoint(Passes):
 
     def plan(self) -> None:
         """Choose what to compute next: nothing once every row is done."""
-        required = self.next_self[self.final] - self.final  # [R]
-        slots, cu_seqlens_q, kv_ranges = kernels.plan_pass(
+        required, self_left = self.ahead[:, self.final]  # [R] each
+        slots, cu_seqlens_q, kv_ranges = plan_pass(
             self.final,
             self.row_starts,
             self.next_self,
             self.speculation.log_chance,
-            len(self.slots),
-            least_log_chance=least_log_chance(required, self.self_left[self.final], self.balance),
+            len(self.ordinals),
+            least_log_chance(required, self_left, self.balance),
         )
-        self.slots.copy_(slots)
+        self.slots[:-1].copy_(slots)
         self.cu_seqlens_q.copy_(cu_seqlens_q)
         self.kv_ranges.copy_(kv_ranges)
-        counts = torch.stack([cu_seqlens_q[-1].long(), self.is_sampled(slots).sum()])
+        torch.cumsum(following(self.candidates)[slots], 0, out=self.sampled_so_far)
+        counts = torch.stack([cu_seqlens_q[-1].long(), self.sampled_so_far[-1]])
         self.numbers.copy_(counts, non_blocking=True)
 
     def run(self, forward: Forward, size: Size) -> None:
         """Compute the planned pass under the current guess, commit it, and plan the next one."""
-        batch, slots = self.batch, self.slots[: size.tokens]  # [N]
-        is_sampled = self.is_sampled(slots)
-        places = first_places(is_sampled, size.places)  # [M]: a token is predicted one position before it
-        is_place, places = places < len(slots), places.clamp(max=len(slots) - 1)
-        at = torch.where(is_place, slots[places] + 1, PADDING)  # [M]
+        batch, slots = self.batch, self.slots[:-1][: size.tokens]  # [N]
+        places = torch.searchsorted(self.sampled_so_far[: len(slots)], self.ordinals[: size.places])  # [M]: N for none
         ragged_pass = RaggedPass(slots, self.positions[slots][None], self.cu_seqlens_q, self.kv_ranges)
-        logits = forward.logits(ragged_pass, self.tokens[slots], places)  # [M, V]
-        sampled, self.is_self[at] = kernels.sample_mix(
+        logits = forward.logits(ragged_pass, self.tokens[slots], places.clamp(max=len(slots) - 1))  # [M, V]
+        before = self.slots[places]  # [M]: a token is predicted one position before it
+        reference, sample_ids, answer_positions = following(self.draws)[:, before]
+        following(self.drawn)[before], following(self.is_self)[before] = kernels.sample_mix(
             logits,
-            self.reference[at],
-            is_place.float(),
+            reference,
+            following(self.candidates)[before],
             seed=self.seed,
-            sample_ids=self.sample_ids[at],
-            positions=self.answer_positions[at],
+            sample_ids=sample_ids,
+            positions=answer_positions,
             temperature=batch.temperature,
             min_reference_prob=batch.min_reference_prob,
             vocab_size=batch.vocab_size,
             status=self.status,
         )
-        self.commit(slots, sampled, is_sampled)
+        self.commit(slots)
         self.plan()
 
-    def commit(self, slots: Tensor, sampled: Tensor, is_sampled: Tensor) -> None:
-        """Write the tokens [M] that were sampled at some of ``slots`` [N] into the guess; move each row to its first
-        change."""
-        number = (is_sampled.cumsum(0) - 1).clamp(min=0)  # [N]: which of the sampled tokens it gets
-        guess = self.tokens[(slots + 1).clamp(max=len(self.tokens) - 1)]  # as is
-        changed, observed = kernels.commit_pass(
-            self.tokens,
-            self.final,
-            slots,
-            self.cu_seqlens_q,
-            self.next_self,
-            torch.where(is_sampled, pad(sampled, (0, 1))[number], guess),
-        )
-        self.speculation.observe(slots, changed, observed & is_sampled, is_sampled)
-
-    def is_sampled(self, slots: Tensor) -> Tensor:
-        """bool, as ``slots``: which of them come right before a self position."""
-        after = slots + 1  # 0 of padding, which is the first token of a prompt
-        return (self.next_self[slots] == after) & self.candidates[after]
+    def commit(self, slots: Tensor) -> None:
+        """Write what was drawn after ``slots`` [N] into the guess; move each row to its first change."""
+        drawn = following(self.drawn)[slots]  # [N]
+        changed, observed = commit_pass(self.tokens, self.final, slots, self.cu_seqlens_q, self.next_self, drawn)
+        self.speculation.observe(slots, changed, observed)
 
     @property
     def contexts(self) -> list[Tensor]:
@@ -213,10 +204,6 @@ class FixedPoint(Passes):
         lengths = self.batch.lengths
         rows = torch.split(of_slots[: sum(lengths)].clone(), lengths)  # the state may serve the next generation
         return [row[prompt:] for row, prompt in zip(rows, self.batch.prompt_lengths, strict=True)]
-
-
-def _interleave(prompts: list[Tensor], answers: list[Tensor]) -> list[Tensor]:
-    return [part for pair in zip(prompts, answers, strict=True) for part in pair]
 
 
 def fixed_point(

@@ -36,7 +36,7 @@ class Passes(ABC):
     """
 
     num_slots: int
-    recordable: ClassVar[bool] = True
+    is_trial: ClassVar[bool] = False  # nothing but their time is wanted
     hidden_states: HiddenStates | None  # where the passes leave what a training step wants
     numbers: Tensor  # int64, on the host
     PLAN: ClassVar[dict[str, int]] = {}  # the tensors that say what the next pass computes, and what nothing is
@@ -96,9 +96,9 @@ def seed_for(seed: int, device: torch.device) -> Tensor:
     return torch.full((1,), (seed + 2**63) % 2**64 - 2**63, dtype=torch.int64, device=device)
 
 
-def first_places(mask: Tensor, count: int) -> Tensor:
-    """int64 [count]: where ``mask`` [N] is true, in order, and N for what is left; nothing waits for the device."""
-    return torch.searchsorted(mask.cumsum(0), torch.arange(1, count + 1, device=mask.device))
+def following(of_slots: Tensor) -> Tensor:
+    """A view of ``of_slots`` [..., S] by the slot before: of no slot, `PADDING`, it is what nobody's slot has."""
+    return of_slots[..., 1:]
 
 
 @dataclass
@@ -133,10 +133,10 @@ class Forward:
         self._check_free()
         return slots + 1, rows  # the last slot is nobody's
 
-    def _check_free(self) -> None:
+    def _check_free(self, remedy: str = "use a second one") -> None:
         if self._busy:
             raise RuntimeError(
-                "this ContextGenerator is at work already, in another thread or inside a pass: use a second one"
+                f"this ContextGenerator is at work already, in another thread or inside a pass: {remedy}"
             )
 
     @contextmanager
@@ -154,7 +154,7 @@ class Forward:
             with ragged_model(self.model), self._weights(), self._fused.used(), kept:
                 yield
         except BaseException:
-            self.release()
+            self._release()
             raise
         finally:
             self._busy = False
@@ -165,7 +165,16 @@ class Forward:
         return self._busy
 
     def release(self) -> None:
-        """Free what is kept for the next generation."""
+        """Free what is kept for the next generation.
+
+        Raises:
+            RuntimeError: passes are being run, which need it.
+        """
+        self._check_free("release it when that is done")
+        self._release()
+
+    def _release(self) -> None:
+        """The same, whatever is being run."""
 
     def _weights(self) -> AbstractContextManager[None]:
         """Inside, passes read weights in the form that is best for them."""

@@ -18,7 +18,7 @@ from torch.nn.functional import pad
 
 import selfgen_kernels as kernels
 
-from .forward import PADDING, Coverage, Forward, Passes, Size, first_places, numbers_for, seed_for
+from .forward import PADDING, Coverage, Forward, Passes, Size, numbers_for, seed_for
 from .ragged import RaggedPass
 
 _MOST_TOKENS = 8192  # of the prompts that begin in one pass, or one prompt
@@ -64,6 +64,7 @@ class FreeRun(Passes):
     prompt_lengths: Tensor  # [B] int64
     limits: Tensor  # [B] int64
     ended: Tensor  # [B] bool: by the last pass
+    ordinals: Tensor  # [S] int64: 1, 2, ...
     stop_ids: Tensor  # [E] int64
     seed: Tensor  # [1] int64
     status: Tensor  # [1] int64: tokens whose logits were not finite
@@ -95,6 +96,7 @@ class FreeRun(Passes):
             prompt_lengths=prompt_lengths,
             limits=limits,
             ended=torch.zeros(rows, dtype=torch.bool, device=device),
+            ordinals=torch.arange(1, slots + 1, device=device),
             stop_ids=prompts.stop_ids.clone(),  # the caller's may not be written
             seed=seed_for(sampling["seed"], device),
             status=torch.zeros(1, dtype=torch.int64, device=device),
@@ -131,47 +133,49 @@ class FreeRun(Passes):
             self.limits[place] = self.prompts.limits[row]
         return Size(going_on + begun, sum(row is not None for row in self.rows))
 
-    def plan(self, num_tokens: int) -> RaggedPass:
-        """All new tokens of all places, and padding up to ``num_tokens``."""
-        ends = self.new.cumsum(0)
-        token = torch.arange(num_tokens, device=ends.device)  # [N]
-        place = torch.searchsorted(ends, token, right=True)  # [N]: one too many for padding
+    def plan(self, ends: Tensor, num_tokens: int) -> RaggedPass:
+        """All new tokens of all places, which end at ``ends`` [B], and padding up to ``num_tokens``."""
+        ordinal = self.ordinals[:num_tokens]  # [N]
+        place = torch.searchsorted(ends, ordinal)  # [N]: one too many for padding
         is_token, place = place < len(ends), place.clamp(max=len(ends) - 1)
-        positions = torch.where(is_token, token + (self.computed - ends + self.new)[place], 0)
+        seen = self.computed + self.new  # [B]
+        positions = torch.where(is_token, ordinal + (seen - ends - 1)[place], 0)
         return RaggedPass(
             slots=torch.where(is_token, self.starts[place] + positions, PADDING),
             position_ids=positions[None],
             cu_seqlens_q=pad(ends, (1, 0)).int(),
-            kv_ranges=torch.stack([self.starts, self.computed + self.new], 1),
+            kv_ranges=torch.stack([self.starts, seen], 1),
         )
 
     def run(self, forward: Forward, size: Size) -> None:
         """Compute all new tokens, and append the token that follows them to each taken place."""
-        ragged_pass = self.plan(size.tokens)
+        ends = self.new.cumsum(0)  # [B]: of each place's tokens in the pass
+        ragged_pass = self.plan(ends, size.tokens)
         taken = self.new > 0  # [B]
-        place = first_places(taken, size.places)  # [M]
+        taken_so_far = taken.cumsum(0)  # [B]
+        place = torch.searchsorted(taken_so_far, self.ordinals[: size.places])  # [M]: one too many for padding
         is_taken, place = place < len(taken), place.clamp(max=len(taken) - 1)
-        last = (ragged_pass.cu_seqlens_q[1:][place].long() - 1).clamp(min=0)  # [M]: where a token is predicted
+        last = (ends[place] - 1).clamp(min=0)  # [M]: where a token is predicted
         input_ids = self.tokens[ragged_pass.slots]
         sampled, _ = kernels.sample_mix(
             forward.logits(ragged_pass, input_ids, last),  # [M, V]
             input_ids[last],  # what a row gets whose logits are not finite: its last token again
-            is_taken.float(),
+            is_taken,
             seed=self.seed,
             sample_ids=self.sample_ids[place],
-            positions=(self.computed + self.new - self.prompt_lengths)[place],
+            positions=(ragged_pass.kv_ranges[:, 1] - self.prompt_lengths)[place],
             status=self.status,
             **self.how,
         )
-        self.commit(sampled[(taken.cumsum(0) - 1).clamp(min=0)], taken)
+        self.commit(sampled[(taken_so_far - 1).clamp(min=0)], taken)
 
     def commit(self, sampled: Tensor, taken: Tensor) -> None:
         """Append the tokens [B] that were sampled in the ``taken`` places [B]; the rows that end leave theirs."""
         self.computed += self.new
-        self.tokens[torch.where(taken, self.starts + self.computed, PADDING)] = torch.where(taken, sampled, 0)
+        self.tokens[torch.where(taken, self.starts + self.computed, PADDING)] = sampled
         stops = (sampled[:, None] == self.stop_ids).any(1) | (self.lengths == self.limits)
-        self.ended.copy_(taken & stops)
-        self.new.copy_(taken & ~stops)
+        torch.logical_and(taken, stops, out=self.ended)
+        torch.logical_and(taken, ~stops, out=self.new)
         self.numbers.copy_(self.ended.sum()[None], non_blocking=True)
 
     @property

@@ -184,11 +184,10 @@ class ContextGenerator:
                 with packed_linears(self.model):
                     return measure_budget(self.model, together=self._together)
             verification.check_ragged(0)
-            try:
-                # A pass takes another time than a forward.
-                return measure_budget(self.model, forward=forward, together=self._together)
-            finally:
-                forward.release()  # a generation's passes have other sizes
+            # A pass takes another time than a forward.
+            measured = measure_budget(self.model, forward=forward, together=self._together)
+            forward.release()  # a generation's passes have other sizes
+            return measured
 
     @contextmanager
     def computing(self) -> Iterator[None]:
@@ -299,7 +298,7 @@ class ContextGenerator:
                 result = self._sequential(batch, support)
             tokens, is_self, invalid = result.tokens, result.is_self, result.invalid
             passes, tokens_computed, hidden_states = result.passes, result.tokens_computed, None
-            coverage = Coverage()
+            coverage = result.coverage
 
         agreed(self._together, lambda: tokens, lambda tokens: [tokens])
         if invalid:
@@ -447,9 +446,16 @@ class ContextGenerator:
         return eos_token_ids_of(self.model)
 
     def release(self) -> None:
-        """Free what CUDA graphs keep on the GPU; the next generation makes it anew."""
-        if self._passes is not None:
-            self._passes.release()
+        """Free what CUDA graphs keep on the GPU; the next generation makes it anew.
+
+        A generation in another thread is waited for.
+
+        Raises:
+            RuntimeError: this generator is at work, and calls this from inside a pass.
+        """
+        with taking_turns(self.model):
+            if self._passes is not None:
+                self._passes.release()
 
     def __getstate__(self):
         return {**vars(self), "_passes": None}  # CUDA graphs can't be copied

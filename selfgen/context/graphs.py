@@ -98,9 +98,9 @@ class GraphedForward(Forward):
         self._most_places = int(MOST_LOGITS * _memory_of(self.device)) // (4 * vocab_size_of(model))
         self._off = self._told_of_memory = self._told_of_casts = False
         self._stream: Any = None
-        self.release()
+        self._release()
 
-    def release(self) -> None:
+    def _release(self) -> None:
         self._room = 0, 0  # slots and rows
         self._drop()
 
@@ -120,41 +120,51 @@ class GraphedForward(Forward):
     def _turn_off(self, reason: object) -> None:
         logger.warning("passes run without CUDA graphs: %s", reason)
         cache = self.cache
-        self.release()
+        self._release()
         self._off, self.cache = True, cache  # with which the generation goes on
 
     def room(self, slots: int, rows: int, *, keeps_hidden_states: bool = False) -> tuple[int, int]:
-        exact, room = super().room(slots, rows), self._room
-        if exact[0] > room[0] or rows > room[1]:
-            step = max(1024, (1 << exact[0].bit_length()) // 8)  # so that the next generation fits, too
-            more = -(-exact[0] // step) * step, max(32, 1 << (rows - 1).bit_length())
-            room = max(more[0], room[0]), max(more[1], room[1])
-        if self._off or not self._fits(room[0], keeps_hidden_states or self._hidden is not None):
+        exact = super().room(slots, rows)
+        room = self._room_for(*exact)
+        if self._off or self._nbytes(room[0], keeps_hidden_states) > self._share * _memory_of(self.device):
             return exact
         self._room = room
         return room
 
-    def _fits(self, slots: int, keeps_hidden_states: bool) -> bool:
-        """Whether what graphs of so many slots keep is no more than their share of the memory."""
+    def _room_for(self, slots: int, rows: int) -> tuple[int, int]:
+        """So that the next generation fits, too."""
+        room = self._room
+        if slots <= room[0] and rows <= room[1]:
+            return room
+        step = max(1024, (1 << slots.bit_length()) // 8)
+        return max(-(-slots // step) * step, room[0]), max(32, 1 << (rows - 1).bit_length(), room[1])
+
+    def _nbytes(self, slots: int, keeps_hidden_states: bool) -> int:
+        """What graphs of so many slots keep."""
         config = self.model.config.get_text_config(decoder=True)
         heads, layers = config.num_attention_heads, config.num_hidden_layers
         kv_heads = getattr(config, "num_key_value_heads", None) or heads
         head_dim = getattr(config, "head_dim", None) or config.hidden_size // heads
         of_slot = 2 * layers * kv_heads * head_dim * precision_of(self.model).itemsize
-        if keeps_hidden_states:
+        if keeps_hidden_states or self._hidden is not None:
             of_slot += (layers + 1) * config.hidden_size * self.model.dtype.itemsize
-        fits = slots * of_slot <= self._share * _memory_of(self.device)
-        if not fits and not self._told_of_memory:
-            logger.warning(
-                "passes of a generation run without CUDA graphs: its K/V and hidden states take %.1f GB, too much to "
-                "keep between generations; give a larger graph_memory, or fewer rows at a time",
-                slots * of_slot / 1e9,
-            )
-            self._told_of_memory = True
-        return fits
+        return slots * of_slot
+
+    def _tell_of_memory(self, passes: Passes) -> None:
+        if passes.is_trial or self._told_of_memory:
+            return
+        nbytes = self._nbytes(self._room_for(passes.num_slots, 1)[0], passes.hidden_states is not None)
+        logger.warning(
+            "passes of a generation run without CUDA graphs: its K/V and hidden states take %.1f GB, too much to keep "
+            "between generations; give a larger graph_memory, or fewer rows at a time",
+            nbytes / 1e9,
+        )
+        self._told_of_memory = True
 
     def _begin(self, passes: Passes) -> None:
-        if self._off or not passes.recordable or passes.num_slots != self._room[0]:
+        if self._off or passes.num_slots != self._room[0]:
+            if not self._off:
+                self._tell_of_memory(passes)
             super()._begin(passes)
             return
         casts = self._casts_of_now()

@@ -155,8 +155,7 @@ def captured(kept: HiddenStates | None, slots_of_pass: Callable[[], Tensor]) -> 
         if not args or not isinstance(args[0], Tensor) or (index > 0 and (not left or args[0] is not left[0])):
             raise ReuseError("a decoder layer's first argument is not the hidden states that left the one before it")
         if index == 0:
-            given = slots_of_pass()
-            slots[:] = [torch.where(given < 0, kept.nobodys_slot, given)]
+            slots[:] = [slots_of_pass() % (kept.nobodys_slot + 1)]
         kept.write(slots[0], args[0][0], index)
 
     def leaves(index: int, _layer: nn.Module, _args: tuple, output) -> None:

@@ -12,6 +12,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from .forward import following
+
 
 def next_self_slots(is_self: Tensor, row_ends: Tensor) -> Tensor:
     """[S] int64: the first self position after each slot in its row, or the slot itself if there is none.
@@ -42,30 +44,34 @@ class Speculation:
     """Chance that a guess is right, by what is known of it; the rates follow what the passes show.
 
     The first guess is the reference, later ones are what the model sampled last. A guess that did not change when it
-    was computed again is unlikely to change later; one that just changed may well change again.
+    was computed again is unlikely to change later; one that just changed may well change again. What is given, hence
+    right, stays so.
     """
 
     FIRST, CHANGED, KEPT, KEPT_AGAIN, GIVEN = range(5)
     PRIOR = (0.5, 0.6, 0.8, 0.95, 1.0)  # counts as ten observations of each
+    LATER = (  # of each kind: one that was kept, and one that was changed
+        (KEPT, CHANGED), (KEPT, CHANGED), (KEPT_AGAIN, CHANGED), (KEPT_AGAIN, CHANGED), (GIVEN, GIVEN)
+    )  # fmt: skip
 
     def __init__(self, is_self: Tensor):
-        """``is_self`` is bool [S]; any other token is given, hence right."""
-        rates = torch.tensor(self.PRIOR, dtype=torch.float64, device=is_self.device)
-        self.counts = 10 * torch.stack([rates, torch.ones_like(rates)], 1)  # [5, 2]: right, seen
+        """``is_self`` is bool [S]; any other token is given."""
+        right = 10 * torch.tensor(self.PRIOR, dtype=torch.float64, device=is_self.device)
+        self.counts = torch.stack([right, 10 - right], 1)  # [5, 2]: right, wrong
         self.kind = torch.where(is_self, self.FIRST, self.GIVEN)  # [S] int64
+        self.later = torch.tensor(self.LATER, device=is_self.device).flatten()  # [10] int64: by kind and outcome
 
     @property
     def log_chance(self) -> Tensor:
         """[S] fp32."""
-        return (self.counts[:, 0] / self.counts[:, 1]).log().float()[self.kind]
+        return (self.counts[:, 0] / self.counts.sum(1)).log().float()[self.kind]
 
-    def observe(self, slots: Tensor, changed: Tensor, observed: Tensor, is_sampled: Tensor) -> None:
+    def observe(self, slots: Tensor, changed: Tensor, observed: Tensor) -> None:
         """Take in a committed pass: what it showed at the place [N] of each computed slot about the slot after it.
 
         Only what was ``observed`` under a final context counts: this is what the chance of a segment is made of.
         """
-        after = slots + 1  # [N]
-        kind = self.kind[after]
-        self.counts.index_add_(0, kind, torch.stack([observed & ~changed, observed], 1).double())
-        kept = (kind.clamp(min=self.CHANGED) + 1).clamp(max=self.KEPT_AGAIN)
-        self.kind[after] = torch.where(is_sampled, torch.where(changed, self.CHANGED, kept), kind)
+        kind = following(self.kind)  # of the token that a slot tells
+        outcome = torch.add(changed, kind[slots], alpha=2)  # [N]
+        self.counts.view(-1).index_add_(0, outcome, observed.double())
+        kind[slots] = self.later[outcome]

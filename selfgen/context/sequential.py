@@ -8,18 +8,19 @@ and the fast path is tested against it.
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass
-from typing import NamedTuple
+from collections.abc import Callable, Hashable
+from dataclasses import dataclass, field
+from typing import ClassVar, NamedTuple
 
 import torch
 from torch import Tensor
+from torch.nn.functional import pad
 from transformers import DynamicCache, PreTrainedModel
 
 from selfgen_kernels import sample_mix
 
-from .batch import Batch, left_pad
-from .forward import Forward, Passes, Size, numbers_for
+from .batch import Batch, interleave, left_pad
+from .forward import PADDING, Coverage, Forward, Passes, Size, numbers_for, seed_for
 from .models import arguments_of, cache_argument, own_logits
 from .ragged import RaggedPass
 
@@ -31,6 +32,7 @@ class SequentialResult:
     passes: int
     tokens_computed: int
     invalid: int
+    coverage: Coverage = field(default_factory=Coverage)
 
 
 class Strategy(NamedTuple):
@@ -62,6 +64,8 @@ def sequential(
     not a function of one row's prefix alone once padding, other rows or a cache are involved (positions that begin
     elsewhere, frequencies that depend on the longest row, recurrent state, ...). ``verification`` finds out which
     strategy is right for a model. ``observe`` gets the logits [rows, V] of each step.
+
+    On purpose, nothing here runs over the ragged cache or as a CUDA graph: passes that do are compared with it.
     """
     status = torch.zeros(1, dtype=torch.int64, device=batch.device)
     batches = [batch] if strategy.together else [batch.row(i) for i in range(len(batch.prompts))]
@@ -112,7 +116,7 @@ def _decode(
         column, coin = sample_mix(
             logits,
             reference[:, step],
-            may_be_self[:, step].double(),
+            may_be_self[:, step],
             seed=batch.seed,
             sample_ids=batch.sample_ids,
             positions=torch.full((rows,), step, device=batch.device),
@@ -137,58 +141,94 @@ def _decode(
 def one_by_one(forward: Forward, batch: Batch) -> SequentialResult:
     """The definition in terms of passes: each row by itself, from its first token on, one token per pass.
 
-    ``precision="invariant"`` promises these contexts at any budget and in any batch.
+    ``precision="invariant"`` promises these contexts at any budget and in any batch. What a pass computes does not
+    depend on what the one before it has shown, so between two of them the host has nothing to read.
     """
-    rows = [_OneByOne(forward, batch.row(i)) for i in range(len(batch.prompts))]
-    for row in rows:
-        with forward.over(row):
-            for place in range(len(row.tokens) - 1):
-                row.place = place
-                row.run(forward, Size(1, 1))
-    passes = sum(batch.lengths) - len(batch.lengths)
+    loop = OneByOne(forward, batch)
+    told = torch.cat([row[1:] for row in loop.candidates[: sum(batch.lengths)].split(batch.lengths)])
+    passes = told.tolist()  # of each, whether the token that it tells is sampled
+    with forward.over(loop):
+        for is_sampled in passes:
+            forward.run(loop, Size(1, int(is_sampled)))
     return SequentialResult(
-        tokens=[row.tokens[batch.prompt_lengths[i] :] for i, row in enumerate(rows)],
-        is_self=[row.is_self for row in rows],
-        passes=passes,
-        tokens_computed=passes,
-        invalid=sum(int(row.status) for row in rows),
+        tokens=loop.answers(loop.tokens),
+        is_self=loop.answers(loop.is_self),
+        passes=len(passes),
+        tokens_computed=len(passes),
+        invalid=int(loop.status),
+        coverage=forward.coverage,
     )
 
 
-class _OneByOne(Passes):
-    """One row, of which a pass computes the token at ``place``, which only the host knows."""
+class OneByOne(Passes):
+    """The rows of a batch one after the other, of which a pass computes the token in one ``slot``.
 
-    recordable = False
+    They lie one after the other, and the last slot is nobody's. Of each slot: ``tokens``, their ``reference``,
+    ``candidates`` and ``is_self`` as in the answers, ``positions`` counted from the row's first token and
+    ``answer_positions`` from the first one of its answer, the ``row_starts`` and ``sample_ids`` of its row, and the
+    ``next_slot`` to compute. All are [S], int64 or bool.
+    """
+
     hidden_states = None
-    settings = ()
-    place = 0
+    PLAN: ClassVar = {"slot": PADDING}
 
-    def __init__(self, forward: Forward, row: Batch):
-        self.row = row
-        (prompt,), (reference,), (candidates,) = row.prompts, row.references, row.candidates
-        self.tokens, self.is_self = torch.cat([prompt, reference]), torch.zeros_like(candidates)
-        self.num_slots = len(self.tokens) + 1
-        self.status = torch.zeros(1, dtype=torch.int64, device=row.device)
-        self.numbers = numbers_for(0, row.device)
+    def __init__(self, forward: Forward, batch: Batch):
+        device, used = batch.device, sum(batch.lengths)
+        self.batch = batch
+        self.num_slots, _ = forward.room(used, 1)
+        prompt_lengths, lengths = (torch.tensor(x, device=device) for x in (batch.prompt_lengths, batch.lengths))  # [R]
+        ends = lengths.cumsum(0)  # [R]
+        row = torch.arange(len(lengths), device=device).repeat_interleave(lengths)  # [used]
+        no_prompt = [torch.zeros_like(prompt, dtype=torch.bool) for prompt in batch.prompts]
+
+        def of_slots(values: Tensor) -> Tensor:
+            return pad(values, (0, self.num_slots - used))
+
+        self.reference = of_slots(torch.cat(interleave(batch.prompts, batch.references)))
+        self.candidates = of_slots(torch.cat(interleave(no_prompt, batch.candidates)))
+        self.tokens, self.is_self = self.reference.clone(), torch.zeros_like(self.candidates)
+        self.row_starts = of_slots((ends - lengths)[row])
+        self.positions = of_slots(torch.arange(used, device=device)) - self.row_starts
+        self.answer_positions = (self.positions - of_slots(prompt_lengths[row])).clamp(min=0)
+        self.sample_ids = of_slots(batch.sample_ids[row])
+        self.next_slot = torch.arange(1, self.num_slots + 1, device=device)
+        self.next_slot[ends - 2] += 1  # the last token of a row tells none
+        self.slot = torch.zeros(1, dtype=torch.int64, device=device)
+        self.seed = seed_for(batch.seed, device)
+        self.status = torch.zeros(1, dtype=torch.int64, device=device)
+        self.numbers = numbers_for(0, device)
+
+    @property
+    def settings(self) -> tuple[Hashable, ...]:
+        return self.batch.temperature, self.batch.min_reference_prob, self.batch.vocab_size
 
     def run(self, forward: Forward, size: Size) -> None:
-        row, place = self.row, self.place
-        step = place + 1 - row.prompt_lengths[0]  # of the answer, whose token this one tells
-        index = torch.arange(step >= 0, device=row.device)
-        here = slice(place, place + 1)
-        logits = forward.logits(RaggedPass.of_windows([(0, place, place + 1)], row.device), self.tokens[here], index)
-        if step < 0:
-            return
-        at = slice(step, step + 1)
-        self.tokens[place + 1 : place + 2], self.is_self[at] = sample_mix(
+        batch, slot = self.batch, self.slot  # [1]
+        slots = pad(slot, (0, size.tokens - 1), value=PADDING)  # [N]
+        ragged_pass = RaggedPass(
+            slots=slots,
+            position_ids=self.positions[slots][None],
+            cu_seqlens_q=pad((slot >= 0).int(), (1, 0)),
+            kv_ranges=torch.stack([self.row_starts[slot], self.positions[slot] + 1], 1),
+        )
+        at = slot[: size.places]  # [M]: it, or none
+        logits = forward.logits(ragged_pass, self.tokens[slots], torch.zeros_like(at))  # [M, V]
+        after = at + 1  # 0 for padding, which is the first token of a prompt
+        self.tokens[after], self.is_self[after] = sample_mix(
             logits,
-            row.references[0][at],
-            row.candidates[0][at].double(),
-            seed=row.seed,
-            sample_ids=row.sample_ids,
-            positions=torch.tensor([step], device=row.device),
-            temperature=row.temperature,
-            min_reference_prob=row.min_reference_prob,
-            vocab_size=row.vocab_size,
+            self.reference[after],
+            self.candidates[after],
+            seed=self.seed,
+            sample_ids=self.sample_ids[after],
+            positions=self.answer_positions[after],
+            temperature=batch.temperature,
+            min_reference_prob=batch.min_reference_prob,
+            vocab_size=batch.vocab_size,
             status=self.status,
         )
+        self.slot.copy_(self.next_slot[slot])
+
+    def answers(self, of_slots: Tensor) -> list[Tensor]:
+        """What ``of_slots`` [S] says of the answers, [T_i] each."""
+        rows = of_slots[: sum(self.batch.lengths)].clone().split(self.batch.lengths)  # others may get this memory
+        return [row[prompt:] for row, prompt in zip(rows, self.batch.prompt_lengths, strict=True)]

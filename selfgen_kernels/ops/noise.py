@@ -72,7 +72,8 @@ def self_mask(seed: int, sample_ids: Tensor, positions: Tensor, self_prob: float
         seed: any 64-bit integer, signed or unsigned.
         sample_ids: int32 or int64 [N], any values.
         positions: int32 or int64 [N], 0 <= position < 2^32.
-        self_prob: a probability, or floating [N] with one per row. 0 is never, 1 always; the resolution is 2^-32.
+        self_prob: a probability, or floating [N] with one per row, or bool [N]. 0 is never, 1 always; the resolution is
+            2^-32.
 
     Returns:
         bool [N], on the device of `sample_ids`.

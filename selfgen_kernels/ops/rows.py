@@ -87,6 +87,9 @@ def mask_threshold(self_prob: float | Tensor, like: Tensor) -> Tensor:
     if _on_host(self_prob):
         check_number("self_prob", self_prob, accepted, is_valid, or_else="a tensor [N]")
         return _for_all_rows(round(self_prob * 2**32), like, torch.int64)
+    if isinstance(self_prob, Tensor) and self_prob.dtype == torch.bool:
+        check_tensor("self_prob", self_prob, (like.shape[0],), (torch.bool,), like.device)
+        return self_prob * 2**32
     prob = per_row("self_prob", self_prob, like, torch.float64, accepted, is_valid)
     return (prob * 2**32).round().long()
 

@@ -55,7 +55,7 @@ def sample_mix(
     Args:
         logits: fp32, bf16, fp16 or fp64 [N, V], any strides, V >= 1; computed in fp32, no gradient flows.
         reference: int32 or int64 [N], the tokens of the reference answer, below `vocab_size` where that is given.
-        self_prob: a probability, or floating [N].
+        self_prob: a probability, or floating [N], or bool [N], which is 0 or 1.
         seed: any 64-bit integer, signed or unsigned; or int64 [1] on the same device, which the kernel reads when it
             runs, so that a CUDA graph may be replayed with another one.
         sample_ids: int32 or int64 [N], any values.

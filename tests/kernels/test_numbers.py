@@ -98,6 +98,14 @@ def test_the_numbers_are_those_of_tensors(case):
         assert share is None or value.tolist() == [share] * N
 
 
+def test_a_mask_is_a_probability_of_0_or_1():
+    mask, like = torch.arange(N) % 2 == 0, torch.empty(N)
+    assert torch.equal(mask_threshold(mask, like), mask_threshold(mask.double(), like))
+    with Computed("cpu") as computed:
+        mask_threshold(mask, like)
+    assert computed.names == ["mul"]
+
+
 @pytest.mark.parametrize("fast", [_TRITON], indirect=True)
 @pytest.mark.parametrize("case", CASES, ids=str)
 def test_kernels_give_the_same_for_both(fast, reference, case):

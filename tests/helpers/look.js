@@ -65,6 +65,8 @@ function look(frame) {
   const chart = page.querySelector(".chart"), box = chart.getBoundingClientRect();
   chart.dispatchEvent(new view.MouseEvent("click", { clientX: box.left + 1, clientY: box.top + 5, bubbles: true }));
   found.after_chart = title();
+  view.dispatchEvent(new view.Event("resize"));
+  found.after_resize = title();
   (lists[0].querySelector(".differ") ?? tokens[0]).focus();
   view.scrollTo(0, 0);
   return found;

@@ -83,4 +83,4 @@ for (const chart of document.querySelectorAll(".chart")) {
 }
 
 document.addEventListener("keydown", event => { if (event.key === "Escape") hide(); });
-window.addEventListener("resize", hide);
+window.addEventListener("resize", () => { if (shown) show(shown); });  // as a phone does when its bars come and go

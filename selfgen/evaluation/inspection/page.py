@@ -10,7 +10,7 @@ from itertools import groupby
 
 from .records import InspectedRow, Place
 from .token_texts import TokenTexts, visible
-from .words import kind_of, number, probability, share, slip_told
+from .words import kind_of, number, share, slip_told
 
 MADE_BY = '<meta name="generator" content="selfgen inspect">'
 """By which a file that was written here is known."""
@@ -94,8 +94,8 @@ def _summary(row: InspectedRow) -> str:
         ("self tokens", str(row.self_tokens), ""),
         ("of them differ", str(row.differing), share(row.differing, row.self_tokens)),
         ("passes", passes, f"a loop takes {row.steps} steps"),
-        ("first slip", "none" if row.first_slip is None else f"token {row.first_slip + 1}", "running freely"),
-        ("loss", f"{number(row.loss)}", f"nats per token; {number(row.reference_loss)} after the reference"),
+        ("first slip", "none" if row.first_slip is None else f"token {row.first_slip + 1}", ""),
+        ("loss", f"{number(row.loss)}", f"nats; {number(row.reference_loss)} after the reference"),
     ]
     return "".join(
         f"<div><dt>{name}</dt><dd>{value}{f' <small>{more}</small>' if more else ''}</dd></div>"
@@ -124,11 +124,9 @@ def _told(row: InspectedRow, place: Place, texts: TokenTexts) -> list[str]:
 
     def of(token: int, prob: float, chance: float | None) -> str:
         sampled = (
-            ""
-            if chance is None or math.isclose(chance, prob, rel_tol=1e-6)
-            else f", sampled with {probability(chance)}"
+            "" if chance is None or math.isclose(chance, prob, rel_tol=1e-6) else f", sampled with {number(chance)}"
         )
-        return f"{texts.of(token).text}  p {probability(prob)}{sampled}  id {token}"
+        return f"“{texts.of(token).text}”  p {number(prob)}{sampled}  id {token}"
 
     kinds = {"": "reference token", "agree": "self token, as the reference", "differ": "self token, differs"}
     lines = [f"kind\t{kinds[kind_of(place)]}"]
@@ -182,7 +180,7 @@ def _answers(name: str, row: InspectedRow, texts: TokenTexts) -> str:
         for index, token in enumerate(ids):
             told, slip = texts.of(token), row.first_slip
             mark = "" if slip is None or index < slip else "slip" if index == slip else "after"
-            tip = f"token {index + 1} of {len(ids)}\ntoken\t{told.text}  id {token}"
+            tip = f"token {index + 1} of {len(ids)}\ntoken\t“{told.text}”  id {token}"
             inner = escape(told.text) + ('<span class="hidden"> (first slip)</span>' if mark == "slip" else "")
             tokens.append(_token(inner, [mark, told.kind], tip, f"{name}-{kind}-{index}", index == 0, told.breaks))
         parts.append(

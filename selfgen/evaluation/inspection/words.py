@@ -31,12 +31,6 @@ def share(part: int, whole: int, form: str = "{}") -> str:
     return form.format(f"{part / whole:.0%}") if whole else ""
 
 
-def probability(value: float) -> str:
-    if math.isnan(value):
-        return "not a number"
-    return f"{value:.3g}" if value >= 0.001 or value == 0 else f"{value:.1e}"
-
-
 def number(value: float) -> str:
     """Three significant digits."""
     return "not a number" if math.isnan(value) else "infinite" if math.isinf(value) else f"{value:.3g}"

@@ -29,7 +29,7 @@ from selfgen.cli.journal import Journal, read
 from selfgen.data import tokenize_rows
 from selfgen.files import alone
 
-COMMANDS = ("train", "contexts", "generate", "eval")
+COMMANDS = ("train", "contexts", "generate", "eval", "inspect")
 
 
 @pytest.fixture
@@ -42,6 +42,7 @@ def options(arguments) -> dict[str, dict]:
         "contexts": common | {"output_dir": out},
         "generate": common | {"output_file": out / "answers.jsonl", "max_new_tokens": 2},
         "eval": common | {"output_dir": out, "metrics": "loss", "limit": 4},
+        "inspect": common | {"output_file": out / "inspect.html", "max_new_tokens": 2},
     }
 
 

@@ -8,7 +8,7 @@ from importlib import import_module
 
 from .options import fail, first_here
 
-COMMANDS = ("train", "contexts", "generate", "eval")
+COMMANDS = ("train", "contexts", "generate", "eval", "inspect")
 
 OVERVIEW = """\
 selfgen - train language models on their own tokens, online and exact
@@ -17,6 +17,7 @@ usage: selfgen train    [CONFIG.yaml] --model NAME --dataset NAME --output-dir D
        selfgen contexts [CONFIG.yaml] --model NAME --dataset NAME --output-dir DIR [options]
        selfgen generate [CONFIG.yaml] --model NAME --dataset NAME --output-file FILE.jsonl [options]
        selfgen eval     [CONFIG.yaml] --model NAME --dataset NAME --output-dir DIR [options]
+       selfgen inspect  MODEL DATA [options]
 
 The context of each training example mixes tokens of the reference answer with self tokens, which the model samples
 (batch-scheduled sampling, arXiv 2410.14655). The model learns to continue each context with the reference.
@@ -47,6 +48,9 @@ The context of each training example mixes tokens of the reference answer with s
   # evaluate free-running answers, and losses under reference, mixed and self contexts; after a kill, run it again
   selfgen eval --model out --dataset openai/gsm8k --dataset-config main --dataset-split test \\
       --prompt-column question --completion-column answer --output-dir out/eval
+
+  # look at a few rows token by token, here and in inspect.html
+  selfgen inspect ./SmolLM2-135M-Instruct train.jsonl
 
 Data: a .jsonl, .json, .csv, .parquet or .arrow file, a folder of them, or a data set on the Hugging Face hub, with
 columns prompt and completion (text or messages), or messages. If the tokenizer has a chat template, it is applied.
@@ -80,6 +84,9 @@ def main(arguments: list[str] | None = None) -> int:
         if not is_program:
             raise
         more = " with --resume-from-checkpoint last" if command == "train" else ""
+        after = (
+            "nothing was written" if command == "inspect" else f"the same command{more} goes on from what is written"
+        )
         if first_here():
-            print(f"selfgen {command}: stopped; the same command{more} goes on from what is written", file=sys.stderr)
+            print(f"selfgen {command}: stopped; {after}", file=sys.stderr)
         return 128 + signal.SIGINT

@@ -69,12 +69,15 @@ class MixedContext:
     ``tokens[i]`` int64 [T_i] holds the context of row i's answer: the reference token where ``is_self[i]`` (bool [T_i])
     is false, a self token where it is true. Both lie on the model's device. ``hidden_states``, if they were asked for,
     are those of a forward over the contexts; their slots are the tokens of one row after another, prompts first.
+    ``settled[i]`` int64 [T_i], if it was asked for, tells after which pass no token up to there could change any more.
+    It never falls along a row, and is 0 before the first position that may hold a self token.
     """
 
     tokens: list[Tensor]
     is_self: list[Tensor]
     stats: ContextStats = field(repr=False)
     hidden_states: HiddenStates | None = field(default=None, repr=False)
+    settled: list[Tensor] | None = field(default=None, repr=False)
 
 
 @dataclass(frozen=True)

@@ -200,6 +200,18 @@ class FixedPoint(Passes):
         """Which of them are self tokens, [T_i] bool each."""
         return self._answers(self.is_self)
 
+    def settled(self, finals: list[Tensor]) -> list[Tensor]:
+        """The pass after which each answer token could not change any more, [T_i] int64 each.
+
+        ``finals`` are ``final`` as it was before the first pass and after each one. A token is settled where the last
+        candidate at or before it is final; 0 is what the reference gives without a pass.
+        """
+        lengths = torch.tensor(self.batch.lengths, device=self.tokens.device)
+        by_row = torch.stack(finals)[:, self.row_starts[: len(lengths)].argsort()]  # [passes + 1, R]
+        last = torch.where(self.candidates, torch.arange(self.num_slots, device=lengths.device), 0).cummax(0).values
+        by_row = by_row.repeat_interleave(lengths, dim=1)  # [passes + 1, tokens]
+        return self._answers((by_row < last[: by_row.shape[1]]).sum(0))
+
     def _answers(self, of_slots: Tensor) -> list[Tensor]:
         lengths = self.batch.lengths
         rows = torch.split(of_slots[: sum(lengths)].clone(), lengths)  # the state may serve the next generation
@@ -212,12 +224,20 @@ def fixed_point(
     budget: PassBudget,
     *,
     keep_hidden_states: bool = False,
+    finals: list[Tensor] | None = None,
 ) -> FixedPoint:
-    """Iterate passes of at most ``budget.tokens`` tokens until every self token is final."""
+    """Iterate passes of at most ``budget.tokens`` tokens until every self token is final.
+
+    To ``finals`` is added what ``FixedPoint.settled`` takes.
+    """
     state = FixedPoint.start(forward, batch, budget, keep_hidden_states=keep_hidden_states)
     with forward.over(state):
+        if finals is not None:
+            finals.append(state.final.clone())
         while (size := Size(*forward.read(state))).tokens:
             state.passes += 1
             state.tokens_computed += size.tokens
             forward.run(state, size)
+            if finals is not None:
+                finals.append(state.final.clone())
     return state

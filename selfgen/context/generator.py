@@ -225,6 +225,7 @@ class ContextGenerator:
         method: Method = "fixed_point",
         may_be_self: Sequence[Tensor | Sequence[bool]] | None = None,
         keep_hidden_states: bool = False,
+        record_settling: bool = False,
     ) -> MixedContext:
         """Make the mixed context of every row.
 
@@ -243,12 +244,14 @@ class ContextGenerator:
                 self token may be anywhere.
             keep_hidden_states: with "fixed_point", keep what the passes computed as `MixedContext.hidden_states`, so
                 that a training step can reuse it.
+            record_settling: with "fixed_point", note the pass in which each token settled, as `MixedContext.settled`.
 
         Returns:
             MixedContext, on the model's device.
 
         Raises:
-            ValueError: values out of range, empty rows, lengths that don't match or exceed the model's positions.
+            ValueError: values out of range, empty rows, lengths that don't match or exceed the model's positions;
+                ``record_settling`` with another method.
             TypeError: wrong types or dtypes.
             UnsupportedModelError: (a ValueError) the model has a feature, which is named, that "fixed_point" does not
                 support, or it sees tokens that come later.
@@ -258,6 +261,11 @@ class ContextGenerator:
             raise ValueError(f'method is {method!r}; it must be "fixed_point" or "sequential"')
         if keep_hidden_states and method != "fixed_point":
             raise ReuseError(f'keep_hidden_states goes with method="fixed_point", but method is {method!r}')
+        if record_settling and method != "fixed_point":
+            raise ValueError(
+                f'record_settling goes with method="fixed_point", but method is {method!r}, in which step i settles '
+                "token i: leave it out"
+            )
         started = time.perf_counter()
 
         def checked() -> Batch:
@@ -277,7 +285,7 @@ class ContextGenerator:
         asked = [method, keep_hidden_states, self._token_budget, self._balance]
         batch = agreed(self._together, checked, lambda batch: [*asked, *vars(batch).values()])
         if not batch.prompts:
-            return MixedContext([], [], ContextStats.untouched([], []))
+            return MixedContext([], [], ContextStats.untouched([], []), settled=[] if record_settling else None)
         support = inspect_model(self.model, max(batch.lengths))
 
         if method == "fixed_point" or self._invariant is not None:
@@ -287,9 +295,11 @@ class ContextGenerator:
             budget = self.budget
             with self.computing():
                 forward = self._forward()
-                state = fixed_point(forward, batch, budget, keep_hidden_states=keep_hidden_states)
+                finals: list[Tensor] | None = [] if record_settling else None
+                state = fixed_point(forward, batch, budget, keep_hidden_states=keep_hidden_states, finals=finals)
                 # Before another thread has its turn: its generation may take place in the same memory.
                 tokens, is_self, invalid = state.contexts, state.masks, int(state.status)
+                settled = None if finals is None else state.settled(finals)
                 coverage = forward.coverage
             hidden_states = state.hidden_states
             passes, tokens_computed = state.passes, state.tokens_computed
@@ -298,7 +308,7 @@ class ContextGenerator:
                 result = self._sequential(batch, support)
             tokens, is_self, invalid = result.tokens, result.is_self, result.invalid
             passes, tokens_computed, hidden_states = result.passes, result.tokens_computed, None
-            coverage = result.coverage
+            coverage, settled = result.coverage, None
 
         agreed(self._together, lambda: tokens, lambda tokens: [tokens])
         if invalid:
@@ -318,7 +328,7 @@ class ContextGenerator:
             seconds=time.perf_counter() - started,
             **vars(coverage),
         )
-        return MixedContext(tokens, is_self, stats, hidden_states)
+        return MixedContext(tokens, is_self, stats, hidden_states, settled)
 
     def _check_ragged(self, support: Support, longest_row: int) -> None:
         """Raise UnsupportedModelError unless passes over the ragged cache are right for rows of this length."""

@@ -18,7 +18,7 @@ from ..context import UnsupportedModelError
 from ..context.models import unpadded_vocab_size
 from ..data import DataError, load_rows
 from ..files import check_folder
-from ..sharing import is_first, let_first_speak
+from ..sharing import is_first, let_first_speak, no_bars
 from ..stored_contexts import CONTEXT_COLUMNS, OfflineError
 from ..training.bash import BASHTrainer
 from ..training.bss import BSSTrainer, check_processes
@@ -214,6 +214,8 @@ def run(arguments: list[str]) -> int:
             options = parse(_parser(config_class, everything=wants_everything(arguments)), arguments, of_rac)
             method, config = options[2:]
             method.check(options[1])
+            if config.disable_tqdm:
+                stack.enter_context(no_bars())
             check_folder(config.output_dir, "output_dir")
             if config.resume_from_checkpoint != "last":  # which needs no place to be there
                 resumed_checkpoint(config.resume_from_checkpoint, config.output_dir)
@@ -266,8 +268,11 @@ def _prepare(
         _warn_of_what_has_no_effect(config, method.contexts)
     if data.streaming:
         check_stream(config)
+    logger.info("reading the data")
     train_rows, eval_rows = data.load()
+    logger.info("loading the model %s", model_arguments.model)
     model, tokenizer = model_arguments.load()
+    logger.info("tokenizing the data, and checking what the model computes")
     trainer = TRAINERS[method.method](
         model,
         config,

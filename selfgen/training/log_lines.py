@@ -12,6 +12,7 @@ from typing import Any
 from transformers import PrinterCallback, ProgressCallback, Trainer, TrainerCallback
 
 from .config import AUTO, CONSTANT, DISAGREEMENT, SETTLED, BSSConfig
+from .gap import of_logged
 from .metrics import METRICS, duration, metric_of, readable
 
 _HEADER_EVERY = 20  # lines
@@ -61,6 +62,13 @@ class Lines(TrainerCallback):
             return [*self._header(state, logs), self._row(state, logs)]
         if "train_runtime" in logs:
             return [_closing(state, logs)]
+        if gap := of_logged(logs):
+            points, low, high = (readable(gap[name]) for name in ("gap", "gap_low", "gap_high"))
+            return [
+                f"gap at step {state.global_step}: {points} points (95% interval {low} to {high}, {gap['gap_rows']} "
+                f"rows of the {gap['of']} data): {gap['right_under_references']:.1%} of tokens right under references, "
+                f"{gap['right_running_freely']:.1%} running freely"
+            ]
         evaluated = any(name.startswith("eval_") for name in logs)
         return [f"step {state.global_step}{', evaluation' if evaluated else ''}: {_in_words(logs)}"]
 

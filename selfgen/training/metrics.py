@@ -69,6 +69,15 @@ METRICS = {
     "eval_steps_per_second": Metric("per s", "batches evaluated"),
     "total_flos": Metric("", "floating-point operations, as transformers estimates them"),
 }
+_GAP = {
+    "gap": Metric("points", "accuracy of tokens under references minus that running freely"),
+    "gap_low": Metric("points", "lower end of its 95% interval"),
+    "gap_high": Metric("points", "upper end of its 95% interval"),
+    "right_under_references": Metric("%", "tokens that are right under references"),
+    "right_running_freely": Metric("%", "tokens that are right running freely"),
+    "gap_rows": Metric("rows", "rows that the gap was measured on"),
+}
+METRICS |= {f"{of}_{name}": metric for of in ("eval", "train") for name, metric in _GAP.items()}
 """By their keys in the log, those of columns in the order of these. Evaluations of several data sets have the name of
 the set after ``eval_``."""
 

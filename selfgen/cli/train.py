@@ -240,7 +240,7 @@ def run(arguments: list[str]) -> int:
             config_class = RACConfig if method_of(arguments) == "rac" else BSSConfig
             of_rac = {f.name: "--method rac" for f in fields(RACConfig)}
             options = parse(_parser(config_class, everything=wants_everything(arguments)), arguments, of_rac)
-            method, report, config = options[2:]
+            method, config, report = options[2:]
             method.check(options[1])
             if config.disable_tqdm:
                 stack.enter_context(no_bars())
@@ -291,8 +291,8 @@ def _prepare(
     model_arguments: TrainedModelArguments,
     data: TrainingData,
     method: MethodArguments,
-    report: ReportArguments,
     config: BSSConfig,
+    report: ReportArguments,
 ) -> Callable[[], None]:
     """Do all that can fail before the first step; returns a function that trains."""
     config.tensor_parallel = model_arguments.tp_size
@@ -368,8 +368,8 @@ def _prepare_rounds(
     model_arguments: TrainedModelArguments,
     data: TrainingData,
     method: MethodArguments,
-    _: ReportArguments,
     config: BSSConfig,
+    _: ReportArguments,
 ) -> Callable[[], None]:
     train_rows, eval_rows = data.load()
     tokenizer = model_arguments.load_tokenizer()
@@ -430,7 +430,7 @@ def method_of(arguments: list[str]) -> str | None:
 
 def _parser(config_class: type[BSSConfig], everything: bool) -> Parser:
     parser = make_parser(
-        (TrainedModelArguments, TrainingData, MethodArguments, ReportArguments, config_class),
+        (TrainedModelArguments, TrainingData, MethodArguments, config_class, ReportArguments),
         prog=PROG,
         usage="selfgen train [CONFIG.yaml] --model NAME --dataset NAME --output-dir DIR [options]",
         description="Fine-tune on mixed contexts; see selfgen --help for examples.",

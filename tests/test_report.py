@@ -13,6 +13,7 @@ import pytest
 import torch
 from datasets import Dataset
 from helpers.cli import flags, run
+from helpers.processes import in_ranks
 from helpers.training import make_rac_trainer, make_trainer, rows, weights
 from models import tiny_model
 from transformers import TrainerState
@@ -235,6 +236,28 @@ def test_the_gap_is_that_of_eval(tmp_path):
     entry = trainer.state.log_history[0]
     cut = long.map(lambda row: {"answer_ids": row["answer_ids"][:MOST_TOKENS]})
     assert entry["train_gap"] == free_running_gap(trainer.generator, cut, progress=False).points
+
+
+def gap_of_training(folder, count: int) -> list[dict]:
+    trainer = make_trainer(folder / "out", max_steps=1, learning_rate=0.0, per_device_train_batch_size=count)
+    trainer.add_callback(GapBeforeAndAfter(trainer, rows=3))
+    trainer.train()
+    return [
+        {name: value for name, value in entry.items() if name.startswith("train_") and name in METRICS}
+        for entry in trainer.state.log_history
+        if "train_gap" in entry
+    ]
+
+
+def same_gap(rank, folder):
+    assert gap_of_training(folder, 1) == json.loads((folder / "gap.json").read_text())
+
+
+@pytest.mark.slow
+def test_processes_share_the_rows_of_the_gap(tmp_path):
+    """Three rows of two processes; each of them knows the gap of all."""
+    (tmp_path / "gap.json").write_text(json.dumps(gap_of_training(tmp_path, 2)))
+    in_ranks(same_gap, tmp_path)
 
 
 def test_where_the_gap_is_not_measured(tmp_path, caplog, monkeypatch):

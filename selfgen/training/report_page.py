@@ -204,7 +204,7 @@ def _course(points: Points) -> str:
 def _thinned(points: Points) -> list[tuple[float, float]]:
     size = math.ceil(len(points) / _MOST_POINTS)
     parts = [points[start : start + size] for start in range(0, len(points), size)]
-    return [tuple(sum(values) / len(part) for values in zip(*part, strict=True)) for part in parts]  # type: ignore[misc]
+    return [(sum(x for x, _ in part) / len(part), sum(y for _, y in part) / len(part)) for part in parts]
 
 
 def _runs(points: Points) -> list[list[tuple[float, float]]]:

@@ -222,6 +222,19 @@ def test_measuring_the_gap_changes_nothing(tmp_path, options):
     assert trained[0][2:] == trained[1][2:]
 
 
+def test_the_budget_is_measured_once(tmp_path, monkeypatch):
+    """By the gap for the steps, as that takes seconds."""
+    from selfgen.context import generator
+    from selfgen.context.budget import PassBudget
+
+    measured = []
+    monkeypatch.setattr(generator, "measure_budget", lambda *_, **__: measured.append(1) or PassBudget(32, 4.0))
+    trainer = make_trainer(tmp_path, token_budget=None, balance=None, max_steps=1)
+    trainer.add_callback(GapBeforeAndAfter(trainer, rows=2))
+    trainer.train()
+    assert measured == [1]
+
+
 def test_the_gap_is_that_of_eval(tmp_path):
     """Of the first rows of the evaluation data, or else of the training data, and the first tokens of their answers."""
     long = rows(2).map(lambda row: {"answer_ids": (row["answer_ids"] * 60)[: MOST_TOKENS + 9]})

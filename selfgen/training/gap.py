@@ -77,16 +77,18 @@ def measure_gap(trainer: Any, rows: list[dict[str, Any]]) -> Gap:
     Processes share the rows; all must call it.
     """
     share, shares = trainer.args.row_share
-    generator = copy.copy(trainer.generator)
     mine = [*enumerate(rows)][share::shares]
     counted: list[dict[str, int]] = []
-    try:
-        with trainer._whole_weights(), trainer._engine.autocast():
+    with trainer._whole_weights(), trainer._engine.autocast():
+        method = trainer.args.context_method
+        if method == "fixed_point":
+            _ = trainer.generator.budget  # measured once, for the steps, too
+        generator = copy.copy(trainer.generator)  # without its graphs
+        try:
             if mine:
-                method = trainer.args.context_method
                 counted = row_gaps(generator, [row for _, row in mine], seed=trainer.args.seed, method=method)
-    finally:
-        generator.release()
+        finally:
+            generator.release()
     told = [(number, line) for (number, _), line in zip(mine, counted, strict=True)]
     everyone = dict(gather_object(told) if trainer.args.world_size > 1 else told)
     return Gap.of(everyone[number] for number in sorted(everyone))

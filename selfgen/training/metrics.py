@@ -61,7 +61,7 @@ METRICS = {
     "eval_corrected_right": Metric("%", "corrected answers that are right"),
     "eval_wrong_to_right": Metric("%", "answers that the correction has made right"),
     "eval_right_to_wrong": Metric("%", "answers that the correction has spoilt"),
-    "train_runtime": Metric("s", "wall time of this session"),
+    "train_runtime": Metric("s", "wall time of this session, measuring the first gap included"),
     "train_samples_per_second": Metric("per s", "rows trained on in this session"),
     "train_steps_per_second": Metric("per s", "optimizer steps in this session"),
     "eval_runtime": Metric("s", "wall time of the evaluation"),

@@ -30,7 +30,7 @@ PAGE = Path(__file__).parents[1] / "docs" / "report.md"
 class Elements(HTMLParser):
     """Which tags are closed in their order, and what is referred to."""
 
-    VOID = ("meta", "line", "circle", "polyline", "br")
+    VOID = ("meta", "line", "circle", "polyline", "wbr")
     OPEN_ENDED = ("p", "tr", "td", "th", "dt", "dd")
 
     def __init__(self, text: str):

@@ -18,7 +18,7 @@ from ..evaluation.report import figure
 from ..files import to_json, write_json, write_whole
 from .checkpoints import SETTINGS, STATE
 from .gap import of_logged
-from .metrics import metric_of
+from .metrics import METRICS, metric_of
 from .report_page import Panel, page
 
 logger = logging.getLogger(__name__)
@@ -89,6 +89,7 @@ def report_of(folder: Path, state: TrainerState | None = None) -> dict[str, Any]
         log += [{**entry, "step": entry["step"] + done} for entry in one["log_history"]]
     gaps = [{**gap, "step": entry["step"]} for entry in log if (gap := of_logged(entry))]
     names = dict.fromkeys(name for entry in log for name in entry)
+    names = {name: None for name in METRICS if name in names} | names  # in our order, and then the others
     metrics = {name: metric for name in names if (metric := metric_of(name, _sets(log)))}
     step, max_steps = (sum(one[name] for one in states) for name in ("global_step", "max_steps"))
     return {

@@ -61,9 +61,9 @@ def page(found: Mapping[str, Any], panels: Sequence[Panel], name: str) -> str:
     ended = "complete" if found["complete"] else "ended early"
     rounds = f", {found['rounds']} rounds" if found["rounds"] > 1 else ""
     plots = "\n".join(f"<figure>{_caption(one)}{svg(one)}</figure>" for one in panels)
-    settings = "".join(f"<tr><td>{escape(key)}<td>{escape(str(value))}" for key, value in found["settings"].items())
+    settings = "".join(f"<tr><td>{_name(key)}<td>{escape(str(value))}" for key, value in found["settings"].items())
     metrics = "".join(
-        f"<tr><td>{escape(key)}<td>{escape(one['unit'] or '-')}<td>{escape(one['meaning'])}"
+        f"<tr><td>{_name(key)}<td>{escape(one['unit'] or '-')}<td>{escape(one['meaning'])}"
         for key, one in found["metrics"].items()
     )
     return f"""<!doctype html>
@@ -190,6 +190,11 @@ def _gap(gaps: Mapping[str, Mapping[str, Any] | None]) -> str:
         "large changes only; selfgen eval measures it on more.</p>"
         f"<table><tr><th>training<th>under references<th>running freely<th>gap{''.join(rows)}</table>"
     )
+
+
+def _name(key: str) -> str:
+    """Of an option or a metric, which may be broken after each of its words."""
+    return escape(key).replace("_", "_<wbr>")
 
 
 def _number(value: float | None) -> str:

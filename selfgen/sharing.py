@@ -49,6 +49,21 @@ def let_first_speak() -> None:
 
 
 @contextmanager
+def no_bars() -> Iterator[None]:
+    """Inside, transformers and datasets show no bars, as for loading, tokenizing and saving."""
+    before = transformers.utils.logging.is_progress_bar_enabled(), datasets.are_progress_bars_disabled()
+    transformers.utils.logging.disable_progress_bar()
+    datasets.disable_progress_bars()
+    try:
+        yield
+    finally:
+        if before[0]:
+            transformers.utils.logging.enable_progress_bar()
+        if not before[1]:
+            datasets.enable_progress_bars()
+
+
+@contextmanager
 def in_turn() -> Iterator[None]:
     """One process of a machine at a time: the others find in the cache of `datasets` what the first one has made."""
     if "LOCAL_RANK" not in os.environ:

@@ -135,4 +135,6 @@ def arguments(model_dir, tmp_path):
         "token_budget": 16,
         "balance": 2,
         "use_cpu": True,
+        "report": False,  # it takes longer than these runs
+        "gap_rows": 0,
     }

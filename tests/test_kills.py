@@ -55,6 +55,7 @@ TRAIN = {
     "token_budget": 32,
     "balance": 4,
     "report_to": "none",
+    "report": False,  # it tells times
     "disable_tqdm": True,
     "use_cpu": True,
     "resume_from_checkpoint": "last",

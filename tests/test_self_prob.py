@@ -190,7 +190,7 @@ def test_the_warm_up_of_the_learning_rate_is_no_plateau():
 
 
 def logged(trainer, *names):
-    timed = ("context_seconds", "training_seconds", "train_runtime", "train_samples_per_second")
+    timed = ("context_seconds", "training_seconds", "tokens_per_second", "train_runtime", "train_samples_per_second")
     names = names or {name for entry in trainer.state.log_history for name in entry} - {
         *timed,
         "train_steps_per_second",

@@ -12,22 +12,24 @@ from typing import Literal
 
 import yaml
 from datasets import Dataset, IterableDataset
-from transformers import PreTrainedModel, TrainingArguments
+from transformers import PreTrainedModel, TrainerState, TrainingArguments
 
 from ..context import UnsupportedModelError
 from ..context.models import unpadded_vocab_size
 from ..data import DataError, load_rows
 from ..files import check_folder
-from ..sharing import is_first, let_first_speak
+from ..sharing import is_first, let_first_speak, no_bars
 from ..stored_contexts import CONTEXT_COLUMNS, OfflineError
 from ..training.bash import BASHTrainer
 from ..training.bss import BSSTrainer, check_processes
 from ..training.checkpoints import ResumeError, check_resumed, output_of, resumed_checkpoint
 from ..training.config import BSSConfig, GeneratorOptions
 from ..training.ending import save_result
+from ..training.gap import GapBeforeAndAfter
 from ..training.parallelism import check_tensor_parallel
 from ..training.processes import meet
 from ..training.rac import RACConfig, RACTrainer
+from ..training.report import write_report
 from ..training.rounds import train_rounds
 from ..training.streams import check_stream
 from ..training.weights import DivergedError
@@ -204,6 +206,32 @@ class MethodArguments:
             raise ValueError("there is no data: give --dataset (or --method bash and --contexts)")
 
 
+@dataclass
+class ReportArguments:
+    """What is written about the training."""
+
+    _argument_group_name = "report"
+
+    report: bool = field(
+        default=True,
+        metadata={
+            "help": "Write report.html, report.png (with matplotlib) and report.json to output_dir when the training "
+            "ends, also where it is broken off: loss, p, what contexts are like and cost, and the gap."
+        },
+    )
+    gap_rows: int = field(
+        default=16,
+        metadata={
+            "help": "Rows on which the gap (tokens right under references minus those right running freely) is "
+            "measured before and after the training, the first ones of the evaluation data or else of the training "
+            "data, up to 128 tokens of each answer. 0 is none. Not in rounds, nor with weights that are split."
+        },
+    )
+
+    def __post_init__(self) -> None:
+        check_least(self, 0, "gap_rows")
+
+
 def run(arguments: list[str]) -> int:
     show_log()
     let_first_speak()
@@ -212,8 +240,10 @@ def run(arguments: list[str]) -> int:
             config_class = RACConfig if method_of(arguments) == "rac" else BSSConfig
             of_rac = {f.name: "--method rac" for f in fields(RACConfig)}
             options = parse(_parser(config_class, everything=wants_everything(arguments)), arguments, of_rac)
-            method, config = options[2:]
+            method, config, report = options[2:]
             method.check(options[1])
+            if config.disable_tqdm:
+                stack.enter_context(no_bars())
             check_folder(config.output_dir, "output_dir")
             if config.resume_from_checkpoint != "last":  # which needs no place to be there
                 resumed_checkpoint(config.resume_from_checkpoint, config.output_dir)
@@ -233,6 +263,9 @@ def run(arguments: list[str]) -> int:
             if not in_rounds:  # which read and check as they go; elsewhere it is a fault of the program
                 raise
             fail(error, PROG)
+        finally:
+            if report.report and in_rounds:  # others have a trainer, whose state is further
+                _write_report(config)
     if is_first():
         print(f"model and tokenizer are in {config.output_dir}")
     return 0
@@ -255,7 +288,11 @@ def _take_folder(config: BSSConfig, overwrite: bool, stack: ExitStack) -> None:
 
 
 def _prepare(
-    model_arguments: TrainedModelArguments, data: TrainingData, method: MethodArguments, config: BSSConfig
+    model_arguments: TrainedModelArguments,
+    data: TrainingData,
+    method: MethodArguments,
+    config: BSSConfig,
+    report: ReportArguments,
 ) -> Callable[[], None]:
     """Do all that can fail before the first step; returns a function that trains."""
     config.tensor_parallel = model_arguments.tp_size
@@ -266,8 +303,11 @@ def _prepare(
         _warn_of_what_has_no_effect(config, method.contexts)
     if data.streaming:
         check_stream(config)
+    logger.info("reading the data")
     train_rows, eval_rows = data.load()
+    logger.info("loading the model %s", model_arguments.model)
     model, tokenizer = model_arguments.load()
+    logger.info("tokenizing the data, and checking what the model computes")
     trainer = TRAINERS[method.method](
         model,
         config,
@@ -288,11 +328,28 @@ def _prepare(
     if checkpoint:
         trainer.check_resumed(checkpoint)
 
+    if report.gap_rows:
+        trainer.add_callback(GapBeforeAndAfter(trainer, report.gap_rows))
+
     def train() -> None:
-        trainer.train(resume_from_checkpoint=checkpoint)
-        save_result(trainer, overwrite=method.overwrite_output_dir)
+        try:
+            trainer.train(resume_from_checkpoint=checkpoint)
+            save_result(trainer, overwrite=method.overwrite_output_dir)
+        finally:
+            if report.report:
+                _write_report(config, trainer.state)
 
     return train
+
+
+def _write_report(config: BSSConfig, state: TrainerState | None = None) -> None:
+    """Say where the report is; one that fails costs nothing else."""
+    if not is_first() or (state is not None and not state.log_history):
+        return
+    try:
+        logger.info("report: %s", ", ".join(map(str, write_report(config.output_dir, state))))
+    except (OSError, ValueError) as error:
+        logger.warning("there is no report: %s", error)
 
 
 def _warn_of_what_has_no_effect(config: BSSConfig, contexts: str) -> None:
@@ -308,7 +365,11 @@ def _warn_of_what_has_no_effect(config: BSSConfig, contexts: str) -> None:
 
 
 def _prepare_rounds(
-    model_arguments: TrainedModelArguments, data: TrainingData, method: MethodArguments, config: BSSConfig
+    model_arguments: TrainedModelArguments,
+    data: TrainingData,
+    method: MethodArguments,
+    config: BSSConfig,
+    _: ReportArguments,
 ) -> Callable[[], None]:
     train_rows, eval_rows = data.load()
     tokenizer = model_arguments.load_tokenizer()
@@ -369,7 +430,7 @@ def method_of(arguments: list[str]) -> str | None:
 
 def _parser(config_class: type[BSSConfig], everything: bool) -> Parser:
     parser = make_parser(
-        (TrainedModelArguments, TrainingData, MethodArguments, config_class),
+        (TrainedModelArguments, TrainingData, MethodArguments, config_class, ReportArguments),
         prog=PROG,
         usage="selfgen train [CONFIG.yaml] --model NAME --dataset NAME --output-dir DIR [options]",
         description="Fine-tune on mixed contexts; see selfgen --help for examples.",

@@ -77,7 +77,8 @@ def write_plots(results: Mapping[str, Any], folder: Path) -> list[Path]:
     return written
 
 
-def _figure(**options: Any) -> Any:
+def figure(**options: Any) -> Any:
+    """An empty figure of matplotlib. Raises ImportError where that is not installed."""
     try:
         from matplotlib.figure import Figure
     except ImportError as error:
@@ -86,19 +87,19 @@ def _figure(**options: Any) -> Any:
 
 
 def _loss_bars(losses: Mapping[str, Mapping[str, Any]]) -> Any:
-    figure = _figure(figsize=(1.5 + 1.5 * len(losses), 4))
-    axes = figure.subplots()
+    drawn = figure(figsize=(1.5 + 1.5 * len(losses), 4))
+    axes = drawn.subplots()
     labels = [f"{name}\np = {loss['self_prob']:g}" for name, loss in losses.items()]
     bars = axes.bar(labels, [loss["loss"] for loss in losses.values()], color="tab:blue", width=0.6)
     axes.bar_label(bars, fmt="%.3f")
     axes.set(ylabel="nats per token", title="Held-out loss by kind of context")
-    return figure
+    return drawn
 
 
 def _curve_lines(curve: list[dict[str, Any]]) -> Any:
     """Losses along the answer, and below them how many tokens each point stands for."""
-    figure = _figure(figsize=(7, 5))
-    upper, lower = figure.subplots(2, 1, sharex=True, height_ratios=[4, 1])
+    drawn = figure(figsize=(7, 5))
+    upper, lower = drawn.subplots(2, 1, sharex=True, height_ratios=[4, 1])
     middles = [(bucket["first"] + bucket["last"]) / 2 for bucket in curve]
     for name, colour in (("reference", "tab:blue"), ("own", "tab:orange")):
         upper.plot(middles, [bucket[name] for bucket in curve], marker="o", color=colour, label=f"{name} context")
@@ -107,4 +108,4 @@ def _curve_lines(curve: list[dict[str, Any]]) -> Any:
     widths = [0.9 * (bucket["last"] - bucket["first"] + 1) for bucket in curve]
     lower.bar(middles, [bucket["tokens"] for bucket in curve], width=widths, color="tab:gray")
     lower.set(xlabel="position in the answer", ylabel="tokens")
-    return figure
+    return drawn

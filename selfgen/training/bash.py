@@ -104,6 +104,9 @@ class BASHTrainer(BSSTrainer):
         agreement = agreeing / self_tokens if self_tokens else 1.0
         return replace(ContextStats.untouched(*lengths), self_tokens=self_tokens, agreement=agreement), None
 
+    def _told_of_contexts(self) -> str:
+        return "as they were written beforehand"
+
     def compute_loss(self, model, inputs, *args, **kwargs):
         inputs = {name: value for name, value in inputs.items() if name != "is_self"}
         return super().compute_loss(model, inputs, *args, **kwargs)

@@ -59,6 +59,7 @@ from .checkpoints import (
 )
 from .config import BSSConfig
 from .engines import TellHowWeightsAreHeld, engine_of
+from .log_lines import show_lines, told_of_loss, told_of_mixing
 from .losses import AnswerLoss, TokenMean
 from .meter import Meter, StepTimer
 from .objective import (
@@ -127,15 +128,17 @@ class BSSTrainer(Trainer):
         **kwargs: of ``transformers.Trainer``.
 
     Every training log has figures of the steps since the last one, in the process that logs: ``self_share`` (self
-    tokens / answer tokens), ``agreement`` (self tokens equal to the reference / self tokens), ``differing_share`` (self
-    tokens that differ from it / answer tokens), ``computed_per_token`` (tokens computed / context tokens), ``invalid``
-    (tokens that could not be sampled, as their logits were not finite), and, as means per step, ``self_prob``,
-    ``passes``, ``context_seconds`` and ``training_seconds``, with ``weights="sharded"`` also ``passes_in_step`` (that
-    all processes run together, trials of the model included); with fp16 also ``skipped_steps`` (steps that the loss
+    tokens / answer tokens), ``agreement`` (self tokens equal to the reference / self tokens; absent where there are
+    none), ``differing_share`` (self tokens that differ from it / answer tokens), ``computed_per_token`` (tokens
+    computed / context tokens), ``tokens_per_second`` (context tokens / time), ``invalid`` (tokens that could not be
+    sampled, as their logits were not finite), and, as means per step, ``self_prob``, ``passes``, ``context_seconds``
+    and ``training_seconds``, with ``weights="sharded"`` also ``passes_in_step`` (that all processes run together,
+    trials of the model included); with fp16 also ``skipped_steps`` (steps that the loss
     scaler left out, as gradients overflowed); on a GPU with ``cuda_graphs`` also ``replayed_share`` (passes that were
     replays of CUDA graphs / passes) and ``padding_share`` (padding / tokens that passes computed with it). On a stream
     they also have what was read so far, by all processes: ``rows_read``, ``rows_kept``, ``rows_truncated``,
-    ``rows_dropped``, and ``rows_dropped/REASON``.
+    ``rows_dropped``, and ``rows_dropped/REASON``. They are printed as lines (``log_lines``), where transformers would
+    print dicts.
 
     Only ids of the tokenizer are sampled. Where the model's embedding is padded with more rows, a warning says so.
 
@@ -256,6 +259,7 @@ class BSSTrainer(Trainer):
         smoother = self.label_smoother  # type: ignore[has-type]
         # The Trainer shifts labels by the name of the model's class, which FSDP2 changes.
         self._label_smoother = None if smoother is None else partial(smoother, shift_labels=True)
+        show_lines(self, self._told_of_contexts, self._told_of_loss)
         self.add_callback(StepTimer(self.meter))
         self._self_prob = SelfProb(args, self.accelerator, self.meter, self._ids_guessed_from)
         self.add_callback(self._self_prob)
@@ -297,6 +301,13 @@ class BSSTrainer(Trainer):
         plain = TrainerCallback.on_step_begin
         own = (one for one in self.callback_handler.callbacks if type(one).on_step_begin is not plain)
         return all(type(one).__module__.startswith(("selfgen.", "transformers.")) for one in own)
+
+    def _told_of_contexts(self) -> str:
+        """What the contexts of this run are, for the lines of the log; `_told_of_loss` likewise."""
+        return told_of_mixing(self.args, by_function=self.schedule is not None)
+
+    def _told_of_loss(self) -> str:
+        return told_of_loss(self.args)
 
     def _tell_of_padding(self) -> None:
         tokens, rows = self.generator.vocab_size, vocab_size_of(self.generator.model)

@@ -109,7 +109,6 @@ class Meter:
         agreeing = sum(stats.agreement * stats.self_tokens for stats in self.stats)
         logs = {
             "self_share": self_tokens / max(1, total("answer_tokens")),
-            "agreement": agreeing / self_tokens if self_tokens else 1.0,
             "differing_share": sum(map(differing_tokens, self.stats)) / max(1, total("answer_tokens")),
             "passes": total("passes") / steps,
             "computed_per_token": total("tokens_computed") / max(1, total("context_tokens")),
@@ -117,6 +116,10 @@ class Meter:
             "context_seconds": self.context_seconds / steps,
             "training_seconds": self.training_seconds / steps,
         }
+        if self_tokens:
+            logs["agreement"] = agreeing / self_tokens
+        if (seconds := self.context_seconds + self.training_seconds) > 0:
+            logs["tokens_per_second"] = total("context_tokens") / seconds
         if self.has_graphs:
             computed = total("tokens_computed") + total("padding")
             logs["replayed_share"] = total("replayed") / max(1, total("passes"))

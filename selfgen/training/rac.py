@@ -104,8 +104,8 @@ class RACConfig(BSSConfig):
         default=1.0,
         metadata={
             "help": "Weight of the loss on the reference right after the prompt, in addition to that on the "
-            "correction. 1 gives both the same weight, with twice the rows; 0 trains on corrections only, and first "
-            "answers may get worse."
+            "correction; the loss of the log is the sum of both. 1 gives both the same weight, with twice the rows; 0 "
+            "trains on corrections only, and first answers may get worse."
         },
     )
     right_answers: str = field(
@@ -218,6 +218,18 @@ class RACTrainer(BSSTrainer):
         if args.own_answer == "column":
             self._own_answers = self._read_own_answers(train_dataset)
             self.train_dataset = self._rows_with_own_answers(self.train_dataset)  # type: ignore[has-type]
+
+    def _told_of_contexts(self) -> str:
+        args = self.args
+        made = {"column": "read from the data", "generated": f"at temperature {args.sampling_temperature:g}"}
+        own = made.get(args.own_answer, f"mixed with p = {args.own_answer_self_prob:g}")
+        return f"prompt, own answer ({own}) and cue; corrections: {super()._told_of_contexts()}"
+
+    def _told_of_loss(self) -> str:
+        told = super()._told_of_loss()
+        if not self._has_direct:
+            return f"{told} of corrections"
+        return f"{told} of corrections, plus {self.args.direct_weight:g} (direct_weight) * that of first answers"
 
     @property
     def _cue(self) -> CorrectionCue:

@@ -5,6 +5,8 @@ from __future__ import annotations
 import ast
 import json
 import re
+import shutil
+import subprocess
 from dataclasses import fields
 from pathlib import Path
 
@@ -109,7 +111,7 @@ def test_every_page_is_in_the_navigation():
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# The built site
+# The built site: minutes where the machine is busy; CI builds it by `make docs`
 
 
 @pytest.fixture(scope="module")
@@ -145,6 +147,7 @@ def counted_warnings():
     return counter
 
 
+@pytest.mark.slow
 def test_nothing_is_fetched_from_elsewhere(site):
     for page in site.rglob("*.html"):
         text = page.read_text(encoding="utf-8")
@@ -152,6 +155,7 @@ def test_nothing_is_fetched_from_elsewhere(site):
         assert not loaded, f"{page.relative_to(site)} loads something from the network"
 
 
+@pytest.mark.slow
 def test_search_works_without_a_server(site):
     """A file may load a script, but no JSON, and may start no worker."""
     script = (site / "search" / "search_index.js").read_text(encoding="utf-8")
@@ -163,12 +167,32 @@ def test_search_works_without_a_server(site):
     assert front.index("assets/iframe-worker.js") < front.index("assets/javascripts/bundle")
 
 
+@pytest.mark.slow
+@pytest.mark.skipif(not shutil.which("chromium"), reason="there is no chromium")
+def test_a_browser_finds_a_message_without_a_server(site, tmp_path):
+    options = [
+        "--headless",
+        "--no-sandbox",
+        "--disable-gpu",
+        f"--user-data-dir={tmp_path}",
+        "--virtual-time-budget=9000",
+    ]
+    page = f"{(site / 'index.html').as_uri()}?q=weights+float16"
+    shown = subprocess.run(
+        ["chromium", *options, "--dump-dom", page], capture_output=True, text=True, check=True
+    ).stdout
+    assert "matching document" in shown
+    assert "weights-that-cant-be-trained" in shown
+
+
+@pytest.mark.slow
 def test_every_message_stands_on_the_site(site, said):
     page = plain_text(site / "troubleshooting.html")
     for message in said:
         assert message.text in page
 
 
+@pytest.mark.slow
 def test_every_field_and_option_stands_on_the_site(site):
     page = (site / "options.html").read_text(encoding="utf-8")
     for field in (*fields(BSSConfig), *fields(RACConfig)):
@@ -178,6 +202,7 @@ def test_every_field_and_option_stands_on_the_site(site):
     assert "--self-prob" in plain_text(site / "commands" / "train.html")
 
 
+@pytest.mark.slow
 def test_the_exported_names_are_in_the_api(site):
     import selfgen
     import selfgen_kernels
@@ -188,6 +213,7 @@ def test_the_exported_names_are_in_the_api(site):
             assert f"{package.__name__}.{name}" in page
 
 
+@pytest.mark.slow
 def test_pages_outside_docs_and_what_they_link_to_are_there(site):
     for page in (
         "index",

@@ -207,23 +207,25 @@ def fields_part() -> str:
 
     from selfgen import BSSConfig, RACConfig
 
-    found: dict[type, list[dataclasses.Field]] = {}
-    for config in (BSSConfig, RACConfig):
-        for field in dataclasses.fields(config):
-            owner = next(one for one in config.__mro__ if field.name in get_annotations(one))
-            if config is BSSConfig or owner is config:
-                found.setdefault(owner, []).append(field)
-    found[TrainingArguments] = found.pop(TrainingArguments)  # last
+    ours = [(BSSConfig, one) for one in BSSConfig.__mro__ if one is not TrainingArguments]
     lines: list[str] = []
-    for owner, fields in found.items():
+    for config, owner in (*ours, (RACConfig, RACConfig), (BSSConfig, TrainingArguments)):
+        fields = {field.name: field for field in dataclasses.fields(config)}
+        kinds = {name: kind for name, kind in get_annotations(owner).items() if name in fields}
+        if not kinds:
+            continue
         about = "See transformers." if owner is TrainingArguments else (owner.__doc__ or "").partition("\n\n")[0]
         lines += [f"## {owner.__name__}", "", about.replace("``", "`"), ""]
-        for field in fields:
-            kind = field.type.__name__ if isinstance(field.type, type) else str(field.type)
-            default = "made anew" if field.default is dataclasses.MISSING else f"`{field.default!r}`"
-            told = plain(field.metadata.get("help") or "See transformers.")
-            lines += [f"#### `{field.name}`", "", f"`{kind}`, default {default}. {told}", ""]
+        for name, kind in kinds.items():
+            if next(one for one in config.__mro__ if name in get_annotations(one)) is owner:
+                lines += field_lines(fields[name], kind if isinstance(kind, str) else kind.__name__)
     return "\n".join(lines)
+
+
+def field_lines(field: dataclasses.Field, kind: str) -> list[str]:
+    default = "made anew" if field.default is dataclasses.MISSING else f"`{field.default!r}`"
+    told = plain(field.metadata.get("help") or "See transformers.")
+    return [f"#### `{field.name}`", "", f"`{kind}`, default {default}. {told}", ""]
 
 
 def commands_part() -> str:
@@ -243,15 +245,10 @@ def api_part() -> str:
     for package in (selfgen, selfgen_kernels):
         lines += [f"## {package.__name__}", ""]
         for name in package.__all__:
-            lines += [f"::: {package.__name__}.{name}", ""]
+            lines.append(f"::: {package.__name__}.{name}")
             if name.endswith("Config"):
-                lines += [
-                    "    options:",
-                    "      members: false",
-                    "",
-                    f"The fields of `{name}`: [Fields](options.md).",
-                    "",
-                ]
+                lines += ["    options:", "      members: false", "", "Its fields: [every field](options.md)."]
+            lines.append("")
     return "\n".join(lines)
 
 
@@ -266,6 +263,6 @@ def with_messages(page: str) -> str:
     lists = iter(found.values())
 
     def listed(_: re.Match[str]) -> str:
-        return "\n".join(["**Messages**{ .messages }", "", *(f"- {plain(text)}" for text in next(lists))])
+        return "\n".join(["**Messages**", "", *(f"- {plain(text)}" for text in next(lists))])
 
     return messages.COMMENT.sub(listed, page)

@@ -17,7 +17,7 @@ import re
 from collections.abc import Iterator
 from contextlib import contextmanager, redirect_stderr, redirect_stdout, suppress
 from html import escape
-from inspect import get_annotations
+from inspect import formatannotation, get_annotations
 from io import StringIO
 from pathlib import Path
 from unittest.mock import patch
@@ -218,7 +218,7 @@ def fields_part() -> str:
         lines += [f"## {owner.__name__}", "", about.replace("``", "`"), ""]
         for name, kind in kinds.items():
             if next(one for one in config.__mro__ if name in get_annotations(one)) is owner:
-                lines += field_lines(fields[name], kind if isinstance(kind, str) else kind.__name__)
+                lines += field_lines(fields[name], kind if isinstance(kind, str) else formatannotation(kind))
     return "\n".join(lines)
 
 

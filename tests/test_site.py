@@ -203,6 +203,7 @@ def test_the_exported_names_are_in_the_api(site):
     for package in (selfgen, selfgen_kernels):
         for name in package.__all__:
             assert f"{package.__name__}.{name}" in page
+    assert "&gt;&gt;&gt;" not in re.sub(r"<pre.*?</pre>", "", page, flags=re.DOTALL), "an example is no code"
 
 
 @pytest.mark.slow

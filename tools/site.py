@@ -50,7 +50,7 @@ def on_config(config: MkDocsConfig) -> None:
         for entries in section.values():
             for entry in entries if isinstance(entries, list) else ():
                 if entry.get("Commands") == "commands.md":
-                    entry["Commands"] = ["commands.md", *(f"commands/{name}.md" for name in COMMANDS)]
+                    entry["Commands"] = [{"Overview": "commands.md"}, *(f"commands/{name}.md" for name in COMMANDS)]
 
 
 def on_files(files: Files, config: MkDocsConfig) -> None:
@@ -165,7 +165,8 @@ def command_page(name: str) -> str:
         actions = [one for one in group._group_actions if one.help != argparse.SUPPRESS and one.dest != "help"]
         if not actions:
             continue
-        lines += [f"## {(group.title or 'options').capitalize()}", ""]
+        title = group.title or "options"
+        lines += [f"## {title[0].upper()}{title[1:]}", ""]
         for action in actions:
             lines += [f"#### `{formatter._format_action_invocation(action)}`", ""]
             lines += [plain(formatter._expand_help(action)) if action.help else "", ""]

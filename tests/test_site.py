@@ -190,7 +190,7 @@ def test_every_field_and_option_stands_on_the_site(site):
     for field in (*fields(BSSConfig), *fields(RACConfig)):
         assert f'id="{field.name}"' in page
     for name in cli.COMMANDS:
-        assert "--model" in plain_text(site / "commands" / f"{name}.html")
+        assert f"selfgen {name}" in plain_text(site / "commands" / f"{name}.html")
     assert "--self-prob" in plain_text(site / "commands" / "train.html")
 
 

@@ -20,6 +20,7 @@ from html import escape
 from inspect import formatannotation, get_annotations
 from io import StringIO
 from pathlib import Path
+from typing import NoReturn
 from unittest.mock import patch
 
 from mkdocs.config.defaults import MkDocsConfig
@@ -159,7 +160,8 @@ def command_page(name: str) -> str:
     """All that ``selfgen NAME --help-all`` says."""
     parser = parser_of(name)
     formatter = parser._get_formatter()
-    lines = [f"# selfgen {name}", "", plain(parser.description or ""), "", "```", str(parser.usage), "```", ""]
+    usage = parser.format_usage().removeprefix("usage: ").strip()
+    lines = [f"# selfgen {name}", "", plain(parser.description or ""), "", "```", usage, "```", ""]
     lines += [plain(parser.epilog or ""), ""]
     for group in parser._action_groups:
         actions = [one for one in group._group_actions if one.help != argparse.SUPPRESS and one.dest != "help"]
@@ -174,15 +176,16 @@ def command_page(name: str) -> str:
 
 
 def parser_of(name: str) -> argparse.ArgumentParser:
-    """The parser of a command, which hands it over in place of its help."""
+    """The parser of a command, taken where it would print all its help or read arguments."""
     from selfgen import cli
 
     found: list[argparse.ArgumentParser] = []
 
-    def take(parser: argparse.ArgumentParser, file: object = None) -> None:
+    def take(parser: argparse.ArgumentParser, *_: object) -> NoReturn:
         found.append(parser)
+        raise SystemExit
 
-    asked = patch.object(argparse.ArgumentParser, "print_help", take)
+    asked = patch.multiple(argparse.ArgumentParser, print_help=take, parse_known_args=take)
     with asked, logging_as_it_is(), redirect_stdout(StringIO()), redirect_stderr(StringIO()), suppress(SystemExit):
         cli.main([name, "--help-all"])
     (parser,) = found

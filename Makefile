@@ -2,6 +2,7 @@
 #   make demo   plain fine-tuning and BSS side by side: who is better running freely? minutes, on two cores
 #   make test   the test suite          make slow   its long part (WORKERS=2 processes)
 #   make bench  the benchmarks          make lint   ruff and mypy
+#   make docs   the site, from docs/ and the code; outputs/site/index.html opens without a server
 #   make gpu    what needs a CUDA device, tests and figures (ARGS="--section step --seconds 100")
 #   make gpu-bundle       what that needs on a machine without a network, in files of at most 64 MiB
 #   make quality          does it help? five methods, all tasks, five seeds: hours, resumable (STAGE=confirmation: PLAN.md's)
@@ -25,7 +26,7 @@ unexport PYTHONDONTWRITEBYTECODE
 PIP    := $(BIN)/python -m pip install --quiet --disable-pip-version-check --no-compile --constraint constraints.txt
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test slow bench quality lint gpu gpu-bundle sanitize triton-versions versions newest deepspeed audit clean
+.PHONY: help setup demo test slow bench quality lint docs gpu gpu-bundle sanitize triton-versions versions newest deepspeed audit clean
 
 help:
 	@sed -n 's/^#//p' Makefile
@@ -74,6 +75,10 @@ lint: setup
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
+
+docs: setup
+	@echo "==> the site, in outputs/site; a link that leads nowhere is an error"
+	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build $(ARGS)
 
 gpu: setup
 	@echo "==> what needs a CUDA device, most important first; a second call goes on; report in outputs/gpu/summary.md"

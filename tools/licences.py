@@ -28,7 +28,7 @@ PERMISSIVE = {
 EXCEPTIONS = {
     "certifi": ("MPL-2.0", "a list of certificates, used as it is"),
     "hypothesis": ("MPL-2.0", "runs tests; no part of what is distributed"),
-    "pathspec": ("MPL-2.0", "of mypy; no part of what is distributed"),
+    "pathspec": ("MPL-2.0", "of mypy and mkdocs; no part of what is distributed"),
     "tqdm": ("MPL-2.0 AND MIT", "imported as it is; the MPL asks for the source of changed files only"),
     "zss": ("BSD-2-Clause", "its metadata name no licence, but its LICENSE file does"),
 }

@@ -6,7 +6,8 @@ import signal
 import sys
 from importlib import import_module
 
-from .options import fail, first_here
+from .help import known_help
+from .terminal import fail, first_here
 
 COMMANDS = ("train", "contexts", "generate", "eval")
 
@@ -74,6 +75,9 @@ def main(arguments: list[str] | None = None) -> int:
             f"unknown command {command!r}; accepted: {', '.join(COMMANDS)} (selfgen --help tells what they do)",
             command="selfgen",
         )
+    if (shown := known_help(command, rest)) is not None:
+        print(shown, end="")
+        return 0
     try:
         return import_module(f".{command}", __name__).run(rest)  # imported only where it runs, as torch takes seconds
     except KeyboardInterrupt:

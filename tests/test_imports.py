@@ -20,9 +20,7 @@ def imported_by(code: str, *, without: tuple[str, ...] = ()) -> set[str]:
     """The modules that a fresh process has loaded after ``code``, in which ``without`` can't be imported."""
     blocked = "".join(f"sys.modules[{name!r}] = None\n" for name in without)
     told = "\nprint('loaded', *(name for name, module in sys.modules.items() if module is not None))"
-    done = subprocess.run(
-        [sys.executable, "-c", f"import sys\n{blocked}{code}{told}"], capture_output=True, text=True
-    )
+    done = subprocess.run([sys.executable, "-c", f"import sys\n{blocked}{code}{told}"], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     assert done.stderr == "", "a warning, or something else, was said"
     return set(done.stdout.splitlines()[-1].split()[1:])
@@ -42,7 +40,7 @@ def test_help_and_version_load_nothing(arguments):
 
 
 def test_an_unknown_command_is_told_at_once():
-    code = "from selfgen.cli import main\ntry:\n    main(['trian'])\nexcept SystemExit as stop:\n    assert stop.code == 2"
+    code = "from selfgen.cli import main\ntry: main(['trian'])\nexcept SystemExit as stop: assert stop.code == 2"
     done = subprocess.run(
         [sys.executable, "-c", f"import sys\n{code}\nassert 'torch' not in sys.modules"], capture_output=True, text=True
     )

@@ -1,4 +1,4 @@
-"""Write selfgen/cli/help.json, which `selfgen COMMAND --help` shows, after a change of an option: python -m tools.help."""
+"""Write selfgen/cli/help.json, which `selfgen COMMAND --help` shows; run it after a change of an option."""
 
 from __future__ import annotations
 

@@ -6,10 +6,11 @@ import signal
 import sys
 from importlib import import_module
 
-from .help import known_help
 from .terminal import fail, first_here
 
-COMMANDS = ("train", "contexts", "generate", "eval")
+COMMANDS = ("train", "contexts", "generate", "eval", "doctor")
+
+_GO_ON = ("train", "contexts", "generate", "eval")  # where they were stopped
 
 OVERVIEW = """\
 selfgen - train language models on their own tokens, online and exact
@@ -18,6 +19,7 @@ usage: selfgen train    [CONFIG.yaml] --model NAME --dataset NAME --output-dir D
        selfgen contexts [CONFIG.yaml] --model NAME --dataset NAME --output-dir DIR [options]
        selfgen generate [CONFIG.yaml] --model NAME --dataset NAME --output-file FILE.jsonl [options]
        selfgen eval     [CONFIG.yaml] --model NAME --dataset NAME --output-dir DIR [options]
+       selfgen doctor   [MODEL] [--weights] [--json]
 
 The context of each training example mixes tokens of the reference answer with self tokens, which the model samples
 (batch-scheduled sampling, arXiv 2410.14655). The model learns to continue each context with the reference.
@@ -53,6 +55,7 @@ Data: a .jsonl, .json, .csv, .parquet or .arrow file, a folder of them, or a dat
 columns prompt and completion (text or messages), or messages. If the tokenizer has a chat template, it is applied.
 
 selfgen COMMAND --help     the options that most runs need
+selfgen doctor             whether this installation works, and what a model allows
 selfgen --version          the version of selfgen
 selfgen train --help-all   all options, those of transformers.TrainingArguments included
 """
@@ -75,15 +78,19 @@ def main(arguments: list[str] | None = None) -> int:
             f"unknown command {command!r}; accepted: {', '.join(COMMANDS)} (selfgen --help tells what they do)",
             command="selfgen",
         )
-    if (shown := known_help(command, rest)) is not None:
-        print(shown, end="")
-        return 0
+    if {"-h", "--help"} & set(rest):
+        from .help import known_help
+
+        if (shown := known_help(command, rest)) is not None:
+            print(shown, end="")
+            return 0
     try:
         return import_module(f".{command}", __name__).run(rest)  # imported only where it runs, as torch takes seconds
     except KeyboardInterrupt:
         if not is_program:
             raise
         more = " with --resume-from-checkpoint last" if command == "train" else ""
+        how = f"; the same command{more} goes on from what is written" if command in _GO_ON else ""
         if first_here():
-            print(f"selfgen {command}: stopped; the same command{more} goes on from what is written", file=sys.stderr)
+            print(f"selfgen {command}: stopped{how}", file=sys.stderr)
         return 128 + signal.SIGINT

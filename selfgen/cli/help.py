@@ -19,9 +19,7 @@ FILE = Path(__file__).with_suffix(".json")
 
 
 def known_help(command: str, arguments: list[str]) -> str | None:
-    """The text that ``arguments`` of a command ask for with --help; None if they don't, or it is not known."""
-    if not {"-h", "--help"} & set(arguments):
-        return None
+    """The text that ``arguments`` of a command, with --help, ask for; None if it is not kept."""
     kinds = json.loads(FILE.read_text(encoding="utf-8"))
     of_method = f"{command} --method {method_of(arguments)}" if command == "train" else command
     found = kinds.get(of_method, kinds.get(command))

@@ -5,7 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable
 from contextlib import nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 from torch.nn.functional import pad
@@ -25,11 +25,13 @@ class PassBudget:
     """How large passes may be, and by what speculation is weighed.
 
     ``tokens``, at least 1, caps a pass: it bounds memory. ``balance`` is the number of tokens that cost as much as a
-    pass by itself: it decides how much speculation is worth its price (``plan.least_log_chance``).
+    pass by itself: it decides how much speculation is worth its price (``plan.least_log_chance``). ``curve`` is what
+    both were measured by: seconds of a forward, by the number of its tokens.
     """
 
     tokens: int
     balance: float
+    curve: dict[int, float] = field(default_factory=dict, compare=False)
 
 
 class _Trial(Passes):
@@ -93,15 +95,15 @@ def measure_budget(
 def budget_of(seconds: Callable[[int], float], longest: int = LARGEST) -> PassBudget:
     """The budget for a cost curve: ``seconds`` of a forward over n tokens, up to ``longest``."""
     single = before = seconds(1)
-    tokens, per_token = 1, 0.0
+    tokens, per_token, curve = 1, 0.0, {1: single}
     while tokens < longest and before < 4 * single:
         more = min(2 * tokens, longest)
-        now = seconds(more)
+        now = curve[more] = seconds(more)
         per_token = (now - before) / (more - tokens)
         tokens, before = more, now
     balance = single / per_token if per_token > 0 else LARGEST
     tokens = int(min(max(16, _BALANCES * balance), LARGEST))
-    return PassBudget(tokens, tokens / _BALANCES)
+    return PassBudget(tokens, tokens / _BALANCES, curve)
 
 
 def _synchronize(device: torch.device) -> None:

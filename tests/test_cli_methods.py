@@ -88,6 +88,20 @@ def test_generate(generation, capsys):
     assert found[0]["own_answer"] == found[2]["own_answer"]  # greedy, the same prompt
 
 
+def test_answers_that_do_not_depend_on_their_batch(generation, tmp_path, capsys):
+    code, _, err = run(["generate", *flags(generation), "--context-precision", "invariant"], capsys)
+    assert (code, "is for bf16 and fp16" in err) == (2, True)
+    found = []
+    for batch_size in (1, 7):
+        given = generation | {"output_file": str(tmp_path / f"{batch_size}.jsonl"), "batch_size": batch_size}
+        given |= {"dtype": "bfloat16", "context_precision": "invariant", "temperature": 1}
+        code, _, err = run(["generate", *flags(given)], capsys)
+        assert code == 0, err
+        found.append(lines(given))
+    assert found[0] == found[1]
+    assert "'x'" in run(["generate", *flags(generation), "--context-precision", "x"], capsys)[2]
+
+
 def test_generate_corrected(generation, capsys):
     code, _, err = run(["generate", "--correct", *flags(generation)], capsys)
     assert code == 0, err

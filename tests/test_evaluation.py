@@ -521,6 +521,18 @@ def test_other_settings_need_another_folder(changes, words, arguments, monkeypat
     assert results_of(arguments) == before
 
 
+def test_contexts_and_answers_that_do_not_depend_on_their_batch(arguments, tmp_path, capsys):
+    arguments |= {"context_precision": "invariant"}
+    assert "is for bf16 and fp16" in evaluate(arguments, capsys, "loss")[2]
+    results = []
+    for batch_size in (1, 7):
+        given = arguments | {"output_dir": str(tmp_path / str(batch_size)), "dtype": "bfloat16"}
+        code, _, err = evaluate(given | {"batch_size": batch_size}, capsys, "gap", "exact_match")
+        assert code == 0, err
+        results.append([results_of(given)[name] for name in ("gap", "exact_match")])
+    assert results[0] == results[1]
+
+
 def test_measurements_of_other_noise_need_another_folder(arguments, monkeypatch, capsys):
     assert evaluate(arguments, capsys, "loss")[0] == 0
     monkeypatch.setattr("selfgen.cli.eval.NOISE_VERSION", 3)
@@ -570,6 +582,7 @@ def test_without_matplotlib_there_are_no_plots(arguments, monkeypatch, capsys):
         ({"temperature": -1}, "temperature is -1.0; it must be a finite number >= 0"),
         ({"sampling_temperature": "inf"}, "sampling_temperature is inf"),
         ({"context_method": "magic"}, "magic"),
+        ({"context_precision": "exact"}, "exact"),
         ({"max_new_tokens": 0}, "max_new_tokens is 0; it must be at least 1"),
         ({"batch_size": 0}, "batch_size is 0"),
         ({"limit": 0}, "limit is 0"),

@@ -419,3 +419,14 @@ def test_smollm2_on_some_tokens(smollm2_folder, math_rows):
     loop = generator_of(model).contexts(prompts, references, 0.5, method="sequential", **keys)
     for budget in (33, 1000):
         assert_equal(generator_of(model, budget).contexts(prompts, references, 0.5, **keys), loop)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_a_function_is_tried_on_more_numbers_than_the_probe_has(dtype):
+    def large_numbers_depend_on_the_place(numbers):
+        return numbers * torch.where(numbers.abs() > 1e4, 1 + (len(numbers) > 64), 1)
+
+    probe = torch.randn(27, dtype=dtype)
+    operations = engine._Operations(nn.Identity(), {})
+    assert not operations._is_everywhere_the_same(large_numbers_depend_on_the_place, (probe,), {}, probe)
+    assert operations._is_everywhere_the_same(torch.abs, (probe,), {}, probe)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import itertools
+
 import pytest
 import torch
 from models import VOCAB, tiny_model
@@ -60,6 +62,13 @@ def test_rates_follow_what_is_seen():
 def test_budget_of_a_straight_cost_curve(fixed, per_token):
     budget = budget_of(lambda n: fixed + n * per_token)
     assert budget.balance == pytest.approx(1 + fixed / per_token, rel=0.05)
+
+
+@pytest.mark.parametrize("disturbed", range(12))
+def test_a_budget_does_not_depend_on_what_else_ran_for_a_moment(disturbed):
+    calls = itertools.count()
+    cost = lambda n: (32 + n) * (9.0 if next(calls) == disturbed else 1.0)  # noqa: E731
+    assert budget_of(cost) == budget_of(lambda n: 32.0 + n)
 
 
 def test_budget_of_a_cost_curve_with_a_corner():

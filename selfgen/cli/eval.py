@@ -16,7 +16,7 @@ from tqdm.auto import tqdm
 from transformers import PreTrainedTokenizerBase
 
 from ..context import NOISE_VERSION, ContextGenerator
-from ..context.generator import METHODS, Method
+from ..context.generator import METHODS, PRECISIONS, Method, Precision
 from ..context.masks import check_probability
 from ..context.models import max_positions, unpadded_vocab_size
 from ..correction import DEFAULT_CUE
@@ -61,8 +61,8 @@ PROG = "selfgen eval"
 METRICS = ("gap", "exact_match", "rouge", "loss", "curve", "correction")
 
 # What must be the same, with the model and the data, for more rows to be added to a file.
-_SAMPLING = ("seed", "max_new_tokens", "temperature")
-_CONTEXTS = ("seed", "self_prob", "sampling_temperature", "context_method")
+_SAMPLING = ("seed", "max_new_tokens", "temperature", "context_precision")
+_CONTEXTS = ("seed", "self_prob", "sampling_temperature", "context_method", "context_precision")
 _SETTINGS = {
     "gap": _CONTEXTS,
     "answers": _SAMPLING,
@@ -114,6 +114,13 @@ class EvalArguments:
         default="fixed_point",
         metadata={"help": "How contexts are made: fixed_point (fast), or sequential (for models that it refuses)."},
     )
+    context_precision: Precision = field(
+        default="model",
+        metadata={
+            "help": "invariant: contexts and answers in bf16 or fp16 have the same tokens in any batch, which takes "
+            "longer, and is refused where a model can't have it. model: rounding may turn near ties."
+        },
+    )
     rounds: int = field(default=1, metadata={"help": "For correction: how often, each time of the answer before it."})
     correction_cue: str = field(
         default=DEFAULT_CUE, metadata={"help": "For correction: the text that asks for it, as in training."}
@@ -142,6 +149,8 @@ class EvalArguments:
         check_seed(self.seed)
         if self.context_method not in METHODS:
             raise ValueError(f"context_method is {self.context_method!r}; accepted: {', '.join(METHODS)}")
+        if self.context_precision not in PRECISIONS:
+            raise ValueError(f"context_precision is {self.context_precision!r}; accepted: {', '.join(PRECISIONS)}")
         check_least(self, 1, "gap_rows", "max_new_tokens", "rounds", "batch_size", "limit")
         if "correction" not in self.metrics and (self.rounds, self.correction_cue) != (1, DEFAULT_CUE):
             raise ValueError("rounds and correction_cue need the metric correction: add it, or leave them out")
@@ -226,8 +235,9 @@ def evaluate(
     # All of them first, so that an error shows before hours of work.
     journals = {name: Journal(folder / f"{name}.jsonl", what | made[name]) for name in how.files}
 
-    free = ContextGenerator(model, temperature=how.temperature, vocab_size=vocab_size)
-    mixing = ContextGenerator(model, temperature=how.sampling_temperature, vocab_size=vocab_size)
+    made_with: dict[str, Any] = {"vocab_size": vocab_size, "precision": how.context_precision}
+    free = ContextGenerator(model, temperature=how.temperature, **made_with)
+    mixing = ContextGenerator(model, temperature=how.sampling_temperature, **made_with)
     greedy = free if how.temperature == 0 else greedy_of(free)
     made_by: dict[str, tuple[ContextGenerator, int, Method | None, Callable[[list[dict]], list[dict]]]] = {
         "gap": (mixing, how.batch_size or 8, how.context_method, partial(gaps, mixing, greedy, tokenizer, data, how)),

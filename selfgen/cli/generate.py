@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from ..context import NOISE_VERSION, ContextGenerator
+from ..context.generator import PRECISIONS, Precision
 from ..context.models import room_for_answers, unpadded_vocab_size
 from ..correction import DEFAULT_CUE, CorrectionCue
 from ..data import sample_ids_of
@@ -67,6 +68,13 @@ class GenerateArguments:
             "number that it began with."
         },
     )
+    context_precision: Precision = field(
+        default="model",
+        metadata={
+            "help": "invariant: an answer in bf16 or fp16 has the same tokens in any batch, which takes longer, and is "
+            "refused where a model can't have it. model: rounding may turn near ties."
+        },
+    )
     seed: int = field(default=0, metadata={"help": "Seed of the answers."})
     use_cpu: bool = field(default=False, metadata={"help": "Run on the CPU even if there is an accelerator."})
 
@@ -74,6 +82,8 @@ class GenerateArguments:
         check_least(self, 1, "rounds", "max_new_tokens", "top_k", "batch_size", "chunk_rows")
         check_temperature(self, "temperature")
         check_seed(self.seed)
+        if self.context_precision not in PRECISIONS:
+            raise ValueError(f"context_precision is {self.context_precision!r}; accepted: {', '.join(PRECISIONS)}")
         if self.top_p is not None and not 0.0 < self.top_p <= 1.0:
             raise ValueError(f"top_p is {self.top_p}; it must be above 0 and at most 1")
         if not self.correct and (self.rounds, self.correction_cue) != (1, DEFAULT_CUE):
@@ -116,7 +126,9 @@ def answer(model_arguments: ModelArguments, data: DataArguments, how: GenerateAr
     settings["noise_version"] = NOISE_VERSION
     journal = Journal(Path(how.output_file), settings)
     model = model.to(device(how.use_cpu))
-    generator = ContextGenerator(model, temperature=how.temperature, vocab_size=vocab_size)
+    generator = ContextGenerator(
+        model, temperature=how.temperature, vocab_size=vocab_size, precision=how.context_precision
+    )
 
     correction = {"rounds": how.rounds, "cue": how.correction_cue}
     sampling = {name: getattr(how, name) for name in ("max_new_tokens", "seed", "batch_size", "top_k", "top_p")}

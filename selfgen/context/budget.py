@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Callable
 from contextlib import nullcontext
@@ -60,9 +61,10 @@ def measure_budget(
 
     A forward over n tokens costs about ``fixed + n * per_token`` seconds: the weights are streamed once, whatever n is.
     The balance point is the n at which both parts are equal; above a few times that, a larger pass gains no more. n is
-    doubled until the forward takes four times as long as that of a single token, and the last doubling shows what a
-    token costs. ``forward``, if given, is what runs the passes; otherwise the model does, with an attention of its own.
-    All processes that are ``together`` measure, and each time is that of the slowest: they come to the same budget.
+    doubled until the forward takes four times as long as that of a single token, in two trials, and the last doubling
+    shows what a token costs. ``forward``, if given, is what runs the passes; otherwise the model does, with an
+    attention of its own. All processes that are ``together`` measure, and each time is that of the slowest: they come
+    to the same budget.
     """
     longest = min(max_positions(model) or LARGEST, LARGEST)
     device = model.device
@@ -94,16 +96,22 @@ def measure_budget(
 
 def budget_of(seconds: Callable[[int], float], longest: int = LARGEST) -> PassBudget:
     """The budget for a cost curve: ``seconds`` of a forward over n tokens, up to ``longest``."""
-    single = before = seconds(1)
-    tokens, per_token, curve = 1, 0.0, {1: single}
-    while tokens < longest and before < 4 * single:
-        more = min(2 * tokens, longest)
-        now = curve[more] = seconds(more)
-        per_token = (now - before) / (more - tokens)
-        tokens, before = more, now
-    balance = single / per_token if per_token > 0 else LARGEST
+    found: dict[int, float] = {}
+
+    def measure(tokens: int) -> float:
+        found[tokens] = min(found.get(tokens, math.inf), seconds(tokens))
+        return found[tokens]
+
+    single, now, tokens, before = measure(1), 0.0, 1, 1
+    while tokens < longest and now < 4 * single:
+        tokens, before = min(2 * tokens, longest), tokens
+        now = measure(tokens)
+        if now >= 4 * single:  # unless something else ran on the machine just then
+            single, _, now = measure(1), measure(before), measure(tokens)
+    more = now - found[before]
+    balance = single * (tokens - before) / more if more > 0 else LARGEST
     tokens = int(min(max(16, _BALANCES * balance), LARGEST))
-    return PassBudget(tokens, tokens / _BALANCES, curve)
+    return PassBudget(tokens, tokens / _BALANCES, found)
 
 
 def _synchronize(device: torch.device) -> None:

@@ -104,8 +104,11 @@ def _product(hidden: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
 
 
 def _numbers(dtype: torch.dtype, device: torch.device) -> Tensor:
-    """All of ``dtype``, in the order of their bits."""
-    return torch.arange(_NUMBERS, device=device).to(torch.int16).view(dtype)
+    """All of a 16-bit ``dtype``, in the order of their bits; of fp32 one for each first half of the bits."""
+    every = torch.arange(_NUMBERS, device=device)
+    if dtype == torch.float32:
+        return (every << 16 | every * 40503 % _NUMBERS).to(torch.int32).view(dtype)  # second halves in no order
+    return every.to(torch.int16).view(dtype)
 
 
 def _table_of(module: nn.Module, dtype: torch.dtype, device: torch.device) -> Tensor | None:
@@ -200,10 +203,9 @@ class _Operations(TorchDispatchMode):
         rest = [one for one in args if not isinstance(one, Tensor)]
         key = func, repr(rest), repr(kwargs), *(one.dtype for one in given)
         if key not in self._by_place:
-            if len(given) == 1 and given[0].dtype in HALF:  # all that there are
-                some = [_numbers(given[0].dtype, given[0].device)]
-            else:
-                some = [one.expand(result.shape).reshape(-1)[:_CHUNK].clone() for one in given]
+            some = [one.expand(result.shape).reshape(-1)[:_CHUNK].clone() for one in given]
+            if len(given) == 1 and given[0].dtype in (*HALF, torch.float32):
+                some = [torch.cat([*some, _numbers(given[0].dtype, given[0].device)])]
 
             def together(count: int) -> Tensor:
                 results = []

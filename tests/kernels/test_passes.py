@@ -182,6 +182,18 @@ def test_plan_of_many_rows(fast, rows):
 
 
 @pytest.mark.parametrize("fast", [_TRITON], indirect=True)
+def test_rows_whose_state_is_in_memory_are_planned_without_it_on_amds_gpus(fast, monkeypatch):
+    monkeypatch.setattr(fast.ops, "LANES", (1,))
+    next_self, row_starts = next_self_of([[False, True], [True, True, False]])
+    args = row_starts, row_starts, next_self, torch.zeros(5), 4
+    want = reference.plan_pass(*args)
+    monkeypatch.setattr(torch.version, "hip", "7.0")
+    for kernel in ("free_end_kernel", "many_windows_kernel", "slots_kernel"):
+        monkeypatch.setattr(fast.ops, kernel, None)
+    assert all(map(torch.equal, fast.ops.plan_pass(*args), want))
+
+
+@pytest.mark.parametrize("fast", [_TRITON], indirect=True)
 @pytest.mark.parametrize("scan", [8, None])
 def test_plan_of_long_rows(fast, scan, monkeypatch):
     """Rows of several scans: with budgets that bind and that don't, and sums that end a window or never do."""

@@ -5,7 +5,8 @@ over its slots, and finds where the row's window would end if the budget allowed
 does, these windows are the plan.
 
 If not, one program with a row in each lane shares the budget out; more rows than registers hold are taken in blocks,
-their state kept in memory. It goes down through the sums of log chances that occur: all segments of the best one are
+their state kept in memory (on AMD's GPUs the reference plans so many: no barrier that Triton has there waits for stores
+to memory). It goes down through the sums of log chances that occur: all segments of the best one are
 taken at once, by all rows that have one, until the budget ends within such a level.
 """
 
@@ -268,6 +269,8 @@ def plan_pass(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Slots int64 [token_budget], cu_seqlens_q int32 [R + 1], kv_ranges int64 [R, 2]."""
     rows, num_slots = len(final), len(next_self)
+    if rows > LANES[-1] and torch.version.hip:
+        return reference_passes.plan_pass(final, row_starts, next_self, log_chance, token_budget, least_log_chance)
     slots = final.new_empty(token_budget)
     cu_seqlens_q = final.new_empty(rows + 1, dtype=torch.int32)
     kv_ranges = final.new_empty(rows, 2)

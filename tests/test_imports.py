@@ -32,7 +32,15 @@ def test_selfgen_loads_nothing_by_itself():
 
 @pytest.mark.parametrize(
     "arguments",
-    [[], ["--help"], ["--version"], ["train", "--help"], ["train", "--method", "rac", "-h"], ["eval", "--help"]],
+    [
+        [],
+        ["--help"],
+        ["--version"],
+        ["train", "--help"],
+        ["train", "--method", "rac", "-h"],
+        ["eval", "--help"],
+        ["doctor", "--help"],
+    ],
     ids=" ".join,
 )
 def test_help_and_version_load_nothing(arguments):

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import io
 import json
-from contextlib import suppress
+from contextlib import redirect_stdout, suppress
 from importlib import import_module
 from typing import Any
 from unittest.mock import patch
@@ -18,7 +19,8 @@ KINDS = [*COMMANDS, "train --method rac"]
 def parser_of(kind: str) -> Parser | None:
     """That of a command and its method; None if the command has one of another class, which is fast by itself."""
     command, *arguments = kind.split()
-    with patch.object(Parser, "print_help", autospec=True) as shown, suppress(SystemExit):
+    shows = patch.object(Parser, "print_help", autospec=True)
+    with shows as shown, redirect_stdout(io.StringIO()), suppress(SystemExit):
         import_module(f"selfgen.cli.{command}").run([*arguments, "--help"])
     return shown.call_args[0][0] if shown.called else None
 

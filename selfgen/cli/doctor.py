@@ -20,7 +20,7 @@ from importlib import import_module, metadata
 from importlib.util import find_spec
 from typing import TYPE_CHECKING, Any
 
-from .terminal import HelpFormatter, fail
+from .terminal import fail
 
 if TYPE_CHECKING:
     import torch
@@ -51,7 +51,6 @@ def parse(arguments: list[str]) -> argparse.Namespace:
         description="Look at this installation: versions, devices, which kernels compute, whether contexts are exact, "
         "what passes cost, and what a model allows. Ends with exit code 0 if all is well, and 1 if something is "
         "broken, which is marked with !.",
-        formatter_class=HelpFormatter,
     )
     found.add_argument("model", nargs="?", metavar="MODEL", help="a folder, or a name on the Hugging Face hub")
     found.add_argument("--weights", action="store_true", help="load the weights of MODEL, too, and try what it allows")

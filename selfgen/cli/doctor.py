@@ -196,8 +196,8 @@ def _kernels() -> Iterator[Finding]:
     elif cpu.missing == cpu.NOT_BUILT:
         yield Finding("C++", f"not built, so that CPU ops are several times slower (docs/install.md); {with_it}")
     else:
-        remedy = "pip install --force-reinstall --no-deps --no-build-isolation selfgen"
-        yield Finding("C++", f"not used: {cpu.missing}; {with_it}, so build them again: {remedy}", broken=True)
+        remedy = "from the source: pip install --force-reinstall --no-deps ."
+        yield Finding("C++", f"not used: {cpu.missing}; {with_it}; build them again {remedy}", broken=True)
     for device in ("cpu", *(["cuda"] if torch.cuda.is_available() else [])):
         by_choice: dict[backends.Chosen, list[str]] = {}
         for op in OPS:

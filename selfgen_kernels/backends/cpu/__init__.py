@@ -56,7 +56,7 @@ def level() -> str | None:
 def _warn_once() -> None:
     warnings.warn(
         f"selfgen_kernels runs its torch reference on CPU, several times slower than its C++ kernels: {missing}. "
-        "With torch and a C++ compiler there, install again from the source: pip install --no-build-isolation .",
+        "With torch and a C++ compiler there, install again from the source: pip install --force-reinstall --no-deps .",
         stacklevel=5,
     )
 

@@ -163,7 +163,7 @@ def test_unknown_options(arguments, capsys, tmp_path, monkeypatch, options, mess
 def test_the_first_process_of_a_machine_tells_an_error(tmp_path, capsys, monkeypatch, rank):
     """The others wait, as torchrun ends them when the first one ends; it repeats what the file says."""
     waited = []
-    monkeypatch.setattr("selfgen.cli.options.time.sleep", waited.append)
+    monkeypatch.setattr("selfgen.cli.terminal.time.sleep", waited.append)
     monkeypatch.setenv("LOCAL_RANK", rank)
     monkeypatch.setenv("TORCHELASTIC_RUN_ID", "none")
     monkeypatch.setenv("TORCHELASTIC_ERROR_FILE", str(tmp_path / "error.json"))

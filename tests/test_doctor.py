@@ -204,6 +204,16 @@ def test_a_model_by_its_configuration(tmp_path, capsys, no_other_parts):
     assert "--weights" in lines["not known"]["text"]
 
 
+def test_an_adapter_is_looked_at_by_its_base(tmp_path, capsys, no_other_parts):
+    save_model(tmp_path / "base")
+    (tmp_path / "adapter").mkdir()
+    adapter = tmp_path / "adapter" / "adapter_config.json"
+    adapter.write_text(json.dumps({"base_model_name_or_path": str(tmp_path / "base")}))
+    code, lines = found([str(adapter.parent)], capsys, f"model {adapter.parent}")
+    assert (code, lines["adapter"]["data"]) == (0, str(tmp_path / "base"))
+    assert lines["class"]["data"] == "LlamaForCausalLM"
+
+
 def test_a_model_by_its_weights(tmp_path, capsys, no_other_parts):
     save_model(tmp_path)
     code, lines = found([str(tmp_path), "--weights"], capsys, f"model {tmp_path}")

@@ -18,6 +18,7 @@ from dataclasses import asdict, dataclass
 from functools import partial
 from importlib import import_module, metadata
 from importlib.util import find_spec
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from .terminal import fail
@@ -283,9 +284,14 @@ def _of_configuration(name: str) -> Iterator[Finding]:
     """What a model allows as far as its configuration and its code tell: the weights stay where they are."""
     import torch
     from transformers import AutoConfig
+    from transformers.utils import find_adapter_config_file
 
-    from ..context.models import auto_class_of
+    from ..context.models import auto_class_of, check_there
 
+    check_there(name)
+    if adapter := find_adapter_config_file(name):
+        name = json.loads(Path(adapter).read_text(encoding="utf-8"))["base_model_name_or_path"]
+        yield Finding("adapter", f"of {name}, which is looked at here", data=name)
     auto_class = auto_class_of(name)
     config = AutoConfig.from_pretrained(name)
     with torch.device("meta"):

@@ -7,6 +7,7 @@ if a point fails; all are tried.
 
 from __future__ import annotations
 
+import argparse
 import re
 import shutil
 import subprocess
@@ -128,4 +129,5 @@ def main() -> int:
 
 
 if __name__ == "__main__":
+    argparse.ArgumentParser(description=__doc__).parse_args()
     sys.exit(main())

@@ -11,6 +11,7 @@
 #   make versions         the core tests with the newest and the oldest torch, transformers, accelerate and datasets
 #   make deepspeed        the tests with DeepSpeed: ZeRO-1, -2 and -3 in two processes
 #   make audit            known vulnerabilities of what is installed (needs the network), and licences
+#   make release-check    what a release must pass: builds, contents, an installed wheel, versions, links, licences
 #   make newest           the README's first command with the newest versions that pip takes, as CI does
 
 PYTHON ?= python3
@@ -26,7 +27,7 @@ unexport PYTHONDONTWRITEBYTECODE
 PIP    := $(BIN)/python -m pip install --quiet --disable-pip-version-check --no-compile --constraint constraints.txt
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test slow bench quality lint docs gpu gpu-bundle sanitize triton-versions versions newest deepspeed audit clean
+.PHONY: help setup demo test slow bench quality lint docs gpu gpu-bundle sanitize triton-versions versions newest deepspeed audit release-check clean
 
 help:
 	@sed -n 's/^#//p' Makefile
@@ -142,7 +143,11 @@ audit: setup
 	  echo "make audit: there are vulnerabilities above, or pip-audit could not ask about all packages: it needs the" \
 	    "network (ARGS='--vulnerability-service osv' asks another service)" >&2; exit 1; }
 
+release-check: setup
+	@$(PIP) 'build>=1.2' 'twine>=6'
+	$(BIN)/python -m tools.release
+
 clean:
 	rm -rf $(VENV) build outputs *.egg-info .pytest_cache .mypy_cache .ruff_cache .benchmarks .hypothesis .coverage*
 	find . -name '__pycache__' -prune -exec rm -rf {} +
-	find selfgen_kernels -name '*.so' -delete
+	find selfgen_kernels -name '_C.*' -delete

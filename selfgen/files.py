@@ -15,7 +15,6 @@ from pathlib import Path
 from typing import Any, BinaryIO
 
 from filelock import FileLock, Timeout
-from torch.serialization import get_unsafe_globals_in_checkpoint
 
 PATHS = (
     "model", "dataset", "eval_dataset", "contexts", "output_dir", "output_file", "kl_model", "teacher_model",
@@ -48,6 +47,8 @@ def to_json(value: Any, indent: int | None = None) -> str:
 
 def code_in(file: Path) -> list[str]:
     """What loading an archive of ``torch.save`` would call, besides what tensors and arrays need; nothing is loaded."""
+    from torch.serialization import get_unsafe_globals_in_checkpoint  # here, as torch takes seconds
+
     return sorted(name for name in get_unsafe_globals_in_checkpoint(str(file)) if not name.startswith("numpy."))
 
 

@@ -163,7 +163,7 @@ def test_unknown_options(arguments, capsys, tmp_path, monkeypatch, options, mess
 def test_the_first_process_of_a_machine_tells_an_error(tmp_path, capsys, monkeypatch, rank):
     """The others wait, as torchrun ends them when the first one ends; it repeats what the file says."""
     waited = []
-    monkeypatch.setattr("selfgen.cli.options.time.sleep", waited.append)
+    monkeypatch.setattr("selfgen.cli.terminal.time.sleep", waited.append)
     monkeypatch.setenv("LOCAL_RANK", rank)
     monkeypatch.setenv("TORCHELASTIC_RUN_ID", "none")
     monkeypatch.setenv("TORCHELASTIC_ERROR_FILE", str(tmp_path / "error.json"))
@@ -254,9 +254,10 @@ def test_ctrl_c_ends_a_command_with_one_line(command, capsys, monkeypatch):
     monkeypatch.setattr(f"selfgen.cli.{command}.run", stop)
     monkeypatch.setattr("sys.argv", ["selfgen", command])
     again = " with --resume-from-checkpoint last" if command == "train" else ""
-    told = "nothing was written" if command == "inspect" else f"the same command{again} goes on from what is written"
+    is_resumed = command not in ("inspect", "doctor")
+    how = f"; the same command{again} goes on from what is written" if is_resumed else ""
     assert main() == 130
-    assert capsys.readouterr().err == f"selfgen {command}: stopped; {told}\n"
+    assert capsys.readouterr().err == f"selfgen {command}: stopped{how}\n"
 
 
 @pytest.mark.slow

@@ -37,7 +37,7 @@ from selfgen.context.budget import PassBudget
 
 ROOT = Path(__file__).parents[1]
 PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))]
-MEASURED = ["README.md", "results.md", "benchmarks.md", "exactness.md", "data.md"]
+MEASURED = ["README.md", "results.md", "benchmarks.md", "exactness.md", "data.md", "install.md"]
 RESULTS = ROOT / "benchmarks" / "results"
 
 SUBSTITUTES = {

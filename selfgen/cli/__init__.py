@@ -6,9 +6,11 @@ import signal
 import sys
 from importlib import import_module
 
-from .options import fail, first_here
+from .terminal import fail, first_here
 
-COMMANDS = ("train", "contexts", "generate", "eval", "inspect")
+COMMANDS = ("train", "contexts", "generate", "eval", "inspect", "doctor")
+
+_GO_ON = ("train", "contexts", "generate", "eval")  # where they were stopped
 
 OVERVIEW = """\
 selfgen - train language models on their own tokens, online and exact
@@ -18,6 +20,7 @@ usage: selfgen train    [CONFIG.yaml] --model NAME --dataset NAME --output-dir D
        selfgen generate [CONFIG.yaml] --model NAME --dataset NAME --output-file FILE.jsonl [options]
        selfgen eval     [CONFIG.yaml] --model NAME --dataset NAME --output-dir DIR [options]
        selfgen inspect  MODEL DATA [options]
+       selfgen doctor   [MODEL] [--weights] [--json]
 
 The context of each training example mixes tokens of the reference answer with self tokens, which the model samples
 (batch-scheduled sampling, arXiv 2410.14655). The model learns to continue each context with the reference.
@@ -56,6 +59,7 @@ Data: a .jsonl, .json, .csv, .parquet or .arrow file, a folder of them, or a dat
 columns prompt and completion (text or messages), or messages. If the tokenizer has a chat template, it is applied.
 
 selfgen COMMAND --help     the options that most runs need
+selfgen doctor             whether this installation works, and what a model allows
 selfgen --version          the version of selfgen
 selfgen train --help-all   all options, those of transformers.TrainingArguments included
 """
@@ -78,15 +82,19 @@ def main(arguments: list[str] | None = None) -> int:
             f"unknown command {command!r}; accepted: {', '.join(COMMANDS)} (selfgen --help tells what they do)",
             command="selfgen",
         )
+    if {"-h", "--help"} & set(rest):
+        from .help import known_help
+
+        if (shown := known_help(command, rest)) is not None:
+            print(shown, end="")
+            return 0
     try:
         return import_module(f".{command}", __name__).run(rest)  # imported only where it runs, as torch takes seconds
     except KeyboardInterrupt:
         if not is_program:
             raise
         more = " with --resume-from-checkpoint last" if command == "train" else ""
-        after = (
-            "nothing was written" if command == "inspect" else f"the same command{more} goes on from what is written"
-        )
+        how = f"; the same command{more} goes on from what is written" if command in _GO_ON else ""
         if first_here():
-            print(f"selfgen {command}: stopped; {after}", file=sys.stderr)
+            print(f"selfgen {command}: stopped{how}", file=sys.stderr)
         return 128 + signal.SIGINT

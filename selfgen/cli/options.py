@@ -3,14 +3,11 @@
 from __future__ import annotations
 
 import argparse
-import contextlib
 import difflib
 import json
 import logging
 import os
-import shutil
 import sys
-import time
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -33,10 +30,10 @@ from ..data import RowOptions, load_rows
 from ..files import PATHS, expand_home
 from ..training.config import RENAMED, WORDS
 from .pretrained import from_pretrained
+from .terminal import HelpFormatter, fail
 from .yaml_file import NumberOr, read_file, value_of
 
 DTYPES = ("auto", "float32", "bfloat16", "float16")
-_FIRST_SPEAKS = 10.0  # seconds that other processes of a machine wait before they tell an error
 
 
 @dataclass
@@ -216,42 +213,10 @@ class Parser(HfArgumentParser):
         return found
 
 
-class HelpFormatter(argparse.ArgumentDefaultsHelpFormatter):
-    """One spelling per option, and no metavar that repeats its name."""
-
-    def __init__(self, prog: str):
-        super().__init__(prog, max_help_position=34, width=min(120, shutil.get_terminal_size().columns))
-
-    def _get_help_string(self, action: argparse.Action) -> str | None:
-        return action.help if action.default is None else super()._get_help_string(action)  # the help says what none is
-
-    def _format_action_invocation(self, action: argparse.Action) -> str:
-        flag = max(action.option_strings, key=lambda one: (len(one), "_" not in one))
-        return flag if action.nargs == 0 else f"{flag} {'|'.join(action.choices) if action.choices else '…'}"
-
-
 def show_log() -> None:
     """Write the log of selfgen from INFO on, and that of other libraries from WARNING on, to stderr."""
     logging.basicConfig(format="%(message)s", level=logging.WARNING)
     logging.getLogger("selfgen").setLevel(logging.INFO)
-
-
-def fail(message: object, command: str) -> NoReturn:
-    """End with one line. Of the processes of a machine the first one says it: torchrun then ends the others."""
-    line = f"{command}: error: {' '.join(str(message).split())}"
-    if not first_here() and "TORCHELASTIC_RUN_ID" in os.environ:
-        time.sleep(_FIRST_SPEAKS)  # after that, the error is this process's alone
-    print(line, file=sys.stderr, flush=True)
-    if file := os.environ.get("TORCHELASTIC_ERROR_FILE"):  # torchrun writes what is there at the end
-        with contextlib.suppress(OSError):
-            told = {"message": line, "extraInfo": {"timestamp": str(int(time.time()))}}
-            Path(file).write_text(json.dumps({"message": told}), encoding="utf-8")
-    raise SystemExit(2)
-
-
-def first_here() -> bool:
-    """Whether this process is alone, or the first one of this machine."""
-    return os.environ.get("LOCAL_RANK", "0") == "0"
 
 
 def wants_everything(arguments: list[str]) -> bool:

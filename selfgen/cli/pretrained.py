@@ -11,7 +11,7 @@ import tokenizers
 from safetensors import SafetensorError, safe_open
 from transformers.utils.hub import cached_file
 
-from ..context.models import MissingWeightsError, load_whole
+from ..context.models import MissingWeightsError, check_there, load_whole
 from ..files import code_in
 
 _FILES = (
@@ -31,6 +31,7 @@ def from_pretrained(auto_class: Any, name: str, **options: Any) -> Any:
         ImportError: a package is missing.
     """
     is_model = "Tokenizer" not in auto_class.__name__
+    check_there(name, options.get("revision"))
     try:
         return load_whole(auto_class, name, **options) if is_model else auto_class.from_pretrained(name, **options)
     except (ImportError, MissingWeightsError):

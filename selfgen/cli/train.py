@@ -10,7 +10,6 @@ from dataclasses import dataclass, field, fields, replace
 from functools import partial
 from typing import Literal
 
-import yaml
 from datasets import Dataset, IterableDataset
 from transformers import PreTrainedModel, TrainerState, TrainingArguments
 
@@ -33,6 +32,7 @@ from ..training.report import write_report
 from ..training.rounds import train_rounds
 from ..training.streams import check_stream
 from ..training.weights import DivergedError
+from .help import method_of
 from .options import (
     Parser,
     TrainedModelArguments,
@@ -44,7 +44,6 @@ from .options import (
     source_of,
     wants_everything,
 )
-from .yaml_file import read_file
 
 logger = logging.getLogger(__name__)
 
@@ -411,21 +410,6 @@ def _checkpoint(config: BSSConfig) -> str | None:
     elif config.resume_from_checkpoint and is_first():
         logger.info("%s has no checkpoint yet: training begins at its first step", config.output_dir)
     return found
-
-
-def method_of(arguments: list[str]) -> str | None:
-    """The method that a flag or the file asks for; it decides which options there are."""
-    for place in range(len(arguments) - 1, -1, -1):
-        flag, _, value = arguments[place].partition("=")
-        if flag == "--method":
-            return value or next(iter(arguments[place + 1 :]), None)
-    if not arguments or arguments[0].startswith("-"):
-        return None
-    try:
-        entry = read_file(arguments[0]).get("method")
-    except (ValueError, OSError):  # which is reported where the file is read as a whole
-        return None
-    return entry.value.value if entry and isinstance(entry.value, yaml.ScalarNode) else None
 
 
 def _parser(config_class: type[BSSConfig], everything: bool) -> Parser:

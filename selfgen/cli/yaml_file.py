@@ -10,7 +10,6 @@ from dataclasses import dataclass
 from typing import Any
 
 import yaml
-from transformers.hf_argparser import string_to_bool
 
 from ..files import at_home
 
@@ -140,6 +139,8 @@ def _is_null(file: str, node: yaml.Node) -> bool:
 
 def _scalar(file: str, where: str, node: yaml.Node, action: argparse.Action) -> Any:
     """A value by the type of its option."""
+    from transformers.hf_argparser import string_to_bool  # here, as it takes a second, and `selfgen --help` reads files
+
     if _is_null(file, node) or not isinstance(node, yaml.ScalarNode):
         raise ValueError(f"{where} has an item that is no value, but empty, a list or a mapping")
     text, plain = node.value, node.style is None

@@ -6,7 +6,7 @@ import math
 import time
 from collections.abc import Callable
 from contextlib import nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 from torch.nn.functional import pad
@@ -26,11 +26,13 @@ class PassBudget:
     """How large passes may be, and by what speculation is weighed.
 
     ``tokens``, at least 1, caps a pass: it bounds memory. ``balance`` is the number of tokens that cost as much as a
-    pass by itself: it decides how much speculation is worth its price (``plan.least_log_chance``).
+    pass by itself: it decides how much speculation is worth its price (``plan.least_log_chance``). ``curve`` is what
+    both were measured by: seconds of a forward, by the number of its tokens.
     """
 
     tokens: int
     balance: float
+    curve: dict[int, float] = field(default_factory=dict, compare=False)
 
 
 class _Trial(Passes):
@@ -110,7 +112,7 @@ def budget_of(seconds: Callable[[int], float], longest: int = LARGEST) -> PassBu
     more = now - found[before]
     balance = single * (tokens - before) / more if more > 0 else LARGEST
     tokens = int(min(max(16, _BALANCES * balance), LARGEST))
-    return PassBudget(tokens, tokens / _BALANCES)
+    return PassBudget(tokens, tokens / _BALANCES, found)
 
 
 def _synchronize(device: torch.device) -> None:

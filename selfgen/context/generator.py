@@ -152,12 +152,12 @@ class ContextGenerator:
     def budget(self) -> PassBudget:
         """How large passes may be, and the balance; what was not given is measured at the first use."""
         if self._budget is None:
-            tokens, balance = self._token_budget, self._balance
+            tokens, balance, curve = self._token_budget, self._balance, dict[int, float]()
             if tokens is None or balance is None:
                 measured = self._measured()
                 logger.info("measured on the device: token budget %d, balance %.1f", measured.tokens, measured.balance)
-                tokens, balance = tokens or measured.tokens, balance or measured.balance
-            self._budget = PassBudget(tokens, balance)
+                tokens, balance, curve = tokens or measured.tokens, balance or measured.balance, measured.curve
+            self._budget = PassBudget(tokens, balance, curve)
         return self._budget
 
     def take_budget(self, tokens: int, balance: float) -> None:

@@ -5,6 +5,7 @@ Every private name of these libraries that says something about a model is used 
 
 from __future__ import annotations
 
+import difflib
 import inspect
 import json
 import logging
@@ -17,9 +18,11 @@ from weakref import WeakKeyDictionary
 
 import torch
 import transformers
+from huggingface_hub import constants, get_hf_file_metadata, hf_hub_url
+from huggingface_hub.utils import HfHubHTTPError, HFValidationError, validate_repo_id
 from torch import Tensor
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerBase
-from transformers.utils import find_adapter_config_file
+from transformers.utils import cached_file, find_adapter_config_file
 
 from .sharding import IN_STEP, OF_SHARDING, is_whole
 
@@ -33,12 +36,51 @@ class UnsupportedModelError(ValueError):
     """
 
 
+_ANSWERS_WITHIN = 10.0  # seconds, of the hub
+
+
+def check_there(name: str, revision: str | None = None) -> None:
+    """Raise FileNotFoundError unless ``name`` is a folder, or may be the name of a model on the hub, which answers.
+
+    The hub is asked once, and only for what its cache does not have: transformers asks for half a minute.
+    """
+    if Path(name).is_dir():
+        return
+    near = [str(one) for one in Path(name).absolute().parent.glob("*/") if (one / "config.json").is_file()]
+    close = difflib.get_close_matches(str(Path(name).absolute()), near, n=1, cutoff=0.8)
+    meant = f"; did you mean {close[0]!r}?" if close else ""
+    try:
+        validate_repo_id(name)
+    except HFValidationError:
+        raise FileNotFoundError(
+            f"there is no folder {name!r}, and a model on the hub can't have that name{meant or '; check the path'}"
+        ) from None
+    try:
+        if constants.HF_HUB_OFFLINE or cached_file(name, "config.json", revision=revision, local_files_only=True):
+            return
+    except OSError:  # it is not in the cache
+        pass
+    try:
+        get_hf_file_metadata(hf_hub_url(name, "config.json", revision=revision), timeout=_ANSWERS_WITHIN)
+    except HfHubHTTPError:  # an answer, of which loading the model says more
+        return
+    except Exception as error:  # of the network, by whichever client the hub's library has
+        raise FileNotFoundError(
+            f"there is no folder {name!r}{meant}, and the hub can't be reached to look for a model of that name "
+            f"({error}): check the path, or the network"
+        ) from error
+
+
 def auto_class_of(name: str, **hub: Any) -> Any:
     """What loads the model ``name`` (a folder, or on the hub): ``AutoModelForCausalLM``, if that knows it.
 
     Otherwise the class of transformers for models that see or hear and write text. ``hub`` may have ``revision`` and
     ``trust_remote_code``.
+
+    Raises:
+        FileNotFoundError: there is no such folder, and the hub has no such model, or can't be reached.
     """
+    check_there(name, hub.get("revision"))
     # Before transformers 5.3 there was none for all of these.
     multimodal = getattr(transformers, "AutoModelForMultimodalLM", transformers.AutoModelForImageTextToText)
     try:

@@ -17,6 +17,7 @@ from torch import Tensor
 from torch.utils.data import RandomSampler
 from transformers import AutoTokenizer, PreTrainedModel, Trainer, TrainerCallback
 from transformers.trainer_pt_utils import LengthGroupedSampler
+from transformers.trainer_utils import TrainOutput
 
 from ..context import ContextStats, MixedContext, UnsupportedModelError
 from ..context.hidden_states import ReuseError
@@ -406,7 +407,7 @@ class BSSTrainer(Trainer):
         """What a method does to the micro-batches of a step before their contexts are mixed: nothing, here."""
         return batches
 
-    def train(self, resume_from_checkpoint=None, *args, **kwargs):
+    def train(self, resume_from_checkpoint: str | bool | None = None, *args: Any, **kwargs: Any) -> TrainOutput:
         self._looked = False  # at the weights of a checkpoint
         asked = "last" if resume_from_checkpoint is True else at_home(resume_from_checkpoint)
         checkpoint = resumed_checkpoint(asked, self.args.output_dir)

@@ -56,7 +56,7 @@ def train_rounds(
     *,
     rounds: int,
     processing_class: PreTrainedTokenizerBase,
-    eval_dataset=None,
+    eval_dataset: Dataset | None = None,
     schedule: Schedule | None = None,
     shard_rows: int = 512,
     batch_size: int = 32,

@@ -10,6 +10,7 @@ from typing import Any
 import datasets
 import pyarrow as pa
 import pyarrow.parquet as pq
+from huggingface_hub.utils import HFValidationError, validate_repo_id
 
 from .folders import find_splits
 from .row_files import ENDINGS, ROW_FORMATS, format_of, read_rows
@@ -84,7 +85,7 @@ def _load(name_or_path: str | Path, config_name: str | None, columns: Sequence[s
     if path.exists():
         raise ValueError(f"{path} is neither a file nor a folder, so it can't be read twice; save its rows in a file")
     missing = f"{str(name_or_path)!r} is neither a file or folder here nor could it be loaded from the Hub"
-    if path.is_absolute() or format_of(path):  # not the name of a data set: do not wait for the network
+    if format_of(path) or not _may_be_on_the_hub(str(name_or_path)):  # do not wait for the network
         raise FileNotFoundError(f"{missing} (it can't be a data set's name); check the path, relative to {Path.cwd()}")
     cache_folder()
     try:
@@ -93,6 +94,14 @@ def _load(name_or_path: str | Path, config_name: str | None, columns: Sequence[s
     except (FileNotFoundError, ConnectionError) as error:
         raise FileNotFoundError(f"{missing} ({error}); check the path or name, and the network") from error
     return _dict(dict(loaded))
+
+
+def _may_be_on_the_hub(name: str) -> bool:
+    try:
+        validate_repo_id(name)
+    except HFValidationError:
+        return False
+    return True
 
 
 def _dict(splits: dict[str, Any]) -> Any:

@@ -12,12 +12,14 @@ import warnings
 from functools import cache
 from importlib import import_module
 from importlib.util import find_spec
+from pathlib import Path
 
 import torch
 
 from selfgen_kernels.backends import reference
 from selfgen_kernels.ops import OPS
 
+NOT_BUILT = "they were not built"
 LEVELS = ("avx512_bf16", "avx512", "avx2", "default")
 
 
@@ -28,19 +30,33 @@ def _load() -> str | None:
         raise ValueError(f"SELFGEN_CPU_LEVEL={level} is not accepted; set one of {', '.join(LEVELS)}, or leave it out")
     library = find_spec(f"{__name__}._C")
     if library is None or library.origin is None:
-        return "they were not built"
+        return NOT_BUILT
+    record = Path(library.origin).with_name("_C.torch")
+    built_with = record.read_text().strip() if record.is_file() else torch.__version__
+    if _release(built_with) != _release(torch.__version__):  # whose C++ interface may be another one
+        return f"they were built with torch {built_with}, and this is torch {torch.__version__}"
     try:
         torch.ops.load_library(library.origin)
-    except OSError as error:  # built against another torch
+    except OSError as error:  # a library is missing, or this torch lacks what it calls
         return str(error)
     return None
+
+
+def _release(version: str) -> list[str]:
+    """Major and minor version: patches, and builds for other devices, have the same interface."""
+    return version.split(".")[:2]
+
+
+def level() -> str | None:
+    """The one of `LEVELS` that the kernels of this process use; None without them."""
+    return None if missing is not None else torch.ops.selfgen._cpu_level()
 
 
 @cache
 def _warn_once() -> None:
     warnings.warn(
         f"selfgen_kernels runs its torch reference on CPU, several times slower than its C++ kernels: {missing}. "
-        "With torch and a C++ compiler there, install again from the source: pip install --no-build-isolation .",
+        "With torch and a C++ compiler there, install again from the source: pip install --force-reinstall --no-deps .",
         stacklevel=5,
     )
 

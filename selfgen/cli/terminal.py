@@ -1,0 +1,47 @@
+"""What a command shows in the terminal: help, and errors of one line. Nothing heavy is imported for it."""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import json
+import os
+import shutil
+import sys
+import time
+from pathlib import Path
+from typing import NoReturn
+
+_FIRST_SPEAKS = 10.0  # seconds that other processes of a machine wait before they tell an error
+
+
+class HelpFormatter(argparse.ArgumentDefaultsHelpFormatter):
+    """One spelling per option, and no metavar that repeats its name."""
+
+    def __init__(self, prog: str):
+        super().__init__(prog, max_help_position=34, width=min(120, shutil.get_terminal_size().columns))
+
+    def _get_help_string(self, action: argparse.Action) -> str | None:
+        return action.help if action.default is None else super()._get_help_string(action)  # the help says what none is
+
+    def _format_action_invocation(self, action: argparse.Action) -> str:
+        flag = max(action.option_strings, key=lambda one: (len(one), "_" not in one))
+        return flag if action.nargs == 0 else f"{flag} {'|'.join(action.choices) if action.choices else '…'}"
+
+
+def fail(message: object, command: str) -> NoReturn:
+    """End with one line. Of the processes of a machine the first one says it: torchrun then ends the others."""
+    line = f"{command}: error: {' '.join(str(message).split())}"
+    if not first_here() and "TORCHELASTIC_RUN_ID" in os.environ:
+        time.sleep(_FIRST_SPEAKS)  # after that, the error is this process's alone
+    print(line, file=sys.stderr, flush=True)
+    if file := os.environ.get("TORCHELASTIC_ERROR_FILE"):  # torchrun writes what is there at the end
+        with contextlib.suppress(OSError):
+            told = {"message": line, "extraInfo": {"timestamp": str(int(time.time()))}}
+            Path(file).write_text(json.dumps({"message": told}), encoding="utf-8")
+    raise SystemExit(2)
+
+
+def first_here() -> bool:
+    """Whether this process is alone, or the first one of this machine."""
+    return os.environ.get("LOCAL_RANK", "0") == "0"

@@ -272,6 +272,12 @@ def test_line_breaks_and_spaces_are_marked():
     ]  # fmt: skip
 
 
+def test_ids_may_have_holes():
+    backend = Tokenizer(WordLevel({"a": 0, "b": 9, "<unk>": 4}, unk_token="<unk>"))
+    texts = TokenTexts(t.PreTrainedTokenizerFast(tokenizer_object=backend))
+    assert [texts.of(token).text for token in (0, 3, 9)] == ["a", "⟨id 3⟩", "b"]
+
+
 def test_a_space_before_a_word_stays():
     texts = bytewise(make_sentencepiece_tokenizer)
     assert texts.of(texts._tokenizer.convert_tokens_to_ids("▁a")).text == " a"
@@ -437,6 +443,15 @@ def test_the_terminal_says_the_same_without_colours():
     assert "is the reference, token by token" in printed(
         [row_of([place(settled=None)], answer=[4])], hostile_texts(), {}
     )
+
+
+def test_colours_end_where_their_tokens_do():
+    console = Console(width=100, highlight=False, file=io.StringIO(), force_terminal=True, color_system="truecolor")
+    places = [place(reference=14, token=14, is_self=True, settled=1), place(reference=14, token=14, settled=1)]
+    show([row_of(places)], hostile_texts(), {"p": "0.5"}, console=console)
+    out = console.file.getvalue()
+    assert "\x1b[4;34m‹é›\x1b[0mé" in out
+    assert "\x1b[4;34m‹token›\x1b[0m self token that agrees" in out
 
 
 def test_long_rows_are_cut_in_the_terminal_alone_and_that_is_said():

@@ -132,7 +132,7 @@ def inspect(
     )
     settings = {
         "model": model_arguments.model,
-        "data": " ".join(filter(None, [data.dataset, data.dataset_config, data.dataset_split])),
+        "data": " ".join(filter(None, [data.dataset, data.dataset_config, f"({data.dataset_split})"])),
         "rows": f"{len(found)} of {len(given)}",
         "p": f"{what.self_prob:g}",
         "temperature of self tokens": f"{how.sampling_temperature:g}",
@@ -146,8 +146,8 @@ def inspect(
     texts = TokenTexts(tokenizer)
     warnings = [str(report)] if report.level > logging.INFO else []
     content = page(found, texts, settings, warnings).encode()
-    show(found, texts, settings)
     write_whole(file, lambda stream: stream.write(content))
+    show(found, texts, settings)
     print(f"the page is in {file}")
 
 

@@ -40,12 +40,12 @@ def show(
 
 
 def _legend(has_passes: bool) -> Text:
-    text = Text("‹token›", _STYLES["agree"])
-    text.append(" self token that agrees with the reference   ", "default")
+    text = Text().append("‹token›", _STYLES["agree"])
+    text.append(" self token that agrees with the reference   ")
     text.append("‹self≠reference›", _STYLES["differ"])
-    text.append(" self token that differs", "default")
+    text.append(" self token that differs")
     if has_passes:
-        text.append("   ² what follows settled in pass 2", "default")
+        text.append("   ² what follows settled in pass 2")
     return text
 
 
@@ -73,7 +73,7 @@ def _context(row: InspectedRow, texts: TokenTexts) -> Text:
             elif kind:
                 text.append(f"‹{told.text}≠{texts.of(place.reference).text}›", _STYLES[kind])
             else:
-                text.append(told.text, "dim" if told.kind != "text" else "default")
+                text.append(told.text, "dim" if told.kind != "text" else "")
             if told.breaks:
                 text.append("\n")
     _tell_of_more(text, len(row.places))
@@ -102,7 +102,7 @@ def _answers(row: InspectedRow, texts: TokenTexts) -> Table:
             told, slip = texts.of(token), row.first_slip
             is_slip = index == slip
             style = "slip" if is_slip else "after" if slip is not None and index > slip else ""
-            text.append(f"▸{told.text}◂" if is_slip else told.text, _STYLES.get(style, "default"))
+            text.append(f"▸{told.text}◂" if is_slip else told.text, _STYLES.get(style, ""))
             if told.breaks:
                 text.append("\n")
         _tell_of_more(text, len(ids))

@@ -36,6 +36,7 @@ class TokenTexts:
 
     def __init__(self, tokenizer: PreTrainedTokenizerBase):
         self._tokenizer = tokenizer
+        self._pieces = {one: piece for piece, one in tokenizer.get_vocab().items()}  # ids may have holes
         self._special = set(tokenizer.all_special_ids)
         self._special |= {one for one, token in tokenizer.added_tokens_decoder.items() if token.special}
         self.of = cache(self._of)
@@ -46,7 +47,7 @@ class TokenTexts:
         return "\n".join(visible(line) for line in text.split("\n"))
 
     def _of(self, token_id: int) -> TokenText:
-        piece = self._tokenizer.convert_ids_to_tokens(token_id) if token_id < len(self._tokenizer) else None
+        piece = self._pieces.get(token_id)
         if piece is None:
             return TokenText(f"⟨id {token_id}⟩", "none")
         if token_id in self._special:

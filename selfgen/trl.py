@@ -150,7 +150,8 @@ class SFTTrainer(MixesContexts, trl.SFTTrainer):
 
 def _with_options(args: TrainingArguments) -> SFTConfig:
     """``args`` of TRL or transformers with the options of mixing, by default."""
-    given = args.to_dict() | {"hub_token": args.hub_token}  # which to_dict hides
+    given = args.to_dict()
+    given |= {name: getattr(args, name) for name in given if name.endswith("_token")}  # which to_dict hides
     try:
         return SFTConfig(**given)
     except TypeError as error:

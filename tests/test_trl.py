@@ -36,8 +36,17 @@ SMALL = {
     "report_to": [],
 }
 MIXED = {"self_prob": 0.5, "token_budget": 32, "balance": 4}
-TURNS = [("a b", "c d e f"), ("e", "f g h a b c"), ("b c d", "a d g"), ("h", "g f e d c b a"), ("c c", "h b"), ("d", "e")]
+TURNS = [
+    ("a b", "c d e f"),
+    ("e", "f g h a b c"),
+    ("b c d", "a d g"),
+    ("h", "g f e d c b a"),
+    ("c c", "h b"),
+    ("d", "e"),
+]
 PAIRS = Dataset.from_list([{"prompt": prompt, "completion": f" {answer}"} for prompt, answer in TURNS])
+
+EVALUATED = {"eval_dataset": PAIRS}
 
 
 def turn(role, content):
@@ -49,7 +58,7 @@ DIALOGUES = [
 ]
 CHATS = [{"prompt": [turn("user", p)], "completion": [turn("assistant", a)]} for p, a in TURNS]
 CHATS_ARE_READ = pytest.mark.skipif(
-    not ours._MEASURES_LEARNED, reason="this TRL can't read prompts of turns with transformers 5"
+    not ours._MEASURES_LEARNED, reason="this TRL can't read prompts of turns with transformers 5, and labels not at all"
 )
 
 
@@ -140,3 +149,216 @@ def check_contexts(trainer, oracle, *, least=1):
 )
 def test_contexts_are_those_of_the_loop(tmp_path, rows, options, args):
     check_contexts(make(tmp_path, rows, args=args, **options), tiny_model("llama"))
+
+
+def test_a_step_is_that_of_bss_trainer(tmp_path):
+    """On the same rows, with the same options: the same contexts, and losses but for roundings."""
+    trainer = make(tmp_path / "trl")
+    rows = [split(row) for row in read_by(trainer)]
+    other = BSSTrainer(
+        tiny_model("llama"),
+        BSSConfig(str(tmp_path / "bss"), max_length=64, **(SMALL | MIXED)),
+        train_dataset=Dataset.from_list(rows),
+        processing_class=make_tokenizer(TEMPLATE, size=VOCAB),
+    )
+    for (_, mine, _), (_, theirs, _) in zip(steps_of(trainer), steps_of(other), strict=True):
+        for one, another in zip(mine, theirs, strict=True):
+            assert torch.equal(one["input_ids"], another["input_ids"])
+            assert torch.equal(one["labels"], another["labels"])
+    for one, another in zip(logs_of(trainer), logs_of(other), strict=True):
+        assert one["loss"] == pytest.approx(another["loss"], rel=1e-5)
+        for name in ("self_share", "agreement", "differing_share", "self_prob"):
+            assert one[name] == another[name]
+    torch.testing.assert_close(weights(trainer.model), weights(other.model), rtol=1e-3, atol=1e-4)
+
+
+def read_by(trainer):
+    """The rows as a collator has them, each by itself."""
+    for row in trainer.train_dataset:
+        batch = trainer.data_collator([row])
+        yield {name: batch[name][0].tolist() for name in ("input_ids", "labels")}
+
+
+def logs_of(trainer):
+    return [entry for entry in trainer.state.log_history if "loss" in entry]
+
+
+@pytest.mark.parametrize("change", [{}, {"loss_type": "dft"}, {"gradient_checkpointing": False}], ids=str)
+def test_without_self_tokens_it_is_trl_bit_for_bit(tmp_path, change):
+    plain = make(tmp_path / "plain", trainer=trl.SFTTrainer, config=trl.SFTConfig, args=EVALUATED, **change)
+    mixed = make(tmp_path / "mixed", self_prob=0.0, args=EVALUATED, **change)
+    for trainer in (plain, mixed):
+        trainer.train()
+    assert torch.equal(weights(plain.model), weights(mixed.model))
+    for one, another in zip(logs_of(plain), logs_of(mixed), strict=True):
+        assert one == {name: another[name] for name in one}
+    assert plain.evaluate()["eval_loss"] == mixed.evaluate()["eval_loss"]
+
+
+def test_evaluation_is_under_references(tmp_path):
+    plain = make(tmp_path, trainer=trl.SFTTrainer, config=trl.SFTConfig, args=EVALUATED)
+    found, expected = (one.evaluate() for one in (make(tmp_path, args=EVALUATED), plain))
+    assert {name: found[name] for name in ("eval_loss", "eval_entropy", "eval_mean_token_accuracy")} == {
+        name: expected[name] for name in ("eval_loss", "eval_entropy", "eval_mean_token_accuracy")
+    }
+
+
+def test_passes_are_the_forward_of_the_step(tmp_path, caplog):
+    """Where this TRL measures at learned tokens alone; and a trial of that counts nothing twice."""
+    caplog.set_level(logging.WARNING, "selfgen")
+    reused, ordinary = make(tmp_path), make(tmp_path, reuse_passes=False)
+    assert reused._reuse.on == ours._MEASURES_LEARNED
+    for trainer in (reused, ordinary):
+        trainer.train()
+    assert reused._reuse.verified == ours._MEASURES_LEARNED
+    if not ours._MEASURES_LEARNED:
+        assert "measures entropy where passes compute nothing" in caplog.text
+    for one, another in zip(logs_of(reused), logs_of(ordinary), strict=True):
+        for name in ("loss", "entropy", "mean_token_accuracy", "num_tokens"):
+            assert one[name] == pytest.approx(another[name], rel=1e-4)
+
+
+def test_dft_is_the_target_of_the_same_name(tmp_path):
+    mine = make(tmp_path / "trl", loss_type="dft", max_steps=1)
+    mine.train()
+    rows = [split(row) for row in read_by(mine)]
+    other = BSSTrainer(
+        tiny_model("llama"),
+        BSSConfig(str(tmp_path / "bss"), target="dft", max_length=64, **(SMALL | MIXED | {"max_steps": 1})),
+        train_dataset=Dataset.from_list(rows),
+        processing_class=make_tokenizer(TEMPLATE, size=VOCAB),
+    )
+    other.train()
+    assert logs_of(mine)[0]["loss"] == pytest.approx(logs_of(other)[0]["loss"], rel=1e-5)
+
+
+def split(row):
+    prompt = row["labels"].count(-100)
+    columns = {"prompt_ids": row["input_ids"][:prompt], "answer_ids": row["input_ids"][prompt:]}
+    return {"sample_id": ours._hash_of(row["input_ids"], row["labels"]), **columns}
+
+
+def test_a_resumed_run_is_the_unbroken_one(tmp_path):
+    options = {"save_strategy": "steps", "save_steps": 2, "max_steps": 4, "self_prob": "auto", "self_prob_warmup": 0}
+    unbroken = make(tmp_path / "unbroken", **options)
+    unbroken.train()
+    resumed = make(tmp_path / "resumed", model=tiny_model("llama", seed=1), **options)
+    resumed.train(resume_from_checkpoint=str(tmp_path / "unbroken" / "checkpoint-2"))
+    assert torch.equal(weights(unbroken.model), weights(resumed.model))
+    assert logs_of(unbroken)[-1]["self_prob"] == logs_of(resumed)[-1]["self_prob"] > 0
+
+
+@pytest.mark.parametrize(
+    "change", [{"packing": True}, {"padding_free": True, "max_length": None}, {"use_liger_kernel": True}]
+)
+def test_options_that_are_refused(tmp_path, change):
+    with pytest.raises(ValueError, match=f"{next(iter(change))} is given, but .*: leave .* out"):
+        make(tmp_path, **change)
+
+
+class Changed:
+    """TRL's collator, and a change to its batches."""
+
+    def __init__(self, change):
+        self.collate, self.change = sft_collator(), change
+
+    def __call__(self, rows):
+        batch = self.collate(rows)
+        return self.change(batch)
+
+
+def sft_collator():
+    from trl.trainer.sft_trainer import DataCollatorForLanguageModeling
+
+    return DataCollatorForLanguageModeling(pad_token_id=0)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda batch: {name: column.flip(1) for name, column in batch.items()}, "padded on the left"),
+        (lambda batch: batch | {"position_ids": batch["input_ids"]}, "has, or lacks, position_ids"),
+        (lambda batch: {name: batch[name] for name in ("input_ids", "labels")}, "has, or lacks, attention_mask"),
+        (
+            lambda batch: batch | {"labels": batch["labels"] + (batch["labels"] > 0)},
+            "labels that are not its input_ids",
+        ),
+    ],
+)
+def test_batches_that_are_refused(tmp_path, change, message):
+    with pytest.raises(ValueError, match=message):
+        make(tmp_path, args={"data_collator": Changed(change)}).train()
+
+
+def test_other_refusals(tmp_path, monkeypatch):
+    peft = pytest.importorskip("peft")
+    with pytest.raises(ValueError, match="prompt"):
+        make(tmp_path, args={"peft_config": peft.PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=4)})
+    sees = property(lambda self: hasattr(self, "_metrics"), lambda *_: None)  # as it would be of a model that sees
+    monkeypatch.setattr(trl.SFTTrainer, "_is_vision_dataset", sees, raising=False)
+    with pytest.raises(ValueError, match="the rows have images"):
+        make(tmp_path)
+
+
+def test_whole_rows_that_are_learned_are_told(tmp_path, caplog):
+    with caplog.at_level(logging.WARNING, "selfgen"):
+        make(tmp_path)
+        assert "all tokens of a row are learned" not in caplog.text
+        make(tmp_path, DIALOGUES)
+    assert "all tokens of a row are learned" in caplog.text
+
+
+@pytest.mark.parametrize("args", [None, "trl"])
+def test_arguments_of_trl_get_the_default_options(tmp_path, monkeypatch, args):
+    monkeypatch.setattr("transformers.training_args.is_torch_bf16_gpu_available", lambda: True)  # TRL's default
+    given = trl.SFTConfig(str(tmp_path / "out"), **SMALL) if args else None
+    tokenizer = make_tokenizer(TEMPLATE, size=VOCAB)
+    trainer = ours.SFTTrainer(tiny_model("llama"), given, train_dataset=PAIRS, processing_class=tokenizer)
+    assert args or trainer.args.output_dir == "-SFT"  # as TRL has it, of a model without a name
+    assert isinstance(trainer.args, ours.SFTConfig)
+    assert (trainer.args.self_prob, trainer.args.self_prob_warmup) == (0.5, "settled")
+    assert trainer.args.learning_rate == (1e-2 if args else trl.SFTConfig("x").learning_rate)
+
+
+def test_arguments_of_another_class_are_refused(tmp_path):
+    from dataclasses import dataclass
+
+    @dataclass
+    class Own(trl.SFTConfig):
+        more: int = 1
+
+    with pytest.raises(TypeError, match=r"args is a Own, .*give a selfgen\.trl\.SFTConfig"):
+        make(tmp_path, config=Own)
+
+
+def test_adapters(tmp_path):
+    peft = pytest.importorskip("peft")
+    torch.manual_seed(0)
+    config = peft.LoraConfig(r=4, target_modules=["q_proj", "v_proj"], init_lora_weights=False)
+    trainer = make(tmp_path, args={"peft_config": config})
+    oracle = peft.get_peft_model(tiny_model("llama"), config).eval()
+    steps = check_contexts(trainer, oracle)
+    trained = {name for name in steps[0][2] if not torch.equal(steps[0][2][name], trainer.model.state_dict()[name])}
+    assert trained
+    assert all("lora_" in name for name in trained)
+
+
+def test_other_losses(tmp_path, caplog):
+    """A second forward, and one whose experts have a loss of their own, are computed in the ordinary way."""
+    caplog.set_level(logging.WARNING, "selfgen")
+    make(tmp_path, label_smoothing_factor=0.1).train()
+    make(tmp_path, model=tiny_model("gpt_oss")).train()
+    if ours._MEASURES_LEARNED:
+        assert "this loss has a second forward" in caplog.text
+
+
+def test_activations_that_are_moved_keep_passes_from_reuse(tmp_path, monkeypatch, caplog):
+    from contextlib import nullcontext
+
+    from trl.trainer import sft_trainer
+
+    monkeypatch.setattr(sft_trainer, "get_act_offloading_ctx_manager", lambda model: nullcontext())
+    with caplog.at_level(logging.WARNING, "selfgen"):
+        trainer = make(tmp_path, activation_offloading=True)
+    assert not trainer._reuse.on
+    trainer.train()

@@ -132,7 +132,7 @@ class SFTTrainer(MixesContexts, trl.SFTTrainer):
         compute_loss = super().compute_loss
         given = {name: value for name, value in inputs.items() if name not in ROWS}
         measured = {mode: {name: [*values] for name, values in of.items()} for mode, of in self._metrics.items()}
-        tokens = self._total_train_tokens
+        tokens: int = self._total_train_tokens  # type: ignore[has-type]
 
         def loss(model):
             for mode, of in measured.items():  # a trial of the passes counts nothing

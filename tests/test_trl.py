@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import logging
+import re
+from dataclasses import fields
+from pathlib import Path
 
 import pytest
 import torch
@@ -12,6 +15,7 @@ from helpers.training import weights
 from models import VOCAB, tiny_model
 
 from selfgen import BSSConfig, BSSTrainer, ContextGenerator
+from selfgen.cli import train
 from selfgen.data.batches import rows_of
 
 trl = pytest.importorskip("trl")
@@ -362,3 +366,22 @@ def test_activations_that_are_moved_keep_passes_from_reuse(tmp_path, monkeypatch
         trainer = make(tmp_path, activation_offloading=True)
     assert not trainer._reuse.on
     trainer.train()
+
+
+PAGE = Path(__file__).resolve().parent.parent / "docs" / "coming_from.md"
+
+
+def test_the_page_names_options_that_there_are():
+    """Ours in its second columns, and TRL's in the table of its command."""
+    tables = [line.split("|")[1:3] for line in PAGE.read_text().splitlines() if line.startswith("| ")]
+    known = {f"--{one.name.replace('_', '-')}" for one in fields(BSSConfig)}
+    known |= {name for action in train._parser(BSSConfig, True)._actions for name in action.option_strings}
+    named = {name for _, our_side in tables for name in re.findall(r"--[a-z][a-z-]+", our_side)}
+    assert named
+    assert named <= known
+    trl_side, _, _ = PAGE.read_text().partition("## LLaMA-Factory")
+    _, _, command = trl_side.partition("| `trl sft` |")
+    theirs = {one.name for kind in (trl.SFTConfig, trl.ModelConfig, trl.ScriptArguments) for one in fields(kind)}
+    cells = [line.split("|")[1] for line in command.splitlines() if line.startswith("| ")]
+    asked = {name for cell in cells for name in re.findall(r"`--([a-z0-9_]+)", cell)}
+    assert asked - theirs - {"dtype"} == set()

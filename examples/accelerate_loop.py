@@ -17,7 +17,7 @@ from selfgen.data import Collator, pad_token_id, rows_of, tokenize_rows, write_c
 
 parser = argparse.ArgumentParser(description=__doc__)
 parser.add_argument("--model", default="HuggingFaceTB/SmolLM2-135M-Instruct")
-parser.add_argument("--steps", type=int, default=10)
+parser.add_argument("--steps", type=int, default=5)
 options = parser.parse_args()
 
 words = permutations(["one", "two", "three", "four", "five"], 4)

@@ -17,7 +17,7 @@ from selfgen import BSSConfig, BSSTrainer
 parser = argparse.ArgumentParser(description=__doc__)
 parser.add_argument("--model", default="HuggingFaceTB/SmolLM2-135M-Instruct")
 parser.add_argument("--bits", type=int, choices=(4, 8, 32), default=32)
-parser.add_argument("--max-steps", type=int, default=10)
+parser.add_argument("--max-steps", type=int, default=5)
 parser.add_argument("--output-dir", default="outputs/lora")
 options = parser.parse_args()
 

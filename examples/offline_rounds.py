@@ -18,7 +18,7 @@ parser.add_argument("--rounds", type=int, default=2)
 parser.add_argument("--output-dir", default="outputs/rounds")
 options = parser.parse_args()
 
-words = permutations(["one", "two", "three", "four", "five"], 4)
+words = permutations(["one", "two", "three", "four"], 4)
 rows = Dataset.from_list(
     [{"prompt": f"Backwards: {' '.join(row)}", "completion": " ".join(reversed(row))} for row in words]
 )

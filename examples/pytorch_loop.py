@@ -15,7 +15,7 @@ from selfgen.data import Collator, pad_token_id, tokenize_rows, write_contexts_i
 
 parser = argparse.ArgumentParser(description=__doc__)
 parser.add_argument("--model", default="HuggingFaceTB/SmolLM2-135M-Instruct")
-parser.add_argument("--steps", type=int, default=10)
+parser.add_argument("--steps", type=int, default=5)
 options = parser.parse_args()
 
 words = permutations(["one", "two", "three", "four", "five"], 4)

@@ -13,7 +13,7 @@ from selfgen import RACConfig, RACTrainer, generate_corrected
 
 parser = argparse.ArgumentParser(description=__doc__)
 parser.add_argument("--model", default="HuggingFaceTB/SmolLM2-135M-Instruct")
-parser.add_argument("--max-steps", type=int, default=5)
+parser.add_argument("--max-steps", type=int, default=3)
 parser.add_argument("--output-dir", default="outputs/rac")
 options = parser.parse_args()
 

@@ -13,7 +13,7 @@ from selfgen import BSSConfig, BSSTrainer
 parser = argparse.ArgumentParser(description=__doc__)
 parser.add_argument("--model", default="HuggingFaceTB/SmolLM2-135M-Instruct")
 parser.add_argument("--teacher", default="HuggingFaceTB/SmolLM2-360M-Instruct", help="with the same tokenizer")
-parser.add_argument("--max-steps", type=int, default=5)
+parser.add_argument("--max-steps", type=int, default=3)
 parser.add_argument("--output-dir", default="outputs/teacher")
 options = parser.parse_args()
 

@@ -19,7 +19,7 @@ class Script:
 
 if __name__ == "__main__":
     parser = TrlParser((Script, SFTConfig))
-    parser.set_defaults(output_dir="outputs/trl", self_prob=0.1, max_steps=10, logging_steps=1, bf16=False)
+    parser.set_defaults(output_dir="outputs/trl", self_prob=0.1, max_steps=5, logging_steps=1, bf16=False)
     script, config = parser.parse_args_and_config()
 
     words = permutations(["one", "two", "three", "four", "five"], 4)

@@ -57,7 +57,7 @@ def test_an_example_runs(name, tiny, monkeypatch, tmp_path, capfd):
     if name == "rac":
         assert "corrected:" in capfd.readouterr().out
     if name == "offline_rounds":
-        assert "round-1: 60 rows" in capfd.readouterr().out
+        assert "round-1: 12 rows" in capfd.readouterr().out
 
 
 def run_notebook(model, monkeypatch, folder, **variables):

@@ -376,7 +376,7 @@ def test_the_page_names_options_that_there_are():
     tables = [line.split("|")[1:3] for line in PAGE.read_text().splitlines() if line.startswith("| ")]
     known = {f"--{one.name.replace('_', '-')}" for one in fields(BSSConfig)}
     known |= {name for action in train._parser(BSSConfig, True)._actions for name in action.option_strings}
-    named = {name for _, our_side in tables for name in re.findall(r"--[a-z][a-z-]+", our_side)}
+    named = {name for _, our_side in tables for name in re.findall(r"--[a-z][a-z0-9-]+", our_side)}
     assert named
     assert named <= known
     trl_side, _, _ = PAGE.read_text().partition("## LLaMA-Factory")

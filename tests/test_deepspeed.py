@@ -24,8 +24,8 @@ from transformers import AutoModelForCausalLM, TrainerCallback
 from selfgen import BASHTrainer, BSSTrainer, ContextGenerator, write_contexts
 from selfgen.cli import main
 from selfgen.context.sharding import is_whole, local_part, whole_weights
-from selfgen.training.bss import step_seed
 from selfgen.training.checkpoints import ResumeError, fault_of
+from selfgen.training.mixing import step_seed
 from selfgen.training.weights import DivergedError
 
 if importlib.util.find_spec("deepspeed") is None:

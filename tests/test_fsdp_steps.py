@@ -16,7 +16,7 @@ from transformers import Trainer, TrainerCallback, TrainingArguments
 from benchmarks.scaling import collectives
 from selfgen import ContextGenerator
 from selfgen.data import Collator
-from selfgen.training.bss import step_seed
+from selfgen.training.mixing import step_seed
 from selfgen.training.processes import meet
 
 STEPS = 3

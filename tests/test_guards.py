@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from helpers.training import make_trainer, rows
 from models import CONFIGS, tiny_model
-from transformers import LlamaForCausalLM
+from transformers import LlamaForCausalLM, Trainer
 from transformers.models.llama.modeling_llama import LlamaDecoderLayer
 
 from selfgen import ContextGenerator
@@ -28,8 +28,7 @@ def test_a_step_whose_contexts_were_not_made_is_an_error(tmp_path):
 
 def test_a_trainer_that_takes_its_batches_elsewhere_is_an_error(tmp_path, monkeypatch):
     trainer = make_trainer(tmp_path)
-    original = BSSTrainer.__mro__[1].get_batch_samples
-    monkeypatch.setattr(BSSTrainer, "get_batch_samples", original)
+    monkeypatch.setattr(BSSTrainer, "get_batch_samples", Trainer.get_batch_samples)
     with pytest.raises(RuntimeError, match="without contexts"):
         trainer.train()
 

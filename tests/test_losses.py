@@ -17,8 +17,8 @@ from transformers.trainer_pt_utils import LabelSmoother
 from selfgen import BSSTrainer
 from selfgen.data import Collator
 from selfgen.training import losses
-from selfgen.training.bss import step_seed
 from selfgen.training.losses import AnswerLoss, Compared, why_not_lean
+from selfgen.training.mixing import step_seed
 from selfgen_kernels.backends.reference.philox import MASK, random_words
 
 llama = partial(tiny_model, "llama")

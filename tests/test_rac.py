@@ -13,7 +13,7 @@ from models import tiny_model
 from selfgen import ContextGenerator, Masks, RACConfig, RACTrainer
 from selfgen.correction import CorrectionCue
 from selfgen.data import RowOptions, tokenize_rows
-from selfgen.training.bss import step_seed
+from selfgen.training.mixing import step_seed
 from selfgen.training.rac import _DIRECT
 
 

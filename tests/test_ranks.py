@@ -11,7 +11,7 @@ from models import tiny_model
 from selfgen import ContextGenerator
 from selfgen.context import MixedContext
 from selfgen.data import rows_of
-from selfgen.training.bss import step_seed
+from selfgen.training.mixing import step_seed
 
 BUDGETS = 3, 200
 

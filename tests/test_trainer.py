@@ -17,8 +17,8 @@ from selfgen import BSSTrainer, ContextGenerator
 from selfgen.data import Collator, rows_of
 from selfgen.evaluation import held_out_losses, row_losses
 from selfgen.generation import answer
-from selfgen.training.bss import check_processes, step_seed
 from selfgen.training.checkpoints import ResumeError
+from selfgen.training.mixing import check_processes, step_seed
 from selfgen_kernels import sample_mix
 
 LOGGED = {"self_share", "agreement", "passes", "computed_per_token", "context_seconds", "training_seconds"}

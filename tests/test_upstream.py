@@ -364,6 +364,22 @@ UPSTREAM = [
         "an adapter's folder has no adapter that is on",
     ),
     ("peft.tuners.tuners_utils:BaseTunerLayer.active_adapters", exists, "an adapter's folder can't be loaded"),
+    # TRL
+    (
+        "trl:SFTTrainer",
+        mentions("self._is_vision_dataset =", "self.completion_only_loss =", "self.aux_loss_enabled ="),
+        "images are not refused by name, or whole rows that are learned are not told",
+    ),
+    (
+        "trl:SFTTrainer",
+        mentions("self._metrics[mode]", "self._total_train_tokens +="),
+        "a trial of reused passes counts tokens and accuracies twice",
+    ),
+    (
+        "trl.trainer.sft_trainer",
+        since("trl", "1.16", mentions("    add_fused_lm_head,")),
+        "passes are not reused: entropy is taken to be measured where they compute nothing",
+    ),
     # Quantized weights
     ("transformers.quantizers.base:HfQuantizer.is_qat_trainable", exists, "weights that can be trained are refused"),
     (
@@ -395,7 +411,7 @@ UPSTREAM = [
 )
 def test_what_we_lean_on(path, check, breaks):
     module, _, name = path.partition(":")
-    if module.partition(".")[0] in ("peft", "bitsandbytes"):
+    if module.partition(".")[0] in ("peft", "bitsandbytes", "trl"):
         pytest.importorskip(module.partition(".")[0])
     found = importlib.import_module(module)
     try:

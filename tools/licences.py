@@ -20,7 +20,7 @@ from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
 
 PAGE = Path(__file__).resolve().parent.parent / "docs" / "licences.md"
-RUNTIME, EXTRAS = "needed", ("eval", "cuda", "peers", "bench", "docs", "dev", "quantized")
+RUNTIME, EXTRAS = "needed", ("eval", "cuda", "trl", "peers", "bench", "docs", "dev", "quantized")
 PERMISSIVE = {
     "0BSD", "Apache-2.0", "Apache-2.0 WITH LLVM-exception", "BSD", "BSD-2-Clause", "BSD-3-Clause", "BSL-1.0", "CC0-1.0",
     "CNRI-Python", "ISC", "MIT", "MIT-CMU", "PSF-2.0", "Unlicense", "Zlib",

@@ -28,7 +28,15 @@ from packaging.requirements import Requirement
 
 ROOT = Path(__file__).resolve().parents[1]
 FOLDER = ROOT / "outputs" / "versions"
-SET = ("torch", "transformers", "accelerate", "datasets", "pyarrow", "peft")  # whose floors are installed together
+SET = (
+    "torch",
+    "transformers",
+    "accelerate",
+    "datasets",
+    "pyarrow",
+    "peft",
+    "trl",
+)  # whose floors are installed together
 WORDS = "one two three four five six seven one six two"  # which the tokenizer of tiny_model.py knows
 CORE = (
     "tests/test_upstream.py",
@@ -48,6 +56,7 @@ CORE = (
     "tests/test_bad_input.py",
     "tests/test_refusals.py",
     "tests/test_guards.py",
+    "tests/test_trl.py",
     # Several processes
     "tests/test_ranks.py",
     "tests/test_ddp.py",

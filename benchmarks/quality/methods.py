@@ -30,7 +30,7 @@ from selfgen.data import IGNORE_INDEX, Collator, rows_of
 from selfgen.evaluation import Corrections
 from selfgen.evaluation.answers import rouge
 from selfgen.generation import answer, generate_corrected
-from selfgen.training.bss import step_seed
+from selfgen.training.mixing import step_seed
 from tools.real_parts import cache_dir
 
 from ..peers import Rows, parallel_scheduled_sampling

@@ -20,11 +20,12 @@ from ..files import check_folder
 from ..sharing import is_first, let_first_speak, no_bars
 from ..stored_contexts import CONTEXT_COLUMNS, OfflineError
 from ..training.bash import BASHTrainer
-from ..training.bss import BSSTrainer, check_processes
+from ..training.bss import BSSTrainer
 from ..training.checkpoints import ResumeError, check_resumed, output_of, resumed_checkpoint
 from ..training.config import BSSConfig, GeneratorOptions
 from ..training.ending import save_result
 from ..training.gap import GapBeforeAndAfter
+from ..training.mixing import check_processes
 from ..training.parallelism import check_tensor_parallel
 from ..training.processes import meet
 from ..training.rac import RACConfig, RACTrainer

@@ -79,7 +79,7 @@ class Row:
 
 
 def rows_of(batch: dict[str, Tensor]) -> list[Row]:
-    """Views of the rows of a collated batch."""
+    """Views of the rows of a collated batch, but for those without an answer, whose lengths are 0."""
     missing = [name for name in ROWS if name not in batch]
     if missing:
         raise ValueError(f"the collated batch lacks {', '.join(missing)}; use selfgen.data.Collator or extend it")
@@ -87,14 +87,15 @@ def rows_of(batch: dict[str, Tensor]) -> list[Row]:
     first, learned = batch["prompt_length"][:, None], batch["labels"] != IGNORE_INDEX
     last = first + batch["answer_length"][:, None] - 1
     ends = (places == first) | (places == last)  # what is between them need not be learned
-    if ((ends & ~learned) | ((places == first - 1) & learned)).any():
+    if ((ends & ~learned & (last >= 0)) | ((places == first - 1) & learned)).any():
         raise ValueError("the collated batch has no answer where its prompt_length ends: pad on the right only")
     rows = []
     bounds = zip(*(batch[name].tolist() for name in ROWS), strict=True)
     for index, (sample_id, prompt, answer) in enumerate(bounds):
         ids, labels = batch["input_ids"][index], batch["labels"][index]
         span = slice(prompt, prompt + answer)
-        rows.append(Row(sample_id, ids[:prompt], ids[span], labels[span]))
+        if prompt + answer:
+            rows.append(Row(sample_id, ids[:prompt], ids[span], labels[span]))
     return rows
 
 

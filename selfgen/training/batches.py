@@ -84,7 +84,7 @@ class RowSlots:
     def slots(self, batch: dict[str, Tensor]) -> Tensor:
         """int64 [B, L], with the slot after the last one as padding."""
         ids = batch["input_ids"]
-        first = torch.tensor([self.first_slot[row] for row in batch["sample_id"].tolist()], device=ids.device)
+        first = torch.tensor([self.first_slot.get(row, 0) for row in batch["sample_id"].tolist()], device=ids.device)
         places = torch.arange(ids.shape[1], device=ids.device)
         lengths = batch["prompt_length"] + batch["answer_length"]
         return torch.where(places < lengths[:, None], first[:, None] + places, self.hidden_states.num_slots)

@@ -3,10 +3,8 @@
 from __future__ import annotations
 
 import logging
-import math
-import os
-from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -15,37 +13,22 @@ import torch
 from datasets import Dataset, DatasetDict, IterableDataset, IterableDatasetDict
 from torch import Tensor
 from torch.utils.data import RandomSampler
-from transformers import AutoTokenizer, PreTrainedModel, Trainer, TrainerCallback
+from transformers import AutoTokenizer, PreTrainedModel
 from transformers.trainer_pt_utils import LengthGroupedSampler
 from transformers.trainer_utils import TrainOutput
 
-from ..context import ContextStats, MixedContext, UnsupportedModelError
-from ..context.hidden_states import ReuseError
 from ..context.models import (
-    active_adapters,
-    check_4bit_layout,
-    check_here,
-    keep_4bit_layout,
     max_positions,
     text_inputs,
     text_positions,
     transformers_model,
     vocab_size_of,
 )
-from ..context.sharding import (
-    agreed,
-    forget_steps,
-    kept_whole,
-    shard_again,
-    tensor_parallel_size,
-    together_of,
-)
-from ..data import Collator, DataError, check_sample_ids, load_rows, pad_token_id, rows_of, write_contexts_into
-from ..data.batches import IGNORE_INDEX, ROWS, Row, lengths_of
+from ..data import Collator, DataError, check_sample_ids, load_rows, pad_token_id
+from ..data.batches import IGNORE_INDEX, ROWS, lengths_of
 from ..data.streams import StreamedRows, refuse_stream
 from ..files import at_home, to_json
 from ..provenance import columns_hash
-from .batches import LEARN_ON, RowSlots, Step, unique_rows
 from .checkpoints import (
     SETTINGS,
     STATE,
@@ -59,10 +42,10 @@ from .checkpoints import (
     whole_or_not_at_all,
 )
 from .config import BSSConfig
-from .engines import TellHowWeightsAreHeld, engine_of
+from .engines import engine_of
 from .log_lines import show_lines, told_of_loss, told_of_mixing
 from .losses import AnswerLoss, TokenMean
-from .meter import Meter, StepTimer
+from .mixing import MixesContexts
 from .objective import (
     adapters_of,
     changes_of_loss,
@@ -73,40 +56,21 @@ from .objective import (
     load_model,
     make_loss,
 )
-from .parallelism import check_tensor_parallel
-from .processes import meet, once_per_machine
-from .reuse_trial import ReuseTrial
-from .sampling import EpochOfSampler, SeededByEpoch
+from .processes import once_per_machine
+from .sampling import SeededByEpoch
 from .schedules import Schedule
-from .self_prob import SelfProb
 from .streams import StreamProgress, check_stream, message_of, sorts_by_length, stream_loader
 from .targets import REFERENCES, keep_references
-from .tensor import allowed_to_resume, has_partial_gradients, is_split_at_load, load_split, whole_optimizer
-from .weights import (
-    StopAtBrokenGradients,
-    TellOfMissingGradients,
-    check_finite,
-    check_trainable,
-    diverged,
-    not_finite,
-)
+from .tensor import allowed_to_resume, is_split_at_load, load_split, whole_optimizer
 
 logger = logging.getLogger(__name__)
 
 _ROW_COLUMNS = ("sample_id", "prompt_ids", "answer_ids", "is_learned", "context_ids", "is_self")
-_FIRST_LOOK = 10  # the steps before the first look again
-_LOOK_EVERY = 100  # steps between two looks at what contexts, reuse and a lean loss take for granted
 _BOOKKEEPING = (*ROWS, REFERENCES, "loss_weight", "read")  # columns that are not the model's
 _OF_TIME = ("runtime", "samples_per_second", "steps_per_second")  # metrics of every evaluation
-_OF_TRAINER = logging.getLogger("transformers.trainer")
 
 
-def _but_for_empty_epochs(record: logging.LogRecord) -> bool:
-    """Leaves out what the Trainer says of an epoch without steps, where a run is at its end."""
-    return "not to be a single sample" not in record.getMessage()
-
-
-class BSSTrainer(Trainer):
+class BSSTrainer(MixesContexts):
     """Fine-tune a causal language model on contexts that are partly its own (arXiv 2410.14655, section on BSS).
 
     Before each optimizer step the contexts of the whole accumulated batch are made at once, with the current weights.
@@ -157,7 +121,6 @@ class BSSTrainer(Trainer):
     _weighing = "direct_weight"  # the options that such a column comes from
     _learns_rows_once = True  # so that the loss of a step is a mean over its learned tokens
     _lean_by_default = False  # also where self_prob is 0
-    _makes_contexts = True  # by passes, whose work may be used
     collator_class = Collator
     compute_loss_func: Callable | None
 
@@ -181,26 +144,11 @@ class BSSTrainer(Trainer):
         if isinstance(model, str | Path):
             model = load_model(at_home(model), torch.float32, trust_remote_code)
         name = transformers_model(model).name_or_path
-        check_trainable(model)
-        check_4bit_layout(model)
-        keep_4bit_layout(model)
         if processing_class is None and not name:
             raise ValueError("the model was not loaded by name, so its tokenizer can't be found: give processing_class")
         if processing_class is None:
             processing_class = AutoTokenizer.from_pretrained(name, trust_remote_code=trust_remote_code)
-        check_here(transformers_model(model), everywhere=True)
-        args.tensor_parallel = tensor_parallel_size(transformers_model(model))
-        check_tensor_parallel(args, args.tensor_parallel)
-        if args.tensor_parallel > 1 and (hasattr(model, "peft_config") or active_adapters(model)):
-            raise ValueError(
-                "the model is tensor parallel and has an adapter: PEFT's adapters on weights whose inputs are split "
-                "(o_proj, down_proj) fail in plain fine-tuning, too. Leave tp_size out and shard the model with FSDP2, "
-                "or train all weights"
-            )
-        self.generator = args.generator(model, processing_class)
-        self._tell_of_padding()
-        args.check_schedule(schedule)
-        self.schedule = schedule
+        self._take_model(model, args, processing_class, schedule)
         limit = max_positions(self.generator.model)
         if args.max_length is None:
             args.max_length = limit
@@ -234,74 +182,24 @@ class BSSTrainer(Trainer):
                 "of it can be made: give kl_model (--kl-model), a folder or a name, which each process loads"
             )
         self._privileged = check_target(self)
-        if self._engine.is_sharded:
-            self.generator._cuda_graphs = False  # gathered weights lie elsewhere in each step
         self._end_answers_where_rows_end()
         check_savable(self.generator.model, adapter=adapters_of(self) is not None)
         self._check_best_metric()
-        check_processes(self.args.world_size)
-        self._step = Step()
         self._known_rows_hash: str | None = None
         self._known_hashes: dict[str, str | None] | None = None  # of models that this one is compared with
         self._checked: str | None = None  # a checkpoint that this run can go on from
-        self._nothing_left = False  # to train
-        self._told_of_nothing = False  # that a step learns
-        self._logged_at: int | None = None  # the step of the last line of the log before the checkpoint
-        self._looked = self._looks_now = self._loss_looks = False
-        self._reuse = ReuseTrial(args, self.generator, self._engine, self._whole_weights)
-        self._known = False  # what the model is like
-        self._budget_agreed = False  # among processes
         self._answer_loss: AnswerLoss | None = None
         self._cross_entropy_alone = self._computed_loss = False
-        has_graphs = args.cuda_graphs and args.device.type == "cuda"
-        self.meter = Meter(scales_loss=self._engine.scales_loss, has_graphs=has_graphs)
-        if self._engine.weights_are_here:
-            self._learn_of_model()
+        self._begin_mixing()
         smoother = self.label_smoother  # type: ignore[has-type]
         # The Trainer shifts labels by the name of the model's class, which FSDP2 changes.
         self._label_smoother = None if smoother is None else partial(smoother, shift_labels=True)
         show_lines(self, self._told_of_contexts, self._told_of_loss)
-        self.add_callback(StepTimer(self.meter))
-        self._self_prob = SelfProb(args, self.accelerator, self.meter, self._ids_guessed_from)
-        self.add_callback(self._self_prob)
-        self.add_callback(EpochOfSampler())
-        self.add_callback(TellHowWeightsAreHeld(self._engine))
-        after = self._engine.steps_in_backward
-        missing = TellOfMissingGradients(in_backward=after)
-        self._unused = missing.unused if after else None
-        self.add_callback(missing)
-        if not self._engine.scales_loss:
-            self.add_callback(StopAtBrokenGradients(self._engine.gradient_norm if after else None))
 
     def _learn_of_model(self) -> None:
-        """Find out, once, what the model allows, with weights as they are before training."""
-        with self._whole_weights(), self._engine.autocast():
-            self.generator.check_causal(in_training=True)  # the loss of a model that sees the answer teaches nothing
-            agreed(together_of(self.generator.model), partial(check_finite, self.model))  # each sees its own part
-            self._reuse.on = self._makes_contexts and self._reuse.may_begin()
-            self._answer_loss = make_loss(self)
-            self._cross_entropy_alone = is_cross_entropy(self)
-        self._known = True
+        super()._learn_of_model()
         if self._resumed_from is not None:
             check_same_models(self._resumed_from, self._hashes())
-
-    @contextmanager
-    def _whole_weights(self, *, keep: bool = False) -> Iterator[None]:
-        """Inside, each process runs as many forwards over the current weights as it needs; all enter together.
-
-        The weights are whole, or others run along (``weights``). With ``keep``, a training forward follows at once.
-        """
-        with self._engine.own_forwards(self.model, keep=keep) as steps:
-            yield
-        if steps is not None:
-            self.meter.counts["passes_in_step"] += steps.forwards
-
-    @property
-    def _forward_follows(self) -> bool:
-        """Whether nothing can change the weights between making a step's batches and its first training forward."""
-        plain = TrainerCallback.on_step_begin
-        own = (one for one in self.callback_handler.callbacks if type(one).on_step_begin is not plain)
-        return all(type(one).__module__.startswith(("selfgen.", "transformers.")) for one in own)
 
     def _told_of_contexts(self) -> str:
         """What the contexts of this run are, for the lines of the log; `_told_of_loss` likewise."""
@@ -310,17 +208,9 @@ class BSSTrainer(Trainer):
     def _told_of_loss(self) -> str:
         return told_of_loss(self.args)
 
-    def _tell_of_padding(self) -> None:
-        tokens, rows = self.generator.vocab_size, vocab_size_of(self.generator.model)
-        if tokens is not None:
-            logger.warning(
-                "the model has %d embedding rows for %d ids of the tokenizer: the ids %d to %d are padding and never "
-                "sampled",
-                rows,
-                tokens,
-                tokens,
-                rows - 1,
-            )
+    def _learn_of_loss(self) -> None:
+        self._answer_loss = make_loss(self)
+        self._cross_entropy_alone = is_cross_entropy(self)
 
     def _check_best_metric(self) -> None:
         """Raise ValueError if the best checkpoint is chosen by a metric that no evaluation has."""
@@ -357,83 +247,24 @@ class BSSTrainer(Trainer):
             sampler = SeededByEpoch(sampler, self.args.seed if self.args.data_seed is None else self.args.data_seed)
         return sampler
 
-    def get_batch_samples(self, epoch_iterator, num_batches, device):
-        """All micro-batches of one optimizer step.
-
-        None where the run goes on from the checkpoint of its last step, as the Trainer looks for its end after a step.
-        """
-        self._nothing_left = self.state.global_step >= self.state.max_steps
-        if self._nothing_left:
-            logger.warning(
-                "nothing is left to train: the checkpoint is that of the last step, %d", self.state.global_step
-            )
-            _OF_TRAINER.addFilter(_but_for_empty_epochs)
-            self.control.should_training_stop = True
-            return [], None
+    def _next_batches(self, epoch_iterator, num_batches, device):
         try:
-            batches, num_items = super().get_batch_samples(epoch_iterator, num_batches, device)
+            batches, num_items = super()._next_batches(epoch_iterator, num_batches, device)
         except DataError as error:
             raise DataError(message_of(error)) from error
-        if self._logged_at is not None:
-            self._globalstep_last_logged, self._logged_at = self._logged_at, None
-            self._total_loss_scalar -= self.meter.carried  # train_loss is the mean over the steps of this session
         if self._stream is not None:
             self._stream.take(batches)
-        self.meter.step_begin()
-        if not self._known:
-            self._learn_of_model()
-        self._look_again()
-        batches = self.prepare_batches(batches)
-        self._step = Step(list(batches))
-        if self.args.loss_on != "all":  # elsewhere after on_step_begin, where a callback may change the model
-            self._mix_next(keep=self._forward_follows)
-            num_items = self._at_least_one(self._get_num_items_in_batch(batches, device))
         return batches, num_items
 
-    def _at_least_one(self, num_items):
-        """The number of learned tokens of a step, by which its loss is divided: nothing learned is a loss of 0."""
-        if num_items is None or torch.as_tensor(num_items).all():
-            return num_items
-        if not self._told_of_nothing:
-            self._told_of_nothing = True
-            logger.warning(
-                "step %d learns no token, as loss_on=%s finds none in its contexts; later ones like it are not told",
-                self.state.global_step + 1,
-                self.args.loss_on,
-            )
-        return torch.as_tensor(num_items).clamp(min=1)
-
-    def prepare_batches(self, batches: list[dict[str, Tensor]]) -> list[dict[str, Tensor]]:
-        """What a method does to the micro-batches of a step before their contexts are mixed: nothing, here."""
-        return batches
-
     def train(self, resume_from_checkpoint: str | bool | None = None, *args: Any, **kwargs: Any) -> TrainOutput:
-        self._looked = False  # at the weights of a checkpoint
         asked = "last" if resume_from_checkpoint is True else at_home(resume_from_checkpoint)
-        checkpoint = resumed_checkpoint(asked, self.args.output_dir)
-        if self.args.world_size > 1 and self.model.__dict__.pop("_is_accelerate_prepared", False):
-            # By an evaluation; accelerate would take it as it is, and each process would train alone.
-            self.accelerator.unwrap_model(self.model, keep_fp32_wrapper=False)
-        self._engine.check_first(resumes=bool(checkpoint))
-        forget_steps(self.model)  # of a run that an exception has ended
         try:
-            if checkpoint and self.is_deepspeed_enabled:  # which loads it in its own way
-                self._go_on_from(checkpoint)
-            output = super().train(checkpoint, *args, **kwargs)
-            self._stop_unless_weights_finite()
+            output = super().train(resumed_checkpoint(asked, self.args.output_dir), *args, **kwargs)
             if self._stream is not None:
                 self._stream.tell()
             return output
         finally:
-            _OF_TRAINER.removeFilter(_but_for_empty_epochs)
-            self._step = Step()  # where the last one failed or was broken off
-            shard_again(self.model)
             self._stream = self._resumed_from = None
-            self.generator.release()
-
-    def _maybe_log_save_evaluate(self, *args, **kwargs):
-        if not self._nothing_left:  # then, the run before has done it
-            super()._maybe_log_save_evaluate(*args, **kwargs)
 
     def _save(self, output_dir=None, state_dict=None):
         output_dir = at_home(output_dir or self.args.output_dir)
@@ -491,9 +322,8 @@ class BSSTrainer(Trainer):
 
     def _go_on_from(self, checkpoint: str) -> None:
         self.check_resumed(checkpoint)
-        self._self_prob.load(Path(checkpoint))
+        super()._go_on_from(checkpoint)
         self._resumed_from = checkpoint
-        self._logged_at = self.meter.load(Path(checkpoint), self.args.process_index)
 
     def _load_best_model(self):
         if is_split_at_load(self.model):
@@ -526,8 +356,6 @@ class BSSTrainer(Trainer):
 
     def _save_rng_state(self, output_dir):
         super()._save_rng_state(output_dir)
-        self.meter.save(Path(output_dir), self.args.process_index, self._globalstep_last_logged)
-        self._self_prob.save(Path(output_dir))
         if self._stream is not None:
             self._stream.save(output_dir)
 
@@ -551,138 +379,18 @@ class BSSTrainer(Trainer):
         return stream_loader(test_dataset, self.args, self.args.eval_batch_size, self.data_collator)
 
     def training_step(self, model, inputs, num_items_in_batch=None):
-        if self._step.ready == 0:
-            self._mix_next(keep=True)
-        if self._step.ready == 0:
-            raise RuntimeError(
-                "training_step got a micro-batch without contexts, and would train on references alone: transformers' "
-                "Trainer did not hand this step's micro-batches to get_batch_samples, which makes the contexts. "
-                "Install a version of transformers that selfgen supports, or call get_batch_samples before "
-                "training_step"
-            )
-        if self.args.world_size > 1 and not self._engine.holds(model):
-            raise RuntimeError(
-                f"this is one of {self.args.world_size} processes, but the model is not wrapped for them, so each "
-                "would train alone: make a new trainer, with a model that no other has prepared"
-            )
-        # Weights were gathered for the passes, and are as they were until the optimizer's step.
-        whole = self._step.runs_passes and not self._engine.stay_sharded
-        last = self.accelerator.sync_gradients
         self._computed_loss = False
-        try:
-            with self._engine.backward_apart(), kept_whole(self.model, last=last) if whole else nullcontext():
-                loss = super().training_step(model, inputs, num_items_in_batch)
-        finally:
-            self._step.trained()
+        loss = super().training_step(model, inputs, num_items_in_batch)
         if not self._computed_loss and (asked := changes_of_loss(self)):
             raise ValueError(
                 f"compute_loss of {type(self).__name__} takes the place of the loss that {', '.join(asked)} would "
                 "change: have it call that of its base class, or leave these out"
             )
-        if not self._engine.scales_loss and not math.isfinite(float(loss)):  # it leaves such steps out
-            raise diverged(self.state.global_step + 1, f"the loss is {float(loss)}")
-        self._self_prob.trained(loss)
-        return self.meter.step_loss(loss)
+        return loss
 
-    def _defer_fsdp_gradient_reduction(self):
-        if has_partial_gradients(self.model):  # a hook would sum what micro-batches have accumulated
-            return nullcontext()
-        return super()._defer_fsdp_gradient_reduction()
-
-    def _stop_unless_weights_finite(self) -> None:
-        broken = not_finite(self.model, trainable_only=True)
-        if self._engine.splits_weights:  # each process sees its own part
-            broken = next(filter(None, meet(say=broken)), None)
-        if broken:
-            raise diverged(self.state.global_step, f"{broken} has values that are not finite (NaN or inf)")
-
-    def _mix_next(self, *, keep: bool = False) -> None:
-        """Make the next contexts of the step; with ``keep``, a training forward follows at once."""
-        batches = self._step.take(self.args.context_micro_batches)
-        if not batches:
-            return
-        self.meter.contexts_begin()
-        self._step.runs_passes = self._runs_passes()  # a callback may change it before the training forward
-        runs = self._step.runs_passes or self._looks_now or not self._engine.is_sharded
-        if self._step.runs_passes:
-            self._agree_on_budget()
-        with self._whole_weights(keep=keep) if runs or self._loss_looks else nullcontext():
-            if self._loss_looks:
-                self._look_at_loss()
-            if runs:  # a forward of the whole model
-                self._check_causal(batches)
-            if self.args.learned_target in ("teacher_forced", "privileged"):
-                keep_references(batches)
-            stats, self._step.passes = self.mix(batches)
-        self._reuse.agree(self._step)
-        self.meter.contexts_end(stats)
-
-    def _agree_on_budget(self) -> None:
-        """Once: where passes gather weights, all processes measure at the same time what a pass costs."""
-        self._engine.choose_weights(self.model)
-        if self._engine.stay_sharded and not self._budget_agreed:
-            self._budget_agreed = True
-            with self._whole_weights(), self._engine.autocast():
-                _ = self.generator.budget
-            self.generator.agree_on_budget(self._engine.together)
-
-    def _runs_passes(self) -> bool:
-        """Whether making the contexts of this step runs the model, in one process as in all."""
-        return self.self_prob_now > 0
-
-    @property
-    def self_prob_now(self) -> float:
-        """The self-probability of the step that is under way, or comes next; it is the same in all processes."""
-        return self._self_prob.at(self.state.global_step, self.state.max_steps, self.schedule)
-
-    def mix(self, batches: list[dict[str, Tensor]]) -> tuple[ContextStats, RowSlots | None]:
-        """Write mixed contexts over the answers in ``input_ids``, for all micro-batches at once; labels stay.
-
-        Returns what the contexts are like and cost, and, if the step may reuse it, what their passes computed.
-        """
-        self_prob = self.self_prob_now
-        rows = [rows_of(batch) for batch in batches]
-        if self_prob == 0.0:
-            lengths = ([len(row.prompt), len(row.reference)] for part in rows for row in part)
-            stats = ContextStats.untouched(*zip(*lengths, strict=True))
-            self._self_prob.mixed(self_prob, stats)
-            return stats, None
-        unique = unique_rows([row for part in rows for row in part])
-        mixed = self.make_contexts(unique, self_prob)
-        self._self_prob.mixed(self_prob, mixed.stats)
-        place = {row.sample_id: index for index, row in enumerate(unique)}
-        for batch, part in zip(batches, rows, strict=True):
-            write_contexts_into(batch, [mixed.tokens[place[row.sample_id]] for row in part])
-            if learn := LEARN_ON.get(self.args.loss_on):
-                for row in part:
-                    learn(row.labels, mixed.is_self[place[row.sample_id]])
-        return mixed.stats, None if mixed.hidden_states is None else RowSlots(mixed.hidden_states, unique)
-
-    def make_contexts(self, rows: list[Row], self_prob: float) -> MixedContext:
-        """The mixed contexts of a step's rows, whose sample ids all differ, with the current weights.
-
-        A subclass may make them in another way. If it keeps hidden states, these must be those of a forward over the
-        contexts with the weights of this step.
-        """
-
-        def contexts() -> MixedContext:
-            return self.generator.contexts(
-                [row.prompt for row in rows],
-                [row.reference for row in rows],
-                self_prob,
-                seed=step_seed(self.args.seed, self.state.global_step),
-                sample_ids=[row.sample_id for row in rows],
-                method=self.args.context_method,
-                may_be_self=[row.labels != IGNORE_INDEX for row in rows],
-                keep_hidden_states=self._reuse.on,
-            )
-
-        with self._engine.autocast():
-            try:
-                return contexts()
-            except ReuseError as reason:
-                self._reuse.off(reason)
-                return contexts()
+    def _before_contexts(self, batches: list[dict[str, Tensor]]) -> None:
+        if self.args.learned_target in ("teacher_forced", "privileged"):
+            keep_references(batches)
 
     @property
     def _loss_is_users(self) -> bool:
@@ -690,7 +398,6 @@ class BSSTrainer(Trainer):
         return self.compute_loss_func is not None and not ours
 
     def _ids_guessed_from(self) -> int | None:
-        """How many ids a uniform guess chooses from; None where the loss is no mean of cross-entropies alone."""
         computed = type(self).compute_loss  # by a subclass of the user's, perhaps
         is_plain = (
             self._learns_rows_once
@@ -699,17 +406,6 @@ class BSSTrainer(Trainer):
             and computed.__module__.startswith("selfgen.")
         )
         return vocab_size_of(self.generator.model) if is_plain else None
-
-    def _look_again(self) -> None:
-        """From time to time: what a model computes may depend on weights, or on a setting that changed."""
-        step = self.state.global_step
-        regular = not self._looked or step % _LOOK_EVERY == 0
-        self._looks_now = regular or step == _FIRST_LOOK
-        if self._looks_now:
-            self._looked = True
-            self._reuse.look_again()
-            self.generator.look_again()
-        self._loss_looks = regular or step & (step - 1) == 0  # powers of two, as this look is cheap
 
     def _look_at_loss(self) -> None:
         self._loss_looks = False
@@ -720,15 +416,6 @@ class BSSTrainer(Trainer):
         if changed:
             step = self.state.global_step + 1
             logger.warning("from step %d on the loss is not lean: %s", step, self._answer_loss.not_lean)
-
-    def _check_causal(self, batches: list[dict[str, Tensor]]) -> None:
-        """The loss of a model that sees the answer teaches nothing."""
-        longest = max((batch["input_ids"].shape[1] for batch in batches), default=0)
-        try:
-            with self._engine.autocast():
-                self.generator.check_causal(longest, in_training=True)
-        except UnsupportedModelError as error:
-            raise type(error)(f"at step {self.state.global_step + 1}: {error}") from error
 
     def prediction_step(self, model, inputs, *args, **kwargs):
         loader = self.accelerator.gradient_state.active_dataloader
@@ -838,28 +525,12 @@ class BSSTrainer(Trainer):
             with own(), text_positions(self.generator.model):
                 return compute_loss(model, dict(inputs), return_outputs, num_items_in_batch)  # may take labels out
 
-        if not model.training:
-            return loss(model)
-        tries = self._step.runs_passes
-        return self._reuse.loss(model, loss, self._step, batch, tries=tries, unused=self._unused)
+        return self._loss_of_step(model, loss, batch)
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
-        if "loss" in logs:
-            in_step = self.meter.counts["passes_in_step"] / max(1, self.meter.steps)
-            logs.update(self.meter.flush())
-            if self._engine.stay_sharded:
-                logs["passes_in_step"] = in_step
-            if self._stream is not None:
-                logs.update(self._stream.logs())
+        if "loss" in logs and self._stream is not None:
+            logs.update(self._stream.logs())
         super().log(logs, start_time)
-
-
-def step_seed(seed: int, step: int, stream: int = 0) -> int:
-    """One 64-bit seed for each (seed, optimizer step): contexts change with the step, and a resumed run repeats them.
-
-    ``stream`` 1 is for what a step draws besides its contexts.
-    """
-    return (seed & 0xFFFFFFFF) << 32 | (stream & 1) << 31 | (step & 0x7FFFFFFF)
 
 
 def tokenized(name: str, rows, tokenizer, args: BSSConfig, max_length: int | None) -> Dataset:
@@ -879,12 +550,3 @@ def tokenized(name: str, rows, tokenizer, args: BSSConfig, max_length: int | Non
         return dataset
 
     return once_per_machine(tokenize)
-
-
-def check_processes(world_size: int) -> None:
-    """Raise ValueError in one of several processes that would train alone: accelerate joins CPUs only if asked to."""
-    started = int(os.environ.get("WORLD_SIZE", "1"))
-    if world_size < started:
-        raise ValueError(
-            f"this is one of {started} processes, but each would train alone; to train together on CPUs, give --use-cpu"
-        )

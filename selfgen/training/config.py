@@ -6,6 +6,7 @@ import copy
 import math
 from contextlib import suppress
 from dataclasses import dataclass, field, fields
+from typing import TYPE_CHECKING, ClassVar
 
 import torch
 from transformers import PreTrainedTokenizerBase, TrainingArguments, integrations
@@ -209,21 +210,19 @@ class GeneratorOptions(MaskOptions):
 
 
 @dataclass
-class BSSConfig(RowOptions, GeneratorOptions, TargetOptions, TrainingArguments):
-    """Arguments of ``BSSTrainer``: everything of ``transformers.TrainingArguments``, and the fields below.
+class MixingOptions(GeneratorOptions):
+    """How much of contexts is the model's own, and what a trainer that mixes them does in a step.
+
+    It stands before the arguments of a Trainer among the bases of a configuration, so that it checks these, too.
 
     Raises:
-        ValueError: a field out of its range, a NaN, a name in ``report_to`` whose package is missing, or a
-            parallelism under which no contexts can be made.
+        ValueError: a field out of its range, a NaN, or a parallelism under which no contexts can be made.
     """
 
-    _argument_group_name = "training (transformers.TrainingArguments)"
     tensor_parallel = 1  # processes that split each weight of the model; set where that is known
-
-    def __new__(cls, *args, **kwargs):
-        for old in RENAMED.keys() & kwargs.keys():
-            raise TypeError(f"{cls.__name__} has no field {old!r}: it is called {RENAMED[old]!r} now")
-        return super().__new__(cls)
+    if TYPE_CHECKING:  # of TrainingArguments
+        process_index: ClassVar[int]
+        world_size: ClassVar[int]
 
     self_prob: float | str | None = field(
         default=None,
@@ -316,62 +315,13 @@ class BSSConfig(RowOptions, GeneratorOptions, TargetOptions, TrainingArguments):
             "those after the self tokens, from the first reference token of the context on)."
         },
     )
-    kl_weight: float = field(
-        default=0.0,
-        metadata={
-            "help": "Weight of KL(model || frozen model) at every learned position, added to the loss. 0 is no such "
-            "term; a large weight keeps the model near the frozen one."
-        },
-    )
-    kl_model: str | None = field(
-        default=None,
-        metadata={
-            "help": "Frozen model for kl_weight: a folder, or a name on the hub, with the same tokenizer. By default "
-            "it is the model as it is before training."
-        },
-    )
-    lean_loss: bool | None = field(
-        default=None,
-        metadata={
-            "help": "Compute the loss chunk by chunk at learned positions, so that the logits of all positions are "
-            "never in memory at once; the loss is equal up to rounding. By default this is done where contexts are "
-            "mixed, answers are corrected or there is a target, and the model allows it."
-        },
-    )
-    logging_steps: float = field(
-        default=10, metadata={"help": "Number of steps between log lines; a number below 1 is a share of all steps."}
-    )
-    remove_unused_columns: bool | None = field(
-        default=False, metadata={"help": "Leave this False: the collator needs columns that the model does not take."}
-    )
-    resume_from_checkpoint: str | None = field(
-        default=None,
-        metadata={
-            "help": "Checkpoint that selfgen train continues from: its folder, or last for the newest complete one in "
-            "output_dir (the start, if there is none). By default a new run starts, which needs an output_dir without "
-            "checkpoints."
-        },
-    )
 
     def __post_init__(self):
-        expand_home(self)
         check_parallelism(self)
         self._settle_self_prob()
         self._check_numbers()
-        super().__post_init__()
-        if self.fsdp:
-            check_fsdp_version((self.fsdp_plugin_args or {}).get("fsdp_version", 2))
-        if self.deepspeed_plugin is not None:
-            check_deepspeed(self.deepspeed_plugin.hf_ds_config.config)
-        if self.fp16 and self.device.type == "cpu" and self.deepspeed_plugin is None:
-            raise ValueError(
-                "fp16 is given, but on a CPU nothing scales the loss, so that small gradients would vanish: give bf16 "
-                "(--bf16 yes), or leave it out"
-            )
-        if self.device.type == "cpu":
-            self.dataloader_pin_memory = False  # which helps an accelerator alone; without one, torch only warns
-        self.check_rows()
-        check_reporters(self.report_to)
+        super().__post_init__()  # type: ignore[misc]  # of the arguments of a Trainer
+        _check_engine(self)
         self._check_self_prob()
         if self.weights not in WEIGHTS:
             raise ValueError(f"weights is {self.weights!r}; accepted: {', '.join(WEIGHTS)}")
@@ -387,28 +337,7 @@ class BSSConfig(RowOptions, GeneratorOptions, TargetOptions, TrainingArguments):
                 f"loss_on=after_switch learns what follows a prefix of self tokens, but granularity is "
                 f"{self.granularity!r}: give granularity=prefix, or loss_on=after_self"
             )
-        if not 0.0 <= self.kl_weight < float("inf"):
-            raise ValueError(f"kl_weight is {self.kl_weight}; it must be a finite number >= 0")
-        if self.kl_model and not self.kl_weight:
-            raise ValueError(f"kl_model is {self.kl_model!r}, but kl_weight is 0; set kl_weight to use it")
-        self.check_target()
-        everywhere = self.target in ("dft", "teacher")  # others learn the reference alone where they have no target
-        if everywhere and self.weight_of_target == 1.0 and self.label_smoothing_factor:
-            raise ValueError(
-                f"label_smoothing_factor is {self.label_smoothing_factor}, but the target {self.target} has all the "
-                "weight, and leaves none to the cross-entropy that is smoothed: give a target_weight below 1, or leave "
-                "label_smoothing_factor out"
-            )
-        if self.target == "privileged" and self.assistant_turns != "last":
-            raise ValueError(
-                "assistant_turns=all is not for target=privileged, which asks for one answer per row again: the last "
-                "turn"
-            )
         self.check_generator()
-        if self.remove_unused_columns:
-            raise ValueError(
-                "remove_unused_columns must stay False: the collator needs columns that the model does not take"
-            )
 
     def _settle_self_prob(self) -> None:
         """Put numbers in the place of their texts, as transformers' parser gives them, and of what is not given."""
@@ -539,6 +468,102 @@ class BSSConfig(RowOptions, GeneratorOptions, TargetOptions, TrainingArguments):
         self_prob = float(schedule(self.self_prob_start, float(self.self_prob or 0), progress))
         check_probability(f"the self-probability that the schedule gives for step {step}", self_prob)
         return self_prob
+
+
+@dataclass
+class BSSConfig(RowOptions, MixingOptions, TargetOptions, TrainingArguments):
+    """Arguments of ``BSSTrainer``: everything of ``transformers.TrainingArguments``, and the fields below.
+
+    Raises:
+        ValueError: a field out of its range, a NaN, a name in ``report_to`` whose package is missing, or a
+            parallelism under which no contexts can be made.
+    """
+
+    _argument_group_name = "training (transformers.TrainingArguments)"
+
+    def __new__(cls, *args, **kwargs):
+        for old in RENAMED.keys() & kwargs.keys():
+            raise TypeError(f"{cls.__name__} has no field {old!r}: it is called {RENAMED[old]!r} now")
+        return super().__new__(cls)
+
+    kl_weight: float = field(
+        default=0.0,
+        metadata={
+            "help": "Weight of KL(model || frozen model) at every learned position, added to the loss. 0 is no such "
+            "term; a large weight keeps the model near the frozen one."
+        },
+    )
+    kl_model: str | None = field(
+        default=None,
+        metadata={
+            "help": "Frozen model for kl_weight: a folder, or a name on the hub, with the same tokenizer. By default "
+            "it is the model as it is before training."
+        },
+    )
+    lean_loss: bool | None = field(
+        default=None,
+        metadata={
+            "help": "Compute the loss chunk by chunk at learned positions, so that the logits of all positions are "
+            "never in memory at once; the loss is equal up to rounding. By default this is done where contexts are "
+            "mixed, answers are corrected or there is a target, and the model allows it."
+        },
+    )
+    logging_steps: float = field(
+        default=10, metadata={"help": "Number of steps between log lines; a number below 1 is a share of all steps."}
+    )
+    remove_unused_columns: bool | None = field(
+        default=False, metadata={"help": "Leave this False: the collator needs columns that the model does not take."}
+    )
+    resume_from_checkpoint: str | None = field(
+        default=None,
+        metadata={
+            "help": "Checkpoint that selfgen train continues from: its folder, or last for the newest complete one in "
+            "output_dir (the start, if there is none). By default a new run starts, which needs an output_dir without "
+            "checkpoints."
+        },
+    )
+
+    def __post_init__(self):
+        expand_home(self)
+        super().__post_init__()
+        self.check_rows()
+        check_reporters(self.report_to)
+        if not 0.0 <= self.kl_weight < float("inf"):
+            raise ValueError(f"kl_weight is {self.kl_weight}; it must be a finite number >= 0")
+        if self.kl_model and not self.kl_weight:
+            raise ValueError(f"kl_model is {self.kl_model!r}, but kl_weight is 0; set kl_weight to use it")
+        self.check_target()
+        everywhere = self.target in ("dft", "teacher")  # others learn the reference alone where they have no target
+        if everywhere and self.weight_of_target == 1.0 and self.label_smoothing_factor:
+            raise ValueError(
+                f"label_smoothing_factor is {self.label_smoothing_factor}, but the target {self.target} has all the "
+                "weight, and leaves none to the cross-entropy that is smoothed: give a target_weight below 1, or leave "
+                "label_smoothing_factor out"
+            )
+        if self.target == "privileged" and self.assistant_turns != "last":
+            raise ValueError(
+                "assistant_turns=all is not for target=privileged, which asks for one answer per row again: the last "
+                "turn"
+            )
+        if self.remove_unused_columns:
+            raise ValueError(
+                "remove_unused_columns must stay False: the collator needs columns that the model does not take"
+            )
+
+
+def _check_engine(args: TrainingArguments) -> None:
+    """Raise ValueError for FSDP, DeepSpeed or a precision under which no contexts can be made."""
+    if args.fsdp:
+        check_fsdp_version((args.fsdp_plugin_args or {}).get("fsdp_version", 2))
+    if args.deepspeed_plugin is not None:
+        check_deepspeed(args.deepspeed_plugin.hf_ds_config.config)
+    if args.fp16 and args.device.type == "cpu" and args.deepspeed_plugin is None:
+        raise ValueError(
+            "fp16 is given, but on a CPU nothing scales the loss, so that small gradients would vanish: give bf16 "
+            "(--bf16 yes), or leave it out"
+        )
+    if args.device.type == "cpu":
+        args.dataloader_pin_memory = False  # which helps an accelerator alone; without one, torch only warns
 
 
 def with_fixed_self_prob(config: BSSConfig) -> BSSConfig:

@@ -28,8 +28,9 @@ from ..data.streams import StreamedRows, refuse_stream
 from ..evaluation import Corrections, greedy_of
 from ..generation import generate_corrected
 from .batches import unique_rows
-from .bss import BSSTrainer, step_seed
+from .bss import BSSTrainer
 from .config import BSSConfig
+from .mixing import step_seed
 from .right_answers import RIGHT_ANSWERS, Judge, is_right, left_out, same_as_eval
 
 logger = logging.getLogger(__name__)

@@ -138,8 +138,8 @@ def configurations(target: str) -> list[Configuration]:
                 Configuration(f"add_rms_norm{name}", add_rms_norm_kernel, types, how, options, of_sum, streams=True)
             )
             if dtype == "fp32":
-                types = types | {"x": "*bf16"}
-                name = name.replace("fp32", "bf16 and fp32")
+                types = types | {"residual": "*bf16"}
+                name = name.replace("fp32", "fp32 and bf16")
                 ships.append(
                     Configuration(f"add_rms_norm{name}", add_rms_norm_kernel, types, how, options, of_sum, streams=True)
                 )

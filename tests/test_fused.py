@@ -427,20 +427,21 @@ def test_what_is_changed_before_a_late_rotation_is_an_error():
                 key.rotation.append(cache, cache, cache[:5], slots)
 
 
-@pytest.mark.parametrize("reads", [False, True])
+@pytest.mark.parametrize("reads", ["a copy is made", "it is looked at"])
 def test_keys_that_something_else_reads_are_turned_before(monkeypatch, reads):
     """The cache gets plain keys then, and the contexts are the same."""
-    model, own, appended = tiny_model("llama"), RaggedLayer.update, []
-    append = Rotation.append
+    model, append, update, appended = tiny_model("llama"), Rotation.append, RaggedLayer.update, []
     monkeypatch.setattr(Rotation, "append", lambda *args: appended.append(append(*args)) or appended[-1])
     want = contexts(ContextGenerator(model, token_budget=100, balance=12.5))
     assert all(appended)
     assert appended
     appended.clear()
-    if reads:
-        monkeypatch.setattr(RaggedLayer, "update", lambda self, key, *rest: own(self, key * 1, *rest))
-    else:  # what the query was is read, and the key by the cache alone
-        monkeypatch.setattr(RaggedLayer, "update", lambda self, key, *rest: (key[:, 0].sum(), own(self, key, *rest))[1])
+
+    def read(self, key, *args, **kwargs):
+        copy = key * 1
+        return update(self, copy if reads == "a copy is made" else key, *args, **kwargs)
+
+    monkeypatch.setattr(RaggedLayer, "update", read)
     assert_equal(contexts(ContextGenerator(model, token_budget=100, balance=12.5)), want)
     assert not any(appended)
 

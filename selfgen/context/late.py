@@ -68,6 +68,11 @@ class Late(Tensor):
         return result
 
 
+def _together(x: Tensor, y: Tensor) -> torch.dtype:
+    """In which torch computes with two of `_DTYPES`."""
+    return x.dtype if x.dtype == y.dtype else torch.float32
+
+
 def _late(cls: Any, shape: Any, strides: Any, dtype: torch.dtype, device: torch.device) -> Any:
     """A tensor of class ``cls`` without memory."""
     make: Any = Tensor._make_wrapper_subclass
@@ -79,8 +84,7 @@ class Residual(Late):
 
     @staticmethod
     def __new__(cls, *terms: Tensor) -> Residual:
-        dtype = terms[0].dtype if terms[0].dtype == terms[-1].dtype else torch.float32  # as torch adds `_DTYPES`
-        return _late(cls, terms[0].shape, None, dtype, terms[0].device)
+        return _late(cls, terms[0].shape, None, _together(terms[0], terms[-1]), terms[0].device)
 
     def __init__(self, *terms: Tensor):
         self._terms = _Given(*terms) if len(terms) == 2 else None
@@ -131,8 +135,7 @@ class Rotation:
     def like(self, place: int) -> tuple[torch.Size, torch.dtype, torch.device]:
         """Shape, dtype and device of what is turned."""
         given, cos = self._given.unchanged()[place], self._given.unchanged()[2]
-        dtype = given.dtype if self._keep_dtype else torch.promote_types(given.dtype, cos.dtype)
-        return given.shape, dtype, given.device
+        return given.shape, given.dtype if self._keep_dtype else _together(given, cos), given.device
 
     def result(self, place: int) -> Tensor:
         """The query, or the key, turned: [1, heads, N, head_dim]."""
@@ -158,7 +161,7 @@ class Turned(Late):
     @staticmethod
     def __new__(cls, rotation: Rotation, place: int) -> Turned:
         (tokens, heads, head_dim), dtype, device = rotation.like(place)
-        shape, strides = (1, heads, tokens, head_dim), (heads * tokens * head_dim, head_dim, heads * head_dim, 1)
+        shape, strides = (1, heads, tokens, head_dim), (heads * head_dim, head_dim, heads * head_dim, 1)
         return _late(cls, shape, strides, dtype, device)
 
     def __init__(self, rotation: Rotation, place: int):

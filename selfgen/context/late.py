@@ -17,7 +17,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 from torch.autograd.graph import increment_version
-from torch.utils._pytree import tree_map_only
+from torch.utils._pytree import tree_leaves, tree_map_only
 
 from selfgen_kernels import add_rms_norm, rms_norm, rotary
 
@@ -63,8 +63,10 @@ class Late(Tensor):
             return Residual(*given)
         result = func(*given, **named)
         if func._schema.is_mutable:  # of which autograd, which counts changes, is not told here
-            values = dict(zip((one.name for one in func._schema.arguments), given, strict=False)) | named
-            increment_version([values[one.name] for one in func._schema.arguments if one.is_write])
+            arguments = func._schema.arguments
+            values = dict(zip((one.name for one in arguments), given, strict=False)) | named
+            written = tree_leaves([values.get(one.name) for one in arguments if one.is_write])
+            increment_version([one for one in written if isinstance(one, Tensor)])
         return result
 
 
@@ -134,7 +136,8 @@ class Rotation:
 
     def like(self, place: int) -> tuple[torch.Size, torch.dtype, torch.device]:
         """Shape, dtype and device of what is turned."""
-        given, cos = self._given.unchanged()[place], self._given.unchanged()[2]
+        *states, cos, _ = self._given.unchanged()
+        given = states[place]
         return given.shape, given.dtype if self._keep_dtype else _together(given, cos), given.device
 
     def result(self, place: int) -> Tensor:

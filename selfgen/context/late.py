@@ -144,7 +144,8 @@ class Rotation:
         """The query, or the key, turned: [1, heads, N, head_dim]."""
         if place not in self._results:
             query, key, cos, sin = self._given.unchanged()
-            self._results = dict(enumerate(rotary(query, key, cos, sin, keep_dtype=self._keep_dtype)))
+            both = rotary(query, key, cos, sin, keep_dtype=self._keep_dtype)
+            self._results = dict(enumerate(both)) | self._results  # what was read before may have been changed
         return self._results[place].transpose(0, 1)[None]
 
     def append(self, keys: Tensor, values: Tensor, value: Tensor, slots: Tensor) -> bool:

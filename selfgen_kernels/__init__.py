@@ -10,9 +10,9 @@ from selfgen_kernels.ops.attention import kv_append, ragged_attention
 from selfgen_kernels.ops.head import combine_shards, linear_sample_mix, linear_sample_shard
 from selfgen_kernels.ops.linear import invariant_linear
 from selfgen_kernels.ops.noise import gumbel_noise, self_mask
-from selfgen_kernels.ops.norm import rms_norm
+from selfgen_kernels.ops.norm import add_rms_norm, rms_norm
 from selfgen_kernels.ops.passes import commit_pass, plan_pass
-from selfgen_kernels.ops.rotary import rotary
+from selfgen_kernels.ops.rotary import rotary, rotary_append
 from selfgen_kernels.ops.sampling import sample_mix
 
 from selfgen_kernels import backends  # isort: skip  (kernels register for schemas that the ops above have defined)
@@ -20,6 +20,7 @@ from selfgen_kernels import backends  # isort: skip  (kernels register for schem
 __all__ = [
     "NOISE_VERSION",
     "act_mul",
+    "add_rms_norm",
     "backends",
     "combine_shards",
     "commit_pass",
@@ -32,6 +33,7 @@ __all__ = [
     "ragged_attention",
     "rms_norm",
     "rotary",
+    "rotary_append",
     "sample_mix",
     "self_mask",
 ]

@@ -6,21 +6,25 @@ That contexts are those of the loop is shown for every family in test_graphs.py,
 from __future__ import annotations
 
 import functools
+import itertools
 from functools import partial
 
 import pytest
 import torch
-from helpers.contexts import batch
+from helpers.contexts import assert_equal, batch
 from helpers.graphs import Recorder, recorded_passes
 from models import CONFIGS, tiny_model
 from torch import nn
+from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.models.llama import modeling_llama as llama
 from transformers.models.llama.modeling_llama import LlamaRMSNorm
 
 from selfgen import ContextGenerator
-from selfgen.context import fused
+from selfgen.context import fused, late
+from selfgen.context.late import Residual, Rotation
 from selfgen.context.models import UnsupportedModelError
-from selfgen_kernels import rotary
+from selfgen.context.ragged import RaggedLayer
+from selfgen_kernels import add_rms_norm, rms_norm, rotary
 
 NORMS = {"qwen3": 9, "gemma2": 9, "gemma3": 13, "olmo2": 9, "gpt2": 0, "gpt_neox": 0}  # of two layers; others have 5
 PLAIN_MLP = {"gpt2", "gpt_neox", "gpt_oss"}  # or experts
@@ -205,7 +209,7 @@ class Attention(nn.Module):
 def test_a_rotation_is_replaced_in_its_module_alone(monkeypatch):
     attention, other = Attention(), Attention()
     model, calls = Holder(attention), []
-    monkeypatch.setattr(fused, "rotary", lambda *args, **how: calls.append(args) or rotary(*args, **how))
+    monkeypatch.setattr(late, "rotary", lambda *args, **how: calls.append(args) or rotary(*args, **how))
     states = [torch.randn(1, n, 5, 8) for n in (4, 2)]
     cos, sin = torch.randn(2, 1, 5, 8)
     with torch.no_grad(), fused.Fused(model).used():
@@ -272,6 +276,286 @@ def test_what_has_hooks_keeps_its_forward():
     assert model.model.layers[1].mlp in found
 
 
+LATE = {"gpt2": 0, "gpt_neox": 0}  # of two layers; others have 2
+
+
+@pytest.mark.parametrize("family", CONFIGS)
+def test_layers_whose_sums_are_computed_late(family):
+    for dtype in (torch.float32, torch.bfloat16):
+        model = tiny_model(family, dtype=dtype)
+        assert count(model, "Layer") == LATE.get(family, 2)
+        with torch.autocast("cpu", torch.bfloat16):
+            assert count(model, "Layer") == LATE.get(family, 2)
+        model.model.layers[0].register_forward_hook(lambda *_: None) if family == "llama" else None
+        assert family != "llama" or count(model, "Layer") == 0  # a hook sees what it always does
+
+
+def a_sum(dtype=torch.float32, count=2, seed=0):
+    """Terms [1, 4, 16] of a sum, and the sum."""
+    terms = [*torch.randn(count, 1, 4, 16, generator=torch.Generator().manual_seed(seed)).to(dtype)]
+    return terms, Residual(*(term.clone() for term in terms))
+
+
+READS = {
+    "product": lambda x: x @ torch.ones(16, 3).to(x),
+    "view": lambda x: x[0, :, ::2].transpose(0, 1),
+    "scaled": lambda x: x + 0.5 * x,
+    "with alpha": lambda x: torch.add(x, x, alpha=2),
+    "number": lambda x: x + 1,
+    "broadcast": lambda x: x + torch.ones(16).to(x),
+    "cast": lambda x: x.double(),
+    "same dtype": lambda x: x.to(x.dtype) * 1,
+    "twice": lambda x: (x + x) + (x + x),
+    "in place": lambda x: x.mul_(2) + x,
+    "into a view": lambda x: (x[0, 0].fill_(3), x * 1)[1],
+    "by index": lambda x: (x.__setitem__((0, 1), 7.0), x * 1)[1],
+    "taken in place": lambda x: torch.ones_like(x).add_(x),
+    "out": lambda x: torch.add(x, x, out=torch.empty(1, 4, 16, dtype=x.dtype)),
+    "layer norm": lambda x: torch.nn.functional.layer_norm(x, (16,)),
+    "list": lambda x: torch.cat([x, x], 1),
+    "clone": lambda x: x.clone(),
+    "where": lambda x: torch.where(x > 0, x, -x),
+    "autocast": lambda x: torch.nn.Linear(16, 3, dtype=x.dtype, bias=False).requires_grad_(False)(x).shape,
+    "condition": lambda x: x * 2 if x.isfinite().all() else x,
+    "item": lambda x: torch.tensor(x.sum().item()),
+}
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("read", READS)
+def test_whatever_reads_a_late_sum_gets_it(read, dtype):
+    with torch.no_grad():
+        for terms in (1, 2):
+            given, x = a_sum(dtype, terms)
+            want, got = READS[read](sum(given[1:], given[0].clone())), READS[read](x)
+            if isinstance(want, torch.Tensor):
+                assert (got.dtype, got.shape, got.stride()) == (want.dtype, want.shape, want.stride())
+                assert torch.equal(got * 1, want * 1)
+
+
+@pytest.mark.parametrize("dtypes", [*itertools.product([torch.float32, torch.bfloat16, torch.float16], repeat=2)])
+def test_a_norm_gets_the_bits_of_the_sum(dtypes, monkeypatch):
+    both = []
+    monkeypatch.setattr(late, "add_rms_norm", lambda *args, **how: both.append(args) or add_rms_norm(*args, **how))
+    weight = torch.linspace(-1, 1, 16)
+    with torch.no_grad():
+        first, second = (a_sum(dtype, 1, seed)[0][0] for seed, dtype in enumerate(dtypes))
+        x = Residual(first) + second
+        assert type(x) is Residual
+        assert x.dtype == (first + second).dtype
+        y = x.normed(weight, 1e-6, "gemma")
+        assert torch.equal(y, rms_norm(first + second, weight, 1e-6, form="gemma"))
+        assert torch.equal(x.normed(weight, 1e-6, "gemma"), y)
+        assert torch.equal(x * 1, first + second)
+        assert len(both) == 1
+
+
+def test_what_is_changed_before_a_late_sum_is_computed_is_an_error():
+    with torch.no_grad():
+        for changed in (0, 1, 2):
+            terms = [torch.ones(1, 4, 16), torch.ones(1, 4, 16)]
+            terms.append(Residual(terms[0]))
+            x = terms[2] + terms[1]
+            terms[changed].mul_(2)
+            for read in (lambda x: x * 1, lambda x: x.normed(torch.ones(16), 1e-6, "llama")):
+                with pytest.raises(RuntimeError, match="has changed in place what it had added"):
+                    read(x)
+
+
+def test_sums_are_not_late_where_more_than_numbers_decides():
+    x = torch.ones(1, 4, 16)
+    assert not Residual.takes(x)  # gradients are recorded
+    with torch.no_grad():
+        assert Residual.takes(x, x.half())
+        assert not Residual.takes(x, x[:, :1])
+        assert not Residual.takes(x, x.double())
+        assert not Residual.takes(x, 1.0)
+        assert not Residual.takes(x.transpose(1, 2))
+        assert not Residual.takes(x, x.to("meta"))
+    with torch.inference_mode():
+        assert not Residual.takes(x)
+        made = torch.ones(1, 4, 16)
+    with torch.no_grad():
+        assert not Residual.takes(made)
+
+
+def a_rotation(dtype=torch.float32, of_cos=torch.float32, keep_dtype=False):
+    """What is turned, and queries and keys [1, heads, 5, 8] that are turned late."""
+    given = [torch.randn(5, heads, 8).to(dtype) for heads in (4, 2)] + [*torch.randn(2, 5, 8).to(of_cos)]
+    turned = Rotation(*given, keep_dtype)
+    return given, turned.query(), turned.key()
+
+
+DTYPES = [torch.float32, torch.bfloat16, torch.float16]
+
+
+@pytest.mark.parametrize(("dtype", "of_cos"), [*itertools.product(DTYPES, repeat=2)])
+@pytest.mark.parametrize("keep_dtype", [False, True])
+def test_a_late_rotation(dtype, of_cos, keep_dtype):
+    """By the kernel that writes the K/V, or by whatever reads it first, in any order."""
+    value, slots = torch.randn(5, 2, 8).bfloat16(), torch.tensor([4, -1, 0, 8, 2])
+    for order in itertools.permutations(("query", "key", "append")):
+        with torch.no_grad():
+            given, query, key = a_rotation(dtype, of_cos, keep_dtype)
+            want = rotary(*given, keep_dtype=keep_dtype)
+            caches, is_first = torch.zeros(2, 9, 2, 8).bfloat16(), order[0] == "append"
+            for step in order:
+                if step == "append":
+                    assert key.rotation.append(*caches, value, slots) == is_first
+                    continue
+                got, expected = (query, want[0]) if step == "query" else (key, want[1])
+                expected = expected.transpose(0, 1)[None]
+                assert (got.dtype, got.shape, got.stride()) == (expected.dtype, expected.shape, expected.stride())
+                assert torch.equal(got * 1, expected)
+                assert torch.equal(got[0, :, 2:], expected[0, :, 2:])
+            there = slots >= 0
+            assert torch.equal(caches[0][slots[there]], want[1][there].bfloat16() * is_first)
+            assert torch.equal(caches[1][slots[there]], value[there] * is_first)
+
+
+def test_what_is_changed_before_a_late_rotation_is_an_error():
+    cache, slots = torch.zeros(9, 2, 8), torch.arange(5)
+    with torch.no_grad():
+        for place in range(4):
+            given, query, key = a_rotation()
+            given[place].mul_(2)
+            with pytest.raises(RuntimeError, match="has changed in place"):
+                query * 1
+            with pytest.raises(RuntimeError, match="has changed in place"):
+                key * 1
+            with pytest.raises(RuntimeError, match="has changed in place"):
+                key.rotation.append(cache, cache, cache[:5], slots)
+
+
+@pytest.mark.parametrize("reads", ["a copy is made", "it is looked at"])
+def test_keys_that_something_else_reads_are_turned_before(monkeypatch, reads):
+    """The cache gets plain keys then, and the contexts are the same."""
+    model, append, update, appended = tiny_model("llama"), Rotation.append, RaggedLayer.update, []
+    monkeypatch.setattr(Rotation, "append", lambda *args: appended.append(append(*args)) or appended[-1])
+    want = contexts(ContextGenerator(model, token_budget=100, balance=12.5))
+    assert all(appended)
+    assert appended
+    appended.clear()
+
+    def read(self, key, *args, **kwargs):
+        copy = key * 1
+        return update(self, copy if reads == "a copy is made" else key, *args, **kwargs)
+
+    monkeypatch.setattr(RaggedLayer, "update", read)
+    assert_equal(contexts(ContextGenerator(model, token_budget=100, balance=12.5)), want)
+    assert not any(appended)
+
+
+class Branch(nn.Module):
+    def forward(self, hidden_states) -> tuple[torch.Tensor, None]:
+        return hidden_states.roll(1, -1) * 0.7, None
+
+
+class Layer(GradientCheckpointingLayer):
+    """Of a decoder; tests change how it adds."""
+
+    def __init__(self):
+        super().__init__()
+        self.first, self.second = LlamaRMSNorm(16), LlamaRMSNorm(16)
+        self.attention, self.mlp = Branch(), Mlp()
+        torch.manual_seed(1)
+        for weight in self.parameters():
+            nn.init.normal_(weight)
+
+    def forward(self, hidden_states, attention_mask=None, **kwargs):
+        x, _ = self.attention(hidden_states=self.first(hidden_states))
+        hidden_states = self.add(hidden_states, x)
+        return self.add(hidden_states, self.mlp(self.second(hidden_states)))
+
+    def add(self, hidden_states, x):
+        return hidden_states + x
+
+
+def layer(add):
+    return type("Layer", (Layer,), {"add": add})()
+
+
+class Parallel(Layer):
+    def forward(self, hidden_states, **kwargs):
+        return self.attention(self.first(hidden_states))[0] + self.mlp(self.second(hidden_states)) + hidden_states
+
+
+class PostNorms(Layer):
+    def forward(self, hidden_states, **kwargs):
+        hidden_states = hidden_states + self.first(self.attention(hidden_states)[0])
+        return hidden_states + self.second(self.mlp(hidden_states))
+
+
+class Tuple(Layer):
+    def forward(self, hidden_states, **kwargs):
+        return super().forward(hidden_states), None
+
+
+class OfTwoInputs(Layer):
+    def forward(self, hidden_states, other, **kwargs):
+        return super().forward(hidden_states + other[0])
+
+
+class Late(Layer):
+    """What it adds is changed between the sum and the norm."""
+
+    def forward(self, hidden_states, **kwargs):
+        x, _ = self.attention(self.first(hidden_states))
+        total = hidden_states + x
+        x.mul_(2)
+        return total + self.mlp(self.second(total))
+
+
+class Old(Late):
+    """So is what it adds to."""
+
+    def forward(self, hidden_states, **kwargs):
+        total = hidden_states + self.attention(self.first(hidden_states))[0]
+        hidden_states += 1
+        return total + self.mlp(self.second(total))
+
+
+DROPOUT = nn.Dropout(0.5).eval()
+LAYERS = {  # name: (layer, whether its sums are computed late, by how many kernels that add and norm)
+    "plain": (Layer, True, 1),
+    "other order": (lambda: layer(lambda self, h, x: x + h), True, 1),
+    "scaled residual": (lambda: layer(lambda self, h, x: h + x * 0.22), True, 1),
+    "scaled by one": (lambda: layer(lambda self, h, x: h + x * torch.ones(16, dtype=x.dtype)), True, 1),
+    "scaled both": (lambda: layer(lambda self, h, x: h * 0.5 + x), True, 0),
+    "scaled sum": (lambda: layer(lambda self, h, x: (h + x) * 0.5), True, 0),
+    "alpha": (lambda: layer(lambda self, h, x: torch.add(h, x, alpha=2)), True, 0),
+    "clamped": (lambda: layer(lambda self, h, x: (h + x).clamp(-0.5, 0.5)), True, 0),
+    "dropout": (lambda: layer(lambda self, h, x: h + DROPOUT(x)), True, 1),
+    "in fp32": (lambda: layer(lambda self, h, x: (h.float() + x.float()).to(x.dtype)), True, None),
+    "in place": (lambda: layer(lambda self, h, x: h.add_(x)), True, 0),
+    "parallel": (Parallel, True, 0),
+    "post-norms": (PostNorms, True, 0),
+    "tuple": (Tuple, False, 0),
+    "two inputs": (OfTwoInputs, False, 0),
+    "changed term": (Late, False, 0),
+    "changed residual": (Old, False, 0),
+}
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("name", LAYERS)
+def test_any_layer_gives_the_bits_of_its_own_sums(name, dtype, monkeypatch):
+    make, is_late, kernels = LAYERS[name]
+    one, x, both = make().to(dtype).eval(), torch.randn(1, 9, 16).to(dtype), []
+    monkeypatch.setattr(late, "add_rms_norm", lambda *args, **how: both.append(args) or add_rms_norm(*args, **how))
+    model = Holder(one)
+    assert (one in found_in(model)) == is_late
+    how = {"other": (x,)} if name == "two inputs" else {}
+    with torch.no_grad(), fused.Fused(model).used():
+        both.clear()
+        got = one(x.clone(), **how)
+        vars(one).pop("forward", None)  # the parts keep their kernels
+        assert kernels in (None, len(both))
+        want = one(x.clone(), **how)
+    for a, b in zip(got if name == "tuple" else [got], want if name == "tuple" else [want], strict=True):
+        assert a is b is None or torch.equal(a * 1, b)
+
+
 @pytest.mark.parametrize("value", [0.0, torch.nan])
 def test_a_gated_mlp_whose_weights_do_not_tell_keeps_its_forward(value):
     """Whichever of its parts were the gate, all would be as well: it may tell once it has been trained."""
@@ -333,7 +617,7 @@ VIEWS = (
 """Operators that launch nothing."""
 
 
-def launches(monkeypatch, family, *, kernels=True):
+def launches(monkeypatch, family, *, kernels=True, **settings):
     """The operators of a recorded pass from one layer's attention to the next one's, views left out."""
     recorded, record = [], Recorder._record
 
@@ -346,19 +630,27 @@ def launches(monkeypatch, family, *, kernels=True):
         patch.setattr(fused, "saves_time", lambda device: kernels)
         generator = ContextGenerator(tiny_model(family), token_budget=100, balance=12.5)
         for _ in range(2):
-            contexts(generator)
+            contexts(generator, **settings)
     names = [operator.name().partition("::")[2].partition(".")[0] for operator, *_ in recorded[0].calls]
     first, second = (at for at, name in enumerate(names) if name == "ragged_attention")
     return [name for name in names[first:second] if name not in VIEWS]
 
 
-@pytest.mark.parametrize("family", ["llama", "mistral", "qwen3", "gemma2", "gemma3", "phi3", "olmo2"])
+FEW = {"llama": 12, "mistral": 12, "qwen3": 14, "gemma2": 14, "gemma3": 16, "phi3": 9, "olmo2": 16}
+"""Those of seven products (four in Phi-3), attention, K/V with rotary positions and the gate, and one for each norm,
+with the sum before it. In OLMo 2 there is a product between the two."""
+
+
+@pytest.mark.parametrize("family", FEW)
 def test_few_launches_per_layer(monkeypatch, family):
-    """Those of seven products and two sums, one for each norm, and four for all else."""
     own = launches(monkeypatch, family, kernels=False)
     found = launches(monkeypatch, family)
-    assert {"rms_norm", "act_mul", "rotary", "kv_append"} <= {*found}
-    norms = found.count("rms_norm")
-    assert len(found) <= 13 + norms < len(own) // 2 + 2
+    assert {"act_mul", "rotary_append"} <= {*found}
+    assert not {"rotary", "kv_append"} & {*found}
+    assert ("add_rms_norm" in found) == ("add" not in found) == (family != "olmo2")
+    assert len(found) == FEW[family] < len(own) // 2
+    kept = launches(monkeypatch, family, keep_hidden_states=True)
+    assert len(kept) == FEW[family] + 1 + kept.count("add") - found.count("add")  # what enters a layer is summed first
+    assert kept.count("add") == 1 + (family == "olmo2")
     with torch.autocast("cpu", torch.bfloat16):  # which casts what enters a product
         assert len(launches(monkeypatch, family)) <= 25

@@ -33,7 +33,9 @@ LAUNCHED_BY = {  # op with a Triton kernel: tests of which one at least must be 
     "kv_append": ("test_attention.py::test_append_writes_its_slots_and_nothing_else[triton",),
     "act_mul": ("test_layer_ops.py::test_act_mul_is_equal[",),
     "rotary": ("test_layer_ops.py::test_rotary_is_equal[",),
+    "rotary_append": ("test_layer_ops.py::test_rotary_append_is_equal[",),
     "rms_norm": ("test_norm.py::test_backends_are_equal[triton",),
+    "add_rms_norm": ("test_norm.py::test_a_sum_and_its_norm_are_those_of_two_ops[triton",),
     "ragged_attention": ("test_attention.py::test_agrees_with_dense_attention[triton",),
 }
 OFF_THE_GPU = (  # what names Triton, but launches no kernel or asks the interpreter

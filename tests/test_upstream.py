@@ -107,6 +107,7 @@ UPSTREAM = [
         exists,
         "what depends on the batch is not refused by precision=invariant",
     ),
+    ("torch:Tensor._make_wrapper_subclass", exists, "sums can't be computed late"),
     ("transformers.pytorch_utils:Conv1D.forward", arguments("x"), "GPT-2 is refused by precision=invariant"),
     (
         "transformers.activations:GELUTanh.forward",

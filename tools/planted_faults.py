@@ -62,6 +62,13 @@ FAULTS = [
         compiled=False,
     ),
     Fault(
+        "late: changes in place are not counted",
+        CONTEXT + "late.py",
+        "        if func._schema.is_mutable:",
+        "        if False:",
+        ("tests/test_fused.py::test_what_is_changed_before_a_late_sum_is_computed_is_an_error",),
+    ),
+    Fault(
         "fused: a norm is tried in fp32 alone",
         CONTEXT + "fused.py",
         "given = [rows.to(weight.device, dtype) for dtype in _dtypes(weight.device)]",

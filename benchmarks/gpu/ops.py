@@ -18,6 +18,7 @@ from torch import Tensor
 
 from selfgen_kernels import (
     act_mul,
+    add_rms_norm,
     combine_shards,
     commit_pass,
     gumbel_noise,
@@ -29,6 +30,7 @@ from selfgen_kernels import (
     ragged_attention,
     rms_norm,
     rotary,
+    rotary_append,
     sample_mix,
     self_mask,
 )
@@ -340,9 +342,24 @@ def layer_cases(device: str, *, rehearsal: bool = False) -> Iterator[Case]:
         states = (heads, head_dim), (kv_heads, head_dim), (head_dim,), (head_dim,)
         yield case("rms_norm", lambda x, weight=weight: rms_norm(x, weight, 1e-6), [(width,)], width)
         yield case("norm, torch", norm_of_torch, [(width,)], width)
+        both = [(width,), (width,)]
+        yield case("add_rms_norm", lambda x, y, weight=weight: add_rms_norm(x, y, weight, 1e-6), both, 2 * width)
+        yield case("sum and rms_norm", lambda x, y, weight=weight: rms_norm(x + y, weight, 1e-6), both, 2 * width)
         yield case("act_mul", act_mul, [(inner,), (inner,)], inner)
         yield case("SiLU and product, torch", lambda gate, up: F.silu(gate) * up, [(inner,), (inner,)], inner)
         yield case("rotary", rotary, states, (heads + kv_heads) * head_dim)
+        keys, values = torch.zeros(2, rows, kv_heads, head_dim, **how)
+        slots, of_append = torch.arange(rows, device=device), ((kv_heads, head_dim), *states)
+        appended = (heads + 2 * kv_heads) * head_dim
+
+        def turn_and_append(value, query, key, cos, sin, keys=keys, values=values, slots=slots) -> Tensor:
+            return rotary_append(keys, values, query, key, value, cos, sin, slots)
+
+        def turn_then_append(value, query, key, cos, sin, keys=keys, values=values, slots=slots) -> None:
+            kv_append(keys, values, rotary(query, key, cos, sin)[1], value, slots)
+
+        yield case("rotary_append", turn_and_append, of_append, appended)
+        yield case("rotary and kv_append", turn_then_append, of_append, appended)
         yield case(
             "rotary, torch",
             lambda query, key, *angles: (turned_by_torch(query, *angles), turned_by_torch(key, *angles)),

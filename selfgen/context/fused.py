@@ -1,5 +1,8 @@
 """Norms, gates of MLPs and rotary positions as single kernels, where trying shows that this is what they compute.
 
+A norm's kernel also computes the sum that it reads, in layers that trying shows to be the same then, and the kernel
+that writes the K/V turns queries and keys (``late``).
+
 A decoder layer is about forty small kernels, and on a GPU each costs a pass more than what it computes. No class is
 known by name here. What looks like a norm, say, is run on random rows, and so is the kernel: where they agree but for
 roundings, the kernel takes its place during a generation. All else keeps its own forward, and ``verification`` compares
@@ -11,6 +14,7 @@ from __future__ import annotations
 import inspect
 from collections.abc import Callable, Hashable, Iterator
 from contextlib import AbstractContextManager
+from copy import copy
 from dataclasses import dataclass
 from functools import partial
 from itertools import permutations, product
@@ -22,9 +26,11 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 from torch.func import functional_call
 from transformers import PreTrainedModel
+from transformers.modeling_layers import GradientCheckpointingLayer
 
 from selfgen_kernels import act_mul, rms_norm, rotary
 
+from .late import ChangedError, Residual, Rotation
 from .packed import replaced
 from .precision import autocast_dtype, is_linear, is_plain
 
@@ -69,9 +75,12 @@ class Fused:
 
     def forwards(self, *kinds: Callable[[nn.Module], Fitting | None]) -> Iterator[tuple[nn.Module, Forward]]:
         """The modules, of some ``kinds`` or of all, whose forward can be replaced, and by what."""
+        every: tuple[Callable[[nn.Module], Fitting | None], ...] = _norm, _gated, _attention
+        if not any(module._forward_hooks or module._forward_pre_hooks for module in self.model.modules()):
+            every = *every, _layer  # hooks see what they always do
         for module in self.model.modules():
             kind = tuple(_kind_of(module)) if _is_its_own(module) else ()
-            for find in (kinds or (_norm, _gated, _attention)) if kind else ():
+            for find in (kinds or every) if kind else ():
                 if (find, kind) not in self._found:
                     self._found[find, kind] = _tried(find, module)
                 fitting = self._found[find, kind]
@@ -87,7 +96,7 @@ def _dtypes(device: torch.device) -> tuple[torch.dtype, ...]:
 
 def _is_its_own(module: nn.Module) -> bool:
     """Whether nobody else has a say in what a module computes: no hooks, compilers, or weights split over processes."""
-    if "forward" in vars(module) or module._compiled_call_impl is not None:
+    if "forward" in vars(module) or any(part._compiled_call_impl is not None for part in module.modules()):
         return False
     if any(part._forward_hooks or part._forward_pre_hooks for part in module.modules()):
         return False
@@ -169,9 +178,80 @@ def _norm_forward(name: str, eps: float, form: _Form, module: nn.Module, *args: 
     if not _like(module, args, kwargs):
         return type(module).forward(module, *args, **kwargs)
     (x,) = args
+    if isinstance(x, Residual):
+        return x.normed(getattr(module, name), eps, form)
     order = sorted(range(x.dim() - 1), key=x.stride, reverse=True)  # as it lies in memory: rows need not be copied
     result = rms_norm(x.permute(*order, -1), getattr(module, name), eps, form=form)
     return result.permute(*map(order.index, range(len(order))), -1)
+
+
+# ---- Sums before norms -----------------------------------------------------------------------------------------------
+
+
+_MOST_BRANCHES = 4  # attention, an MLP, and what else a layer may have
+
+
+class _Part(nn.Module):
+    """Stands for a part of a layer that is tried."""
+
+    def __init__(self, run: Forward):
+        super().__init__()
+        self.run = run
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        return self.run(*args, **kwargs)
+
+
+def _layer(module: nn.Module) -> Fitting | None:
+    """Of a decoder layer with norms that gives the same bits, to its caller and to its parts, if sums are late."""
+    if not isinstance(module, GradientCheckpointingLayer):
+        return None
+    norms = {name: fitting(part) for name, part in module.named_children() if (fitting := _tried(_norm, part))}
+    branches = [name for name, _ in module.named_children() if name not in norms]
+    if not norms or len(branches) > _MOST_BRANCHES:
+        return None
+    for pairs in product((True, False), repeat=len(branches)):  # whether each has a second result
+        try:
+            is_same = _is_same_if_late(module, norms, dict(zip(branches, pairs, strict=True)))
+        except ChangedError:
+            return None
+        except _FAULTS:
+            continue
+        return partial(partial, _layer_forward) if is_same else None
+    return None
+
+
+def _is_same_if_late(module: nn.Module, norms: dict[str, Forward], branches: dict[str, bool]) -> bool:
+    (weight,) = module.get_submodule(next(iter(norms))).parameters()
+    parameters = inspect.signature(type(module).forward).parameters.values()
+    _, _, *others = (one.name for one in parameters if one.kind == one.POSITIONAL_OR_KEYWORD)
+    tried = copy(module)
+    for dtype, of_branches in product(_dtypes(weight.device), repeat=2):
+        stand_ins = {name: partial(_stand_in, of_branches, pair, i) for i, (name, pair) in enumerate(branches.items())}
+        vars(tried)["_modules"] = {name: _Part(run) for name, run in (norms | stand_ins).items()}
+        hidden = _random(1, 5, len(weight)).to(weight.device, dtype)
+        given = hidden.clone(), Residual(hidden.clone())
+        want, got = (type(module).forward(tried, x, **dict.fromkeys(others)) for x in given)
+        if not (isinstance(want, Tensor) and _same(got, want) and _same(given[1], given[0])):
+            return False
+    return True
+
+
+def _same(got: Tensor, want: Tensor) -> bool:
+    return got.dtype == want.dtype and torch.equal(got * 1, want)
+
+
+def _stand_in(dtype: torch.dtype, has_second: bool, seed: int, *args: Any, **kwargs: Any) -> Any:
+    """Numbers that depend on those that a branch is given."""
+    x = next(one for one in (*args, *kwargs.values()) if isinstance(one, Tensor))
+    result = (x.flip(-1) * _random(x.shape[-1], seed=seed).to(x)).to(dtype)
+    return (result, None) if has_second else result
+
+
+def _layer_forward(module: nn.Module, *args: Any, **kwargs: Any) -> Any:
+    if args and type(args[0]) is Tensor and Residual.takes(args[0]):
+        args = Residual(args[0]), *args[1:]
+    return type(module).forward(module, *args, **kwargs)
 
 
 # ---- Gated MLPs ------------------------------------------------------------------------------------------------------
@@ -312,7 +392,11 @@ def _turned(
     fits = query.dim() == 4 and cos.shape == sin.shape == (1, *query.shape[2:]) and len(query) == 1
     if args or kwargs or not plain or not fits or key.shape != (1, key.shape[1], *query.shape[2:]):
         return rotation(query, key, cos, sin, *args, **kwargs)
-    results = rotary(query[0].transpose(0, 1), key[0].transpose(0, 1), cos[0], sin[0], keep_dtype=keep_dtype)
+    given = query[0].transpose(0, 1), key[0].transpose(0, 1), cos[0], sin[0]
+    if Rotation.takes(*given):
+        turned = Rotation(*given, keep_dtype)
+        return turned.query(), turned.key()
+    results = rotary(*given, keep_dtype=keep_dtype)
     return results[0].transpose(0, 1)[None], results[1].transpose(0, 1)[None]
 
 

@@ -22,6 +22,7 @@ from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
 from .fused import Fused
+from .late import Late
 from .models import UnsupportedModelError
 from .packed import CastWeights, fresh_casts_of, plain_linears, replaced
 from .precision import autocast_dtype, how_quantized, is_plain, precision_of
@@ -170,6 +171,8 @@ class _Operations(TorchDispatchMode):
             hook.remove()
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if any(issubclass(one, Late) for one in types):  # calls operators itself
+            return NotImplemented
         kwargs = kwargs or {}
         result = func(*args, **kwargs)
         if not self._is_known(func, args, kwargs, result):

@@ -20,6 +20,7 @@ from transformers.cache_utils import Cache, CacheLayerMixin
 
 import selfgen_kernels  # noqa: F401  (registers the operators)
 
+from .late import Turned
 from .models import UnsupportedModelError, cache_argument, takes, text_inputs
 from .precision import autocast_dtype
 
@@ -83,12 +84,25 @@ class RaggedLayer(CacheLayerMixin):
 
     def update(self, key_states: Tensor, value_states: Tensor, *args, **kwargs) -> tuple[Tensor, Tensor]:
         """Write ``[1, kv_heads, N, head_dim]`` to the slots of the current pass and return the whole layer."""
-        key_states, value_states = _autocast(key_states), _autocast(value_states)
+        value_states = _autocast(value_states)
+        if self._turn_and_append(key_states, value_states):
+            return self.keys, self.values
+        key_states = _autocast(key_states)
         if not self.is_initialized:
             self.lazy_initialization(key_states, value_states)
         key, value = key_states[0].transpose(0, 1), value_states[0].transpose(0, 1)  # [N, kv_heads, head_dim]
         kv_append(self.keys, self.values, key, value, self.cache.current.slots)
         return self.keys, self.values
+
+    def _turn_and_append(self, key_states: Tensor, value_states: Tensor) -> bool:
+        """Write keys that are turned late in the same launch, rounded as autocast would; False if that can't be."""
+        dtype = autocast_dtype(key_states.device) or key_states.dtype
+        if not isinstance(key_states, Turned) or (dtype, key_states.shape) != (value_states.dtype, value_states.shape):
+            return False
+        if not self.is_initialized:
+            self.lazy_initialization(value_states, value_states)
+        value = value_states[0].transpose(0, 1)
+        return key_states.rotation.append(self.keys, self.values, value, self.cache.current.slots)
 
     def get_seq_length(self) -> int:
         return 0  # positions are always given; rows have lengths of their own

@@ -51,8 +51,10 @@ OPS = {
     "kv_append": Op("attention"),
     "ragged_attention": Op("attention"),
     "rms_norm": Op("norm"),
+    "add_rms_norm": Op("norm"),
     "act_mul": Op("activation", kernels=("triton",)),
     "rotary": Op("rotary", kernels=("triton",)),
+    "rotary_append": Op("rotary", kernels=("triton",)),
 }
 """By the name of the operator."""
 

@@ -92,7 +92,7 @@ def kv_append(key_cache: Tensor, value_cache: Tensor, key: Tensor, value: Tensor
     check_tensor("slots", slots, (key.shape[0],), (torch.int64,), device)
     refuse_grad("kv_append", key_cache, value_cache, key, value)
     if not is_traced(key_cache, value_cache, key, value):  # which may have no memory
-        _refuse_overlap(key_cache, value_cache, key, value)
+        refuse_overlap(key_cache, value_cache, key=key, value=value)
     torch.ops.selfgen.kv_append(key_cache, value_cache, key, value, slots)
 
 
@@ -185,14 +185,14 @@ def ragged_attention(
     return IMPLEMENTATIONS[implementation](*args)
 
 
-def _refuse_overlap(key_cache: Tensor, value_cache: Tensor, key: Tensor, value: Tensor) -> None:
+def refuse_overlap(key_cache: Tensor, value_cache: Tensor, **read: Tensor) -> None:
     """Raise if memory that is written to is also read, or is that of two numbers."""
     key_storage, value_storage = (storage_of(x) for x in (key_cache, value_cache))
     for name, cache in (("key_cache", key_cache), ("value_cache", value_cache)):
         strides = cache.stride()
         if 0 in strides and any(stride == 0 and size > 1 for size, stride in zip(cache.shape, strides, strict=True)):
             raise ValueError(f"{name} is expanded: several of its numbers share memory; pass {name}.contiguous()")
-    for name, states in (("key", key), ("value", value)):
+    for name, states in read.items():
         storage = storage_of(states)
         if storage in (key_storage, value_storage):
             for cache_name, cache in (("key_cache", key_cache), ("value_cache", value_cache)):

@@ -12,6 +12,7 @@ from torch.utils._pytree import tree_leaves
 
 from selfgen.context import generator
 from selfgen.context import graphs as engine
+from selfgen.context.late import Late
 
 
 class Calls(TorchDispatchMode):
@@ -22,6 +23,8 @@ class Calls(TorchDispatchMode):
         self.calls = []
 
     def __torch_dispatch__(self, operator, types, args=(), kwargs=None):
+        if any(issubclass(one, Late) for one in types):  # which calls the operators that a device runs
+            return NotImplemented
         result = operator(*args, **(kwargs or {}))
         self.calls.append((operator, args, kwargs or {}, result))
         return result
@@ -54,6 +57,8 @@ class Launches(TorchDispatchMode):
         return super().__exit__(*error)
 
     def __torch_dispatch__(self, operator, types, args=(), kwargs=None):
+        if any(issubclass(one, Late) for one in types):
+            return NotImplemented
         result = operator(*args, **(kwargs or {}))
         if self.between and not self._replays and self.count([(operator, args, kwargs or {}, result)]):
             self.between[-1].append(operator)

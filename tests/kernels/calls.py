@@ -82,9 +82,29 @@ EXAMPLES = {
             "keep_dtype": True,
         },
     ],
+    "rotary_append": [
+        {**_APPEND, "query": _normal(3, 4, 8), "cos": _normal(3, 8), "sin": _normal(3, 8)},
+        {
+            **{name: x.bfloat16() if x.is_floating_point() else x for name, x in _APPEND.items()},
+            "query": _normal(3, 4, 8).bfloat16(),
+            "cos": _normal(3, 8),
+            "sin": _normal(3, 8),
+            "keep_dtype": True,
+        },
+    ],
     "rms_norm": [
         {"x": _normal(3, D), "weight": _normal(D), "eps": 1e-6},
         {"x": _normal(3, 2, D).bfloat16(), "weight": _normal(D), "eps": 1e-5, "form": "gemma"},
+    ],
+    "add_rms_norm": [
+        {"x": _normal(3, D), "residual": _normal(3, D), "weight": _normal(D), "eps": 1e-6},
+        {
+            "x": _normal(3, 2, D).bfloat16(),
+            "residual": _normal(3, 2, D),
+            "weight": _normal(D),
+            "eps": 1e-5,
+            "form": "olmo2",
+        },
     ],
     "plan_pass": [
         {

@@ -121,6 +121,7 @@ def launch_norm(rows, width):
         x, weight = torch.zeros(rows, width, dtype=dtype), torch.zeros(width)
         for form in ((False, True), (True, False)):
             norm.rms_norm(x, weight, 1e-6, *form)
+            norm.add_rms_norm(x, torch.zeros(rows, width), weight, 1e-6, *form)
 
 
 def launch_activation(rows, width):
@@ -132,7 +133,9 @@ def launch_rotary(tokens, heads, kv_heads, head_dim):
     angles = torch.zeros(2, tokens, head_dim)
     for dtype in (torch.float32, torch.bfloat16):
         states = (torch.zeros(tokens, count, head_dim, dtype=dtype) for count in (heads, kv_heads))
-        rotary.rotary(*states, *angles, True)
+        query, key = states
+        rotary.rotary(query, key, *angles, True)
+        rotary.rotary_append(key, key, query, key, key, *angles, torch.arange(tokens), True)
 
 
 def launch_passes(rows, token_budget, slots):

@@ -184,8 +184,10 @@ DYNAMIC = {  # sizes that a caller's batch changes, of the tensors that have the
     "commit_pass": (("tokens", "final", "slots", "cu_seqlens_q", "next_self", "sampled"), (0,)),
     "ragged_attention": (("query", "key", "value", "cu_seqlens_q", "kv_ranges"), (0,)),
     "rms_norm": (("x",), (0,)),
+    "add_rms_norm": (("x", "residual"), (0,)),
     "act_mul": (("gate", "up"), (0,)),
     "rotary": (("query", "key", "cos", "sin"), (0,)),
+    "rotary_append": (("query", "key", "value", "cos", "sin", "slots"), (0,)),
 }
 
 
@@ -209,8 +211,12 @@ def resized(name, arguments):
         "invariant_linear": {"hidden": arguments["hidden"][:3]} if "hidden" in arguments else {},
         "kv_append": {n: arguments[n][:2] for n in ("key", "value", "slots") if n in arguments},
         "rms_norm": {n: arguments[n][:2] for n in arguments if n == "x"},
+        "add_rms_norm": {n: arguments[n][:2] for n in arguments if n in ("x", "residual")},
         "act_mul": {n: arguments[n][:2] for n in ("gate", "up") if n in arguments},
         "rotary": {n: arguments[n][:2] for n in ("query", "key", "cos", "sin") if n in arguments},
+        "rotary_append": {
+            n: arguments[n][:2] for n in ("query", "key", "value", "cos", "sin", "slots") if n in arguments
+        },
         "plan_pass": {
             "final": torch.tensor([0, 5, 8]),
             "row_starts": torch.tensor([0, 5, 8]),
@@ -284,7 +290,7 @@ def test_vmap_gives_what_call_after_call_gives(example, dim):
 )
 def test_vmap_does_not_write_to_one_tensor_from_many_calls(example):
     name, arguments = example
-    mapped = {"kv_append": "key", "commit_pass": "sampled"}.get(name, "reference")
+    mapped = {"kv_append": "key", "rotary_append": "key", "commit_pass": "sampled"}.get(name, "reference")
     with pytest.raises(ValueError, match=r"(key_cache|tokens|status) is .*one tensor for all the calls .*; give"):
         torch.func.vmap(lambda one: call(name, **(arguments | {mapped: one})))(torch.stack([arguments[mapped]] * 2))
 

@@ -108,6 +108,17 @@ def test_rms_norm(backend):
     assert torch.equal(near, got)
 
 
+@pytest.mark.parametrize("far_argument", [0, 1])
+def test_add_rms_norm(backend, far_argument):
+    add_rms_norm = function_of(backend, "norm", "add_rms_norm")
+    terms = [*torch.randn(2, 4, 500, generator=torch.Generator().manual_seed(1)).to(DTYPE)]
+    how = torch.ones(500), 1e-6, False, True
+    near = add_rms_norm(*moved((*terms, *how), backend.device))
+    terms[far_argument] = far_apart(terms[far_argument], backend.device)
+    got = add_rms_norm(*moved((*terms, *how), backend.device))
+    assert all(torch.equal(a, b) for a, b in zip(near, got, strict=True))
+
+
 def function_of(backend, module, op):
     """The op of a backend."""
     if backend.name == "cpp":

@@ -14,6 +14,7 @@ from hypothesis import assume, given
 from hypothesis import strategies as st
 
 from selfgen_kernels import (
+    add_rms_norm,
     backends,
     combine_shards,
     commit_pass,
@@ -147,6 +148,18 @@ def test_rms_norm(data, n, width, dtype, form):
     weight = data.draw(layouts(data.draw(floats(width, dtype=data.draw(st.sampled_from(DTYPES))))))
     want = reference_norm.rms_norm(x.clone().resolve_neg(), weight.clone().resolve_neg(), 1e-6, *FORMS[form])
     torch.testing.assert_close(rms_norm(x, weight, 1e-6, form=form), want, rtol=0, atol=0, equal_nan=True)
+
+
+@given(st.data(), st.integers(0, 9), st.integers(1, 80), *2 * [st.sampled_from(DTYPES)], st.sampled_from([*FORMS]))
+def test_add_rms_norm(data, n, width, dtype, of_residual, form):
+    x, residual = (data.draw(layouts(data.draw(floats(n, width, dtype=d, bound=9)))) for d in (dtype, of_residual))
+    weight = data.draw(layouts(data.draw(floats(width, dtype=data.draw(st.sampled_from(DTYPES))))))
+    dense = (one.clone().resolve_neg() for one in (x, residual, weight))
+    want = reference_norm.add_rms_norm(*dense, 1e-6, *FORMS[form])
+    got = add_rms_norm(x, residual, weight, 1e-6, form=form)
+    for ours, theirs in zip(got, want, strict=True):
+        assert ours.is_contiguous()
+        torch.testing.assert_close(ours, theirs, rtol=0, atol=0, equal_nan=True)
 
 
 # ---- Sampling --------------------------------------------------------------------------------------------------------

@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F
 from conftest import _TRITON, DEVICE, moved
 
-from selfgen_kernels import act_mul, rotary
+from selfgen_kernels import act_mul, kv_append, rotary, rotary_append
 from selfgen_kernels.backends.reference import activation as reference_activation
 from selfgen_kernels.backends.reference import rotary as reference_rotary
 
@@ -98,6 +98,58 @@ def test_rotary_is_what_models_compute():
             want = want.to(dtype) if keep_dtype else want
             got = rotary(x, x, cos, sin, keep_dtype=keep_dtype)
             assert all(torch.equal(one, want) and one.dtype == want.dtype and one.is_contiguous() for one in got)
+
+
+def to_append(dtype, of_cos, head_dim, of_cache):
+    """key_cache, value_cache [9, 2, D], query, key, value, cos, sin, slots of five tokens, two of them padding."""
+    query, key, cos, sin = states(dtype, of_cos, head_dim)
+    caches = normal(2, 9, 2, head_dim, seed=4).to(of_cache)
+    value = normal(2, 5, head_dim, seed=5).transpose(0, 1).to(of_cache)
+    return *caches, query, key, value, cos, sin, torch.tensor([3, -1, 8, 0, -(2**40)])
+
+
+@pytest.mark.parametrize("backend", [_TRITON])
+@pytest.mark.parametrize("keep_dtype", [False, True])
+def test_rotary_append_is_equal(keep_dtype, backend):
+    pytest.importorskip("triton")
+    from selfgen_kernels.backends.triton import rotary as kernels
+
+    for (*case, size), of_cache, gaps in itertools.product(CASES, DTYPES, (False, True)):
+        if size == 20 or not gaps:
+            given = to_append(*case, size, of_cache)
+            caches = torch.zeros(9, 2, size, 2, dtype=of_cache).unbind(-1) if gaps else [x.clone() for x in given[:2]]
+            there = moved((*caches, *given[2:]), DEVICE)
+            got = kernels.rotary_append(*there, keep_dtype)
+            want = [torch.zeros_like(x) if gaps else x.clone() for x in given[:2]]
+            assert_bits(got, reference_rotary.rotary_append(*want, *given[2:], keep_dtype))
+            for ours, theirs in zip(there[:2], want, strict=True):
+                assert_bits(ours, theirs)
+
+
+def test_rotary_append_is_what_two_ops_compute():
+    for (*case, size), of_cache, keep_dtype in itertools.product(CASES, DTYPES, (False, True)):
+        *caches, query, key, value, cos, sin, slots = to_append(*case, size, of_cache)
+        want = [x.clone() for x in caches]
+        turned, turned_key = rotary(query, key, cos, sin, keep_dtype=keep_dtype)
+        kv_append(*want, turned_key.to(of_cache), value, slots)
+        got = rotary_append(*caches, query, key, value, cos, sin, slots, keep_dtype=keep_dtype)
+        assert_bits(got, turned)
+        assert all(map(torch.equal, caches, want))
+
+
+def test_what_rotary_append_does_not_take():
+    *caches, query, key, value, cos, sin, slots = to_append(torch.float32, torch.float32, 8, torch.float32)
+    good = {"value": value, "slots": slots, "key_cache": caches[0]}
+    for change, error, message in (
+        ({"value": value.half()}, TypeError, "value has dtype torch.float16"),
+        ({"slots": slots[1:]}, ValueError, r"slots has shape \[4\], expected \[5\]"),
+        ({"slots": slots + 5}, ValueError, "slots holds 13, accepted are slots below 9"),
+        ({"key_cache": caches[1]}, ValueError, "key_cache and value_cache share memory"),
+        ({"value": caches[0][:5]}, ValueError, "value is a view of key_cache"),
+    ):
+        how = {"value_cache": caches[1], "query": query, "key": key, "cos": cos, "sin": sin, **good, **change}
+        with pytest.raises(error, match=message):
+            rotary_append(**how)
 
 
 @pytest.mark.parametrize(

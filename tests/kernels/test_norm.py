@@ -5,8 +5,10 @@ import itertools
 import pytest
 import torch
 from conftest import GPU_ONLY, ON_GPU, moved
+from torch import Tensor
+from torch.utils._pytree import tree_map
 
-from selfgen_kernels import rms_norm
+from selfgen_kernels import add_rms_norm, rms_norm
 from selfgen_kernels.backends.reference import norm as reference_norm
 from selfgen_kernels.ops.norm import FORMS, MOST_WIDTH
 
@@ -15,15 +17,15 @@ ULP = {torch.float32: 2**-23, torch.bfloat16: 2**-8, torch.float16: 2**-11}
 EPS = 1e-6
 
 
-def op_of(backend):
-    """The operator of a backend, on tensors and with results of the CPU."""
+def op_of(backend, name="rms_norm"):
+    """An operator of a backend, on tensors of the CPU."""
     if backend.name == "cpp":
-        return torch.ops.selfgen.rms_norm
+        return getattr(torch.ops.selfgen, name)
     if backend.name == "reference":
-        return reference_norm.rms_norm
+        return getattr(reference_norm, name)
     from selfgen_kernels.backends.triton import norm
 
-    return lambda *args: norm.rms_norm(*moved(args, backend.device)).cpu()
+    return lambda *args: tree_map(Tensor.cpu, getattr(norm, name)(*moved(args, backend.device)))
 
 
 def llama(x, weight):
@@ -85,6 +87,39 @@ def test_backends_are_equal_on_wide_rows(fast, reference, width):
     x, weight = adversarial(width, torch.bfloat16), normal(width).bfloat16()
     got, want = (op_of(backend)(x, weight, EPS, False, True) for backend in (fast, reference))
     torch.testing.assert_close(got, want, rtol=0, atol=0, equal_nan=True)
+
+
+@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize("width", [1, 63, 576, 1031])
+def test_a_sum_and_its_norm_are_those_of_two_ops(backend, width, form):
+    """Of any two dtypes; sums overflow, vanish and are not finite, too."""
+    for dtype, of_residual, of_weight in itertools.product(DTYPES, DTYPES, DTYPES[:2]):
+        x, residual = adversarial(width, dtype), adversarial(width, torch.float32)
+        residual[:6] = normal(6, width, seed=2)
+        residual[6] = -x[6].float()
+        residual, weight = residual.to(of_residual), normal(width, seed=1).to(of_weight)
+        want = x + residual
+        total, normed = op_of(backend, "add_rms_norm")(x, residual, weight, EPS, *FORMS[form])
+        assert_equal(total, want)
+        assert_equal(normed, reference_norm.rms_norm(want, weight, EPS, *FORMS[form]))
+
+
+def assert_equal(got, want):
+    assert got.dtype == want.dtype
+    torch.testing.assert_close(got, want, rtol=0, atol=0, equal_nan=True)
+
+
+def test_a_sum_of_views():
+    """Of any layout, and of any leading dimensions."""
+    x, residual = normal(2, 3, 4, 24).bfloat16(), normal(2, 3, 24, 4, seed=1).transpose(2, 3)
+    got = add_rms_norm(x.transpose(0, 1), residual.transpose(0, 1), torch.ones(24), EPS)
+    want = x.transpose(0, 1) + residual.transpose(0, 1)
+    assert_equal(got[0], want)
+    assert_equal(got[1], rms_norm(want, torch.ones(24), EPS))
+    assert got[0].is_contiguous()
+    assert add_rms_norm(x[:, :0], residual[:, :0], torch.ones(24), EPS)[1].shape == (2, 0, 4, 24)
+    with pytest.raises(ValueError, match=r"residual has shape \[3\], expected \[4\]"):
+        add_rms_norm(torch.ones(4), torch.ones(3), torch.ones(4), EPS)
 
 
 @pytest.mark.parametrize("device", [pytest.param("cuda", marks=GPU_ONLY)])

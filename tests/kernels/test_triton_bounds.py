@@ -234,6 +234,14 @@ def rms_norm(draw):
         return norm.rms_norm(x, weight, 1e-6, draw(st.booleans()), draw(st.booleans()))
 
 
+def add_rms_norm(draw):
+    rows, width = draw(st.integers(0, 40)), draw(st.integers(1, 80) | st.sampled_from([512, 1025]))
+    x, residual = (spoilt(draw, padded(draw, (rows, width), draw(DTYPES))) for _ in range(2))
+    weight = torch.randn(width).to(draw(DTYPES))
+    with mock.patch.object(norm, "TILE", draw(st.sampled_from([64, norm.TILE]))):
+        return norm.add_rms_norm(x, residual, weight, 1e-6, draw(st.booleans()), draw(st.booleans()))
+
+
 def act_mul(draw):
     rows, width, dtype = (
         draw(st.integers(0, 5)),
@@ -252,6 +260,19 @@ def turn(draw):
     angles = (padded(draw, (tokens, head_dim), of_cos) for _ in range(2))
     with mock.patch.object(rotary, "TILE", draw(st.sampled_from([16, rotary.TILE]))):
         return rotary.rotary(*states, *angles, draw(st.booleans()))
+
+
+def turn_and_append(draw):
+    tokens, heads, kv_heads, slots = (draw(st.integers(0, 5)) for _ in range(4))
+    head_dim, dtype, of_cos, of_cache = draw(st.sampled_from([2, 16, 20, 64, 96])), *(draw(DTYPES) for _ in range(3))
+    where = torch.randint(-2, slots + 2, (tokens,))
+    where[::3] = draw(FAR)
+    caches = [padded(draw, (slots, kv_heads, head_dim), of_cache) for _ in range(2)]
+    states = (spoilt(draw, padded(draw, (tokens, count, head_dim), dtype)) for count in (heads, kv_heads))
+    value = padded(draw, (tokens, kv_heads, head_dim), of_cache)
+    angles = (padded(draw, (tokens, head_dim), of_cos) for _ in range(2))
+    with mock.patch.object(rotary, "TILE", draw(st.sampled_from([16, rotary.TILE]))):
+        return rotary.rotary_append(*caches, *states, value, *angles, where, draw(st.booleans()))
 
 
 def a_state(draw):
@@ -322,8 +343,10 @@ LAUNCHES = {
     plan_pass: [passes.free_end_kernel, passes.window_kernel, passes.slots_kernel],
     plan_pass_of_many_rows: [passes.free_end_kernel, passes.many_windows_kernel, passes.slots_kernel],
     rms_norm: [norm.rms_norm_kernel],
+    add_rms_norm: [norm.add_rms_norm_kernel],
     act_mul: [activation.act_mul_kernel],
     turn: [rotary.rotary_kernel],
+    turn_and_append: [rotary.rotary_append_kernel],
     commit_pass: [passes.commit_pass_kernel],
 }
 

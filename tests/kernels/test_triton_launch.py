@@ -32,8 +32,8 @@ KERNELS = {
     "passes": {"free_end_kernel", "window_kernel", "slots_kernel", "commit_pass_kernel"},
     "linear": {"linear_kernel"},
     "activation": {"act_mul_kernel"},
-    "rotary": {"rotary_kernel"},
-    "norm": {"rms_norm_kernel"},
+    "rotary": {"rotary_kernel", "rotary_append_kernel"},
+    "norm": {"rms_norm_kernel", "add_rms_norm_kernel"},
 }
 
 

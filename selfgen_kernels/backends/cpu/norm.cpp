@@ -1,4 +1,4 @@
-// rms_norm on CPU; its contract is in ops/norm.py, its steps are those of ../reference/norm.py.
+// rms_norm and add_rms_norm on CPU; their contract is in ops/norm.py, their steps are those of ../reference/norm.py.
 
 #include <ATen/ATen.h>
 #include <ATen/Parallel.h>
@@ -11,6 +11,7 @@
 #include <algorithm>
 #include <cmath>
 #include <cstdint>
+#include <tuple>
 #include <type_traits>
 
 namespace {
@@ -90,10 +91,11 @@ void norm_rows(const at::Tensor& x, const at::Tensor& factor, float eps, bool ro
   });
 }
 
+constexpr at::ScalarType kDtypes[] = {at::kFloat, at::kBFloat16, at::kHalf};
+
 at::Tensor rms_norm(const at::Tensor& x, const at::Tensor& weight, double eps, bool plus_one, bool round_first) {
-  constexpr at::ScalarType dtypes[] = {at::kFloat, at::kBFloat16, at::kHalf};
-  check(x, "x", dtypes, {kAny, kAny});
-  check(weight, "weight", dtypes, {x.size(1)});
+  check(x, "x", kDtypes, {kAny, kAny});
+  check(weight, "weight", kDtypes, {x.size(1)});
   TORCH_CHECK_VALUE(
       1 <= x.size(1) && x.size(1) <= kMostWidth, "x has rows of ", x.size(1), " numbers; pass 1 to ", kMostWidth);
   const at::Tensor dense = x.stride(1) == 1 ? x : x.contiguous();
@@ -117,6 +119,18 @@ at::Tensor rms_norm(const at::Tensor& x, const at::Tensor& weight, double eps, b
   return out;
 }
 
+std::tuple<at::Tensor, at::Tensor> add_rms_norm(
+    const at::Tensor& x, const at::Tensor& residual, const at::Tensor& weight, double eps, bool plus_one,
+    bool round_first) {
+  check(x, "x", kDtypes, {kAny, kAny});
+  check(residual, "residual", kDtypes, x.sizes());
+  const at::Tensor total = at::add(x, residual).contiguous();
+  return {total, rms_norm(total, weight, eps, plus_one, round_first)};
+}
+
 }  // namespace
 
-TORCH_LIBRARY_IMPL(selfgen, CPU, m) { m.impl("rms_norm", rms_norm); }
+TORCH_LIBRARY_IMPL(selfgen, CPU, m) {
+  m.impl("rms_norm", rms_norm);
+  m.impl("add_rms_norm", add_rms_norm);
+}

@@ -32,6 +32,14 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float, plus_one: bool, round_first:
     return (normed * factor).to(normed_dtype(x, weight, round_first))
 
 
+def add_rms_norm(
+    x: Tensor, residual: Tensor, weight: Tensor, eps: float, plus_one: bool, round_first: bool
+) -> tuple[Tensor, Tensor]:
+    """[N, D] each: the sum of x and residual [N, D], rounded to its dtype, and that normed."""
+    total = (x + residual).contiguous()
+    return total, rms_norm(total, weight, eps, plus_one, round_first)
+
+
 def _square_sum(x: Tensor) -> Tensor:
     """fp32 [N] of x fp32 [N, D]."""
     peak = (x.view(torch.int32) & 0x7FFFFFFF).amax(1)  # bits of the largest absolute value; those of NaN are larger

@@ -1,0 +1,175 @@
+"""Tensors that are computed late: when something reads them, or by a kernel that computes more in the same launch.
+
+Models are unmodified, so what computes more is found out as it goes. The residual stream of a decoder: what enters a
+layer is a tensor whose sums are computed late. A norm that is a kernel of its own (``fused``) computes the sum and the
+norm. Rotary positions: queries and keys are turned by the kernel that writes the K/V to the cache (``ragged``).
+
+Whatever else reads such a tensor gets the numbers that the model's own operations give, with the same bits. So nothing
+has to be known of a layer: one that scales, clamps or normalizes what it adds, has two branches side by side, or does
+something to its keys before the cache sees them, computes what it always does.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+from torch.autograd.graph import increment_version
+from torch.utils._pytree import tree_leaves, tree_map_only
+
+from selfgen_kernels import add_rms_norm, rms_norm, rotary
+
+_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+
+
+class ChangedError(RuntimeError):
+    """What something was to be computed of has been changed in place in between."""
+
+
+class _Given:
+    """Tensors that something is computed of later."""
+
+    def __init__(self, *tensors: Tensor):
+        self._tensors, self._versions = tensors, [tensor._version for tensor in tensors]
+
+    @staticmethod
+    def can_be(tensors: Sequence[Any]) -> bool:
+        """Whether nothing but their numbers decides what is computed, and changes of them are counted."""
+        return not (torch.is_grad_enabled() or torch.is_inference_mode_enabled()) and all(
+            isinstance(one, Tensor) and one.dtype in _DTYPES and not one.is_inference() for one in tensors
+        )
+
+    def unchanged(self) -> tuple[Tensor, ...]:
+        if [tensor._version for tensor in self._tensors] != self._versions:
+            raise ChangedError(
+                "a decoder layer has changed in place what it had added to its hidden states, or turned, before it "
+                "read the result, which it did not do when it was tried; report the model"
+            )
+        return self._tensors
+
+
+class Late(Tensor):
+    """Has a shape and a dtype; an operator that reads it is called with its `value`."""
+
+    def value(self) -> Tensor:
+        raise NotImplementedError
+
+    @classmethod
+    def __torch_dispatch__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:  # type: ignore[override]
+        given, named = tree_map_only(Late, lambda late: late.value(), (args, kwargs or {}))
+        if func is torch.ops.aten.add.Tensor and Residual in types and not named and Residual.takes(*given):
+            return Residual(*given)
+        result = func(*given, **named)
+        if func._schema.is_mutable:  # of which autograd, which counts changes, is not told here
+            arguments = func._schema.arguments
+            values = dict(zip((one.name for one in arguments), given, strict=False)) | named
+            written = tree_leaves([values.get(one.name) for one in arguments if one.is_write])
+            increment_version([one for one in written if isinstance(one, Tensor)])
+        return result
+
+
+def _together(x: Tensor, y: Tensor) -> torch.dtype:
+    """In which torch computes with two of `_DTYPES`."""
+    return x.dtype if x.dtype == y.dtype else torch.float32
+
+
+def _late(cls: Any, shape: Any, strides: Any, dtype: torch.dtype, device: torch.device) -> Any:
+    """A tensor of class ``cls`` without memory."""
+    make: Any = Tensor._make_wrapper_subclass
+    return make(cls, shape, strides=strides, dtype=dtype, device=device)
+
+
+class Residual(Late):
+    """The sum of one or two ``terms`` of the same shape, contiguous ones."""
+
+    @staticmethod
+    def __new__(cls, *terms: Tensor) -> Residual:
+        return _late(cls, terms[0].shape, None, _together(terms[0], terms[-1]), terms[0].device)
+
+    def __init__(self, *terms: Tensor):
+        self._terms = _Given(*terms) if len(terms) == 2 else None
+        self._value = terms[0]  # once there are no terms
+
+    @staticmethod
+    def takes(*terms: Any) -> bool:
+        """Whether their sum may be computed late."""
+        like = terms[0]
+        return _Given.can_be(terms) and all(
+            (term.shape, term.device) == (like.shape, like.device) and term.is_contiguous() for term in terms
+        )
+
+    def value(self) -> Tensor:
+        if self._terms is not None:
+            first, second = self._terms.unchanged()
+            self._terms, self._value = None, first + second
+        return self._value
+
+    def normed(self, weight: Tensor, eps: float, form: Literal["llama", "olmo2", "gemma"]) -> Tensor:
+        """`rms_norm` of the sum."""
+        if self._terms is None:
+            return rms_norm(self._value, weight, eps, form=form)
+        first, second = self._terms.unchanged()
+        self._value, normed = add_rms_norm(first, second, weight, eps, form=form)
+        self._terms = None
+        return normed
+
+
+class Rotation:
+    """query [N, heads, head_dim] and key [N, kv_heads, head_dim], to be turned by cos and sin [N, head_dim]."""
+
+    def __init__(self, query: Tensor, key: Tensor, cos: Tensor, sin: Tensor, keep_dtype: bool):
+        self._given, self._keep_dtype = _Given(query, key, cos, sin), keep_dtype
+        self._results: dict[int, Tensor] = {}
+
+    @staticmethod
+    def takes(*given: Any) -> bool:
+        """Whether they may be turned late."""
+        return _Given.can_be(given)
+
+    def query(self) -> Turned:
+        return Turned(self, 0)
+
+    def key(self) -> Turned:
+        return Turned(self, 1)
+
+    def like(self, place: int) -> tuple[torch.Size, torch.dtype, torch.device]:
+        """Shape, dtype and device of what is turned."""
+        *states, cos, _ = self._given.unchanged()
+        given = states[place]
+        return given.shape, given.dtype if self._keep_dtype else _together(given, cos), given.device
+
+    def result(self, place: int) -> Tensor:
+        """The query, or the key, turned: [1, heads, N, head_dim]."""
+        if place not in self._results:
+            query, key, cos, sin = self._given.unchanged()
+            both = rotary(query, key, cos, sin, keep_dtype=self._keep_dtype)
+            self._results = dict(enumerate(both)) | self._results  # what was read before may have been changed
+        return self._results[place].transpose(0, 1)[None]
+
+    def append(self, keys: Tensor, values: Tensor, value: Tensor, slots: Tensor) -> bool:
+        """Write keys and ``value`` [N, kv_heads, head_dim] to ``slots`` of a cache; False, unless nothing was read."""
+        if self._results:
+            return False
+        query, key, cos, sin = self._given.unchanged()
+        self._results[0] = torch.ops.selfgen.rotary_append(
+            keys, values, query, key, value, cos, sin, slots, self._keep_dtype
+        )
+        return True
+
+
+class Turned(Late):
+    """The query or the key of a rotation, [1, heads, N, head_dim]."""
+
+    @staticmethod
+    def __new__(cls, rotation: Rotation, place: int) -> Turned:
+        (tokens, heads, head_dim), dtype, device = rotation.like(place)
+        shape, strides = (1, heads, tokens, head_dim), (heads * head_dim, head_dim, heads * head_dim, 1)
+        return _late(cls, shape, strides, dtype, device)
+
+    def __init__(self, rotation: Rotation, place: int):
+        self.rotation, self._place = rotation, place
+
+    def value(self) -> Tensor:
+        return self.rotation.result(self._place)

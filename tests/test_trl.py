@@ -11,6 +11,7 @@ import pytest
 import torch
 from datasets import Dataset, IterableDataset
 from helpers.data import make_tokenizer
+from helpers.processes import in_ranks
 from helpers.training import weights
 from models import VOCAB, tiny_model
 
@@ -366,6 +367,21 @@ def test_activations_that_are_moved_keep_passes_from_reuse(tmp_path, monkeypatch
         trainer = make(tmp_path, activation_offloading=True)
     assert not trainer._reuse.on
     trainer.train()
+
+
+def test_each_process_makes_the_contexts_of_its_rows(tmp_path):
+    """By DDP: exact in each, with weights that stay the same in both."""
+    in_ranks(_trained_in_a_process, tmp_path)
+    one, another = (torch.load(tmp_path / f"{rank}.pt", weights_only=True) for rank in range(2))
+    assert torch.equal(one["weights"], another["weights"])
+    assert not set(one["rows"]) & set(another["rows"])
+
+
+def _trained_in_a_process(rank, folder):
+    trainer = make(folder / f"out-{rank}", max_steps=1, gradient_accumulation_steps=1)
+    steps = check_contexts(trainer, tiny_model("llama"), least=0)
+    rows = [row for before, _, _ in steps for batch in before for row in batch["sample_id"].tolist()]
+    torch.save({"weights": weights(trainer.model), "rows": rows}, folder / f"{rank}.pt")
 
 
 PAGE = Path(__file__).resolve().parent.parent / "docs" / "coming_from.md"

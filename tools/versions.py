@@ -28,15 +28,7 @@ from packaging.requirements import Requirement
 
 ROOT = Path(__file__).resolve().parents[1]
 FOLDER = ROOT / "outputs" / "versions"
-SET = (
-    "torch",
-    "transformers",
-    "accelerate",
-    "datasets",
-    "pyarrow",
-    "peft",
-    "trl",
-)  # whose floors are installed together
+SET = ("torch", "transformers", "accelerate", "datasets", "pyarrow", "peft", "trl")  # floors installed together
 WORDS = "one two three four five six seven one six two"  # which the tokenizer of tiny_model.py knows
 CORE = (
     "tests/test_upstream.py",

@@ -87,7 +87,7 @@ def main(arguments: list[str] | None = None) -> int:
 
         if (shown := known_help(command, rest)) is not None:
             print(shown, end="")
-            return 0
+            raise SystemExit(0)  # as a parser does
     try:
         return import_module(f".{command}", __name__).run(rest)  # imported only where it runs, as torch takes seconds
     except KeyboardInterrupt:

@@ -139,20 +139,20 @@ def test_yaml_that_is_refused(tmp_path, capsys, content, words):
 
 
 def test_a_number_or_a_word_as_a_flag(tmp_path):
-    words = from_yaml(tmp_path, "", "--self-prob", "auto", "--self_prob_warmup=settled")[-1]
+    words = from_yaml(tmp_path, "", "--self-prob", "auto", "--self_prob_warmup=settled")[3]
     assert (words.self_prob, words.warm_up) == ("auto", "settled")
-    numbers = from_yaml(tmp_path, "self_prob: auto\n", "--self-prob", ".5", "--self-prob-warmup", "1e1")[-1]
+    numbers = from_yaml(tmp_path, "self_prob: auto\n", "--self-prob", ".5", "--self-prob-warmup", "1e1")[3]
     assert (numbers.self_prob, numbers.warm_up) == (0.5, 10.0)
 
 
 def test_yaml_merges_and_encodings(tmp_path):
     found = from_yaml(tmp_path, "<<: [&a {max_steps: 5, seed: 1}, {seed: 2}]\nmax_steps: 6\n")
-    assert (found[-1].max_steps, found[-1].seed) == (6, 1)
+    assert (found[3].max_steps, found[3].seed) == (6, 1)
     file = tmp_path / "other.yaml"
     text = "model: m\noutput_dir: o\nuse_cpu: yes\nprompt_column: Frage_ä\n"
     for encoding in ("utf-8", "utf-8-sig", "utf-16"):
         file.write_bytes(text.encode(encoding))
-        assert parse(_parser(BSSConfig, everything=True), [str(file)])[-1].prompt_column == "Frage_ä"
+        assert parse(_parser(BSSConfig, everything=True), [str(file)])[3].prompt_column == "Frage_ä"
     file.write_bytes(text.encode("latin-1"))
     with pytest.raises(ValueError, match=r"other\.yaml is not valid YAML"):
         parse(_parser(BSSConfig, everything=True), [str(file)])
@@ -160,8 +160,8 @@ def test_yaml_merges_and_encodings(tmp_path):
 
 def test_flags_win_over_yaml(tmp_path):
     found = from_yaml(tmp_path, "max_steps: 5\nreport_to: [none]\nreuse_passes: no\n", "--max_steps", "7")
-    assert (found[-1].max_steps, found[-1].reuse_passes) == (7, False)
-    assert from_yaml(tmp_path, "cuda_graphs: yes\n", "--no_cuda_graphs")[-1].cuda_graphs is False
+    assert (found[3].max_steps, found[3].reuse_passes) == (7, False)
+    assert from_yaml(tmp_path, "cuda_graphs: yes\n", "--no_cuda_graphs")[3].cuda_graphs is False
 
 
 @pytest.mark.parametrize(
@@ -181,7 +181,7 @@ def test_flags_win_over_yaml(tmp_path):
 )
 def test_flags_that_argparse_would_misread(arguments, name, value):
     common = ["--model", "m", "--output_dir", "o", "--use_cpu"]
-    assert getattr(parse(_parser(BSSConfig, everything=True), [*common, *arguments])[-1], name) == value
+    assert getattr(parse(_parser(BSSConfig, everything=True), [*common, *arguments])[3], name) == value
 
 
 def test_an_option_is_no_value_of_another(arguments, capsys):

@@ -11,6 +11,7 @@ from ..sharing import in_turn, is_first, let_first_speak
 from ..stored_contexts import write_contexts
 from ..training.config import AUTO, GENTLE, GeneratorOptions
 from .options import (
+    ROWS,
     DataArguments,
     ModelArguments,
     check_least,
@@ -64,6 +65,7 @@ def run(arguments: list[str]) -> int:
         description="Write mixed contexts as a data set, for selfgen train --method bash --contexts DIR.",
         epilog="After a kill, the same command continues where it stopped. Processes that have one --output-dir, under "
         "torchrun or not, share the work.",
+        first=("model", *ROWS, "output_dir", "self_prob"),
     )
     try:
         model_arguments, data, options, how = parse(parser, arguments)

@@ -43,6 +43,7 @@ from ..sharing import in_turn, is_first, let_first_speak, rounding
 from .answers import answer_rows, is_empty, tell_of_answers
 from .journal import NAMES, Journal, read
 from .options import (
+    ROWS,
     DataArguments,
     ModelArguments,
     check_least,
@@ -170,6 +171,7 @@ def run(arguments: list[str]) -> int:
         usage="selfgen eval [CONFIG.yaml] --model NAME --dataset NAME --output-dir DIR [--metrics NAME ...]",
         description="Evaluate a model. After a kill, the same command continues where it stopped. Processes that have "
         "one --output-dir, under torchrun or not, share the work.",
+        first=("model", *ROWS, "output_dir", "metrics", "limit"),
     )
     try:
         model_arguments, data, how = parse(parser, arguments)

@@ -19,6 +19,7 @@ from ..sharing import in_turn, is_first, let_first_speak, rounding
 from .answers import answer_rows, tell_of_answers
 from .journal import Journal
 from .options import (
+    ROWS,
     DataArguments,
     ModelArguments,
     check_least,
@@ -99,6 +100,7 @@ def run(arguments: list[str]) -> int:
         usage="selfgen generate [CONFIG.yaml] --model NAME --dataset NAME --output-file FILE.jsonl [--correct]",
         description="Write answers to prompts. After a kill, the same command continues where it stopped. Processes "
         "that have one --output-file, under torchrun or not, share the work.",
+        first=("model", *ROWS, "output_file", "max_new_tokens", "temperature", "correct"),
     )
     try:
         model, data, how = parse(parser, arguments)

@@ -17,6 +17,7 @@ from ..evaluation.inspection.terminal import show
 from ..files import SaveError, check_place, write_whole
 from ..training.config import GeneratorOptions
 from .options import (
+    ROWS,
     DataArguments,
     ModelArguments,
     check_least,
@@ -84,6 +85,7 @@ def run(arguments: list[str]) -> int:
         "[options]",
         description="Look at a few rows token by token: mixed contexts and the passes that made them, probabilities, "
         "losses, and the free-running answer beside the reference.",
+        first=("model", *ROWS, "output_file", "rows", "self_prob"),
     )
     try:
         found = parse(parser, _named(arguments))

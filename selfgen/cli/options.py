@@ -326,8 +326,19 @@ def parse(parser: Parser, arguments: list[str], elsewhere: Mapping[str, str] | N
     return tuple(found)
 
 
-def make_parser(groups: Iterable[type], prog: str, usage: str, description: str, epilog: str | None = None) -> Parser:
-    """A parser of dataclasses, which shows each flag in one spelling."""
+ROWS = ("dataset", "dataset_config", "dataset_split", "prompt_column", "completion_column", "messages_column")
+"""What most commands need to know of the data."""
+
+
+def make_parser(
+    groups: Iterable[type],
+    prog: str,
+    usage: str,
+    description: str,
+    epilog: str | None = None,
+    first: Iterable[str] = (),
+) -> Parser:
+    """A parser of dataclasses, with each flag in one spelling; the options that are ``first`` are shown before the others."""
     parser = Parser(
         tuple(groups), prog=prog, usage=usage, description=description, epilog=epilog, formatter_class=HelpFormatter
     )
@@ -344,7 +355,22 @@ def make_parser(groups: Iterable[type], prog: str, usage: str, description: str,
             action.type = NumberOr(WORDS[action.dest])
         elif kind == "dict" and action.dest not in PATHS:  # where it may be a file
             action.type = json_text if action.type is str else json_object
+    arrange(parser, {"what most runs need": first})
     return parser
+
+
+def arrange(parser: Parser, groups: Mapping[str, Iterable[str]]) -> None:
+    """Show the options of these groups (title -> fields) before all others, which stay in their own groups."""
+    help_group, ours = parser._action_groups[:2], {action.dest: action for action in reversed(parser._actions)}
+    rest, new = parser._action_groups[2:], []
+    for title, names in groups.items():
+        new.append(parser.add_argument_group(title))
+        for action in (ours[name] for name in names if name in ours):
+            for group in (*rest, *new):
+                if action in group._group_actions:
+                    group._group_actions.remove(action)
+            new[-1]._group_actions.append(action)
+    parser._action_groups[:] = [one for one in (*help_group, *new, *rest) if one in help_group or one._group_actions]
 
 
 def check_least(options: object, least: int, *names: str) -> None:

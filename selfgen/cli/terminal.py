@@ -16,17 +16,28 @@ _FIRST_SPEAKS = 10.0  # seconds that other processes of a machine wait before th
 
 
 class HelpFormatter(argparse.ArgumentDefaultsHelpFormatter):
-    """One spelling per option, and no metavar that repeats its name."""
+    """One spelling per option, and no metavar that repeats its name; yes and no in place of True and False."""
 
     def __init__(self, prog: str):
         super().__init__(prog, max_help_position=34, width=min(120, shutil.get_terminal_size().columns))
 
     def _get_help_string(self, action: argparse.Action) -> str | None:
-        return action.help if action.default is None else super()._get_help_string(action)  # the help says what none is
+        default = action.default
+        if default is None:  # the help says what none is
+            return action.help
+        if isinstance(default, list):
+            return f"{action.help} (default: {' '.join(map(str, default))})"
+        if isinstance(default, bool):
+            return f"{action.help} (default: {'yes' if default else 'no'})"
+        return super()._get_help_string(action)
 
     def _format_action_invocation(self, action: argparse.Action) -> str:
         flag = max(action.option_strings, key=lambda one: (len(one), "_" not in one))
-        return flag if action.nargs == 0 else f"{flag} {'|'.join(action.choices) if action.choices else '…'}"
+        if action.nargs == 0:
+            return flag
+        if getattr(action.type, "__name__", "") == "string_to_bool":  # of transformers; the flag alone is yes
+            return f"{flag} [yes|no]"
+        return f"{flag} {'|'.join(action.choices) if action.choices else '…'}"
 
 
 def fail(message: object, command: str) -> NoReturn:

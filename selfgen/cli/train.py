@@ -15,14 +15,14 @@ from transformers import PreTrainedModel, TrainerState, TrainingArguments
 
 from ..context import UnsupportedModelError
 from ..context.models import unpadded_vocab_size
-from ..data import DataError, load_rows
+from ..data import DataError, RowOptions, load_rows
 from ..files import check_folder
 from ..sharing import is_first, let_first_speak, no_bars
 from ..stored_contexts import CONTEXT_COLUMNS, OfflineError
 from ..training.bash import BASHTrainer
 from ..training.bss import BSSTrainer
 from ..training.checkpoints import ResumeError, check_resumed, output_of, resumed_checkpoint
-from ..training.config import BSSConfig, GeneratorOptions
+from ..training.config import BSSConfig, GeneratorOptions, MaskOptions
 from ..training.ending import save_result
 from ..training.gap import GapBeforeAndAfter
 from ..training.mixing import check_processes
@@ -32,11 +32,14 @@ from ..training.rac import RACConfig, RACTrainer
 from ..training.report import write_report
 from ..training.rounds import train_rounds
 from ..training.streams import check_stream
+from ..training.targets import TargetOptions
 from ..training.weights import DivergedError
 from .help import method_of
 from .options import (
+    ROWS,
     Parser,
     TrainedModelArguments,
+    arrange,
     check_least,
     fail,
     make_parser,
@@ -60,6 +63,25 @@ MAKE_CONTEXTS = {f.name for f in fields(GeneratorOptions)} | {
     "context_micro_batches",
     "reuse_passes",
 }
+
+# Options by which the self-probability changes during training.
+CHANGING = ("self_prob_schedule", "self_prob_start", "self_prob_warmup", "difference_target", "self_prob_cap")
+
+# What `selfgen train --help` shows first.
+FIRST = (
+    "model",
+    *ROWS,
+    "max_length",
+    "output_dir",
+    "max_steps",
+    "num_train_epochs",
+    "per_device_train_batch_size",
+    "gradient_accumulation_steps",
+    "learning_rate",
+    "bf16",
+    "self_prob",
+    "resume_from_checkpoint",
+)
 
 # The Trainer's options that `selfgen train --help` shows.
 COMMON = (
@@ -423,18 +445,38 @@ def _parser(config_class: type[BSSConfig], everything: bool) -> Parser:
     )
     inherited = {item.name for item in fields(TrainingArguments)}
     hidden = set() if everything else inherited - set(COMMON) - {"logging_steps"}
-    title = "correction and batch-scheduled sampling" if config_class is RACConfig else "batch-scheduled sampling"
-    ours = parser.add_argument_group(title)
     for action in parser._actions:
         if action.dest == "output_dir":  # transformers has a default, and says nothing
             action.required, action.help = True, "Folder for checkpoints, the log and the trained model. Required."
         if action.dest in hidden:
             action.help = argparse.SUPPRESS
-        if action.dest in {item.name for item in fields(config_class)} - inherited:
-            ours._group_actions.append(action)
-    for group in parser._action_groups:
-        if group.title == BSSConfig._argument_group_name:
-            group._group_actions = [action for action in group._group_actions if action not in ours._group_actions]
-            parser._action_groups.append(parser._action_groups.pop(parser._action_groups.index(group)))
-            break
+    arrange(parser, _groups(config_class))
     return parser
+
+
+def _groups(config_class: type[BSSConfig]) -> dict[str, list[str]]:
+    """Titles -> options, as they are shown; those of transformers.TrainingArguments follow in a group of their own."""
+
+    def of(*classes: type) -> list[str]:
+        return [item.name for one in classes for item in fields(one)]
+
+    correction = [name for name in config_class.__annotations__ if name not in of(BSSConfig)]
+    groups = {
+        "what most runs need": list(FIRST),
+        "weights on several devices": ["tp_size", "fsdp_size", "weights"],
+        "method": ["method", "contexts", "rounds", "shard_rows", "context_batch_size"],
+        "correction": correction,
+        "how many self tokens, and when": [*CHANGING, "sampling_temperature"],
+        "which positions hold self tokens": of(MaskOptions),
+        "loss": ["loss_on", *of(TargetOptions), "kl_weight", "kl_model", "lean_loss"],
+        "model": of(TrainedModelArguments),
+        "data": of(TrainingData, RowOptions),
+        "output": ["overwrite_output_dir", *of(ReportArguments)],
+        "how contexts are made": [*of(GeneratorOptions), "context_micro_batches", "reuse_passes"],
+    }
+    taken: set[str] = set()
+    for title, names in groups.items():  # an option is in the first group that names it
+        groups[title] = [name for name in names if name not in taken]
+        taken |= set(names)
+    groups["weights on several devices"] = groups.pop("weights on several devices")
+    return {title: names for title, names in groups.items() if names}

@@ -1,7 +1,7 @@
 """Batch-scheduled sampling in TRL's ``SFTTrainer``: ``from selfgen.trl import SFTConfig, SFTTrainer`` is all it takes.
 
 Data, loss, metrics, adapters and checkpoints are TRL's. What changes is the ids that a step learns under: before each
-optimizer step, own tokens take the place of learned ones in ``input_ids``, as in ``BSSTrainer``. Tested with TRL 1.16
+optimizer step, self tokens take the place of learned ones in ``input_ids``, as in ``BSSTrainer``. Tested with TRL 1.16
 and 0.25.1, which is a year older.
 """
 
@@ -104,7 +104,7 @@ class SFTTrainer(MixesContexts, trl.SFTTrainer):
         self._begin_mixing()
         if not (self.completion_only_loss or self.args.assistant_only_loss):
             logger.warning(
-                "all tokens of a row are learned, so own tokens take the place of a prompt's, too: to mix answers "
+                "all tokens of a row are learned, so self tokens take the place of a prompt's, too: to mix answers "
                 "alone, give rows with prompt and completion, or assistant_only_loss=True"
             )
 

@@ -240,7 +240,7 @@ def test_a_run_does_not_go_on_by_another_method(run_folder, tmp_path):
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"max_steps": 5}, "goes on otherwise than it would have: max_steps was 3, is 5"),
+        ({"max_steps": 5}, "differs from an unbroken one: max_steps was 3, is 5"),
         ({"lr_scheduler_type": "cosine"}, "lr_scheduler_type was 'linear', is 'cosine'"),
         ({"warmup_steps": 2}, "warmup_steps was 0"),
         ({"max_grad_norm": 0.5}, r"max_grad_norm was 1.0, is 0.5"),

@@ -58,10 +58,10 @@ The context of each training example mixes tokens of the reference answer with s
 Data: a .jsonl, .json, .csv, .parquet or .arrow file, a folder of them, or a data set on the Hugging Face hub, with
 columns prompt and completion (text or messages), or messages. If the tokenizer has a chat template, it is applied.
 
-selfgen COMMAND --help     the options that most runs need
+selfgen COMMAND --help     its options, those that most runs need first
 selfgen doctor             whether this installation works, and what a model allows
 selfgen --version          the version of selfgen
-selfgen train --help-all   all options, those of transformers.TrainingArguments included
+selfgen train --help-all   also the less common options of transformers.TrainingArguments
 """
 
 

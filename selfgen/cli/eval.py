@@ -92,8 +92,8 @@ class EvalArguments:
         default_factory=lambda: ["gap", "exact_match", "loss", "curve"],
         metadata={
             "help": "One or more of gap (what the model loses when it runs freely), exact_match (with symbolic_match, "
-            "where math-verify is installed) and rouge (of free-running answers), loss (under reference, mixed and own "
-            "contexts), curve (loss by position), correction (for models trained with RAC)."
+            "where math-verify is installed) and rouge (of free-running answers), loss (under reference, mixed and self "
+            "contexts, of self tokens alone), curve (loss by position), correction (for models trained with RAC)."
         },
     )
     self_prob: float = field(
@@ -101,7 +101,7 @@ class EvalArguments:
     )
     gap_rows: int = field(
         default=256,
-        metadata={"help": "For gap: the number of rows that it is measured on, the first ones. More can be added."},
+        metadata={"help": "For gap: rows that it is measured on, the first ones. A later call with more adds to them."},
     )
     max_new_tokens: int = field(
         default=256, metadata={"help": "Most tokens of a free-running answer; longer ones are broken off."}
@@ -109,7 +109,7 @@ class EvalArguments:
     temperature: float = field(default=0.0, metadata={"help": "Temperature of the answers; 0 is greedy."})
     sampling_temperature: float = field(
         default=SELF_TEMPERATURE,
-        metadata={"help": "Temperature of self tokens in contexts, as training has it by default; 0 is greedy."},
+        metadata={"help": "Temperature of self tokens in contexts; 0 is greedy. The default is that of training."},
     )
     context_method: Method = field(
         default="fixed_point",
@@ -122,7 +122,7 @@ class EvalArguments:
             "longer, and is refused where a model can't have it. model: rounding may turn near ties."
         },
     )
-    rounds: int = field(default=1, metadata={"help": "For correction: how often, each time of the answer before it."})
+    rounds: int = field(default=1, metadata={"help": "For correction: number of corrections, each of the answer before it."})
     correction_cue: str = field(
         default=DEFAULT_CUE, metadata={"help": "For correction: the text that asks for it, as in training."}
     )

@@ -51,7 +51,7 @@ class GenerateArguments:
         }
     )
     correct: bool = field(default=False, metadata={"help": "Let the model correct its own answers (RAC)."})
-    rounds: int = field(default=1, metadata={"help": "For --correct: how often, each time of the answer before it."})
+    rounds: int = field(default=1, metadata={"help": "For --correct: number of corrections, each of the answer before it."})
     correction_cue: str = field(
         default=DEFAULT_CUE, metadata={"help": "For --correct: the text that asks for it, as in training."}
     )

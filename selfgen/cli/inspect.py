@@ -72,7 +72,7 @@ class InspectedContexts(GeneratorOptions):
 
     sampling_temperature: float = field(
         default=SELF_TEMPERATURE,
-        metadata={"help": "Temperature of self tokens, as training has it by default; 0 is greedy."},
+        metadata={"help": "Temperature of self tokens; 0 is greedy. The default is that of training."},
     )
 
 

@@ -102,8 +102,8 @@ class TrainedModelArguments(ModelArguments):
         default="float32",
         metadata={
             "help": "Dtype of the weights that are trained: float32, auto (that of the checkpoint) or bfloat16; "
-            "float16 is refused. Half precision rounds small updates away; with --bf16, float32 weights are computed "
-            "with in bfloat16."
+            "float16 is refused. Half precision rounds small updates away; --bf16 keeps float32 weights and computes "
+            "in bfloat16."
         },
     )
     tp_size: int = field(
@@ -338,7 +338,7 @@ def make_parser(
     epilog: str | None = None,
     first: Iterable[str] = (),
 ) -> Parser:
-    """A parser of dataclasses, with each flag in one spelling; the options that are ``first`` are shown before the others."""
+    """A parser of dataclasses, which shows each flag in one spelling, and the options named in ``first`` first."""
     parser = Parser(
         tuple(groups), prog=prog, usage=usage, description=description, epilog=epilog, formatter_class=HelpFormatter
     )

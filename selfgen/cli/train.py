@@ -128,8 +128,8 @@ class TrainingData:
     streaming: bool = field(
         default=False,
         metadata={
-            "help": "Read rows while they are trained on, as data that don't fit into memory or on disk need it, for "
-            "evaluation, too. The length of a stream is not known: give --max-steps. Not with --method bash."
+            "help": "Read rows while they are trained or evaluated on, for data that fit neither into memory nor on disk. "
+            "The length of a stream is not known: give --max-steps. Not with --method bash."
         },
     )
     eval_dataset: str | None = field(

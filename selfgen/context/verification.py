@@ -163,8 +163,8 @@ class Verification:
     def _choose(self, length: int, strategy: Strategy) -> None:
         if strategy != STRATEGIES[0]:
             logger.warning(
-                "%s: contexts are computed %s, which is slower, as it computes something else otherwise than in a "
-                "forward over each row alone",
+                "%s: contexts are computed %s, which is slower: otherwise they differ from those of a forward over "
+                "each row alone",
                 type(self.model).__name__,
                 strategy,
             )

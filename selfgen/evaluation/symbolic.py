@@ -103,7 +103,7 @@ class _Process:
             line = ""
         if not line:
             self.end()
-            raise Undecided(f"math-verify has not come to an end within {limit:g} s")
+            raise Undecided(f"math-verify has not finished within {limit:g} s")
         return line
 
     def end(self) -> None:

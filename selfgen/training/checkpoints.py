@@ -529,7 +529,7 @@ def check_resumed(
             "; ".join(told(kept)),
         )
     if rest := changed - _KEPT - _OTHER_RUN:
-        logger.warning("the run goes on otherwise than it would have: %s", "; ".join(told(rest)))
+        logger.warning("the resumed run differs from an unbroken one: %s", "; ".join(told(rest)))
 
 
 def check_same_models(checkpoint: str | Path, models: dict[str, str | None]) -> None:

@@ -227,11 +227,12 @@ class MixingOptions(GeneratorOptions):
     self_prob: float | str | None = field(
         default=None,
         metadata={
-            "help": "Probability that a context token is a self token, which the model samples, in [0, 1], or auto. 0 "
-            "is plain fine-tuning; 1 is a free run of the model, as long as the reference. auto follows the training, "
-            "so that difference_target of the answer tokens are self tokens that differ from the reference. By default "
-            "it is 0.5, with self_prob_schedule=disagreement, self_prob_warmup=settled and sampling_temperature=0.7; "
-            "0.1 with another schedule, and where contexts are made beforehand (--method bash)."
+            "help": "Probability p, in [0, 1], that a context token is a self token, which the model samples. 0 is "
+            "plain fine-tuning; 1 is a free run of the model, as long as the reference. Or auto: p follows the "
+            "training, so that a share of difference_target of the answer tokens are self tokens that differ from the "
+            "reference. Where it is not given, it is 0.5 with self_prob_schedule=disagreement, "
+            "self_prob_warmup=settled and sampling_temperature=0.7; but 0.1 with another schedule, and where contexts "
+            "are made beforehand (--method bash)."
         },
     )
     difference_target: float = field(
@@ -270,16 +271,16 @@ class MixingOptions(GeneratorOptions):
         metadata={
             "help": "Steps of plain fine-tuning before contexts are mixed: a number (0 is none, and one below 1 is a "
             "share of all steps), or settled (until the loss has settled, in a short run to its end; a model whose "
-            "first loss is that of guessing does not wait). By default 0 with a number or another schedule than "
-            "disagreement, else settled."
+            "first loss is that of guessing does not wait). By default settled if self_prob is auto, or if neither "
+            "self_prob nor another schedule than disagreement is given; else 0."
         },
     )
     sampling_temperature: float | None = field(  # type: ignore[assignment]  # a number once __post_init__ has run
         default=None,
         metadata={
             "help": "Temperature of self tokens: 0 is greedy, 1 is the model's own distribution, and more adds noise. "
-            "By default 1, and 0.7 if neither self_prob nor another schedule than disagreement is given, but for "
-            "contexts that are made beforehand."
+            "By default 0.7 if neither self_prob nor another schedule than disagreement is given, else 1; 1 also where "
+            "contexts are made beforehand (--method bash)."
         },
     )
     context_micro_batches: int | None = field(

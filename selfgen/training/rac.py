@@ -464,7 +464,7 @@ class RACTrainer(BSSTrainer):
         )
         chosen = [*enumerate(islice(fitting, most))]
         if not chosen:
-            logger.warning("no row has room for a correction and a reference that is whole: none is right, of 0 rows")
+            logger.warning("no row has room for a correction and a whole reference, so no correction is evaluated")
         share, shares = self.args.row_share
         mine = chosen[share::shares]
         greedy = greedy_of(self.generator)

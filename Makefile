@@ -1,11 +1,13 @@
 # Everything runs in .venv, made at the first call; a second call installs nothing again.
+#   make setup  .venv alone             make clean  remove it, and all that was built or written
 #   make demo   plain fine-tuning and BSS side by side: who is better running freely? minutes, on two cores
 #   make test   the test suite          make slow   its long part (WORKERS=2 processes)
 #   make bench  the benchmarks          make lint   ruff and mypy
 #   make docs   the site, from docs/ and the code; outputs/site/index.html opens without a server
 #   make gpu    what needs a CUDA device, tests and figures (ARGS="--section step --seconds 100")
 #   make gpu-bundle       what that needs on a machine without a network, in files of at most 64 MiB
-#   make quality          does it help? five methods, all tasks, five seeds: hours, resumable (STAGE=confirmation: PLAN.md's)
+#   make quality          does it help? five methods, all tasks, five seeds: hours, resumable
+#                         (STAGE=confirmation: the runs of benchmarks/quality/PLAN.md)
 #   make sanitize         fuzz the C++ kernels under ASan and UBSan (gcc)
 #   make triton-versions  the Triton tests under older Tritons
 #   make versions         the core tests with the newest and the oldest torch, transformers, accelerate and datasets
@@ -30,7 +32,7 @@ PIP    := $(BIN)/python -m pip install --quiet --disable-pip-version-check --no-
 .PHONY: help setup demo test slow bench quality lint docs gpu gpu-bundle sanitize triton-versions versions newest deepspeed audit release-check clean
 
 help:
-	@sed -n 's/^#//p' Makefile
+	@sed -n '/^$$/q; s/^#//p' Makefile
 
 setup: $(STAMP)
 

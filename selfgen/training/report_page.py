@@ -86,7 +86,7 @@ def page(found: Mapping[str, Any], panels: Sequence[Panel], name: str) -> str:
 </div>
 {f"<h2>Settings</h2><table><tr><th>name<th>value{settings}</table>" if settings else ""}
 <h2>Metrics</h2>
-<p class="dim">Figures of the process that logs, and means since the line of the log before. All values are in
+<p class="dim">Figures are of the process that logs, as means since the log line before. All values are in
 report.json.</p>
 <table><tr><th>name<th>unit<th>meaning{metrics}</table>
 </body>
@@ -186,7 +186,7 @@ def _gap(gaps: Mapping[str, Mapping[str, Any] | None]) -> str:
     one = gaps["before"] or gaps["after"] or {}
     return (
         "<h2>Gap</h2><p>Tokens that are right under references, minus those that are right when the model runs "
-        f"freely, in points with a 95% interval: on {one['gap_rows']} rows of the {one['of']} data. So few rows tell "
+        f"freely, in points with a 95% interval: on {one['gap_rows']} rows of the {one['of']} data. So few rows show "
         "large changes only; selfgen eval measures it on more.</p>"
         f"<table><tr><th>training<th>under references<th>running freely<th>gap{''.join(rows)}</table>"
     )

@@ -35,7 +35,9 @@ class ContextArguments:
 
     _argument_group_name = "contexts"
 
-    output_dir: str = field(metadata={"help": "Folder for the contexts; if it has a part of them, the rest is added."})
+    output_dir: str = field(
+        metadata={"help": "Folder for the contexts; if it has a part of them, the rest is added. Required."}
+    )
     self_prob: float | str = field(
         default=GENTLE, metadata={"help": "Probability that a context token is a self token, in [0, 1]."}
     )

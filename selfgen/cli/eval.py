@@ -87,13 +87,15 @@ class EvalArguments:
 
     _argument_group_name = "evaluation"
 
-    output_dir: str = field(metadata={"help": "Folder for results.json, plots, and files with one line per row."})
+    output_dir: str = field(
+        metadata={"help": "Folder for results.json, plots, and files with one line per row. Required."}
+    )
     metrics: list[str] = field(
         default_factory=lambda: ["gap", "exact_match", "loss", "curve"],
         metadata={
             "help": "One or more of gap (what the model loses when it runs freely), exact_match (with symbolic_match, "
-            "where math-verify is installed) and rouge (of free-running answers), loss (under reference, mixed and self "
-            "contexts, of self tokens alone), curve (loss by position), correction (for models trained with RAC)."
+            "where math-verify is installed) and rouge (of free-running answers), loss (under reference, mixed and "
+            "self contexts), curve (loss by position), correction (for models trained with RAC)."
         },
     )
     self_prob: float = field(
@@ -122,7 +124,9 @@ class EvalArguments:
             "longer, and is refused where a model can't have it. model: rounding may turn near ties."
         },
     )
-    rounds: int = field(default=1, metadata={"help": "For correction: number of corrections, each of the answer before it."})
+    rounds: int = field(
+        default=1, metadata={"help": "For correction: number of corrections, each of the answer before it."}
+    )
     correction_cue: str = field(
         default=DEFAULT_CUE, metadata={"help": "For correction: the text that asks for it, as in training."}
     )

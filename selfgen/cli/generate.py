@@ -47,11 +47,14 @@ class GenerateArguments:
     output_file: str = field(
         metadata={
             "help": "File of JSON lines: the columns of each row, own_answer, corrected, and whether the answer was "
-            "finished (in place of columns of these names). It can be trained on: --method rac --own-answer column."
+            "finished (in place of columns of these names). Required. It can be trained on: --method rac --own-answer "
+            "column."
         }
     )
     correct: bool = field(default=False, metadata={"help": "Let the model correct its own answers (RAC)."})
-    rounds: int = field(default=1, metadata={"help": "For --correct: number of corrections, each of the answer before it."})
+    rounds: int = field(
+        default=1, metadata={"help": "For --correct: number of corrections, each of the answer before it."}
+    )
     correction_cue: str = field(
         default=DEFAULT_CUE, metadata={"help": "For --correct: the text that asks for it, as in training."}
     )

@@ -128,8 +128,8 @@ class TrainingData:
     streaming: bool = field(
         default=False,
         metadata={
-            "help": "Read rows while they are trained or evaluated on, for data that fit neither into memory nor on disk. "
-            "The length of a stream is not known: give --max-steps. Not with --method bash."
+            "help": "Read rows while they are trained or evaluated on, for data that fit neither into memory nor on "
+            "disk. The length of a stream is not known: give --max-steps. Not with --method bash."
         },
     )
     eval_dataset: str | None = field(

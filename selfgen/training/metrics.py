@@ -27,7 +27,9 @@ METRICS = {
     "eval_loss": Metric("nats per token", "evaluation loss, under reference contexts: the mean over tokens"),
     "train_loss": Metric("nats per token", "mean training loss since the run was started or resumed"),
     "self_prob": Metric("", "probability that a context token is a self token, mean of the steps", "p"),
-    "differing_share": Metric("%", "answer tokens of contexts that are self tokens and differ from the reference", "differ"),
+    "differing_share": Metric(
+        "%", "answer tokens of contexts that are self tokens and differ from the reference", "differ"
+    ),
     "agreement": Metric("%", "self tokens that equal the reference; absent where there are none", "agree"),
     "self_share": Metric("%", "answer tokens of contexts that are self tokens"),
     "passes": Metric("per step", "forwards that made contexts or own answers", "passes", "/step"),

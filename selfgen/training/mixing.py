@@ -206,7 +206,7 @@ class MixesContexts(Trainer):
         if not self._told_of_nothing:
             self._told_of_nothing = True
             logger.warning(
-                "step %d learns no token, as loss_on=%s finds none in its contexts; later steps like it are not reported",
+                "step %d learns no token, as loss_on=%s finds none in its contexts; later ones are not reported",
                 self.state.global_step + 1,
                 self.args.loss_on,
             )

@@ -108,9 +108,11 @@ def budget_of(seconds: Callable[[int], float], longest: int = LARGEST) -> PassBu
         tokens, before = min(2 * tokens, longest), tokens
         now = measure(tokens)
         if now >= 4 * single:  # unless something else ran on the machine just then
-            single, _, now = measure(1), measure(before), measure(tokens)
-    more = now - found[before]
-    balance = single * (tokens - before) / more if more > 0 else LARGEST
+            single, _, now, more = measure(1), measure(before), measure(tokens), min(2 * tokens, longest)
+            if measure(more) < now:  # which is no time of fewer tokens
+                tokens, now = more, found[more]
+    per_token = max((now - found[before]) / (tokens - before), (now - single) / (tokens - 1)) if tokens > 1 else 0.0
+    balance = single / per_token if per_token > 0 else LARGEST
     tokens = int(min(max(16, _BALANCES * balance), LARGEST))
     return PassBudget(tokens, tokens / _BALANCES, found)
 

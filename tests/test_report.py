@@ -21,7 +21,7 @@ from transformers import TrainerState
 from selfgen.evaluation import free_running_gap
 from selfgen.training import gap, write_report
 from selfgen.training.gap import MOST_TOKENS, GapBeforeAndAfter
-from selfgen.training.metrics import METRICS
+from selfgen.training.metrics import METRICS, metric_of
 from selfgen.training.report_page import Panel, svg
 
 PAGE = Path(__file__).parents[1] / "docs" / "report.md"
@@ -350,6 +350,13 @@ def test_plots_of_odd_curves(points):
     for x, y in re.findall(r"(-?[\d.]+),(-?[\d.]+)", " ".join(re.findall(r'points="([^"]*)"', text))):
         assert 0 <= float(x) <= 380
         assert 0 <= float(y) <= 210
+
+
+def test_names_of_evaluation_sets_may_begin_alike():
+    sets = ("test", "test_hard")
+    assert metric_of("eval_test_hard_first_right", sets) is METRICS["eval_first_right"]
+    assert metric_of("eval_test_loss", sets) is METRICS["eval_loss"]
+    assert metric_of("eval_test_hard_loss", sets) is METRICS["eval_loss"]
 
 
 def test_the_page_on_the_report_has_every_metric():

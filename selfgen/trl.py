@@ -9,11 +9,14 @@ from __future__ import annotations
 
 import hashlib
 import logging
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 import trl
+from accelerate import Accelerator
 from torch import Tensor
 from transformers import TrainingArguments
 from trl.trainer import sft_trainer
@@ -134,18 +137,29 @@ class SFTTrainer(MixesContexts, trl.SFTTrainer):
         measured = {mode: {name: [*values] for name, values in of.items()} for mode, of in self._metrics.items()}
         tokens: int = self._total_train_tokens  # type: ignore[has-type]
 
-        def loss(model):
+        def loss(used):
             for mode, of in measured.items():  # a trial of the passes counts nothing
                 self._metrics[mode].clear()
                 self._metrics[mode].update({name: [*values] for name, values in of.items()})
             self._total_train_tokens = tokens
-            return compute_loss(model, dict(given), return_outputs, num_items_in_batch)
+            with nullcontext() if used is model else _gathers_nothing(self.accelerator):
+                return compute_loss(used, dict(given), return_outputs, num_items_in_batch)
 
         return self._loss_of_step(model, loss, inputs)
 
     def _load_from_checkpoint(self, resume_from_checkpoint, model=None):
         self._go_on_from(resume_from_checkpoint)
         super()._load_from_checkpoint(resume_from_checkpoint, model)
+
+
+@contextmanager
+def _gathers_nothing(accelerator: Accelerator) -> Iterator[None]:
+    """Inside, a process computes TRL's metrics of its own rows: it may be the only one that tries the passes."""
+    accelerator.gather_for_metrics = lambda mine, *_: mine
+    try:
+        yield
+    finally:
+        del accelerator.gather_for_metrics
 
 
 def _with_options(args: TrainingArguments) -> SFTConfig:
@@ -163,14 +177,16 @@ def _with_options(args: TrainingArguments) -> SFTConfig:
 def _rows_in(batch: dict[str, Tensor]) -> dict[str, Tensor]:
     """The columns ROWS of a collated batch: the prompt ends at the first learned token, the answer at the last one.
 
-    A row without learned tokens has none. The first token of a row is never learned, as nothing stands before it.
+    A row without learned tokens has none. The first token of a row is never learned, as nothing stands before it, and
+    its label says so.
     """
     if more := sorted(batch.keys() ^ _TAKEN):
         raise ValueError(
             f"the batch has, or lacks, {', '.join(more)}; accepted: {', '.join(sorted(_TAKEN))}. Contexts are made of "
             "text alone, in rows of their own"
         )
-    ids, labels, mask = batch["input_ids"], batch["labels"], batch["attention_mask"]
+    ids, mask = batch["input_ids"], batch["attention_mask"]
+    labels = batch["labels"].clone()  # a collator may give the ids themselves, over which contexts are written
     if (mask[:, 1:] > mask[:, :-1]).any():
         raise ValueError("the rows of the batch are padded on the left: pad on the right, as TRL's own collator does")
     labels[:, 0] = IGNORE_INDEX
@@ -183,7 +199,7 @@ def _rows_in(batch: dict[str, Tensor]) -> dict[str, Tensor]:
     lengths = {"prompt_length": first * learns, "answer_length": (end - first) * learns}
     keys = zip(ids.tolist(), labels.tolist(), (end * learns).tolist(), strict=True)
     sample_ids = torch.tensor([_hash_of(row[:size], of[:size]) for row, of, size in keys], device=ids.device)
-    return {"sample_id": sample_ids, **lengths}
+    return {"labels": labels, "sample_id": sample_ids, **lengths}
 
 
 def _hash_of(ids: list[int], labels: list[int]) -> int:

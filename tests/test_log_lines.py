@@ -13,7 +13,7 @@ from helpers.cli import flags, run
 from helpers.training import OWN_ANSWERS, config, make_bash_trainer, make_rac_trainer, make_trainer, rows
 from transformers import PrinterCallback, ProgressCallback, TrainerControl, TrainerState
 
-from selfgen.training.log_lines import Lines, PrintedLines, told_of_mixing
+from selfgen.training.log_lines import Lines, PrintedLines, _opening, told_of_mixing
 from selfgen.training.metrics import METRICS, duration, metric_of, readable
 
 
@@ -166,6 +166,21 @@ MIXING = [
 @pytest.mark.parametrize(("options", "told"), MIXING, ids=[str(options) for options, _ in MIXING])
 def test_the_opening_tells_how_contexts_are_mixed(options, told):
     assert told_of_mixing(config("out", **{"self_prob": None, **options})) == told
+
+
+@pytest.mark.parametrize(
+    ("options", "told"),
+    [
+        ({"logging_steps": 1}, "a line every step, with"),
+        ({"logging_steps": 5}, "a line every 5 steps, with"),
+        ({"logging_strategy": "epoch"}, "a line every epoch, with"),
+        ({"logging_strategy": "no"}, "no lines (logging_strategy=no)"),
+    ],
+)
+def test_the_opening_tells_when_lines_come(tmp_path, options, told):
+    args = config(tmp_path, **options)
+    lines = _opening(args, TrainerState(max_steps=9, logging_steps=args.logging_steps), "")
+    assert next(line for line in lines if line.startswith("log: ")).startswith(f"log: {told}")
 
 
 def test_the_opening_of_each_method(tmp_path):

@@ -19,9 +19,9 @@ from models import tiny_model
 from transformers import TrainerState
 
 from selfgen.evaluation import free_running_gap
-from selfgen.training import write_report
+from selfgen.training import gap, write_report
 from selfgen.training.gap import MOST_TOKENS, GapBeforeAndAfter
-from selfgen.training.metrics import METRICS
+from selfgen.training.metrics import METRICS, metric_of
 from selfgen.training.report_page import Panel, svg
 
 PAGE = Path(__file__).parents[1] / "docs" / "report.md"
@@ -144,6 +144,20 @@ def test_rounds_are_joined(tmp_path, no_picture):
     assert [entry["loss"] for entry in found["log"][::2]] == list(range(11))
 
 
+def test_rounds_that_are_yet_to_come(tmp_path, no_picture):
+    """The contexts of a round say how many rounds there are to be; other folders are none."""
+    for number in range(2):
+        (tmp_path / f"round-{number}" / "contexts").mkdir(parents=True)
+        told = {"settings": {}, "source": {"round": number, "rounds": 3}}
+        (tmp_path / f"round-{number}" / "contexts" / "provenance.json").write_text(json.dumps(told))
+    (tmp_path / "round-old").mkdir()
+    state_of(logged(1), logged(2), max_steps=2).save_to_json(str(tmp_path / "round-0" / "trainer_state.json"))
+    write_report(tmp_path)
+    found = report(tmp_path)
+    assert (found["rounds"], found["max_rounds"], found["complete"]) == (1, 3, False)
+    assert "step 2 of 2: ended early, 1 of 3 rounds" in (tmp_path / "report.html").read_text(encoding="utf-8")
+
+
 @pytest.fixture
 def no_picture(monkeypatch):
     """As without matplotlib, which takes a second."""
@@ -251,6 +265,19 @@ def test_the_gap_is_that_of_eval(tmp_path):
     assert entry["train_gap"] == free_running_gap(trainer.generator, cut, progress=False).points
 
 
+def test_the_gap_of_several_turns_is_that_of_the_first(tmp_path):
+    """What others say between them is not the model's to tell."""
+    data = rows()
+    turns = data.map(
+        lambda row: {
+            "answer_ids": [*row["answer_ids"], 5, 6, *row["answer_ids"]],
+            "is_learned": [True] * len(row["answer_ids"]) + [False] * 2 + [True] * len(row["answer_ids"]),
+        }
+    )
+    first, of_turns = (gap._rows_of(make_trainer(tmp_path, data=one), 3) for one in (data, turns))
+    assert first == of_turns
+
+
 def gap_of_training(folder, count: int) -> list[dict]:
     trainer = make_trainer(folder / "out", max_steps=1, learning_rate=0.0, per_device_train_batch_size=count)
     trainer.add_callback(GapBeforeAndAfter(trainer, rows=3))
@@ -323,6 +350,13 @@ def test_plots_of_odd_curves(points):
     for x, y in re.findall(r"(-?[\d.]+),(-?[\d.]+)", " ".join(re.findall(r'points="([^"]*)"', text))):
         assert 0 <= float(x) <= 380
         assert 0 <= float(y) <= 210
+
+
+def test_names_of_evaluation_sets_may_begin_alike():
+    sets = ("test", "test_hard")
+    assert metric_of("eval_test_hard_first_right", sets) is METRICS["eval_first_right"]
+    assert metric_of("eval_test_loss", sets) is METRICS["eval_loss"]
+    assert metric_of("eval_test_hard_loss", sets) is METRICS["eval_loss"]
 
 
 def test_the_page_on_the_report_has_every_metric():

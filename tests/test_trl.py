@@ -295,6 +295,33 @@ def test_batches_that_are_refused(tmp_path, change, message):
         make(tmp_path, args={"data_collator": Changed(change)}).train()
 
 
+@pytest.mark.parametrize("self_prob", [0.0, 0.5])
+def test_labels_may_be_the_ids_themselves(tmp_path, self_prob):
+    """As in the common batch["labels"] = batch["input_ids"]: references stay in them."""
+    rows = [{"text": f"{answer} {prompt} {answer}"[:7]} for prompt, answer in TURNS if len(answer) > 4]
+    losses = []
+    for change in (lambda batch: batch | {"labels": batch["input_ids"]}, lambda batch: batch):
+        trainer = make(tmp_path, rows, args={"data_collator": Changed(change)}, self_prob=self_prob)
+        trainer.train()
+        losses.append([entry["loss"] for entry in logs_of(trainer)])
+    assert losses[0] == losses[1]
+
+
+@CHATS_ARE_READ
+@pytest.mark.parametrize("self_prob", [0.0, 0.5])
+def test_steps_that_learn_nothing(tmp_path, self_prob):
+    """A data set may have rows without learned tokens, and a step such rows alone."""
+    row = {"input_ids": [1, 7, 8, 9, 2], "labels": [-100, -100, 8, 9, -100]}
+    rows = [row] * 4 + [{**row, "labels": [-100] * 5}] * 4
+    order = {"dataset_kwargs": {"skip_prepare_dataset": True}, "train_sampling_strategy": "sequential", "max_steps": 2}
+    plain = make(tmp_path, rows, trainer=trl.SFTTrainer, config=trl.SFTConfig, **order)
+    mixed = make(tmp_path, rows, self_prob=self_prob, **order)
+    for trainer in (plain, mixed):
+        trainer.train()
+        assert logs_of(trainer)[1]["loss"] == 0.0
+    assert self_prob or torch.equal(weights(plain.model), weights(mixed.model))
+
+
 def test_other_refusals(tmp_path, monkeypatch):
     peft = pytest.importorskip("peft")
     with pytest.raises(ValueError, match="prompt"):
@@ -382,6 +409,25 @@ def _trained_in_a_process(rank, folder):
     steps = check_contexts(trainer, tiny_model("llama"), least=0)
     rows = [row for before, _, _ in steps for batch in before for row in batch["sample_id"].tolist()]
     torch.save({"weights": weights(trainer.model), "rows": rows}, folder / f"{rank}.pt")
+
+
+@CHATS_ARE_READ
+def test_one_process_may_have_nothing_to_learn(tmp_path):
+    """It tries no passes then, while the other does."""
+    in_ranks(_trained_with_masked_rows, tmp_path)
+    one, another = (torch.load(tmp_path / f"{rank}.pt", weights_only=True) for rank in range(2))
+    assert torch.equal(one["weights"], another["weights"])
+    assert one["logs"] == another["logs"]
+
+
+def _trained_with_masked_rows(rank, folder):
+    row = {"input_ids": [1, 7, 8, 9, 2], "labels": [-100, -100, 8, 9, 2]}
+    options = {"per_device_train_batch_size": 1, "gradient_accumulation_steps": 1, "max_steps": 2}
+    options |= {"dataset_kwargs": {"skip_prepare_dataset": True}, "train_sampling_strategy": "sequential"}
+    trainer = make(folder / f"out-{rank}", [{**row, "labels": [-100] * 5}, row, row, row], **options)
+    trainer.train()
+    logs = [[entry[name] for name in ("loss", "entropy", "num_tokens")] for entry in logs_of(trainer)]
+    torch.save({"weights": weights(trainer.model), "logs": logs}, folder / f"{rank}.pt")
 
 
 PAGE = Path(__file__).resolve().parent.parent / "docs" / "coming_from.md"

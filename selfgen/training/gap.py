@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import logging
 from collections.abc import Mapping
+from itertools import accumulate, compress
 from typing import Any
 
 from accelerate.utils import gather_object
@@ -122,7 +123,14 @@ def _rows_of(trainer: Any, most: int) -> tuple[str, list[dict[str, Any]]]:
     known = next(iter(known.values()), None) if isinstance(known, dict) else known
     for of, data in (("eval", known), ("train", trainer.train_dataset)):
         if isinstance(data, Dataset):
-            columns = data.select_columns(["sample_id", "prompt_ids", "answer_ids"]).with_format(None)
+            names = ["sample_id", "prompt_ids", "answer_ids", "is_learned"]
+            columns = data.select_columns([name for name in names if name in data.column_names]).with_format(None)
             found = [columns[number] for number in range(min(most, len(columns)))]
-            return of, [{**row, "answer_ids": row["answer_ids"][:MOST_TOKENS]} for row in found]
+            return of, [_beginning(**row) for row in found]
     return "train", []
+
+
+def _beginning(is_learned: list[bool] | None = None, **row: Any) -> dict[str, Any]:
+    """What is measured of a row: of several turns the first, as what others say after it is not the model's."""
+    first = row["answer_ids"] if is_learned is None else [*compress(row["answer_ids"], accumulate(is_learned, min))]
+    return {**row, "answer_ids": first[:MOST_TOKENS]}

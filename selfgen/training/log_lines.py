@@ -167,13 +167,19 @@ def _in_words(logs: Mapping[str, Any]) -> str:
 def _opening(args: BSSConfig, state, contexts: str) -> list[str]:
     rows = args.train_batch_size * args.gradient_accumulation_steps * args.row_share[1]
     done = f", from step {state.global_step + 1} on" if state.global_step else ""
-    every = state.logging_steps
     return [
         f"training: {state.max_steps} steps of {rows} rows{done}, on {args.device.type}",
         f"contexts: {contexts}",
-        f"log: a line every {f'{every:g} steps' if every != 1 else 'step'}, with means since the line before",
+        f"log: {_how_often(args, state)}",
         "the first step takes longer, as it also checks what the model computes and measures the device",
     ]
+
+
+def _how_often(args: BSSConfig, state) -> str:
+    if args.logging_strategy == "no":
+        return "no lines (logging_strategy=no)"
+    steps = "step" if state.logging_steps == 1 else f"{state.logging_steps:g} steps"
+    return f"a line every {steps if args.logging_strategy == 'steps' else 'epoch'}, with means since the line before"
 
 
 def _closing(state, logs: Mapping[str, Any]) -> str:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import re
 from dataclasses import dataclass
 
 
@@ -88,8 +87,9 @@ def metric_of(key: str, sets: tuple[str, ...] = ()) -> Metric | None:
     """What ``key`` of the log means; None if it is not ours. ``sets`` are names of evaluation data sets."""
     if key.startswith("rows_dropped/"):
         return Metric("rows", f"of these, dropped: {key.partition('/')[2]}")
-    for name in sets:
-        key = re.sub(f"^eval_{re.escape(name)}_", "eval_", key)
+    for name in sorted(sets, key=len, reverse=True):  # of test and test_hard, the longer one
+        if key.startswith(prefix := f"eval_{name}_"):
+            return METRICS.get(f"eval_{key.removeprefix(prefix)}")
     return METRICS.get(key)
 
 

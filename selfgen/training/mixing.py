@@ -338,8 +338,8 @@ class MixesContexts(Trainer):
         self_prob = self.self_prob_now
         rows = [rows_of(batch) for batch in batches]
         if self_prob == 0.0:
-            lengths = ([len(row.prompt), len(row.reference)] for part in rows for row in part)
-            stats = ContextStats.untouched(*zip(*lengths, strict=True))
+            of_all = [row for part in rows for row in part]  # none, where a step learns nothing
+            stats = ContextStats.untouched([len(row.prompt) for row in of_all], [len(row.reference) for row in of_all])
             self._self_prob.mixed(self_prob, stats)
             return stats, None
         unique = unique_rows([row for part in rows for row in part])

@@ -16,6 +16,7 @@ from transformers import TrainerState
 
 from ..evaluation.report import figure
 from ..files import to_json, write_json, write_whole
+from ..stored_contexts import PROVENANCE
 from .checkpoints import SETTINGS, STATE
 from .gap import of_logged
 from .metrics import METRICS, metric_of
@@ -92,11 +93,13 @@ def report_of(folder: Path, state: TrainerState | None = None) -> dict[str, Any]
     names = {name: None for name in METRICS if name in names} | names  # in our order, and then the others
     metrics = {name: metric for name in names if (metric := metric_of(name, _sets(log)))}
     step, max_steps = (sum(one[name] for one in states) for name in ("global_step", "max_steps"))
+    max_rounds = max(len(states), _rounds_asked_for(folder))
     return {
         "step": step,
         "max_steps": max_steps,
-        "complete": step >= max_steps,
+        "complete": step >= max_steps and len(states) == max_rounds,
         "rounds": len(states),
+        "max_rounds": max_rounds,
         "loss": _ends(log, "loss"),
         "eval_loss": _ends(log, "eval_loss"),
         "seconds": _seconds(log),
@@ -109,8 +112,7 @@ def report_of(folder: Path, state: TrainerState | None = None) -> dict[str, Any]
 
 def _states_in(folder: Path) -> list[dict[str, Any]]:
     """The states of a run that is in a folder: one, or one per round."""
-    rounds = sorted(folder.glob("round-*"), key=lambda one: int(one.name.partition("-")[2]))
-    if states := [state for one in rounds if (state := _furthest(one))]:
+    if states := [state for one in _rounds_in(folder) if (state := _furthest(one))]:
         return states
     if state := _furthest(folder):
         return [state]
@@ -118,6 +120,20 @@ def _states_in(folder: Path) -> list[dict[str, Any]]:
         f"{folder} has no {STATE}, nor a checkpoint with one: give the output_dir of a run, or save its state "
         "(trainer.save_state())"
     )
+
+
+def _rounds_in(folder: Path) -> list[Path]:
+    numbers = {int(number): one for one in folder.glob("round-*") if (number := one.name[len("round-") :]).isdecimal()}
+    return [numbers[number] for number in sorted(numbers)]
+
+
+def _rounds_asked_for(folder: Path) -> int:
+    """As the contexts of the last round that was begun tell; 0 where nothing does."""
+    for one in reversed(_rounds_in(folder)):
+        file = one / "contexts" / PROVENANCE
+        if file.is_file():
+            return json.loads(file.read_text(encoding="utf-8")).get("source", {}).get("rounds", 0)
+    return 0
 
 
 def _furthest(folder: Path) -> dict[str, Any] | None:

@@ -59,7 +59,8 @@ def page(found: Mapping[str, Any], panels: Sequence[Panel], name: str) -> str:
     """The HTML page of what ``report.json`` has, of a run that is called ``name``."""
     title = f"selfgen: training report of {name}"
     ended = "complete" if found["complete"] else "ended early"
-    rounds = f", {found['rounds']} rounds" if found["rounds"] > 1 else ""
+    done, asked = found["rounds"], found["max_rounds"]
+    rounds = f", {done if done == asked else f'{done} of {asked}'} rounds" if asked > 1 else ""
     plots = "\n".join(f"<figure>{_caption(one)}{svg(one)}</figure>" for one in panels)
     settings = "".join(f"<tr><td>{_name(key)}<td>{escape(str(value))}" for key, value in found["settings"].items())
     metrics = "".join(

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import logging
 import os
+import sys
 import time
 from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -41,9 +42,10 @@ def is_first() -> bool:
 
 
 def let_first_speak() -> None:
-    """In other processes than the first, show warnings alone, and no bars."""
+    """In other processes than the first, show warnings alone; there, and in a file, no bars of transformers."""
     if not is_first():
         logging.getLogger("selfgen").setLevel(logging.WARNING)
+    if not (is_first() and sys.stderr.isatty()):
         transformers.utils.logging.disable_progress_bar()
         datasets.disable_progress_bars()
 
@@ -95,7 +97,7 @@ class Parts:
         """
         self._look()
         show = progress and is_first()
-        with tqdm(total=sum(self.rows), initial=self._done, desc=title, unit="row", disable=not show) as bar:
+        with tqdm(total=sum(self.rows), initial=self._done, desc=title, unit="row", disable=not show or None) as bar:
             looked, own, idle = time.monotonic(), 0, 0
 
             def tell(rows: int = 0) -> None:

@@ -105,6 +105,16 @@ def test_the_page_needs_nothing_besides_itself(tmp_path, no_picture):
     assert "a&lt;b&gt;&amp;" in text
 
 
+def test_a_report_names_what_was_run(tmp_path, no_picture):
+    write_report(tmp_path, state_of(logged(1)), command="selfgen train --model <m>")
+    first = report(tmp_path)
+    assert first["command"] == "selfgen train --model <m>"
+    assert {"selfgen", "torch", "transformers"} == set(first["versions"])
+    write_report(tmp_path, state_of(logged(1), logged(2)))  # later, by somebody else
+    assert {name: report(tmp_path)[name] for name in ("command", "date", "versions")}.items() <= first.items()
+    assert "<code>selfgen train --model &lt;m&gt;</code>" in (tmp_path / "report.html").read_text(encoding="utf-8")
+
+
 def test_what_a_report_says(tmp_path, no_picture):
     entries = [logged(2), logged(4, loss=math.nan, context_seconds=3.0), logged(5)]
     write_report(tmp_path, state_of(*entries))

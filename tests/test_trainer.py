@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 
 import pytest
 import torch
@@ -172,6 +173,14 @@ def test_resume_repeats_the_uninterrupted_run(tmp_path, options):
     for entry in (*logs[0], *logs[1]):
         del entry["context_seconds"], entry["training_seconds"], entry["tokens_per_second"]
     assert logs[0] == logs[1]
+
+
+def test_a_resumed_run_misses_no_tied_weight(tmp_path, caplog, monkeypatch):
+    monkeypatch.setattr(logging.getLogger("transformers.trainer"), "handlers", [caplog.handler])
+    saving = {"save_strategy": "steps", "save_steps": 1}
+    make_trainer(tmp_path, model=tiny_model("gemma2"), max_steps=1, **saving).train()
+    make_trainer(tmp_path, model=tiny_model("gemma2"), max_steps=2).train(resume_from_checkpoint=True)
+    assert "missing keys" not in caplog.text
 
 
 def test_a_checkpoint_names_the_curve_that_is_used(tmp_path):

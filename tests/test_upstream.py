@@ -314,6 +314,11 @@ UPSTREAM = [
     ),
     ("transformers:Trainer._save_rng_state", arguments("output_dir"), "checkpoints don't tell which rows were read"),
     (
+        "transformers:Trainer._issue_warnings_after_load",
+        arguments("load_result"),
+        "a resumed run says that tied weights are missing",
+    ),
+    (
         "transformers:Trainer",
         mentions("skip_first_batches(", "self._save_rng_state(output_dir)", "self.get_train_dataloader()"),
         "a run on a stream is resumed at another row",

@@ -378,7 +378,7 @@ def measure(lines: dict[str, list[dict[str, Any]]], metrics: list[str], self_pro
         results["empty"] = Share(sum(is_empty(line["generated"]) for line in made), len(made)).to_dict()
         tell_of_answers(made, "generated")
         if "rouge" in metrics:
-            scores = [rouge(line["generated"], line["reference"]) for line in tqdm(made, desc="ROUGE")]
+            scores = [rouge(line["generated"], line["reference"]) for line in tqdm(made, desc="ROUGE", disable=None)]
             results["rouge"] = {name: sum(score[name] for score in scores) / len(scores) for name in scores[0]}
     if made := lines.get("corrections"):
         results["correction"] = Corrections.of(
@@ -408,7 +408,7 @@ def _symbolic(lines: list[dict[str, Any]]) -> dict[str, Any] | None:
         logger.info("no symbolic_match, as math-verify is not installed: pip install 'selfgen[eval]'")
         return None
     right = undecided = 0
-    for line in tqdm(lines, desc="math-verify", leave=False):
+    for line in tqdm(lines, desc="math-verify", disable=None, leave=False):
         try:
             right += decide(line["generated"], line["reference"])
         except Undecided:

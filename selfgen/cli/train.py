@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import argparse
 import logging
+import shlex
+import sys
 from collections.abc import Callable
 from contextlib import ExitStack
 from dataclasses import dataclass, field, fields, replace
@@ -257,6 +259,7 @@ class ReportArguments:
 def run(arguments: list[str]) -> int:
     show_log()
     let_first_speak()
+    command = shlex.join([*PROG.split(), *arguments])
     with ExitStack() as stack:
         try:
             config_class = RACConfig if method_of(arguments) == "rac" else BSSConfig
@@ -264,6 +267,7 @@ def run(arguments: list[str]) -> int:
             options = parse(_parser(config_class, everything=wants_everything(arguments)), arguments, of_rac)
             method, config, report = options[2:]
             method.check(options[1])
+            config.disable_tqdm = config.disable_tqdm or not sys.stderr.isatty()  # bars tear lines of a file apart
             if config.disable_tqdm:
                 stack.enter_context(no_bars())
             check_folder(config.output_dir, "output_dir")
@@ -274,7 +278,7 @@ def run(arguments: list[str]) -> int:
                 train = _prepare_rounds(*options)
             else:
                 _take_folder(config, method.overwrite_output_dir, stack)
-                train = _prepare(*options)
+                train = _prepare(*options, command)
         except (ValueError, TypeError, OSError, ImportError) as error:
             fail(error, PROG)
         try:
@@ -287,7 +291,7 @@ def run(arguments: list[str]) -> int:
             fail(error, PROG)
         finally:
             if report.report and in_rounds:  # others have a trainer, whose state is further
-                _write_report(config)
+                _write_report(config, command)
     if is_first():
         print(f"model and tokenizer are in {config.output_dir}")
     return 0
@@ -315,6 +319,7 @@ def _prepare(
     method: MethodArguments,
     config: BSSConfig,
     report: ReportArguments,
+    command: str,
 ) -> Callable[[], None]:
     """Do all that can fail before the first step; returns a function that trains."""
     config.tensor_parallel = model_arguments.tp_size
@@ -359,17 +364,17 @@ def _prepare(
             save_result(trainer, overwrite=method.overwrite_output_dir)
         finally:
             if report.report:
-                _write_report(config, trainer.state)
+                _write_report(config, command, trainer.state)
 
     return train
 
 
-def _write_report(config: BSSConfig, state: TrainerState | None = None) -> None:
+def _write_report(config: BSSConfig, command: str, state: TrainerState | None = None) -> None:
     """Say where the report is; one that fails costs nothing else."""
     if not is_first() or (state is not None and not state.log_history):
         return
     try:
-        logger.info("report: %s", ", ".join(map(str, write_report(config.output_dir, state))))
+        logger.info("report: %s", ", ".join(map(str, write_report(config.output_dir, state, command=command))))
     except (OSError, ValueError) as error:
         logger.warning("there is no report: %s", error)
 

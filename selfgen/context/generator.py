@@ -424,7 +424,10 @@ class ContextGenerator:
         answers: list[Tensor] = [ids[:0]] * len(rows)
         longest = max(len(row) + limit for row, limit in zip(rows, limits, strict=True))
         support = inspect_model(self.model, longest)
-        with self.computing(), tqdm(total=len(rows), desc="Answers", disable=not progress, leave=False) as bar:
+        with (
+            self.computing(),
+            tqdm(total=len(rows), desc="Answers", disable=not progress or None, leave=False) as bar,
+        ):
 
             def finish(row: int, answer: Tensor) -> None:
                 answers[row] = answer

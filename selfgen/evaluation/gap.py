@@ -234,7 +234,7 @@ def free_running_gap(
     refuse_stream(rows, "the gap")
     lines: list[dict[str, int]] = []
     options.setdefault("greedy", greedy_of(generator))  # one for all chunks
-    for start in tqdm(range(0, len(rows), chunk_rows), desc="Gap", disable=not progress, leave=False):
+    for start in tqdm(range(0, len(rows), chunk_rows), desc="Gap", disable=not progress or None, leave=False):
         part = [rows[i] for i in range(start, min(start + chunk_rows, len(rows)))]
         lines += row_gaps(generator, part, **options)
     return Gap.of(lines)

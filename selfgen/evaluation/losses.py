@@ -81,7 +81,7 @@ def held_out_losses(
     """
     found: dict[str, list[Tensor]] = {name: [] for name in self_probs}
     refuse_stream(rows, "losses")
-    for start in tqdm(range(0, len(rows), batch_size), desc="Held-out loss", disable=not progress, leave=False):
+    for start in tqdm(range(0, len(rows), batch_size), desc="Held-out loss", disable=not progress or None, leave=False):
         part = [rows[i] for i in range(start, min(start + batch_size, len(rows)))]
         for name, losses in row_losses(generator, part, self_probs, seed=seed, method=method).items():
             found[name] += losses

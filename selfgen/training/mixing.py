@@ -239,6 +239,12 @@ class MixesContexts(Trainer):
         if not self._nothing_left:  # then, the run before has done it
             super()._maybe_log_save_evaluate(*args, **kwargs)
 
+    def _issue_warnings_after_load(self, load_result):
+        """Miss no weight that is tied to another one: a checkpoint has it once."""
+        tied = getattr(self.model, "all_tied_weights_keys", {})
+        missing = [name for name in load_result.missing_keys if name not in tied]
+        super()._issue_warnings_after_load(load_result._replace(missing_keys=missing))
+
     def _save_rng_state(self, output_dir):
         super()._save_rng_state(output_dir)
         self.meter.save(Path(output_dir), self.args.process_index, self._globalstep_last_logged)

@@ -9,6 +9,7 @@ import json
 import logging
 import math
 from collections.abc import Iterator
+from datetime import date
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +17,7 @@ from transformers import TrainerState
 
 from ..evaluation.report import figure
 from ..files import to_json, write_json, write_whole
+from ..provenance import versions
 from ..stored_contexts import PROVENANCE
 from .checkpoints import SETTINGS, STATE
 from .gap import of_logged
@@ -44,7 +46,9 @@ _SETTINGS = (
 )  # fmt: skip
 
 
-def write_report(output_dir: str | Path, state: TrainerState | None = None) -> list[Path]:
+def write_report(
+    output_dir: str | Path, state: TrainerState | None = None, *, command: str | None = None
+) -> list[Path]:
     """Write ``report.json``, ``report.html`` and, with matplotlib, ``report.png`` of the run in ``output_dir``.
 
     They are made of ``trainer_state.json`` in the folder or in its newest checkpoint, whichever is further; rounds are
@@ -53,6 +57,8 @@ def write_report(output_dir: str | Path, state: TrainerState | None = None) -> l
     Args:
         output_dir: of the run.
         state: of a trainer, in place of these files.
+        command: what ran the training, which the report names with the versions of now; by default those of an earlier
+            report stay.
 
     Returns:
         The files that were written.
@@ -65,9 +71,9 @@ def write_report(output_dir: str | Path, state: TrainerState | None = None) -> l
         >>> write_report("outputs/bss")
     """
     folder = Path(output_dir)
-    found = report_of(folder, state)
-    panels = _panels(found["log"])
     data, html, picture = (folder / f"report.{ending}" for ending in ("json", "html", "png"))
+    found = _run_of(data, command) | report_of(folder, state)
+    panels = _panels(found["log"])
     write_json(data, found)
     content = page(json.loads(to_json(found)), panels, folder.resolve().name).encode()
     write_whole(html, lambda stream: stream.write(content))
@@ -108,6 +114,21 @@ def report_of(folder: Path, state: TrainerState | None = None) -> dict[str, Any]
         "metrics": {name: {"unit": metric.unit, "meaning": metric.says} for name, metric in metrics.items()},
         "log": log,
     }
+
+
+def _run_of(report: Path, command: str | None) -> dict[str, Any]:
+    """How the run was started: now by ``command``, or as an earlier report has it."""
+    if command is not None:
+        return {
+            "command": command,
+            "date": date.today().isoformat(),
+            "versions": versions("selfgen", "torch", "transformers"),
+        }
+    try:
+        found = json.loads(report.read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return {}
+    return {name: found[name] for name in ("command", "date", "versions") if name in found}
 
 
 def _states_in(folder: Path) -> list[dict[str, Any]]:

@@ -79,6 +79,7 @@ def page(found: Mapping[str, Any], panels: Sequence[Panel], name: str) -> str:
 <body>
 <h1>{escape(title)}</h1>
 <p class="dim">step {found["step"]} of {found["max_steps"]}: {ended}{rounds}</p>
+{_run(found)}
 <div class="boxes">{_boxes(found)}</div>
 {_gap(found["gap"])}
 <h2>Course</h2>
@@ -93,6 +94,14 @@ report.json.</p>
 </body>
 </html>
 """
+
+
+def _run(found: Mapping[str, Any]) -> str:
+    if "command" not in found:
+        return ""
+    versions = ", ".join(f"{name} {version}" for name, version in found["versions"].items())
+    told, command = escape(f"{found['date']}, {versions}"), escape(found["command"])
+    return f'<p class="dim">{told}</p>\n<p><code>{command}</code></p>'
 
 
 def svg(panel: Panel) -> str:

@@ -250,4 +250,7 @@ def test_such_a_model_is_loaded_by_name(tiny, tmp_path):
 def test_others_are_loaded_as_ever(tmp_path):
     tiny_model("llama").save_pretrained(tmp_path)
     assert auto_class_of(str(tmp_path)) is AutoModelForCausalLM
-    assert auto_class_of(str(tmp_path / "nothing")) is AutoModelForCausalLM
+    with pytest.raises(FileNotFoundError, match="there is no folder"):
+        auto_class_of(str(tmp_path / "nothing"))
+    with pytest.raises(FileNotFoundError, match=r"config\.json is a file: give the folder of a checkpoint"):
+        auto_class_of(str(tmp_path / "config.json"))

@@ -46,6 +46,11 @@ def check_there(name: str, revision: str | None = None) -> None:
     """
     if Path(name).is_dir():
         return
+    if Path(name).is_file():
+        raise FileNotFoundError(
+            f"{name} is a file: give the folder of a checkpoint that transformers loads (a GGUF file has to be converted "
+            "to one)"
+        )
     near = [str(one) for one in Path(name).absolute().parent.glob("*/") if (one / "config.json").is_file()]
     close = difflib.get_close_matches(str(Path(name).absolute()), near, n=1, cutoff=0.8)
     meant = f"; did you mean {close[0]!r}?" if close else ""

@@ -5,6 +5,7 @@ That contexts are those of the loop is shown for every family in test_graphs.py,
 
 from __future__ import annotations
 
+import ctypes
 import functools
 import itertools
 from functools import partial
@@ -333,6 +334,17 @@ def test_whatever_reads_a_late_sum_gets_it(read, dtype):
                 assert torch.equal(got * 1, want * 1)
 
 
+def test_a_kernel_that_a_model_launches_itself_finds_the_numbers():
+    """Triton and ctypes ask for a pointer, which torch would give as 0; what asks in C++ gets an error."""
+    with torch.no_grad():
+        _, query, key = a_rotation()
+        for x in (a_sum(count=1)[1], a_sum()[1], query, key):
+            there = (ctypes.c_float * 3).from_address(x.data_ptr())
+            assert [*there] == (x * 1).as_strided((3,), (1,)).tolist()
+            with pytest.raises(RuntimeError, match="data pointer"):
+                torch.from_dlpack(a_sum()[1])
+
+
 @pytest.mark.parametrize("dtypes", [*itertools.product([torch.float32, torch.bfloat16, torch.float16], repeat=2)])
 def test_a_norm_gets_the_bits_of_the_sum(dtypes, monkeypatch):
     both = []
@@ -554,6 +566,26 @@ def test_any_layer_gives_the_bits_of_its_own_sums(name, dtype, monkeypatch):
         want = one(x.clone(), **how)
     for a, b in zip(got if name == "tuple" else [got], want if name == "tuple" else [want], strict=True):
         assert a is b is None or torch.equal(a * 1, b)
+
+
+def test_norms_that_keep_their_forward_get_no_late_sum():
+    """As where kernels of others have been bound to them (liger_kernel, transformers' use_kernels)."""
+    given, one = [], Layer()
+
+    def forward(x):
+        given.append(type(x))
+        return LlamaRMSNorm.forward(one.first, x)
+
+    one.first.forward = one.second.forward = forward
+    assert one not in found_in(Holder(one))
+    one.second.forward = partial(LlamaRMSNorm.forward, one.second)
+    del one.first.forward  # one of two
+    model = Holder(one)
+    with torch.no_grad(), fused.Fused(model).used():
+        x = torch.randn(1, 9, 16)
+        got = one(x.clone())
+        vars(one).pop("forward", None)
+        assert torch.equal(got * 1, one(x.clone()))
 
 
 @pytest.mark.parametrize("value", [0.0, torch.nan])

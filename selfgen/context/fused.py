@@ -206,7 +206,11 @@ def _layer(module: nn.Module) -> Fitting | None:
     """Of a decoder layer with norms that gives the same bits, to its caller and to its parts, if sums are late."""
     if not isinstance(module, GradientCheckpointingLayer):
         return None
-    norms = {name: fitting(part) for name, part in module.named_children() if (fitting := _tried(_norm, part))}
+    norms = {
+        name: fitting(part)
+        for name, part in module.named_children()
+        if _is_its_own(part) and (fitting := _tried(_norm, part))  # others keep their forward
+    }
     branches = [name for name, _ in module.named_children() if name not in norms]
     if not norms or len(branches) > _MOST_BRANCHES:
         return None

@@ -17,7 +17,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 from torch.autograd.graph import increment_version
-from torch.utils._pytree import tree_leaves, tree_map_only
+from torch.utils._pytree import tree_leaves
 
 from selfgen_kernels import add_rms_norm, rms_norm, rotary
 
@@ -56,9 +56,13 @@ class Late(Tensor):
     def value(self) -> Tensor:
         raise NotImplementedError
 
+    def data_ptr(self) -> int:
+        """What a Triton kernel asks for that a model launches itself. In C++, a pointer to no memory is an error."""
+        return self.value().data_ptr()
+
     @classmethod
     def __torch_dispatch__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:  # type: ignore[override]
-        given, named = tree_map_only(Late, lambda late: late.value(), (args, kwargs or {}))
+        given, named = _read(args), {name: _read(one) for name, one in (kwargs or {}).items()}
         if func is torch.ops.aten.add.Tensor and Residual in types and not named and Residual.takes(*given):
             return Residual(*given)
         result = func(*given, **named)
@@ -70,6 +74,13 @@ class Late(Tensor):
         return result
 
 
+def _read(given: Any) -> Any:
+    """An argument of an operator, with the values of what is late."""
+    if isinstance(given, list | tuple):
+        return [_read(one) for one in given]
+    return given.value() if isinstance(given, Late) else given
+
+
 def _together(x: Tensor, y: Tensor) -> torch.dtype:
     """In which torch computes with two of `_DTYPES`."""
     return x.dtype if x.dtype == y.dtype else torch.float32
@@ -78,7 +89,9 @@ def _together(x: Tensor, y: Tensor) -> torch.dtype:
 def _late(cls: Any, shape: Any, strides: Any, dtype: torch.dtype, device: torch.device) -> Any:
     """A tensor of class ``cls`` without memory."""
     make: Any = Tensor._make_wrapper_subclass
-    return make(cls, shape, strides=strides, dtype=dtype, device=device)
+    made = make(cls, shape, strides=strides, dtype=dtype, device=device)
+    torch._C._set_throw_on_mutable_data_ptr(made)  # it would be 0
+    return made
 
 
 class Residual(Late):

@@ -164,6 +164,28 @@ def test_evaluation_between_micro_batches(tmp_path):
     assert len({loss for callback in callbacks for loss in callback.losses}) == 1  # not reused
 
 
+@pytest.mark.parametrize("loss_on", ["all", "after_self"])
+@pytest.mark.parametrize("event", ["on_step_begin", "on_substep_end"])
+@pytest.mark.parametrize("change", [lambda p: p.data.mul_(0.9), lambda p: setattr(p, "data", p.data * 0.9)])
+def test_a_callback_that_changes_weights_after_the_passes(tmp_path, loss_on, event, change):
+    """From the second step on, when reuse has been tried."""
+
+    def weights_later(trainer):
+        if trainer.state.global_step >= 1:
+            for parameter in trainer.model.parameters():
+                change(parameter)
+
+    ended = []
+    for reuse_passes in (True, False):
+        options = {"gradient_accumulation_steps": 3, "max_steps": 3, "learning_rate": 1e-3, "logging_steps": 1}
+        options |= {"loss_on": loss_on, "reuse_passes": reuse_passes, "self_prob": 0.5}
+        trainer = make_trainer(tmp_path, **options)
+        trainer.add_callback(At(event, lambda _, trainer=trainer: weights_later(trainer)))
+        trainer.train()
+        ended.append([entry["loss"] for entry in trainer.state.log_history if "loss" in entry])
+    assert ended[0] == pytest.approx(ended[1], rel=1e-4)
+
+
 def tied():
     settings = CONFIGS["llama"]()
     settings.tie_word_embeddings = True

@@ -278,7 +278,7 @@ def run(arguments: list[str]) -> int:
                 train = _prepare_rounds(*options)
             else:
                 _take_folder(config, method.overwrite_output_dir, stack)
-                train = _prepare(*options, command)
+                train = _prepare(*options, command=command)
         except (ValueError, TypeError, OSError, ImportError) as error:
             fail(error, PROG)
         try:

@@ -48,8 +48,7 @@ def check_there(name: str, revision: str | None = None) -> None:
         return
     if Path(name).is_file():
         raise FileNotFoundError(
-            f"{name} is a file: give the folder of a checkpoint that transformers loads (a GGUF file has to be converted "
-            "to one)"
+            f"{name} is a file: give the folder of a checkpoint that transformers loads (convert a GGUF file to one)"
         )
     near = [str(one) for one in Path(name).absolute().parent.glob("*/") if (one / "config.json").is_file()]
     close = difflib.get_close_matches(str(Path(name).absolute()), near, n=1, cutoff=0.8)

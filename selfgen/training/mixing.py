@@ -41,6 +41,7 @@ from .tensor import has_partial_gradients
 from .weights import (
     StopAtBrokenGradients,
     TellOfMissingGradients,
+    bits_of,
     check_finite,
     check_trainable,
     diverged,
@@ -102,6 +103,7 @@ class MixesContexts(Trainer):
             self.generator._cuda_graphs = False  # gathered weights lie elsewhere in each step
         check_processes(args.world_size)
         self._step = Step()
+        self._weights: tuple[int, ...] | None = None  # what they were when last looked at
         self._nothing_left = False  # to train
         self._told_of_nothing = False  # that a step learns
         self._logged_at: int | None = None  # the step of the last line of the log before the checkpoint
@@ -151,9 +153,35 @@ class MixesContexts(Trainer):
     @property
     def _forward_follows(self) -> bool:
         """Whether nothing can change the weights between making a step's batches and its first training forward."""
-        plain = TrainerCallback.on_step_begin
-        own = (one for one in self.callback_handler.callbacks if type(one).on_step_begin is not plain)
-        return all(type(one).__module__.startswith(("selfgen.", "transformers.")) for one in own)
+        return not self._others_with("on_step_begin")
+
+    def _others_with(self, event: str) -> list[str]:
+        """The callbacks that others have written, and that do something at an event."""
+        plain = getattr(TrainerCallback, event)
+        return [
+            type(one).__name__
+            for one in self.callback_handler.callbacks
+            if event in vars(one)
+            or (
+                getattr(type(one), event) is not plain
+                and not type(one).__module__.startswith(("selfgen.", "transformers."))
+            )
+        ]
+
+    def _look_at_weights(self, *, before: str) -> None:
+        """Keep in mind what the weights are, if passes are reused after an event at which callbacks may change them."""
+        reused = self._step.passes is not None
+        self._weights = bits_of(self.model) if reused and self._others_with(before) else None
+
+    def _reuse_nothing_of_other_weights(self) -> None:
+        """What the passes computed is no forward of weights that have changed since."""
+        if self._weights is not None:
+            changed = self._weights != bits_of(self.model)
+            if self._engine.reuses_together:
+                changed = self._engine.together.any(changed)
+            if changed:
+                self._step.passes = None
+                self._reuse.off("a callback (on_step_begin or on_substep_end) changes weights after them")
 
     def _tell_of_padding(self) -> None:
         tokens, rows = self.generator.vocab_size, vocab_size_of(self.generator.model)
@@ -189,10 +217,11 @@ class MixesContexts(Trainer):
             self._learn_of_model()
         self._look_again()
         batches = self.prepare_batches(batches)
-        self._step = Step(list(batches))
+        self._step, self._weights = Step(list(batches)), None
         if self.args.loss_on != "all":  # elsewhere after on_step_begin, where a callback may change the model
             self._mix_next(keep=self._forward_follows)
             num_items = self._at_least_one(self._get_num_items_in_batch(batches, device))
+            self._look_at_weights(before="on_step_begin")
         return batches, num_items
 
     def _next_batches(self, epoch_iterator, num_batches, device):
@@ -270,6 +299,7 @@ class MixesContexts(Trainer):
                 f"this is one of {self.args.world_size} processes, but the model is not wrapped for them, so each "
                 "would train alone: make a new trainer, with a model that no other has prepared"
             )
+        self._reuse_nothing_of_other_weights()
         # Weights were gathered for the passes, and are as they were until the optimizer's step.
         whole = self._step.runs_passes and not self._engine.stay_sharded
         last = self.accelerator.sync_gradients
@@ -278,6 +308,7 @@ class MixesContexts(Trainer):
                 loss = super().training_step(model, inputs, num_items_in_batch)
         finally:
             self._step.trained()
+        self._look_at_weights(before="on_substep_end")
         if not self._engine.scales_loss and not math.isfinite(float(loss)):  # it leaves such steps out
             raise diverged(self.state.global_step + 1, f"the loss is {float(loss)}")
         self._self_prob.trained(loss)

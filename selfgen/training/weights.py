@@ -67,6 +67,15 @@ def not_finite(model: nn.Module, *, trainable_only: bool = False) -> str | None:
     return next((name for name, fine in zip(names, _together(found), strict=True) if not fine), None)
 
 
+_OF_SIZE = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
+
+
+def bits_of(model: nn.Module) -> tuple[int, ...]:
+    """A sum of the bits of each weight that is not quantized, of the part that this process holds."""
+    parts = (local_part(weight.detach()) for weight in model.parameters() if is_plain(weight))
+    return tuple(int(part.contiguous().view(_OF_SIZE[part.itemsize]).sum(dtype=torch.int64)) for part in parts)
+
+
 def _together(flags: list[Tensor]) -> list[Tensor]:
     """One copy from each device, not one per weight."""
     devices = {flag.device for flag in flags}

@@ -278,7 +278,7 @@ def run(arguments: list[str]) -> int:
                 train = _prepare_rounds(*options)
             else:
                 _take_folder(config, method.overwrite_output_dir, stack)
-                train = _prepare(*options, command=command)
+                train = partial(_prepare(*options), command)
         except (ValueError, TypeError, OSError, ImportError) as error:
             fail(error, PROG)
         try:
@@ -319,9 +319,8 @@ def _prepare(
     method: MethodArguments,
     config: BSSConfig,
     report: ReportArguments,
-    command: str,
-) -> Callable[[], None]:
-    """Do all that can fail before the first step; returns a function that trains."""
+) -> Callable[[str], None]:
+    """Do all that can fail before the first step; returns a function that trains, given the command."""
     config.tensor_parallel = model_arguments.tp_size
     if config.tensor_parallel > 1:
         check_tensor_parallel(config, config.tensor_parallel)  # before weights are loaded
@@ -358,7 +357,7 @@ def _prepare(
     if report.gap_rows:
         trainer.add_callback(GapBeforeAndAfter(trainer, report.gap_rows))
 
-    def train() -> None:
+    def train(command: str) -> None:
         try:
             trainer.train(resume_from_checkpoint=checkpoint)
             save_result(trainer, overwrite=method.overwrite_output_dir)

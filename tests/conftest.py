@@ -14,6 +14,7 @@ if "PYTEST_XDIST_WORKER" in os.environ:  # one of several, and what it starts
 
 import pytest
 import torch
+from _pytest.capture import CaptureIO
 from hypothesis import HealthCheck, Phase, settings
 
 torch.set_num_threads(min(2, torch.get_num_threads()))  # the tiny models are slower on more
@@ -116,6 +117,12 @@ def model_dir(tmp_path_factory):
     folder = tmp_path_factory.mktemp("model")
     save_model(folder)
     return folder
+
+
+@pytest.fixture
+def terminal(monkeypatch):
+    """What is captured looks like a terminal, where there are progress bars."""
+    monkeypatch.setattr(CaptureIO, "isatty", lambda _: True, raising=False)
 
 
 @pytest.fixture

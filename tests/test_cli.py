@@ -73,7 +73,7 @@ def test_version(capsys):
     assert run(["--version"], capsys) == (0, f"selfgen {selfgen.__version__}\n", "")
 
 
-def test_train_from_flags(arguments, capsys):
+def test_train_from_flags(arguments, capsys, terminal):
     code, out, err = run(["train", *flags(arguments)], capsys)
     assert code == 0
     assert arguments["output_dir"] in out
@@ -86,6 +86,14 @@ def test_train_from_flags(arguments, capsys):
     assert t.AutoTokenizer.from_pretrained(arguments["output_dir"]).eos_token == "<eos>"
     assert "%" in err  # the progress bar, with the time left
     assert "<" in err
+
+
+def test_a_file_has_lines_and_no_bars(arguments, capsys):
+    code, out, err = run(["train", *flags(arguments)], capsys)
+    assert code == 0
+    assert "%|" not in err
+    assert "\r" not in err
+    assert "trained to step 3 of 3" in out
 
 
 def test_yaml_and_flags_give_the_same_run(arguments, tmp_path, capsys):

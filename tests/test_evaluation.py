@@ -311,7 +311,7 @@ def saying(answer: str, seen: list[int] | None = None, dies_after: int | None = 
     return generate
 
 
-def test_everything(arguments, capsys):
+def test_everything(arguments, capsys, terminal):
     metrics = ["exact_match", "rouge", "loss", "curve", "correction"]
     code, out, err = evaluate({**arguments, "sampling_temperature": 0}, capsys, *metrics)
     assert code == 0

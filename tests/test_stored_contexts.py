@@ -353,7 +353,7 @@ def test_contexts_that_are_taken_for_plain_rows_are_named(arguments, writing, ca
     assert "has contexts that are written already, which --method bss does not use" in caplog.text
 
 
-def test_contexts_then_training(arguments, writing, caplog, capsys):
+def test_contexts_then_training(arguments, writing, caplog, capsys, terminal):
     code, out, err = run(["contexts", *flags(writing)], capsys)
     assert code == 0
     assert f"contexts of 16 rows are in {writing['output_dir']}: " in out

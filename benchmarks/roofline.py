@@ -11,10 +11,10 @@ The formula is the docstring of ``costs.py``. What goes into it:
 - The token budget is what ``measure_budget`` finds if a forward takes what the formula says, and the passes
   are those of the nearest budget measured.
 - `--achievable` of the data sheet's FLOP rate and of its bandwidth; it cancels out where launching takes no time.
-- Passes are launched by one of ``costs.ENGINES``: with no launch costs, which is a bound; with one graph a pass, as
-  estimated; with a graph of the model alone, and with none, as measured on an H200 (results/gpu.md). The table of a
-  pass has these measurements beside what the formula gives: its two constants, of a graph's node and of a launch, were
-  inferred from them, so other models and GPUs are extrapolations.
+- Passes are launched by one of ``costs.ENGINES``: with no launch costs, which is a bound; with one graph a pass, whose
+  nodes tests count on a CPU; with a graph of the model alone, and with none, as measured on an H200 (results/gpu.md).
+  The table of a pass has these measurements beside what the formula gives: its two constants, of a graph's node and of
+  a launch, were inferred from them, so other models and GPUs are extrapolations.
 - `--layer-host-us` of host time per layer and training forward: about 40 launches of 10 microseconds each through
   Python and eager torch, an assumption. It is 0 where launches cost nothing.
 - Weights in fp32 under autocast are cast in each training forward, and for passes once a generation: the last table.

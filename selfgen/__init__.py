@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     from .stored_contexts import load_contexts, write_contexts
     from .training import BASHTrainer, BSSConfig, BSSTrainer, RACConfig, RACTrainer, train_rounds
 
-__version__ = "0.1.0"
+__version__ = "0.2.0"
 
 __all__ = [
     "Answers",

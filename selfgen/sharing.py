@@ -97,7 +97,7 @@ class Parts:
         """
         self._look()
         show = progress and is_first()
-        with tqdm(total=sum(self.rows), initial=self._done, desc=title, unit="row", disable=not show or None) as bar:
+        with tqdm(total=sum(self.rows), initial=self._done, desc=title, unit="row", disable=not show) as bar:
             looked, own, idle = time.monotonic(), 0, 0
 
             def tell(rows: int = 0) -> None:

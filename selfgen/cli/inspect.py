@@ -101,9 +101,8 @@ def _named(arguments: list[str]) -> list[str]:
     if not places or (len(places) == 1 and places[0].endswith((".yaml", ".yml"))):
         return arguments
     if len(places) != 2:
-        raise ValueError(
-            f"begin with MODEL and DATA, and nothing else before the options, or with a CONFIG.yaml: {' '.join(places)}"
-        )
+        wrong = "DATA is missing" if len(places) == 1 else f"there is more than these: {' '.join(places)}"
+        raise ValueError(f"begin with MODEL and DATA, then the options, or with a CONFIG.yaml; {wrong}")
     return ["--model", places[0], "--dataset", places[1], *arguments[2:]]
 
 

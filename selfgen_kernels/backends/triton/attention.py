@@ -36,6 +36,8 @@ MERGE_OPTIONS = {"num_warps": 8, "enable_fp_fusion": False}
 FP64_TILES = {("sm_86", 64): (64, 8), ("sm_89", 64): (64, 8), ("sm_120", 64): (64, 8), ("sm_120", 256): (128, 16)}
 """(PART, num_warps) by target and width, where others spill: GPUs with few units for fp64."""
 
+FP32_PARTS = {("sm_80", 64): 32}  # PART by target and width, where 64 spill
+
 
 def attention_tile(head_dim: int, dtype: torch.dtype, target: str) -> tuple[dict[str, Any], dict[str, Any]]:
     """(tile, options) for a head size and `dtype`: sizes that spill on none of the targets.
@@ -59,7 +61,7 @@ def attention_tile(head_dim: int, dtype: torch.dtype, target: str) -> tuple[dict
     }
     options = {"num_warps": 4 if columns <= 64 else 8, "num_stages": 2, "enable_fp_fusion": False}
     if dtype == torch.float32 and not amd:
-        tile |= {"ROWS": 16, "PART": min(width, 64), "PRECISION": "tf32x3"}
+        tile |= {"ROWS": 16, "PART": FP32_PARTS.get((target, width), min(width, 64)), "PRECISION": "tf32x3"}
         options |= {"num_warps": 4 if columns <= 128 else 8}
     elif dtype.itemsize > 2:
         columns = min(width, MOST_COLUMNS * 4 // dtype.itemsize)

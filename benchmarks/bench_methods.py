@@ -10,7 +10,6 @@ from __future__ import annotations
 import statistics
 import time
 from collections.abc import Callable
-from importlib.util import find_spec
 
 import pytest
 from torch import Tensor
@@ -125,9 +124,6 @@ def test_trl(setting, against, report, monkeypatch):
     Each row gets as many new tokens as the longest reference has, and does not end before that; ours does the same at p
     = 1.
     """
-    if find_spec("trl") is None:
-        report("left out: TRL is not installed (pip install '.[peers]')", [])
-        pytest.skip("TRL is an extra, and not installed: pip install '.[peers]'")
     from transformers import GenerationConfig
     from trl.experimental.gkd import GKDTrainer
 

@@ -54,7 +54,7 @@ SUBSTITUTES = {
     "gradient_accumulation_steps=8": "gradient_accumulation_steps=2",
     "max_new_tokens=256": "max_new_tokens=8",
 }
-NOT_RUN = ("pip install", "lm_eval ", "mkdir ")  # they download, or belong to another tool
+NOT_RUN = ("pip install", "lm_eval ", "mkdir ", "hf ")  # they download, or belong to another tool
 by_page = pytest.mark.parametrize("page", PAGES, ids=lambda page: page.relative_to(ROOT).as_posix())
 
 

@@ -500,10 +500,28 @@ def test_every_op_has_a_page():
 
     assert {*ops()} == {page.stem for page in (ROOT / "docs" / "kernels").glob("*.md")}
     for family, names in ops().items():
-        page = ROOT / "docs" / "kernels" / f"{family}.md"
-        code = "\n".join(block.text for block in blocks_of(page) if block.language == "python")
-        assert {*names} <= {*re.findall(r"\w+", code)}
-        assert "**Use " in page.read_text(encoding="utf-8").split("\n\n")[1]
+        assert {*names} <= names_in(begins_with_its_use(f"kernels/{family}.md"))
+
+
+def test_every_trainer_has_a_page():
+    from selfgen import training
+
+    pages = {"bss": "BSSTrainer", "bash": "BASHTrainer", "rac": "RACTrainer", "targets": "teacher", "trl": "SFTTrainer"}
+    for page, name in pages.items():
+        assert name in names_in(begins_with_its_use(f"{page}.md"))
+    assert {name for name in training.__all__ if name.endswith("Trainer")} <= {*pages.values()}
+
+
+def begins_with_its_use(name: str) -> Path:
+    """The page, whose first paragraph says when to use what it is about."""
+    page = ROOT / "docs" / name
+    assert page.read_text(encoding="utf-8").split("\n\n")[1].startswith("**Use "), f"{name}: when to use it?"
+    return page
+
+
+def names_in(page: Path) -> set[str]:
+    """Those that its Python code has."""
+    return {name for block in blocks_of(page) if block.language == "python" for name in re.findall(r"\w+", block.text)}
 
 
 def test_every_page_is_linked_from_the_readme():

@@ -33,8 +33,12 @@ def pages() -> dict[Path, str]:
     found = {DOCS / "commands" / f"{name}.md": command_page(name) for name in COMMANDS}
     for path in sorted(DOCS.rglob("*.md")):
         if path not in found and GENERATED.search(text := path.read_text(encoding="utf-8")):
-            found[path] = GENERATED.sub(lambda part, path=path: part[1] + PARTS[part[2]](path) + "\n" + part[3], text)
+            found[path] = filled(path, text)
     return found
+
+
+def filled(page: Path, text: str) -> str:
+    return GENERATED.sub(lambda part: f"{part[1]}{PARTS[part[2]](page)}\n{part[3]}", text)
 
 
 def plain(text: str) -> str:

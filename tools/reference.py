@@ -25,6 +25,11 @@ from selfgen.cli.help import FILE
 ROOT = Path(__file__).resolve().parent.parent
 DOCS = ROOT / "docs"
 GENERATED = re.compile(r"(<!-- generated: (\w+) -->\n).*?(<!-- end: \2 -->)", re.DOTALL)
+GUIDES = {
+    "train": "bss.md", "contexts": "bash.md", "generate": "start.md#4-look", "eval": "evaluation.md",
+    "inspect": "inspect.md", "doctor": "install.md#selfgen-doctor",
+}  # fmt: skip
+"""The page that explains a command."""
 BACKENDS = {"cpu": "C++ (CPU)", "triton": "Triton (GPU)"}
 
 
@@ -55,6 +60,7 @@ def command_page(name: str) -> str:
     shown = shown_of(name)
     lines = [f"# selfgen {name}", "", plain(shown["description"]), "", "```", shown["usage"], "```", ""]
     lines += [plain(shown["epilog"]), ""] if shown["epilog"] else []
+    lines += [f"[{GUIDES[name].partition('#')[0]}](../{GUIDES[name]}) explains what it is for.", ""]
     lines += groups_of(shown)
     known = options_of(shown)
     for kind, more in kept().items():

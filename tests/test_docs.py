@@ -458,7 +458,14 @@ def anchors_of(page: Path) -> set[str]:
     return {re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-") for heading in headings}
 
 
-@pytest.mark.parametrize("page", [*PAGES, *COMMANDS], ids=lambda page: page.relative_to(ROOT).as_posix())
+OTHERS = [
+    ROOT / "ARCHITECTURE.md",
+    ROOT / "CHANGELOG.md",
+    *(page for folder in ("examples", "benchmarks") for page in sorted((ROOT / folder).rglob("*.md"))),
+]
+
+
+@pytest.mark.parametrize("page", [*PAGES, *COMMANDS, *OTHERS], ids=lambda page: page.relative_to(ROOT).as_posix())
 def test_links_lead_somewhere(page):
     for target in re.findall(r"\]\(([^)]+)\)", prose_of(page)):
         if target.startswith("https://"):

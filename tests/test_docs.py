@@ -36,19 +36,26 @@ from selfgen.context import generator
 from selfgen.context.budget import PassBudget
 
 ROOT = Path(__file__).parents[1]
-PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))]
+COMMANDS = sorted((ROOT / "docs" / "commands").glob("*.md"))  # made as a whole by tools/reference.py
+PAGES = [
+    ROOT / "README.md",
+    ROOT / "CONTRIBUTING.md",
+    *(page for page in sorted((ROOT / "docs").rglob("*.md")) if page not in COMMANDS),
+]
 MEASURED = ["README.md", "results.md", "benchmarks.md", "exactness.md", "data.md", "install.md"]
 RESULTS = ROOT / "benchmarks" / "results"
 
 SUBSTITUTES = {
     "HuggingFaceTB/SmolLM2-135M-Instruct": "model",  # a folder with a tiny model of random weights
+    "HuggingFaceTB/SmolLM2-360M-Instruct": "model",
     "openai/gsm8k": "gsm8k",  # a folder with a few rows
     "max_steps=1000": "max_steps=2",
+    "bf16=True": "bf16=False",  # CPUs that lack it
     "gradient_accumulation_steps=8": "gradient_accumulation_steps=2",
     "max_new_tokens=256": "max_new_tokens=8",
 }
-NOT_RUN = ("pip install", "lm_eval ", "mkdir ")  # they download, or belong to another tool
-by_page = pytest.mark.parametrize("page", PAGES, ids=[page.name for page in PAGES])
+NOT_RUN = ("pip install", "lm_eval ", "mkdir ", "hf ")  # they download, or belong to another tool
+by_page = pytest.mark.parametrize("page", PAGES, ids=lambda page: page.relative_to(ROOT).as_posix())
 
 
 @dataclass(frozen=True)
@@ -451,7 +458,14 @@ def anchors_of(page: Path) -> set[str]:
     return {re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-") for heading in headings}
 
 
-@by_page
+OTHERS = [
+    ROOT / "ARCHITECTURE.md",
+    ROOT / "CHANGELOG.md",
+    *(page for folder in ("examples", "benchmarks") for page in sorted((ROOT / folder).rglob("*.md"))),
+]
+
+
+@pytest.mark.parametrize("page", [*PAGES, *COMMANDS, *OTHERS], ids=lambda page: page.relative_to(ROOT).as_posix())
 def test_links_lead_somewhere(page):
     for target in re.findall(r"\]\(([^)]+)\)", prose_of(page)):
         if target.startswith("https://"):
@@ -474,6 +488,47 @@ def test_every_option_is_explained():
     inherited = {field.name for field in fields(t.TrainingArguments)} | {"remove_unused_columns"}
     for name in {field.name for field in (*fields(BSSConfig), *fields(RACConfig))} - inherited:
         assert f"`{name}`" in text or f"`--{name.replace('_', '-')}" in text, f"no page tells what {name} does"
+
+
+def test_what_is_made_from_the_code_is_as_the_code_is():
+    from tools import reference
+
+    made = reference.pages()
+    assert {*COMMANDS, *(ROOT / "docs" / f"{name}.md" for name in ("api", "commands", "kernels", "options"))} <= {*made}
+    for page, text in made.items():
+        assert page.exists(), f"{page} is missing: python -m tools.help"
+        assert page.read_text(encoding="utf-8") == text, f"{page.name} is not as the code is: python -m tools.help"
+    assert {page.stem for page in COMMANDS} == {*cli.COMMANDS}
+
+
+def test_every_op_has_a_page():
+    """Its page runs it, and says when to use it."""
+    from tools.reference import ops
+
+    assert {*ops()} == {page.stem for page in (ROOT / "docs" / "kernels").glob("*.md")}
+    for family, names in ops().items():
+        assert {*names} <= names_in(begins_with_its_use(f"kernels/{family}.md"))
+
+
+def test_every_trainer_has_a_page():
+    from selfgen import training
+
+    pages = {"bss": "BSSTrainer", "bash": "BASHTrainer", "rac": "RACTrainer", "targets": "teacher", "trl": "SFTTrainer"}
+    for page, name in pages.items():
+        assert name in names_in(begins_with_its_use(f"{page}.md"))
+    assert {name for name in training.__all__ if name.endswith("Trainer")} <= {*pages.values()}
+
+
+def begins_with_its_use(name: str) -> Path:
+    """The page, whose first paragraph says when to use what it is about."""
+    page = ROOT / "docs" / name
+    assert page.read_text(encoding="utf-8").split("\n\n")[1].startswith("**Use "), f"{name}: when to use it?"
+    return page
+
+
+def names_in(page: Path) -> set[str]:
+    """Those that its Python code has."""
+    return {name for block in blocks_of(page) if block.language == "python" for name in re.findall(r"\w+", block.text)}
 
 
 def test_every_page_is_linked_from_the_readme():

@@ -437,7 +437,10 @@ def test_a_broken_off_evaluation_goes_on(arguments, monkeypatch, capsys):
     monkeypatch.setattr("selfgen.cli.answers.answer", saying("c #### 18", seen))
     assert evaluate({**options, "batch_size": 2}, capsys, "exact_match")[0] == 0
     assert seen == list(range(10))
-    assert [line["sample_id"] for line in lines_of(arguments, "answers")] == seen
+    lines = lines_of(arguments, "answers")
+    assert [line["sample_id"] for line in lines] == seen
+    page = (Path(__file__).resolve().parents[1] / "docs" / "evaluation.md").read_text(encoding="utf-8")
+    assert all(f"`{name}`" in page for name in lines[0])
     first = results_of(arguments)
     assert evaluate(options, capsys, "exact_match", "loss")[0] == 0  # another metric on top of it
     assert len(seen) == 10

@@ -175,10 +175,11 @@ def test_models_that_the_ragged_path_refuses(family, temperature):
 
 def test_the_model_is_left_as_it_was():
     model = tiny_model("llama").train()
-    before = model.config._attn_implementation
-    answer(model, [[5]], max_new_tokens=3)
+    before, random = model.config._attn_implementation, torch.get_rng_state()
+    answer(model, [[5]], max_new_tokens=3, temperature=1.0)
     assert model.training
     assert model.config._attn_implementation == before
+    assert torch.equal(torch.get_rng_state(), random)
 
 
 @pytest.mark.parametrize(

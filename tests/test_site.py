@@ -106,8 +106,9 @@ def test_a_message_belongs_to_the_entry_with_the_longest_pattern():
 
 def test_every_page_is_in_the_navigation():
     text = (ROOT / "mkdocs.yml").read_text(encoding="utf-8")
-    for page in (ROOT / "docs").glob("*.md"):
-        assert f": {page.name}" in text, f"mkdocs.yml has no {page.name} under nav"
+    for page in (ROOT / "docs").rglob("*.md"):
+        name = page.relative_to(ROOT / "docs").as_posix()
+        assert re.search(rf"[:-] {re.escape(name)}$", text, re.MULTILINE), f"mkdocs.yml has no {name} under nav"
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -198,12 +199,18 @@ def test_every_field_and_option_stands_on_the_site(site):
 def test_the_exported_names_are_in_the_api(site):
     import selfgen
     import selfgen_kernels
+    from tools.reference import ops
 
     page = (site / "api.html").read_text(encoding="utf-8")
     for package in (selfgen, selfgen_kernels):
         for name in package.__all__:
             assert f"{package.__name__}.{name}" in page
-    assert "&gt;&gt;&gt;" not in re.sub(r"<pre.*?</pre>", "", page, flags=re.DOTALL), "an example is no code"
+    families = {family: (site / "kernels" / f"{family}.html").read_text(encoding="utf-8") for family in ops()}
+    for family, names in ops().items():
+        assert all(f'id="selfgen_kernels.{name}"' in families[family] for name in names)
+    for text in (page, *families.values()):
+        assert "&gt;&gt;&gt;" not in re.sub(r"<pre.*?</pre>", "", text, flags=re.DOTALL), "an example is no code"
+        assert not re.search(r"<strong>[^<]*\d", text), "a power that Markdown has taken for bold text: write 2^64"
 
 
 @pytest.mark.slow

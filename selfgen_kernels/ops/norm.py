@@ -43,7 +43,7 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float, *, form: Literal["llama", "o
     Args:
         x: fp32, bf16 or fp16 [..., D], any strides, 1 <= D <= 16384; computed in fp32.
         weight: fp32, bf16 or fp16 [D].
-        eps: 2**-64 <= eps < 2**64, added to the mean of the squares.
+        eps: 2^-64 <= eps < 2^64, added to the mean of the squares.
         form: "llama" rounds rows to their dtype, then multiplies them by the weight; "olmo2" multiplies in fp32 and
             rounds then; "gemma" is "olmo2" with 1 + weight.
 

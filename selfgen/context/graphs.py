@@ -13,7 +13,6 @@ from bisect import bisect_left
 from collections.abc import Callable, Hashable, Iterable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, field
-from functools import partial
 from typing import Any
 from weakref import WeakKeyDictionary, ref
 
@@ -26,6 +25,7 @@ from transformers import PreTrainedModel
 from .forward import Forward, Passes, Size
 from .hidden_states import HiddenStates
 from .invariant import Invariant
+from .late import computed_late, may_be_late
 from .models import vocab_size_of
 from .packed import CastWeights
 from .precision import autocast_dtype, precision_of
@@ -247,7 +247,11 @@ class GraphedForward(Forward):
 
     def _prepare(self, passes: Passes, size: Size) -> Callable[[], None] | None:
         """Run a pass of padding alone, which also compiles its kernels, and record one; None if that can't be."""
-        run = partial(passes.run, self, size)
+
+        def run() -> None:
+            with computed_late(self.model):
+                passes.run(self, size)
+
         try:
             with passes.idle(), not_waiting():
                 run()
@@ -351,6 +355,7 @@ def _state_of(model: PreTrainedModel, cast: Iterable[nn.Module] = ()) -> object:
         torch.are_deterministic_algorithms_enabled(),
         torch.backends.cuda.matmul.allow_bf16_reduced_precision_reduction,
         torch.backends.cuda.matmul.allow_fp16_reduced_precision_reduction,
+        may_be_late(model),
     )
     modules, copied = list(model.modules()), {*cast}
     tensors = [

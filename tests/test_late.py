@@ -21,7 +21,7 @@ from selfgen.context import graphs as engine
 from selfgen.context.forward import Forward
 from selfgen.context.late import ChangedError, Late, Residual, Rotation, computed_late, may_be_late, never_late
 from selfgen.context.models import UnsupportedModelError
-from selfgen_kernels import rms_norm
+from selfgen_kernels import rms_norm, rotary
 
 
 @pytest.fixture(autouse=True)
@@ -272,6 +272,19 @@ def test_numbers_are_still_there_after_the_pass():
             terms, x = a_sum()
         assert isinstance(x, Late)
         assert torch.equal(x * 1, terms[0] + terms[1])
+
+
+def test_keys_that_nobody_has_any_more_are_not_computed_for_a_kernel_of_others(monkeypatch):
+    """The cache has them; the product after attention, say, may be such a kernel."""
+    turned, cache = [], torch.zeros(5, 2, 8)
+    monkeypatch.setattr(late, "rotary", lambda *args, **how: turned.append(args) or rotary(*args, **how))
+    with torch.no_grad(), computed_late(nn.Module()):
+        _, query, key = a_rotation()
+        key.rotation.append(cache, cache.clone(), cache.clone(), torch.arange(5))
+        del key
+        torch.ops.others.kernel(torch.ones(3))
+        assert query.sum() != 0
+    assert not turned
 
 
 def test_a_kernel_of_others_gets_sums_and_rotations_that_are_computed(made, monkeypatch):

@@ -58,7 +58,7 @@ class _Watch(TorchFunctionMode):
 
     def __init__(self) -> None:
         super().__init__()
-        self._made: list[ref[Residual | Rotation]] = []
+        self.made: list[ref[Late]] = []
 
     def __enter__(self) -> _Watch:
         self._before = _watch.set(self)
@@ -73,15 +73,10 @@ class _Watch(TorchFunctionMode):
         if func in _HAND_OUT or _is_of_others(func):
             if func == _DATA.__set__ and isinstance(args[0], Late):
                 raise _other_form("data")
-            made, self._made = self._made, []
-            for one in made:
-                if (still := one()) is not None:
-                    still.settle()
+            made, self.made = self.made, []
+            _read([one() for one in made])
             args, kwargs = _read(args), {name: _read(one) for name, one in kwargs.items()}
         return func(*args, **kwargs)
-
-    def add(self, made: Residual | Rotation) -> None:
-        self._made.append(ref(made))
 
 
 _DATA: Any = Tensor.data  # which shares memory, but not the count of changes
@@ -112,10 +107,8 @@ def _other_form(by: object) -> ChangedError:
 class _Given:
     """Tensors that something is computed of later."""
 
-    def __init__(self, owner: Residual | Rotation, *tensors: Tensor):
+    def __init__(self, *tensors: Tensor):
         self._tensors, self._versions = tensors, [tensor._version for tensor in tensors]
-        if (watch := _watch.get()) is not None:
-            watch.add(owner)
 
     @staticmethod
     def can_be(tensors: Sequence[Any]) -> bool:
@@ -172,6 +165,8 @@ def _late(cls: Any, shape: Any, strides: Any, dtype: torch.dtype, device: torch.
     make: Any = Tensor._make_wrapper_subclass
     made = make(cls, shape, strides=strides, dtype=dtype, device=device)
     torch._C._set_throw_on_mutable_data_ptr(made)  # to C++, it would be 0
+    if (watch := _watch.get()) is not None:
+        watch.made.append(ref(made))
     return made
 
 
@@ -183,7 +178,7 @@ class Residual(Late):
         return _late(cls, terms[0].shape, None, _together(terms[0], terms[-1]), terms[0].device)
 
     def __init__(self, *terms: Tensor):
-        self._terms = _Given(self, *terms) if len(terms) == 2 else None
+        self._terms = _Given(*terms) if len(terms) == 2 else None
         self._value = terms[0]  # once there are no terms
 
     @staticmethod
@@ -200,8 +195,6 @@ class Residual(Late):
             self._terms, self._value = None, first + second
         return self._value
 
-    settle = value
-
     def normed(self, weight: Tensor, eps: float, form: Literal["llama", "olmo2", "gemma"]) -> Tensor:
         """`rms_norm` of the sum."""
         if self._terms is None:
@@ -216,7 +209,7 @@ class Rotation:
     """query [N, heads, head_dim] and key [N, kv_heads, head_dim], to be turned by cos and sin [N, head_dim]."""
 
     def __init__(self, query: Tensor, key: Tensor, cos: Tensor, sin: Tensor, keep_dtype: bool):
-        self._given, self._keep_dtype = _Given(self, query, key, cos, sin), keep_dtype
+        self._given, self._keep_dtype = _Given(query, key, cos, sin), keep_dtype
         self._results: dict[int, Tensor] = {}
 
     @staticmethod
@@ -243,10 +236,6 @@ class Rotation:
             both = rotary(query, key, cos, sin, keep_dtype=self._keep_dtype)
             self._results = dict(enumerate(both)) | self._results  # what was read before may have been changed
         return self._results[place].transpose(0, 1)[None]
-
-    def settle(self) -> None:
-        for place in (0, 1):
-            self.result(place)
 
     def append(self, keys: Tensor, values: Tensor, value: Tensor, slots: Tensor) -> bool:
         """Write keys and ``value`` [N, kv_heads, head_dim] to ``slots`` of a cache; False, unless nothing was read."""

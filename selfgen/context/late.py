@@ -19,7 +19,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
 from contextvars import ContextVar
-from typing import Any, Literal
+from typing import Any, Literal, NoReturn
 from weakref import WeakSet, ref
 
 import torch
@@ -72,7 +72,7 @@ class _Watch(TorchFunctionMode):
         kwargs = kwargs or {}
         if func in _HAND_OUT or _is_of_others(func):
             if func == _DATA.__set__ and isinstance(args[0], Late):
-                raise _other_form("data")
+                _refuse_other_form("data")
             made, self.made = self.made, []
             _read([one() for one in made])
             args, kwargs = _read(args), {name: _read(one) for name, one in kwargs.items()}
@@ -97,8 +97,8 @@ _REMEDY = (
 )
 
 
-def _other_form(by: object) -> ChangedError:
-    return ChangedError(
+def _refuse_other_form(by: object) -> NoReturn:
+    raise ChangedError(
         f"a decoder layer has given its hidden states, or what it turns, another shape or memory in place ({by}), "
         f"{_REMEDY}"
     )
@@ -138,7 +138,7 @@ class Late(Tensor):
         if func is torch.ops.aten.add.Tensor and Residual in types and not named and Residual.takes(*given):
             return Residual(*given)
         if torch.Tag.inplace_view in func.tags and isinstance(args[0], Late):
-            raise _other_form(func)
+            _refuse_other_form(func)
         result = func(*given, **named)
         if func._schema.is_mutable:  # of which autograd, which counts changes, is not told here
             arguments = func._schema.arguments

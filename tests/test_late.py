@@ -21,7 +21,7 @@ from selfgen.context import graphs as engine
 from selfgen.context.forward import Forward
 from selfgen.context.late import ChangedError, Late, Residual, Rotation, computed_late, may_be_late, never_late
 from selfgen.context.models import UnsupportedModelError
-from selfgen_kernels import rms_norm, rotary
+from selfgen_kernels import add_rms_norm, rms_norm, rotary
 
 
 @pytest.fixture(autouse=True)
@@ -285,6 +285,19 @@ def test_keys_that_nobody_has_any_more_are_not_computed_for_a_kernel_of_others(m
         torch.ops.others.kernel(torch.ones(3))
         assert query.sum() != 0
     assert not turned
+
+
+def test_operators_of_this_project_may_ask_for_pointers(monkeypatch):
+    """As those do whose kernels are Triton's: sums stay late."""
+    together = []
+    monkeypatch.setattr(late, "_KNOWN", (*late._KNOWN, "others"))
+    monkeypatch.setattr(late, "add_rms_norm", lambda *args, **how: together.append(args) or add_rms_norm(*args, **how))
+    with torch.no_grad(), computed_late(nn.Module()):
+        x = a_sum()[1]
+        torch.ops.others.kernel(torch.ones(3))
+        torch.ops.others.kernel.default(torch.ones(3))
+        x.normed(torch.ones(16), 1e-6, "llama")
+    assert len(together) == 1
 
 
 def test_a_kernel_of_others_gets_sums_and_rotations_that_are_computed(made, monkeypatch):

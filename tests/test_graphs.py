@@ -20,11 +20,12 @@ from helpers.training import generate, make_trainer, padded, rows
 from models import CONFIGS, tiny_model
 
 from selfgen import ContextGenerator
-from selfgen.context import Masks
+from selfgen.context import Masks, budget
 from selfgen.context import graphs as engine
 from selfgen.context.batch import Batch
+from selfgen.context.budget import PassBudget
 from selfgen.context.fixed_point import FixedPoint
-from selfgen.context.forward import Forward
+from selfgen.context.forward import Forward, Size
 from selfgen.context.models import inference
 from selfgen.context.sequential import one_by_one, sequential
 from selfgen.training.meter import Meter
@@ -373,6 +374,45 @@ def test_only_a_generation_that_takes_too_much_runs_as_it_is():
         assert_equal(mixed, generator.contexts(*rows, **how, method="sequential"))
         assert bool(mixed.stats.captured + mixed.stats.replayed) == (count == 2)
     assert mixed.stats.captured == 0
+
+
+def test_hidden_states_that_would_be_too_much_to_keep(caplog):
+    """Also where slots are as many as a generation before, without them, had room for."""
+    model = tiny_model("llama")
+    kv = Recorder(model)._nbytes(1024, False)
+    generator = ContextGenerator(model, token_budget=100, balance=12.5, graph_memory=1.05 * kv / 2**34)
+    prompts, references = [torch.arange(3, 20)] * 31, [torch.arange(3, 19)] * 31  # with nobody's, 1024 slots
+    for keep, is_recorded in ((False, True), (True, False), (False, True)):
+        how = {"sample_ids": range(31), "keep_hidden_states": keep}
+        stats = generator.contexts(prompts, references, 0.1, seed=0, **how).stats
+        assert bool(stats.captured + stats.replayed) == is_recorded
+        assert ("too much to keep" in caplog.text) == (not is_recorded)
+        caplog.clear()
+
+
+def test_passes_that_were_made_before_a_release_are_recorded_as_well(caplog):
+    generator = ContextGenerator(tiny_model("llama"), token_budget=100, balance=12.5)
+    contexts(generator)
+    forward = generator._forward()
+    trial = budget._Trial(forward, 100)
+    generator.release()
+    with generator.computing(), forward.over(trial):
+        forward.run(trial, Size(16, 1))
+    assert forward.coverage.captured == 1
+    assert not caplog.text
+
+
+def test_a_trial_of_the_budget_is_recorded_as_generations_are(monkeypatch):
+    """With fewer slots, where the most would be too much to keep; as it is, where all are."""
+    model = tiny_model("llama")
+    model.config.max_position_embeddings = 2**20
+    kv = Recorder(model)._nbytes(1, False) // 1024  # of a slot
+    monkeypatch.setattr(budget, "budget_of", lambda seconds, longest: (seconds(16), PassBudget(longest, 1.0))[1])
+    for most, longest in ((16384, 8192), (8000, 4096), (1024, 512), (1000, 8192)):
+        generator = ContextGenerator(model, graph_memory=most * kv / 2**34)
+        forward = generator._forward()
+        assert generator.budget.tokens == longest
+        assert bool(forward.records) == (longest < most)
 
 
 def test_a_trial_of_the_budget_does_not_use_up_the_warning(monkeypatch, caplog):

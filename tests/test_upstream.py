@@ -108,6 +108,8 @@ UPSTREAM = [
         "what depends on the batch is not refused by precision=invariant",
     ),
     ("torch:Tensor._make_wrapper_subclass", exists, "sums can't be computed late"),
+    ("torch._ops:OpOverload", exists, "operators of others may change what a sum is computed of"),
+    ("torch._ops:OpOverloadPacket", exists, "operators of others may change what a sum is computed of"),
     ("torch._C:_set_throw_on_mutable_data_ptr", exists, "a kernel in C++ may read the address 0 for a late sum"),
     ("transformers.pytorch_utils:Conv1D.forward", arguments("x"), "GPT-2 is refused by precision=invariant"),
     (

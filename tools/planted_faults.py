@@ -69,6 +69,27 @@ FAULTS = [
         ("tests/test_fused.py::test_what_is_changed_before_a_late_sum_is_computed_is_an_error",),
     ),
     Fault(
+        "late: kernels of others change what was added before it is",
+        CONTEXT + "late.py",
+        "if func in _HAND_OUT or _is_of_others(func):",
+        "if False:",
+        ("tests/test_late.py::test_a_kernel_of_others_gets_sums_and_rotations_that_are_computed",),
+    ),
+    Fault(
+        "late: passes that are not recorded have late tensors",
+        CONTEXT + "late.py",
+        "return not (_watch.get() is None or torch.is_grad_enabled()",
+        "return not (torch.is_grad_enabled()",
+        ("tests/test_late.py::test_a_pass_that_is_not_recorded_makes_no_late_tensor",),
+    ),
+    Fault(
+        "graphs: those with late tensors stay in use where these have failed",
+        CONTEXT + "graphs.py",
+        "        may_be_late(model),\n",
+        "",
+        ("tests/test_late.py::test_recordings_are_made_anew_without_late_tensors",),
+    ),
+    Fault(
         "fused: a norm is tried in fp32 alone",
         CONTEXT + "fused.py",
         "given = [rows.to(weight.device, dtype) for dtype in _dtypes(weight.device)]",

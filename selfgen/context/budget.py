@@ -63,13 +63,14 @@ def measure_budget(
     A forward over n tokens costs about ``fixed + n * per_token`` seconds: the weights are streamed once, whatever n is.
     The balance point is the n at which both parts are equal; above a few times that, a larger pass gains no more. n is
     doubled until the forward takes four times as long as that of a single token, in two trials, and the last doubling
-    shows what a token costs. ``forward``, if given, is what runs the passes; otherwise the model does, with an
-    attention of its own. All processes that are ``together`` measure, and each time is that of the slowest: they come
-    to the same budget.
+    shows what a token costs. ``forward``, if given, is what runs the passes, recorded ones if it records any of so many
+    tokens; otherwise the model does, with an attention of its own. All processes that are ``together`` measure, and
+    each time is that of the slowest: they come to the same budget.
     """
     longest = min(max_positions(model) or LARGEST, LARGEST)
+    if forward is not None:
+        longest = forward.most_slots(longest)
     device = model.device
-
     trial = None if forward is None else _Trial(forward, longest)
 
     def run(tokens: int) -> None:

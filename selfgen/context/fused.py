@@ -1,7 +1,7 @@
 """Norms, gates of MLPs and rotary positions as single kernels, where trying shows that this is what they compute.
 
-A norm's kernel also computes the sum that it reads, in layers that trying shows to be the same then, and the kernel
-that writes the K/V turns queries and keys (``late``).
+In passes that are recorded, a norm's kernel also computes the sum that it reads, in layers that trying shows to be the
+same then, and the kernel that writes the K/V turns queries and keys (``late``).
 
 A decoder layer is about forty small kernels, and on a GPU each costs a pass more than what it computes. No class is
 known by name here. What looks like a norm, say, is run on random rows, and so is the kernel: where they agree but for
@@ -30,7 +30,7 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 
 from selfgen_kernels import act_mul, rms_norm, rotary
 
-from .late import ChangedError, Residual, Rotation
+from .late import ChangedError, Residual, Rotation, computed_late
 from .packed import replaced
 from .precision import autocast_dtype, is_linear, is_plain
 
@@ -216,7 +216,8 @@ def _layer(module: nn.Module) -> Fitting | None:
         return None
     for pairs in product((True, False), repeat=len(branches)):  # whether each has a second result
         try:
-            is_same = _is_same_if_late(module, norms, dict(zip(branches, pairs, strict=True)))
+            with computed_late(module):
+                is_same = _is_same_if_late(module, norms, dict(zip(branches, pairs, strict=True)))
         except ChangedError:
             return None
         except _FAULTS:

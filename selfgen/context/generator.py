@@ -495,7 +495,8 @@ class ContextGenerator:
             transformers_model(self._given)  # refuses some adapters
             self._make, self._verified, self._fallback = make, {}, Fallback(self.model, self._together)
         if precision not in self._verified:
-            self._verified[precision] = Verification(self.model, self._given, self._together, self._invariant)
+            records = isinstance(self._forward(), GraphedForward)
+            self._verified[precision] = Verification(self.model, self._given, self._together, self._invariant, records)
         return self._verified[precision]
 
     def look_again(self) -> None:

@@ -13,7 +13,6 @@ from bisect import bisect_left
 from collections.abc import Callable, Hashable, Iterable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, field
-from functools import partial
 from typing import Any
 from weakref import WeakKeyDictionary, ref
 
@@ -26,6 +25,7 @@ from transformers import PreTrainedModel
 from .forward import Forward, Passes, Size
 from .hidden_states import HiddenStates
 from .invariant import Invariant
+from .late import computed_late, may_be_late
 from .models import vocab_size_of
 from .packed import CastWeights
 from .precision import autocast_dtype, precision_of
@@ -125,14 +125,21 @@ class GraphedForward(Forward):
 
     def room(self, slots: int, rows: int, *, keeps_hidden_states: bool = False) -> tuple[int, int]:
         exact = super().room(slots, rows)
-        room = self._room_for(*exact)
-        if self._off or self._nbytes(room[0], keeps_hidden_states) > self._share * _memory_of(self.device):
+        if not self._fits(exact[0], keeps_hidden_states):
             return exact
-        self._room = room
-        return room
+        self._room = self._room_for(*exact)
+        return self._room
+
+    def most_slots(self, wanted: int) -> int:
+        fewer = (wanted >> halvings for halvings in range(wanted.bit_length()))
+        return next((slots for slots in fewer if self._fits(slots + 1, False)), wanted)
+
+    def _fits(self, slots: int, keeps_hidden_states: bool) -> bool:
+        """Whether passes over so many slots are recorded."""
+        return not self._off and self._nbytes(slots, keeps_hidden_states) <= self._share * _memory_of(self.device)
 
     def _room_for(self, slots: int, rows: int) -> tuple[int, int]:
-        """So that the next generation fits, too."""
+        """So that the next generation fits, too; of what has been made for it, the same."""
         room = self._room
         if slots <= room[0] and rows <= room[1]:
             return room
@@ -140,7 +147,7 @@ class GraphedForward(Forward):
         return max(-(-slots // step) * step, room[0]), max(32, 1 << (rows - 1).bit_length(), room[1])
 
     def _nbytes(self, slots: int, keeps_hidden_states: bool) -> int:
-        """What graphs of so many slots keep."""
+        """What graphs of so many slots keep, with room for the next generation."""
         config = self.model.config.get_text_config(decoder=True)
         heads, layers = config.num_attention_heads, config.num_hidden_layers
         kv_heads = getattr(config, "num_key_value_heads", None) or heads
@@ -148,12 +155,12 @@ class GraphedForward(Forward):
         of_slot = 2 * layers * kv_heads * head_dim * precision_of(self.model).itemsize
         if keeps_hidden_states or self._hidden is not None:
             of_slot += (layers + 1) * config.hidden_size * self.model.dtype.itemsize
-        return slots * of_slot
+        return self._room_for(slots, 1)[0] * of_slot
 
     def _tell_of_memory(self, passes: Passes) -> None:
         if passes.is_trial or self._told_of_memory:
             return
-        nbytes = self._nbytes(self._room_for(passes.num_slots, 1)[0], passes.hidden_states is not None)
+        nbytes = self._nbytes(passes.num_slots, passes.hidden_states is not None)
         logger.warning(
             "passes of a generation run without CUDA graphs: its K/V and hidden states take %.1f GB, too much to keep "
             "between generations; give a larger graph_memory, or fewer rows at a time",
@@ -162,13 +169,13 @@ class GraphedForward(Forward):
         self._told_of_memory = True
 
     def _begin(self, passes: Passes) -> None:
-        if self._off or passes.num_slots != self._room[0]:
+        if not self._fits(passes.num_slots, passes.hidden_states is not None):
             if not self._off:
                 self._tell_of_memory(passes)
             super()._begin(passes)
             return
         casts = self._casts_of_now()
-        state = self._room, _state_of(self.model, casts.modules if casts else ())
+        state = self._room, passes.num_slots, _state_of(self.model, casts.modules if casts else ())
         if state != self._state:
             self._drop()
             self._kept = RaggedCache(self.model, passes.num_slots)
@@ -247,7 +254,11 @@ class GraphedForward(Forward):
 
     def _prepare(self, passes: Passes, size: Size) -> Callable[[], None] | None:
         """Run a pass of padding alone, which also compiles its kernels, and record one; None if that can't be."""
-        run = partial(passes.run, self, size)
+
+        def run() -> None:
+            with computed_late(self.model):
+                passes.run(self, size)
+
         try:
             with passes.idle(), not_waiting():
                 run()
@@ -351,6 +362,7 @@ def _state_of(model: PreTrainedModel, cast: Iterable[nn.Module] = ()) -> object:
         torch.are_deterministic_algorithms_enabled(),
         torch.backends.cuda.matmul.allow_bf16_reduced_precision_reduction,
         torch.backends.cuda.matmul.allow_fp16_reduced_precision_reduction,
+        may_be_late(model),
     )
     modules, copied = list(model.modules()), {*cast}
     tensors = [

@@ -7,25 +7,101 @@ norm. Rotary positions: queries and keys are turned by the kernel that writes th
 Whatever else reads such a tensor gets the numbers that the model's own operations give, with the same bits. So nothing
 has to be known of a layer: one that scales, clamps or normalizes what it adds, has two branches side by side, or does
 something to its keys before the cache sees them, computes what it always does.
+
+All that saves launches and costs Python, so it is for passes that are recorded (`computed_late`). What is added, or
+turned, must stay as it is until then. torch counts the changes that it knows of, and all is computed before memory is
+handed out to kernels of others. What can't be seen: a C++ extension that gets what is added without an operator, or
+anything that has a pointer or a ``.data`` from before, and writes to it.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any, Literal
+from contextlib import AbstractContextManager, nullcontext
+from contextvars import ContextVar
+from typing import Any, Literal, NoReturn
+from weakref import WeakSet, ref
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
+from torch._ops import OpOverload, OpOverloadPacket
 from torch.autograd.graph import increment_version
+from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_leaves
 
 from selfgen_kernels import add_rms_norm, rms_norm, rotary
 
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+_at_once: WeakSet[nn.Module] = WeakSet()
+_watch: ContextVar[_Watch | None] = ContextVar("selfgen_late", default=None)
 
 
 class ChangedError(RuntimeError):
-    """What something was to be computed of has been changed in place in between."""
+    """What something was to be computed of has been changed in place in between, or the form of what is computed."""
+
+
+def computed_late(model: nn.Module) -> AbstractContextManager[Any]:
+    """Inside, sums and rotations of ``model`` are computed late, and nowhere else; not if it is `never_late`."""
+    return _Watch() if may_be_late(model) else nullcontext()
+
+
+def never_late(model: nn.Module) -> None:
+    _at_once.add(model)
+
+
+def may_be_late(model: nn.Module) -> bool:
+    return model not in _at_once
+
+
+class _Watch(TorchFunctionMode):
+    """Has all computed before something gets memory that may change it unseen."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.made: list[ref[Late]] = []
+
+    def __enter__(self) -> _Watch:
+        self._before = _watch.set(self)
+        return super().__enter__()
+
+    def __exit__(self, *error: Any) -> None:
+        super().__exit__(*error)
+        _watch.reset(self._before)
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        if func in _HAND_OUT or _is_of_others(func):
+            if func == _DATA.__set__ and isinstance(args[0], Late):
+                _refuse_other_form("data")
+            made, self.made = self.made, []
+            _read([one() for one in made])
+            args, kwargs = _read(args), {name: _read(one) for name, one in kwargs.items()}
+        return func(*args, **kwargs)
+
+
+_DATA: Any = Tensor.data  # which shares memory, but not the count of changes
+_HAND_OUT = {
+    Tensor.__array__, Tensor.__cuda_array_interface__.__get__, Tensor.__deepcopy__, Tensor.__dlpack__,
+    Tensor.__reduce_ex__, Tensor.data_ptr, Tensor.numpy, Tensor.share_memory_, Tensor.storage, Tensor.tolist,
+    Tensor.untyped_storage, _DATA.__get__, _DATA.__set__,
+}  # fmt: skip
+_KNOWN = ("aten", "prim", "prims", "selfgen")  # whose changes are counted
+
+
+def _is_of_others(func: Any) -> bool:
+    return isinstance(func, OpOverload | OpOverloadPacket) and str(func).partition(".")[0] not in _KNOWN
+
+
+_REMEDY = (
+    "which it did not do when it was tried; report the model, and give cuda_graphs=False (--cuda-graphs no) until then"
+)
+
+
+def _refuse_other_form(by: object) -> NoReturn:
+    raise ChangedError(
+        f"a decoder layer has given its hidden states, or what it turns, another shape or memory in place ({by}), "
+        f"{_REMEDY}"
+    )
 
 
 class _Given:
@@ -36,8 +112,8 @@ class _Given:
 
     @staticmethod
     def can_be(tensors: Sequence[Any]) -> bool:
-        """Whether nothing but their numbers decides what is computed, and changes of them are counted."""
-        return not (torch.is_grad_enabled() or torch.is_inference_mode_enabled()) and all(
+        """Whether nothing but their numbers decides what is computed, and changes of them are seen."""
+        return not (_watch.get() is None or torch.is_grad_enabled() or torch.is_inference_mode_enabled()) and all(
             isinstance(one, Tensor) and one.dtype in _DTYPES and not one.is_inference() for one in tensors
         )
 
@@ -45,7 +121,7 @@ class _Given:
         if [tensor._version for tensor in self._tensors] != self._versions:
             raise ChangedError(
                 "a decoder layer has changed in place what it had added to its hidden states, or turned, before it "
-                "read the result, which it did not do when it was tried; report the model"
+                f"read the result, {_REMEDY}"
             )
         return self._tensors
 
@@ -56,15 +132,13 @@ class Late(Tensor):
     def value(self) -> Tensor:
         raise NotImplementedError
 
-    def data_ptr(self) -> int:
-        """What a Triton kernel asks for that a model launches itself. In C++, a pointer to no memory is an error."""
-        return self.value().data_ptr()
-
     @classmethod
     def __torch_dispatch__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:  # type: ignore[override]
         given, named = _read(args), {name: _read(one) for name, one in (kwargs or {}).items()}
         if func is torch.ops.aten.add.Tensor and Residual in types and not named and Residual.takes(*given):
             return Residual(*given)
+        if torch.Tag.inplace_view in func.tags and isinstance(args[0], Late):
+            _refuse_other_form(func)
         result = func(*given, **named)
         if func._schema.is_mutable:  # of which autograd, which counts changes, is not told here
             arguments = func._schema.arguments
@@ -90,7 +164,9 @@ def _late(cls: Any, shape: Any, strides: Any, dtype: torch.dtype, device: torch.
     """A tensor of class ``cls`` without memory."""
     make: Any = Tensor._make_wrapper_subclass
     made = make(cls, shape, strides=strides, dtype=dtype, device=device)
-    torch._C._set_throw_on_mutable_data_ptr(made)  # it would be 0
+    torch._C._set_throw_on_mutable_data_ptr(made)  # to C++, it would be 0
+    if (watch := _watch.get()) is not None:
+        watch.made.append(ref(made))
     return made
 
 

@@ -14,8 +14,10 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from functools import partial
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -25,6 +27,7 @@ from .batch import Batch
 from .fused import Fused
 from .hidden_states import noise_of
 from .invariant import Invariant, check_half, check_invariant
+from .late import computed_late, may_be_late, never_late
 from .models import (
     attention_function,
     in_training_mode,
@@ -63,12 +66,15 @@ class Verification:
         given: torch.nn.Module | None = None,
         together: Together = NOBODY,
         invariant: Invariant | None = None,
+        records: bool = False,
     ):
         """``given`` is what the model is part of: a model of PEFT, or the model itself.
 
-        All processes that are ``together`` find out the same, at the same time. ``invariant`` runs in passes.
+        All processes that are ``together`` find out the same, at the same time. ``invariant`` runs in passes, which are
+        recorded if it ``records``.
         """
         self.model, self.given, self._together, self._invariant = model, given, together, invariant
+        self._records = records
         self._numbers = lengths_of(model)
         self._found: dict[tuple[str, int], UnsupportedModelError | None] = {}  # (what was tried, length of the probe)
         self._masks: list[_LayerMask] | None = None
@@ -120,13 +126,40 @@ class Verification:
         length = self._probe_length(longest_row)
         try:
             self._check_masks(longest_row)
-            self._once("ragged", length, lambda: _compare_ragged(self.model, length, invariant))
+            self._compare_passes(length)
         except UnsupportedModelError:
             self.check_causal(longest_row)  # says more
             raise
         if invariant is not None:
             rows = _two_rows(self.model, min(_SHORT, max_positions(self.model) or _SHORT))
-            self._once("invariant", 0, lambda: check_invariant(self.model, invariant, rows))
+            with self._as_passes():
+                self._once("invariant", 0, lambda: check_invariant(self.model, invariant, rows))
+
+    def _as_passes(self) -> AbstractContextManager[Any]:
+        return computed_late(self.model) if self._records else nullcontext()
+
+    def _compare_passes(self, length: int) -> None:
+        """Compare what passes compute; where that is wrong if something is computed late, nothing is from now on."""
+        compare = partial(_compare_ragged, self.model, length, self._invariant)
+        if not self._records or not may_be_late(self.model):
+            self._once("ragged", length, compare)
+            return
+
+        def compare_late() -> None:
+            with self._as_passes():
+                compare()
+
+        try:
+            self._once("late", length, compare_late)
+        except UnsupportedModelError as error:
+            self._once("ragged", length, compare)
+            never_late(self.model)
+            logger.warning(
+                "%s: sums and rotations are computed by kernels of their own, which is slower: computed with the norm, "
+                "or the write of the K/V, they fail (%s)",
+                type(self.model).__name__,
+                _one_line(error.__cause__ or error),
+            )
 
     def _once(self, what: str, length: int, check: Callable[[], None]) -> None:
         """Unless it was, with a probe of this length, or all was well with a longer one."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import itertools
 import os
 import sys
 
@@ -44,15 +45,40 @@ def pytest_xdist_make_scheduler(config, log):
     return Scheduling(config, log)
 
 
+def shown(item, at_once):
+    """What the case ``item`` shows of its test: each ``at_once`` values of its parameters, by their names in its id."""
+    return set(itertools.combinations(enumerate(item.callspec._idlist), at_once))
+
+
+def leave_to_slow(cases, at_once):
+    """Mark the ``cases`` of a test slow, but for a few that together show all that all of them show."""
+    left = {item: shown(item, at_once) for item in cases if not item.get_closest_marker("slow")}
+    todo = set().union(*left.values())
+    while todo:
+        best = max(left, key=lambda item: len(left[item] & todo))  # the first one of the best
+        todo -= left.pop(best)
+    for item in left:
+        item.add_marker("slow")
+
+
 BETWEEN = pytest.StashKey[bool]()
 """Of a case that is neither the first nor the last one of its test."""
 
 
+@pytest.hookimpl(wrapper=True)
 def pytest_collection_modifyitems(items):
-    cases = {}
-    for item in items:
-        cases.setdefault(item.nodeid.partition("[")[0], []).append(item)
-    for first_to_last in cases.values():
+    def tests():
+        cases = {}
+        for item in items:
+            cases.setdefault(item.nodeid.partition("[")[0], []).append(item)
+        return cases.values()
+
+    for cases in () if torch.cuda.is_available() else tests():
+        for name, at_once in (("each_value", 1), ("each_pair", 2)):
+            if cases[0].get_closest_marker(name):
+                leave_to_slow(cases, at_once)
+    yield  # which leaves out what is slow
+    for first_to_last in tests():
         for item in first_to_last[1:-1]:
             item.stash[BETWEEN] = True
 

@@ -17,7 +17,7 @@ import torch
 from helpers.contexts import assert_equal, batch
 from helpers.graphs import Launches, Recorder, recorded_passes
 from helpers.training import generate, make_trainer, padded, rows
-from models import CONFIGS, tiny_model
+from models import CONFIGS, each_family, tiny_model
 
 from selfgen import ContextGenerator
 from selfgen.context import Masks
@@ -125,7 +125,7 @@ def test_the_log_tells_of_them(tmp_path):
     assert meter.flush()["replayed_share"] == 0
 
 
-@pytest.mark.parametrize("family", sorted(CONFIGS))
+@each_family()
 def test_the_loop_is_one_replay_per_token(family):
     """The tokens of the model's own loop, and nothing between replays; what precision="invariant" runs in bf16."""
     model, (prompts, references, ids) = tiny_model(family), batch(4, 14)

@@ -12,7 +12,7 @@ import pytest
 import torch
 from helpers.contexts import assert_equal, batch
 from helpers.graphs import Launches, recorded_passes
-from models import CONFIGS, tiny_model
+from models import CONFIGS, each_family, tiny_model
 
 from selfgen import ContextGenerator
 from selfgen.context import Masks
@@ -101,7 +101,7 @@ def test_other_settings():
     assert got.replayed == got.passes
 
 
-@pytest.mark.parametrize("family", sorted(CONFIGS))
+@each_family()
 def test_confidence_spans_and_a_smaller_vocabulary(family):
     model = tiny_model(family)
     for masks in (Masks(min_reference_prob=0.005), Masks("span", span_length=4.0)):

@@ -9,7 +9,7 @@ import pytest
 import torch
 import transformers
 from helpers.training import distance, generate, gradients, make_trainer, padded, rows, weights
-from models import ALTERNATING, BASE, CONFIGS, VOCAB, tiny_model
+from models import ALTERNATING, BASE, VOCAB, each_family, tiny_model
 from packaging.version import Version
 from transformers import AutoModelForCausalLM
 
@@ -18,7 +18,7 @@ from selfgen.data import Collator
 from selfgen.training.reuse import reuse_passes
 
 
-@pytest.mark.parametrize("family", sorted(CONFIGS))
+@each_family()
 def test_loss_and_gradients_are_those_of_the_ordinary_step(family):
     if family == "gpt_neox" and Version(transformers.__version__) < Version("5.2"):
         pytest.skip("its layers return tuples before transformers 5.2, so its passes are not reused")

@@ -74,7 +74,7 @@ def pytest_collection_modifyitems(items):
         return cases.values()
 
     for cases in () if torch.cuda.is_available() else tests():
-        for name, at_once in (("each_value", 1), ("each_pair", 2)):
+        for name, at_once in (("one_case", 0), ("each_value", 1), ("each_pair", 2)):
             if cases[0].get_closest_marker(name):
                 leave_to_slow(cases, at_once)
     yield  # which leaves out what is slow

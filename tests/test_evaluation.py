@@ -464,6 +464,7 @@ def test_what_was_measured_before_stays(arguments, capsys):
 
 
 @pytest.mark.parametrize("why", ["weights", "unfinished", "gone"])
+@pytest.mark.each_value
 def test_nothing_of_another_model_or_of_fewer_rows_is_kept(arguments, capsys, why):
     """Numbers stand in results.json only where the lines that they are made from do."""
     assert evaluate(arguments, capsys, "exact_match")[0] == 0
@@ -511,6 +512,7 @@ def test_a_killed_evaluation_goes_on(arguments, capsys):
         ({"self_prob": 0.5}, "gap.jsonl holds rows that were made with other settings (self_prob was 0.25, is 0.5)"),
     ],
 )
+@pytest.mark.one_case
 def test_other_settings_need_another_folder(changes, words, arguments, monkeypatch, capsys):
     monkeypatch.setattr("selfgen.cli.answers.answer", saying("c #### 18"))
     assert evaluate(arguments, capsys)[0] == 0

@@ -71,6 +71,7 @@ def is_found(module):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
 @pytest.mark.parametrize("family", CONFIGS)
 @pytest.mark.each_value
+@pytest.mark.each_value
 def test_what_is_found(family, dtype):
     model = tiny_model(family, dtype=dtype)
     for enabled in (False, dtype != torch.float16):  # as no layer computes with two dtypes of 16 bits
@@ -282,6 +283,7 @@ LATE = {"gpt2": 0, "gpt_neox": 0}  # of two layers; others have 2
 
 
 @pytest.mark.parametrize("family", CONFIGS)
+@pytest.mark.each_value
 def test_layers_whose_sums_are_computed_late(family):
     for dtype in (torch.float32, torch.bfloat16):
         model = tiny_model(family, dtype=dtype)
@@ -677,6 +679,7 @@ with the sum before it. In OLMo 2 there is a product between the two."""
 @pytest.mark.parametrize(
     "family", [pytest.param(one, marks=() if one in ("llama", "gemma3", "olmo2") else pytest.mark.slow) for one in FEW]
 )
+@pytest.mark.each_value
 def test_few_launches_per_layer(monkeypatch, family):
     own = launches(monkeypatch, family, kernels=False)
     found = launches(monkeypatch, family)

@@ -46,6 +46,7 @@ def until_eos(tokens: torch.Tensor, stop: list[int]) -> torch.Tensor:
     longest=st.integers(1, 20),
     stop=st.lists(st.integers(0, VOCAB - 1), max_size=12),
 )
+@pytest.mark.each_value
 def test_answers_are_the_sequential_loops(family, batch, temperature, batch_size, longest, stop):
     """With p = 1, up to where they end, however few places there are."""
     prompts, _, ids = batch
@@ -144,6 +145,7 @@ REFUSED = {
 
 @pytest.mark.parametrize("temperature", [0.0, 1.0])
 @pytest.mark.parametrize("family", REFUSED)
+@pytest.mark.each_value
 def test_models_that_the_ragged_path_refuses(family, temperature):
     """Their answers are those of whole contexts computed anew at every token, whatever is computed together."""
     torch.manual_seed(0)

@@ -44,6 +44,7 @@ def contexts(generator, self_prob=0.5, **settings):
 @pytest.mark.parametrize(
     ("family", "self_probs"), [(family, [0.5]) for family in sorted(CONFIGS)] + [("llama", [0.25, 0.5, 1.0])]
 )
+@pytest.mark.each_value
 def test_padded_passes_give_the_contexts_of_the_loop(family, self_probs):
     model = tiny_model(family)
     generator = ContextGenerator(model, token_budget=100, balance=12.5)
@@ -126,6 +127,7 @@ def test_the_log_tells_of_them(tmp_path):
 
 
 @each_family()
+@pytest.mark.each_value
 def test_the_loop_is_one_replay_per_token(family):
     """The tokens of the model's own loop, and nothing between replays; what precision="invariant" runs in bf16."""
     model, (prompts, references, ids) = tiny_model(family), batch(4, 14)
@@ -253,6 +255,7 @@ def precision():
 @pytest.mark.parametrize(
     "change", [moved, hooked, replaced, patched, transposed, adapted, rescaled, configured, more_precise]
 )
+@pytest.mark.each_value
 def test_what_changes_the_computation_is_recorded_anew(change):
     """Twice, as what has gone may come again at the same address."""
     model = tiny_model("gemma2" if change is configured else "llama")
@@ -475,6 +478,7 @@ def cast_operators(generator):
 
 
 @pytest.mark.parametrize("family", ["llama", "gemma2", "gpt_neox"])
+@pytest.mark.one_case
 def test_under_autocast_weights_are_cast_once_a_generation(family, monkeypatch):
     """To the contexts of autocast's own casts; those of the weights as they are now; and no replay casts them."""
     model = tiny_model(family)

@@ -19,6 +19,7 @@ from selfgen.training.reuse import reuse_passes
 
 
 @each_family()
+@pytest.mark.each_value
 def test_loss_and_gradients_are_those_of_the_ordinary_step(family):
     if family == "gpt_neox" and Version(transformers.__version__) < Version("5.2"):
         pytest.skip("its layers return tuples before transformers 5.2, so its passes are not reused")
@@ -118,6 +119,7 @@ def trained(tmp_path, name, model=None, **changes):
 
 @pytest.mark.parametrize("changes", [{}, {"context_micro_batches": 1}, {"gradient_checkpointing": True}], ids=str)
 @pytest.mark.filterwarnings("ignore:`gradient_checkpointing` is deprecated")
+@pytest.mark.one_case
 def test_training_with_and_without_reuse_is_the_same(tmp_path, changes):
     trainer, step = trained(tmp_path, "reuse_passes", **changes)
     assert trainer._reuse.on
@@ -180,6 +182,7 @@ def router_logits(tmp_path):
     ],
     ids=["LoRA dropout", "attention dropout", "embedding dropout", "router logits", "sequential", "NEFTune"],
 )
+@pytest.mark.each_value
 def test_refused_with_a_reason_in_the_log(tmp_path, caplog, make, reason):
     trainer = make(tmp_path)
     assert "passes are not reused, and the training step computes its own forward: " in caplog.text

@@ -82,6 +82,7 @@ FAULTS = [
 
 
 @pytest.mark.parametrize(("name", "damage"), FAULTS, ids=lambda one: getattr(one, "__name__", one))
+@pytest.mark.each_value
 def test_a_broken_file_is_named(run_folder, caplog, name, damage):
     """With last, the checkpoint before is taken; a broken one that was asked for is refused."""
     assert last_checkpoint(run_folder) == str(run_folder / "checkpoint-3")
@@ -251,6 +252,7 @@ def test_a_run_does_not_go_on_by_another_method(run_folder, tmp_path):
         ({"per_device_train_batch_size": 4, "gradient_accumulation_steps": 1}, None),
     ],
 )
+@pytest.mark.each_value
 def test_options_that_users_change_are_told(run_folder, caplog, change, message):
     make_trainer(run_folder, **{**SAVING, **change}).train(resume_from_checkpoint=str(run_folder / "checkpoint-2"))
     said = [line for line in caplog.messages if " was " in line]
@@ -261,6 +263,7 @@ def test_options_that_users_change_are_told(run_folder, caplog, change, message)
 
 
 @pytest.mark.parametrize("change", [{"learning_rate": 0.5}, {"weight_decay": 0.5}, {"adam_beta2": 0.5}])
+@pytest.mark.one_case
 def test_what_the_warning_says_has_no_effect_has_none(run_folder, change):
     found = []
     for options in ({}, change):
@@ -349,6 +352,7 @@ def in_epochs(folder, step=None, **options):
 
 @pytest.mark.parametrize("options", [{}, BY_LENGTH, UNSEEDED], ids=["random", "by length", "unseeded"])
 @pytest.mark.parametrize("step", [3, *(pytest.param(step, marks=pytest.mark.slow) for step in (1, 2, 4, 5))])
+@pytest.mark.one_case
 def test_a_run_resumed_in_any_epoch_has_the_order_of_an_unbroken_one(tmp_path, step, options):
     """There are two steps in an epoch."""
     whole = in_epochs(tmp_path / "whole", save_strategy="no", **options)
@@ -372,6 +376,7 @@ def _resume_in_ranks(rank, folder, options):
 
 
 @pytest.mark.parametrize("options", [pytest.param({}, marks=pytest.mark.slow), BY_LENGTH], ids=["random", "by length"])
+@pytest.mark.slow
 def test_the_same_in_two_processes(tmp_path, options):
     in_ranks(_resume_in_ranks, tmp_path, options)
 
@@ -388,6 +393,7 @@ def full_disk(*args, **kwargs):
     ["transformers.Trainer._save", "transformers.Trainer._save_optimizer_and_scheduler", "torch.save",
      "transformers.trainer_callback.TrainerState.save_to_json"],
 )  # fmt: skip
+@pytest.mark.one_case
 def test_a_full_disk_leaves_earlier_checkpoints(tmp_path, monkeypatch, target):
     trainer = make_trainer(tmp_path, **SAVING)
 

@@ -152,6 +152,7 @@ def check_contexts(trainer, oracle, *, least=1):
         ),
     ],
 )
+@pytest.mark.each_value
 def test_contexts_are_those_of_the_loop(tmp_path, rows, options, args):
     check_contexts(make(tmp_path, rows, args=args, **options), tiny_model("llama"))
 
@@ -189,6 +190,7 @@ def logs_of(trainer):
 
 
 @pytest.mark.parametrize("change", [{}, {"loss_type": "dft"}, {"gradient_checkpointing": False}], ids=str)
+@pytest.mark.one_case
 def test_without_self_tokens_it_is_trl_bit_for_bit(tmp_path, change):
     plain = make(tmp_path / "plain", trainer=trl.SFTTrainer, config=trl.SFTConfig, args=EVALUATED, **change)
     mixed = make(tmp_path / "mixed", self_prob=0.0, args=EVALUATED, **change)
@@ -290,12 +292,14 @@ def sft_collator():
         ),
     ],
 )
+@pytest.mark.each_value
 def test_batches_that_are_refused(tmp_path, change, message):
     with pytest.raises(ValueError, match=message):
         make(tmp_path, args={"data_collator": Changed(change)}).train()
 
 
 @pytest.mark.parametrize("self_prob", [0.0, 0.5])
+@pytest.mark.one_case
 def test_labels_may_be_the_ids_themselves(tmp_path, self_prob):
     """As in the common batch["labels"] = batch["input_ids"]: references stay in them."""
     rows = [{"text": f"{answer} {prompt} {answer}"[:7]} for prompt, answer in TURNS if len(answer) > 4]
@@ -309,6 +313,7 @@ def test_labels_may_be_the_ids_themselves(tmp_path, self_prob):
 
 @CHATS_ARE_READ
 @pytest.mark.parametrize("self_prob", [0.0, 0.5])
+@pytest.mark.one_case
 def test_steps_that_learn_nothing(tmp_path, self_prob):
     """A data set may have rows without learned tokens, and a step such rows alone."""
     row = {"input_ids": [1, 7, 8, 9, 2], "labels": [-100, -100, 8, 9, -100]}

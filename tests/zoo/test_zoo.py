@@ -148,6 +148,7 @@ def reuse(model) -> str:
 
 
 @pytest.mark.parametrize("name", sorted(FAST))
+@pytest.mark.each_value
 def test_a_few(name):
     entry = look_at(name)
     assert entry.good, entry
@@ -155,6 +156,7 @@ def test_a_few(name):
 
 
 @pytest.mark.parametrize("name", sorted(FAST_MULTIMODAL))
+@pytest.mark.one_case
 def test_a_few_that_see(name):
     if name not in multimodal_families():
         pytest.skip("not in this version of transformers")

@@ -175,7 +175,6 @@ def test_a_model_that_does_not_fit_is_refused_by_name_and_decodes_sequentially(f
 
 
 @pytest.mark.parametrize("make", [*CONFIGS.values(), *UNSUPPORTED.values()])
-@pytest.mark.each_value
 def test_sequential_contexts_are_what_a_whole_forward_would_choose(make):
     """An oracle for the oracle: greedy self tokens are the argmax of one ordinary forward over the finished context."""
     torch.manual_seed(0)

@@ -34,7 +34,6 @@ def generator_of(family: str):
     token_budget=st.one_of(st.integers(1, 8), st.integers(9, 400)),
     seed=st.integers(-(2**63), 2**64 - 1),
 )
-@pytest.mark.each_value
 def test_fixed_point_equals_sequential(family, batch, self_prob, temperature, token_budget, seed):
     prompts, references, sample_ids = batch
     generator = ContextGenerator(

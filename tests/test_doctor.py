@@ -130,7 +130,6 @@ def test_contexts_that_are_not_exact(monkeypatch, capsys):
         ("yaml filelock tqdm transformers datasets accelerate", ("! error", "C++                  built")),
     ],
 )
-@pytest.mark.each_value
 def test_what_is_missing_is_a_line(absent, told):
     """In a fresh process in which these can't be imported."""
     code = (

@@ -464,7 +464,6 @@ def test_what_was_measured_before_stays(arguments, capsys):
 
 
 @pytest.mark.parametrize("why", ["weights", "unfinished", "gone"])
-@pytest.mark.each_value
 def test_nothing_of_another_model_or_of_fewer_rows_is_kept(arguments, capsys, why):
     """Numbers stand in results.json only where the lines that they are made from do."""
     assert evaluate(arguments, capsys, "exact_match")[0] == 0

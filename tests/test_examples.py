@@ -45,7 +45,6 @@ def run(name, options, model, monkeypatch, folder):
 
 
 @pytest.mark.parametrize("name", FAST)
-@pytest.mark.each_value
 def test_an_example_runs(name, tiny, monkeypatch, tmp_path, capfd):
     found = run(name, FAST[name], tiny, monkeypatch, tmp_path)
     trainer = found.get("trainer")

@@ -283,7 +283,6 @@ LATE = {"gpt2": 0, "gpt_neox": 0}  # of two layers; others have 2
 
 
 @pytest.mark.parametrize("family", CONFIGS)
-@pytest.mark.each_value
 def test_layers_whose_sums_are_computed_late(family):
     for dtype in (torch.float32, torch.bfloat16):
         model = tiny_model(family, dtype=dtype)

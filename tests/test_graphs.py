@@ -44,7 +44,6 @@ def contexts(generator, self_prob=0.5, **settings):
 @pytest.mark.parametrize(
     ("family", "self_probs"), [(family, [0.5]) for family in sorted(CONFIGS)] + [("llama", [0.25, 0.5, 1.0])]
 )
-@pytest.mark.each_value
 def test_padded_passes_give_the_contexts_of_the_loop(family, self_probs):
     model = tiny_model(family)
     generator = ContextGenerator(model, token_budget=100, balance=12.5)
@@ -255,7 +254,6 @@ def precision():
 @pytest.mark.parametrize(
     "change", [moved, hooked, replaced, patched, transposed, adapted, rescaled, configured, more_precise]
 )
-@pytest.mark.each_value
 def test_what_changes_the_computation_is_recorded_anew(change):
     """Twice, as what has gone may come again at the same address."""
     model = tiny_model("gemma2" if change is configured else "llama")

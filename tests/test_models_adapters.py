@@ -110,7 +110,6 @@ def test_the_table_of_adapters(tmp_path):
 
 
 @pytest.mark.parametrize("kind", [kind.value for kind in KINDS])
-@pytest.mark.each_value
 def test_every_kind(kind, tmp_path):
     try:
         model = x_lora(tmp_path) if kind == "XLORA" else with_adapter(config_of(kind))
@@ -141,7 +140,6 @@ VARIANTS = {
 
 
 @pytest.mark.parametrize("variant", VARIANTS)
-@pytest.mark.each_value
 def test_variants_of_lora(variant):
     assert exact(with_adapter(lora(**VARIANTS[variant])), "fixed_point")
     assert exact(with_adapter(lora(**VARIANTS[variant])), "sequential")

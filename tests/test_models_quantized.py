@@ -165,7 +165,6 @@ def step(model, folder, **how):
 
 
 @pytest.mark.parametrize("backend", TRIED)
-@pytest.mark.each_value
 def test_a_step_is_the_same_over_reused_passes(folder, tmp_path, backend, caplog):
     losses, gradients, _ = step(q_lora(folder, backend), tmp_path / "plain", reuse_passes=False, lean_loss=False)
     found, of_reused, trainer = step(q_lora(folder, backend), tmp_path / "reused", lean_loss=True)

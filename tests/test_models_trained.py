@@ -43,7 +43,6 @@ class OpenGate(TrainerCallback):
 
 
 @pytest.mark.parametrize(("self_prob", "method"), [(0.0, "fixed_point"), (0.5, "fixed_point"), (0.5, "sequential")])
-@pytest.mark.each_value
 def test_a_model_that_begins_to_look_ahead(self_prob, method, tmp_path):
     model = mixing(ahead=True)
     trainer = make_trainer(

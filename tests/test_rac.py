@@ -45,7 +45,6 @@ def all_rows(found):
 
 
 @pytest.mark.parametrize("own_answer", ["generated", "mixed", "column"])
-@pytest.mark.each_value
 def test_a_row_is_prompt_own_answer_cue_and_reference(tmp_path, own_answer):
     """The own answers are the current weights', keyed by seed, step and row; labels are the reference alone."""
     mixed = {"own_answer_self_prob": 0.5} if own_answer == "mixed" else {}
@@ -68,7 +67,6 @@ def test_a_row_is_prompt_own_answer_cue_and_reference(tmp_path, own_answer):
 
 
 @pytest.mark.parametrize("own_answer", ["generated", "mixed", "column"])
-@pytest.mark.each_value
 def test_logs_have_what_own_answers_cost(tmp_path, own_answer):
     trainer = make_rac_trainer(tmp_path, own_answer=own_answer, own_answer_batch_size=1)
     found = losses_of(trainer)

@@ -182,7 +182,6 @@ def router_logits(tmp_path):
     ],
     ids=["LoRA dropout", "attention dropout", "embedding dropout", "router logits", "sequential", "NEFTune"],
 )
-@pytest.mark.each_value
 def test_refused_with_a_reason_in_the_log(tmp_path, caplog, make, reason):
     trainer = make(tmp_path)
     assert "passes are not reused, and the training step computes its own forward: " in caplog.text

@@ -231,7 +231,6 @@ def trained_parts(*parts: str, make=llama, requires_grad: bool = False):
         "tied weights only",
     ],
 )
-@pytest.mark.each_value
 def test_what_is_trained(tmp_path, make):
     check(tmp_path, make)
 

@@ -301,7 +301,6 @@ def test_bad_arguments(tmp_path, change, message):
 
 
 @pytest.mark.parametrize("said", [0.3, "no", None, float("nan")])
-@pytest.mark.each_value
 def test_a_judge_that_says_neither_yes_nor_no(tmp_path, said):
     """A score above 0, or a text, would else be a yes."""
     with pytest.raises(ValueError, match=rf"judge says {said!r} of the answer 'c c c', whose reference is 'g f'"):

@@ -195,7 +195,6 @@ def test_decoders_that_take_shifted_labels_learn_the_next_token(tmp_path, caplog
         {"target": "teacher_forced"},
     ],
 )
-@pytest.mark.each_value
 def test_options_of_the_loss_work_for_them(tmp_path, change):
     trainer = make_trainer(tmp_path, model=own_loss_model("Bart"), context_method="sequential", max_steps=2, **change)
     trainer.train()

@@ -82,7 +82,6 @@ FAULTS = [
 
 
 @pytest.mark.parametrize(("name", "damage"), FAULTS, ids=lambda one: getattr(one, "__name__", one))
-@pytest.mark.each_value
 def test_a_broken_file_is_named(run_folder, caplog, name, damage):
     """With last, the checkpoint before is taken; a broken one that was asked for is refused."""
     assert last_checkpoint(run_folder) == str(run_folder / "checkpoint-3")
@@ -252,7 +251,6 @@ def test_a_run_does_not_go_on_by_another_method(run_folder, tmp_path):
         ({"per_device_train_batch_size": 4, "gradient_accumulation_steps": 1}, None),
     ],
 )
-@pytest.mark.each_value
 def test_options_that_users_change_are_told(run_folder, caplog, change, message):
     make_trainer(run_folder, **{**SAVING, **change}).train(resume_from_checkpoint=str(run_folder / "checkpoint-2"))
     said = [line for line in caplog.messages if " was " in line]

@@ -743,7 +743,6 @@ def test_none_is_the_default_of_the_method(tmp_path):
 
 
 @pytest.mark.parametrize("how", [FALLING, FALLING | {"self_prob_warmup": "settled"}, {"self_prob_warmup": "settled"}])
-@pytest.mark.each_value
 def test_where_p_is_zero_nothing_is_said_of_mixing(tmp_path, caplog, how):
     caplog.set_level("INFO", logger="selfgen")
     trainer = make_trainer(tmp_path, **{**how, "self_prob": 0.0}, max_steps=3)

@@ -757,7 +757,6 @@ def test_on_stored_contexts(tmp_path):
 
 
 @pytest.mark.parametrize("name", ["dft", "teacher_forced", "privileged"])
-@pytest.mark.each_value
 def test_with_corrections(tmp_path, name):
     trainer = make_rac_trainer(tmp_path, self_prob=0.5, direct_weight=0.5, max_length=64, **TARGETS[name])
     ((loss, _), *_) = losses_of(trainer)

@@ -387,7 +387,6 @@ def today(monkeypatch):
 
 
 @pytest.mark.parametrize("name", FAMILIES)
-@pytest.mark.each_value
 def test_a_row_is_whole_or_dropped_for_what_the_template_lacks(name, today):
     family = FAMILIES[name]
     cells = [cells_of(row, family) for row in ROWS.values()]
@@ -457,7 +456,6 @@ def test_what_texts_spell_is_no_control_token(name):
 
 
 @pytest.mark.parametrize("name", FAMILIES)
-@pytest.mark.each_value
 def test_all_turns_are_those_of_the_last(name):
     """Every assistant turn is learned, nothing else is, and the tokens are those of a row whose last turn is."""
     family = FAMILIES[name]

@@ -250,7 +250,6 @@ def test_contexts_under_bf16_autocast_are_made_in_it(tmp_path):
     ],
     ids=str,
 )
-@pytest.mark.each_value
 def test_masks_of_the_arguments_are_those_of_the_contexts(tmp_path, options):
     """Every kind, with passes reused: what a step trains on is what the sequential loop makes, not that of tokens."""
     trainer = make_trainer(tmp_path, max_steps=1, self_prob=0.6, per_device_train_batch_size=8, **options)

@@ -152,7 +152,6 @@ def check_contexts(trainer, oracle, *, least=1):
         ),
     ],
 )
-@pytest.mark.each_value
 def test_contexts_are_those_of_the_loop(tmp_path, rows, options, args):
     check_contexts(make(tmp_path, rows, args=args, **options), tiny_model("llama"))
 
@@ -292,7 +291,6 @@ def sft_collator():
         ),
     ],
 )
-@pytest.mark.each_value
 def test_batches_that_are_refused(tmp_path, change, message):
     with pytest.raises(ValueError, match=message):
         make(tmp_path, args={"data_collator": Changed(change)}).train()

@@ -416,7 +416,6 @@ UPSTREAM = [
 @pytest.mark.parametrize(
     ("path", "check", "breaks"), UPSTREAM, ids=[f"{path}-{breaks}".replace(" ", "_") for path, _, breaks in UPSTREAM]
 )
-@pytest.mark.each_value
 def test_what_we_lean_on(path, check, breaks):
     module, _, name = path.partition(":")
     if module.partition(".")[0] in ("peft", "bitsandbytes", "trl"):

@@ -213,7 +213,6 @@ def test_a_token_without_a_row_is_one_line_before_any_output(given, command, tmp
 
 
 @pytest.mark.parametrize("command", COMMANDS)
-@pytest.mark.each_value
 def test_commands_sample_no_padding(given, command, tmp_path, capsys, monkeypatch):
     save_model(tmp_path / "model")
     model = t.AutoModelForCausalLM.from_pretrained(tmp_path / "model")

@@ -66,7 +66,6 @@ def test_any_row_is_filtered_as_by_the_reference(row, repeats, inv_temperature, 
 @pytest.mark.parametrize(
     ("dtype", "spread"), [(torch.float32, 1e-3), (torch.float32, 8.0), (torch.bfloat16, 1.0), (torch.float16, 8.0)]
 )
-@pytest.mark.each_value
 def test_long_rows(dtype, spread):
     """Around the numbers of groups and tokens, and from one token kept to almost all."""
     vocab_size = 4001  # 63 groups

@@ -127,9 +127,8 @@ def test_no_rows_in_a_shard():
     assert_same_candidates(a_head(0, 3, 70), 0, rows_of(0))
 
 
-@pytest.mark.parametrize(
-    "tile", [(32, 128, 32), *(pytest.param(tile, marks=pytest.mark.slow) for tile in ((16, 64, 16), (64, 256, 16)))]
-)
+@pytest.mark.parametrize("tile", [(32, 128, 32), (16, 64, 16), (64, 256, 16)])
+@pytest.mark.one_case
 def test_tiles_do_not_matter(tile, monkeypatch):
     from selfgen_kernels.backends.triton import products
 

@@ -133,7 +133,6 @@ class UntouchedByTorch(TorchDispatchMode):
     [*((some, rows) for some in FILTERS[::2] for rows in ((), (3,), (0, 2, 4), range(5))), (FILTERS[1], (0, 2, 4))],
     ids=lambda value: "+".join(map(str, value)) or "none",
 )
-@pytest.mark.each_value
 def test_hidden_states_of_other_rows_are_not_read(filters, selected):
     from guard import disowned, guarded
     from triton.runtime.errors import InterpreterError

@@ -148,7 +148,6 @@ def reuse(model) -> str:
 
 
 @pytest.mark.parametrize("name", sorted(FAST))
-@pytest.mark.each_value
 def test_a_few(name):
     entry = look_at(name)
     assert entry.good, entry

@@ -511,7 +511,6 @@ def test_a_killed_evaluation_goes_on(arguments, capsys):
         ({"self_prob": 0.5}, "gap.jsonl holds rows that were made with other settings (self_prob was 0.25, is 0.5)"),
     ],
 )
-@pytest.mark.one_case
 def test_other_settings_need_another_folder(changes, words, arguments, monkeypatch, capsys):
     monkeypatch.setattr("selfgen.cli.answers.answer", saying("c #### 18"))
     assert evaluate(arguments, capsys)[0] == 0

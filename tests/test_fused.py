@@ -678,7 +678,6 @@ with the sum before it. In OLMo 2 there is a product between the two."""
 @pytest.mark.parametrize(
     "family", [pytest.param(one, marks=() if one in ("llama", "gemma3", "olmo2") else pytest.mark.slow) for one in FEW]
 )
-@pytest.mark.each_value
 def test_few_launches_per_layer(monkeypatch, family):
     own = launches(monkeypatch, family, kernels=False)
     found = launches(monkeypatch, family)

@@ -46,7 +46,6 @@ def until_eos(tokens: torch.Tensor, stop: list[int]) -> torch.Tensor:
     longest=st.integers(1, 20),
     stop=st.lists(st.integers(0, VOCAB - 1), max_size=12),
 )
-@pytest.mark.each_value
 def test_answers_are_the_sequential_loops(family, batch, temperature, batch_size, longest, stop):
     """With p = 1, up to where they end, however few places there are."""
     prompts, _, ids = batch

@@ -126,7 +126,6 @@ def test_the_log_tells_of_them(tmp_path):
 
 
 @each_family()
-@pytest.mark.each_value
 def test_the_loop_is_one_replay_per_token(family):
     """The tokens of the model's own loop, and nothing between replays; what precision="invariant" runs in bf16."""
     model, (prompts, references, ids) = tiny_model(family), batch(4, 14)

@@ -362,7 +362,7 @@ def test_a_run_goes_on_from_its_last_step_and_trains_no_other(tmp_path, step):
 
 @pytest.mark.parametrize("step", [2, 4])
 @pytest.mark.parametrize("make", [make_trainer, make_rac_trainer])
-@pytest.mark.one_case
+@pytest.mark.each_value
 def test_the_next_line_of_the_log_counts_from_the_line_before(tmp_path, step, make):
     options = {"max_steps": 6, "logging_steps": 3, "save_strategy": "steps", "save_steps": 1, "learning_rate": 1e-2}
     lines = []

@@ -48,7 +48,7 @@ def gradients(model, loss):
 @pytest.mark.parametrize("smoothing", [0.0, 0.1])
 @pytest.mark.parametrize("kl_weight", [0.0, 0.7])
 @pytest.mark.parametrize("items", [None, 31])
-@pytest.mark.each_value
+@pytest.mark.each_pair
 def test_is_its_formula(lean, weights, smoothing, kl_weight, items):
     model, frozen, inputs = llama(), llama(seed=1), batch()
     loss = AnswerLoss(model, label_smoothing=smoothing, kl_weight=kl_weight, frozen=frozen, lean=lean)

@@ -191,7 +191,7 @@ def spoiled_rows() -> Dataset:
 
 @pytest.mark.parametrize("reuse_passes", [True, False])
 @pytest.mark.parametrize("self_prob", [0.0, 0.5])
-@pytest.mark.one_case
+@pytest.mark.each_value
 def test_one_micro_batch_of_several_stops_the_run(tmp_path, self_prob, reuse_passes):
     """With the number of its step, before its gradients are used."""
     data = spoiled_rows().to_list()

@@ -103,7 +103,6 @@ def test_other_settings():
 
 
 @each_family()
-@pytest.mark.each_value
 def test_confidence_spans_and_a_smaller_vocabulary(family):
     model = tiny_model(family)
     for masks in (Masks(min_reference_prob=0.005), Masks("span", span_length=4.0)):

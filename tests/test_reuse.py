@@ -19,7 +19,6 @@ from selfgen.training.reuse import reuse_passes
 
 
 @each_family()
-@pytest.mark.each_value
 def test_loss_and_gradients_are_those_of_the_ordinary_step(family):
     if family == "gpt_neox" and Version(transformers.__version__) < Version("5.2"):
         pytest.skip("its layers return tuples before transformers 5.2, so its passes are not reused")

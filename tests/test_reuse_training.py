@@ -169,7 +169,7 @@ def test_evaluation_between_micro_batches(tmp_path):
 @pytest.mark.parametrize("loss_on", ["all", "after_self"])
 @pytest.mark.parametrize("event", ["on_step_begin", "on_substep_end"])
 @pytest.mark.parametrize("change", [lambda p: p.data.mul_(0.9), lambda p: setattr(p, "data", p.data * 0.9)])
-@pytest.mark.one_case
+@pytest.mark.each_value
 def test_a_callback_that_changes_weights_after_the_passes(tmp_path, loss_on, event, change):
     """From the second step on, when reuse has been tried."""
 

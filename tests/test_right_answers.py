@@ -138,7 +138,7 @@ def test_it_counts_as_an_evaluation_does(tmp_path):
 
 @pytest.mark.parametrize(("share", "stay"), [(0.0, 0), (0.2, 0), (0.34, 1), (0.4, 1), (0.5, 2)])
 @pytest.mark.parametrize("direct_weight", [0.0, 0.5])
-@pytest.mark.one_case
+@pytest.mark.each_value
 def test_the_share_of_right_answers(tmp_path, share, stay, direct_weight):
     """Corrections that are left out count neither in the loss nor in what it is divided by."""
     trainer = make(tmp_path, right_answer_share=share, direct_weight=direct_weight)

@@ -106,7 +106,6 @@ def test_without_self_tokens_the_context_is_the_reference(tmp_path):
         ("selfgen.stored_contexts._statistics", 0, 3),
     ],
 )
-@pytest.mark.one_case
 def test_a_killed_run_goes_on(tmp_path, monkeypatch, target, call, shards):
     write(tmp_path / "whole")
     with monkeypatch.context() as patch:

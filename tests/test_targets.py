@@ -185,7 +185,7 @@ def test_ids_that_both_heads_have():
 @pytest.mark.parametrize("lean", [True, False])
 @pytest.mark.parametrize("row_weights", [None, [1.0, 0.5, 0.0, 0.5]])
 @pytest.mark.parametrize("kind", KINDS[:4])
-@pytest.mark.each_value
+@pytest.mark.each_pair
 def test_the_loss_from_a_teacher_is_its_formula(lean, row_weights, kind, monkeypatch):
     """With a teacher of another hidden size, smoothing and a model to stay near, in chunks of which some are short."""
     monkeypatch.setattr(losses, "_CHUNK_BYTES", 1)  # 64 positions
@@ -580,7 +580,7 @@ def test_before_contexts_are_mixed_it_is_plain_too(tmp_path):
 
 @pytest.mark.parametrize("self_prob", [0.5, 0.0])
 @pytest.mark.parametrize("name", ["dft", "teacher"])
-@pytest.mark.one_case
+@pytest.mark.each_value
 def test_a_target_without_a_weight_is_the_reference(tmp_path, name, self_prob):
     """Bit for bit, and no other model is loaded."""
     changes = {"self_prob": self_prob, "max_steps": 3}

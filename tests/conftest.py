@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import gc
-import itertools
 import os
 import sys
 
@@ -56,28 +55,14 @@ def pytest_xdist_make_scheduler(config, log):
     return Scheduling(config, log)
 
 
-def shown(item, at_once):
-    """What the case ``item`` shows of its test: each ``at_once`` values of its parameters, by their names in its id."""
-    return set(itertools.combinations(enumerate(item.callspec._idlist), at_once))
-
-
-def leave_to_slow(cases, at_once):
-    """Mark the ``cases`` of a test slow, but for a few that together show all that all of them show."""
-    left = {item: shown(item, at_once) for item in cases if not item.get_closest_marker("slow")}
-    todo = set().union(*left.values())
-    while todo:
-        best = max(left, key=lambda item: len(left[item] & todo))  # the first one of the best
-        todo -= left.pop(best)
-    for item in left:
-        item.add_marker("slow")
-
-
 BETWEEN = pytest.StashKey[bool]()
 """Of a case that is neither the first nor the last one of its test."""
 
 
 @pytest.hookimpl(wrapper=True)
 def pytest_collection_modifyitems(config, items):
+    from helpers.fast import leave_to_slow
+
     def tests():
         cases = {}
         for item in items:
@@ -85,9 +70,7 @@ def pytest_collection_modifyitems(config, items):
         return cases.values()
 
     for cases in () if torch.cuda.is_available() else tests():
-        for name, at_once in (("one_case", 0), ("each_value", 1), ("each_pair", 2)):
-            if cases[0].get_closest_marker(name):
-                leave_to_slow(cases, at_once)
+        leave_to_slow(cases)
     for item in items if wants_slow(config) else ():
         if getattr(item.function, "is_hypothesis_test", False):  # with more examples than in the fast suite
             item.add_marker("slow")

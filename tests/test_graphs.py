@@ -17,7 +17,7 @@ import torch
 from helpers.contexts import assert_equal, batch
 from helpers.graphs import Launches, Recorder, recorded_passes
 from helpers.training import generate, make_trainer, padded, rows
-from models import CONFIGS, each_family, tiny_model
+from models import CONFIGS, SOME_FAMILIES, each_family, tiny_model
 
 from selfgen import ContextGenerator
 from selfgen.context import Masks
@@ -42,7 +42,12 @@ def contexts(generator, self_prob=0.5, **settings):
 
 
 @pytest.mark.parametrize(
-    ("family", "self_probs"), [(family, [0.5]) for family in sorted(CONFIGS)] + [("llama", [0.25, 0.5, 1.0])]
+    ("family", "self_probs"),
+    [
+        pytest.param(family, [0.5], marks=() if family in SOME_FAMILIES else pytest.mark.slow)
+        for family in sorted(CONFIGS)
+    ]
+    + [("llama", [0.25, 0.5, 1.0])],
 )
 def test_padded_passes_give_the_contexts_of_the_loop(family, self_probs):
     model = tiny_model(family)

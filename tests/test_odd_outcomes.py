@@ -255,6 +255,7 @@ def trainer_with_eval(tmp_path: Path, broken: set[int]) -> BSSTrainer:
 
 
 @pytest.mark.parametrize("broken", [{1}, {1, 2}, {2, 3}, {1, 2, 3}])
+@pytest.mark.one_case
 def test_an_evaluation_that_is_not_finite_is_told_and_never_the_best(tmp_path, caplog, broken):
     trainer = trainer_with_eval(tmp_path, broken)
     trainer.train()

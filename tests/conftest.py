@@ -19,13 +19,24 @@ from hypothesis import HealthCheck, Phase, settings
 
 torch.set_num_threads(min(2, torch.get_num_threads()))  # the tiny models are slower on more
 
-# `make test` draws the same examples every time; HYPOTHESIS_PROFILE=explore draws new ones, and more of them.
+# `make test` draws the same few examples every time, and `pytest -m slow` more of them, in the same tests;
+# HYPOTHESIS_PROFILE=explore draws new ones, and yet more.
 _COMMON = {"deadline": None, "suppress_health_check": [HealthCheck.too_slow, HealthCheck.function_scoped_fixture]}
-settings.register_profile("fixed", derandomize=True, max_examples=40, database=None, **_COMMON)
+settings.register_profile("fixed", derandomize=True, max_examples=16, database=None, **_COMMON)
+settings.register_profile("thorough", settings.get_profile("fixed"), max_examples=40)
 settings.register_profile("explore", max_examples=300, **_COMMON)
 # A failure is enough, however long its example is: for `python -m tools.planted_faults`.
-settings.register_profile("unshrunk", settings.get_profile("fixed"), phases=[Phase.explicit, Phase.generate])
+settings.register_profile("unshrunk", settings.get_profile("thorough"), phases=[Phase.explicit, Phase.generate])
 settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "fixed"))
+
+
+def wants_slow(config):
+    return config.option.markexpr == "slow"
+
+
+def pytest_configure(config):
+    if wants_slow(config) and "HYPOTHESIS_PROFILE" not in os.environ:
+        settings.load_profile("thorough")
 
 
 # What tests that share one of these in their names set up takes seconds: one worker does it, for all of them.
@@ -48,11 +59,23 @@ BETWEEN = pytest.StashKey[bool]()
 """Of a case that is neither the first nor the last one of its test."""
 
 
-def pytest_collection_modifyitems(items):
-    cases = {}
-    for item in items:
-        cases.setdefault(item.nodeid.partition("[")[0], []).append(item)
-    for first_to_last in cases.values():
+@pytest.hookimpl(wrapper=True)
+def pytest_collection_modifyitems(config, items):
+    from helpers.fast import leave_to_slow
+
+    def tests():
+        cases = {}
+        for item in items:
+            cases.setdefault(item.nodeid.partition("[")[0], []).append(item)
+        return cases.values()
+
+    for cases in () if torch.cuda.is_available() else tests():
+        leave_to_slow(cases)
+    for item in items if wants_slow(config) else ():
+        if getattr(item.function, "is_hypothesis_test", False):  # with more examples than in the fast suite
+            item.add_marker("slow")
+    yield  # which leaves out what is slow
+    for first_to_last in tests():
         for item in first_to_last[1:-1]:
             item.stash[BETWEEN] = True
 

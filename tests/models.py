@@ -86,6 +86,21 @@ CHECKPOINTING = next(name for name in ("activation_checkpointing", "gradient_che
 SINCE = {"gemma2": "5.21", "gpt2": "5.1"}
 
 
+SOME_FAMILIES = ("gemma2", "gpt2", "gpt_oss", "llama", "olmo2")
+"""Those that differ most: windows and soft caps, layer norms and learned positions, experts and sinks, norms after."""
+
+
+def each_family(*fast: str, but: tuple[str, ...] = ()):
+    """The parameter ``family``; tests of all but the ``fast`` ones, by default SOME_FAMILIES, are slow."""
+    return pytest.mark.parametrize(
+        "family",
+        [
+            pytest.param(family, marks=() if family in (fast or SOME_FAMILIES) else pytest.mark.slow)
+            for family in sorted(CONFIGS.keys() - {*but})
+        ],
+    )
+
+
 def tiny_model(family: str, *, dtype: torch.dtype = torch.float32, seed: int = 0) -> PreTrainedModel:
     """A random-weight causal language model of ``family`` (a key of ``CONFIGS``), in eval mode."""
     if Version(t.__version__) < Version(SINCE.get(family, "0")):

@@ -222,6 +222,7 @@ def with_mlps(kind):
 
 @pytest.mark.parametrize("batch_size", [1, 2])
 @pytest.mark.parametrize("kind", [Scales, Injects, Remembers])
+@pytest.mark.each_value
 def test_layers_that_share_more_than_hidden_states_are_not_reused(tmp_path, caplog, kind, batch_size):
     """The losses are the same, but a layer that is computed by itself gives no gradient to what it shares."""
     steps = []

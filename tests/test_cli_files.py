@@ -65,6 +65,7 @@ def home(options, tmp_path, model_dir, monkeypatch):
     ("command", "file"),
     [("train", "config.json"), ("contexts", "provenance.json"), ("generate", ""), ("eval", "results.json")],
 )
+@pytest.mark.each_value
 def test_home_in_every_path(home, options, tmp_path, capsys, command, file, how):
     given = options[command] | {"model": "~/model", "dataset": "~/train.jsonl"}
     given["output_file" if command == "generate" else "output_dir"] = "~/new/out"

@@ -88,6 +88,7 @@ def test_generate(generation, capsys):
     assert found[0]["own_answer"] == found[2]["own_answer"]  # greedy, the same prompt
 
 
+@pytest.mark.slow
 def test_answers_that_do_not_depend_on_their_batch(generation, tmp_path, capsys):
     code, _, err = run(["generate", *flags(generation), "--context-precision", "invariant"], capsys)
     assert (code, "is for bf16 and fp16" in err) == (2, True)

@@ -26,6 +26,7 @@ def default_dtype(dtype):
 
 
 @pytest.mark.parametrize("dtype", OTHERS)
+@pytest.mark.one_case
 def test_contexts_and_answers(dtype):
     model, of_rows = tiny_model("llama"), rows([(5, 9), (3, 230), (12, 4)], VOCAB)
     generator = ContextGenerator(model, token_budget=32, balance=2)
@@ -41,6 +42,7 @@ def test_contexts_and_answers(dtype):
 
 @pytest.mark.parametrize("dtype", OTHERS)
 @pytest.mark.parametrize("make", [make_trainer, make_rac_trainer])
+@pytest.mark.each_value
 def test_training(make, dtype, tmp_path):
     options = {"max_steps": 2, "learning_rate": 1e-2, "self_prob": 0.5, "kl_weight": 0.1, "label_smoothing_factor": 0.1}
     found = []

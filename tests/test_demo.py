@@ -81,6 +81,7 @@ def test_other_sizes_that_there_can_not_be(tmp_path, capsys):
     assert re.search(r"--words is 5000, but hardly a text is so long \(the longest has \d+\): give fewer", said)
 
 
+@pytest.mark.slow
 def test_figures_can_be_measured_again(ran):
     """The table's figures are those of the checkpoint, which loads as any does."""
     folder, _, figures = ran

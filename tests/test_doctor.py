@@ -130,6 +130,7 @@ def test_contexts_that_are_not_exact(monkeypatch, capsys):
         ("yaml filelock tqdm transformers datasets accelerate", ("! error", "C++                  built")),
     ],
 )
+@pytest.mark.one_case
 def test_what_is_missing_is_a_line(absent, told):
     """In a fresh process in which these can't be imported."""
     code = (

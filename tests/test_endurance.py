@@ -154,6 +154,7 @@ def take_longer(kept, number):
         ),
     ],
 )
+@pytest.mark.one_case
 def test_a_leak_is_seen(leak, name):
     """And nothing is, in the same steps without it."""
     kept: list = []

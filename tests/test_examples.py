@@ -77,6 +77,7 @@ def run_notebook(model, monkeypatch, folder, **variables):
     return [out["text"] for cell in notebook.cells for out in cell.get("outputs", []) if out.get("name") == "stdout"]
 
 
+@pytest.mark.slow
 def test_the_notebook_measures_the_gap_before_and_after(tiny, monkeypatch, tmp_path):
     *_, last = run_notebook(tiny, monkeypatch, tmp_path, STEPS="2", ROWS="4")
     before, after = last.splitlines()

@@ -69,6 +69,8 @@ def is_found(module):
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
 @pytest.mark.parametrize("family", CONFIGS)
+@pytest.mark.each_value
+@pytest.mark.each_value
 def test_what_is_found(family, dtype):
     model = tiny_model(family, dtype=dtype)
     for enabled in (False, dtype != torch.float16):  # as no layer computes with two dtypes of 16 bits
@@ -668,7 +670,9 @@ FEW = {"llama": 12, "mistral": 12, "qwen3": 14, "gemma2": 14, "gemma3": 16, "phi
 with the sum before it. In OLMo 2 there is a product between the two."""
 
 
-@pytest.mark.parametrize("family", FEW)
+@pytest.mark.parametrize(
+    "family", [pytest.param(one, marks=() if one in ("llama", "gemma3", "olmo2") else pytest.mark.slow) for one in FEW]
+)
 def test_few_launches_per_layer(monkeypatch, family):
     own = launches(monkeypatch, family, kernels=False)
     found = launches(monkeypatch, family)

@@ -12,7 +12,7 @@ from helpers.contexts import PER_FAMILY, batches, checked_as
 from helpers.data import TEMPLATE, make_tokenizer
 from hypothesis import given
 from hypothesis import strategies as st
-from models import BASE, CONFIGS, VOCAB, tiny_model
+from models import BASE, VOCAB, each_family, tiny_model
 from transformers import AutoTokenizer
 
 from selfgen import ContextGenerator, answer, generate_corrected
@@ -37,7 +37,7 @@ def until_eos(tokens: torch.Tensor, stop: list[int]) -> torch.Tensor:
     return tokens[: ends[0] + 1] if ends else tokens
 
 
-@pytest.mark.parametrize("family", sorted(CONFIGS))
+@each_family()
 @PER_FAMILY
 @given(
     batch=batches(max_rows=8),
@@ -144,6 +144,7 @@ REFUSED = {
 
 @pytest.mark.parametrize("temperature", [0.0, 1.0])
 @pytest.mark.parametrize("family", REFUSED)
+@pytest.mark.each_value
 def test_models_that_the_ragged_path_refuses(family, temperature):
     """Their answers are those of whole contexts computed anew at every token, whatever is computed together."""
     torch.manual_seed(0)

@@ -17,7 +17,7 @@ import torch
 from helpers.contexts import assert_equal, batch
 from helpers.graphs import Launches, Recorder, recorded_passes
 from helpers.training import generate, make_trainer, padded, rows
-from models import CONFIGS, tiny_model
+from models import CONFIGS, SOME_FAMILIES, each_family, tiny_model
 
 from selfgen import ContextGenerator
 from selfgen.context import Masks, budget
@@ -43,7 +43,12 @@ def contexts(generator, self_prob=0.5, **settings):
 
 
 @pytest.mark.parametrize(
-    ("family", "self_probs"), [(family, [0.5]) for family in sorted(CONFIGS)] + [("llama", [0.25, 0.5, 1.0])]
+    ("family", "self_probs"),
+    [
+        pytest.param(family, [0.5], marks=() if family in SOME_FAMILIES else pytest.mark.slow)
+        for family in sorted(CONFIGS)
+    ]
+    + [("llama", [0.25, 0.5, 1.0])],
 )
 def test_padded_passes_give_the_contexts_of_the_loop(family, self_probs):
     model = tiny_model(family)
@@ -126,7 +131,7 @@ def test_the_log_tells_of_them(tmp_path):
     assert meter.flush()["replayed_share"] == 0
 
 
-@pytest.mark.parametrize("family", sorted(CONFIGS))
+@each_family()
 def test_the_loop_is_one_replay_per_token(family):
     """The tokens of the model's own loop, and nothing between replays; what precision="invariant" runs in bf16."""
     model, (prompts, references, ids) = tiny_model(family), batch(4, 14)
@@ -515,6 +520,7 @@ def cast_operators(generator):
 
 
 @pytest.mark.parametrize("family", ["llama", "gemma2", "gpt_neox"])
+@pytest.mark.one_case
 def test_under_autocast_weights_are_cast_once_a_generation(family, monkeypatch):
     """To the contexts of autocast's own casts; those of the weights as they are now; and no replay casts them."""
     model = tiny_model(family)

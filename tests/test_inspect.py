@@ -77,6 +77,7 @@ def test_tokens_settle_as_in_full_forwards(family):
 
 @pytest.mark.parametrize("masks", [Masks(), Masks("span"), Masks(min_reference_prob=0.01)], ids=str)
 @pytest.mark.parametrize("budget", [{"token_budget": 5, "balance": 2.0}, {"token_budget": 300, "balance": 50.0}])
+@pytest.mark.each_value
 def test_what_has_settled_stays(budget, masks, monkeypatch):
     """After each pass, what is said to have settled is the final context."""
     guesses, commit = [], fixed_point.FixedPoint.commit

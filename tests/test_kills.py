@@ -362,6 +362,7 @@ def test_a_run_goes_on_from_its_last_step_and_trains_no_other(tmp_path, step):
 
 @pytest.mark.parametrize("step", [2, 4])
 @pytest.mark.parametrize("make", [make_trainer, make_rac_trainer])
+@pytest.mark.each_value
 def test_the_next_line_of_the_log_counts_from_the_line_before(tmp_path, step, make):
     options = {"max_steps": 6, "logging_steps": 3, "save_strategy": "steps", "save_steps": 1, "learning_rate": 1e-2}
     lines = []
@@ -373,6 +374,7 @@ def test_the_next_line_of_the_log_counts_from_the_line_before(tmp_path, step, ma
     assert [line["step"] for line in lines[0]] == [3, 6]
 
 
+@pytest.mark.slow
 def test_rounds_that_are_killed_while_they_are_evaluated(source, tmp_path, monkeypatch, capsys):
     shutil.copytree(source, tmp_path / "run")
     monkeypatch.chdir(tmp_path / "run")
@@ -464,6 +466,7 @@ ROOM = {"bss": "180k", "rac": "180k", "rounds": "180k", "contexts": "12k", "gene
     "command",
     [pytest.param(one, marks=pytest.mark.slow if one in ("rac", "rounds", "eval") else ()) for one in COMMANDS],
 )
+@pytest.mark.one_case
 def test_a_full_disk(folder, capsys, command):
     """One line; what was written before is whole, and with room the command goes on to the end of an unbroken run."""
     with mounted(folder / "out", f"size={ROOM[command]}"):
@@ -534,6 +537,7 @@ def done(source, tmp_path_factory):
 
 @pytest.mark.parametrize("damage", ["empty", "half", "bytes"])
 @pytest.mark.parametrize(("command", "file", "words"), BROKEN, ids=lambda one: str(one).rpartition("/")[2][:20])
+@pytest.mark.each_value
 def test_a_broken_file_of_its_own_is_named(done, tmp_path, monkeypatch, capsys, command, file, words, damage):
     """And no other file is changed."""
     shutil.copytree(done / command, tmp_path / "run")

@@ -48,6 +48,7 @@ def gradients(model, loss):
 @pytest.mark.parametrize("smoothing", [0.0, 0.1])
 @pytest.mark.parametrize("kl_weight", [0.0, 0.7])
 @pytest.mark.parametrize("items", [None, 31])
+@pytest.mark.each_pair
 def test_is_its_formula(lean, weights, smoothing, kl_weight, items):
     model, frozen, inputs = llama(), llama(seed=1), batch()
     loss = AnswerLoss(model, label_smoothing=smoothing, kl_weight=kl_weight, frozen=frozen, lean=lean)
@@ -198,6 +199,7 @@ def test_logits_never_lie_in_memory_as_a_whole(monkeypatch):
 
 @pytest.mark.parametrize("reuse", [True, False])
 @pytest.mark.parametrize("change", [{}, {"label_smoothing_factor": 0.1}, {"kl_weight": 0.5}])
+@pytest.mark.each_value
 def test_lean_training_is_plain_training(tmp_path, reuse, change):
     counts = "num_items_in_batch" in signature(LabelSmoother.__call__).parameters
     if "label_smoothing_factor" in change and not counts:
@@ -269,6 +271,7 @@ def after_switch(is_self, uniform):
     ],
     ids=["after_self", "after_switch"],
 )
+@pytest.mark.each_value
 def test_only_a_part_is_learned(tmp_path, options, learned, lean):
     """Labels stay where the option says, and the loss is the mean over these."""
     trainer = make_trainer(tmp_path, learning_rate=0.0, max_steps=1, lean_loss=lean, **options)
@@ -299,6 +302,7 @@ def test_only_a_part_is_learned(tmp_path, options, learned, lean):
 
 @pytest.mark.parametrize("lean", [True, False])
 @pytest.mark.parametrize("bf16", [True, False])
+@pytest.mark.each_value
 def test_rows_without_a_token_to_learn_cost_nothing(tmp_path, caplog, lean, bf16):
     """Some rows are self tokens to their ends: in a micro-batch of their own, and, in the last step, all of them."""
     options = {"granularity": "prefix", "loss_on": "after_switch", "lean_loss": lean, "bf16": bf16}

@@ -139,6 +139,7 @@ LENGTHS = [(30, 9), (3, 9), (5, 20)]
 
 @pytest.mark.parametrize("mix", MIXES)
 @pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.each_value
 def test_contexts_are_those_of_the_models_own_forward(family, mix):
     prompts, references = definition.rows(LENGTHS)
     model = mixed(family, mix)
@@ -165,6 +166,7 @@ def test_answers_are_those_of_the_models_own_forward(mix):
 
 @pytest.mark.parametrize("autocast", [False, pytest.param(True, marks=pytest.mark.slow)])
 @pytest.mark.parametrize("mix", MIXES)
+@pytest.mark.one_case
 def test_in_bf16_few_tokens_differ(mix, autocast):
     """Those of near ties (docs/exactness.md)."""
     model = mixed("qwen2_moe" if mix == "gates" else "llama", mix, torch.bfloat16, torch.float32)
@@ -277,6 +279,7 @@ def test_the_precision_of_a_mix():
 
 
 @pytest.mark.parametrize("mix", ["head", "tied_head", "norms"])
+@pytest.mark.one_case
 def test_a_step_of_the_trainer(tmp_path, mix):
     found = []
     for number, how in enumerate([{"reuse_passes": False, "lean_loss": False}, {"lean_loss": True}]):

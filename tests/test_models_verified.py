@@ -47,6 +47,7 @@ def long_rows(window):
 
 @pytest.mark.parametrize("window", [6, 24, 60])
 @pytest.mark.parametrize("config", [qwen2_moe, phimoe])
+@pytest.mark.each_value
 def test_a_window_that_only_the_mask_has_is_refused_by_name(config, window):
     model = make(config(window))
     prompts, references = long_rows(window)
@@ -141,6 +142,7 @@ ELSEWHERE = {  # positions that begin after the padding id
 
 @pytest.mark.parametrize("family", ELSEWHERE)
 @pytest.mark.parametrize("temperature", [0.0, 1.0])
+@pytest.mark.each_value
 def test_positions_that_begin_elsewhere(family, temperature):
     model = make(ELSEWHERE[family]())
     prompts, references = rows([(30, 9), (3, 9), (5, 30)])
@@ -290,6 +292,7 @@ def test_few_positions():
 
 @pytest.mark.parametrize("method", ["fixed_point", "sequential"])
 @pytest.mark.parametrize("whole", [True, False])
+@pytest.mark.one_case
 def test_modules_compiled_in_place_run_as_they_are(whole, method):
     """Passes come in ever new sizes, so a compiler would be at it all the time."""
     model = tiny_model("llama")

@@ -53,6 +53,7 @@ def tiny():
         ("mllama", "model.language_model.layers.0 model.language_model.layers.2"),  # 1 attends to an image
     ],
 )
+@pytest.mark.one_case
 def test_decoder_layers_are_those_that_text_goes_through(tiny, name, layers):
     model = tiny(name)
     names = {module: name for name, module in model.named_modules()}
@@ -120,6 +121,7 @@ def demanding(model, *, always: bool = False):
 
 
 @pytest.mark.parametrize(("always", "reuse"), [(False, True), (True, False)])
+@pytest.mark.one_case
 def test_a_model_that_demands_types_is_trained(tiny, tmp_path, always, reuse):
     def trainer(folder, model):
         options = {"max_steps": 2, "report_to": [], "reuse_passes": reuse, "kl_weight": 0.1}
@@ -146,6 +148,7 @@ def test_types_are_given_to_every_forward(tiny, tmp_path):
 
 
 @pytest.mark.parametrize("name", ["qwen2_5_vl", "qwen3_5"])  # the second one is decoded one token at a time
+@pytest.mark.one_case
 def test_text_does_not_see_a_shift_that_a_forward_over_images_left(tiny, name, tmp_path):
     prompts, references = [[5, 6, 7, 8], [9, 10]], [[11, 12, 13], [14, 15, 16, 17]]
     method = "sequential" if name == "qwen3_5" else "fixed_point"

@@ -191,6 +191,7 @@ def spoiled_rows() -> Dataset:
 
 @pytest.mark.parametrize("reuse_passes", [True, False])
 @pytest.mark.parametrize("self_prob", [0.0, 0.5])
+@pytest.mark.each_value
 def test_one_micro_batch_of_several_stops_the_run(tmp_path, self_prob, reuse_passes):
     """With the number of its step, before its gradients are used."""
     data = spoiled_rows().to_list()
@@ -214,6 +215,7 @@ def test_one_micro_batch_of_several_stops_the_run(tmp_path, self_prob, reuse_pas
 
 @pytest.mark.parametrize("direct_weight", [0.0, 1.0])
 @pytest.mark.parametrize("self_prob", [0.0, 0.5])
+@pytest.mark.one_case
 def test_both_losses_of_rac(tmp_path, direct_weight, self_prob):
     trainer = make_rac_trainer(tmp_path, max_steps=3, direct_weight=direct_weight, self_prob=self_prob)
     model = trainer.generator.model
@@ -253,6 +255,7 @@ def trainer_with_eval(tmp_path: Path, broken: set[int]) -> BSSTrainer:
 
 
 @pytest.mark.parametrize("broken", [{1}, {1, 2}, {2, 3}, {1, 2, 3}])
+@pytest.mark.one_case
 def test_an_evaluation_that_is_not_finite_is_told_and_never_the_best(tmp_path, caplog, broken):
     trainer = trainer_with_eval(tmp_path, broken)
     trainer.train()
@@ -293,6 +296,7 @@ def test_answers_that_are_empty_or_never_end(family, token, finished):
 
 @pytest.mark.parametrize(("token", "empty"), [(EOS, 1.0), (7, 0.0)])
 @pytest.mark.parametrize("direct_weight", [0.0, 1.0])
+@pytest.mark.one_case
 def test_rac_on_empty_and_endless_answers(tmp_path, token, empty, direct_weight):
     """An empty answer is shown as such: the cue follows the prompt."""
     model = constant(tiny_model("llama"), token)
@@ -396,6 +400,7 @@ def test_evaluation_counts_tokens_without_a_loss(cli, tmp_path, capsys, caplog):
 
 
 @pytest.mark.parametrize("token", [EOS, 7])
+@pytest.mark.one_case
 def test_rounds_with_such_a_model_train_on(cli, capsys, token):
     """Contexts are as long as the references, whatever the model says."""
     make_constant(cli["model"], token)

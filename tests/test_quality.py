@@ -96,6 +96,7 @@ ONE_OF_A_KIND = list({method.kind: method.name for method in EVERY_METHOD}.value
     [pytest.param(one, marks=[pytest.mark.slow] * (one.name not in ONE_OF_A_KIND)) for one in EVERY_METHOD],
     ids=lambda method: method.name,
 )
+@pytest.mark.one_case
 def test_every_method_trains(method, monkeypatch, tmp_path):
     """Shares are shares; for each kind of method, the same seed gives the same model."""
     monkeypatch.setattr(methods, "cache_dir", lambda: tmp_path)
@@ -165,6 +166,7 @@ def test_a_task_whose_texts_run_out_says_so(monkeypatch):
         TASKS["reverse"].rows(10, seed=0)
 
 
+@pytest.mark.slow
 def test_few_rows_are_seen_again_and_again(monkeypatch):
     counts, rows = [], Task.rows
 
@@ -182,6 +184,7 @@ def test_few_rows_are_seen_again_and_again(monkeypatch):
 
 
 @pytest.mark.parametrize("method", ["BSS", "RAC"])
+@pytest.mark.one_case
 def test_a_learning_curve_leaves_the_training_as_it_is(method, monkeypatch):
     """Weights are equal bit for bit with it and without; its last point is of the trained model."""
     monkeypatch.setattr(Task, "test_rows", 20)

@@ -12,7 +12,7 @@ import pytest
 import torch
 from helpers.contexts import assert_equal, batch
 from helpers.graphs import Launches, recorded_passes
-from models import CONFIGS, tiny_model
+from models import CONFIGS, each_family, tiny_model
 
 from selfgen import ContextGenerator
 from selfgen.context import Masks
@@ -79,6 +79,7 @@ def test_another_budget_and_balance():
     assert mixed.stats.captured == 0
 
 
+@pytest.mark.slow
 def test_other_settings():
     """Each is baked into recordings of its own, and those of others stay."""
     generator = make(tiny_model("llama"))
@@ -101,7 +102,7 @@ def test_other_settings():
     assert got.replayed == got.passes
 
 
-@pytest.mark.parametrize("family", sorted(CONFIGS))
+@each_family()
 def test_confidence_spans_and_a_smaller_vocabulary(family):
     model = tiny_model(family)
     for masks in (Masks(min_reference_prob=0.005), Masks("span", span_length=4.0)):
@@ -283,6 +284,7 @@ def launches_of(family, layers, monkeypatch, generate=contexts):
 
 
 @pytest.mark.parametrize("family", sorted(MOST_LAUNCHES))
+@pytest.mark.one_case
 def test_launches_of_a_pass(family, monkeypatch):
     """As many in every pass, whatever its size."""
     (two,), (four,) = (launches_of(family, layers, monkeypatch) for layers in (2, 4))

@@ -175,6 +175,7 @@ def no_picture(monkeypatch):
 
 
 @pytest.mark.parametrize("fault", ["stopped", "diverged"])
+@pytest.mark.one_case
 def test_a_training_that_is_broken_off_leaves_a_report(arguments, capsys, monkeypatch, no_picture, fault):
     from selfgen.training.bss import BSSTrainer
     from selfgen.training.weights import DivergedError
@@ -200,6 +201,7 @@ def test_a_training_that_is_broken_off_leaves_a_report(arguments, capsys, monkey
     assert report(arguments["output_dir"])["complete"]
 
 
+@pytest.mark.slow
 def test_a_resumed_run_has_all_steps_and_the_first_gap(arguments, capsys, monkeypatch, no_picture):
     options = {**arguments, "report": True, "gap_rows": 2, "save_steps": 2}
     whole = {**options, "output_dir": f"{arguments['output_dir']}-whole"}
@@ -225,6 +227,7 @@ def test_a_resumed_run_has_all_steps_and_the_first_gap(arguments, capsys, monkey
 
 
 @pytest.mark.parametrize("options", [{}, {"self_prob": 0.0}, {"optim": "sgd", "reuse_passes": False}], ids=str)
+@pytest.mark.one_case
 def test_measuring_the_gap_changes_nothing(tmp_path, options):
     """Weights bit for bit, random numbers, modes: of a model with dropout, too, which draws some in training."""
     trained = []

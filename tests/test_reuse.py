@@ -9,7 +9,7 @@ import pytest
 import torch
 import transformers
 from helpers.training import distance, generate, gradients, make_trainer, padded, rows, weights
-from models import ALTERNATING, BASE, CONFIGS, VOCAB, tiny_model
+from models import ALTERNATING, BASE, VOCAB, each_family, tiny_model
 from packaging.version import Version
 from transformers import AutoModelForCausalLM
 
@@ -18,7 +18,7 @@ from selfgen.data import Collator
 from selfgen.training.reuse import reuse_passes
 
 
-@pytest.mark.parametrize("family", sorted(CONFIGS))
+@each_family()
 def test_loss_and_gradients_are_those_of_the_ordinary_step(family):
     if family == "gpt_neox" and Version(transformers.__version__) < Version("5.2"):
         pytest.skip("its layers return tuples before transformers 5.2, so its passes are not reused")
@@ -118,6 +118,7 @@ def trained(tmp_path, name, model=None, **changes):
 
 @pytest.mark.parametrize("changes", [{}, {"context_micro_batches": 1}, {"gradient_checkpointing": True}], ids=str)
 @pytest.mark.filterwarnings("ignore:`gradient_checkpointing` is deprecated")
+@pytest.mark.one_case
 def test_training_with_and_without_reuse_is_the_same(tmp_path, changes):
     trainer, step = trained(tmp_path, "reuse_passes", **changes)
     assert trainer._reuse.on

@@ -90,11 +90,13 @@ def check(folder, make=llama, prepare=lambda trainer: None, **changes) -> None:
 
 
 @pytest.mark.parametrize("count", [1, 2, None])
+@pytest.mark.one_case
 def test_contexts_of_some_micro_batches_at_a_time(tmp_path, count):
     check(tmp_path, gradient_accumulation_steps=3, context_micro_batches=count)
 
 
 @pytest.mark.parametrize("reentrant", [False, True])
+@pytest.mark.one_case
 def test_the_users_checkpointing(tmp_path, reentrant):
     check(
         tmp_path,
@@ -167,6 +169,7 @@ def test_evaluation_between_micro_batches(tmp_path):
 @pytest.mark.parametrize("loss_on", ["all", "after_self"])
 @pytest.mark.parametrize("event", ["on_step_begin", "on_substep_end"])
 @pytest.mark.parametrize("change", [lambda p: p.data.mul_(0.9), lambda p: setattr(p, "data", p.data * 0.9)])
+@pytest.mark.each_value
 def test_a_callback_that_changes_weights_after_the_passes(tmp_path, loss_on, event, change):
     """From the second step on, when reuse has been tried."""
 
@@ -251,6 +254,7 @@ def lora(**settings):
     ],
     ids=str,
 )
+@pytest.mark.each_value
 def test_lora_anywhere(tmp_path, settings, changes):
     check(tmp_path, partial(lora, **settings), **changes)
 
@@ -271,6 +275,7 @@ def eager(**settings):
 
 
 @pytest.mark.parametrize("precision", ["mixed", "whole"])
+@pytest.mark.one_case
 def test_bf16_is_off_by_its_noise(tmp_path, precision):
     """Its noise: how far the ordinary step is from itself with another implementation of attention."""
     how = {"max_steps": 2, "bf16": precision == "mixed"}

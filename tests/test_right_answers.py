@@ -138,6 +138,7 @@ def test_it_counts_as_an_evaluation_does(tmp_path):
 
 @pytest.mark.parametrize(("share", "stay"), [(0.0, 0), (0.2, 0), (0.34, 1), (0.4, 1), (0.5, 2)])
 @pytest.mark.parametrize("direct_weight", [0.0, 0.5])
+@pytest.mark.each_value
 def test_the_share_of_right_answers(tmp_path, share, stay, direct_weight):
     """Corrections that are left out count neither in the loss nor in what it is divided by."""
     trainer = make(tmp_path, right_answer_share=share, direct_weight=direct_weight)
@@ -160,6 +161,7 @@ def test_the_share_of_right_answers(tmp_path, share, stay, direct_weight):
         {"direct_weight": 2.0},
     ],
 )
+@pytest.mark.one_case
 def test_models_that_take_no_count_of_tokens(tmp_path, changes):
     """As Gemma 3's of text and images don't: transformers then takes the mean over each micro-batch, left out or not.
 
@@ -205,6 +207,7 @@ def test_what_is_left_out():
 
 
 @pytest.mark.parametrize("own_answer", ["generated", "mixed"])
+@pytest.mark.one_case
 def test_a_resumed_run_is_the_unbroken_one(tmp_path, own_answer):
     """Weights and log, in the middle of what the log counts."""
     data = [row | {"prompt": f"{row['prompt']} {more}"} for row in OWN_ANSWERS for more in "abc"]
@@ -338,6 +341,7 @@ def _in_two(rank, folder, want):
     assert trainer.measure_corrections(trainer.eval_dataset, 7) == want
 
 
+@pytest.mark.slow
 def test_in_two_processes(tmp_path):
     """They leave out the same, learn the same, and measure what one process measures."""
     data = Dataset.from_list([{"prompt": f"{a} {b}", "completion": "c d"} for a in "abc" for b in "efg"])

@@ -101,6 +101,7 @@ def test_each_round_writes_with_the_model_of_the_round_before(whole):
         ("selfgen.training.rounds.shutil.copytree", 0, 0, 0),  # all but the copy of the last model
     ],
 )
+@pytest.mark.one_case
 def test_killed_rounds_go_on(tmp_path, whole, monkeypatch, target, call, batches, steps):
     with monkeypatch.context() as patch:
         kill_at(patch, target, call)
@@ -186,6 +187,7 @@ def test_a_schedule_goes_from_round_to_round(tmp_path):
     assert [entry["self_prob"] for entry in settings] == [0.2, 0.8]
 
 
+@pytest.mark.slow
 def test_a_function_goes_from_round_to_round(tmp_path):
     run_rounds(tmp_path, max_steps=1, schedule=lambda start, end, progress: 0.3 + 0.4 * progress)
     settings = [read_provenance(tmp_path / f"round-{number}" / "contexts")["settings"] for number in range(2)]
@@ -197,6 +199,7 @@ def test_contexts_under_mixed_precision(tmp_path):
     assert read_provenance(tmp_path / "round-0" / "contexts")["settings"]["precision"] == "bfloat16"
 
 
+@pytest.mark.slow
 def test_the_example_runs_in_rounds(arguments, capsys):
     """``examples/bash.yaml`` as it is, but for the model and the data."""
     data = {"prompt_column": "prompt", "completion_column": "completion"}

@@ -42,6 +42,7 @@ def ends_elsewhere(model, folder, **changes) -> BSSTrainer:
     ],
     ids=str,
 )
+@pytest.mark.each_value
 def test_settings_without_effect_are_left_out(tmp_path, caplog, settings, adapter):
     """The checkpoints are written, and what has an effect stays."""
     model = tiny_model("llama")
@@ -123,6 +124,7 @@ MOE = {
 
 
 @pytest.mark.parametrize("family", MOE)
+@pytest.mark.one_case
 def test_router_logits_are_for_training_only(tmp_path, family):
     """They are left out while contexts and answers are made; the loss of the router stays in training."""
     torch.manual_seed(0)
@@ -143,6 +145,7 @@ def test_router_logits_are_for_training_only(tmp_path, family):
 
 
 @pytest.mark.parametrize("tied", [False, True])
+@pytest.mark.one_case
 def test_adapters_that_train_a_few_tokens(tmp_path, tied):
     """PEFT's trainable_token_indices: contexts are exact, the tokens learn, and the adapter comes back."""
     torch.manual_seed(0)

@@ -43,6 +43,7 @@ def mean_per_token(model, data) -> float:
 
 @pytest.mark.parametrize("self_prob", [0.0, 0.5])
 @pytest.mark.parametrize("size", [1, 2, 4, 9])
+@pytest.mark.each_value
 def test_it_does_not_depend_on_the_batch_size(tmp_path, size, self_prob):
     trainer = trainer_of(tmp_path, per_device_eval_batch_size=size, self_prob=self_prob)
     want = mean_per_token(tiny_model("llama"), uneven())

@@ -82,6 +82,7 @@ def copy_of(trained: Path, folder: Path) -> dict:
 
 @pytest.mark.parametrize("name", STATES)
 @pytest.mark.parametrize("raw", [False, True], ids=["archive", "pickle"])
+@pytest.mark.each_value
 def test_a_checkpoint_with_code_in_it(tmp_path, trained, mark, capsys, name, raw):
     options = copy_of(trained, tmp_path)
     file = tmp_path / "out" / "checkpoint-1" / name

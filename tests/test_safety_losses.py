@@ -157,6 +157,7 @@ def own_loss_model(name: str):
 
 @pytest.mark.parametrize("self_prob", [0.0, 0.5])
 @pytest.mark.parametrize("name", OWN_LOSSES)
+@pytest.mark.each_value
 def test_decoders_that_take_shifted_labels_learn_the_next_token(tmp_path, caplog, name, self_prob):
     """Their own loss compares a position with its own token, which they see: they would learn to repeat it."""
     model = own_loss_model(name)

@@ -261,6 +261,7 @@ def test_options_that_users_change_are_told(run_folder, caplog, change, message)
 
 
 @pytest.mark.parametrize("change", [{"learning_rate": 0.5}, {"weight_decay": 0.5}, {"adam_beta2": 0.5}])
+@pytest.mark.one_case
 def test_what_the_warning_says_has_no_effect_has_none(run_folder, change):
     found = []
     for options in ({}, change):
@@ -349,6 +350,7 @@ def in_epochs(folder, step=None, **options):
 
 @pytest.mark.parametrize("options", [{}, BY_LENGTH, UNSEEDED], ids=["random", "by length", "unseeded"])
 @pytest.mark.parametrize("step", [3, *(pytest.param(step, marks=pytest.mark.slow) for step in (1, 2, 4, 5))])
+@pytest.mark.one_case
 def test_a_run_resumed_in_any_epoch_has_the_order_of_an_unbroken_one(tmp_path, step, options):
     """There are two steps in an epoch."""
     whole = in_epochs(tmp_path / "whole", save_strategy="no", **options)
@@ -372,6 +374,7 @@ def _resume_in_ranks(rank, folder, options):
 
 
 @pytest.mark.parametrize("options", [pytest.param({}, marks=pytest.mark.slow), BY_LENGTH], ids=["random", "by length"])
+@pytest.mark.slow
 def test_the_same_in_two_processes(tmp_path, options):
     in_ranks(_resume_in_ranks, tmp_path, options)
 
@@ -388,6 +391,7 @@ def full_disk(*args, **kwargs):
     ["transformers.Trainer._save", "transformers.Trainer._save_optimizer_and_scheduler", "torch.save",
      "transformers.trainer_callback.TrainerState.save_to_json"],
 )  # fmt: skip
+@pytest.mark.one_case
 def test_a_full_disk_leaves_earlier_checkpoints(tmp_path, monkeypatch, target):
     trainer = make_trainer(tmp_path, **SAVING)
 

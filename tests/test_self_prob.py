@@ -294,6 +294,7 @@ def test_until_the_loss_has_settled_nothing_is_mixed(tmp_path, monkeypatch, capl
 @pytest.mark.parametrize(
     "how", [AUTO, FALLING | {"self_prob_warmup": "settled"}, AUTO | {"target": "teacher_forced"}], ids=str
 )
+@pytest.mark.one_case
 def test_a_model_that_knows_nothing_has_nothing_to_wait_for(tmp_path, caplog, how):
     """Whatever its loss does later; and one that begins a little better than by guessing waits."""
     caplog.set_level("INFO", logger="selfgen")
@@ -407,6 +408,7 @@ SETTLED = {**FALLING, "self_prob_warmup": "settled", "data": EASY, "learning_rat
 
 
 @pytest.mark.parametrize("make", [smoothed, loss_of_users, computed_by_users, loss_of_model, losses_of_routers])
+@pytest.mark.one_case
 def test_nor_does_one_that_is_higher_than_that_of_the_tokens(tmp_path, make):
     taught = make_trainer(tmp_path / "taught", data=EASY, self_prob=0.0, learning_rate=0.03, max_steps=8)
     taught.train()
@@ -524,6 +526,7 @@ def resumed_equals_whole(folder, step, how=AUTO, **options):
         pytest.param(6, {"context_micro_batches": 1, "gradient_accumulation_steps": 4}, marks=pytest.mark.slow),
     ],
 )
+@pytest.mark.one_case
 def test_a_resumed_run_is_the_unbroken_one(tmp_path, monkeypatch, step, options):
     monkeypatch.setattr(self_prob, "settled", lambda losses, least: len(losses) == 4)
     found = resumed_equals_whole(tmp_path, step, **options)
@@ -556,6 +559,7 @@ def test_a_run_after_one_that_was_broken_off_counts_its_own_steps_only(tmp_path)
 
 
 @pytest.mark.parametrize("number", [np.float32, torch.tensor])
+@pytest.mark.one_case
 def test_numbers_of_other_kinds(tmp_path, number):
     """They are none that JSON knows, in which checkpoints have what was counted."""
     saved = {"max_steps": 2, "save_strategy": "steps", "save_steps": 1}
@@ -628,6 +632,7 @@ def test_a_checkpoint_without_what_was_counted(tmp_path, caplog):
     ("content", "fault"),
     [(None, "is missing"), ('{"los', "is broken"), ("[]", "is no JSON object"), ("{}", "lacks losses")],
 )
+@pytest.mark.one_case
 def test_a_checkpoint_whose_counts_are_broken_is_passed_over(tmp_path, caplog, content, fault):
     found = checkpoint(tmp_path, save_steps=1)
     (found / FILE).unlink() if content is None else (found / FILE).write_text(content)
@@ -678,6 +683,7 @@ def _compare_in_ranks(rank, folder):
     compare(rank, folder, ["auto"], 2)
 
 
+@pytest.mark.slow
 def test_two_processes(tmp_path):
     """They have one p, which is that of one process with the rows of both."""
     make_expected(tmp_path, ["auto"], 2)

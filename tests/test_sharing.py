@@ -198,6 +198,7 @@ def make_parts(folder: str, name: str, count: int, slow: int | None, *ready) -> 
     assert all(parts.is_whole(number) for number in range(count))
 
 
+@pytest.mark.slow
 def test_each_part_is_made_once(tmp_path):
     (tmp_path / "parts").mkdir()
     processes = [forked(make_parts, str(tmp_path / "parts"), name, 24, None) for name in "abcd"]
@@ -446,6 +447,7 @@ def rounded(folder: Path, generator: ContextGenerator | None = None, **changes) 
     return write_contexts(generator, rows(16), folder, **given | changes)
 
 
+@pytest.mark.slow
 def test_in_bf16_all_processes_have_the_budget_of_the_first(tmp_path, monkeypatch):
     dead = begun(write_rounded_until_killed, str(tmp_path / "shared"), 1)
     others = [forked(write_rounded, str(tmp_path / "shared"), number) for number in (2, 3)]

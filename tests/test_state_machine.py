@@ -324,6 +324,7 @@ GRAPHS = pytest.mark.parametrize("graphs", [False, True], ids=["plain", "graphs"
 
 @GRAPHS
 @ALL
+@pytest.mark.each_value
 def test_some_cases(family, graphs):
     run(family, graphs, cases=10, examples=3, steps=10)
 

@@ -140,6 +140,7 @@ def test_what_is_dropped_is_named_and_strict_data_ends_it(caplog):
 
 
 @pytest.mark.parametrize("ids", [True, False], ids=["own ids", "hashes"])
+@pytest.mark.one_case
 def test_a_stream_trains_as_rows_in_memory_do(tmp_path, ids):
     """Bit for bit, over an epoch and a half."""
     tokenizer = make_tokenizer(TEMPLATE)
@@ -170,6 +171,7 @@ def shuffled(data=TEXTS[:12], shards=2, seed=7):
 
 @pytest.mark.parametrize("workers", [0, 2])
 @pytest.mark.parametrize("ends", [pytest.param(2, marks=pytest.mark.slow), 6], ids=["first epoch", "third epoch"])
+@pytest.mark.one_case
 def test_a_resumed_run_goes_on_at_the_same_row(tmp_path, workers, ends):
     """Weights bit for bit, with a shuffled stream of twelve rows (less one) that is read several times."""
     data = shuffled([*TEXTS[:5], EMPTY, *TEXTS[6:12]])

@@ -185,6 +185,7 @@ def test_ids_that_both_heads_have():
 @pytest.mark.parametrize("lean", [True, False])
 @pytest.mark.parametrize("row_weights", [None, [1.0, 0.5, 0.0, 0.5]])
 @pytest.mark.parametrize("kind", KINDS[:4])
+@pytest.mark.each_pair
 def test_the_loss_from_a_teacher_is_its_formula(lean, row_weights, kind, monkeypatch):
     """With a teacher of another hidden size, smoothing and a model to stay near, in chunks of which some are short."""
     monkeypatch.setattr(losses, "_CHUNK_BYTES", 1)  # 64 positions
@@ -370,6 +371,7 @@ def expected(found, model, target, weight=0.5, **kind):
 
 @pytest.mark.parametrize("lean", [True, False])
 @pytest.mark.parametrize("kind", [{}, {"divergence": "jsd", "teacher_top_k": 4, "target_weight": 0.7}])
+@pytest.mark.each_value
 def test_a_teacher_that_is_named(tmp_path, lean, kind):
     """Of another hidden size; it is loaded, and learned from under the mixed context."""
     other = llama(seed=5, hidden_size=48)
@@ -521,6 +523,7 @@ def under_the_reference(model):
 
 @pytest.mark.parametrize("lean", [True, False])
 @pytest.mark.parametrize("adapter", [False, True])
+@pytest.mark.each_value
 def test_teacher_forced_is_its_formula(tmp_path, lean, adapter):
     """Where the context so far is the reference, there is nothing else to learn than the reference."""
     model = lora if adapter else llama
@@ -552,6 +555,7 @@ def test_teacher_forced_after_self_tokens(tmp_path):
 @pytest.mark.parametrize(
     "change", [{}, {"lean_loss": True}, {"lean_loss": False}, {"label_smoothing_factor": 0.1}, {"kl_weight": 0.1}]
 )
+@pytest.mark.one_case
 def test_teacher_forced_at_p_zero_is_plain(tmp_path, change):
     runs = [teacher_forced_or_not(tmp_path, target, **change) for target in ("reference", "teacher_forced")]
     assert torch.equal(runs[0][0], runs[1][0])
@@ -576,6 +580,7 @@ def test_before_contexts_are_mixed_it_is_plain_too(tmp_path):
 
 @pytest.mark.parametrize("self_prob", [0.5, 0.0])
 @pytest.mark.parametrize("name", ["dft", "teacher"])
+@pytest.mark.each_value
 def test_a_target_without_a_weight_is_the_reference(tmp_path, name, self_prob):
     """Bit for bit, and no other model is loaded."""
     changes = {"self_prob": self_prob, "max_steps": 3}
@@ -699,6 +704,7 @@ def test_a_lean_run_is_a_plain_one(tmp_path, name):
 
 
 @each("teacher_forced", "privileged")
+@pytest.mark.one_case
 def test_a_resumed_run_is_the_unbroken_one(tmp_path, name):
     saved = {"save_strategy": "steps", "save_steps": 2, "loss_on": "all"}
     whole = one_of_each(tmp_path / "whole", name, **saved, max_steps=4)

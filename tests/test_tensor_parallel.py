@@ -350,6 +350,7 @@ def run_example(rank, folder, arguments):
 
 
 @needs_plans
+@pytest.mark.slow
 def test_example(tmp_path):
     """What examples/launch/tp.sh gives to torchrun."""
     save_model(tmp_path / "model", num_key_value_heads=2)

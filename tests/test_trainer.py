@@ -241,15 +241,16 @@ def test_contexts_under_bf16_autocast_are_made_in_it(tmp_path):
 @pytest.mark.parametrize(
     "options",
     [
+        {"granularity": "span", "self_prob_curve": "rising", "min_reference_prob": 0.008},
         {"granularity": "span", "span_length": 3.0},
         {"granularity": "sequence"},
         {"granularity": "prefix"},
         {"self_prob_curve": "rising"},
         {"min_reference_prob": 0.008},
-        {"granularity": "span", "self_prob_curve": "rising", "min_reference_prob": 0.008},
     ],
     ids=str,
 )
+@pytest.mark.one_case
 def test_masks_of_the_arguments_are_those_of_the_contexts(tmp_path, options):
     """Every kind, with passes reused: what a step trains on is what the sequential loop makes, not that of tokens."""
     trainer = make_trainer(tmp_path, max_steps=1, self_prob=0.6, per_device_train_batch_size=8, **options)
@@ -270,6 +271,7 @@ def test_masks_of_the_arguments_are_those_of_the_contexts(tmp_path, options):
 
 
 @pytest.mark.parametrize("adapter", [False, True])
+@pytest.mark.one_case
 def test_a_model_trained_in_bf16_autocast_makes_contexts_in_it(tmp_path, adapter):
     """Accelerate leaves autocast inside the forward of the model that it prepared: it stays after training.
 

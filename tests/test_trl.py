@@ -189,6 +189,7 @@ def logs_of(trainer):
 
 
 @pytest.mark.parametrize("change", [{}, {"loss_type": "dft"}, {"gradient_checkpointing": False}], ids=str)
+@pytest.mark.one_case
 def test_without_self_tokens_it_is_trl_bit_for_bit(tmp_path, change):
     plain = make(tmp_path / "plain", trainer=trl.SFTTrainer, config=trl.SFTConfig, args=EVALUATED, **change)
     mixed = make(tmp_path / "mixed", self_prob=0.0, args=EVALUATED, **change)
@@ -296,6 +297,7 @@ def test_batches_that_are_refused(tmp_path, change, message):
 
 
 @pytest.mark.parametrize("self_prob", [0.0, 0.5])
+@pytest.mark.one_case
 def test_labels_may_be_the_ids_themselves(tmp_path, self_prob):
     """As in the common batch["labels"] = batch["input_ids"]: references stay in them."""
     rows = [{"text": f"{answer} {prompt} {answer}"[:7]} for prompt, answer in TURNS if len(answer) > 4]
@@ -309,6 +311,7 @@ def test_labels_may_be_the_ids_themselves(tmp_path, self_prob):
 
 @CHATS_ARE_READ
 @pytest.mark.parametrize("self_prob", [0.0, 0.5])
+@pytest.mark.one_case
 def test_steps_that_learn_nothing(tmp_path, self_prob):
     """A data set may have rows without learned tokens, and a step such rows alone."""
     row = {"input_ids": [1, 7, 8, 9, 2], "labels": [-100, -100, 8, 9, -100]}

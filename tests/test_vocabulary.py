@@ -39,6 +39,7 @@ def highest(rows: list[torch.Tensor]) -> int:
 @pytest.mark.parametrize("temperature", [0.0, 1.0])
 @pytest.mark.parametrize("masks", [Masks(), Masks(min_reference_prob=1e-3)], ids=["all", "confident"])
 @pytest.mark.parametrize("family", ["llama", "gpt2"])  # a head of its own, and one that is the embedding
+@pytest.mark.each_value
 def test_contexts_are_those_of_the_model_without_padding(family, masks, temperature):
     options = {"token_budget": 100, "balance": 12, "masks": masks, "temperature": temperature}
     prompts, references, ids = batch(6, longest=20)

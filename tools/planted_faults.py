@@ -150,7 +150,7 @@ FAULTS = [
         TRITON + "passes.py",
         "fits = tl.sum(free_end - begin, 0) <= token_budget",
         "fits = tl.sum(free_end - begin, 0) <= token_budget + 1",
-        ("tests/kernels/test_passes.py::test_plan_of_long_rows[8-triton]",),
+        ("tests/kernels/test_passes.py::test_plan_of_long_rows",),
     ),
     Fault(
         "commit: final one too far after a change",

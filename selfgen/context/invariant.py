@@ -204,22 +204,35 @@ class _Operations(TorchDispatchMode):
         """Whether a number gives alone, or with fewer than fill a vector register, what it gives among many."""
         given = [one for one in args if isinstance(one, Tensor)]
         rest = [one for one in args if not isinstance(one, Tensor)]
-        key = func, repr(rest), repr(kwargs), *(one.dtype for one in given)
+        key = func, repr(rest), repr(kwargs), *((one.dtype, one.device) for one in given)
+
+        def call(*parts: Tensor) -> Tensor:
+            left = iter(parts)
+            return func(*(next(left) if isinstance(one, Tensor) else one for one in args), **kwargs)
+
         if key not in self._by_place:
-            some = [one.expand(result.shape).reshape(-1)[:_CHUNK].clone() for one in given]
-            if len(given) == 1 and given[0].dtype in (*HALF, torch.float32):
-                some = [torch.cat([*some, _numbers(given[0].dtype, given[0].device)])]
-
-            def together(count: int) -> Tensor:
-                results = []
-                for chunks in zip(*(one.split(count) for one in some), strict=True):
-                    parts = iter([chunk.clone() for chunk in chunks])
-                    results.append(func(*(next(parts) if isinstance(one, Tensor) else one for one in args), **kwargs))
-                return torch.cat(results).nan_to_num(7.0)
-
-            want = together(_CHUNK)
-            self._by_place[key] = torch.equal(together(_FEW), want) and torch.equal(together(1), want)
+            own = _gives_the_same(call, [one.expand(result.shape).reshape(-1)[:_CHUNK].clone() for one in given])
+            if own and len(given) == 1 and given[0].dtype in (*HALF, torch.float32):
+                if key not in _OF_NUMBERS:
+                    _OF_NUMBERS[key] = _gives_the_same(call, [_numbers(given[0].dtype, given[0].device)])
+                own = _OF_NUMBERS[key]
+            self._by_place[key] = own
         return self._by_place[key]
+
+
+_OF_NUMBERS: dict[object, bool] = {}
+"""Whether a function gives each of `_numbers` alone what it gives it among others: trying that takes a while."""
+
+
+def _gives_the_same(call: Callable[..., Tensor], some: list[Tensor]) -> bool:
+    """Whether ``call`` gives a number alone, and with few, what it gives among many; ``some`` are arguments, [n]."""
+
+    def together(count: int) -> Tensor:
+        results = [call(*(x.clone() for x in chunks)) for chunks in zip(*(x.split(count) for x in some), strict=True)]
+        return torch.cat(results).nan_to_num(7.0)
+
+    want = together(_CHUNK)
+    return torch.equal(together(_FEW), want) and torch.equal(together(1), want)
 
 
 def check_half(model: PreTrainedModel) -> None:

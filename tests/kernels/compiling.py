@@ -1,7 +1,7 @@
 """What tests of compiled kernels look at, made in one process: prints it as JSON.
 
-quick: reports of `tools.aot` on one configuration of each kernel. specimens: those on kernels with a fault each, for
-SOME_TARGETS. figures: those on one configuration in bf16 of each kernel that streams, for the target that is recorded.
+quick: reports of `tools.aot` on one configuration of each kernel, for SOME_TARGETS. specimens: those on kernels with a
+fault each. figures: those on one configuration in bf16 of each kernel that streams, for the target that is recorded.
 offsets: see `offsets.py`. sizes of a pass: of each argument that changes from pass to pass, whether kernels are never
 specialized on it. atomics: of each kernel that has some, their memory orders, first to last.
 """
@@ -12,7 +12,7 @@ import re
 from importlib import import_module
 
 SOME_TARGETS = ("sm_90", "gfx942")
-"""One of each compiler; the test on the others is a slow one."""
+"""One of each compiler; the tests on the others are slow ones."""
 SIZES = (
     "capacity", "chunks", "first_slot", "num_slots", "places", "queries", "rows", "segments", "size", "slots",
     "token_budget", "tokens",
@@ -59,10 +59,9 @@ def figures():
 if __name__ == "__main__":
     from offsets import all_products
 
-    from selfgen_kernels.backends.triton.configuration import TARGETS
     from tools.aot import compile_all, jobs, shipped_modules
 
-    quick = jobs(shipped_modules(), TARGETS, "", quick=True)
+    quick = jobs(shipped_modules(), SOME_TARGETS, "", quick=True)
     wrong = jobs(["specimens"], SOME_TARGETS, "", quick=False) + jobs(["specimens"], ["sm_80"], "spills", quick=False)
     recorded = figures()
     reports = [dataclasses.asdict(report) for report in compile_all(quick + wrong + recorded, processes=1)]

@@ -68,6 +68,7 @@ def test_a_seed_in_memory_gives_the_same_tokens(backend, seed):
 
 
 @pytest.mark.parametrize("filters", [{}, {"top_k": 30, "top_p": 0.95, "min_p": 1e-3}], ids=["none", "all"])
+@pytest.mark.each_value
 def test_tokens_of_many_rows_are_equal(fast, reference, filters):
     n = INTERPRETED_ROWS if fast.name == "triton" and fast.device == "cpu" else ROWS
     logits = torch.randn(n, V, generator=torch.Generator().manual_seed(6)) * 2

@@ -130,6 +130,7 @@ FEW_CHUNKS = [(1, 33), (0, 5), (12, 70), (0, 0)]
     ],
     ids=str,
 )
+@pytest.mark.each_pair
 def test_agrees_with_dense_attention(attend, dtype, shape, options):
     chunks = CHUNKS
     if interpreted(attend):
@@ -188,6 +189,7 @@ def test_large_logits_do_not_overflow_and_nan_is_not_hidden(attend):
 @pytest.mark.parametrize(
     ("dtype", "head_dim"), [(torch.float32, 16), (torch.bfloat16, 16), (torch.float64, 130)], ids=str
 )
+@pytest.mark.each_pair
 def test_what_is_not_seen_does_no_harm(attend, bad, sliding_window, which, dtype, head_dim):
     """A key or value that is not finite reaches the queries that see it, and no other."""
     query, key, value, *chunks = problem([(12, 45), (5, 5)], heads=6, head_dim=head_dim, dtype=dtype)
@@ -255,6 +257,7 @@ def test_gpu_kernel_never_leaves_the_cache(triton_ops):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64], ids=str)
 @pytest.mark.parametrize("sliding_window", [None, 50])
 @pytest.mark.parametrize("heads", [(9, 3, 64), (4, 4, 20), (5, 5, 80), (8, 1, 128), (6, 1, 256)])
+@pytest.mark.each_pair
 def test_a_query_gives_the_same_bits_in_any_batch(set_threads, dtype, sliding_window, heads):
     """A row of 150 positions: in one chunk, in chunks of odd sizes beside other rows, and one position at a time."""
     length, sizes = 150, (1, 2, 30, 3, 64, 17, 33)
@@ -317,6 +320,7 @@ def test_triton_gives_the_same_bits_in_any_batch(triton_ops, shared_out, dtype, 
 
 @pytest.mark.parametrize("sliding_window", [None, 70])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64], ids=str)
+@pytest.mark.each_value
 def test_triton_gives_the_same_bits_however_segments_are_shared_out(triton_ops, shared_out, dtype, sliding_window):
     """One program for all segments or one for each, only for rows with few of them, and cut into other chunks."""
     shared_out(SEGMENT=64)
@@ -345,6 +349,7 @@ def test_triton_gives_the_same_bits_however_segments_are_shared_out(triton_ops, 
 
 @pytest.mark.parametrize("bad", [torch.nan, torch.inf])
 @pytest.mark.parametrize("column", [3, 300])
+@pytest.mark.each_value
 def test_a_value_that_is_not_finite_is_seen_in_any_part_of_a_wide_head(triton_ops, shared_out, column, bad):
     """In its own columns at least, and the same whether segments are shared out or not."""
     shared_out(SEGMENT=64)

@@ -24,7 +24,20 @@ PUBLIC = [name for name in selfgen_kernels.__all__ if callable(getattr(selfgen_k
 INF, NAN = float("inf"), float("nan")
 
 
-@pytest.fixture(params=CALLS, ids=lambda call: f"{call[0]}-{call[1]}")
+def named(call):
+    return f"{call[0]}-{call[1]}"
+
+
+def calls(which=CALLS, fast=CALLS):
+    """A parameter `example` of the calls `which`; those of them that are not in `fast` are slow."""
+    params = [pytest.param(call, marks=() if call in fast else pytest.mark.slow) for call in which]
+    return pytest.mark.parametrize("example", params, ids=map(named, which), indirect=True)
+
+
+ONE_OF_EACH = [(name, len(some) - 1) for name, some in EXAMPLES.items()]  # the last one is said the most about
+
+
+@pytest.fixture(params=CALLS, ids=named)
 def example(request):
     """A name and arguments that nobody else writes to."""
     torch.compiler.reset()  # or too many examples would be variants of one function to it
@@ -55,6 +68,7 @@ def test_opcheck(example):
         torch.library.opcheck(func, args)
 
 
+@calls(fast=ONE_OF_EACH)
 def test_compiles_as_one_graph(example):
     check_compiled(*example, dynamic=False)
 
@@ -84,18 +98,15 @@ ROWS = (
 
 
 OF_ROWS = [(name, i) for name, i in CALLS if "sample_ids" in EXAMPLES[name][i] and name != "combine_shards"]
-ids_of_calls = {"ids": lambda call: f"{call[0]}-{call[1]}"}
 
 
-@pytest.mark.parametrize(
-    "example", [call for call in CALLS if call not in OF_ROWS or call[1] == 1], **ids_of_calls, indirect=True
-)
+@calls([call for call in CALLS if call not in OF_ROWS or call[1] == 1], fast=ONE_OF_EACH)
 def test_compiles_as_one_dynamic_graph(example):
-    """One of each op of rows: the next test has them all."""
+    """At most one of each op of rows: the next test has them all."""
     check_compiled(*example, dynamic=True)
 
 
-@pytest.mark.parametrize("example", OF_ROWS, **ids_of_calls, indirect=True)
+@calls(OF_ROWS, fast=ONE_OF_EACH)
 def test_a_few_dynamic_graphs_serve_any_number_of_rows(example):
     """Symbolic sizes and seeds: a size equal to another number, or a sign, may add one graph or two, batches do not."""
     name, arguments = example
@@ -117,6 +128,7 @@ def test_compiles_with_inductor(example):
     assert_equal(torch.compile(call, fullgraph=True)(name, **copied(arguments)), call(name, **copied(arguments)))
 
 
+@calls(fast=ONE_OF_EACH)
 def test_inference_mode(example):
     name, arguments = example
     want = call(name, **copied(arguments))
@@ -149,6 +161,7 @@ def test_values_are_visible_where_they_are_plain():
 
 
 @pytest.mark.parametrize("inside", [True, False])
+@pytest.mark.each_value
 def test_fake_tensors(example, inside):
     name, arguments = example
     want = meta_of(call(name, **copied(arguments)))
@@ -161,6 +174,7 @@ def test_fake_tensors(example, inside):
 
 @pytest.mark.parametrize("pre_dispatch", [False, True])
 @pytest.mark.parametrize("tracing_mode", ["real", "fake", "symbolic"])
+@pytest.mark.each_value
 def test_make_fx(example, tracing_mode, pre_dispatch):
     name, arguments = example
     want_arguments = copied(arguments)
@@ -236,6 +250,7 @@ def resized(name, arguments):
     return arguments | other[name]
 
 
+@calls(fast=ONE_OF_EACH)
 def test_export_with_a_dynamic_batch(example):
     name, arguments = example
     names, _, _ = split(arguments)
@@ -260,6 +275,7 @@ WRITTEN = ("key_cache", "value_cache", "tokens", "final", "status")
 
 
 @pytest.mark.parametrize("dim", [0, -1])
+@pytest.mark.each_value
 def test_vmap_gives_what_call_after_call_gives(example, dim):
     """Over each argument alone, and what is written to with it."""
     name, arguments = example
@@ -282,12 +298,7 @@ def test_vmap_gives_what_call_after_call_gives(example, dim):
                 assert torch.equal(pairs[n].select(at, i), calls[i][n])
 
 
-@pytest.mark.parametrize(
-    "example",
-    [call for call in CALLS if {*EXAMPLES[call[0]][call[1]]} & {"key_cache", "tokens", "status"}],
-    ids=lambda call: f"{call[0]}-{call[1]}",
-    indirect=True,
-)
+@calls([call for call in CALLS if {*EXAMPLES[call[0]][call[1]]} & {"key_cache", "tokens", "status"}])
 def test_vmap_does_not_write_to_one_tensor_from_many_calls(example):
     name, arguments = example
     mapped = {"kv_append": "key", "rotary_append": "key", "commit_pass": "sampled"}.get(name, "reference")
@@ -296,6 +307,7 @@ def test_vmap_does_not_write_to_one_tensor_from_many_calls(example):
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.each_value
 def test_autocast_changes_the_product_of_a_head_and_nothing_else(example, dtype):
     name, arguments = example
     lowered = copied(arguments)

@@ -146,6 +146,7 @@ def assert_same_candidates(head, got, want):
     ("n", "width", "vocab_size"), [(0, 4, 9), (1, 1, 1), (3, 0, 70), (7, 5, 300), (40, 67, 77), (150, 600, 130)]
 )
 @pytest.mark.parametrize("plain", [True, False])
+@pytest.mark.each_pair
 def test_tokens_are_those_of_the_reference(dtype, n, width, vocab_size, plain):
     settings = {"bias": False, "softcap": None, "logit_scale": 1.0} if plain else {}
     head = a_head(n, width, vocab_size, dtype, **settings)
@@ -245,6 +246,7 @@ def assert_same_as_its_logits(hidden, weight, rows):
 
 @pytest.mark.parametrize("order", ORDERS)
 @pytest.mark.parametrize("n", [1, 5, 48, 150])
+@pytest.mark.each_value
 def test_filtered_rows_are_drawn_as_from_their_logits(n, order):
     """Any filters in any row, from one token kept to all but one or all."""
     vocab_size, generator = 9001, torch.Generator().manual_seed(n)

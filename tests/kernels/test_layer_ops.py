@@ -110,11 +110,14 @@ def to_append(dtype, of_cos, head_dim, of_cache):
 
 @pytest.mark.parametrize("backend", [_TRITON])
 @pytest.mark.parametrize("keep_dtype", [False, True])
-def test_rotary_append_is_equal(keep_dtype, backend):
+@pytest.mark.parametrize("of_cache", DTYPES, ids=str)
+@pytest.mark.parametrize("gaps", [False, True], ids=["dense", "gaps"])
+@pytest.mark.each_value
+def test_rotary_append_is_equal(gaps, of_cache, keep_dtype, backend):
     pytest.importorskip("triton")
     from selfgen_kernels.backends.triton import rotary as kernels
 
-    for (*case, size), of_cache, gaps in itertools.product(CASES, DTYPES, (False, True)):
+    for *case, size in CASES:
         if size == 20 or not gaps:
             given = to_append(*case, size, of_cache)
             caches = torch.zeros(9, 2, size, 2, dtype=of_cache).unbind(-1) if gaps else [x.clone() for x in given[:2]]

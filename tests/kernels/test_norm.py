@@ -72,6 +72,7 @@ def adversarial(width, dtype):
 
 @pytest.mark.parametrize("form", FORMS)
 @pytest.mark.parametrize("width", [1, 2, 63, 64, 100, 576, 1031])
+@pytest.mark.each_pair
 def test_backends_are_equal(fast, reference, width, form):
     for dtype, of_weight in itertools.product(DTYPES, DTYPES):
         x, weight = adversarial(width, dtype), normal(width, seed=1).to(of_weight)
@@ -91,6 +92,7 @@ def test_backends_are_equal_on_wide_rows(fast, reference, width):
 
 @pytest.mark.parametrize("form", FORMS)
 @pytest.mark.parametrize("width", [1, 63, 576, 1031])
+@pytest.mark.each_pair
 def test_a_sum_and_its_norm_are_those_of_two_ops(backend, width, form):
     """Of any two dtypes; sums overflow, vanish and are not finite, too."""
     for dtype, of_residual, of_weight in itertools.product(DTYPES, DTYPES, DTYPES[:2]):

@@ -195,7 +195,9 @@ def test_rows_whose_state_is_in_memory_are_planned_without_it_on_amds_gpus(fast,
 
 @pytest.mark.parametrize("fast", [_TRITON], indirect=True)
 @pytest.mark.parametrize("scan", [8, None])
-def test_plan_of_long_rows(fast, scan, monkeypatch):
+@pytest.mark.parametrize("least", [None, -0.7, -1e-7, -3.0])
+@pytest.mark.each_value
+def test_plan_of_long_rows(fast, least, scan, monkeypatch):
     """Rows of several scans: with budgets that bind and that don't, and sums that end a window or never do."""
     if scan:
         monkeypatch.setattr(fast.ops, "SCAN", scan)
@@ -207,12 +209,11 @@ def test_plan_of_long_rows(fast, scan, monkeypatch):
         for final in (starts, (starts + 5).minimum(torch.tensor(sizes).cumsum(0) - 1)):
             args = final, starts, next_self, log_chance
             whole = int(reference.plan_pass(*args, sum(sizes))[1][-1])
-            for least in (None, -0.7, -1e-7, -3.0):
-                limits = None if least is None else torch.full((len(sizes),), least)
-                for token_budget in {1, 7, max(1, whole - 1), max(1, whole), sum(sizes)}:
-                    got = fast.plan_pass(*args, token_budget=token_budget, least_log_chance=limits)
-                    want = reference.plan_pass(*args, token_budget, limits)
-                    assert all(torch.equal(ours, theirs) for ours, theirs in zip(got, want, strict=True))
+            limits = None if least is None else torch.full((len(sizes),), least)
+            for token_budget in {1, 7, max(1, whole - 1), max(1, whole), sum(sizes)}:
+                got = fast.plan_pass(*args, token_budget=token_budget, least_log_chance=limits)
+                want = reference.plan_pass(*args, token_budget, limits)
+                assert all(torch.equal(ours, theirs) for ours, theirs in zip(got, want, strict=True))
 
 
 @INTERPRETER_ONLY

@@ -22,6 +22,7 @@ def assert_close(got, want):
 
 @pytest.mark.parametrize("dtype", FLOATS)
 @pytest.mark.parametrize("vocab_size", [1, 2, 63, 64, 65, 8192, 8193, 40_000])
+@pytest.mark.each_pair
 def test_any_dtype_and_vocabulary_size(backend, vocab_size, dtype):
     logits = random_logits(6, vocab_size, dtype)
     logits[1] += 50  # the maximum is subtracted

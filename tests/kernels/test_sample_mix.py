@@ -29,6 +29,7 @@ def draw(logits, **kwargs):
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("filters", FILTERS, ids=lambda f: "+".join(f) or "none")
+@pytest.mark.each_pair
 def test_backends_agree(fast, reference, dtype, filters):
     n = 5 if fast.name == "triton" and fast.device == "cpu" else 200
     logits = random_logits(n, 3001, dtype)
@@ -54,8 +55,9 @@ def test_any_vocabulary_size(backend, reference, vocab_size):
 @pytest.mark.parametrize("fast", [_TRITON], indirect=True)
 @pytest.mark.parametrize(
     ("span", "part", "block", "step"),
-    [(4, 64, 64, 2), (64, 2048, 2048, 16), pytest.param(16, 128, 256, 4, marks=pytest.mark.slow)],
+    [(64, 2048, 2048, 16), (4, 64, 64, 2), pytest.param(16, 128, 256, 4, marks=pytest.mark.slow)],
 )
+@pytest.mark.one_case
 def test_sizes_of_tiles_do_not_matter(fast, reference, span, part, block, step, monkeypatch):
     from selfgen_kernels.backends.triton import filters, sampling
 

@@ -56,7 +56,7 @@ def all_faults(reports):
 def test_some_configurations_of_every_kernel(compiled):
     reports = compiled["quick"]
     assert all_faults(reports) == []
-    assert {report["target"] for report in reports} == set(TARGETS)
+    assert {report["target"] for report in reports} == set(SOME_TARGETS)
 
 
 def test_no_kernel_has_become_dearer(compiled):

@@ -117,6 +117,7 @@ def test_a_reference_outside_of_the_vocabulary_has_no_probability(outside):
 
 @pytest.mark.parametrize(("first_id", "size"), SHARDS)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.each_value
 def test_candidates_of_a_shard_are_those_of_the_reference(first_id, size, dtype):
     for settings in ({}, PLAIN):
         assert_same_candidates(a_head(9, 3, size, dtype, **settings), first_id, rows_of(9))
@@ -126,7 +127,8 @@ def test_no_rows_in_a_shard():
     assert_same_candidates(a_head(0, 3, 70), 0, rows_of(0))
 
 
-@pytest.mark.parametrize("tile", [(16, 64, 16), (32, 128, 32), (64, 256, 16)])
+@pytest.mark.parametrize("tile", [(32, 128, 32), (16, 64, 16), (64, 256, 16)])
+@pytest.mark.one_case
 def test_tiles_do_not_matter(tile, monkeypatch):
     from selfgen_kernels.backends.triton import products
 
@@ -163,6 +165,7 @@ def in_chunks(monkeypatch):
 
 @pytest.mark.parametrize("settings", [{}, PLAIN], ids=["all", "plain"])
 @pytest.mark.parametrize("vocab_size", [1, 130, 4200])  # of the last, a chunk is two spans
+@pytest.mark.each_value
 def test_an_eighth_of_the_logits_at_a_time(in_chunks, settings, vocab_size):
     """Of what torch's product gives, the chunks are of no matter."""
     head = a_head(8, 5, vocab_size, torch.bfloat16, **settings)
@@ -250,6 +253,7 @@ def check_bad_logits(bad, where, n):
 
 @pytest.mark.parametrize("filters", [{"top_k": 3}, {"top_p": 0.5}, {"min_p": 0.2}], ids=lambda f: "+".join(f))
 @pytest.mark.parametrize(("n", "dtype", "how"), [(1, torch.float32, {}), (17, torch.bfloat16, PLAIN)])
+@pytest.mark.each_value
 def test_filtered_tokens_are_those_of_the_reference(monkeypatch, filters, n, dtype, how):
     """A few rows at a time, at least n / 8, or all at once; bf16 has fewer bits to search."""
     from selfgen_kernels.backends.triton import head
@@ -276,6 +280,7 @@ def test_filtered_tokens_are_those_of_the_reference(monkeypatch, filters, n, dty
      {"min_p": 0.05}, {"min_p": 1.0}, {"top_k": 50, "top_p": 0.9, "min_p": 0.02}],
     ids=lambda f: "+".join(f"{name}={value}" for name, value in f.items()),
 )  # fmt: skip
+@pytest.mark.each_value
 def test_cutoffs_are_those_of_the_reference(dtype, vocab_size, filters):
     from selfgen_kernels.backends.triton.filters import filter_cutoff
 

@@ -51,6 +51,7 @@ def in_triton(*args):
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("inv_temperature", [1.0, INF])
 @pytest.mark.parametrize("with_bias", [False, True])
+@pytest.mark.each_value
 def test_logits_are_rounded_as_those_of_the_reference(dtype, inv_temperature, with_bias):
     """To the head's dtype, after the bias."""
     n, vocab_size = 64, 256

@@ -155,6 +155,7 @@ def test_a_few(name):
 
 
 @pytest.mark.parametrize("name", sorted(FAST_MULTIMODAL))
+@pytest.mark.one_case
 def test_a_few_that_see(name):
     if name not in multimodal_families():
         pytest.skip("not in this version of transformers")

@@ -323,7 +323,7 @@ def test_answers_are_not_added_to_other_files(options, capsys):
     own = flags(options["generate"] | {"output_file": options["generate"]["dataset"]})
     assert "selfgen did not write" in refused(["generate", *own], capsys)
     folder = flags(options["generate"] | {"output_file": file.parent})
-    assert f"{file.parent} is a folder" in refused(["generate", *folder], capsys)
+    assert f"{file.parent}', which is a folder" in refused(["generate", *folder], capsys)
 
 
 def test_broken_journals_are_named(options, capsys):

@@ -507,7 +507,7 @@ def test_a_killed_evaluation_goes_on(arguments, capsys):
         ({"seed": 1}, "gap.jsonl holds rows that were made with other settings (seed was 0, is 1)"),
         ({"max_new_tokens": 9}, "(max_new_tokens was 8, is 9)"),
         ({"temperature": 0.5}, "(temperature was 0.0, is 0.5)"),
-        ({"limit": 3}, "(limit was None, is 3; rows was"),
+        ({"limit": 3}, "(limit was None, is 3)"),
         ({"self_prob": 0.5}, "gap.jsonl holds rows that were made with other settings (self_prob was 0.25, is 0.5)"),
     ],
 )

@@ -343,7 +343,7 @@ def _of_weights(name: str) -> Iterator[Finding]:
     from ..training.losses import why_not_lean
     from .options import ModelArguments, device
 
-    model = ModelArguments(name).load()[0].to(device(use_cpu=False))
+    model = ModelArguments(name).load_model().to(device(use_cpu=False))
     yield from _looked_at(model)
     try:
         generator = ContextGenerator(model)

@@ -41,7 +41,7 @@ from ..files import alone, check_folder, write_json, writing
 from ..provenance import differences, rows_hash, versions, weights_hash
 from ..sharing import in_turn, is_first, let_first_speak, rounding
 from .answers import answer_rows, is_empty, tell_of_answers
-from .journal import NAMES, Journal, read
+from .journal import NAMES, Journal, check_known, read
 from .options import (
     ROWS,
     DataArguments,
@@ -99,7 +99,12 @@ class EvalArguments:
         },
     )
     self_prob: float = field(
-        default=0.25, metadata={"help": "Probability that a token of a mixed context is a self token, in [0, 1]."}
+        default=0.25,
+        metadata={
+            "help": "Probability that a token of a mixed context is a self token, in [0, 1]. The default is above that "
+            "of contexts to train on, 0.1, as more self tokens are measured on fewer rows; one value for models that "
+            "are compared."
+        },
     )
     gap_rows: int = field(
         default=256,
@@ -214,36 +219,35 @@ def evaluate(
         rouge("", "")  # a missing package shows here, not after hours
     if data.assistant_turns != "last":
         raise ValueError("assistant_turns=all is for training: the answer that is evaluated is the last turn")
+    made = {name: {key: getattr(how, key) for key in keys} for name, keys in _SETTINGS.items()}
+    what = asdict(model_arguments) | asdict(data) | {"limit": how.limit, "noise_version": NOISE_VERSION}
+    folder = Path(how.output_dir)
+    before = _results(folder)
+    for name in how.files:
+        check_known(folder / f"{name}.jsonl", what | made[name])
+    tokenizer = model_arguments.load_tokenizer()
     with in_turn():
         dataset = data.load()
-    model, tokenizer = model_arguments.load()
-    vocab_size = unpadded_vocab_size(model, tokenizer)
-    model.to(device(how.use_cpu))
-    with in_turn():
         rows, report = data.tokenize(dataset.select(range(min(how.limit or len(dataset), len(dataset)))), tokenizer)
     if is_first():
         logger.log(report.level, "data: %s", report)
-    limit = max_positions(model)
-    if limit is not None and data.max_length is not None and data.max_length > limit:
-        raise ValueError(f"max_length is {data.max_length}, but the model has {limit} positions")
     if report.truncated and {"answers", "corrections"} & set(how.files):
         raise ValueError(
             f"{report.truncated} reference answers do not fit into max_length={data.max_length}, so that "
             "answers can't be compared with their ends; give a larger --max-length, or measure only gap, loss and curve"
         )
-
-    what = asdict(model_arguments) | asdict(data) | {"limit": how.limit}
-    what |= {"weights": weights_hash(model), "rows": rows_hash(rows), "vocab_size": vocab_size}
-    what["noise_version"] = NOISE_VERSION
-    made = {name: {key: getattr(how, key) for key in keys} for name, keys in _SETTINGS.items()}
-    folder = Path(how.output_dir)
-    before = _results(folder)
-    # All of them first, so that an error shows before hours of work.
-    journals = {name: Journal(folder / f"{name}.jsonl", what | made[name]) for name in how.files}
+    model = model_arguments.load_model().to(device(how.use_cpu))
+    vocab_size = unpadded_vocab_size(model, tokenizer)
+    limit = max_positions(model)
+    if limit is not None and data.max_length is not None and data.max_length > limit:
+        raise ValueError(f"max_length is {data.max_length}, but the model has {limit} positions")
 
     made_with: dict[str, Any] = {"vocab_size": vocab_size, "precision": how.context_precision}
     free = ContextGenerator(model, temperature=how.temperature, **made_with)
     mixing = ContextGenerator(model, temperature=how.sampling_temperature, **made_with)
+    if {"gap", "losses"} & set(how.files):
+        longest = max(len(row["prompt_ids"]) + len(row["answer_ids"]) for row in rows)
+        mixing.check_method(how.context_method, longest)  # before anything is written
     greedy = free if how.temperature == 0 else greedy_of(free)
     made_by: dict[str, tuple[ContextGenerator, int, Method | None, Callable[[list[dict]], list[dict]]]] = {
         "gap": (mixing, how.batch_size or 8, how.context_method, partial(gaps, mixing, greedy, tokenizer, data, how)),
@@ -251,6 +255,9 @@ def evaluate(
         "corrections": (free, how.batch_size or 32, None, partial(corrections, free, tokenizer, data, how)),
         "losses": (mixing, how.batch_size or 8, how.context_method, partial(losses, mixing, how)),
     }
+    what |= {"weights": weights_hash(model), "rows": rows_hash(rows), "vocab_size": vocab_size}
+    # All of them first, so that an error shows before hours of work.
+    journals = {name: Journal(folder / f"{name}.jsonl", what | made[name]) for name in how.files}
     for name, journal in journals.items():
         generator, batch_size, method, make = made_by[name]
         agree = partial(rounding, generator=generator, batch_size=batch_size, method=method)

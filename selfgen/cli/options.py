@@ -45,7 +45,10 @@ class ModelArguments:
     model: str = field(metadata={"help": "Model: a folder, or a name on the Hugging Face hub. Required."})
     dtype: str = field(
         default="auto",
-        metadata={"help": "Dtype of the weights: auto (that of the checkpoint), float32, bfloat16 or float16."},
+        metadata={
+            "help": "Dtype of the weights: auto (that of the checkpoint), float32, bfloat16 or float16. selfgen train "
+            "has another default, float32: half precision is enough to run a model, but rounds small updates away."
+        },
     )
     attn_implementation: str | None = field(
         default=None,
@@ -67,11 +70,10 @@ class ModelArguments:
         if self.dtype not in DTYPES:
             raise ValueError(f"dtype is {self.dtype!r}; accepted: {', '.join(DTYPES)}")
 
-    def load(self) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
-        tokenizer = self.load_tokenizer()
+    def load_model(self) -> PreTrainedModel:
         options = {"dtype": self.dtype, "attn_implementation": self.attn_implementation}
         hub = {"revision": self.revision, "trust_remote_code": self.trust_remote_code}
-        return self._from_pretrained(auto_class_of(self.model, **hub), **options, **self.split()), tokenizer
+        return self._from_pretrained(auto_class_of(self.model, **hub), **options, **self.split())
 
     def split(self) -> dict[str, Any]:
         """How weights are split over processes as they are loaded; each has all of them, here."""

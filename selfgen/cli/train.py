@@ -16,11 +16,11 @@ from datasets import Dataset, IterableDataset
 from transformers import PreTrainedModel, TrainerState, TrainingArguments
 
 from ..context import UnsupportedModelError
-from ..context.models import unpadded_vocab_size
+from ..context.models import check_there, unpadded_vocab_size
 from ..data import DataError, RowOptions, load_rows
 from ..files import check_folder
 from ..sharing import is_first, let_first_speak, no_bars
-from ..stored_contexts import CONTEXT_COLUMNS, OfflineError
+from ..stored_contexts import CONTEXT_COLUMNS, OfflineError, load_contexts
 from ..training.bash import BASHTrainer
 from ..training.bss import BSSTrainer
 from ..training.checkpoints import ResumeError, check_resumed, output_of, resumed_checkpoint
@@ -267,6 +267,7 @@ def run(arguments: list[str]) -> int:
             options = parse(_parser(config_class, everything=wants_everything(arguments)), arguments, of_rac)
             method, config, report = options[2:]
             method.check(options[1])
+            config.check_evaluation(bool(options[1].eval_dataset or options[1].eval_split))
             config.disable_tqdm = config.disable_tqdm or not sys.stderr.isatty()  # bars tear lines of a file apart
             if config.disable_tqdm:
                 stack.enter_context(no_bars())
@@ -329,15 +330,17 @@ def _prepare(
         _warn_of_what_has_no_effect(config, method.contexts)
     if data.streaming:
         check_stream(config)
+    _check_models(model_arguments, config)
     logger.info("reading the data")
-    train_rows, eval_rows = data.load()
+    train_rows, eval_rows = _rows(data, config)
+    stored = load_contexts(method.contexts) if method.contexts else None
     logger.info("loading the model %s", model_arguments.model)
-    model, tokenizer = model_arguments.load()
+    tokenizer, model = model_arguments.load_tokenizer(), model_arguments.load_model()
     logger.info("tokenizing the data, and checking what the model computes")
     trainer = TRAINERS[method.method](
         model,
         config,
-        train_dataset=method.contexts or train_rows,
+        train_dataset=train_rows if stored is None else stored,
         eval_dataset=eval_rows,
         processing_class=tokenizer,
         trust_remote_code=model_arguments.trust_remote_code,
@@ -366,6 +369,27 @@ def _prepare(
                 _write_report(config, command, trainer.state)
 
     return train
+
+
+def _check_models(model_arguments: TrainedModelArguments, config: BSSConfig) -> None:
+    """Raise FileNotFoundError if a model that is asked for can't be there."""
+    check_there(model_arguments.model, model_arguments.revision)
+    for other in filter(None, (config.kl_model, config.teacher_model)):
+        check_there(other)
+
+
+def _rows(data: TrainingData, config: BSSConfig) -> tuple[Dataset | IterableDataset | None, ...]:
+    """Rows to train and to evaluate on, which have the columns that ``config`` names."""
+    train_rows, eval_rows = data.load()
+    for name, rows in (("train", train_rows), ("eval", eval_rows)):
+        if rows is not None:
+            try:
+                config.check_columns(rows)
+            except DataError as error:
+                raise DataError(f"{name} data: {error}") from error
+    if train_rows is not None and isinstance(config, RACConfig):
+        config.check_own_answers(train_rows)
+    return train_rows, eval_rows
 
 
 def _write_report(config: BSSConfig, command: str, state: TrainerState | None = None) -> None:
@@ -397,12 +421,13 @@ def _prepare_rounds(
     config: BSSConfig,
     _: ReportArguments,
 ) -> Callable[[], None]:
-    train_rows, eval_rows = data.load()
+    _check_models(model_arguments, config)
+    train_rows, eval_rows = _rows(data, config)
     tokenizer = model_arguments.load_tokenizer()
 
     def load(name: str) -> PreTrainedModel:
         try:
-            model = replace(model_arguments, model=name).load()[0]
+            model = replace(model_arguments, model=name).load_model()
             unpadded_vocab_size(model, tokenizer)  # checks that each token has a row
             return model
         except (OSError, ValueError) as error:

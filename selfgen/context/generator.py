@@ -520,6 +520,15 @@ class ContextGenerator:
             verification.check_dtypes()
             verification.check_causal(longest_row, in_training=in_training)
 
+    def check_method(self, method: Method, longest_row: int) -> None:
+        """Raise UnsupportedModelError if ``method`` can't make contexts of rows of up to ``longest_row`` tokens."""
+        if method == "sequential" and self._invariant is None:
+            self.check_causal(longest_row)
+            return
+        support = inspect_model(self.model, longest_row)
+        with self.computing():
+            self._check_ragged(support, longest_row)
+
     def _runs_ragged(self, longest_row: int = 0) -> bool:
         try:
             self._verification.check_ragged(longest_row)

@@ -1,0 +1,141 @@
+"""What newcomers stumbled over: it is refused before weights are loaded, leaves nothing, and says what to do."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import transformers as t
+from datasets import Dataset
+from helpers.cli import flags, refused, run
+from helpers.data import WORDS, make_tokenizer, write_jsonl
+
+from selfgen.data import DataError, RowOptions
+
+COMMANDS = ("train", "contexts", "generate", "eval", "inspect")
+
+
+@pytest.fixture
+def options(arguments) -> dict[str, dict]:
+    """Few and quick arguments of each command, by its name; what it writes is in a folder that is not there."""
+    common = {name: arguments[name] for name in ("model", "dataset", "max_length", "use_cpu")}
+    out = Path(arguments["output_dir"]) / "deep"
+    return {
+        "train": arguments | {"output_dir": out, "max_steps": 1},
+        "contexts": common | {"output_dir": out},
+        "generate": common | {"output_file": out / "answers.jsonl", "max_new_tokens": 2},
+        "eval": common | {"output_dir": out, "metrics": "loss", "limit": 4},
+        "inspect": common | {"output_file": out / "inspect.html", "max_new_tokens": 2},
+    }
+
+
+@pytest.fixture
+def no_weights(monkeypatch):
+    """Weights must not be loaded."""
+    monkeypatch.setattr("selfgen.cli.options.auto_class_of", lambda *_, **__: pytest.fail("loads weights"))
+
+
+def refused_at_once(command: str, given: dict, capsys, said: bool = False) -> str:
+    """The line of the error; nothing is left where the output should go."""
+    line = refused([command, *flags(given)], capsys, said)
+    place = Path(given.get("output_dir") or given["output_file"]).parents
+    assert not any(one.name == "out" and one.exists() for one in place)
+    return line
+
+
+def write_rows(folder: Path, *columns: str) -> Path:
+    write_jsonl(folder / "rows.jsonl", [dict.fromkeys(columns, "a") for _ in range(4)])
+    return folder / "rows.jsonl"
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_columns_are_looked_for_before_weights_are_loaded(options, no_weights, command, tmp_path, capsys):
+    rows = write_rows(tmp_path, "question", "answer")
+    line = refused_at_once(command, options[command] | {"dataset": rows}, capsys)
+    assert "the data set has the columns question, answer, but no 'prompt' (prompt_column)" in line
+    assert line.endswith(
+        f"give --prompt-column question{'' if command == 'generate' else ' --completion-column answer'}"
+    )
+
+
+@pytest.mark.parametrize(
+    ("columns", "given", "said"),
+    [
+        (["prompt", "answer"], {}, "no 'completion' (completion_column) of texts"),
+        (["prompt", "answer"], {}, "give --completion-column answer"),
+        (
+            ["question", "answer"],
+            {"prompt_column": "asked"},
+            "give --prompt-column question --completion-column answer",
+        ),
+        (["id", "conversations"], {}, "to read another column as such, give --messages-column conversations"),
+        (["one", "two"], {"prompt_column": "a", "completion_column": "b"}, "no 'a' (prompt_column) and no 'b' "),
+        (["one", "two"], {}, "by --prompt-column NAME --completion-column NAME, or by --messages-column NAME"),
+        (["prompt", "two"], {}, "by --completion-column NAME, or by --messages-column NAME"),
+    ],
+)
+def test_the_error_of_columns_says_what_to_give(columns, given, said):
+    rows = Dataset.from_list([dict.fromkeys(columns, "a")])
+    with pytest.raises(DataError) as error:
+        RowOptions(**given).check_columns(rows)
+    assert f"the columns {', '.join(columns)}" in str(error.value)
+    assert said in str(error.value)
+    assert not any(f"{name.replace('_', '-')} {value}" in str(error.value) for name, value in given.items())
+
+
+@pytest.mark.parametrize(
+    ("more", "said"),
+    [
+        ({"eval_strategy": "steps"}, "there is no evaluation data"),
+        ({"eval_dataset": "{rows}"}, "eval data: the data set has the columns one"),
+        ({"eval_dataset": "nowhere.jsonl"}, "nowhere.jsonl"),
+        ({"kl_model": "nowhere/at/all", "kl_weight": 1}, "there is no folder 'nowhere/at/all'"),
+        (
+            {"method": "rac", "own_answer": "column"},
+            "no column 'own_answer' with own answers (it has prompt, completion)",
+        ),
+        ({"method": "bash", "eval_dataset": "{rows}"}, "eval data: the data set has the columns one"),
+        ({"method": "bash", "contexts": "nowhere", "dataset": None}, "nowhere"),
+    ],
+)
+def test_what_training_lacks_is_told_before_weights_are_loaded(options, no_weights, more, said, tmp_path, capsys):
+    rows = write_rows(tmp_path, "one")
+    more = {name: rows if value == "{rows}" else value for name, value in more.items()}
+    given = {name: value for name, value in (options["train"] | more).items() if value is not None}
+    assert said in refused_at_once("train", given, capsys)
+
+
+@pytest.mark.parametrize(
+    ("command", "file", "said"),
+    [
+        ("generate", "answers.jsonl", "selfgen did not write"),
+        ("eval", "losses.jsonl", "selfgen did not write"),
+        ("eval", "results.json", "selfgen eval did not write"),
+        ("generate", "answers.jsonl/", "is a folder"),
+        ("inspect", "inspect.html", "selfgen inspect did not write"),
+    ],
+)
+def test_other_files_are_seen_before_weights_are_loaded(options, no_weights, command, file, said, capsys):
+    given = options[command]
+    folder = Path(given.get("output_dir") or given["output_file"].parent)
+    folder.mkdir(parents=True)
+    (folder / file).mkdir() if file.endswith("/") else (folder / file).write_text("mine\n")
+    assert said in refused([command, *flags(given)], capsys)
+    assert [one.name for one in folder.iterdir()] == [Path(file).name]
+
+
+def test_other_settings_are_seen_before_weights_are_loaded(options, request, capsys):
+    given = options["generate"]
+    assert run(["generate", *flags(given)], capsys)[0] == 0
+    request.getfixturevalue("no_weights")
+    assert "temperature was 0.0, is 0.5" in refused(["generate", *flags(given | {"temperature": 0.5})], capsys)
+
+
+@pytest.mark.parametrize("command", ["train", "contexts", "eval"])
+def test_a_refused_model_leaves_nothing(options, command, tmp_path, capsys):
+    folder = tmp_path / "bloom"
+    sizes = {"vocab_size": len(WORDS), "hidden_size": 16, "n_layer": 1, "n_head": 2}
+    t.BloomForCausalLM(t.BloomConfig(**sizes)).save_pretrained(folder)
+    make_tokenizer().save_pretrained(folder)
+    given = options[command] | {"model": folder} | ({"self_prob": 0.5} if command == "train" else {})
+    assert "positions that can't be given" in refused_at_once(command, given, capsys, said=command == "train")

@@ -375,7 +375,7 @@ def test_losses_that_are_no_numbers(options, capsys, tmp_path):
 def test_a_journal_is_strict(tmp_path):
     journal = Journal(tmp_path / "rows.jsonl", {"temperature": float("inf")})
     line = {"x": float("nan"), "y": [float("-inf"), 1.5], "z": b"a\xff"}
-    journal.complete(Dataset.from_list([{"row": 0}]), 1, lambda part: [line], "Rows")
+    journal.complete(Dataset.from_list([{"row": 0}]), 1, lambda part, _: [line], "Rows")
     strict((tmp_path / "rows.jsonl.settings.json").read_text())
     assert strict((tmp_path / "rows.jsonl").read_text()) == {"x": None, "y": [None, 1.5], "z": "a\\xff"}
     assert read(tmp_path / "rows.jsonl")[0] == {"temperature": None, "chunk_rows": 1}
@@ -448,6 +448,17 @@ def test_code_that_comes_with_a_model(options, with_code, capsys):
     given = options["generate"] | {"model": with_code, "trust_remote_code": True}
     code, _, err = run(["generate", *flags(given)], capsys)
     assert code == 0, err
+
+
+def test_the_doctor_looks_at_code_that_comes_with_a_model(with_code, capsys, monkeypatch):
+    for part in ("_versions", "_devices", "_kernels", "_exactness", "_cost"):
+        monkeypatch.setattr(f"selfgen.cli.doctor.{part}", lambda: iter(()))
+    code, out, _ = run(["doctor", str(with_code)], capsys)
+    assert code == 1
+    assert "give --trust-remote-code yes" in " ".join(out.split())
+    code, out, _ = run(["doctor", str(with_code), "--trust-remote-code"], capsys)
+    assert code == 0
+    assert "MineForCausalLM" in out
 
 
 def test_code_that_comes_with_a_model_in_python(with_code, tmp_path):

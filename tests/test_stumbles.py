@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 
 import pytest
 import transformers as t
 from datasets import Dataset
 from helpers.cli import flags, refused, run
-from helpers.data import WORDS, make_tokenizer, write_jsonl
+from helpers.data import WORDS, make_tokenizer, read_jsonl, write_jsonl
+from models import tiny_model
 
+from selfgen import answer, generate_corrected
 from selfgen.data import DataError, RowOptions
 
 COMMANDS = ("train", "contexts", "generate", "eval", "inspect")
@@ -139,3 +142,77 @@ def test_a_refused_model_leaves_nothing(options, command, tmp_path, capsys):
     make_tokenizer().save_pretrained(folder)
     given = options[command] | {"model": folder} | ({"self_prob": 0.5} if command == "train" else {})
     assert "positions that can't be given" in refused_at_once(command, given, capsys, said=command == "train")
+
+
+def test_an_evaluation_has_one_bar_per_file(options, capsys, terminal):
+    code, _, err = run(["eval", *flags(options["eval"] | {"metrics": "exact_match", "max_new_tokens": 2})], capsys)
+    assert code == 0
+    assert len(re.findall(r"Answers: +0%", err)) == 1
+    assert "4/4" in err
+
+
+@pytest.mark.parametrize("rounds", [0, 2])
+def test_every_row_is_told_once_when_it_is_done(rounds):
+    told: list[int] = []
+    how = {"max_new_tokens": 3, "progress": lambda: told.append(1)}
+    model, prompts = tiny_model("llama"), [[5, 6], [7], [8]]
+    if rounds:
+        generate_corrected(model, make_tokenizer(), prompts, rounds=rounds, cue="a", **how)
+    else:
+        answer(model, prompts, **how)
+    assert len(told) == 3
+
+
+def test_fields_without_a_value_are_left_out(options, tmp_path, capsys):
+    """Whole texts are compared where the reference has no answer of its own. Of the user's columns all stay."""
+    write_jsonl(
+        tmp_path / "rows.jsonl", [{"prompt": "a", "completion": "b"}, {"prompt": "a", "completion": "b", "x": 1}]
+    )
+    more = {"dataset": tmp_path / "rows.jsonl", "max_new_tokens": 2}
+    given = {command: options[command] | more for command in ("eval", "generate")}
+    assert run(["eval", *flags(given["eval"] | {"metrics": "exact_match"})], capsys)[0] == 0
+    fields = ["sample_id", "prompt", "reference", "generated", "generated_right", "finished"]
+    assert [list(line) for line in read_jsonl(given["eval"]["output_dir"] / "answers.jsonl")] == [fields] * 2
+    given["generate"]["output_file"] = tmp_path / "answers.jsonl"
+    assert run(["generate", *flags(given["generate"])], capsys)[0] == 0
+    lines = read_jsonl(tmp_path / "answers.jsonl")
+    assert [line["x"] for line in lines] == [None, 1]
+
+
+@pytest.mark.parametrize(
+    ("typed", "said"),
+    [
+        (["tarin"], "unknown command 'tarin'; did you mean 'train'? accepted: train, contexts"),
+        (["train"], "arguments are required: --model, --output-dir, --dataset"),
+        (["train", "--contexts", "c"], "arguments are required: --model, --output-dir"),
+        (["eval", "--modle", "m"], "unknown option '--modle'; did you mean '--model'?"),
+        (["train", "--output-dri=o"], "unknown option '--output-dri'; did you mean '--output-dir'?"),
+        (["doctor", "--wieghts"], "unknown argument '--wieghts'; did you mean '--weights'?"),
+    ],
+)
+def test_what_is_mistyped_or_missing_is_named(typed, said, capsys):
+    code, _, err = run(typed, capsys)
+    assert code == 2
+    assert said in err
+    assert "required" not in said or err.rstrip().endswith(said)
+
+
+def test_lines_of_the_doctor_fit_the_terminal(monkeypatch, capsys):
+    for part in ("_versions", "_devices", "_exactness", "_cost"):
+        monkeypatch.setattr(f"selfgen.cli.doctor.{part}", lambda: iter(()))
+    monkeypatch.setenv("COLUMNS", "70")
+    code, out, _ = run(["doctor"], capsys)
+    assert code == 0
+    assert max(map(len, out.splitlines())) <= 70
+    assert "cpu, by " in out
+
+
+def test_a_report_that_fails_costs_no_training(options, monkeypatch, capsys, caplog):
+    def fails(*_, **__):
+        raise RuntimeError("no fonts")
+
+    monkeypatch.setattr("selfgen.cli.train.write_report", fails)
+    given = options["train"] | {"report": True}
+    assert run(["train", *flags(given)], capsys)[0] == 0
+    assert "there is no report: RuntimeError: no fonts" in caplog.text
+    assert (given["output_dir"] / "model.safetensors").exists()

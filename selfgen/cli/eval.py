@@ -28,7 +28,6 @@ from ..evaluation import (
     compared,
     exact_match,
     exposure_bias,
-    extract_answer,
     greedy_of,
     rouge,
     row_gaps,
@@ -40,8 +39,9 @@ from ..evaluation.symbolic import Undecided, decide, has_math_verify
 from ..files import alone, check_folder, write_json, writing
 from ..provenance import differences, rows_hash, versions, weights_hash
 from ..sharing import in_turn, is_first, let_first_speak, rounding
+from ..training.report import has_mixed
 from .answers import answer_rows, is_empty, tell_of_answers
-from .journal import NAMES, Journal, check_known, read
+from .journal import NAMES, Journal, Make, check_known, read
 from .options import (
     ROWS,
     DataArguments,
@@ -249,7 +249,7 @@ def evaluate(
         longest = max(len(row["prompt_ids"]) + len(row["answer_ids"]) for row in rows)
         mixing.check_method(how.context_method, longest)  # before anything is written
     greedy = free if how.temperature == 0 else greedy_of(free)
-    made_by: dict[str, tuple[ContextGenerator, int, Method | None, Callable[[list[dict]], list[dict]]]] = {
+    made_by: dict[str, tuple[ContextGenerator, int, Method | None, Make]] = {
         "gap": (mixing, how.batch_size or 8, how.context_method, partial(gaps, mixing, greedy, tokenizer, data, how)),
         "answers": (free, how.batch_size or 32, None, partial(answers, free, tokenizer, data, how)),
         "corrections": (free, how.batch_size or 32, None, partial(corrections, free, tokenizer, data, how)),
@@ -283,7 +283,7 @@ def evaluate(
         "versions": versions("selfgen", "torch", "transformers"),
         "device": str(model.device),
         "data": asdict(report),
-    } | measure(lines, metrics, made["losses"]["self_prob"])
+    } | measure(lines, metrics, made["losses"]["self_prob"], after_bss=has_mixed(model_arguments.model))
 
 
 def _results(folder: Path) -> dict[str, Any]:
@@ -306,9 +306,10 @@ def answers(
     data: DataArguments,
     how: EvalArguments,
     rows: list[dict],
+    done: Callable[[int], object],
 ) -> list[dict[str, Any]]:
     """Free-running answers of some rows."""
-    found = answer_rows(generator, tokenizer, rows, data, **_sampling(how))
+    found = answer_rows(generator, tokenizer, rows, data, progress=partial(done, 1), **_sampling(how))
     lines = []
     for row, text, finished in zip(rows, found["own_answer"], found["finished"], strict=True):
         line = _asked(tokenizer, data, row)
@@ -322,10 +323,11 @@ def corrections(
     data: DataArguments,
     how: EvalArguments,
     rows: list[dict],
+    done: Callable[[int], object],
 ) -> list[dict[str, Any]]:
     """Answers of some rows, before and after the model has looked at them again."""
     correction = {"rounds": how.rounds, "cue": how.correction_cue}
-    found = answer_rows(generator, tokenizer, rows, data, correction, **_sampling(how))
+    found = answer_rows(generator, tokenizer, rows, data, correction, progress=partial(done, 1), **_sampling(how))
     lines = []
     for row, first, corrected in zip(rows, found["own_answer"], found["corrected"], strict=True):
         line = _asked(tokenizer, data, row)
@@ -341,6 +343,7 @@ def gaps(
     data: DataArguments,
     how: EvalArguments,
     rows: list[dict],
+    _: Callable[[int], object],
 ) -> list[dict[str, Any]]:
     """How many tokens of some rows are right under references, and how many running freely."""
     return row_gaps(
@@ -356,7 +359,9 @@ def gaps(
     )
 
 
-def losses(generator: ContextGenerator, how: EvalArguments, rows: list[dict]) -> list[dict[str, Any]]:
+def losses(
+    generator: ContextGenerator, how: EvalArguments, rows: list[dict], done: Callable[[int], object]
+) -> list[dict[str, Any]]:
     """Losses of each reference token of some rows, by kind of context."""
     lines: list[dict[str, Any]] = []
     batch_size, self_probs = how.batch_size or 8, _self_probs(how.self_prob)
@@ -368,14 +373,17 @@ def losses(generator: ContextGenerator, how: EvalArguments, rows: list[dict]) ->
             | {name: [round(loss, 6) for loss in row_of.tolist()] for name, row_of in zip(found, values, strict=True)}
             for row, values in zip(batch, zip(*found.values(), strict=True), strict=True)
         ]
+        done(len(batch))
     return lines
 
 
-def measure(lines: dict[str, list[dict[str, Any]]], metrics: list[str], self_prob: float) -> dict[str, Any]:
+def measure(
+    lines: dict[str, list[dict[str, Any]]], metrics: list[str], self_prob: float, *, after_bss: bool
+) -> dict[str, Any]:
     """The numbers of the metrics, from the lines of all rows; ``self_prob`` is that of mixed contexts."""
     results: dict[str, Any] = {}
     if "gap" in metrics:
-        results["gap"] = Gap.of(lines["gap"]).to_dict()
+        results["gap"] = Gap.of(lines["gap"], after_bss).to_dict()
     if made := lines.get("answers"):
         if "exact_match" in metrics:
             results["exact_match"] = Share(sum(line["generated_right"] for line in made), len(made)).to_dict()
@@ -435,23 +443,23 @@ def _self_probs(self_prob: float) -> dict[str, float]:
 
 
 def _sampling(how: EvalArguments) -> dict[str, Any]:
-    batch_size = how.batch_size or 32
-    return {"max_new_tokens": how.max_new_tokens, "seed": how.seed, "batch_size": batch_size, "progress": is_first()}
+    return {"max_new_tokens": how.max_new_tokens, "seed": how.seed, "batch_size": how.batch_size or 32}
 
 
 def _asked(tokenizer: PreTrainedTokenizerBase, data: DataArguments, row: dict) -> dict[str, Any]:
     """What a row asks, as the model reads it, and what it should say."""
     (reference,) = data.answer_texts(tokenizer, [row["answer_ids"]])
-    return {
+    asked = {
         "sample_id": row["sample_id"],
         "prompt": tokenizer.decode(row["prompt_ids"]),
         "reference": reference,
-        "reference_answer": compared(reference, reference)[1],
     }
+    expected = compared(reference, reference)[1]
+    return asked if expected is None else asked | {"reference_answer": expected}
 
 
 def _judged(name: str, text: str, reference: str) -> dict[str, Any]:
-    """What the model said, the answer in it, and whether that is right."""
+    """What the model said, the answer in it, if there is one in the reference, and whether that is right."""
     found, expected = compared(text, reference)
-    said = extract_answer(text) if expected is None else found
-    return {name: text, f"{name}_answer": said, f"{name}_right": exact_match(text, reference)}
+    answer = {} if expected is None else {f"{name}_answer": found}
+    return {name: text, **answer, f"{name}_right": exact_match(text, reference)}

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -46,9 +47,9 @@ class GenerateArguments:
 
     output_file: str = field(
         metadata={
-            "help": "File of JSON lines: the columns of each row, own_answer, corrected, and whether the answer was "
-            "finished (in place of columns of these names). Required. It can be trained on: --method rac --own-answer "
-            "column."
+            "help": "File of JSON lines: the columns of each row (null where it has none), own_answer, corrected with "
+            "--correct, and finished, whether the answer ended by itself (in place of columns of these names). "
+            "Required. It can be trained on: --method rac --own-answer column."
         }
     )
     correct: bool = field(default=False, metadata={"help": "Let the model correct its own answers (RAC)."})
@@ -141,8 +142,9 @@ def answer(model_arguments: ModelArguments, data: DataArguments, how: GenerateAr
     correction = {"rounds": how.rounds, "cue": how.correction_cue}
     sampling = {name: getattr(how, name) for name in ("max_new_tokens", "seed", "batch_size", "top_k", "top_p")}
 
-    def lines_of(part: list[dict]) -> list[dict]:
-        columns = answer_rows(generator, tokenizer, part, data, correction if how.correct else None, **sampling)
+    def lines_of(part: list[dict], done: Callable[[int], object]) -> list[dict]:
+        asked = correction if how.correct else None
+        columns = answer_rows(generator, tokenizer, part, data, asked, progress=partial(done, 1), **sampling)
         found = (dict(zip(columns, values, strict=True)) for values in zip(*columns.values(), strict=True))
         ids = [row["sample_id"] for row in part]
         return [given[place_of[one]] | {"sample_id": one} | line for one, line in zip(ids, found, strict=True)]

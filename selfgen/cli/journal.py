@@ -16,6 +16,8 @@ from ..files import alone, to_json, write_json, write_whole, writing
 from ..provenance import differences
 from ..sharing import Parts
 
+Make = Callable[[list[dict], Callable[[int], object]], list[dict]]
+"""From rows, and what is called with a number of rows whenever these are done, to the lines of these rows."""
 NAMES = {"model", "revision", "trust_remote_code", "dataset", "dataset_config", "dataset_split"}
 """Settings that lead to weights and rows, which may differ: hashes tell weights and rows apart."""
 
@@ -145,7 +147,7 @@ class Journal:
         self,
         rows: Dataset,
         chunk_rows: int,
-        make: Callable[[list[dict]], list[dict]],
+        make: Make,
         title: str,
         agree: Callable[[Mapping[str, Any]], dict[str, Any]] = lambda found: {},
     ) -> None:
@@ -154,7 +156,7 @@ class Journal:
         Args:
             rows: all rows.
             chunk_rows: rows that are made and written at a time; a file keeps those that it began with.
-            make: from rows to their lines.
+            make: the lines of some rows.
             title: of the bar.
             agree: from what the first process has noted down to what must be so in all of them, as `sharing.rounding`.
         """
@@ -174,8 +176,9 @@ class Journal:
             range(start, min(start + self._chunk_rows, len(rows))) for start in range(0, len(rows), self._chunk_rows)
         ]
 
-        def write(number: int, _: object) -> None:
-            content = "".join(to_json(line) + "\n" for line in make([rows[i] for i in parts[number]])).encode()
+        def write(number: int, done: Callable[[int], object]) -> None:
+            lines = make([rows[i] for i in parts[number]], done)
+            content = "".join(f"{to_json(line)}\n" for line in lines).encode()
             write_whole(self._chunk(number), lambda stream: stream.write(content))
             self._gather()
 

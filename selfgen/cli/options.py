@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import difflib
 import json
 import logging
 import os
@@ -30,7 +29,7 @@ from ..data import RowOptions, load_rows
 from ..files import PATHS, expand_home
 from ..training.config import RENAMED, WORDS
 from .pretrained import from_pretrained
-from .terminal import HelpFormatter, fail
+from .terminal import HelpFormatter, fail, meant
 from .yaml_file import NumberOr, read_file, value_of
 
 DTYPES = ("auto", "float32", "bfloat16", "float16")
@@ -186,7 +185,14 @@ class Parser(HfArgumentParser):
     ``~`` in a path is the home folder, and an option that takes text or a list of texts takes both.
     """
 
+    lacking: tuple[str, ...] = ()
+    """What is to be named with the required options if one of them is missing."""
+
     def error(self, message: str) -> NoReturn:
+        start, found, names = message.partition("arguments are required: ")
+        if found:
+            spelled = [name.split("/")[-1] for name in names.split(", ")]
+            message = f"{start}{found}{', '.join([*spelled, *self.lacking])}"
         fail(message, self.prog)
 
     def parse_known_args(self, args=None, namespace=None):
@@ -231,20 +237,24 @@ def _name_of(flag: str) -> str:
     return flag.split("=")[0].removeprefix("--").replace("-", "_")
 
 
+def _shown(name: str) -> str:
+    """The flag of a field."""
+    return f"--{name.replace('_', '-')}"
+
+
 def _unknown(shown: str, parser: Parser, elsewhere: Mapping[str, str]) -> str:
     """The error for an option that does not exist, with what may be meant."""
     option = _name_of(shown)
 
     def spelled(name: str) -> str:
-        return repr(f"--{name.replace('_', '-')}" if shown.startswith("--") else name)
+        return _shown(name) if shown.startswith("--") else name
 
     if option in RENAMED:
-        return f"the option {shown!r} is called {spelled(RENAMED[option])} now"
+        return f"the option {shown!r} is called {spelled(RENAMED[option])!r} now"
     elsewhere = {**dict.fromkeys(("tp_size", "fsdp_size"), "selfgen train"), **elsewhere}
     if option in elsewhere:
         return f"unknown option {shown!r}, which goes with {elsewhere[option]}"
-    close = difflib.get_close_matches(option, [action.dest for action in parser._actions], n=1)
-    return f"unknown option {shown!r}{f'; did you mean {spelled(close[0])}?' if close else ''}"
+    return f"unknown option {shown!r}{meant(spelled(option), (spelled(action.dest) for action in parser._actions))}"
 
 
 def _values_with_a_dash(parser: Parser, arguments: list[str]) -> list[str]:
@@ -317,14 +327,13 @@ def parse(parser: Parser, arguments: list[str], elsewhere: Mapping[str, str] | N
         raise ValueError(f"give the configuration file {late} first, and the options after it")
     if old := next((one for one in arguments if _name_of(one) in RENAMED), None):
         raise ValueError(_unknown(old.split("=")[0], parser, {}))
+    given = [one.split("=")[0] for one in arguments if one.startswith("--")]
+    flags = {flag for action in parser._actions for flag in action.option_strings}
+    if other := next((one for one in given if not any(flag.startswith(one) for flag in flags)), None):
+        raise ValueError(_unknown(other, parser, elsewhere or {}))  # before argparse tells what is missing
     *found, unknown = parser.parse_args_into_dataclasses(arguments, return_remaining_strings=True)
     if unknown:
-        option = next((one for one in unknown if one.startswith("--")), None)
-        if option is None:
-            raise ValueError(
-                f"{unknown[0]!r} is not an option, and no option takes it as a value: begin options with --"
-            )
-        raise ValueError(_unknown(option.split("=")[0], parser, elsewhere or {}))
+        raise ValueError(f"{unknown[0]!r} is not an option, and no option takes it as a value: begin options with --")
     return tuple(found)
 
 

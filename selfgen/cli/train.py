@@ -264,7 +264,10 @@ def run(arguments: list[str]) -> int:
         try:
             config_class = RACConfig if method_of(arguments) == "rac" else BSSConfig
             of_rac = {f.name: "--method rac" for f in fields(RACConfig)}
-            options = parse(_parser(config_class, everything=wants_everything(arguments)), arguments, of_rac)
+            parser = _parser(config_class, everything=wants_everything(arguments))
+            if not any(one.startswith(("--dataset", "--contexts")) for one in arguments):
+                parser.lacking = ("--dataset",)
+            options = parse(parser, arguments, of_rac)
             method, config, report = options[2:]
             method.check(options[1])
             config.check_evaluation(bool(options[1].eval_dataset or options[1].eval_split))
@@ -398,8 +401,8 @@ def _write_report(config: BSSConfig, command: str, state: TrainerState | None = 
         return
     try:
         logger.info("report: %s", ", ".join(map(str, write_report(config.output_dir, state, command=command))))
-    except (OSError, ValueError) as error:
-        logger.warning("there is no report: %s", error)
+    except Exception as error:  # of plots, of a log of another program: no fault of a report may cost a trained model
+        logger.warning("there is no report: %s: %s", type(error).__name__, error)
 
 
 def _warn_of_what_has_no_effect(config: BSSConfig, contexts: str) -> None:

@@ -116,6 +116,15 @@ def report_of(folder: Path, state: TrainerState | None = None) -> dict[str, Any]
     }
 
 
+def has_mixed(folder: str | Path) -> bool:
+    """Whether the run in ``folder`` has trained on self tokens, as far as its state tells."""
+    try:
+        logs = [entry for state in _states_in(Path(folder)) for entry in state["log_history"]]
+    except (OSError, ValueError, KeyError, TypeError):  # of another program, or none
+        return False
+    return any(entry.get("self_share") for entry in logs)
+
+
 def _run_of(report: Path, command: str | None) -> dict[str, Any]:
     """How the run was started: now by ``command``, or as an earlier report has it."""
     if command is not None:

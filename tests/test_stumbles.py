@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import re
 from pathlib import Path
 
@@ -13,7 +14,9 @@ from helpers.data import WORDS, make_tokenizer, read_jsonl, write_jsonl
 from models import tiny_model
 
 from selfgen import answer, generate_corrected
-from selfgen.data import DataError, RowOptions
+from selfgen.cli import main
+from selfgen.data import DataError, RowOptions, load_rows, loading
+from selfgen.evaluation.inspection import TokenTexts
 
 COMMANDS = ("train", "contexts", "generate", "eval", "inspect")
 
@@ -216,3 +219,47 @@ def test_a_report_that_fails_costs_no_training(options, monkeypatch, capsys, cap
     assert run(["train", *flags(given)], capsys)[0] == 0
     assert "there is no report: RuntimeError: no fonts" in caplog.text
     assert (given["output_dir"] / "model.safetensors").exists()
+
+
+def test_rows_and_tokens_count_from_one(options, capsys):
+    code, out, _ = run(["inspect", *flags(options["inspect"] | {"rows": 2})], capsys)
+    assert code == 0
+    assert "Row 1 (sample_id 0)" in out
+    assert "Row 2 (sample_id 1)" in options["inspect"]["output_file"].read_text()
+
+
+def test_a_pipe_that_lacks_signs_breaks_nothing(options, monkeypatch):
+    pipe = io.TextIOWrapper(io.BytesIO(), encoding="ascii")
+    monkeypatch.setattr("sys.stdout", pipe)
+    assert main(["inspect", *flags(options["inspect"] | {"rows": 1})]) == 0
+    pipe.flush()
+    assert b"the page is in" in pipe.buffer.getvalue()
+
+
+def test_pieces_of_a_byte_tokenizer_can_be_read():
+    tokenizer = t.ByT5Tokenizer()
+    texts = TokenTexts(tokenizer)
+    assert [texts.of(one).text for one in tokenizer("a é", add_special_tokens=False).input_ids] == [
+        "a",
+        "␣",
+        "C3",
+        "A9",
+    ]
+    assert texts.of(tokenizer.convert_tokens_to_ids(chr(0x80))).text == "80"
+
+
+def test_a_hub_that_is_silent_is_asked_once(monkeypatch, capsys, caplog):
+    asked = []
+
+    def ask(url, timeout):
+        asked.append(url)
+        raise OSError("no network")
+
+    monkeypatch.setattr(loading.constants, "HF_HUB_OFFLINE", False)
+    monkeypatch.setattr(loading.datasets.config, "HF_HUB_OFFLINE", False)
+    monkeypatch.setattr(loading, "get_hf_file_metadata", ask)
+    with pytest.raises(FileNotFoundError, match=r"can't be reached \(no network\).*local file, or set HF_HOME"):
+        load_rows("nobody/nothing")
+    assert len(asked) == 1
+    assert "Retrying" not in caplog.text + capsys.readouterr().err
+    assert not loading.constants.HF_HUB_OFFLINE

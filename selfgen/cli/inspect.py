@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import io
 import logging
+import sys
 from dataclasses import dataclass, field
 from itertools import takewhile
 from pathlib import Path
@@ -155,6 +157,8 @@ def inspect(
     with writing(file):
         file.parent.mkdir(parents=True, exist_ok=True)
     write_whole(file, lambda stream: stream.write(content))
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(errors="replace")  # a pipe may lack some of the signs; the page has them
     show(found, texts, settings)
     print(f"the page is in {file}")
 

@@ -77,7 +77,7 @@ def test_a_model_with_a_known_gap():
     assert said.startswith("your model loses 52.5 points when it runs freely (90.0% of tokens right under references, ")
     assert "37.5% running freely; 95% interval" in said
     assert "20 rows): try training with BSS as it is by default, and compare with --self-prob 0 --lean-loss (" in said
-    assert f"of its own tokens differ from the reference, so p would be {gap.self_prob:.2g})" in said
+    assert f"of its self tokens differ from the reference, so p would be {gap.self_prob:.2g})" in said
 
 
 def test_a_model_without_a_gap():
@@ -208,7 +208,7 @@ def test_the_sentences():
     assert "1 row): these are too few" in said
     gap = Gap.of([counts(500, 400, 1000, 996)] * 20)
     assert gap.to_dict()["advised_self_prob"] == gap.self_prob == pytest.approx(0.002)
-    assert gap.advice.endswith("(only 0.4% of its own tokens differ from the reference, so p would be 0.002)")
+    assert gap.advice.endswith("(only 0.4% of its self tokens differ from the reference, so p would be 0.002)")
 
 
 def test_a_model_that_knows_nothing_has_nothing_to_lose():

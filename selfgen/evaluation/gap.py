@@ -201,7 +201,7 @@ class Gap:
             return said
         differing = 1 - (self.agreement or 0)
         share = f"{differing:.0%}" if differing >= 0.01 else f"only {differing:.1%}"
-        return f"{said} ({share} of its own tokens differ from the reference, so p would be {self.self_prob:.2g})"
+        return f"{said} ({share} of its self tokens differ from the reference, so p would be {self.self_prob:.2g})"
 
     def to_dict(self) -> dict[str, Any]:
         total = int(self.tokens.sum())

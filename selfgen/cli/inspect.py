@@ -17,6 +17,7 @@ from ..evaluation.inspection import TokenTexts, inspect_rows
 from ..evaluation.inspection.page import MADE_BY, page
 from ..evaluation.inspection.terminal import show
 from ..files import SaveError, check_file, write_whole, writing
+from ..sharing import let_first_speak
 from ..training.config import GeneratorOptions
 from .options import (
     ROWS,
@@ -84,6 +85,7 @@ class InspectedContexts(GeneratorOptions):
 
 def run(arguments: list[str]) -> int:
     show_log()
+    let_first_speak()
     parser = make_parser(
         (ModelArguments, DataArguments, InspectArguments, InspectedContexts),
         prog=PROG,

@@ -188,13 +188,16 @@ def test_fields_without_a_value_are_left_out(options, tmp_path, capsys):
         (["tarin"], "unknown command 'tarin'; did you mean 'train'? accepted: train, contexts"),
         (["train"], "arguments are required: --model, --output-dir, --dataset"),
         (["train", "--contexts", "c"], "arguments are required: --model, --output-dir"),
+        (["train", "{file}"], "arguments are required: --model, --output-dir"),
         (["eval", "--modle", "m"], "unknown option '--modle'; did you mean '--model'?"),
         (["train", "--output-dri=o"], "unknown option '--output-dri'; did you mean '--output-dir'?"),
         (["doctor", "--wieghts"], "unknown argument '--wieghts'; did you mean '--weights'?"),
     ],
 )
-def test_what_is_mistyped_or_missing_is_named(typed, said, capsys):
-    code, _, err = run(typed, capsys)
+def test_what_is_mistyped_or_missing_is_named(typed, said, tmp_path, capsys):
+    file = tmp_path / "options.yaml"
+    file.write_text("dataset: rows.jsonl\n")
+    code, _, err = run([one.format(file=file) for one in typed], capsys)
     assert code == 2
     assert said in err
     assert "required" not in said or err.rstrip().endswith(said)

@@ -185,14 +185,21 @@ class Parser(HfArgumentParser):
     ``~`` in a path is the home folder, and an option that takes text or a list of texts takes both.
     """
 
-    lacking: tuple[str, ...] = ()
-    """What is to be named with the required options if one of them is missing."""
+    one_of: tuple[str, ...] = ()
+    """Fields of which one is needed, too: where required options are missing and none of these is there, the first."""
+
+    unknown: str | None = None
+    """The error for an option that does not exist, which is told rather than that others are missing."""
 
     def error(self, message: str) -> NoReturn:
         start, found, names = message.partition("arguments are required: ")
-        if found:
+        if found and self.unknown:
+            message = self.unknown
+        elif found:
             spelled = [name.split("/")[-1] for name in names.split(", ")]
-            message = f"{start}{found}{', '.join([*spelled, *self.lacking])}"
+            if self.one_of and all(self.get_default(name) is None for name in self.one_of):
+                spelled.append(_shown(self.one_of[0]))
+            message = f"{start}{found}{', '.join(spelled)}"
         fail(message, self.prog)
 
     def parse_known_args(self, args=None, namespace=None):
@@ -330,8 +337,10 @@ def parse(parser: Parser, arguments: list[str], elsewhere: Mapping[str, str] | N
     given = [one.split("=")[0] for one in arguments if one.startswith("--")]
     flags = {flag for action in parser._actions for flag in action.option_strings}
     if other := next((one for one in given if not any(flag.startswith(one) for flag in flags)), None):
-        raise ValueError(_unknown(other, parser, elsewhere or {}))  # before argparse tells what is missing
+        parser.unknown = _unknown(other, parser, elsewhere or {})
     *found, unknown = parser.parse_args_into_dataclasses(arguments, return_remaining_strings=True)
+    if parser.unknown:
+        raise ValueError(parser.unknown)
     if unknown:
         raise ValueError(f"{unknown[0]!r} is not an option, and no option takes it as a value: begin options with --")
     return tuple(found)

@@ -44,8 +44,9 @@ class HelpFormatter(argparse.ArgumentDefaultsHelpFormatter):
 
 def meant(word: str, known: Iterable[str]) -> str:
     """What to add to the error for a ``word`` that is unknown: the known one that it is most like, if any."""
-    close = difflib.get_close_matches(word, [*known], n=1)
-    return f"; did you mean {close[0]!r}?" if close else ""
+    names = {one.lstrip("-"): one for one in known}  # dashes make all flags alike
+    close = difflib.get_close_matches(word.lstrip("-"), names, n=1)
+    return f"; did you mean {names[close[0]]!r}?" if close else ""
 
 
 def fail(message: object, command: str) -> NoReturn:

@@ -10,6 +10,7 @@ from collections.abc import Callable
 from contextlib import ExitStack
 from dataclasses import dataclass, field, fields, replace
 from functools import partial
+from pathlib import Path
 from typing import Literal
 
 from datasets import Dataset, IterableDataset
@@ -265,8 +266,8 @@ def run(arguments: list[str]) -> int:
             config_class = RACConfig if method_of(arguments) == "rac" else BSSConfig
             of_rac = {f.name: "--method rac" for f in fields(RACConfig)}
             parser = _parser(config_class, everything=wants_everything(arguments))
-            if not any(one.startswith(("--dataset", "--contexts")) for one in arguments):
-                parser.lacking = ("--dataset",)
+            if not {"--dataset", "--contexts"} & {one.split("=")[0] for one in arguments}:
+                parser.one_of = ("dataset", "contexts")
             options = parse(parser, arguments, of_rac)
             method, config, report = options[2:]
             method.check(options[1])
@@ -294,7 +295,7 @@ def run(arguments: list[str]) -> int:
                 raise
             fail(error, PROG)
         finally:
-            if report.report and in_rounds:  # others have a trainer, whose state is further
+            if report.report and in_rounds and Path(config.output_dir).is_dir():  # others have a trainer's state
                 _write_report(config, command)
     if is_first():
         print(f"model and tokenizer are in {config.output_dir}")

@@ -22,6 +22,9 @@ PATHS = (
 )  # fmt: skip
 """Options whose values are paths, or may be: a name on the hub never begins with ``~``."""
 
+LOCK = ".lock"
+"""The name of the lock of a folder."""
+
 
 def expand_home(options: object) -> None:
     """Put the home folder in place of a ``~`` at the beginning of every option of ``options`` that is a path."""
@@ -76,11 +79,29 @@ def alone(path: Path, error: type[ValueError] = ValueError, wait: float = 0) -> 
         error: another process is writing it, and still is after ``wait`` seconds; below 0, it is waited for.
         SaveError: the file system has no locks.
     """
-    held = _held(path, path / ".lock" if path.is_dir() else path.with_name(f".{path.name}.lock"), wait)
+    held = _held(path, path / LOCK if path.is_dir() else path.with_name(f".{path.name}.lock"), wait)
     if held is None:
         raise error(f"another process is writing {path}: wait for it to end, or give another place")
     with held:
         yield
+
+
+@contextmanager
+def alone_in(folder: Path, error: type[ValueError] = ValueError, wait: float = 0) -> Iterator[None]:
+    """`alone` in a folder, which is made where it is missing. An error before anything is in it leaves nothing."""
+    made = [one for one in (folder, *folder.parents) if not one.exists()]
+    with writing(folder):
+        folder.mkdir(parents=True, exist_ok=True)
+    with alone(folder, error, wait):
+        try:
+            yield
+        except BaseException:
+            with suppress(OSError):
+                if {one.name for one in folder.iterdir()} <= {LOCK}:
+                    (folder / LOCK).unlink()
+                    for one in made:
+                        one.rmdir()
+            raise
 
 
 @contextmanager
@@ -131,6 +152,13 @@ def check_place(path: str | Path, option: str) -> None:
             f"{option} is {str(path)!r}, but {there} can't be written to (it is read-only, or of somebody else): give "
             f"another {option}, or the right to write there"
         )
+
+
+def check_file(path: str | Path, option: str) -> None:
+    """``check_place`` of a file."""
+    if Path(path).is_dir():
+        raise SaveError(f"{option} is {str(path)!r}, which is a folder: give the name of a file")
+    check_place(path, option)
 
 
 def check_folder(path: str | Path, option: str) -> None:

@@ -112,14 +112,16 @@ def generate_corrected(
     options |= {"eos_token_ids": sorted(between.stop_ids), "max_new_tokens": max_new_tokens}
     left = room_for_answers(generator.model, rows, len(between.ids))
     rooms = [room - min(max_new_tokens, (room + 1) // 2) for room in left]  # of the answers that are shown
-    seed = options.pop("seed", 0)
-    answers = generator.answer(rows, seed=seed, **options)
+    seed, progress = options.pop("seed", 0), options.pop("progress", False)
+    bars = progress is True  # else a row is done with its last answer
+    answers = generator.answer(rows, seed=seed, progress=bars, **options)
     first, cut = answers.tokens, [False] * len(rows)
     for turn in range(1, rounds + 1):
         shown = [between.ended(answer.tolist()) for answer in answers.tokens]
         cut = [before or len(own) > room for before, own, room in zip(cut, shown, rooms, strict=True)]
         asked = [between.prompt(row, own[:room]) for row, own, room in zip(rows, shown, rooms, strict=True)]
-        answers = generator.answer(asked, seed=seed + turn, **options)
+        told = progress if turn == rounds else bars
+        answers = generator.answer(asked, seed=seed + turn, progress=told, **options)
     if any(cut):
         logger.warning("%d of %d answers were shown cut: the model has no more positions", sum(cut), len(cut))
     return Corrected(first, answers.tokens, answers.finished, cut)

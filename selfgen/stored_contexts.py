@@ -27,7 +27,7 @@ from .context.models import max_positions
 from .context.sharding import tensor_parallel_size
 from .data import check_sample_ids, load_rows
 from .data.streams import refuse_stream
-from .files import alone, check_folder, write_json, write_whole, writing
+from .files import alone, alone_in, check_folder, write_json, write_whole, writing
 from .provenance import differences, rows_hash, versions, weights_hash
 from .sharing import Parts, rounding
 
@@ -97,10 +97,12 @@ def write_contexts(
     Raises:
         OfflineError: (a ValueError) the folder holds something else.
         ValueError: rows without the columns, or longer than the model's positions; values out of range.
+        UnsupportedModelError: (a ValueError) ``method`` does not support the model. Nothing is written then.
     """
     folder = Path(folder).expanduser()
-    rows = _checked(rows, generator, batch_size, shard_rows)
+    rows, longest = _checked(rows, generator, batch_size, shard_rows)
     generator.contexts([], [], self_prob, seed=seed, sample_ids=[], method=method)  # checks these values
+    generator.check_method(method, longest)
     settings = {
         "self_prob": float(self_prob),
         "seed": int(seed),
@@ -116,9 +118,7 @@ def write_contexts(
         "shard_rows": shard_rows,
     }
     check_folder(folder, "folder")
-    with writing(folder):
-        folder.mkdir(parents=True, exist_ok=True)
-    with alone(folder, OfflineError, _WAIT):
+    with alone_in(folder, OfflineError, _WAIT):
         record = _begin(folder, settings, {"model": generator.model.name_or_path, **(provenance or {})})
         shards = _shards(folder, settings)
         whole = {number for number, (shard, places) in enumerate(shards) if _is_whole(shard, len(places))}
@@ -147,8 +147,8 @@ def write_contexts(
     return read_provenance(folder)
 
 
-def _checked(rows: Dataset, generator: ContextGenerator, batch_size: int, shard_rows: int) -> Dataset:
-    """The columns of ``rows`` that are needed; ValueError if these rows can't have contexts."""
+def _checked(rows: Dataset, generator: ContextGenerator, batch_size: int, shard_rows: int) -> tuple[Dataset, int]:
+    """The columns of ``rows`` that are needed, and the length of the longest; ValueError if it can't be."""
     refuse_stream(rows, "stored contexts")
     if (size := tensor_parallel_size(generator.model)) > 1:
         raise ValueError(
@@ -170,7 +170,7 @@ def _checked(rows: Dataset, generator: ContextGenerator, batch_size: int, shard_
     longest = max(len(row["prompt_ids"]) + len(row["answer_ids"]) for row in rows)
     if limit is not None and longest > limit:
         raise ValueError(f"the longest row has {longest} tokens, but the model has {limit} positions; cut max_length")
-    return rows.with_format(None).select_columns(list(ROW_COLUMNS))
+    return rows.with_format(None).select_columns(list(ROW_COLUMNS)), longest
 
 
 def _contexts(

@@ -324,7 +324,7 @@ def test_answers_are_not_added_to_other_files(options, capsys):
     own = flags(options["generate"] | {"output_file": options["generate"]["dataset"]})
     assert "selfgen did not write" in refused(["generate", *own], capsys)
     folder = flags(options["generate"] | {"output_file": file.parent})
-    assert f"{file.parent} is a folder" in refused(["generate", *folder], capsys)
+    assert f"{file.parent}', which is a folder" in refused(["generate", *folder], capsys)
 
 
 def test_broken_journals_are_named(options, capsys):
@@ -376,7 +376,7 @@ def test_losses_that_are_no_numbers(options, capsys, tmp_path):
 def test_a_journal_is_strict(tmp_path):
     journal = Journal(tmp_path / "rows.jsonl", {"temperature": float("inf")})
     line = {"x": float("nan"), "y": [float("-inf"), 1.5], "z": b"a\xff"}
-    journal.complete(Dataset.from_list([{"row": 0}]), 1, lambda part: [line], "Rows")
+    journal.complete(Dataset.from_list([{"row": 0}]), 1, lambda part, _: [line], "Rows")
     strict((tmp_path / "rows.jsonl.settings.json").read_text())
     assert strict((tmp_path / "rows.jsonl").read_text()) == {"x": None, "y": [None, 1.5], "z": "a\\xff"}
     assert read(tmp_path / "rows.jsonl")[0] == {"temperature": None, "chunk_rows": 1}
@@ -449,6 +449,17 @@ def test_code_that_comes_with_a_model(options, with_code, capsys):
     given = options["generate"] | {"model": with_code, "trust_remote_code": True}
     code, _, err = run(["generate", *flags(given)], capsys)
     assert code == 0, err
+
+
+def test_the_doctor_looks_at_code_that_comes_with_a_model(with_code, capsys, monkeypatch):
+    for part in ("_versions", "_devices", "_kernels", "_exactness", "_cost"):
+        monkeypatch.setattr(f"selfgen.cli.doctor.{part}", lambda: iter(()))
+    code, out, _ = run(["doctor", str(with_code)], capsys)
+    assert code == 1
+    assert "give --trust-remote-code yes" in " ".join(out.split())
+    code, out, _ = run(["doctor", str(with_code), "--trust-remote-code"], capsys)
+    assert code == 0
+    assert "MineForCausalLM" in out
 
 
 def test_code_that_comes_with_a_model_in_python(with_code, tmp_path):

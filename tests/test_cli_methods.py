@@ -241,11 +241,11 @@ def test_answers_of_other_noise_need_another_file(generation, capsys, monkeypatc
 def test_a_journal_keeps_whole_lines(tmp_path):
     journal = Journal(tmp_path / "rows.jsonl", {"a": 1})
     rows = Dataset.from_list([{"x": 1}, {"x": 2}, {"x": 3}])
-    journal.complete(rows.select(range(2)), 1, lambda part: part, "Rows")
+    journal.complete(rows.select(range(2)), 1, lambda part, _: part, "Rows")
     with (tmp_path / "rows.jsonl").open("a") as file:
         file.write('{"x": ')
     again = Journal(tmp_path / "rows.jsonl", {"a": 1})
-    again.complete(rows, 1, lambda part: part, "Rows")
+    again.complete(rows, 1, lambda part, _: part, "Rows")
     assert again.rows() == [{"x": 1}, {"x": 2}, {"x": 3}]
     with pytest.raises(ValueError, match="other settings"):
         Journal(tmp_path / "rows.jsonl", {"a": 2})

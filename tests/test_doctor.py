@@ -61,10 +61,8 @@ def test_the_backend_of_each_op_is_told(capsys, quick):
 
 def told_of_ops(report: dict) -> dict[str, tuple[str, str]]:
     """The backend of each op on the CPU, and why."""
-    lines = [line for line in report["parts"]["kernels"] if line["name"].startswith("cpu: ")]
-    return {
-        op: (line["name"].removeprefix("cpu: "), line["data"]["why"]) for line in lines for op in line["data"]["ops"]
-    }
+    lines = [line for line in report["parts"]["kernels"] if line["name"].startswith("cpu, by ")]
+    return {op: (line["data"]["backend"], line["data"]["why"]) for line in lines for op in line["data"]["ops"]}
 
 
 def test_the_choice_on_a_gpu(monkeypatch):
@@ -221,7 +219,7 @@ def test_a_model_by_its_weights(tmp_path, capsys, no_other_parts):
     assert code == 0
     assert [lines[name]["data"] for name in ("causal", "lean loss")] == [True, True]
     assert lines["exactness"]["data"] == {"same": True}
-    assert lines["cpu: balance"]["data"]["balance"] > 0
+    assert lines["cpu, balance"]["data"]["balance"] > 0
 
 
 def test_a_model_that_fixed_point_refuses(tmp_path, capsys, no_other_parts):

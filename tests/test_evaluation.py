@@ -245,7 +245,7 @@ def test_plots_show_the_numbers(tmp_path, monkeypatch):
     upper, lower = report._curve_lines(curve).axes
     assert {line.get_label(): list(line.get_ydata()) for line in upper.lines} == {
         "reference context": [2.0, 2.0],
-        "own context": [3.0, 5.0],
+        "self context": [3.0, 5.0],
     }
     assert [bar.get_height() for bar in lower.patches] == [2, 1]
     assert [bar.get_height() for bar in report._loss_bars(losses).axes[0].patches] == [2.0, 3.5]
@@ -510,7 +510,7 @@ def test_a_killed_evaluation_goes_on(arguments, capsys):
         ({"seed": 1}, "gap.jsonl holds rows that were made with other settings (seed was 0, is 1)"),
         ({"max_new_tokens": 9}, "(max_new_tokens was 8, is 9)"),
         ({"temperature": 0.5}, "(temperature was 0.0, is 0.5)"),
-        ({"limit": 3}, "(limit was None, is 3; rows was"),
+        ({"limit": 3}, "(limit was None, is 3)"),
         ({"self_prob": 0.5}, "gap.jsonl holds rows that were made with other settings (self_prob was 0.25, is 0.5)"),
     ],
 )
@@ -572,7 +572,7 @@ def test_without_matplotlib_there_are_no_plots(arguments, monkeypatch, capsys):
     monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
     code, out, _ = evaluate(arguments, capsys, "loss")
     assert code == 0
-    assert "loss, own contexts" in out
+    assert "loss, self contexts" in out
     assert "loss" in results_of(arguments)
     assert not list(Path(arguments["output_dir"]).glob("*.png"))
 

@@ -12,6 +12,7 @@ import transformers as t
 from datasets import Dataset
 from helpers.cli import flags, run, save_model
 from helpers.data import read_jsonl, write_jsonl
+from helpers.training import make_trainer
 from models import tiny_model
 
 from selfgen import ContextGenerator
@@ -19,6 +20,7 @@ from selfgen.cli.eval import EvalArguments
 from selfgen.data import load_rows, tokenize_rows
 from selfgen.evaluation import Gap, free_running_gap, gap, row_gaps
 from selfgen.training.config import RECIPE
+from selfgen.training.report import has_mixed
 
 IDS, EOS, ENDS_AFTER = 40, 2, 39
 
@@ -75,7 +77,7 @@ def test_a_model_with_a_known_gap():
     assert said.startswith("your model loses 52.5 points when it runs freely (90.0% of tokens right under references, ")
     assert "37.5% running freely; 95% interval" in said
     assert "20 rows): try training with BSS as it is by default, and compare with --self-prob 0 --lean-loss (" in said
-    assert f"of its own tokens differ from the reference, so p would be {gap.self_prob:.2g})" in said
+    assert f"of its self tokens differ from the reference, so p would be {gap.self_prob:.2g})" in said
 
 
 def test_a_model_without_a_gap():
@@ -162,6 +164,21 @@ def test_the_advice_is_about_tokens_that_differ(agreement, self_prob):
     assert found.advice.endswith(said)
 
 
+def test_a_model_that_bss_has_trained_is_not_told_to_try_it(tmp_path):
+    for freely, said in ((500, "BSS has little left to win"), (400, "same training with --self-prob 0 --lean-loss")):
+        gap = Gap.of([counts(500, freely, 1000, 500)] * 20, after_bss=True)
+        assert gap.advice.endswith(said)
+        assert gap.to_dict()["advised_self_prob"] is None
+    trainers = [make_trainer(tmp_path / str(p), self_prob=p, max_steps=1, logging_steps=1) for p in (0.0, 0.5)]
+    for trainer in trainers:
+        trainer.train()
+        trainer.save_state()
+    assert [has_mixed(trainer.args.output_dir) for trainer in trainers] == [False, True]
+    (tmp_path / "trainer_state.json").write_text("[]")
+    assert not has_mixed(tmp_path)
+    assert not has_mixed("a/name-on-the-hub")
+
+
 def test_the_advice_is_what_training_does_by_default():
     assert RECIPE["self_prob"] == gap.SELF_PROB
     assert RECIPE["self_prob_schedule"] == "disagreement"
@@ -191,7 +208,7 @@ def test_the_sentences():
     assert "1 row): these are too few" in said
     gap = Gap.of([counts(500, 400, 1000, 996)] * 20)
     assert gap.to_dict()["advised_self_prob"] == gap.self_prob == pytest.approx(0.002)
-    assert gap.advice.endswith("(only 0.4% of its own tokens differ from the reference, so p would be 0.002)")
+    assert gap.advice.endswith("(only 0.4% of its self tokens differ from the reference, so p would be 0.002)")
 
 
 def test_a_model_that_knows_nothing_has_nothing_to_lose():

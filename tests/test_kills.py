@@ -490,7 +490,7 @@ def test_a_full_disk(folder, capsys, command):
 def test_a_journal_keeps_whole_lines_on_a_full_disk(tmp_path, monkeypatch):
     journal = Journal(tmp_path / "rows.jsonl", {})
     rows = datasets.Dataset.from_list([{"x": 1}, {"x": 2}])
-    journal.complete(rows.select([0]), 1, lambda part: part, "Rows")
+    journal.complete(rows.select([0]), 1, lambda part, _: part, "Rows")
 
     def full(*args):
         raise OSError(errno.ENOSPC, "No space left on device")
@@ -498,7 +498,7 @@ def test_a_journal_keeps_whole_lines_on_a_full_disk(tmp_path, monkeypatch):
     with monkeypatch.context() as patch:
         patch.setattr("selfgen.cli.journal.os.fsync", full)
         with pytest.raises(SaveError, match=r"rows\.jsonl can't be written \(No space left on device\): make room"):
-            journal.complete(rows, 1, lambda part: part, "Rows")
+            journal.complete(rows, 1, lambda part, _: part, "Rows")
         with pytest.raises(SaveError, match=r"settings\.json can't be written"):
             Journal(tmp_path / "other.jsonl", {})
     assert (tmp_path / "rows.jsonl").read_text() == '{"x": 1}\n'

@@ -98,6 +98,11 @@ def test_odd_values(monkeypatch):
     assert "nan" in lines_of([{"eval_loss": math.nan, "epoch": 1.0}], None, monkeypatch)[0]
 
 
+def test_plain_steps_show_no_time_for_contexts(monkeypatch):
+    lines = lines_of([LOG, LOG | {"context_seconds": 0.0}], None, monkeypatch)
+    assert [line.split()[7] for line in lines[-2:]] == ["0.0400", "-"]
+
+
 def test_a_column_that_comes_later_gets_a_header(monkeypatch):
     first = {name: LOG[name] for name in ("loss", "learning_rate")}
     lines = lines_of([first, first, LOG], None, monkeypatch)

@@ -245,7 +245,7 @@ def test_such_a_model_is_loaded_by_name(tiny, tmp_path):
     assert trainer.train().training_loss > 0
     trainer.save_model(tmp_path / "trained")
     tokenizer.save_pretrained(tmp_path / "trained")
-    model, _ = ModelArguments(str(tmp_path / "trained")).load()
+    model = ModelArguments(str(tmp_path / "trained")).load_model()
     assert type(model) is type(trainer.model)
     assert torch.equal(weights(model), weights(trainer.model))
 

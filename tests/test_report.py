@@ -22,6 +22,7 @@ from selfgen.evaluation import free_running_gap
 from selfgen.training import gap, write_report
 from selfgen.training.gap import MOST_TOKENS, GapBeforeAndAfter
 from selfgen.training.metrics import METRICS, metric_of
+from selfgen.training.report import _panels, _picture, report_of
 from selfgen.training.report_page import Panel, svg
 
 PAGE = Path(__file__).parents[1] / "docs" / "report.md"
@@ -83,6 +84,23 @@ def test_a_training_ends_with_a_report(arguments, capsys, caplog):
     assert set(found["metrics"]) == {name for entry in found["log"] for name in entry}
     assert (Path(arguments["output_dir"]) / "report.png").read_bytes().startswith(b"\x89PNG")
     assert f"report: {arguments['output_dir']}/report.html" in caplog.text
+
+
+def test_legends_hide_no_point_and_no_title(tmp_path):
+    """Of the picture of a training."""
+    Text = pytest.importorskip("matplotlib.text").Text
+    log = [{"step": step, "loss": 3.0, "self_share": 0.5, "differing_share": 0.2, "context_seconds": 1.0,
+            "training_seconds": 2.0} for step in range(1, 30)]  # fmt: skip
+    state = TrainerState(log_history=log, global_step=29, max_steps=29)
+    drawn = _picture(_panels(log), report_of(tmp_path, state))
+    drawn.draw_without_rendering()
+    legends = [axes.get_legend() for axes in drawn.axes if axes.get_legend()]
+    assert len(legends) == 2
+    for legend in legends:
+        box, axes = legend.get_window_extent(), legend.axes
+        assert not box.overlaps(axes.get_window_extent())
+        (title,) = (one for one in axes.findobj(Text) if one.get_text() == axes.get_title(loc="left"))
+        assert not box.overlaps(title.get_window_extent())
 
 
 def test_the_page_needs_nothing_besides_itself(tmp_path, no_picture):

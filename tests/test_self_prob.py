@@ -18,7 +18,14 @@ from helpers.processes import in_ranks
 from helpers.runs import EASY, compare, make_expected
 from helpers.training import SMALL, Tokenizer, config, make_bash_trainer, make_rac_trainer, make_trainer, rows, weights
 from models import BASE, VOCAB, tiny_model
-from transformers import HfArgumentParser, MixtralConfig, MixtralForCausalLM, TrainerCallback
+from transformers import (
+    HfArgumentParser,
+    MixtralConfig,
+    MixtralForCausalLM,
+    TrainerCallback,
+    TrainerControl,
+    TrainerState,
+)
 from transformers.loss.loss_utils import ForCausalLMLoss
 
 from selfgen import BSSConfig, BSSTrainer, RACConfig
@@ -457,12 +464,15 @@ def test_a_run_that_never_settles_is_plain_fine_tuning(tmp_path, caplog):
     assert torch.equal(weights(auto.model), weights(plain.model))
     assert not any(entry["passes"] or entry["self_prob"] for entry in logged(auto))
     assert caplog.text.count("nothing was mixed, as the loss of 4 steps has not settled") == 1
+    assert not any(entry["context_seconds"] for entry in logged(auto, "context_seconds"))
 
 
 @pytest.mark.usefixtures("knows")
 @pytest.mark.parametrize(("max_steps", "told"), [(64, 1), (65, 0)])
-def test_a_run_too_short_to_settle_is_told_at_its_first_step(tmp_path, caplog, max_steps, told):
+def test_a_run_too_short_to_settle_is_told_when_it_begins(tmp_path, caplog, max_steps, told):
     prob = make_trainer(tmp_path, **AUTO)._self_prob
+    prob.on_train_begin(None, TrainerState(max_steps=max_steps), TrainerControl())
+    assert caplog.text.count("give self_prob a number (--self-prob 0.1)") == told
     for steps in range(1, max_steps):  # losses stand still at 0
         prob._learn(steps, max_steps)
         assert caplog.text.count("no contexts will be mixed") == told

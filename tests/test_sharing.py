@@ -529,7 +529,7 @@ def complete(file: Path, count: int, chunk_rows: int) -> list[int]:
     """Complete a journal of numbers; returns those that were made now."""
     made: list[int] = []
 
-    def make(part: list[dict]) -> list[dict]:
+    def make(part: list[dict], _) -> list[dict]:
         made.extend(row["x"] for row in part)
         return part
 
@@ -568,7 +568,7 @@ def test_a_chunk_is_written_once(tmp_path, monkeypatch, call, made):
 def test_a_file_that_is_changed_meanwhile(tmp_path):
     file = tmp_path / "rows.jsonl"
 
-    def make(part: list[dict]) -> list[dict]:
+    def make(part: list[dict], _) -> list[dict]:
         if part[0]["x"] == 2:
             file.write_text("")
         return part

@@ -95,7 +95,7 @@ def test_columns_may_come_late():
     late = [*TEXTS[:3], {**TEXTS[3], "extra": 1}, {"completion": "a"}, TEXTS[4]]
     found, _ = tokenize_rows(of_generator(late), make_tokenizer(TEMPLATE), max_length=16)
     assert len(list(found)) == 5
-    with pytest.raises(ValueError, match="neither 'prompt' and 'completion'"):
+    with pytest.raises(ValueError, match=r"no 'prompt' \(prompt_column\)"):
         tokenize_rows(of_generator([{"text": "a"}]), make_tokenizer(), max_length=16)
 
 

@@ -101,6 +101,7 @@ UPSTREAM = [
     ("transformers.cache_utils:CacheLayerMixin.update", exists, "keys and values don't come to the ragged cache"),
     ("transformers:LlamaForCausalLM.forward", forward_of_a_model, "ragged_logits can't hand over a pass"),
     ("transformers:PreTrainedModel.warn_if_padding_and_no_attention_mask", exists, "passes wait for the device again"),
+    ("datasets.config:HF_HUB_OFFLINE", exists, "a hub that can't be reached is asked for half a minute"),
     ("transformers:PreTrainedConfig.get_text_config", arguments("decoder"), "sizes of a model can't be read"),
     (
         "torch.utils._python_dispatch:TorchDispatchMode.__torch_dispatch__",

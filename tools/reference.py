@@ -6,18 +6,15 @@ stands between ``<!-- generated: NAME -->`` and ``<!-- end: NAME -->``.
 
 from __future__ import annotations
 
-import argparse
 import dataclasses
 import inspect
 import json
 import re
 from collections.abc import Callable, Iterator
-from contextlib import suppress
 from html import escape
 from importlib import import_module
 from pathlib import Path
-from typing import Any, NoReturn
-from unittest.mock import patch
+from typing import Any
 
 from selfgen.cli import COMMANDS
 from selfgen.cli.help import FILE
@@ -79,15 +76,7 @@ def shown_of(name: str) -> dict[str, Any]:
     """The help of a command; one that is fast by itself has none kept, and its parser is asked."""
     if name in kept():
         return kept()[name]
-    found: list[argparse.ArgumentParser] = []
-
-    def take(parser: argparse.ArgumentParser, *_: object) -> NoReturn:
-        found.append(parser)
-        raise SystemExit
-
-    with patch.object(argparse.ArgumentParser, "parse_args", take), suppress(SystemExit):
-        import_module(f"selfgen.cli.{name}").run([])
-    (parser,) = found
+    parser = import_module(f"selfgen.cli.{name}").make_parser()
     formatter = parser._get_formatter()
     options = {formatter._format_action_invocation(one): one.help for one in parser._actions if one.dest != "help"}
     usage = " ".join(parser.format_usage().removeprefix("usage: ").split())

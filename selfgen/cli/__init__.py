@@ -6,7 +6,7 @@ import signal
 import sys
 from importlib import import_module
 
-from .terminal import fail, first_here
+from .terminal import fail, first_here, meant
 
 COMMANDS = ("train", "contexts", "generate", "eval", "inspect", "doctor")
 
@@ -20,7 +20,7 @@ usage: selfgen train    [CONFIG.yaml] --model NAME --dataset NAME --output-dir D
        selfgen generate [CONFIG.yaml] --model NAME --dataset NAME --output-file FILE.jsonl [options]
        selfgen eval     [CONFIG.yaml] --model NAME --dataset NAME --output-dir DIR [options]
        selfgen inspect  MODEL DATA [options]
-       selfgen doctor   [MODEL] [--weights] [--json]
+       selfgen doctor   [MODEL] [--weights] [--trust-remote-code] [--json]
 
 The context of each training example mixes tokens of the reference answer with self tokens, which the model samples
 (batch-scheduled sampling, arXiv 2410.14655). The model learns to continue each context with the reference.
@@ -78,10 +78,8 @@ def main(arguments: list[str] | None = None) -> int:
         return 0
     command, *rest = arguments
     if command not in COMMANDS:
-        fail(
-            f"unknown command {command!r}; accepted: {', '.join(COMMANDS)} (selfgen --help tells what they do)",
-            command="selfgen",
-        )
+        accepted = f"accepted: {', '.join(COMMANDS)} (selfgen --help tells what they do)"
+        fail(f"unknown command {command!r}{meant(command, COMMANDS) or ';'} {accepted}", command="selfgen")
     if {"-h", "--help"} & set(rest):
         from .help import known_help
 

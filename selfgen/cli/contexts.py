@@ -39,7 +39,11 @@ class ContextArguments:
         metadata={"help": "Folder for the contexts; if it has a part of them, the rest is added. Required."}
     )
     self_prob: float | str = field(
-        default=GENTLE, metadata={"help": "Probability that a context token is a self token, in [0, 1]."}
+        default=GENTLE,
+        metadata={
+            "help": "Probability that a context token is a self token, in [0, 1]. The default is that of selfgen train "
+            "--method bash."
+        },
     )
     seed: int = field(default=0, metadata={"help": "Seed of the contexts; another one gives other self tokens."})
     shard_rows: int = field(default=512, metadata={"help": "Rows per file; a kill loses at most the work on one file."})
@@ -75,14 +79,12 @@ def run(arguments: list[str]) -> int:
         check_folder(options.output_dir, "output_dir")
         if data.assistant_turns != "last":
             raise ValueError("assistant_turns=all is for selfgen train --method bss: stored contexts are of one answer")
+        tokenizer = model_arguments.load_tokenizer()
         with in_turn():
-            rows = data.load()
-        model, tokenizer = model_arguments.load()
-        generator = how.generator(model.to(device(options.use_cpu)), tokenizer)
-        with in_turn():
-            rows, report = data.tokenize(rows, tokenizer)
+            rows, report = data.tokenize(data.load(), tokenizer)
         if is_first():
             logger.log(report.level, "data: %s", report)
+        generator = how.generator(model_arguments.load_model().to(device(options.use_cpu)), tokenizer)
         record = write_contexts(
             generator,
             rows,

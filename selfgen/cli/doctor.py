@@ -11,9 +11,11 @@ import json
 import os
 import platform
 import shutil
+import textwrap
 import time
 import warnings
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from functools import partial
 from importlib import import_module, metadata
@@ -21,7 +23,7 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from .terminal import fail
+from .terminal import fail, meant
 
 if TYPE_CHECKING:
     import torch
@@ -45,18 +47,34 @@ class Finding:
 Part = Callable[[], Iterator[Finding]]
 
 
-def parse(arguments: list[str]) -> argparse.Namespace:
+def make_parser() -> argparse.ArgumentParser:
     found = argparse.ArgumentParser(
         prog=PROG,
-        usage="selfgen doctor [MODEL] [--weights] [--json]",
+        usage="selfgen doctor [MODEL] [--weights] [--trust-remote-code] [--json]",
         description="Look at this installation: versions, devices, which kernels compute, whether contexts are exact, "
         "what passes cost, and what a model allows. Ends with exit code 0 if all is well, and 1 if something is "
         "broken, which is marked with !.",
     )
     found.add_argument("model", nargs="?", metavar="MODEL", help="a folder, or a name on the Hugging Face hub")
     found.add_argument("--weights", action="store_true", help="load the weights of MODEL, too, and try what it allows")
+    found.add_argument(
+        "--trust-remote-code",
+        nargs="?",
+        const="yes",
+        default="no",
+        choices=("yes", "no"),
+        help="run the code that comes with MODEL, which can do all that you can do: say yes to code that you have read",
+    )
     found.add_argument("--json", action="store_true", help="write one JSON object")
-    asked = found.parse_args(arguments)
+    return found
+
+
+def parse(arguments: list[str]) -> argparse.Namespace:
+    parser = make_parser()
+    asked, unknown = parser.parse_known_args(arguments)
+    if unknown:
+        flags = [flag for action in parser._actions for flag in action.option_strings]
+        fail(f"unknown argument {unknown[0]!r}{meant(unknown[0], flags)}", PROG)
     if asked.weights and not asked.model:
         fail("--weights goes with a model: selfgen doctor MODEL --weights", PROG)
     return asked
@@ -73,7 +91,7 @@ def run(arguments: list[str]) -> int:
     }
     if asked.model:
         look = _of_weights if asked.weights else _of_configuration
-        parts[f"model {asked.model}"] = partial(look, os.path.expanduser(asked.model))
+        parts[f"model {asked.model}"] = partial(look, os.path.expanduser(asked.model), asked.trust_remote_code == "yes")
     broken: list[str] = []
     told: dict[str, list[dict[str, Any]]] = {}
     for title, part in parts.items():
@@ -84,12 +102,22 @@ def run(arguments: list[str]) -> int:
             broken += [f"{title}: {found.name}"] * found.broken
             told[title].append(asdict(found))
             if not asked.json:
-                print(f"{'!' if found.broken else ' '} {found.name:{_WIDTH}} {found.text}", flush=True)
+                print(_lines(found), flush=True)
     if asked.json:
         print(json.dumps({"ok": not broken, "broken": broken, "parts": told}, indent=1))
     else:
         print(f"\nbroken: {'; '.join(broken)}" if broken else "\nall is well")
     return 1 if broken else 0
+
+
+def _lines(found: Finding) -> str:
+    """A finding as wide as the terminal, the text beside the name."""
+    width, indent = max(60, min(120, shutil.get_terminal_size((120, 0)).columns)), " " * (_WIDTH + 3)
+    begins = f"{'!' if found.broken else ' '} {found.name:{_WIDTH}} "
+    return textwrap.fill(
+        found.text, width, initial_indent=begins, subsequent_indent=indent, break_long_words=False,
+        break_on_hyphens=False,
+    )  # fmt: skip
 
 
 def _examined(part: Part) -> Iterator[Finding]:
@@ -193,7 +221,8 @@ def _kernels() -> Iterator[Finding]:
     compiler = shutil.which(os.environ.get("CXX", "c++"))
     with_it = f"there is a compiler to build them with ({compiler})" if compiler else "there is no C++ compiler"
     if cpu.missing is None:
-        yield Finding("C++", f"built, and run at level {cpu.level()} of {', '.join(cpu.LEVELS)}", data=cpu.level())
+        text = f"built; this processor runs those of level {cpu.level()} (there are {', '.join(cpu.LEVELS)})"
+        yield Finding("C++", text, data=cpu.level())
     elif cpu.missing == cpu.NOT_BUILT:
         yield Finding("C++", f"not built, so that CPU ops are several times slower (docs/install.md); {with_it}")
     else:
@@ -204,8 +233,9 @@ def _kernels() -> Iterator[Finding]:
         for op in OPS:
             by_choice.setdefault(backends.chosen(op, device), []).append(op)
         for choice, ops in by_choice.items():
-            name, data = f"{device}: {choice.backend}", {"why": choice.why, "ops": ops}
-            yield Finding(name, f"{', '.join(ops)} ({choice.why})", data=data)
+            by = {"cpu": "C++", "reference": "torch"}.get(choice.backend, choice.backend)
+            data = {"backend": choice.backend, "why": choice.why, "ops": ops}
+            yield Finding(f"{device}, by {by}", f"{', '.join(ops)} ({choice.why})", data=data)
 
 
 def _stand_in(device: torch.device, **sizes: int) -> PreTrainedModel:
@@ -270,17 +300,17 @@ def _cost() -> Iterator[Finding]:
 
 def _measured(name: str, model: str, generator: Any) -> Iterator[Finding]:
     budget = generator.budget
-    curve = ", ".join(f"{tokens}: {1000 * seconds:.3g}" for tokens, seconds in budget.curve.items())
-    yield Finding(name, f"ms of a pass of {model}, by its tokens: {curve}", data=budget.curve)
+    curve = ", ".join(f"{1000 * seconds:.3g} ms with {tokens}" for tokens, seconds in budget.curve.items())
+    yield Finding(name, f"a pass of {model} takes {curve} tokens", data=budget.curve)
     data = {"token_budget": budget.tokens, "balance": budget.balance}
-    text = f"a pass costs as much as {budget.balance:.1f} tokens, and has at most {budget.tokens}"
-    yield Finding(f"{name}: balance", text, data=data)
+    text = f"one more pass costs as much as {budget.balance:.1f} more tokens; a pass has {budget.tokens} tokens at most"
+    yield Finding(f"{name}, balance", text, data=data)
 
 
 # ---- A model ---------------------------------------------------------------------------------------------------------
 
 
-def _of_configuration(name: str) -> Iterator[Finding]:
+def _of_configuration(name: str, trust: bool) -> Iterator[Finding]:
     """What a model allows as far as its configuration and its code tell: the weights stay where they are."""
     import torch
     from transformers import AutoConfig
@@ -292,10 +322,11 @@ def _of_configuration(name: str) -> Iterator[Finding]:
     if adapter := find_adapter_config_file(name):
         name = json.loads(Path(adapter).read_text(encoding="utf-8"))["base_model_name_or_path"]
         yield Finding("adapter", f"of {name}, which is looked at here", data=name)
-    auto_class = auto_class_of(name)
-    config = AutoConfig.from_pretrained(name)
-    with torch.device("meta"):
-        model = auto_class.from_config(config)
+    with _of_code(name):
+        auto_class = auto_class_of(name, trust_remote_code=trust)
+        config = AutoConfig.from_pretrained(name, trust_remote_code=trust)
+        with torch.device("meta"):
+            model = auto_class.from_config(config, trust_remote_code=trust)
     yield from _looked_at(model)
     text = "only its weights tell: whether it sees later tokens, and whether the passes give its own numbers"
     yield Finding("not known", f"{text} (selfgen doctor MODEL --weights tries it)")
@@ -337,13 +368,27 @@ def _looked_at(model: PreTrainedModel) -> Iterator[Finding]:
     yield Finding("sharding", f"FSDP2 and DeepSpeed ZeRO: yes; tensor parallelism: {tensor}", data={"tensor": plan})
 
 
-def _of_weights(name: str) -> Iterator[Finding]:
+@contextmanager
+def _of_code(name: str) -> Iterator[None]:
+    """Say what to do where a model comes with code of its own."""
+    try:
+        yield
+    except ValueError as error:
+        if "trust_remote_code" not in str(error):
+            raise
+        raise ValueError(
+            f"model {name!r} comes with code of its own, which is not run by itself: read it, and give "
+            "--trust-remote-code yes"
+        ) from error
+
+
+def _of_weights(name: str, trust: bool) -> Iterator[Finding]:
     """The same, and what only trying shows."""
     from ..context import ContextGenerator, UnsupportedModelError
     from ..training.losses import why_not_lean
     from .options import ModelArguments, device
 
-    model = ModelArguments(name).load()[0].to(device(use_cpu=False))
+    model = ModelArguments(name, trust_remote_code=trust).load_model().to(device(use_cpu=False))
     yield from _looked_at(model)
     try:
         generator = ContextGenerator(model)

@@ -28,7 +28,6 @@ from ..evaluation import (
     compared,
     exact_match,
     exposure_bias,
-    extract_answer,
     greedy_of,
     rouge,
     row_gaps,
@@ -40,8 +39,9 @@ from ..evaluation.symbolic import Undecided, decide, has_math_verify
 from ..files import alone, check_folder, write_json, writing
 from ..provenance import differences, rows_hash, versions, weights_hash
 from ..sharing import in_turn, is_first, let_first_speak, rounding
+from ..training.report import has_mixed
 from .answers import answer_rows, is_empty, tell_of_answers
-from .journal import NAMES, Journal, read
+from .journal import NAMES, Journal, Make, check_known, read
 from .options import (
     ROWS,
     DataArguments,
@@ -99,7 +99,12 @@ class EvalArguments:
         },
     )
     self_prob: float = field(
-        default=0.25, metadata={"help": "Probability that a token of a mixed context is a self token, in [0, 1]."}
+        default=0.25,
+        metadata={
+            "help": "Probability that a token of a mixed context is a self token, in [0, 1]. The default is above that "
+            "of contexts to train on, 0.1, as more self tokens are measured on fewer rows; one value for models that "
+            "are compared."
+        },
     )
     gap_rows: int = field(
         default=256,
@@ -214,43 +219,45 @@ def evaluate(
         rouge("", "")  # a missing package shows here, not after hours
     if data.assistant_turns != "last":
         raise ValueError("assistant_turns=all is for training: the answer that is evaluated is the last turn")
+    made = {name: {key: getattr(how, key) for key in keys} for name, keys in _SETTINGS.items()}
+    what = asdict(model_arguments) | asdict(data) | {"limit": how.limit, "noise_version": NOISE_VERSION}
+    folder = Path(how.output_dir)
+    before = _results(folder)
+    for name in how.files:
+        check_known(folder / f"{name}.jsonl", what | made[name])
+    tokenizer = model_arguments.load_tokenizer()
     with in_turn():
         dataset = data.load()
-    model, tokenizer = model_arguments.load()
-    vocab_size = unpadded_vocab_size(model, tokenizer)
-    model.to(device(how.use_cpu))
-    with in_turn():
         rows, report = data.tokenize(dataset.select(range(min(how.limit or len(dataset), len(dataset)))), tokenizer)
     if is_first():
         logger.log(report.level, "data: %s", report)
-    limit = max_positions(model)
-    if limit is not None and data.max_length is not None and data.max_length > limit:
-        raise ValueError(f"max_length is {data.max_length}, but the model has {limit} positions")
     if report.truncated and {"answers", "corrections"} & set(how.files):
         raise ValueError(
             f"{report.truncated} reference answers do not fit into max_length={data.max_length}, so that "
             "answers can't be compared with their ends; give a larger --max-length, or measure only gap, loss and curve"
         )
-
-    what = asdict(model_arguments) | asdict(data) | {"limit": how.limit}
-    what |= {"weights": weights_hash(model), "rows": rows_hash(rows), "vocab_size": vocab_size}
-    what["noise_version"] = NOISE_VERSION
-    made = {name: {key: getattr(how, key) for key in keys} for name, keys in _SETTINGS.items()}
-    folder = Path(how.output_dir)
-    before = _results(folder)
-    # All of them first, so that an error shows before hours of work.
-    journals = {name: Journal(folder / f"{name}.jsonl", what | made[name]) for name in how.files}
+    model = model_arguments.load_model().to(device(how.use_cpu))
+    vocab_size = unpadded_vocab_size(model, tokenizer)
+    limit = max_positions(model)
+    if limit is not None and data.max_length is not None and data.max_length > limit:
+        raise ValueError(f"max_length is {data.max_length}, but the model has {limit} positions")
 
     made_with: dict[str, Any] = {"vocab_size": vocab_size, "precision": how.context_precision}
     free = ContextGenerator(model, temperature=how.temperature, **made_with)
     mixing = ContextGenerator(model, temperature=how.sampling_temperature, **made_with)
+    if {"gap", "losses"} & set(how.files):
+        longest = max(len(row["prompt_ids"]) + len(row["answer_ids"]) for row in rows)
+        mixing.check_method(how.context_method, longest)  # before anything is written
     greedy = free if how.temperature == 0 else greedy_of(free)
-    made_by: dict[str, tuple[ContextGenerator, int, Method | None, Callable[[list[dict]], list[dict]]]] = {
+    made_by: dict[str, tuple[ContextGenerator, int, Method | None, Make]] = {
         "gap": (mixing, how.batch_size or 8, how.context_method, partial(gaps, mixing, greedy, tokenizer, data, how)),
         "answers": (free, how.batch_size or 32, None, partial(answers, free, tokenizer, data, how)),
         "corrections": (free, how.batch_size or 32, None, partial(corrections, free, tokenizer, data, how)),
         "losses": (mixing, how.batch_size or 8, how.context_method, partial(losses, mixing, how)),
     }
+    what |= {"weights": weights_hash(model), "rows": rows_hash(rows), "vocab_size": vocab_size}
+    # All of them first, so that an error shows before hours of work.
+    journals = {name: Journal(folder / f"{name}.jsonl", what | made[name]) for name in how.files}
     for name, journal in journals.items():
         generator, batch_size, method, make = made_by[name]
         agree = partial(rounding, generator=generator, batch_size=batch_size, method=method)
@@ -276,7 +283,7 @@ def evaluate(
         "versions": versions("selfgen", "torch", "transformers"),
         "device": str(model.device),
         "data": asdict(report),
-    } | measure(lines, metrics, made["losses"]["self_prob"])
+    } | measure(lines, metrics, made["losses"]["self_prob"], after_bss=has_mixed(model_arguments.model))
 
 
 def _results(folder: Path) -> dict[str, Any]:
@@ -299,9 +306,10 @@ def answers(
     data: DataArguments,
     how: EvalArguments,
     rows: list[dict],
+    done: Callable[[int], object],
 ) -> list[dict[str, Any]]:
     """Free-running answers of some rows."""
-    found = answer_rows(generator, tokenizer, rows, data, **_sampling(how))
+    found = answer_rows(generator, tokenizer, rows, data, progress=partial(done, 1), **_sampling(how))
     lines = []
     for row, text, finished in zip(rows, found["own_answer"], found["finished"], strict=True):
         line = _asked(tokenizer, data, row)
@@ -315,10 +323,11 @@ def corrections(
     data: DataArguments,
     how: EvalArguments,
     rows: list[dict],
+    done: Callable[[int], object],
 ) -> list[dict[str, Any]]:
     """Answers of some rows, before and after the model has looked at them again."""
     correction = {"rounds": how.rounds, "cue": how.correction_cue}
-    found = answer_rows(generator, tokenizer, rows, data, correction, **_sampling(how))
+    found = answer_rows(generator, tokenizer, rows, data, correction, progress=partial(done, 1), **_sampling(how))
     lines = []
     for row, first, corrected in zip(rows, found["own_answer"], found["corrected"], strict=True):
         line = _asked(tokenizer, data, row)
@@ -334,6 +343,7 @@ def gaps(
     data: DataArguments,
     how: EvalArguments,
     rows: list[dict],
+    _: Callable[[int], object],
 ) -> list[dict[str, Any]]:
     """How many tokens of some rows are right under references, and how many running freely."""
     return row_gaps(
@@ -349,7 +359,9 @@ def gaps(
     )
 
 
-def losses(generator: ContextGenerator, how: EvalArguments, rows: list[dict]) -> list[dict[str, Any]]:
+def losses(
+    generator: ContextGenerator, how: EvalArguments, rows: list[dict], done: Callable[[int], object]
+) -> list[dict[str, Any]]:
     """Losses of each reference token of some rows, by kind of context."""
     lines: list[dict[str, Any]] = []
     batch_size, self_probs = how.batch_size or 8, _self_probs(how.self_prob)
@@ -361,14 +373,17 @@ def losses(generator: ContextGenerator, how: EvalArguments, rows: list[dict]) ->
             | {name: [round(loss, 6) for loss in row_of.tolist()] for name, row_of in zip(found, values, strict=True)}
             for row, values in zip(batch, zip(*found.values(), strict=True), strict=True)
         ]
+        done(len(batch))
     return lines
 
 
-def measure(lines: dict[str, list[dict[str, Any]]], metrics: list[str], self_prob: float) -> dict[str, Any]:
+def measure(
+    lines: dict[str, list[dict[str, Any]]], metrics: list[str], self_prob: float, *, after_bss: bool
+) -> dict[str, Any]:
     """The numbers of the metrics, from the lines of all rows; ``self_prob`` is that of mixed contexts."""
     results: dict[str, Any] = {}
     if "gap" in metrics:
-        results["gap"] = Gap.of(lines["gap"]).to_dict()
+        results["gap"] = Gap.of(lines["gap"], after_bss).to_dict()
     if made := lines.get("answers"):
         if "exact_match" in metrics:
             results["exact_match"] = Share(sum(line["generated_right"] for line in made), len(made)).to_dict()
@@ -428,23 +443,23 @@ def _self_probs(self_prob: float) -> dict[str, float]:
 
 
 def _sampling(how: EvalArguments) -> dict[str, Any]:
-    batch_size = how.batch_size or 32
-    return {"max_new_tokens": how.max_new_tokens, "seed": how.seed, "batch_size": batch_size, "progress": is_first()}
+    return {"max_new_tokens": how.max_new_tokens, "seed": how.seed, "batch_size": how.batch_size or 32}
 
 
 def _asked(tokenizer: PreTrainedTokenizerBase, data: DataArguments, row: dict) -> dict[str, Any]:
     """What a row asks, as the model reads it, and what it should say."""
     (reference,) = data.answer_texts(tokenizer, [row["answer_ids"]])
-    return {
+    asked = {
         "sample_id": row["sample_id"],
         "prompt": tokenizer.decode(row["prompt_ids"]),
         "reference": reference,
-        "reference_answer": compared(reference, reference)[1],
     }
+    expected = compared(reference, reference)[1]
+    return asked if expected is None else asked | {"reference_answer": expected}
 
 
 def _judged(name: str, text: str, reference: str) -> dict[str, Any]:
-    """What the model said, the answer in it, and whether that is right."""
+    """What the model said, the answer in it, if there is one in the reference, and whether that is right."""
     found, expected = compared(text, reference)
-    said = extract_answer(text) if expected is None else found
-    return {name: text, f"{name}_answer": said, f"{name}_right": exact_match(text, reference)}
+    answer = {} if expected is None else {f"{name}_answer": found}
+    return {name: text, **answer, f"{name}_right": exact_match(text, reference)}

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -13,11 +14,11 @@ from ..context.generator import PRECISIONS, Precision
 from ..context.models import room_for_answers, unpadded_vocab_size
 from ..correction import DEFAULT_CUE, CorrectionCue
 from ..data import sample_ids_of
-from ..files import check_place
+from ..files import check_file
 from ..provenance import rows_hash, weights_hash
 from ..sharing import in_turn, is_first, let_first_speak, rounding
 from .answers import answer_rows, tell_of_answers
-from .journal import Journal
+from .journal import Journal, check_known
 from .options import (
     ROWS,
     DataArguments,
@@ -46,9 +47,9 @@ class GenerateArguments:
 
     output_file: str = field(
         metadata={
-            "help": "File of JSON lines: the columns of each row, own_answer, corrected, and whether the answer was "
-            "finished (in place of columns of these names). Required. It can be trained on: --method rac --own-answer "
-            "column."
+            "help": "File of JSON lines: the columns of each row (null where it has none), own_answer, corrected with "
+            "--correct, and finished, whether the answer ended by itself (in place of columns of these names). "
+            "Required. It can be trained on: --method rac --own-answer column."
         }
     )
     correct: bool = field(default=False, metadata={"help": "Let the model correct its own answers (RAC)."})
@@ -114,22 +115,25 @@ def run(arguments: list[str]) -> int:
 
 
 def answer(model_arguments: ModelArguments, data: DataArguments, how: GenerateArguments) -> None:
-    check_place(how.output_file, "output_file")
-    model, tokenizer = model_arguments.load()
-    vocab_size = unpadded_vocab_size(model, tokenizer)
+    file = Path(how.output_file)
+    check_file(file, "output_file")
+    settings = asdict(model_arguments) | asdict(data)
+    settings |= {name: value for name, value in asdict(how).items() if name not in _MAY_CHANGE}
+    settings["noise_version"] = NOISE_VERSION
+    check_known(file, settings)
+    tokenizer = model_arguments.load_tokenizer()
     with in_turn():
         given = data.load()
         rows, report = data.tokenize_prompts(given, tokenizer)
     place_of = {sample_id: place for place, sample_id in enumerate(sample_ids_of(given))}
     if is_first():
         logger.log(report.level, "data: %s", report)
+    model = model_arguments.load_model()
+    vocab_size = unpadded_vocab_size(model, tokenizer)
     cue = CorrectionCue.of(tokenizer, how.correction_cue, options=data) if how.correct else None
     room_for_answers(model, rows["prompt_ids"], len(cue.ids) if cue else 0)  # an error before hours of work
-    settings = asdict(model_arguments) | asdict(data)
-    settings |= {name: value for name, value in asdict(how).items() if name not in _MAY_CHANGE}
     settings |= {"weights": weights_hash(model), "rows": rows_hash(rows), "vocab_size": vocab_size}
-    settings["noise_version"] = NOISE_VERSION
-    journal = Journal(Path(how.output_file), settings)
+    journal = Journal(file, settings)
     model = model.to(device(how.use_cpu))
     generator = ContextGenerator(
         model, temperature=how.temperature, vocab_size=vocab_size, precision=how.context_precision
@@ -138,8 +142,9 @@ def answer(model_arguments: ModelArguments, data: DataArguments, how: GenerateAr
     correction = {"rounds": how.rounds, "cue": how.correction_cue}
     sampling = {name: getattr(how, name) for name in ("max_new_tokens", "seed", "batch_size", "top_k", "top_p")}
 
-    def lines_of(part: list[dict]) -> list[dict]:
-        columns = answer_rows(generator, tokenizer, part, data, correction if how.correct else None, **sampling)
+    def lines_of(part: list[dict], done: Callable[[int], object]) -> list[dict]:
+        asked = correction if how.correct else None
+        columns = answer_rows(generator, tokenizer, part, data, asked, progress=partial(done, 1), **sampling)
         found = (dict(zip(columns, values, strict=True)) for values in zip(*columns.values(), strict=True))
         ids = [row["sample_id"] for row in part]
         return [given[place_of[one]] | {"sample_id": one} | line for one, line in zip(ids, found, strict=True)]

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import io
 import logging
+import sys
 from dataclasses import dataclass, field
 from itertools import takewhile
 from pathlib import Path
@@ -14,7 +16,8 @@ from ..evaluation.gap import SELF_TEMPERATURE
 from ..evaluation.inspection import TokenTexts, inspect_rows
 from ..evaluation.inspection.page import MADE_BY, page
 from ..evaluation.inspection.terminal import show
-from ..files import SaveError, check_place, write_whole
+from ..files import SaveError, check_file, write_whole, writing
+from ..sharing import let_first_speak
 from ..training.config import GeneratorOptions
 from .options import (
     ROWS,
@@ -50,7 +53,11 @@ class InspectArguments:
         metadata={"help": "Rows to look at, the first ones; --dataset-split 'train[100:]' has others."},
     )
     self_prob: float = field(
-        default=0.25, metadata={"help": "Probability that a context token is a self token, in [0, 1]."}
+        default=0.25,
+        metadata={
+            "help": "Probability that a context token is a self token, in [0, 1]. The default is above that of "
+            "contexts to train on, 0.1, so that a few rows show some."
+        },
     )
     seed: int = field(default=0, metadata={"help": "Seed of all that is sampled; another one gives other self tokens."})
     max_new_tokens: int = field(
@@ -78,6 +85,7 @@ class InspectedContexts(GeneratorOptions):
 
 def run(arguments: list[str]) -> int:
     show_log()
+    let_first_speak()
     parser = make_parser(
         (ModelArguments, DataArguments, InspectArguments, InspectedContexts),
         prog=PROG,
@@ -114,12 +122,13 @@ def inspect(
     _check_file(file)
     if data.assistant_turns != "last":
         raise ValueError("assistant_turns=all is for selfgen train: rows are inspected at one answer, the last turn")
+    tokenizer = model_arguments.load_tokenizer()
     given = data.load()
-    model, tokenizer = model_arguments.load()
-    vocab_size = unpadded_vocab_size(model, tokenizer)
-    model = model.to(device(what.use_cpu))
     rows, report = data.tokenize(given.select(range(min(what.rows, len(given)))), tokenizer)
     logger.log(report.level, "data: %s", report)
+    model = model_arguments.load_model()
+    vocab_size = unpadded_vocab_size(model, tokenizer)
+    model = model.to(device(what.use_cpu))
     generator = how.generator(model, tokenizer)
     found = inspect_rows(
         generator,
@@ -147,16 +156,17 @@ def inspect(
     texts = TokenTexts(tokenizer)
     warnings = [str(report)] if report.level > logging.INFO else []
     content = page(found, texts, settings, warnings).encode()
+    with writing(file):
+        file.parent.mkdir(parents=True, exist_ok=True)
     write_whole(file, lambda stream: stream.write(content))
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(errors="replace")  # a pipe may lack some of the signs; the page has them
     show(found, texts, settings)
     print(f"the page is in {file}")
 
 
 def _check_file(file: Path) -> None:
     """Raise OSError, before any work, if the page can't be written there, or another program has."""
-    check_place(file, "output_file")
-    if file.is_dir():
-        raise SaveError(f"output_file is {str(file)!r}, which is a folder: give the name of a file")
+    check_file(file, "output_file")
     if file.exists() and MADE_BY.encode() not in file.read_bytes()[:1000]:
         raise SaveError(f"{PROG} did not write {file}: give another output_file, or remove it")
-    file.parent.mkdir(parents=True, exist_ok=True)

@@ -16,8 +16,14 @@ from ..files import alone, to_json, write_json, write_whole, writing
 from ..provenance import differences
 from ..sharing import Parts
 
+Make = Callable[[list[dict], Callable[[int], object]], list[dict]]
+"""From rows, and what is called with a number of rows whenever these are done, to the lines of these rows."""
 NAMES = {"model", "revision", "trust_remote_code", "dataset", "dataset_config", "dataset_split"}
 """Settings that lead to weights and rows, which may differ: hashes tell weights and rows apart."""
+
+
+LATER = {"weights", "rows", "vocab_size"}
+"""Settings that the model and the rows tell, once they are loaded."""
 
 
 def _settings_of(file: Path) -> Path:
@@ -59,6 +65,40 @@ _AGREED = ("chunk_rows", "batch_size", "method", "token_budget", "balance")
 _WAIT = 600.0  # seconds for which another process may note something down, such as a budget that it measures first
 
 
+def check_known(file: Path, settings: Mapping[str, Any]) -> None:
+    """Raise ValueError, before anything is loaded, where `Journal` would with these settings and those of LATER."""
+    _check_settings(file, settings, LATER)
+    read(file)
+
+
+def _check_settings(file: Path, settings: Mapping[str, Any], unknown: set[str]) -> dict[str, Any] | None:
+    """What the file of settings says; None if it is to be written.
+
+    Raises:
+        ValueError: ``file`` holds rows of other settings, but for ``unknown`` ones, or something else.
+    """
+    if file.is_dir():
+        raise ValueError(f"{file} is a folder: give the name of a file")
+    noted = _settings_of(file)
+    found = _loads(noted, 1, _text_of(noted)) if noted.exists() else None
+    other = differences(found or {}, settings, ignore=NAMES.union(_AGREED, unknown))
+    if found is not None and not other:
+        return found
+    if file.exists() or _chunks_of(file).exists():
+        if found is None:
+            raise ValueError(f"selfgen did not write {file}, and would add rows to it: give another file or folder")
+        there = file if file.exists() else _chunks_of(file)
+        raise ValueError(
+            f"{there} holds rows that were made with other settings ({'; '.join(other)}): give the former ones, or "
+            "another file or folder, or remove it"
+        )
+    return None
+
+
+def _chunks_of(file: Path) -> Path:
+    return file.with_name(f".{file.name}.chunks")
+
+
 class Journal:
     """A file of rows, written in order and in whole lines, with the settings that they were made with next to it.
 
@@ -76,11 +116,9 @@ class Journal:
 
     def __init__(self, file: Path, settings: dict[str, Any]):
         self.file, self.settings = file, settings
-        self._chunks = file.with_name(f".{file.name}.chunks")
+        self._chunks = _chunks_of(file)
         self._rows, self._chunk_rows = 0, 1
         self._place, self._written = 0, 0  # where the rows end that were found in the file, and how many these are
-        if file.is_dir():
-            raise ValueError(f"{file} is a folder: give the name of a file")
         with writing(file):
             file.parent.mkdir(parents=True, exist_ok=True)
         with self._alone():
@@ -95,23 +133,11 @@ class Journal:
 
     def _check_settings(self) -> dict[str, Any]:
         """What the settings file says, which is written if there is none."""
-        noted = _settings_of(self.file)
-        found = _loads(noted, 1, _text_of(noted)) if noted.exists() else None
-        other = differences(found or {}, self.settings, ignore=NAMES.union(_AGREED))
-        if found is not None and not other:
-            return found
-        if self._is_begun():
-            if found is None:
-                raise ValueError(
-                    f"selfgen did not write {self.file}, and would add rows to it: give another file or folder"
-                )
-            there = self.file if self.file.exists() else self._chunks
-            raise ValueError(
-                f"{there} holds rows that were made with other settings ({'; '.join(other)}): give the former ones, or "
-                "another file or folder, or remove it"
-            )
-        write_json(noted, self.settings)
-        return dict(self.settings)
+        found = _check_settings(self.file, self.settings, set())
+        if found is None:
+            found = dict(self.settings)
+            write_json(_settings_of(self.file), found)
+        return found
 
     def rows(self) -> list[dict[str, Any]]:
         """The rows that are written."""
@@ -121,7 +147,7 @@ class Journal:
         self,
         rows: Dataset,
         chunk_rows: int,
-        make: Callable[[list[dict]], list[dict]],
+        make: Make,
         title: str,
         agree: Callable[[Mapping[str, Any]], dict[str, Any]] = lambda found: {},
     ) -> None:
@@ -130,7 +156,7 @@ class Journal:
         Args:
             rows: all rows.
             chunk_rows: rows that are made and written at a time; a file keeps those that it began with.
-            make: from rows to their lines.
+            make: the lines of some rows.
             title: of the bar.
             agree: from what the first process has noted down to what must be so in all of them, as `sharing.rounding`.
         """
@@ -150,8 +176,9 @@ class Journal:
             range(start, min(start + self._chunk_rows, len(rows))) for start in range(0, len(rows), self._chunk_rows)
         ]
 
-        def write(number: int, _: object) -> None:
-            content = "".join(to_json(line) + "\n" for line in make([rows[i] for i in parts[number]])).encode()
+        def write(number: int, done: Callable[[int], object]) -> None:
+            lines = make([rows[i] for i in parts[number]], done)
+            content = "".join(f"{to_json(line)}\n" for line in lines).encode()
             write_whole(self._chunk(number), lambda stream: stream.write(content))
             self._gather()
 

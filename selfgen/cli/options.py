@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import difflib
 import json
 import logging
 import os
@@ -30,7 +29,7 @@ from ..data import RowOptions, load_rows
 from ..files import PATHS, expand_home
 from ..training.config import RENAMED, WORDS
 from .pretrained import from_pretrained
-from .terminal import HelpFormatter, fail
+from .terminal import HelpFormatter, fail, meant
 from .yaml_file import NumberOr, read_file, value_of
 
 DTYPES = ("auto", "float32", "bfloat16", "float16")
@@ -45,7 +44,10 @@ class ModelArguments:
     model: str = field(metadata={"help": "Model: a folder, or a name on the Hugging Face hub. Required."})
     dtype: str = field(
         default="auto",
-        metadata={"help": "Dtype of the weights: auto (that of the checkpoint), float32, bfloat16 or float16."},
+        metadata={
+            "help": "Dtype of the weights: auto (that of the checkpoint), float32, bfloat16 or float16. selfgen train "
+            "has another default, float32: half precision is enough to run a model, but rounds small updates away."
+        },
     )
     attn_implementation: str | None = field(
         default=None,
@@ -67,11 +69,10 @@ class ModelArguments:
         if self.dtype not in DTYPES:
             raise ValueError(f"dtype is {self.dtype!r}; accepted: {', '.join(DTYPES)}")
 
-    def load(self) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
-        tokenizer = self.load_tokenizer()
+    def load_model(self) -> PreTrainedModel:
         options = {"dtype": self.dtype, "attn_implementation": self.attn_implementation}
         hub = {"revision": self.revision, "trust_remote_code": self.trust_remote_code}
-        return self._from_pretrained(auto_class_of(self.model, **hub), **options, **self.split()), tokenizer
+        return self._from_pretrained(auto_class_of(self.model, **hub), **options, **self.split())
 
     def split(self) -> dict[str, Any]:
         """How weights are split over processes as they are loaded; each has all of them, here."""
@@ -184,7 +185,21 @@ class Parser(HfArgumentParser):
     ``~`` in a path is the home folder, and an option that takes text or a list of texts takes both.
     """
 
+    one_of: tuple[str, ...] = ()
+    """Fields of which one is needed, too: where required options are missing and none of these is there, the first."""
+
+    unknown: str | None = None
+    """The error for an option that does not exist, which is told rather than that others are missing."""
+
     def error(self, message: str) -> NoReturn:
+        start, found, names = message.partition("arguments are required: ")
+        if found and self.unknown:
+            message = self.unknown
+        elif found:
+            spelled = [name.split("/")[-1] for name in names.split(", ")]
+            if self.one_of and all(self.get_default(name) is None for name in self.one_of):
+                spelled.append(_shown(self.one_of[0]))
+            message = f"{start}{found}{', '.join(spelled)}"
         fail(message, self.prog)
 
     def parse_known_args(self, args=None, namespace=None):
@@ -229,20 +244,24 @@ def _name_of(flag: str) -> str:
     return flag.split("=")[0].removeprefix("--").replace("-", "_")
 
 
+def _shown(name: str) -> str:
+    """The flag of a field."""
+    return f"--{name.replace('_', '-')}"
+
+
 def _unknown(shown: str, parser: Parser, elsewhere: Mapping[str, str]) -> str:
     """The error for an option that does not exist, with what may be meant."""
     option = _name_of(shown)
 
     def spelled(name: str) -> str:
-        return repr(f"--{name.replace('_', '-')}" if shown.startswith("--") else name)
+        return _shown(name) if shown.startswith("--") else name
 
     if option in RENAMED:
-        return f"the option {shown!r} is called {spelled(RENAMED[option])} now"
+        return f"the option {shown!r} is called {spelled(RENAMED[option])!r} now"
     elsewhere = {**dict.fromkeys(("tp_size", "fsdp_size"), "selfgen train"), **elsewhere}
     if option in elsewhere:
         return f"unknown option {shown!r}, which goes with {elsewhere[option]}"
-    close = difflib.get_close_matches(option, [action.dest for action in parser._actions], n=1)
-    return f"unknown option {shown!r}{f'; did you mean {spelled(close[0])}?' if close else ''}"
+    return f"unknown option {shown!r}{meant(spelled(option), (spelled(action.dest) for action in parser._actions))}"
 
 
 def _values_with_a_dash(parser: Parser, arguments: list[str]) -> list[str]:
@@ -315,14 +334,15 @@ def parse(parser: Parser, arguments: list[str], elsewhere: Mapping[str, str] | N
         raise ValueError(f"give the configuration file {late} first, and the options after it")
     if old := next((one for one in arguments if _name_of(one) in RENAMED), None):
         raise ValueError(_unknown(old.split("=")[0], parser, {}))
+    given = [one.split("=")[0] for one in arguments if one.startswith("--")]
+    flags = {flag for action in parser._actions for flag in action.option_strings}
+    if other := next((one for one in given if not any(flag.startswith(one) for flag in flags)), None):
+        parser.unknown = _unknown(other, parser, elsewhere or {})
     *found, unknown = parser.parse_args_into_dataclasses(arguments, return_remaining_strings=True)
+    if parser.unknown:
+        raise ValueError(parser.unknown)
     if unknown:
-        option = next((one for one in unknown if one.startswith("--")), None)
-        if option is None:
-            raise ValueError(
-                f"{unknown[0]!r} is not an option, and no option takes it as a value: begin options with --"
-            )
-        raise ValueError(_unknown(option.split("=")[0], parser, elsewhere or {}))
+        raise ValueError(f"{unknown[0]!r} is not an option, and no option takes it as a value: begin options with --")
     return tuple(found)
 
 

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import difflib
 import json
 import os
 import shutil
 import sys
 import time
+from collections.abc import Iterable
 from pathlib import Path
 from typing import NoReturn
 
@@ -38,6 +40,13 @@ class HelpFormatter(argparse.ArgumentDefaultsHelpFormatter):
         if getattr(action.type, "__name__", "") == "string_to_bool":  # of transformers; the flag alone is yes
             return f"{flag} [yes|no]"
         return f"{flag} {'|'.join(action.choices) if action.choices else '…'}"
+
+
+def meant(word: str, known: Iterable[str]) -> str:
+    """What to add to the error for a ``word`` that is unknown: the known one that it is most like, if any."""
+    names = {one.lstrip("-"): one for one in known}  # dashes make all flags alike
+    close = difflib.get_close_matches(word.lstrip("-"), names, n=1)
+    return f"; did you mean {names[close[0]]!r}?" if close else ""
 
 
 def fail(message: object, command: str) -> NoReturn:

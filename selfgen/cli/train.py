@@ -10,17 +10,18 @@ from collections.abc import Callable
 from contextlib import ExitStack
 from dataclasses import dataclass, field, fields, replace
 from functools import partial
+from pathlib import Path
 from typing import Literal
 
 from datasets import Dataset, IterableDataset
 from transformers import PreTrainedModel, TrainerState, TrainingArguments
 
 from ..context import UnsupportedModelError
-from ..context.models import unpadded_vocab_size
+from ..context.models import check_there, unpadded_vocab_size
 from ..data import DataError, RowOptions, load_rows
 from ..files import check_folder
 from ..sharing import is_first, let_first_speak, no_bars
-from ..stored_contexts import CONTEXT_COLUMNS, OfflineError
+from ..stored_contexts import CONTEXT_COLUMNS, OfflineError, load_contexts
 from ..training.bash import BASHTrainer
 from ..training.bss import BSSTrainer
 from ..training.checkpoints import ResumeError, check_resumed, output_of, resumed_checkpoint
@@ -264,9 +265,13 @@ def run(arguments: list[str]) -> int:
         try:
             config_class = RACConfig if method_of(arguments) == "rac" else BSSConfig
             of_rac = {f.name: "--method rac" for f in fields(RACConfig)}
-            options = parse(_parser(config_class, everything=wants_everything(arguments)), arguments, of_rac)
+            parser = _parser(config_class, everything=wants_everything(arguments))
+            if not {"--dataset", "--contexts"} & {one.split("=")[0] for one in arguments}:
+                parser.one_of = ("dataset", "contexts")
+            options = parse(parser, arguments, of_rac)
             method, config, report = options[2:]
             method.check(options[1])
+            config.check_evaluation(bool(options[1].eval_dataset or options[1].eval_split))
             config.disable_tqdm = config.disable_tqdm or not sys.stderr.isatty()  # bars tear lines of a file apart
             if config.disable_tqdm:
                 stack.enter_context(no_bars())
@@ -290,7 +295,7 @@ def run(arguments: list[str]) -> int:
                 raise
             fail(error, PROG)
         finally:
-            if report.report and in_rounds:  # others have a trainer, whose state is further
+            if report.report and in_rounds and Path(config.output_dir).is_dir():  # others have a trainer's state
                 _write_report(config, command)
     if is_first():
         print(f"model and tokenizer are in {config.output_dir}")
@@ -329,15 +334,17 @@ def _prepare(
         _warn_of_what_has_no_effect(config, method.contexts)
     if data.streaming:
         check_stream(config)
+    _check_models(model_arguments, config)
     logger.info("reading the data")
-    train_rows, eval_rows = data.load()
+    train_rows, eval_rows = _rows(data, config)
+    stored = load_contexts(method.contexts) if method.contexts else None
     logger.info("loading the model %s", model_arguments.model)
-    model, tokenizer = model_arguments.load()
+    tokenizer, model = model_arguments.load_tokenizer(), model_arguments.load_model()
     logger.info("tokenizing the data, and checking what the model computes")
     trainer = TRAINERS[method.method](
         model,
         config,
-        train_dataset=method.contexts or train_rows,
+        train_dataset=train_rows if stored is None else stored,
         eval_dataset=eval_rows,
         processing_class=tokenizer,
         trust_remote_code=model_arguments.trust_remote_code,
@@ -368,14 +375,35 @@ def _prepare(
     return train
 
 
+def _check_models(model_arguments: TrainedModelArguments, config: BSSConfig) -> None:
+    """Raise FileNotFoundError if a model that is asked for can't be there."""
+    check_there(model_arguments.model, model_arguments.revision)
+    for other in filter(None, (config.kl_model, config.teacher_model)):
+        check_there(other)
+
+
+def _rows(data: TrainingData, config: BSSConfig) -> tuple[Dataset | IterableDataset | None, ...]:
+    """Rows to train and to evaluate on, which have the columns that ``config`` names."""
+    train_rows, eval_rows = data.load()
+    for name, rows in (("train", train_rows), ("eval", eval_rows)):
+        if rows is not None:
+            try:
+                config.check_columns(rows)
+            except DataError as error:
+                raise DataError(f"{name} data: {error}") from error
+    if train_rows is not None and isinstance(config, RACConfig):
+        config.check_own_answers(train_rows)
+    return train_rows, eval_rows
+
+
 def _write_report(config: BSSConfig, command: str, state: TrainerState | None = None) -> None:
     """Say where the report is; one that fails costs nothing else."""
     if not is_first() or (state is not None and not state.log_history):
         return
     try:
         logger.info("report: %s", ", ".join(map(str, write_report(config.output_dir, state, command=command))))
-    except (OSError, ValueError) as error:
-        logger.warning("there is no report: %s", error)
+    except Exception as error:  # of plots, of a log of another program: no fault of a report may cost a trained model
+        logger.warning("there is no report: %s: %s", type(error).__name__, error)
 
 
 def _warn_of_what_has_no_effect(config: BSSConfig, contexts: str) -> None:
@@ -397,12 +425,13 @@ def _prepare_rounds(
     config: BSSConfig,
     _: ReportArguments,
 ) -> Callable[[], None]:
-    train_rows, eval_rows = data.load()
+    _check_models(model_arguments, config)
+    train_rows, eval_rows = _rows(data, config)
     tokenizer = model_arguments.load_tokenizer()
 
     def load(name: str) -> PreTrainedModel:
         try:
-            model = replace(model_arguments, model=name).load()[0]
+            model = replace(model_arguments, model=name).load_model()
             unpadded_vocab_size(model, tokenizer)  # checks that each token has a row
             return model
         except (OSError, ValueError) as error:

@@ -373,7 +373,7 @@ class ContextGenerator:
         min_p: float | None = None,
         eos_token_ids: Sequence[int] | None = None,
         batch_size: int = 32,
-        progress: bool = False,
+        progress: bool | Callable[[], object] = False,
     ) -> Answers:
         """Let the model answer by itself: a context with p = 1 that ends where the model ends it.
 
@@ -390,7 +390,7 @@ class ContextGenerator:
             eos_token_ids: an answer ends with the first of these; by default those of the model's generation
                 configuration.
             batch_size: most rows at a time, at least 1.
-            progress: show a bar with the time left.
+            progress: show a bar with the time left; or what is called whenever a row has its answer.
 
         Raises:
             ValueError: values out of range, empty rows, prompts that leave no position for an answer.
@@ -426,12 +426,13 @@ class ContextGenerator:
         support = inspect_model(self.model, longest)
         with (
             self.computing(),
-            tqdm(total=len(rows), desc="Answers", disable=not progress or None, leave=False) as bar,
+            tqdm(total=len(rows), desc="Answers", disable=None if progress is True else True, leave=False) as bar,
         ):
+            tell = progress if callable(progress) else bar.update
 
             def finish(row: int, answer: Tensor) -> None:
                 answers[row] = answer
-                bar.update()
+                tell()
 
             what = Prompts(rows, ids, limits, stop_ids)
             verification = self._verification
@@ -520,6 +521,15 @@ class ContextGenerator:
             verification = self._verification
             verification.check_dtypes()
             verification.check_causal(longest_row, in_training=in_training)
+
+    def check_method(self, method: Method, longest_row: int) -> None:
+        """Raise UnsupportedModelError if ``method`` can't make contexts of rows of up to ``longest_row`` tokens."""
+        if method == "sequential" and self._invariant is None:
+            self.check_causal(longest_row)
+            return
+        support = inspect_model(self.model, longest_row)
+        with self.computing():
+            self._check_ragged(support, longest_row)
 
     def _runs_ragged(self, longest_row: int = 0) -> bool:
         try:

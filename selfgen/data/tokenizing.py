@@ -30,6 +30,12 @@ _NAMED = 3  # rows per reason that a report names
 _SHOWN = 100  # characters of a row without an id by which a report names it
 _HASHED = ("prompt_ids", "answer_ids", "is_learned")
 _PEEKED = 100  # rows of a stream without features that tell its columns
+_USUAL = {
+    "prompt_column": ("prompt", "question", "instruction", "query", "input", "problem"),
+    "completion_column": ("completion", "answer", "response", "output", "solution", "target"),
+    "messages_column": ("messages", "conversations", "conversation", "chosen"),
+}
+"""Names that columns often have, by the option that names them."""
 _IDS = datasets.List(datasets.Value("int64"))
 _MASK = datasets.List(datasets.Value("bool"))
 _NOTES = {"outcome": datasets.Value("string"), "note": datasets.Value("string"), "spells": datasets.Value("bool")}
@@ -212,6 +218,12 @@ class RowOptions:
                 datetime.strptime(self.template_date, "%Y-%m-%d")
             except ValueError as error:
                 raise ValueError(f"template_date is {self.template_date!r}; give a date as 2026-01-31") from error
+
+    def check_columns(self, rows: Dataset | IterableDataset, *, answers: bool = True) -> None:
+        """Raise DataError if ``rows`` have no columns that these options name, and are not tokenized, either."""
+        names = columns_of(rows)
+        if not set(names) >= TOKENIZED:
+            _find_columns(names, self, answers=answers)
 
     def template(self, tokenizer: PreTrainedTokenizerBase) -> ChatTemplate | None:
         """The tokenizer's chat template with what these options hand to it; None if none is applied.
@@ -464,8 +476,8 @@ def report_of(row: dict[str, Any], max_length: int | None) -> DataReport:
     return _report([row["outcome"]], [row["note"]], [row["spells"]], [row["called"]], max_length)
 
 
-def columns_of(stream: IterableDataset) -> list[str]:
-    """The columns of a stream, by its first rows if nothing else tells them."""
+def columns_of(stream: Dataset | IterableDataset) -> list[str]:
+    """The columns of a data set or a stream, by its first rows if nothing else tells them."""
     if stream.column_names is not None:
         return list(stream.column_names)
     names = list(dict.fromkeys(name for row in stream.take(_PEEKED) for name in row))
@@ -584,13 +596,30 @@ def _find_columns(
         return prompt, None, messages if messages in present else None
     if messages in present:
         return None, None, messages
-    wanted = f"{prompt!r} and {completion!r} (each text or messages)" if answers else f"{prompt!r} (text or messages)"
-    likely = next((name for name in ("messages", "conversations", "conversation", "chosen") if name in present), None)
     raise DataError(
-        f"the data set has the columns {', '.join(present)}, but neither {wanted} nor {messages!r} (a conversation); "
-        "name them with prompt_column and completion_column (GSM8K: --prompt-column question --completion-column "
-        f"answer), or with messages_column{f' (--messages-column {likely})' if likely else ''}"
+        f"the data set has the columns {', '.join(present)}, but {_missing(present, options, answers=answers)}"
     )
+
+
+def _missing(present: list[str], options: RowOptions, *, answers: bool) -> str:
+    """What columns lack, and how to name them: as such data sets often do, where they have these names."""
+    wanted = {"prompt_column": options.prompt_column}
+    wanted |= {"completion_column": options.completion_column} if answers else {}
+    lacking = {option: name for option, name in wanted.items() if name not in present}
+    usual = {option: next((one for one in names if one in present), None) for option, names in _USUAL.items()}
+    of_texts = {option: usual[option] for option in lacking}
+    texts = " and ".join(f"no {name!r} ({option})" for option, name in lacking.items())
+    said = f"{texts} of texts or messages, and no {options.messages_column!r} (messages_column) of conversations"
+    if all(of_texts.values()):
+        return f"{said}: to read other columns as these, give {_flags(of_texts)}"
+    if usual["messages_column"]:
+        return f"{said}: to read another column as such, give {_flags({'messages_column': usual['messages_column']})}"
+    by_name = _flags(dict.fromkeys(lacking, "NAME"))
+    return f"{said}: say which of the columns to read by {by_name}, or by --messages-column NAME"
+
+
+def _flags(options: dict[str, Any]) -> str:
+    return " ".join(f"--{option.replace('_', '-')} {value}" for option, value in options.items())
 
 
 def check_sample_ids(dataset: datasets.Dataset) -> None:

@@ -114,16 +114,17 @@ def _right_under_references(generator: ContextGenerator, rows: Sequence[dict[str
 
 @dataclass(frozen=True, eq=False)
 class Gap:
-    """Counts of rows, [R] int64 each, and what follows from them."""
+    """Counts of rows, [R] int64 each, and what follows from them; ``after_bss`` if the model was trained with BSS."""
 
     tokens: np.ndarray
     under_references: np.ndarray
     running_freely: np.ndarray
     self_tokens: int
     self_tokens_right: int
+    after_bss: bool = False
 
     @classmethod
-    def of(cls, lines: Iterable[Mapping[str, Any]]) -> Gap:
+    def of(cls, lines: Iterable[Mapping[str, Any]], after_bss: bool = False) -> Gap:
         """From what `row_gaps` has counted, of at least one row."""
         lines = list(lines)
         if not lines:
@@ -131,7 +132,7 @@ class Gap:
         names = ("tokens", "right_under_references", "right_running_freely")
         tokens, under, freely = (np.array([line[name] for line in lines], dtype=np.int64) for name in names)
         own, right = (sum(line[name] for line in lines) for name in ("self_tokens", "self_tokens_right"))
-        return cls(tokens, under, freely, own, right)
+        return cls(tokens, under, freely, own, right, after_bss)
 
     @property
     def points(self) -> float:
@@ -192,16 +193,19 @@ class Gap:
                 "such rows"
             )
         if self.points < LITTLE:
-            return f"{found}: BSS has little to win"
+            return f"{found}: BSS has little {'left ' if self.after_bss else ''}to win"
+        if self.after_bss:
+            return f"{found} after training with BSS: compare with the same training with --self-prob 0 --lean-loss"
         said = f"{found}: try training with BSS as it is by default, and compare with --self-prob 0 --lean-loss"
         if self.self_prob is None:
             return said
         differing = 1 - (self.agreement or 0)
         share = f"{differing:.0%}" if differing >= 0.01 else f"only {differing:.1%}"
-        return f"{said} ({share} of its own tokens differ from the reference, so p would be {self.self_prob:.2g})"
+        return f"{said} ({share} of its self tokens differ from the reference, so p would be {self.self_prob:.2g})"
 
     def to_dict(self) -> dict[str, Any]:
         total = int(self.tokens.sum())
+        advises = self.is_known and self.points >= LITTLE and not self.after_bss
         return {
             "points": self.points,
             "interval": list(self.interval),
@@ -212,7 +216,8 @@ class Gap:
             "whole_answers": self.whole_answers.to_dict(),
             "agreement": self.agreement,
             "self_tokens": self.self_tokens,
-            "advised_self_prob": self.self_prob if self.is_known and self.points >= LITTLE else None,
+            "advised_self_prob": self.self_prob if advises else None,
+            "after_bss": self.after_bss,
             "advice": self.advice,
         }
 

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+_LEGEND_COLUMNS = 3
 NAMES = {
     "under_references": "tokens, under references",
     "running_freely": "tokens, running freely",
@@ -45,14 +47,29 @@ def table(results: Mapping[str, Any]) -> str:
     for name, share in results.get("correction", {}).items():
         lines.append(_share(NAMES[name], share))
     for name, loss in results.get("loss", {}).items():
-        label, made_of = f"loss, {name} contexts", f"p = {loss['self_prob']:g}, {loss['tokens']} tokens"
+        label, made_of = f"loss, {_context(name)} contexts", f"p = {loss['self_prob']:g}, {loss['tokens']} tokens"
         lines.append(f"{label:28}{loss['loss']:9.4f}  nats per token, {made_of}")
     if "curve" in results:
-        lines += ["", f"{'loss at position':19}{'tokens':>9}{'reference':>11}{'own':>11}{'gap':>11}"]
+        lines += ["", f"{'loss at position':19}{'tokens':>9}{'reference':>11}{_context('own'):>11}{'gap':>11}"]
         for bucket in results["curve"]:
             losses = "".join(f"{bucket[name]:11.4f}" for name in ("reference", "own", "gap"))
             lines.append(f"{bucket['first']:>7} to {bucket['last']:<8}{bucket['tokens']:9}{losses}")
     return "\n".join(lines)
+
+
+def _context(name: str) -> str:
+    """A kind of context as it is shown: under "own" in the files are those of self tokens alone."""
+    return "self" if name == "own" else name
+
+
+def entitle(axes: Any, title: str) -> None:
+    """Put the title above the axes, and the legend of several curves between both, where it hides no point."""
+    curves = len(axes.get_legend_handles_labels()[0])
+    lines = math.ceil(curves / _LEGEND_COLUMNS) if curves > 1 else 0
+    axes.set_title(title, loc="left", fontsize=10, pad=6 + 14 * lines)
+    if lines:
+        place = {"loc": "lower left", "bbox_to_anchor": (0, 1), "borderaxespad": 0.2}
+        axes.legend(ncols=_LEGEND_COLUMNS, fontsize=8, frameon=False, **place)
 
 
 def _share(label: str, share: dict[str, Any]) -> str:
@@ -89,7 +106,7 @@ def figure(**options: Any) -> Any:
 def _loss_bars(losses: Mapping[str, Mapping[str, Any]]) -> Any:
     drawn = figure(figsize=(1.5 + 1.5 * len(losses), 4))
     axes = drawn.subplots()
-    labels = [f"{name}\np = {loss['self_prob']:g}" for name, loss in losses.items()]
+    labels = [f"{_context(name)}\np = {loss['self_prob']:g}" for name, loss in losses.items()]
     bars = axes.bar(labels, [loss["loss"] for loss in losses.values()], color="tab:blue", width=0.6)
     axes.bar_label(bars, fmt="%.3f")
     axes.set(ylabel="nats per token", title="Held-out loss by kind of context")
@@ -102,9 +119,11 @@ def _curve_lines(curve: list[dict[str, Any]]) -> Any:
     upper, lower = drawn.subplots(2, 1, sharex=True, height_ratios=[4, 1])
     middles = [(bucket["first"] + bucket["last"]) / 2 for bucket in curve]
     for name, colour in (("reference", "tab:blue"), ("own", "tab:orange")):
-        upper.plot(middles, [bucket[name] for bucket in curve], marker="o", color=colour, label=f"{name} context")
-    upper.set(ylabel="nats per token", title="Held-out loss along the answer", ylim=(0, None))
-    upper.legend()
+        upper.plot(
+            middles, [bucket[name] for bucket in curve], marker="o", color=colour, label=f"{_context(name)} context"
+        )
+    upper.set(ylabel="nats per token", ylim=(0, None))
+    entitle(upper, "Held-out loss along the answer")
     widths = [0.9 * (bucket["last"] - bucket["first"] + 1) for bucket in curve]
     lower.bar(middles, [bucket["tokens"] for bucket in curve], width=widths, color="tab:gray")
     lower.set(xlabel="position in the answer", ylabel="tokens")

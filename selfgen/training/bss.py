@@ -155,11 +155,7 @@ class BSSTrainer(MixesContexts):
         elif limit is not None and args.max_length > limit:
             raise ValueError(f"max_length is {args.max_length}, but the model has {limit} positions; lower max_length")
 
-        if args.eval_strategy != "no" and eval_dataset is None:
-            raise ValueError(
-                f"eval_strategy is {args.eval_strategy.value}, but there is no evaluation data: give eval_dataset "
-                "(--eval-dataset, --eval-split), or leave eval_strategy out"
-            )
+        args.check_evaluation(eval_dataset is not None)
         self._stream: StreamProgress | None = None
         self._resumed_from: str | None = None
         # _prepare reads these; the Trainer's constructor sets them again.

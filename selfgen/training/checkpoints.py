@@ -21,7 +21,7 @@ from torch import nn
 from transformers import GenerationConfig, PreTrainedModel, TrainingArguments
 
 from ..context import NOISE_VERSION
-from ..files import SaveError, alone, check_folder, code_in, writing
+from ..files import LOCK, SaveError, alone_in, check_folder, code_in
 from ..provenance import differences
 from .config import FOLLOWING, BSSConfig
 from .shards import MODEL, OPTIMIZER, fault_of_shards
@@ -79,11 +79,9 @@ def output_of(
     """
     folder = Path(args.output_dir)
     check_folder(folder, "output_dir")
-    if not (folder / ".lock").exists():  # so that a folder that is refused gets none
+    if not (folder / LOCK).exists():  # so that a folder that is refused gets none
         _check_output(args, overwrite, rounds, error)
-    with writing(folder):
-        folder.mkdir(parents=True, exist_ok=True)
-    with alone(folder, error):
+    with alone_in(folder, error):
         _check_output(args, overwrite, rounds, error)
         yield
 

@@ -524,6 +524,14 @@ class BSSConfig(RowOptions, MixingOptions, TargetOptions, TrainingArguments):
         },
     )
 
+    def check_evaluation(self, has_data: bool) -> None:
+        """Raise ValueError if an evaluation is asked for, but there is no data for it."""
+        if self.eval_strategy != "no" and not has_data:
+            raise ValueError(
+                f"eval_strategy is {self.eval_strategy.value}, but there is no evaluation data: give eval_dataset "
+                "(--eval-dataset, --eval-split), or leave eval_strategy out"
+            )
+
     def __post_init__(self):
         expand_home(self)
         super().__post_init__()

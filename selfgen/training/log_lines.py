@@ -94,7 +94,8 @@ class Lines(TrainerCallback):
 
     def _row(self, state, logs: Mapping[str, Any]) -> str:
         widths = _widths(state)
-        cells = {name: METRICS[name].show(logs[name]) if name in logs else "-" for name in self._columns}
+        none = {name for name in self._columns if name not in logs or (name == "context_seconds" and not logs[name])}
+        cells = {name: "-" if name in none else METRICS[name].show(logs[name]) for name in self._columns}
         cells["step"] = f"{state.global_step}/{state.max_steps}"
         line = " ".join(f"{cells[name]:>{widths[name]}}" for name in self._columns)
         unknown = [name for name in logs if metric_of(name) is None]

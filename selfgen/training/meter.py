@@ -58,8 +58,11 @@ class Meter:
     def contexts_begin(self) -> None:
         self.training_seconds += self._since_mark()
 
-    def contexts_end(self, stats: ContextStats | None = None) -> None:
-        self.context_seconds += self._since_mark()
+    def contexts_end(self, stats: ContextStats | None = None, *, made: bool = True) -> None:
+        """The time since `contexts_begin` is that of contexts only if some were ``made``: plain steps have none."""
+        seconds = self._since_mark()
+        self.context_seconds += seconds if made else 0.0
+        self.training_seconds += 0.0 if made else seconds
         if stats is not None:
             self.stats.append(stats)
 

@@ -344,7 +344,7 @@ class MixesContexts(Trainer):
             self._before_contexts(batches)
             stats, self._step.passes = self.mix(batches)
         self._reuse.agree(self._step)
-        self.meter.contexts_end(stats)
+        self.meter.contexts_end(stats, made=self._step.runs_passes)
 
     def _before_contexts(self, batches: list[dict[str, Tensor]]) -> None:
         """Keep what is needed of the references that contexts are about to be written over: nothing, here."""

@@ -15,7 +15,7 @@ from itertools import islice
 import numpy as np
 import torch
 from accelerate.utils import gather_object
-from datasets import Dataset
+from datasets import Dataset, IterableDataset
 from torch import Tensor
 
 from ..context import Answers, ContextStats
@@ -157,6 +157,18 @@ class RACConfig(BSSConfig):
             )
         if self.eval_corrections < 0:
             raise ValueError(f"eval_corrections is {self.eval_corrections}; it must be at least 0")
+
+    def check_own_answers(self, rows: Dataset | IterableDataset) -> None:
+        """Raise an error if own answers are to be read from a column that the training data ``rows`` lack."""
+        if self.own_answer != "column":
+            return
+        refuse_stream(rows, "own answers of a column")
+        if self.own_answer_column not in rows.column_names:
+            raise ValueError(
+                f"own_answer=column, but the training data has no column {self.own_answer_column!r} with own answers "
+                f"(it has {', '.join(rows.column_names)}); give the name of the column as own_answer_column, or write "
+                "one with `selfgen generate`"
+            )
 
     @property
     def judges(self) -> bool:
@@ -491,11 +503,7 @@ class RACTrainer(BSSTrainer):
     def _read_own_answers(self, rows) -> dict[int, list[int]]:
         column = self.args.own_answer_column
         rows = load_rows(rows)
-        if column not in rows.column_names:
-            raise ValueError(
-                f"own_answer=column, but the training data has no column {column!r} with own answers; give the name of "
-                "the column as own_answer_column, or write one with `selfgen generate`"
-            )
+        self.args.check_own_answers(rows)
         given = {
             one: text for one, text in zip(sample_ids_of(rows), rows[column], strict=True) if isinstance(text, str)
         }

@@ -15,7 +15,7 @@ from typing import Any
 
 from transformers import TrainerState
 
-from ..evaluation.report import figure
+from ..evaluation.report import entitle, figure
 from ..files import to_json, write_json, write_whole
 from ..provenance import versions
 from ..stored_contexts import PROVENANCE
@@ -114,6 +114,15 @@ def report_of(folder: Path, state: TrainerState | None = None) -> dict[str, Any]
         "metrics": {name: {"unit": metric.unit, "meaning": metric.says} for name, metric in metrics.items()},
         "log": log,
     }
+
+
+def has_mixed(folder: str | Path) -> bool:
+    """Whether the run in ``folder`` has trained on self tokens, as far as its state tells."""
+    try:
+        logs = [entry for state in _states_in(Path(folder)) for entry in state["log_history"]]
+    except (OSError, ValueError, KeyError, TypeError):  # of another program, or none
+        return False
+    return any(entry.get("self_share") for entry in logs)
 
 
 def _run_of(report: Path, command: str | None) -> dict[str, Any]:
@@ -236,10 +245,8 @@ def _picture(panels: list[Panel], found: dict[str, Any]) -> Any:
     for place, panel in zip(axes, panels, strict=False):
         for label, points in panel.series.items():
             place.plot(*zip(*points, strict=True), label=label, marker="." if len(points) < 40 else None)
-        place.set_title(panel.title, fontsize=10)
         place.set(xlabel="step", ylabel=panel.unit, ylim=(0, None) if panel.from_zero else None)
-        if len(panel.series) > 1:
-            place.legend(fontsize=8)
+        entitle(place, panel.title)
         place.grid(alpha=0.3)
     for place in axes[len(panels) :]:
         place.set_visible(False)

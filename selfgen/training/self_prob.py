@@ -182,6 +182,16 @@ class SelfProb(TrainerCallback):
     def on_train_begin(self, args, state, control, **kwargs):
         if state.global_step == 0:  # else a checkpoint was loaded
             self._begin()
+        if self._losses is None:
+            return
+        least = least_steps(self._args.get_warmup_steps(state.max_steps), state.max_steps)
+        if state.global_step - len(self._losses) + least >= state.max_steps:
+            self._say_that_none_are_mixed(
+                "no contexts will be mixed (unless the model only guesses, as with random weights): the training has "
+                "%d steps, and whether its loss has settled is told after %d at the earliest",
+                state.max_steps,
+                least,
+            )
 
     def on_train_end(self, args, state, control, **kwargs):
         if self._losses:
@@ -212,13 +222,6 @@ class SelfProb(TrainerCallback):
         if count == 1 and loss >= self._of_guessing:
             self._mix_from_now("the first loss, %.2f, is that of guessing: the model has nothing to unlearn", loss)
             return
-        if count == 1 and steps + least > max_steps:
-            self._say_that_none_are_mixed(
-                "no contexts will be mixed: the training has %d steps, and whether its loss has settled is told after "
-                "%d at the earliest",
-                max_steps,
-                least,
-            )
         if count % max(1, count // _LOOKS) == 0 and settled(self._losses, least):
             if self._args.self_prob_schedule == DISAGREEMENT:
                 self._budget.expected = expected_disagreement(self._losses)
@@ -231,7 +234,7 @@ class SelfProb(TrainerCallback):
 
     def _say_that_none_are_mixed(self, why: str, *numbers: int) -> None:
         if self._args.process_index == 0:
-            remedy = "to mix contexts earlier, give self_prob_warmup a number (--self-prob-warmup 0)"
+            remedy = "to mix contexts from the first step on, give self_prob a number (--self-prob 0.1)"
             logger.warning(f"{why}; {remedy}", *numbers)
 
     def _of_all(self) -> list[list[float]]:

@@ -4,13 +4,15 @@ import glob
 import logging
 import re
 from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 
 import datasets
 import pyarrow as pa
 import pyarrow.parquet as pq
-from huggingface_hub.utils import HFValidationError, validate_repo_id
+from huggingface_hub import constants, get_hf_file_metadata, hf_hub_url
+from huggingface_hub.utils import HfHubHTTPError, HFValidationError, validate_repo_id
 
 from .folders import find_splits
 from .row_files import ENDINGS, ROW_FORMATS, format_of, read_rows
@@ -19,6 +21,7 @@ from .slices import refuse_transform, take_split, take_stream
 
 logger = logging.getLogger(__name__)
 
+_ANSWERS_WITHIN = 10.0  # seconds, of the hub
 _STREAMS = (datasets.IterableDataset, datasets.IterableDatasetDict)
 
 
@@ -88,12 +91,42 @@ def _load(name_or_path: str | Path, config_name: str | None, columns: Sequence[s
     if format_of(path) or not _may_be_on_the_hub(str(name_or_path)):  # do not wait for the network
         raise FileNotFoundError(f"{missing} (it can't be a data set's name); check the path, relative to {Path.cwd()}")
     cache_folder()
+    silence = _silence_of_the_hub(str(name_or_path))
     try:
-        with room_in_cache():
+        with room_in_cache(), _cache_alone() if silence else nullcontext():
             loaded = datasets.load_dataset(str(name_or_path), config_name, streaming=streaming)
     except (FileNotFoundError, ConnectionError) as error:
+        if silence:
+            raise FileNotFoundError(
+                f"{missing}, which can't be reached ({silence}), and {datasets.config.HF_DATASETS_CACHE} has no copy: "
+                "check the path, give a local file, or set HF_HOME to a cache that has the data set"
+            ) from error
         raise FileNotFoundError(f"{missing} ({error}); check the path or name, and the network") from error
     return _dict(dict(loaded))
+
+
+def _silence_of_the_hub(name: str) -> Exception | None:
+    """Why the hub does not answer when it is asked once for a data set; None if it does."""
+    if constants.HF_HUB_OFFLINE or datasets.config.HF_HUB_OFFLINE:
+        return None
+    try:
+        get_hf_file_metadata(hf_hub_url(name, "README.md", repo_type="dataset"), timeout=_ANSWERS_WITHIN)
+    except HfHubHTTPError:  # an answer, too
+        return None
+    except Exception as error:  # of the network, by whichever client the hub's library has
+        return error
+    return None
+
+
+@contextmanager
+def _cache_alone() -> Iterator[None]:
+    """`datasets` looks for data in its cache alone: it would ask a silent hub six times, for half a minute."""
+    before = constants.HF_HUB_OFFLINE, datasets.config.HF_HUB_OFFLINE
+    constants.HF_HUB_OFFLINE = datasets.config.HF_HUB_OFFLINE = True
+    try:
+        yield
+    finally:
+        constants.HF_HUB_OFFLINE, datasets.config.HF_HUB_OFFLINE = before
 
 
 def _may_be_on_the_hub(name: str) -> bool:

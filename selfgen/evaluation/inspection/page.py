@@ -73,7 +73,7 @@ def _section(number: int, row: InspectedRow, texts: TokenTexts) -> str:
     name = f"r{number}"
     settled = "" if row.passes is None else _strip(row)
     return f"""<section aria-labelledby="{name}">
-<h2 id="{name}">Row {row.sample_id}</h2>
+<h2 id="{name}">Row {number + 1} (sample_id {row.sample_id})</h2>
 <dl class="summary">{_summary(row)}</dl>
 <details><summary>Prompt, {len(row.prompt)} tokens</summary>
 <pre dir="auto">{escape(texts.passage(row.prompt))}</pre></details>

@@ -30,8 +30,8 @@ def show(
     console = console or Console(highlight=False)
     console.print(Text(visible(", ".join(f"{name} {value}" for name, value in settings.items())), style="dim"))
     console.print(_legend(any(row.passes is not None for row in rows)))
-    for row in rows:
-        console.print(Rule(Text(f"Row {row.sample_id}"), align="left", style="dim"))
+    for count, row in enumerate(rows, start=1):
+        console.print(Rule(Text(f"Row {count} (sample_id {row.sample_id})"), align="left", style="dim"))
         console.print(Text(_summary(row)))
         console.print(Padding(_context(row, texts), (1, 0, 1, 2)))
         console.print(Padding(_losses(row, console.width - 2), (0, 0, 1, 2)))

@@ -53,7 +53,7 @@ class TokenTexts:
         if token_id in self._special:
             return TokenText(visible(piece), "special")
         text = self._tokenizer.decode([token_id], skip_special_tokens=False, clean_up_tokenization_spaces=False)
-        if (data := bytes_of(piece)) is not None and ("\ufffd" in text or _BYTE.fullmatch(piece)):
+        if (data := bytes_of(piece)) is not None and (not text or "\ufffd" in text or _BYTE.fullmatch(piece)):
             try:
                 text = data.decode()
             except UnicodeDecodeError:
@@ -68,6 +68,8 @@ def bytes_of(piece: str) -> bytes | None:
     if found := _BYTE.fullmatch(piece):
         return bytes.fromhex(found[1])
     letters = _letters_of_bytes()
+    if len(piece) == 1 and piece not in letters and ord(piece) < 256:
+        return bytes([ord(piece)])  # as ByT5 writes all of them
     return bytes(letters[one] for one in piece) if all(one in letters for one in piece) else None
 
 

@@ -1,0 +1,268 @@
+"""What newcomers stumbled over: it is refused before weights are loaded, leaves nothing, and says what to do."""
+
+from __future__ import annotations
+
+import io
+import re
+from pathlib import Path
+
+import pytest
+import transformers as t
+from datasets import Dataset
+from helpers.cli import flags, refused, run
+from helpers.data import WORDS, make_tokenizer, read_jsonl, write_jsonl
+from models import tiny_model
+
+from selfgen import answer, generate_corrected
+from selfgen.cli import main
+from selfgen.data import DataError, RowOptions, load_rows, loading
+from selfgen.evaluation.inspection import TokenTexts
+
+COMMANDS = ("train", "contexts", "generate", "eval", "inspect")
+
+
+@pytest.fixture
+def options(arguments) -> dict[str, dict]:
+    """Few and quick arguments of each command, by its name; what it writes is in a folder that is not there."""
+    common = {name: arguments[name] for name in ("model", "dataset", "max_length", "use_cpu")}
+    out = Path(arguments["output_dir"]) / "deep"
+    return {
+        "train": arguments | {"output_dir": out, "max_steps": 1},
+        "contexts": common | {"output_dir": out},
+        "generate": common | {"output_file": out / "answers.jsonl", "max_new_tokens": 2},
+        "eval": common | {"output_dir": out, "metrics": "loss", "limit": 4},
+        "inspect": common | {"output_file": out / "inspect.html", "max_new_tokens": 2},
+    }
+
+
+@pytest.fixture
+def no_weights(monkeypatch):
+    """Weights must not be loaded."""
+    monkeypatch.setattr("selfgen.cli.options.auto_class_of", lambda *_, **__: pytest.fail("loads weights"))
+
+
+def refused_at_once(command: str, given: dict, capsys, said: bool = False) -> str:
+    """The line of the error; nothing is left where the output should go."""
+    line = refused([command, *flags(given)], capsys, said)
+    place = Path(given.get("output_dir") or given["output_file"]).parents
+    assert not any(one.name == "out" and one.exists() for one in place)
+    return line
+
+
+def write_rows(folder: Path, *columns: str) -> Path:
+    write_jsonl(folder / "rows.jsonl", [dict.fromkeys(columns, "a") for _ in range(4)])
+    return folder / "rows.jsonl"
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_columns_are_looked_for_before_weights_are_loaded(options, no_weights, command, tmp_path, capsys):
+    rows = write_rows(tmp_path, "question", "answer")
+    line = refused_at_once(command, options[command] | {"dataset": rows}, capsys)
+    assert "the data set has the columns question, answer, but no 'prompt' (prompt_column)" in line
+    assert line.endswith(
+        f"give --prompt-column question{'' if command == 'generate' else ' --completion-column answer'}"
+    )
+
+
+@pytest.mark.parametrize(
+    ("columns", "given", "said"),
+    [
+        (["prompt", "answer"], {}, "no 'completion' (completion_column) of texts"),
+        (["prompt", "answer"], {}, "give --completion-column answer"),
+        (
+            ["question", "answer"],
+            {"prompt_column": "asked"},
+            "give --prompt-column question --completion-column answer",
+        ),
+        (["id", "conversations"], {}, "to read another column as such, give --messages-column conversations"),
+        (["one", "two"], {"prompt_column": "a", "completion_column": "b"}, "no 'a' (prompt_column) and no 'b' "),
+        (["one", "two"], {}, "by --prompt-column NAME --completion-column NAME, or by --messages-column NAME"),
+        (["prompt", "two"], {}, "by --completion-column NAME, or by --messages-column NAME"),
+    ],
+)
+def test_the_error_of_columns_says_what_to_give(columns, given, said):
+    rows = Dataset.from_list([dict.fromkeys(columns, "a")])
+    with pytest.raises(DataError) as error:
+        RowOptions(**given).check_columns(rows)
+    assert f"the columns {', '.join(columns)}" in str(error.value)
+    assert said in str(error.value)
+    assert not any(f"{name.replace('_', '-')} {value}" in str(error.value) for name, value in given.items())
+
+
+@pytest.mark.parametrize(
+    ("more", "said"),
+    [
+        ({"eval_strategy": "steps"}, "there is no evaluation data"),
+        ({"eval_dataset": "{rows}"}, "eval data: the data set has the columns one"),
+        ({"eval_dataset": "nowhere.jsonl"}, "nowhere.jsonl"),
+        ({"kl_model": "nowhere/at/all", "kl_weight": 1}, "there is no folder 'nowhere/at/all'"),
+        (
+            {"method": "rac", "own_answer": "column"},
+            "no column 'own_answer' with own answers (it has prompt, completion)",
+        ),
+        ({"method": "bash", "eval_dataset": "{rows}"}, "eval data: the data set has the columns one"),
+        ({"method": "bash", "contexts": "nowhere", "dataset": None}, "nowhere"),
+    ],
+)
+def test_what_training_lacks_is_told_before_weights_are_loaded(options, no_weights, more, said, tmp_path, capsys):
+    rows = write_rows(tmp_path, "one")
+    more = {name: rows if value == "{rows}" else value for name, value in more.items()}
+    given = {name: value for name, value in (options["train"] | more).items() if value is not None}
+    assert said in refused_at_once("train", given, capsys)
+
+
+@pytest.mark.parametrize(
+    ("command", "file", "said"),
+    [
+        ("generate", "answers.jsonl", "selfgen did not write"),
+        ("eval", "losses.jsonl", "selfgen did not write"),
+        ("eval", "results.json", "selfgen eval did not write"),
+        ("generate", "answers.jsonl/", "is a folder"),
+        ("inspect", "inspect.html", "selfgen inspect did not write"),
+    ],
+)
+def test_other_files_are_seen_before_weights_are_loaded(options, no_weights, command, file, said, capsys):
+    given = options[command]
+    folder = Path(given.get("output_dir") or given["output_file"].parent)
+    folder.mkdir(parents=True)
+    (folder / file).mkdir() if file.endswith("/") else (folder / file).write_text("mine\n")
+    assert said in refused([command, *flags(given)], capsys)
+    assert [one.name for one in folder.iterdir()] == [Path(file).name]
+
+
+def test_other_settings_are_seen_before_weights_are_loaded(options, request, capsys):
+    given = options["generate"]
+    assert run(["generate", *flags(given)], capsys)[0] == 0
+    request.getfixturevalue("no_weights")
+    assert "temperature was 0.0, is 0.5" in refused(["generate", *flags(given | {"temperature": 0.5})], capsys)
+
+
+@pytest.mark.parametrize("command", ["train", "contexts", "eval"])
+def test_a_refused_model_leaves_nothing(options, command, tmp_path, capsys):
+    folder = tmp_path / "bloom"
+    sizes = {"vocab_size": len(WORDS), "hidden_size": 16, "n_layer": 1, "n_head": 2}
+    t.BloomForCausalLM(t.BloomConfig(**sizes)).save_pretrained(folder)
+    make_tokenizer().save_pretrained(folder)
+    given = options[command] | {"model": folder} | ({"self_prob": 0.5} if command == "train" else {})
+    assert "positions that can't be given" in refused_at_once(command, given, capsys, said=command == "train")
+
+
+def test_an_evaluation_has_one_bar_per_file(options, capsys, terminal):
+    code, _, err = run(["eval", *flags(options["eval"] | {"metrics": "exact_match", "max_new_tokens": 2})], capsys)
+    assert code == 0
+    assert len(re.findall(r"Answers: +0%", err)) == 1
+    assert "4/4" in err
+
+
+@pytest.mark.parametrize("rounds", [0, 2])
+def test_every_row_is_told_once_when_it_is_done(rounds):
+    told: list[int] = []
+    how = {"max_new_tokens": 3, "progress": lambda: told.append(1)}
+    model, prompts = tiny_model("llama"), [[5, 6], [7], [8]]
+    if rounds:
+        generate_corrected(model, make_tokenizer(), prompts, rounds=rounds, cue="a", **how)
+    else:
+        answer(model, prompts, **how)
+    assert len(told) == 3
+
+
+def test_fields_without_a_value_are_left_out(options, tmp_path, capsys):
+    """Whole texts are compared where the reference has no answer of its own. Of the user's columns all stay."""
+    write_jsonl(
+        tmp_path / "rows.jsonl", [{"prompt": "a", "completion": "b"}, {"prompt": "a", "completion": "b", "x": 1}]
+    )
+    more = {"dataset": tmp_path / "rows.jsonl", "max_new_tokens": 2}
+    given = {command: options[command] | more for command in ("eval", "generate")}
+    assert run(["eval", *flags(given["eval"] | {"metrics": "exact_match"})], capsys)[0] == 0
+    fields = ["sample_id", "prompt", "reference", "generated", "generated_right", "finished"]
+    assert [list(line) for line in read_jsonl(given["eval"]["output_dir"] / "answers.jsonl")] == [fields] * 2
+    given["generate"]["output_file"] = tmp_path / "answers.jsonl"
+    assert run(["generate", *flags(given["generate"])], capsys)[0] == 0
+    lines = read_jsonl(tmp_path / "answers.jsonl")
+    assert [line["x"] for line in lines] == [None, 1]
+
+
+@pytest.mark.parametrize(
+    ("typed", "said"),
+    [
+        (["tarin"], "unknown command 'tarin'; did you mean 'train'? accepted: train, contexts"),
+        (["train"], "arguments are required: --model, --output-dir, --dataset"),
+        (["train", "--contexts", "c"], "arguments are required: --model, --output-dir"),
+        (["train", "{file}"], "arguments are required: --model, --output-dir"),
+        (["eval", "--modle", "m"], "unknown option '--modle'; did you mean '--model'?"),
+        (["train", "--output-dri=o"], "unknown option '--output-dri'; did you mean '--output-dir'?"),
+        (["doctor", "--wieghts"], "unknown argument '--wieghts'; did you mean '--weights'?"),
+    ],
+)
+def test_what_is_mistyped_or_missing_is_named(typed, said, tmp_path, capsys):
+    file = tmp_path / "options.yaml"
+    file.write_text("dataset: rows.jsonl\n")
+    code, _, err = run([one.format(file=file) for one in typed], capsys)
+    assert code == 2
+    assert said in err
+    assert "required" not in said or err.rstrip().endswith(said)
+
+
+def test_lines_of_the_doctor_fit_the_terminal(monkeypatch, capsys):
+    for part in ("_versions", "_devices", "_exactness", "_cost"):
+        monkeypatch.setattr(f"selfgen.cli.doctor.{part}", lambda: iter(()))
+    monkeypatch.setenv("COLUMNS", "70")
+    code, out, _ = run(["doctor"], capsys)
+    assert code == 0
+    assert max(map(len, out.splitlines())) <= 70
+    assert "cpu, by " in out
+
+
+def test_a_report_that_fails_costs_no_training(options, monkeypatch, capsys, caplog):
+    def fails(*_, **__):
+        raise RuntimeError("no fonts")
+
+    monkeypatch.setattr("selfgen.cli.train.write_report", fails)
+    given = options["train"] | {"report": True}
+    assert run(["train", *flags(given)], capsys)[0] == 0
+    assert "there is no report: RuntimeError: no fonts" in caplog.text
+    assert (given["output_dir"] / "model.safetensors").exists()
+
+
+def test_rows_and_tokens_count_from_one(options, capsys):
+    code, out, _ = run(["inspect", *flags(options["inspect"] | {"rows": 2})], capsys)
+    assert code == 0
+    assert "Row 1 (sample_id 0)" in out
+    assert "Row 2 (sample_id 1)" in options["inspect"]["output_file"].read_text()
+
+
+def test_a_pipe_that_lacks_signs_breaks_nothing(options, monkeypatch):
+    pipe = io.TextIOWrapper(io.BytesIO(), encoding="ascii")
+    monkeypatch.setattr("sys.stdout", pipe)
+    assert main(["inspect", *flags(options["inspect"] | {"rows": 1})]) == 0
+    pipe.flush()
+    assert b"the page is in" in pipe.buffer.getvalue()
+
+
+def test_pieces_of_a_byte_tokenizer_can_be_read():
+    tokenizer = t.ByT5Tokenizer()
+    texts = TokenTexts(tokenizer)
+    assert [texts.of(one).text for one in tokenizer("a é", add_special_tokens=False).input_ids] == [
+        "a",
+        "␣",
+        "C3",
+        "A9",
+    ]
+    assert texts.of(tokenizer.convert_tokens_to_ids(chr(0x80))).text == "80"
+
+
+def test_a_hub_that_is_silent_is_asked_once(monkeypatch, capsys, caplog):
+    asked = []
+
+    def ask(url, timeout):
+        asked.append(url)
+        raise OSError("no network")
+
+    monkeypatch.setattr(loading.constants, "HF_HUB_OFFLINE", False)
+    monkeypatch.setattr(loading.datasets.config, "HF_HUB_OFFLINE", False)
+    monkeypatch.setattr(loading, "get_hf_file_metadata", ask)
+    with pytest.raises(FileNotFoundError, match=r"can't be reached \(no network\).*local file, or set HF_HOME"):
+        load_rows("nobody/nothing")
+    assert len(asked) == 1
+    assert "Retrying" not in caplog.text + capsys.readouterr().err
+    assert not loading.constants.HF_HUB_OFFLINE

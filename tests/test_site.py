@@ -30,6 +30,7 @@ HANDED_ON = {
     "self.fail(str(error))",
     "steps.fail(error)",
     "super().log(logs, start_time)",
+    "ValueError(parser.unknown)",
     "type(found)(*found.args)",
 }
 """What makes an exception of a text that stands elsewhere in the source, or has none."""

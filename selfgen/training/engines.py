@@ -137,6 +137,10 @@ class Engine:
         """Whether a process has only a part of some weights."""
         return self.is_sharded or not together_of(self._model).is_alone
 
+    def any(self, flag: bool) -> bool:
+        """Whether ``flag`` holds here or, where weights are split, in one of all processes, which all call this."""
+        return self.together.any(flag)
+
     def backward_apart(self) -> AbstractContextManager[None]:
         """Around the forward and backward of each micro-batch."""
         return partial_gradients_apart(self._model)

@@ -49,11 +49,7 @@ def settings_of(model: nn.Module) -> tuple[object, ...]:
     hooks = [(*module._forward_pre_hooks, *module._forward_hooks) for module in modules]
     forwards = [vars(module).get("forward") for module in modules]
     attributes = [
-        {
-            name: repr(value)
-            for name, value in vars(one).items()
-            if name not in _UNRELATED and not name.startswith("ds_") and _is_plain(value)  # counters of DeepSpeed's
-        }
+        {name: repr(value) for name, value in vars(one).items() if name not in _UNRELATED and _is_plain(value)}
         for one in (*modules, *_configs(modules))
     ]
     return modules, hooks, forwards, attributes

@@ -26,7 +26,8 @@ class Between:
     def __init__(self, trainer: Trainer, engine: Engine):
         self._trainer, self._engine = trainer, engine
         self._agreed: bool | None = None
-        self._model: object = None  # as it was when contexts were made, if it is looked at
+        self._weights: list[int] | None = None  # when contexts were made, if the model is looked at
+        self._settings: object = None  # at that time, or after the last micro-batch, which may count in modules
 
     def begin(self) -> None:
         """When training begins; all processes call it."""
@@ -73,17 +74,21 @@ class Between:
 
     def look(self, *, reused: bool) -> None:
         """Contexts were made, with passes that are ``reused``, in this process; all processes call it alike."""
-        self._model = self._now() if self.may_change and self._engine.any(reused) else None
+        looks = self.may_change and self._engine.any(reused)
+        self._settings, self._weights = self._now() if looks else (None, None)
+
+    def trained(self) -> None:
+        """A micro-batch is done."""
+        if self._weights is not None:
+            self._settings = settings_of(self._trainer.model)
 
     def changed(self) -> str | None:
         """Who may have changed the model since `look`, if it is another one now."""
-        if self._model is None:
+        if self._weights is None or not self._engine.any((self._settings, self._weights) != self._now()):
             return None
-        if not self._engine.any(self._model != self._now()):
-            return None
-        self._model = None
+        self._weights = None
         return ", ".join(self._others()) or "another process"
 
-    def _now(self) -> object:
+    def _now(self) -> tuple[object, list[int]]:
         shard_again(self._trainer.model)  # what an evaluation has left whole
         return settings_of(self._trainer.model), bits_of(self._trainer.model)

@@ -12,10 +12,11 @@ from transformers import PreTrainedModel
 from .sharding import OF_SHARDING, local_part
 
 _OF_TRAINING = ("training", "gradient_checkpointing")  # which change nothing in inference
+_OF_DEEPSPEED = ("ds_", "_external_params", "applied_pre_backward_ref_cnt")  # what ZeRO-3 counts in modules
 
 
 def make_of(model: nn.Module) -> object:
-    """Unequal before and after modules, hooks or settings of ``model`` have changed; weights and numbers may change.
+    """Unequal before and after modules, hooks or settings of ``model`` have changed; weights may change.
 
     It is made at every generation, so it must take no more than a millisecond.
     """
@@ -29,11 +30,13 @@ def make_of(model: nn.Module) -> object:
             for before, after in [(module._forward_pre_hooks, module._forward_hooks)]
         ],
         [vars(module).get("forward") for module in modules],
-        [  # switches, such as is_causal
+        [  # such as is_causal, or a window
             value
             for module in modules
             for name, value in vars(module).items()
-            if (value is True or value is False or type(value) is str) and name not in _OF_TRAINING
+            if type(value) in (bool, str, int, float)
+            and name not in _OF_TRAINING
+            and not name.startswith(_OF_DEEPSPEED)
         ],
         [repr(vars(config)) for config in _configs(modules)],
     )
@@ -49,7 +52,11 @@ def settings_of(model: nn.Module) -> tuple[object, ...]:
     hooks = [(*module._forward_pre_hooks, *module._forward_hooks) for module in modules]
     forwards = [vars(module).get("forward") for module in modules]
     attributes = [
-        {name: repr(value) for name, value in vars(one).items() if name not in _UNRELATED and _is_plain(value)}
+        {
+            name: repr(value)
+            for name, value in vars(one).items()
+            if name not in _UNRELATED and not name.startswith(_OF_DEEPSPEED) and _is_plain(value)
+        }
         for one in (*modules, *_configs(modules))
     ]
     return modules, hooks, forwards, attributes
@@ -73,8 +80,8 @@ def bits_of(model: nn.Module) -> list[int]:
 
     What has been changed and changed back has the numbers that it had. No process waits for another one.
     """
-    tensors = (local_part(one.detach()) for one in (*model.parameters(), *model.buffers()))
-    return on_host([_bits(part) for tensor in tensors for part in _parts(tensor)])
+    tensors = (local_part(one) for one in (*model.parameters(), *model.buffers()))
+    return on_host([_bits(part) for tensor in tensors for part in _parts(tensor.detach())])
 
 
 def _parts(tensor: Tensor) -> Iterator[Tensor]:

@@ -26,8 +26,7 @@ class Between:
     def __init__(self, trainer: Trainer, engine: Engine):
         self._trainer, self._engine = trainer, engine
         self._agreed: bool | None = None
-        self._weights: list[int] | None = None  # when contexts were made, if the model is looked at
-        self._settings: object = None  # at that time, or after the last micro-batch, which may count in modules
+        self._model: object = None  # as it was when contexts were made, if it is looked at
 
     def begin(self) -> None:
         """When training begins; all processes call it."""
@@ -74,21 +73,15 @@ class Between:
 
     def look(self, *, reused: bool) -> None:
         """Contexts were made, with passes that are ``reused``, in this process; all processes call it alike."""
-        looks = self.may_change and self._engine.any(reused)
-        self._settings, self._weights = self._now() if looks else (None, None)
-
-    def trained(self) -> None:
-        """A micro-batch is done."""
-        if self._weights is not None:
-            self._settings = settings_of(self._trainer.model)
+        self._model = self._now() if self.may_change and self._engine.any(reused) else None
 
     def changed(self) -> str | None:
         """Who may have changed the model since `look`, if it is another one now."""
-        if self._weights is None or not self._engine.any((self._settings, self._weights) != self._now()):
+        if self._model is None or not self._engine.any(self._model != self._now()):
             return None
-        self._weights = None
+        self._model = None
         return ", ".join(self._others()) or "another process"
 
-    def _now(self) -> tuple[object, list[int]]:
+    def _now(self) -> object:
         shard_again(self._trainer.model)  # what an evaluation has left whole
         return settings_of(self._trainer.model), bits_of(self._trainer.model)

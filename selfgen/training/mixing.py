@@ -274,7 +274,6 @@ class MixesContexts(Trainer):
                 loss = super().training_step(model, inputs, num_items_in_batch)
         finally:
             self._step.trained()
-        self._between.trained()
         if not self._engine.scales_loss and not math.isfinite(float(loss)):  # it leaves such steps out
             raise diverged(self.state.global_step + 1, f"the loss is {float(loss)}")
         self._self_prob.trained(loss)

@@ -124,13 +124,17 @@ def on_head(model):
     inner(model).lm_head.register_forward_hook(lambda module, args, output: output * 0.2)
 
 
+def squashed(model):
+    inner(model).lm_head.register_forward_hook(lambda module, args, output: output.tanh() * 4)
+
+
 def frozen(model):
     model.requires_grad_(False)
 
 
 PLAIN = [
     resized, shrunk, in_half, in_double, in_training, with_dropout, checkpointed, compiled, attention, rope,
-    rope_factor, other_end, layers_cut, activation, replaced_head, tied, eps, scaled, hooked, on_head, frozen,
+    rope_factor, other_end, layers_cut, activation, replaced_head, tied, eps, scaled, hooked, on_head, squashed, frozen,
 ]  # fmt: skip
 
 
@@ -369,13 +373,13 @@ def check_training(folder, make, mutation, **options):
 
 @pytest.mark.parametrize(
     "mutation", [checkpointed, compiled, attention, rope, rope_factor, layers_cut, activation, replaced_head,
-                 tied, eps, scaled, hooked, on_head]
+                 tied, eps, scaled, hooked, on_head, squashed]
 )  # fmt: skip
 def test_between_steps(mutation, tmp_path):
     check_training(tmp_path, lambda: tiny_model("llama"), mutation)
 
 
-@pytest.mark.parametrize("mutation", [second, both, rescaled, scaled, hooked, on_head])
+@pytest.mark.parametrize("mutation", [second, both, rescaled, scaled, hooked, on_head, squashed])
 @pytest.mark.parametrize("kl_weight", [0.0, 0.3])
 def test_between_steps_of_an_adapter(mutation, kl_weight, tmp_path):
     check_training(tmp_path, lora, mutation, kl_weight=kl_weight)

@@ -6,7 +6,7 @@ from collections.abc import Iterator
 
 from transformers import Trainer, TrainerCallback
 
-from ..context.changes import bits_of, settings_of
+from ..context.changes import bits_of, make_of, settings_of
 from ..context.sharding import shard_again
 from .engines import Engine
 
@@ -27,10 +27,21 @@ class Between:
         self._trainer, self._engine = trainer, engine
         self._agreed: bool | None = None
         self._model: object = None  # as it was when contexts were made, if it is looked at
+        self._make: object = None  # as it was in the last step
 
     def begin(self) -> None:
         """When training begins; all processes call it."""
         self._agreed = self._engine.any(self._may_change) if self._engine.splits_weights else None
+
+    def made_anew(self) -> bool:
+        """Whether modules, hooks or settings are others than in the step before.
+
+        Not where weights are split, as processes would have to agree on it in each step.
+        """
+        if self._engine.splits_weights:
+            return False
+        before, self._make = self._make, make_of(self._trainer.model)
+        return before is not None and before != self._make
 
     @property
     def may_change(self) -> bool:

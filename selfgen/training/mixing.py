@@ -388,7 +388,7 @@ class MixesContexts(Trainer):
     def _look_again(self) -> None:
         """From time to time: what a model computes may depend on weights, or on a setting that changed."""
         step = self.state.global_step
-        regular = not self._looked or step % _LOOK_EVERY == 0
+        regular = not self._looked or step % _LOOK_EVERY == 0 or self._between.made_anew()
         self._looks_now = regular or step == _FIRST_LOOK
         if self._looks_now:
             self._looked = True

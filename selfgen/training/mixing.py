@@ -32,7 +32,7 @@ from .batches import LEARN_ON, RowSlots, Step, unique_rows
 from .between import Between
 from .engines import TellHowWeightsAreHeld
 from .meter import Meter, StepTimer
-from .parallelism import check_tensor_parallel
+from .parallelism import check_even, check_tensor_parallel
 from .processes import meet
 from .reuse_trial import Loss, ReuseTrial
 from .sampling import EpochOfSampler
@@ -189,6 +189,11 @@ class MixesContexts(Trainer):
             self._mix_next()
             num_items = self._at_least_one(self._get_num_items_in_batch(batches, device))
         return batches, num_items
+
+    def get_train_dataloader(self):
+        loader = super().get_train_dataloader()
+        check_even(loader)
+        return loader
 
     def _next_batches(self, epoch_iterator, num_batches, device):
         """Micro-batches as they are read, and the number of their learned tokens, as the Trainer's method has them."""

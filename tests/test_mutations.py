@@ -224,6 +224,7 @@ def test_each(mutation):
     check(lambda: tiny_model("llama"), [mutation])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("mutation", ADAPTED)
 def test_each_of_an_adapter(mutation):
     check(lora, [mutation])
@@ -379,6 +380,7 @@ def test_between_steps(mutation, tmp_path):
     check_training(tmp_path, lambda: tiny_model("llama"), mutation)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("mutation", [second, both, rescaled, scaled, hooked, on_head, squashed])
 @pytest.mark.parametrize("kl_weight", [0.0, 0.3])
 def test_between_steps_of_an_adapter(mutation, kl_weight, tmp_path):

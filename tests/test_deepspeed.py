@@ -6,6 +6,7 @@ import importlib.util
 import logging
 import math
 import shlex
+from contextlib import nullcontext
 from importlib import import_module
 from pathlib import Path
 
@@ -188,7 +189,7 @@ def zero(stage, **changes) -> dict:
 def lives(rank, folder, stage):
     logging.basicConfig(level=logging.WARNING)
     with deepspeed_on_cpus():
-        checks = [resumes, in_bf16]
+        checks = [resumes, in_bf16, changed_between]
         if stage > 1:
             checks += [stops_at_broken_gradients, tells_of_missing_gradients, comes_apart_again]
             checks += [waits_for_no_timer, offloads, in_fp16]
@@ -401,6 +402,41 @@ def loaded_in_parts(stage, folder, rank):
         assert all(hasattr(weight, "ds_id") for weight in trainer.model.parameters())
         found = trained(trainer)
         same(found, want, name)
+
+
+class ChangesBetween(TrainerCallback):
+    """Changes weights between micro-batches, from the second step on: all of each, or the part that one process has."""
+
+    def __init__(self, rank, whole):
+        self.rank, self.whole = rank, whole
+
+    @torch.no_grad()
+    def on_substep_end(self, args, state, control, model=None, **kwargs):
+        gathered = import_module("deepspeed").zero.GatheredParameters
+        weights = [*model.parameters()]
+        split = hasattr(weights[0], "ds_id")
+        if state.global_step == 2 and self.whole:
+            with gathered(weights, modifier_rank=0) if split else nullcontext():
+                for weight in weights:
+                    weight.data.mul_(0.9)
+        elif state.global_step == 2 and (self.rank == 1 or not split):
+            for weight in weights:
+                local_part(weight).data.mul_(0.9)
+
+
+def changed_between(stage, folder, rank):
+    """What passes have computed is not reused then, in either process."""
+    for whole in (True, False):
+        found = []
+        for reuse in (True, False):
+            forget_partitions()
+            trainer = bss(folder / f"{whole}-{reuse}", **zero(stage), reuse_passes=reuse)
+            trainer.add_callback(ChangesBetween(rank, whole))
+            found.append(trained(trainer))
+        assert not found[0]["reuses"]
+        assert found[0]["loss"] == pytest.approx(found[1]["loss"], rel=1e-5)
+        for name, weight in found[1]["weights"].items():
+            assert (found[0]["weights"][name] - weight).abs().max() <= 1e-5 * weight.abs().max(), name
 
 
 def communicates(folder):

@@ -12,8 +12,10 @@ import torch
 from datasets import Dataset, IterableDataset
 from helpers.data import make_tokenizer
 from helpers.processes import in_ranks
+from helpers.skips import Skips, skips_later
 from helpers.training import weights
 from models import VOCAB, tiny_model
+from torch.multiprocessing.spawn import ProcessRaisedException
 
 from selfgen import BSSConfig, BSSTrainer, ContextGenerator
 from selfgen.cli import train
@@ -450,3 +452,22 @@ def test_the_page_names_options_that_there_are():
     cells = [line.split("|")[1] for line in command.splitlines() if line.startswith("| ")]
     asked = {name for cell in cells for name in re.findall(r"`--([a-z0-9_]+)", cell)}
     assert asked - theirs - {"dtype"} == set()
+
+
+def skipped(rank, folder, layerdrop):
+    model = skips_later()
+    model.config.layerdrop = layerdrop
+    trainer = make(folder, model=model, ddp_find_unused_parameters=True)  # without which DDP itself waits for good
+    if rank == 1:
+        trainer.add_callback(Skips(trainer))
+    trainer.train()
+    assert not trainer._reuse.on
+
+
+def test_a_layer_that_one_process_skips(tmp_path):
+    """In TRL's loss, processes gather metrics: one that computed it twice would wait for the others for good."""
+    for name in ("told", "not told"):
+        (tmp_path / name).mkdir()
+    in_ranks(skipped, tmp_path / "told", 0.5, limit=120)
+    with pytest.raises(ProcessRaisedException, match="has skipped decoder layers: give reuse_passes=False"):
+        in_ranks(skipped, tmp_path / "not told", 0.0, limit=120)

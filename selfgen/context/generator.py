@@ -16,6 +16,7 @@ from transformers import PreTrainedModel
 
 from .batch import Answers, Batch, ContextStats, MixedContext, TokenRow, check_sample_ids, check_token_rows
 from .budget import PassBudget, measure_budget
+from .changes import make_of
 from .exclusive import logits_alone, taking_turns
 from .fallback import Fallback
 from .fixed_point import fixed_point
@@ -31,7 +32,6 @@ from .models import (
     check_whole,
     eos_token_ids_of,
     inference,
-    make_of,
     own_logits,
     room_for_answers,
     text_positions,

@@ -22,6 +22,7 @@ from torch.distributed.tensor import DTensor
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 from transformers import PreTrainedModel
 
+from .changes import settings_of
 from .forward import Forward, Passes, Size
 from .hidden_states import HiddenStates
 from .invariant import Invariant
@@ -346,9 +347,6 @@ def _memory_of(device: torch.device) -> int:
     return torch.cuda.get_device_properties(device).total_memory
 
 
-_UNRELATED = {*vars(nn.Module()), "gradient_checkpointing"}  # to what is computed in inference, or compared by itself
-
-
 def _state_of(model: PreTrainedModel, cast: Iterable[nn.Module] = ()) -> object:
     """Unequal for two generations if they may compute different things, or on different memory.
 
@@ -370,21 +368,4 @@ def _state_of(model: PreTrainedModel, cast: Iterable[nn.Module] = ()) -> object:
         for module in modules
         for tensor in (*module.parameters(recurse=False), *module.buffers(recurse=False))
     ]
-    # Keys of hooks count up and never recur, ids of objects do.
-    hooks = [(*module._forward_pre_hooks, *module._forward_hooks) for module in modules]
-    forwards = [vars(module).get("forward") for module in modules]
-    configs = {id(module.config): module.config for module in modules if isinstance(module, PreTrainedModel)}
-    attributes = [
-        {name: repr(value) for name, value in vars(one).items() if name not in _UNRELATED and _is_plain(value)}
-        for one in (*modules, *configs.values())
-    ]
-    return settings, tensors, modules, hooks, forwards, attributes
-
-
-def _is_plain(value: object) -> bool:
-    """Numbers, text, and small collections of them: settings, such as those of adapters."""
-    if isinstance(value, dict):
-        return all(map(_is_plain, value.values()))
-    if isinstance(value, list | tuple | set):
-        return all(map(_is_plain, value))
-    return value is None or isinstance(value, bool | int | float | str)
+    return settings, tensors, *settings_of(model)

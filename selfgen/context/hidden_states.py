@@ -89,6 +89,8 @@ _RANDOM = ("drop", "jitter", "stochastic")  # dropout, layerdrop, drop_path, rou
 def noise_of(modules: dict[str, nn.Module]) -> str | None:
     """A dropout, a jitter or a random depth that makes one of them random in training; None if there is none."""
     for name, module in modules.items():
+        if isinstance(module, PreTrainedModel) and (value := getattr(module.config, "layerdrop", 0)):
+            return f"layerdrop of the configuration is {value}"  # which a forward may read there
         if isinstance(module, nn.modules.dropout._DropoutNd) and module.p > 0:
             return f"{name} is a dropout of {module.p}"
         for attribute, value in vars(module).items():

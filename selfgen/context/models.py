@@ -24,7 +24,7 @@ from torch import Tensor
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.utils import cached_file, find_adapter_config_file
 
-from .sharding import IN_STEP, OF_SHARDING, is_whole
+from .sharding import IN_STEP, is_whole
 
 logger = logging.getLogger(__name__)
 
@@ -351,35 +351,6 @@ def active_adapters(model: torch.nn.Module) -> tuple[str, ...]:
         layers = (module for module in model.modules() if hasattr(module, "adapter_layer_names"))
         names = next((layer.active_adapters for layer in layers), ())
     return tuple(names)
-
-
-_OF_TRAINING = ("training", "gradient_checkpointing")  # which change nothing in inference
-
-
-def make_of(model: PreTrainedModel) -> object:
-    """Unequal before and after modules, hooks or settings of ``model`` have changed; weights and numbers may change.
-
-    It is made at every generation, so it must take no more than a millisecond.
-    """
-    modules = list(model.modules())
-    configs = {id(module.config): module.config for module in modules if isinstance(module, PreTrainedModel)}
-    return (
-        modules,
-        [type(module) for module in modules],
-        [  # keys, which never recur
-            tuple(key for key, hook in (*before.items(), *after.items()) if not hasattr(hook, OF_SHARDING))
-            for module in modules
-            for before, after in [(module._forward_pre_hooks, module._forward_hooks)]
-        ],
-        [vars(module).get("forward") for module in modules],
-        [  # switches, such as is_causal
-            value
-            for module in modules
-            for name, value in vars(module).items()
-            if (value is True or value is False or type(value) is str) and name not in _OF_TRAINING
-        ],
-        [repr(vars(config)) for config in configs.values()],
-    )
 
 
 def _check_adapters(model: torch.nn.Module) -> None:

@@ -137,6 +137,10 @@ class Engine:
         """Whether a process has only a part of some weights."""
         return self.is_sharded or not together_of(self._model).is_alone
 
+    def any(self, flag: bool) -> bool:
+        """Whether ``flag`` holds here or, where weights are split, in one of all processes, which all call this."""
+        return self.together.any(flag)
+
     def backward_apart(self) -> AbstractContextManager[None]:
         """Around the forward and backward of each micro-batch."""
         return partial_gradients_apart(self._model)
@@ -310,11 +314,19 @@ def engine_of(trainer: Trainer) -> Engine:
     if args.deepspeed and not trainer.is_deepspeed_enabled:
         raise ValueError("deepspeed is given, but Accelerate ignores it on this device; leave it out, or train on GPUs")
     engine = Zero(trainer) if trainer.is_deepspeed_enabled else Engine(trainer)
-    if args.auto_find_batch_size and engine.splits_weights:
+    if args.auto_find_batch_size and args.world_size > 1:
+        split = (
+            "weights are split over processes" if engine.splits_weights else f"there are {args.world_size} processes"
+        )
         raise ValueError(
-            "auto_find_batch_size is given, and weights are split over processes: one that runs out of memory would "
-            "begin anew while others wait for it, and FSDP2 would go on with the step that was broken off. Give "
-            "per_device_train_batch_size, and leave auto_find_batch_size out"
+            f"auto_find_batch_size is given, and {split}: one that runs out of memory would begin anew while others "
+            "wait for it. Give per_device_train_batch_size, and leave auto_find_batch_size out"
+        )
+    if args.world_size > 1 and trainer.accelerator.dataloader_config.dispatch_batches:
+        raise ValueError(
+            "dispatch_batches is given (accelerator_config): the first process would read the batches of all, and "
+            "can't join those of rows of different lengths, while the others wait for it. Leave it out, so that each "
+            "process reads its own"
         )
     return engine
 

@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import Trainer, TrainerCallback
+from transformers import Trainer
 
 from ..context import ContextStats, MixedContext, UnsupportedModelError
 from ..context.hidden_states import ReuseError
@@ -29,9 +29,10 @@ from ..context.sharding import agreed, forget_steps, kept_whole, shard_again, te
 from ..data import rows_of
 from ..data.batches import IGNORE_INDEX, Row
 from .batches import LEARN_ON, RowSlots, Step, unique_rows
+from .between import Between
 from .engines import TellHowWeightsAreHeld
 from .meter import Meter, StepTimer
-from .parallelism import check_tensor_parallel
+from .parallelism import check_even, check_tensor_parallel
 from .processes import meet
 from .reuse_trial import Loss, ReuseTrial
 from .sampling import EpochOfSampler
@@ -41,7 +42,6 @@ from .tensor import has_partial_gradients
 from .weights import (
     StopAtBrokenGradients,
     TellOfMissingGradients,
-    bits_of,
     check_finite,
     check_trainable,
     diverged,
@@ -103,12 +103,12 @@ class MixesContexts(Trainer):
             self.generator._cuda_graphs = False  # gathered weights lie elsewhere in each step
         check_processes(args.world_size)
         self._step = Step()
-        self._weights: tuple[int, ...] | None = None  # what they were when last looked at
         self._nothing_left = False  # to train
         self._told_of_nothing = False  # that a step learns
         self._logged_at: int | None = None  # the step of the last line of the log before the checkpoint
         self._looked = self._looks_now = self._loss_looks = False
         self._reuse = ReuseTrial(args, self.generator, self._engine, self._whole_weights)
+        self._between = Between(self, self._engine)
         self._known = False  # what the model is like
         self._budget_agreed = False  # among processes
         has_graphs = args.cuda_graphs and args.device.type == "cuda"
@@ -150,39 +150,6 @@ class MixesContexts(Trainer):
         if steps is not None:
             self.meter.counts["passes_in_step"] += steps.forwards
 
-    @property
-    def _forward_follows(self) -> bool:
-        """Whether nothing can change the weights between making a step's batches and its first training forward."""
-        return not self._others_with("on_step_begin")
-
-    def _others_with(self, event: str) -> list[str]:
-        """The callbacks that others have written, and that do something at an event."""
-        plain = getattr(TrainerCallback, event)
-        return [
-            type(one).__name__
-            for one in self.callback_handler.callbacks
-            if event in vars(one)
-            or (
-                getattr(type(one), event) is not plain
-                and not type(one).__module__.startswith(("selfgen.", "transformers."))
-            )
-        ]
-
-    def _look_at_weights(self, *, before: str) -> None:
-        """Keep in mind what the weights are, if passes are reused after an event at which callbacks may change them."""
-        reused = self._step.passes is not None
-        self._weights = bits_of(self.model) if reused and self._others_with(before) else None
-
-    def _reuse_nothing_of_other_weights(self) -> None:
-        """What the passes computed is no forward of weights that have changed since."""
-        if self._weights is not None:
-            changed = self._weights != bits_of(self.model)
-            if self._engine.reuses_together:
-                changed = self._engine.together.any(changed)
-            if changed:
-                self._step.passes = None
-                self._reuse.off("a callback (on_step_begin or on_substep_end) changes weights after them")
-
     def _tell_of_padding(self) -> None:
         tokens, rows = self.generator.vocab_size, vocab_size_of(self.generator.model)
         if tokens is not None:
@@ -217,12 +184,16 @@ class MixesContexts(Trainer):
             self._learn_of_model()
         self._look_again()
         batches = self.prepare_batches(batches)
-        self._step, self._weights = Step(list(batches)), None
+        self._step = Step(list(batches))
         if self.args.loss_on != "all":  # elsewhere after on_step_begin, where a callback may change the model
-            self._mix_next(keep=self._forward_follows)
+            self._mix_next()
             num_items = self._at_least_one(self._get_num_items_in_batch(batches, device))
-            self._look_at_weights(before="on_step_begin")
         return batches, num_items
+
+    def get_train_dataloader(self):
+        loader = super().get_train_dataloader()
+        check_even(loader)
+        return loader
 
     def _next_batches(self, epoch_iterator, num_batches, device):
         """Micro-batches as they are read, and the number of their learned tokens, as the Trainer's method has them."""
@@ -251,6 +222,7 @@ class MixesContexts(Trainer):
             # By an evaluation; accelerate would take it as it is, and each process would train alone.
             self.accelerator.unwrap_model(self.model, keep_fp32_wrapper=False)
         self._engine.check_first(resumes=bool(resume_from_checkpoint))
+        self._between.begin()
         forget_steps(self.model)  # of a run that an exception has ended
         try:
             if resume_from_checkpoint and self.is_deepspeed_enabled:  # which loads it in its own way
@@ -286,7 +258,7 @@ class MixesContexts(Trainer):
 
     def training_step(self, model, inputs, num_items_in_batch=None):
         if self._step.ready == 0:
-            self._mix_next(keep=True)
+            self._mix_next()
         if self._step.ready == 0:
             raise RuntimeError(
                 "training_step got a micro-batch without contexts, and would train on references alone: transformers' "
@@ -299,16 +271,14 @@ class MixesContexts(Trainer):
                 f"this is one of {self.args.world_size} processes, but the model is not wrapped for them, so each "
                 "would train alone: make a new trainer, with a model that no other has prepared"
             )
-        self._reuse_nothing_of_other_weights()
         # Weights were gathered for the passes, and are as they were until the optimizer's step.
-        whole = self._step.runs_passes and not self._engine.stay_sharded
+        whole = self._step.runs_passes and not self._engine.stay_sharded and not self._between.may_change
         last = self.accelerator.sync_gradients
         try:
             with self._engine.backward_apart(), kept_whole(self.model, last=last) if whole else nullcontext():
                 loss = super().training_step(model, inputs, num_items_in_batch)
         finally:
             self._step.trained()
-        self._look_at_weights(before="on_substep_end")
         if not self._engine.scales_loss and not math.isfinite(float(loss)):  # it leaves such steps out
             raise diverged(self.state.global_step + 1, f"the loss is {float(loss)}")
         self._self_prob.trained(loss)
@@ -326,8 +296,8 @@ class MixesContexts(Trainer):
         if broken:
             raise diverged(self.state.global_step, f"{broken} has values that are not finite (NaN or inf)")
 
-    def _mix_next(self, *, keep: bool = False) -> None:
-        """Make the next contexts of the step; with ``keep``, a training forward follows at once."""
+    def _mix_next(self) -> None:
+        """Make the next contexts of the step."""
         batches = self._step.take(self.args.context_micro_batches)
         if not batches:
             return
@@ -336,6 +306,7 @@ class MixesContexts(Trainer):
         runs = self._step.runs_passes or self._looks_now or not self._engine.is_sharded
         if self._step.runs_passes:
             self._agree_on_budget()
+        keep = not self._between.may_change
         with self._whole_weights(keep=keep) if runs or self._loss_looks else nullcontext():
             if self._loss_looks:
                 self._look_at_loss()
@@ -343,7 +314,7 @@ class MixesContexts(Trainer):
                 self._check_causal(batches)
             self._before_contexts(batches)
             stats, self._step.passes = self.mix(batches)
-        self._reuse.agree(self._step)
+        self._between.look(reused=self._reuse.agree(self._step))
         self.meter.contexts_end(stats, made=self._step.runs_passes)
 
     def _before_contexts(self, batches: list[dict[str, Tensor]]) -> None:
@@ -422,7 +393,7 @@ class MixesContexts(Trainer):
     def _look_again(self) -> None:
         """From time to time: what a model computes may depend on weights, or on a setting that changed."""
         step = self.state.global_step
-        regular = not self._looked or step % _LOOK_EVERY == 0
+        regular = not self._looked or step % _LOOK_EVERY == 0 or self._between.made_anew()
         self._looks_now = regular or step == _FIRST_LOOK
         if self._looks_now:
             self._looked = True
@@ -449,6 +420,9 @@ class MixesContexts(Trainer):
         """
         if not model.training:
             return loss(model)
+        if who := self._between.changed():
+            self._step.passes = None
+            self._reuse.off(f"the model was changed after its contexts had been made ({who})")
         return self._reuse.loss(model, loss, self._step, batch, tries=self._step.runs_passes, unused=self._unused)
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:

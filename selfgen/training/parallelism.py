@@ -8,6 +8,7 @@ from typing import Any
 
 import accelerate
 import torch
+from accelerate.data_loader import BatchSamplerShard
 from transformers import TrainingArguments
 from transformers.utils import is_accelerate_available
 
@@ -60,6 +61,20 @@ def check_tensor_parallel(args: TrainingArguments, size: int) -> None:
         raise ValueError(
             "the model is tensor parallel (tp_size), which Accelerate trains on accelerators only: leave use_cpu out, "
             "or tp_size"
+        )
+
+
+def check_even(loader: Any) -> None:
+    """Raise ValueError if some processes would get fewer batches of an epoch than others."""
+    shard: Any = getattr(loader, "batch_sampler", None)
+    if not isinstance(shard, BatchSamplerShard) or shard.even_batches or shard.drop_last or shard.split_batches:
+        return
+    batches, processes = len(shard.batch_sampler), shard.num_processes
+    if batches % processes:
+        raise ValueError(
+            f"even_batches is false (accelerator_config), and an epoch has {batches} batches for {processes} "
+            "processes: those with more would wait for the others for good. Leave even_batches out, give "
+            "dataloader_drop_last=True, or another per_device_train_batch_size"
         )
 
 

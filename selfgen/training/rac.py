@@ -413,7 +413,7 @@ class RACTrainer(BSSTrainer):
         seed = step_seed(self.args.seed, self.state.global_step, stream=1)
         if self.args.own_answer == "mixed":
             self._agree_on_budget()
-        with self._whole_weights(keep=self._forward_follows), self._engine.autocast():
+        with self._whole_weights(keep=not self._between.may_change), self._engine.autocast():
             if self.args.own_answer == "mixed":
                 mixed = self.generator.contexts(
                     prompts,

@@ -118,7 +118,7 @@ class ReuseTrial:
             found = loss(model)
         if reused is not None and not self._all_layers_in(reused):
             step.passes = None
-            if self._engine.is_sharded:  # the others have gone on
+            if self._engine.accelerator.num_processes > 1:  # the others have gone on
                 raise ReuseError("a training forward has skipped decoder layers: give reuse_passes=False")
             found = loss(model)  # a layer that a training forward skips is none of the gradient's
         return found

@@ -7,10 +7,11 @@ import math
 from collections.abc import Callable
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 from torch.utils.hooks import RemovableHandle
 from transformers import TrainerCallback
 
+from ..context.changes import on_host
 from ..context.precision import how_quantized, is_plain
 from ..context.sharding import local_part
 
@@ -64,23 +65,7 @@ def not_finite(model: nn.Module, *, trainable_only: bool = False) -> str | None:
         if is_plain(here) and here.numel() and (parameter.requires_grad or not trainable_only):
             names.append(name)
             found.append(torch.stack(torch.aminmax(here)).isfinite().all())  # NaN is both
-    return next((name for name, fine in zip(names, _together(found), strict=True) if not fine), None)
-
-
-_OF_SIZE = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
-
-
-def bits_of(model: nn.Module) -> tuple[int, ...]:
-    """A sum of the bits of each weight that is not quantized, of the part that this process holds."""
-    parts = (local_part(weight.detach()) for weight in model.parameters() if is_plain(weight))
-    return tuple(int(part.contiguous().view(_OF_SIZE[part.itemsize]).sum(dtype=torch.int64)) for part in parts)
-
-
-def _together(flags: list[Tensor]) -> list[Tensor]:
-    """One copy from each device, not one per weight."""
-    devices = {flag.device for flag in flags}
-    on_host = {device: iter(torch.stack([flag for flag in flags if flag.device == device]).cpu()) for device in devices}
-    return [next(on_host[flag.device]) for flag in flags]
+    return next((name for name, fine in zip(names, on_host(found), strict=True) if not fine), None)
 
 
 class TellOfMissingGradients(TrainerCallback):

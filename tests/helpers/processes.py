@@ -6,6 +6,7 @@ The processes are forked from one that has imported everything once: importing t
 from __future__ import annotations
 
 import gc
+import math
 import multiprocessing
 import os
 import pkgutil
@@ -26,11 +27,20 @@ _SERVED = multiprocessing.get_context("forkserver")
 _SERVED.set_forkserver_preload(["torch", "torch.distributed", "pytest", "selfgen", "selfgen.cli.train", "helpers.cli"])
 
 
-def in_ranks(function: Callable, folder: Path, *arguments, world: int = WORLD) -> None:
-    """Call ``function(rank, folder, ...)`` in processes that are connected by gloo; they meet in a file."""
-    torch.multiprocessing.start_processes(
-        _rank, (world, function, folder, *arguments), nprocs=world, start_method="forkserver"
+def in_ranks(function: Callable, folder: Path, *arguments, world: int = WORLD, limit: float | None = None) -> None:
+    """Call ``function(rank, folder, ...)`` in processes that are connected by gloo; they meet in a file.
+
+    With a ``limit`` in seconds, processes that wait for each other are ended after it, by an AssertionError.
+    """
+    context = torch.multiprocessing.start_processes(
+        _rank, (world, function, folder, *arguments), nprocs=world, start_method="forkserver", join=False
     )
+    deadline = time.monotonic() + (limit or math.inf)
+    while not context.join(timeout=None if limit is None else 1):
+        if time.monotonic() > deadline:
+            for process in context.processes:
+                process.kill()
+            raise AssertionError(f"the processes have not ended after {limit} s")
 
 
 def _rank(rank: int, world: int, function: Callable, folder: Path, *arguments) -> None:

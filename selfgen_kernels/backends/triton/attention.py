@@ -61,11 +61,12 @@ def attention_tile(head_dim: int, dtype: torch.dtype, target: str) -> tuple[dict
         options |= {"num_warps": 4 if columns <= 128 else 8}
     elif dtype.itemsize > 2:
         columns = min(width, MOST_COLUMNS * 4 // dtype.itemsize)
-        tile |= {"ROWS": 16, "KEYS": 16, "PART": min(width, 512 // dtype.itemsize), "COLUMNS": columns}
         warps = 8 if columns * dtype.itemsize <= 512 else 16
+        part = 128 if dtype == torch.float32 else 4 * warps
+        tile |= {"ROWS": 16, "KEYS": 16, "PART": min(width, part), "COLUMNS": columns}
         if amd:  # wavefronts of 64 lanes, warps of 32: 128 bits of K/V for each
             warps //= 2
-        else:  # all that there are: ptxas rather spills than have room for one program only
+        else:  # all that there are, or ptxas spills to have room for two programs
             options["maxnreg"] = min(255, 65536 // (32 * warps))
         options |= {"num_warps": warps, "num_stages": 1}
     return tile, options
@@ -269,7 +270,7 @@ def ragged_attention_kernel(
             q, row_exists, key, key_stride, value, value_stride, begin, end, last, scale, softcap, window,
             first_column, KEYS, HEAD_DIM, COLUMNS, PART, PRECISION, CAREFUL=False,
         )  # fmt: skip
-        if tl.sum(tl.sum(its_sums * 0, 1)) != 0:  # NaN, if one is not finite
+        if tl.sum(its_sums * 0) != 0:  # NaN, if one is not finite
             its_largest, its_total, its_sums = attend_blocks(
                 q, row_exists, key, key_stride, value, value_stride, begin, end, last, scale, softcap, window,
                 first_column, KEYS, HEAD_DIM, COLUMNS, PART, PRECISION, CAREFUL=True,

@@ -66,7 +66,7 @@ def attention_tile(head_dim: int, dtype: torch.dtype, target: str) -> tuple[dict
         tile |= {"ROWS": 16, "KEYS": 16, "PART": min(width, part), "COLUMNS": columns}
         if amd:  # wavefronts of 64 lanes, warps of 32: 128 bits of K/V for each
             warps //= 2
-        else:  # all that there are, or ptxas spills to have room for two programs
+        else:  # all registers there are: ptxas spills to have room for a second program
             options["maxnreg"] = min(255, 65536 // (32 * warps))
         options |= {"num_warps": warps, "num_stages": 1}
     return tile, options

@@ -127,7 +127,7 @@ def tile_constants(target: str, dtype: str, rows: int, aligned: bool) -> tuple[d
         stages = 2 if target == "gfx942" else 3  # 64 KiB of shared memory
     names = "BLOCK_M", "BLOCK_N", "BLOCK_K"
     options = OPTIONS | {"num_warps": warps, "num_stages": stages}
-    if target == "sm_120" and stages == 3:  # room for one program; ptxas would spill to have registers for two
+    if target == "sm_120" and stages == 3:  # room for one program, ptxas spills for a second
         options["maxnreg"] = 255
     return dict(zip(names, tile, strict=True)), options
 

@@ -33,10 +33,6 @@ BLOCK = 1024  # most numbers of a token that a program of kv_append copies
 TILE = 2048  # numbers of K, and of V, that it copies
 APPEND_OPTIONS = {"num_warps": 4, "enable_fp_fusion": False}
 MERGE_OPTIONS = {"num_warps": 8, "enable_fp_fusion": False}
-FP64_TILES = {("sm_86", 64): (64, 8), ("sm_89", 64): (64, 8), ("sm_120", 64): (64, 8), ("sm_120", 256): (128, 16)}
-"""(PART, num_warps) by target and width, where others spill: GPUs with few units for fp64."""
-
-FP32_PARTS = {("sm_80", 64): 32}  # PART by target and width, where 64 spill
 
 
 def attention_tile(head_dim: int, dtype: torch.dtype, target: str) -> tuple[dict[str, Any], dict[str, Any]]:
@@ -61,15 +57,17 @@ def attention_tile(head_dim: int, dtype: torch.dtype, target: str) -> tuple[dict
     }
     options = {"num_warps": 4 if columns <= 64 else 8, "num_stages": 2, "enable_fp_fusion": False}
     if dtype == torch.float32 and not amd:
-        tile |= {"ROWS": 16, "PART": FP32_PARTS.get((target, width), min(width, 64)), "PRECISION": "tf32x3"}
+        tile |= {"ROWS": 16, "PART": min(width, 64), "PRECISION": "tf32x3"}
         options |= {"num_warps": 4 if columns <= 128 else 8}
     elif dtype.itemsize > 2:
         columns = min(width, MOST_COLUMNS * 4 // dtype.itemsize)
-        part, warps = 512 // dtype.itemsize, 8 if dtype == torch.float32 and columns <= 128 else 16
-        if dtype == torch.float64:
-            part, warps = FP64_TILES.get((target, max(64, columns)), (part, warps))
+        warps = 8 if columns * dtype.itemsize <= 512 else 16
+        part = 128 if dtype == torch.float32 else 4 * warps
         tile |= {"ROWS": 16, "KEYS": 16, "PART": min(width, part), "COLUMNS": columns}
-        warps //= 2 if amd else 1  # wavefronts of 64 lanes, warps of 32: 128 bits of K/V for each
+        if amd:  # wavefronts of 64 lanes, warps of 32: 128 bits of K/V for each
+            warps //= 2
+        else:  # all registers there are: ptxas spills to have room for a second program
+            options["maxnreg"] = min(255, 65536 // (32 * warps))
         options |= {"num_warps": warps, "num_stages": 1}
     return tile, options
 
@@ -272,7 +270,7 @@ def ragged_attention_kernel(
             q, row_exists, key, key_stride, value, value_stride, begin, end, last, scale, softcap, window,
             first_column, KEYS, HEAD_DIM, COLUMNS, PART, PRECISION, CAREFUL=False,
         )  # fmt: skip
-        if tl.max(tl.sum(tl.where(its_sums * 0 == 0, 0, 1), 1)) > 0:
+        if tl.sum(its_sums * 0) != 0:  # NaN, if one is not finite
             its_largest, its_total, its_sums = attend_blocks(
                 q, row_exists, key, key_stride, value, value_stride, begin, end, last, scale, softcap, window,
                 first_column, KEYS, HEAD_DIM, COLUMNS, PART, PRECISION, CAREFUL=True,

@@ -29,7 +29,7 @@ class Configuration:
     kernel: Any
     types: dict[str, str]  # of the run-time arguments, such as "*bf16" or "i64"
     constants: dict[str, Any]  # of the constexpr arguments
-    options: dict[str, Any]  # num_warps, num_stages, enable_fp_fusion
+    options: dict[str, Any]  # num_warps, num_stages, maxnreg, enable_fp_fusion
     aligned: tuple[str, ...] = ()  # integer arguments divisible by 16, as all pointers are
     streams: bool = False  # reads its data 128 bits at a time: `narrow_streams` in tools/aot.py is the rule
     tensor_cores: bool = False  # multiplies matrices

@@ -288,7 +288,7 @@ def plan_pass(
         window_kernel[(1,)](*state, least, *results, *sizes, LANES=lanes, **window_options(lanes))
     else:
         memory = *(torch.empty_like(final) for _ in range(3)), torch.empty_like(final, dtype=torch.int32)
-        many_windows_kernel[(1,)](*state, least, *results, *memory, *sizes, LANES=ROWS, **ROWS_OPTIONS)
+        many_windows_kernel[(1,)](*state, least, *results, *memory, *sizes, LANES=ROWS, **MANY_OPTIONS)
     slots_kernel[(rows + 1,)](final, cu_seqlens_q, slots, rows, token_budget, BLOCK=BLOCK, **OPTIONS)
     return slots, cu_seqlens_q, kv_ranges
 
@@ -306,6 +306,7 @@ def commit_pass(
 
 OPTIONS = {"num_warps": 1, "enable_fp_fusion": False}
 ROWS_OPTIONS = OPTIONS | {"num_warps": 8}
+MANY_OPTIONS = ROWS_OPTIONS | {"maxnreg": 255}  # of one program: ptxas would spill to have room for others
 
 
 def window_options(lanes: int) -> dict[str, int | bool]:
@@ -334,7 +335,7 @@ def configurations(target: str) -> list[Configuration]:
         Configuration("plan_pass, rows alone", free_end_kernel, free, {"SCAN": SCAN}, ROWS_OPTIONS),
         *windows,
         Configuration(
-            "plan_pass, more rows", many_windows_kernel, state | memory | plan, {"LANES": ROWS}, ROWS_OPTIONS
+            "plan_pass, more rows", many_windows_kernel, state | memory | plan, {"LANES": ROWS}, MANY_OPTIONS
         ),
         Configuration("plan_pass, slots", slots_kernel, places, {"BLOCK": BLOCK}, OPTIONS),
         Configuration("commit_pass", commit_pass_kernel, commit, {"BLOCK": BLOCK}, OPTIONS),

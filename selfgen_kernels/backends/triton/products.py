@@ -117,6 +117,8 @@ def tile_constants(target: str, dtype: str, rows: int, aligned: bool) -> tuple[d
     """
     if dtype == "fp32":  # no tensor cores
         tile, warps, stages = ((64, 64, 32), 8, 2) if target == "gfx942" else ((64, 64, 16), 4, 2)
+        if target == "sm_86" and aligned:  # 11.0, which takes its tiles, spills with two stages
+            stages = 3
     elif not aligned:
         tile, warps, stages = (64, 128, 32), 8, 2
     else:
@@ -126,7 +128,10 @@ def tile_constants(target: str, dtype: str, rows: int, aligned: bool) -> tuple[d
             tile, warps = (64, 128, 64), 8
         stages = 2 if target == "gfx942" else 3  # 64 KiB of shared memory
     names = "BLOCK_M", "BLOCK_N", "BLOCK_K"
-    return dict(zip(names, tile, strict=True)), OPTIONS | {"num_warps": warps, "num_stages": stages}
+    options = OPTIONS | {"num_warps": warps, "num_stages": stages}
+    if target == "sm_120" and stages == 3:  # room for one program, ptxas spills for a second
+        options["maxnreg"] = 255
+    return dict(zip(names, tile, strict=True)), options
 
 
 def select_rows(mask: Mask, reference=None, tokens=None, is_self=None, invalid=None) -> tuple[Tensor, Tensor]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 from helpers.processes import WORLD, in_ranks
-from helpers.runs import CASES, EVEN, FAST, compare, make_expected
+from helpers.runs import ALL, EVEN, FAST, compare, make_expected
 from helpers.skips import Skips, skips_later
 from helpers.training import make_trainer, rows
 from torch.multiprocessing.spawn import ProcessRaisedException
@@ -25,7 +25,7 @@ def test_two_processes(tmp_path):
 
 @pytest.mark.slow
 def test_all_in_two_processes(tmp_path):
-    check(tmp_path, tuple(CASES))
+    check(tmp_path, ALL)
 
 
 @pytest.mark.slow

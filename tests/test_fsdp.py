@@ -6,7 +6,7 @@ import pytest
 import torch
 from helpers.contexts import assert_equal
 from helpers.processes import WORLD, in_ranks
-from helpers.runs import CASES, EVEN, FAST, compare, make_expected, train_on, under_fsdp2
+from helpers.runs import ALL, CASES, EVEN, FAST, compare, make_expected, train_on, under_fsdp2
 from helpers.sharded import fsdp_on_cpus, whole_state
 from helpers.versions import FSDP2_ONCE, needs
 from models import tiny_model
@@ -52,7 +52,7 @@ def test_what_an_old_accelerate_can_not_do(tmp_path):
 
 @pytest.mark.slow
 def test_all_sharded_by_accelerate(tmp_path):
-    check(tmp_path, tuple(CASES))
+    check(tmp_path, ALL)
 
 
 @pytest.mark.slow

@@ -17,7 +17,7 @@ from accelerate.utils.launch import prepare_multi_gpu_env
 from helpers.cli import ROOT, flags, save_model
 from helpers.contexts import assert_equal
 from helpers.processes import WORLD, in_ranks
-from helpers.runs import CASES, EVEN, assert_same, compare, make_expected, run, under_fsdp2
+from helpers.runs import ALL, CASES, EVEN, assert_same, compare, make_expected, run, under_fsdp2
 from helpers.sharded import Collectives, fsdp_on_cpus, whole_state
 from helpers.training import make_trainer
 from helpers.versions import APART, has, needs
@@ -250,7 +250,7 @@ def test_training(tmp_path):
 
 @pytest.mark.slow
 def test_all_training(tmp_path):
-    check(tmp_path, tuple(CASES))
+    check(tmp_path, ALL)
 
 
 @pytest.mark.slow

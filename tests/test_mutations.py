@@ -274,7 +274,6 @@ def head_scaled(model):
         ("gemma2", softer),
         ("gemma2", softer_attention),
         ("gemma2", head_scaled),
-        ("gemma2", windowed),
     ],
 )
 def test_settings_of_other_families(family, mutation):

@@ -162,7 +162,7 @@ ODD = {
         {"eval_strategy": "steps", "eval_steps": 1, "eval_dataset": rows(5).to_iterable_dataset()}
     ),
 }
-FAST = ("broken off between", "broken off within")
+FAST = ("broken off between", "broken off within", "saved with lora")
 SHARDED = tuple(name for name, case in ODD.items() if "weights" not in case.changes)
 CASES |= ODD
 

@@ -307,17 +307,29 @@ def has_adapters(model: torch.nn.Module) -> bool:
 
 @contextmanager
 def _without(adapters: Any) -> Iterator[None]:
-    """Inside, the adapters of a PEFT model are off. What of them is trained afterwards is what was trained before.
+    """Inside, the adapters of a PEFT model are off. What of them is trained does not change.
 
-    PEFT would have all of the active ones trained, also what the user has frozen of them.
+    PEFT has none of them trained, and afterwards all of the active ones, also what the user has frozen. It would tell
+    the parameters that are there, and FSDP2 has others while weights are gathered, which would go on untrained.
     """
-    trained = {name: parameter.requires_grad for name, parameter in adapters.named_parameters()}
+    off = adapters.disable_adapter()
+    with _trained_as_before(adapters):
+        off.__enter__()
     try:
-        with adapters.disable_adapter():
-            yield
+        yield
     finally:
-        for name, parameter in adapters.named_parameters():  # other ones, where FSDP2 has gathered them meanwhile
-            parameter.requires_grad_(trained[name])
+        with _trained_as_before(adapters):
+            off.__exit__(None, None, None)
+
+
+@contextmanager
+def _trained_as_before(model: torch.nn.Module) -> Iterator[None]:
+    trained = [(parameter, parameter.requires_grad) for parameter in model.parameters()]
+    try:
+        yield
+    finally:
+        for parameter, before in trained:
+            parameter.requires_grad_(before)
 
 
 _TAKE_FROM_WEIGHTS = ("pissa", "olora", "corda", "lora_ga", "loftq")
@@ -333,7 +345,7 @@ def _check_stays(adapters: Any, does: str, option: str) -> None:
                 f"{does} without its adapter, but init_lora_weights is {begun!r}, which has taken a part of its "
                 f"weights into the adapter, so that the model without it is not the one before: give {option}"
             )
-    with _without(adapters):
+    with _trained_as_before(adapters), adapters.disable_adapter():  # of which PEFT trains nothing then
         trained = learned_weight(transformers_model(adapters))
     if trained:
         raise ValueError(

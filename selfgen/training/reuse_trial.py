@@ -35,7 +35,7 @@ class ReuseTrial:
     """Whether passes are reused, and the loss of a micro-batch with or without that.
 
     ``on`` tells whether this process makes contexts whose passes it means to reuse, and ``verified`` whether it has
-    compared a step's loss since the last ``look_again``.
+    compared a step's loss since the last ``look_again`` that found it on.
 
     Args:
         args: of the trainer.
@@ -82,7 +82,7 @@ class ReuseTrial:
 
     def look_again(self) -> None:
         """The next step that reuses passes tries it: what a model computes may have changed."""
-        self.verified, self._open = False, True
+        self.verified, self._open = not self.on and self.verified, True
 
     def agree(self, step: Step) -> bool:
         """Whether the passes of ``step`` are reused, in this process or, where they must, in all of them."""

@@ -235,6 +235,8 @@ CASES["many"] = Case(
 )
 if not has("transformers", SINCE["gemma2"]):
     del CASES["gemma2"]
+ALL = tuple(CASES)
+"""Those for every engine; a test of one may add its own to `CASES`."""
 FAST = ("many", "short", "after_switch", "lora, kl", "rac, direct", "bash", "teacher_forced")
 """Together they have most of what the others have."""
 EVEN = tuple(name for name in FAST if name != "short")

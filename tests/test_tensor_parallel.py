@@ -47,7 +47,9 @@ def saved(folder, family: str = FAMILY, **changes):
 
 
 def trainer_of(folder, model, evaluated=None, **changes):
-    options = config(folder, **{"gradient_accumulation_steps": 2, "max_steps": STEPS, **changes})
+    # With a small epsilon, Adam makes steps of rounding where a gradient is near zero.
+    defaults = {"gradient_accumulation_steps": 2, "max_steps": STEPS, "adam_epsilon": 1e-3}
+    options = config(folder, **{**defaults, **changes})
     return BSSTrainer(model, options, train_dataset=rows(), eval_dataset=evaluated, processing_class=Tokenizer())
 
 

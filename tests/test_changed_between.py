@@ -18,6 +18,8 @@ from torch.multiprocessing.spawn import ProcessRaisedException
 from transformers import TrainerCallback
 
 from selfgen import BSSTrainer
+from selfgen.context import changes
+from selfgen.context.changes import bits_of
 from selfgen.context.sharding import local_part
 
 STEPS = 3
@@ -132,6 +134,17 @@ def in_backward(trainer):
             weight.register_post_accumulate_grad_hook(step)
 
 
+def in_backward_of_modules(trainer):
+    """What steps in hooks of modules, where weights have none."""
+
+    def step(module, given, got):
+        if trainer.state.global_step >= 1:
+            module.weight.data.mul_(0.97)
+
+    for layer in trainer.model.model.layers:
+        layer.mlp.down_proj.register_full_backward_hook(step)
+
+
 def at(event, change):
     return lambda trainer: trainer.add_callback(Between(event, change))
 
@@ -149,7 +162,7 @@ def check(folder, prepare=lambda trainer: None, model=llama, drops=True, **optio
         prepare(trainer)
         trainer.train()
         if reuse:
-            assert trainer._reuse.verified
+            assert trainer._reuse.verified or not trainer._reuse.on  # a setting that changes has it looked at again
             assert drops is None or trainer._reuse.on != drops
         losses = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
         ended.append((losses, whole_state(trainer.model)))
@@ -188,6 +201,69 @@ def test_what_a_subclass_changes(tmp_path, kind, loss_on):
 
 def test_what_steps_in_the_backward(tmp_path):
     check(tmp_path, in_backward)
+
+
+def test_what_steps_in_the_backward_of_modules(tmp_path):
+    check(tmp_path, in_backward_of_modules)
+
+
+def test_what_watches_gradients_and_changes_nothing(tmp_path):
+    """As wandb.watch does when training has begun."""
+
+    def watch(gradient):
+        pass
+
+    watch.__module__ = "wandb.integration.torch.wandb_torch"
+    trainer = make_trainer(tmp_path, report_to=[])
+    trainer.model.lm_head.weight.register_hook(watch)
+    assert not trainer._between.may_change
+    trainer.model.lm_head.weight.register_hook(lambda gradient: None)
+    assert trainer._between.may_change
+
+
+@pytest.mark.parametrize("step", [1, 2])
+def test_what_is_changed_after_a_step(tmp_path, step):
+    """Layers that compute something else in training from then on."""
+
+    class After(TrainerCallback):
+        def on_step_end(self, args, state, control, model=None, **kwargs):
+            if state.global_step == step:
+                mlp = model.model.layers[0].mlp
+                own = mlp.forward
+                mlp.forward = lambda hidden: own(hidden) * (1.5 if mlp.training else 1)
+
+    check(tmp_path, lambda trainer: trainer.add_callback(After()))
+
+
+@pytest.mark.parametrize("shape", [(), (0,), (3, 0), (7,), (5, 3), (11, 1), (2, 3, 4)])
+@pytest.mark.parametrize("dtype", [torch.bool, torch.bfloat16, torch.float32, torch.float64, torch.complex128])
+@pytest.mark.parametrize("at_once", [2**24, 4])
+def test_bits_of_tensors_of_any_shape(shape, dtype, at_once, monkeypatch):
+    """Each number and its place counts."""
+    monkeypatch.setattr(changes, "_AT_ONCE", at_once)
+    flat = torch.arange(torch.Size(shape).numel()).remainder(2 if dtype == torch.bool else 100).to(dtype)
+    module = torch.nn.Module()
+    module.register_buffer("tensor", flat.view(shape))
+    bits = bits_of(module)
+    for place, before in enumerate(flat.clone()):
+        flat[place] = not before if dtype == torch.bool else before + 1
+        assert bits_of(module) != bits
+        flat[place] = before
+    for place in range(1, len(flat)):  # each differs from the one before
+        flat[place - 1 : place + 1] = flat[place - 1 : place + 1].flip(0)
+        assert bits_of(module) != bits
+        flat[place - 1 : place + 1] = flat[place - 1 : place + 1].flip(0)
+    assert bits_of(module) == bits
+
+
+def test_bits_are_found_in_little_memory():
+    """Of a weight of one column, too, as 4-bit ones are."""
+    module = torch.nn.Module()
+    for size in ((2**25, 1), (2**12, 2**13)):
+        module.tensor = torch.nn.Buffer(torch.zeros(size, dtype=torch.uint8))
+        with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profile:
+            bits_of(module)
+        assert max(event.cpu_memory_usage for event in profile.events()) <= 8 * 2**24
 
 
 def test_what_is_changed_and_changed_back(tmp_path):

@@ -70,8 +70,10 @@ def would_wait(rank, folder):
         with pytest.raises(ValueError, match=match):
             make_trainer(folder, report_to=[], **changes)
     uneven = {"accelerator_config": {"even_batches": False}, "num_train_epochs": 1, "max_steps": -1}
-    with pytest.raises(ValueError, match="an epoch has 5 batches for 2 processes"):
-        make_trainer(folder, data=rows(9), report_to=[], **uneven).train()
+    split = {**uneven, "accelerator_config": {"even_batches": False, "split_batches": True}}
+    for count, of, options in ((9, 2, uneven), (9, 2, split), (13, 4, {**split, "per_device_train_batch_size": 4})):
+        with pytest.raises(ValueError, match=f"{count} rows in batches of {of} are no equal number of batches"):
+            make_trainer(folder, data=rows(count), report_to=[], **options).train()
     trainer = make_trainer(folder, data=rows(9), report_to=[], dataloader_drop_last=True, **uneven)
     trainer.train()
     assert trainer.state.global_step == 1

@@ -68,6 +68,17 @@ def test_a_pass_that_is_not_recorded_makes_no_late_tensor(made, monkeypatch):
     assert len(made) <= 2 * 9 * mixed.stats.captured  # run once, then recorded: of two layers
 
 
+def test_passes_that_are_recorded_from_now_on_are_tried(made):
+    """As where the model has moved to a GPU."""
+    model = tiny_model("llama")
+    generator = a_generator(model, records=False)
+    contexts(generator)
+    assert all(what != "late" for what, _ in generator._verification._found)
+    generator._passes = None  # a new one is made
+    contexts(generator)
+    assert any(what == "late" for what, _ in generator._verification._found)
+
+
 def test_what_is_tried_of_a_model_is_what_runs(made):
     """So no late tensor is made to verify a model whose passes are not recorded, but by trying single layers."""
     model = tiny_model("llama")

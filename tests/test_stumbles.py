@@ -15,6 +15,8 @@ from models import tiny_model
 
 from selfgen import answer, generate_corrected
 from selfgen.cli import main
+from selfgen.cli.generate import GenerateArguments
+from selfgen.cli.options import make_parser, parse
 from selfgen.data import DataError, RowOptions, load_rows, loading
 from selfgen.evaluation.inspection import TokenTexts
 
@@ -201,6 +203,14 @@ def test_what_is_mistyped_or_missing_is_named(typed, said, tmp_path, capsys):
     assert code == 2
     assert said in err
     assert "required" not in said or err.rstrip().endswith(said)
+
+
+def test_a_value_may_begin_with_dashes():
+    """Where it is more than one word, as no option is."""
+    parser = make_parser((GenerateArguments,), prog="x", usage="x", description="x")
+    flags = ["--output-file", "f", "--correct", "--correction-cue", "-- Look again.", "--rounds", "2"]
+    (found,) = parse(parser, flags)
+    assert (found.correction_cue, found.rounds) == ("-- Look again.", 2)
 
 
 def test_lines_of_the_doctor_fit_the_terminal(monkeypatch, capsys):

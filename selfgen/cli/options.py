@@ -335,6 +335,7 @@ def parse(parser: Parser, arguments: list[str], elsewhere: Mapping[str, str] | N
     if old := next((one for one in arguments if _name_of(one) in RENAMED), None):
         raise ValueError(_unknown(old.split("=")[0], parser, {}))
     given = [one.split("=")[0] for one in arguments if one.startswith("--")]
+    given = [one for one in given if " " not in one]  # which argparse takes for values
     flags = {flag for action in parser._actions for flag in action.option_strings}
     if other := next((one for one in given if not any(flag.startswith(one) for flag in flags)), None):
         parser.unknown = _unknown(other, parser, elsewhere or {})

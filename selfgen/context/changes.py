@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Iterator
 
 import torch
@@ -11,6 +12,7 @@ from transformers import PreTrainedModel
 
 from .sharding import OF_SHARDING, local_part
 
+_PLAIN = {bool, str, int, float}
 _OF_TRAINING = ("training", "gradient_checkpointing")  # which change nothing in inference
 _OF_DEEPSPEED = ("ds_", "_external_params", "applied_pre_backward_ref_cnt")  # what ZeRO-3 counts in modules
 
@@ -34,9 +36,7 @@ def make_of(model: nn.Module) -> object:
             value
             for module in modules
             for name, value in vars(module).items()
-            if type(value) in (bool, str, int, float)
-            and name not in _OF_TRAINING
-            and not name.startswith(_OF_DEEPSPEED)
+            if type(value) in _PLAIN and name not in _OF_TRAINING and not name.startswith(_OF_DEEPSPEED)
         ],
         [repr(vars(config)) for config in _configs(modules)],
     )
@@ -76,12 +76,13 @@ def _is_plain(value: object) -> bool:
 
 
 def bits_of(model: nn.Module) -> list[int]:
-    """A number for each weight and buffer of ``model``, of the bits that this process holds and of their places.
+    """Numbers for the weights and buffers of ``model``, of the bits that this process holds and of their places.
 
     What has been changed and changed back has the numbers that it had. No process waits for another one.
     """
     tensors = (local_part(one) for one in (*model.parameters(), *model.buffers()))
-    return on_host([_bits(part) for tensor in tensors for part in _parts(tensor.detach())])
+    parts = (part for tensor in tensors for part in _parts(tensor.detach()))
+    return on_host([_number_of(bits) for part in parts for bits in _bits(part).split(_AT_ONCE)])
 
 
 def _parts(tensor: Tensor) -> Iterator[Tensor]:
@@ -94,16 +95,24 @@ def _parts(tensor: Tensor) -> Iterator[Tensor]:
 
 
 _OF_SIZE = {2: torch.int16, 4: torch.int32, 8: torch.int64}
+_AT_ONCE = 2**24  # as torch sums small integers in a copy of 64 bits each
 
 
 def _bits(part: Tensor) -> Tensor:
-    """int64 []: sums of rows and of columns, weighted by where they are; no copy of ``part`` is made."""
-    bits = part.reshape(-1, part.shape[-1] if part.ndim > 1 else 1).contiguous()
-    bits = bits.view(_OF_SIZE.get(part.itemsize, torch.uint8))
-    total = torch.zeros((), dtype=torch.int64, device=part.device)
-    for dim, factor in ((1, 2654435761), (0, 40503)):
-        sums = bits.sum(dim, dtype=torch.int64)
-        total += (sums * torch.arange(1, len(sums) + 1, device=part.device)).sum() * factor
+    return part.contiguous().view(-1).view(_OF_SIZE.get(part.itemsize, torch.uint8))
+
+
+def _number_of(bits: Tensor) -> Tensor:
+    """int64 []: sums of the rows and the columns of a square that has ``bits`` [N], weighted by where they are."""
+    width = max(1, math.isqrt(len(bits)))
+    whole = len(bits) // width * width
+    square, rest = bits[:whole].view(-1, width), bits[whole:]
+    rows = torch.cat([square.sum(1, dtype=torch.int64), rest.sum(dtype=torch.int64)[None]])
+    columns = square.sum(0, dtype=torch.int64)
+    columns[: len(rest)] += rest
+    total = torch.zeros((), dtype=torch.int64, device=bits.device)
+    for sums, factor in ((rows, 2654435761), (columns, 40503)):
+        total += (sums * torch.arange(1, len(sums) + 1, device=bits.device)).sum() * factor
     return total
 
 

@@ -491,12 +491,12 @@ class ContextGenerator:
     @property
     def _verification(self) -> Verification:
         """What is known of the model as it is made now, in the precision that is asked for."""
-        make, precision = (active_adapters(self._given), make_of(self.model)), autocast_dtype(self.model.device)
+        precision, records = autocast_dtype(self.model.device), isinstance(self._forward(), GraphedForward)
+        make = active_adapters(self._given), make_of(self.model), self.model.device, records
         if make != self._make and not (self._passes and self._passes.is_busy):  # its own changes are no others
             transformers_model(self._given)  # refuses some adapters
             self._make, self._verified, self._fallback = make, {}, Fallback(self.model, self._together)
         if precision not in self._verified:
-            records = isinstance(self._forward(), GraphedForward)
             self._verified[precision] = Verification(self.model, self._given, self._together, self._invariant, records)
         return self._verified[precision]
 

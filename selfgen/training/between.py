@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from itertools import chain
 
 from transformers import Trainer, TrainerCallback
 
@@ -12,8 +13,8 @@ from .engines import Engine
 
 _EVENTS = ("on_step_begin", "on_substep_end")
 _METHODS = ("training_step", "compute_loss", "_prepare_inputs", "get_batch_samples")
-_LIBRARIES = ("selfgen.", "transformers.", "trl.", "accelerate.", "deepspeed.", "torch.")
-_HOOKS = ("_backward_hooks", "_post_accumulate_grad_hooks")
+_LIBRARIES = ("selfgen.", "transformers.", "trl.", "accelerate.", "deepspeed.", "torch.", "wandb.")
+_HOOKS = ("_backward_hooks", "_post_accumulate_grad_hooks")  # of a weight
 
 
 class Between:
@@ -77,10 +78,13 @@ class Between:
             for kind in type(self._trainer).__mro__:
                 if method in vars(kind) and not kind.__module__.startswith(_LIBRARIES):
                     yield f"{method} of {kind.__name__}"
-        for name, weight in self._trainer.model.named_parameters():
-            for hooks in (getattr(weight, of, None) or {} for of in _HOOKS):
+        model = self._trainer.model
+        of_modules = ((name, (one._backward_hooks, one._backward_pre_hooks)) for name, one in model.named_modules())
+        of_weights = ((name, [getattr(one, of, None) for of in _HOOKS]) for name, one in model.named_parameters())
+        for name, found in chain(of_modules, of_weights):
+            for hooks in filter(None, found):
                 if any(not (getattr(hook, "__module__", None) or "").startswith(_LIBRARIES) for hook in hooks.values()):
-                    yield f"a hook on the gradient of {name}"
+                    yield f"a hook on the gradient of {name or type(model).__name__}"
 
     def look(self, *, reused: bool) -> None:
         """Contexts were made, with passes that are ``reused``, in this process; all processes call it alike."""

@@ -272,7 +272,8 @@ class MixesContexts(Trainer):
                 "would train alone: make a new trainer, with a model that no other has prepared"
             )
         # Weights were gathered for the passes, and are as they were until the optimizer's step.
-        whole = self._step.runs_passes and not self._engine.stay_sharded and not self._between.may_change
+        whole = self._engine.is_sharded and self._step.runs_passes and not self._engine.stay_sharded
+        whole = whole and not self._between.may_change
         last = self.accelerator.sync_gradients
         try:
             with self._engine.backward_apart(), kept_whole(self.model, last=last) if whole else nullcontext():
@@ -306,7 +307,7 @@ class MixesContexts(Trainer):
         runs = self._step.runs_passes or self._looks_now or not self._engine.is_sharded
         if self._step.runs_passes:
             self._agree_on_budget()
-        keep = not self._between.may_change
+        keep = self._engine.is_sharded and not self._between.may_change
         with self._whole_weights(keep=keep) if runs or self._loss_looks else nullcontext():
             if self._loss_looks:
                 self._look_at_loss()
@@ -392,8 +393,8 @@ class MixesContexts(Trainer):
 
     def _look_again(self) -> None:
         """From time to time: what a model computes may depend on weights, or on a setting that changed."""
-        step = self.state.global_step
-        regular = not self._looked or step % _LOOK_EVERY == 0 or self._between.made_anew()
+        step, made_anew = self.state.global_step, self._between.made_anew()  # which is told of each step
+        regular = not self._looked or step % _LOOK_EVERY == 0 or made_anew
         self._looks_now = regular or step == _FIRST_LOOK
         if self._looks_now:
             self._looked = True

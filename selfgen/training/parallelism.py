@@ -67,13 +67,17 @@ def check_tensor_parallel(args: TrainingArguments, size: int) -> None:
 def check_even(loader: Any) -> None:
     """Raise ValueError if some processes would get fewer batches of an epoch than others."""
     shard: Any = getattr(loader, "batch_sampler", None)
-    if not isinstance(shard, BatchSamplerShard) or shard.even_batches or shard.drop_last or shard.split_batches:
+    if not isinstance(shard, BatchSamplerShard) or shard.even_batches or shard.drop_last:
         return
-    batches, processes = len(shard.batch_sampler), shard.num_processes
-    if batches % processes:
+    sampler, processes = shard.batch_sampler, shard.num_processes
+    uneven = bool(len(sampler) % processes)
+    if shard.split_batches:  # the last one may not have rows for all
+        uneven = 0 < len(sampler.sampler) % sampler.batch_size <= sampler.batch_size // processes * (processes - 1)
+    if uneven:
         raise ValueError(
-            f"even_batches is false (accelerator_config), and an epoch has {batches} batches for {processes} "
-            "processes: those with more would wait for the others for good. Leave even_batches out, give "
+            f"even_batches is false (accelerator_config), and {len(sampler.sampler)} rows in batches of "
+            f"{sampler.batch_size} are no equal number of batches for each of {processes} processes: those with more "
+            "would wait for the others for good. Leave even_batches out, give "
             "dataloader_drop_last=True, or another per_device_train_batch_size"
         )
 

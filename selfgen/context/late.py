@@ -68,6 +68,7 @@ class _Watch(TorchFunctionMode):
         super().__exit__(*error)
         _watch.reset(self._before)
 
+    @torch.compiler.disable  # torch 2.11 and 2.12 compile it, and functions that they compile inside give other results
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
         if func in _HAND_OUT or _is_of_others(func):

@@ -259,7 +259,7 @@ TURNS = [{"messages": [user("a"), assistant("b")]}]
     ("rows", "options", "error", "words"),
     [
         ([{"question": "a", "answer": "b"}], {}, ValueError, ["columns question, answer", "--prompt-column question"]),
-        (ROWS, {"prompt_column": "x"}, ValueError, ["'x' and 'completion'", "'messages'"]),
+        (ROWS, {"prompt_column": "x"}, ValueError, ["no 'x' (prompt_column)", "no 'messages'"]),
         (ROWS, {"max_length": 1}, ValueError, ["max_length is 1", "at least 2"]),
         (ROWS, {"max_length": 2}, ValueError, ["no row is left", "2 dropped (2 prompt fills max_length: row 0, row 1"]),
         (MIXED, {"strict_data": True}, ValueError, ["row 1", "'completion' is empty (None)", "strict_data"]),
@@ -346,7 +346,7 @@ def test_prompts_are_read_from_the_cache(chat, tmp_path, monkeypatch):
 @pytest.mark.parametrize(
     ("rows", "error", "words"),
     [
-        ([{"question": "a"}], ValueError, ["columns question", "'prompt' (text or messages) nor 'messages'"]),
+        ([{"question": "a"}], ValueError, ["columns question", "no 'prompt' (prompt_column)", "no 'messages'"]),
         ([{"prompt": None}], ValueError, ["row 0", "'prompt' is empty (None)"]),
         ([{"messages": "a"}], ValueError, ["row 0", "'messages' is no list of messages"]),
         ([{"prompt": ["a"]}], ValueError, ["row 0", "'prompt'", "'role' and 'content': 'a'"]),

@@ -80,6 +80,13 @@ def test_columns_are_looked_for_before_weights_are_loaded(options, no_weights, c
         (["one", "two"], {"prompt_column": "a", "completion_column": "b"}, "no 'a' (prompt_column) and no 'b' "),
         (["one", "two"], {}, "by --prompt-column NAME --completion-column NAME, or by --messages-column NAME"),
         (["prompt", "two"], {}, "by --completion-column NAME, or by --messages-column NAME"),
+        (["one", "two", "messages"], {"prompt_column": "on"}, "with prompt_column given: say which column to read by"),
+        (
+            ["one", "two", "messages"],
+            {"prompt_column": "one"},
+            "no 'completion' (completion_column), with prompt_",
+        ),
+        (["messages"], {"completion_column": "two"}, "leave completion_column out, to read the conversations of 'mess"),
     ],
 )
 def test_the_error_of_columns_says_what_to_give(columns, given, said):
@@ -192,6 +199,8 @@ def test_fields_without_a_value_are_left_out(options, tmp_path, capsys):
         (["train", "--contexts", "c"], "arguments are required: --model, --output-dir"),
         (["train", "{file}"], "arguments are required: --model, --output-dir"),
         (["eval", "--modle", "m"], "unknown option '--modle'; did you mean '--model'?"),
+        (["train", "--learning-rat", "1e-5"], "unknown option '--learning-rat'; did you mean '--learning-rate'?"),
+        (["doctor", "--weight"], "unknown argument '--weight'; did you mean '--weights'?"),
         (["train", "--output-dri=o"], "unknown option '--output-dri'; did you mean '--output-dir'?"),
         (["doctor", "--wieghts"], "unknown argument '--wieghts'; did you mean '--weights'?"),
     ],
@@ -232,6 +241,16 @@ def test_a_report_that_fails_costs_no_training(options, monkeypatch, capsys, cap
     assert run(["train", *flags(given)], capsys)[0] == 0
     assert "there is no report: RuntimeError: no fonts" in caplog.text
     assert (given["output_dir"] / "model.safetensors").exists()
+
+
+def test_stored_contexts_wait_for_no_loss_to_settle(options, capsys, caplog):
+    contexts = options["contexts"]["output_dir"].with_name("contexts")
+    assert run(["contexts", *flags(options["contexts"] | {"output_dir": contexts})], capsys)[0] == 0
+    given = options["train"] | {"method": "bash", "contexts": contexts, "dataset": None}
+    given = {name: value for name, value in given.items() if value is not None and name != "self_prob"}
+    code, out, err = run(["train", *flags(given)], capsys)
+    assert code == 0
+    assert "contexts will be mixed" not in out + err + caplog.text
 
 
 def test_rows_and_tokens_count_from_one(options, capsys):

@@ -50,6 +50,7 @@ Part = Callable[[], Iterator[Finding]]
 def make_parser() -> argparse.ArgumentParser:
     found = argparse.ArgumentParser(
         prog=PROG,
+        allow_abbrev=False,
         usage="selfgen doctor [MODEL] [--weights] [--trust-remote-code] [--json]",
         description="Look at this installation: versions, devices, which kernels compute, whether contexts are exact, "
         "what passes cost, and what a model allows. Ends with exit code 0 if all is well, and 1 if something is "

@@ -335,9 +335,9 @@ def parse(parser: Parser, arguments: list[str], elsewhere: Mapping[str, str] | N
     if old := next((one for one in arguments if _name_of(one) in RENAMED), None):
         raise ValueError(_unknown(old.split("=")[0], parser, {}))
     given = [one.split("=")[0] for one in arguments if one.startswith("--")]
-    given = [one for one in given if " " not in one]  # which argparse takes for values
+    given = [one for one in given if " " not in one and one != "--"]  # which argparse takes for values
     flags = {flag for action in parser._actions for flag in action.option_strings}
-    if other := next((one for one in given if not any(flag.startswith(one) for flag in flags)), None):
+    if other := next((one for one in given if one not in flags), None):
         parser.unknown = _unknown(other, parser, elsewhere or {})
     *found, unknown = parser.parse_args_into_dataclasses(arguments, return_remaining_strings=True)
     if parser.unknown:
@@ -361,7 +361,13 @@ def make_parser(
 ) -> Parser:
     """A parser of dataclasses, which shows each flag in one spelling, and the options named in ``first`` first."""
     parser = Parser(
-        tuple(groups), prog=prog, usage=usage, description=description, epilog=epilog, formatter_class=HelpFormatter
+        tuple(groups),
+        prog=prog,
+        usage=usage,
+        description=description,
+        epilog=epilog,
+        formatter_class=HelpFormatter,
+        allow_abbrev=False,
     )
     kinds = parser.kinds()
     for action in parser._actions:

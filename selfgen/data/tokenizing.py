@@ -594,18 +594,26 @@ def _find_columns(
         return prompt, completion, messages if messages in present else None
     if prompt in present and not answers:
         return prompt, None, messages if messages in present else None
-    if messages in present:
-        return None, None, messages
-    raise DataError(
-        f"the data set has the columns {', '.join(present)}, but {_missing(present, options, answers=answers)}"
-    )
+    lacking = {"prompt_column": prompt, "completion_column": completion} if answers else {"prompt_column": prompt}
+    lacking = {option: name for option, name in lacking.items() if name not in present}
+    there = f"the data set has the columns {', '.join(present)}, but"
+    if messages not in present:
+        raise DataError(f"{there} {_missing(present, options, lacking)}")
+    defaults = {item.name: item.default for item in RowOptions.__dataclass_fields__.values()}
+    columns = ("prompt_column", "completion_column", "messages_column")
+    given = [name for name in columns if getattr(options, name) != defaults[name]]
+    if given and "messages_column" not in given:  # nothing else is read than what was asked for
+        texts = " and ".join(f"no {name!r} ({option})" for option, name in lacking.items())
+        by_name = _flags(dict.fromkeys(lacking, "NAME"))
+        raise DataError(
+            f"{there} {texts}, with {' and '.join(given)} given: say which column to read by {by_name}, or leave "
+            f"{' and '.join(given)} out, to read the conversations of {messages!r}"
+        )
+    return None, None, messages
 
 
-def _missing(present: list[str], options: RowOptions, *, answers: bool) -> str:
+def _missing(present: list[str], options: RowOptions, lacking: dict[str, str]) -> str:
     """What columns lack, and how to name them: as such data sets often do, where they have these names."""
-    wanted = {"prompt_column": options.prompt_column}
-    wanted |= {"completion_column": options.completion_column} if answers else {}
-    lacking = {option: name for option, name in wanted.items() if name not in present}
     usual = {option: next((one for one in names if one in present), None) for option, names in _USUAL.items()}
     of_texts = {option: usual[option] for option in lacking}
     texts = " and ".join(f"no {name!r} ({option})" for option, name in lacking.items())

@@ -117,7 +117,8 @@ class MixesContexts(Trainer):
             self._learn_of_model()
         self.add_callback(StepTimer(self.meter))
         self._self_prob = SelfProb(args, self.accelerator, self.meter, self._ids_guessed_from)
-        self.add_callback(self._self_prob)
+        if self._makes_contexts:
+            self.add_callback(self._self_prob)
         self.add_callback(EpochOfSampler())
         self.add_callback(TellHowWeightsAreHeld(self._engine))
         after = self._engine.steps_in_backward

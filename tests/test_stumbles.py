@@ -16,9 +16,13 @@ from models import tiny_model
 from selfgen import answer, generate_corrected
 from selfgen.cli import main
 from selfgen.cli.generate import GenerateArguments
+from selfgen.cli.help import known_help
 from selfgen.cli.options import make_parser, parse
 from selfgen.data import DataError, RowOptions, load_rows, loading
 from selfgen.evaluation.inspection import TokenTexts
+from selfgen.evaluation.report import table
+from selfgen.training.config import BSSConfig
+from selfgen.training.metrics import METRICS
 
 COMMANDS = ("train", "contexts", "generate", "eval", "inspect")
 
@@ -276,3 +280,34 @@ def test_a_hub_that_is_silent_is_asked_once(monkeypatch, capsys, caplog):
     assert len(asked) == 1
     assert "Retrying" not in caplog.text + capsys.readouterr().err
     assert not loading.constants.HF_HUB_OFFLINE
+
+
+def shown(command: str) -> str:
+    """The help of a command, as one line."""
+    return " ".join((known_help(command, ["--help"]) or "").split())
+
+
+@pytest.mark.parametrize("command", ["eval", "inspect"])
+def test_the_default_temperature_is_not_that_of_every_training(command, tmp_path):
+    told = "0.7 is that of training without --self-prob; give 1 for a model that was trained with a number for it."
+    assert told in shown(command)
+    used = [BSSConfig(str(tmp_path), use_cpu=True, **p).sampling_temperature for p in ({}, {"self_prob": 0.25})]
+    assert used == [0.7, 1.0]
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_help_shows_no_option_of_which_one_value_is_accepted(command, options, no_weights, capsys):
+    """All turns are for training alone."""
+    trains = command == "train"
+    assert ("--assistant-turns" in shown(command)) == trains
+    if not trains:
+        line = refused_at_once(command, options[command] | {"assistant_turns": "all"}, capsys)
+        assert "assistant_turns=all" in line
+
+
+def test_the_log_and_the_table_say_what_a_loss_is_of():
+    assert "under mixed contexts" in METRICS["loss"].says
+    bucket = {"first": 0, "last": 1, "tokens": 3, "reference": 2.5, "own": 3.0, "gap": 0.5}
+    head, line = table({"curve": [bucket]}).splitlines()[1:]
+    assert head.split()[-3:] == ["reference", "self", "difference"]  # which is in nats, as no gap is
+    assert line.split()[-3:] == ["2.5000", "3.0000", "0.5000"]

@@ -165,6 +165,7 @@ class DataArguments(RowOptions):
     dataset_split: str = field(
         default="train", metadata={"help": "Split, or a slice of one, for example test or train[:1000]."}
     )
+    assistant_turns: str = field(default="last", metadata={"help": argparse.SUPPRESS})  # all is for selfgen train
 
     def __post_init__(self) -> None:
         self.check_rows()

@@ -119,14 +119,14 @@ class DataReport:
 
 @dataclass
 class RowOptions:
-    """Which columns of a data set are prompts and answers, and what becomes of them; see ``tokenize_rows``."""
+    """Which columns of a data set are prompts and answers, and what becomes of them; see ``tokenize_rows``.
+
+    Without ``max_length`` (None) there is no limit but that of the model.
+    """
 
     max_length: int | None = field(
         default=1024,
-        metadata={
-            "help": "Longest row in tokens, prompt included; longer answers are cut and counted. In Python, None is no "
-            "limit but that of the model."
-        },
+        metadata={"help": "Longest row in tokens, prompt included; longer answers are cut and counted."},
     )
     prompt_column: str = field(default="prompt", metadata={"help": "Column with the prompt (text or messages)."})
     completion_column: str = field(

@@ -22,7 +22,12 @@ class Metric:
 
 METRICS = {
     "step": Metric("", "optimizer steps so far", "step"),
-    "loss": Metric("nats per token", "training loss: the mean over learned tokens", "loss", "nats/tok"),
+    "loss": Metric(
+        "nats per token",
+        "training loss, under mixed contexts (unless p is 0): the mean over learned tokens",
+        "loss",
+        "nats/tok",
+    ),
     "eval_loss": Metric("nats per token", "evaluation loss, under reference contexts: the mean over tokens"),
     "train_loss": Metric("nats per token", "mean training loss since the run was started or resumed"),
     "self_prob": Metric("", "probability that a context token is a self token, mean of the steps", "p"),

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import re
+from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
@@ -311,3 +312,39 @@ def test_the_log_and_the_table_say_what_a_loss_is_of():
     head, line = table({"curve": [bucket]}).splitlines()[1:]
     assert head.split()[-3:] == ["reference", "self", "difference"]  # which is in nats, as no gap is
     assert line.split()[-3:] == ["2.5000", "3.0000", "0.5000"]
+
+
+@pytest.mark.parametrize(
+    ("given", "said"),
+    [
+        ({"optim": "adamw_bnb_8bit"}, "optim is 'adamw_bnb_8bit', whose package is missing: install it, or leave"),
+        ({"optim": "grokadamw"}, "optim is 'grokadamw', whose package is missing"),
+        ({"dtype": "float16"}, "dtype is 'float16', in which small updates are rounded away: leave --dtype out"),
+        ({"dtype": "half"}, "dtype is 'half'; accepted: auto, float32, bfloat16"),
+    ],
+)
+def test_what_can_not_train_is_told_before_weights_are_loaded(options, no_weights, given, said, capsys):
+    if any(map(find_spec, ("bitsandbytes", "grokadamw"))) and "optim" in given:
+        pytest.skip("the package is installed")
+    line = refused_at_once("train", options["train"] | given, capsys)
+    assert said in line
+    assert "float16," not in line.replace("bfloat16", "")  # which is not offered
+
+
+def test_an_optimizer_that_needs_the_model_is_not_refused(tmp_path, monkeypatch):
+    def make(_):
+        raise ValueError("You need to pass a model to initialize it")
+
+    monkeypatch.setattr(t.Trainer, "get_optimizer_cls_and_kwargs", make)
+    BSSConfig(str(tmp_path), use_cpu=True)
+
+
+@pytest.mark.parametrize("command", ["train", "eval"])
+def test_attention_that_can_not_run_is_told_with_what_to_do(options, command, monkeypatch, capsys):
+    def load(*_, **__):
+        raise ImportError("FlashAttention2 has been toggled on")
+
+    monkeypatch.setattr("selfgen.cli.pretrained.load_whole", load)
+    line = refused([command, *flags(options[command] | {"attn_implementation": "flash_attention_2"})], capsys)
+    assert "attn_implementation is 'flash_attention_2', which can't run here: leave --attn-implementation out, " in line
+    assert "or install flash-attn (NVIDIA GPUs) (FlashAttention2 has been" in line

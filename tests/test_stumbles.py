@@ -19,11 +19,11 @@ from selfgen.cli import main
 from selfgen.cli.generate import GenerateArguments
 from selfgen.cli.help import known_help
 from selfgen.cli.options import make_parser, parse
-from selfgen.data import DataError, RowOptions, load_rows, loading
+from selfgen.data import DataError, DataReport, RowOptions, load_rows, loading
 from selfgen.evaluation.inspection import TokenTexts
 from selfgen.evaluation.report import table
 from selfgen.training.config import BSSConfig
-from selfgen.training.metrics import METRICS
+from selfgen.training.metrics import METRICS, counted
 
 COMMANDS = ("train", "contexts", "generate", "eval", "inspect")
 
@@ -348,3 +348,10 @@ def test_attention_that_can_not_run_is_told_with_what_to_do(options, command, mo
     line = refused([command, *flags(options[command] | {"attn_implementation": "flash_attention_2"})], capsys)
     assert "attn_implementation is 'flash_attention_2', which can't run here: leave --attn-implementation out, " in line
     assert "or install flash-attn (NVIDIA GPUs) (FlashAttention2 has been" in line
+
+
+def test_one_thing_is_one_thing(options, caplog, capsys):
+    """In the lines that begin a training of one step, and in those of data."""
+    assert [counted(number, "row") for number in (0, 1, 2)] == ["0 rows", "1 row", "2 rows"]
+    assert str(DataReport(1, 1, 1, {}, 8)) == "1 row: 1 kept, 1 answer truncated to 8 tokens"
+    assert "training: 1 step of 8 rows" in run(["train", *flags(options["train"])], capsys)[1]

@@ -73,9 +73,9 @@ class DataReport:
         return logging.WARNING if noted else logging.INFO
 
     def __str__(self) -> str:
-        parts = [f"{self.rows} rows: {self.kept} kept"]
+        parts = [f"{self.rows} row{'s' * (self.rows != 1)}: {self.kept} kept"]
         if self.truncated:
-            parts.append(f"{self.truncated} answers truncated to {self.max_length} tokens")
+            parts.append(f"{self.truncated} answer{'s' * (self.truncated != 1)} truncated to {self.max_length} tokens")
         if self.control_tokens:
             parts.append(f"{self.control_tokens} spell special tokens in their text (read as ordinary text)")
         if self.incomplete:

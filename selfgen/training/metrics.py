@@ -109,6 +109,11 @@ def readable(value: float) -> str:
     return f"{value:#.3g}".rstrip(".")
 
 
+def counted(number: int, what: str) -> str:
+    """A number of things: 1 step, 2 steps."""
+    return f"{number} {what}{'' if number == 1 else 's'}"
+
+
 def duration(seconds: float) -> str:
     """Of a time, its two largest units: 1 h 5 min, 3 min 20 s; below a minute as a number."""
     if not seconds >= 60:

@@ -281,7 +281,7 @@ def test_data_report_is_shown(arguments, tmp_path):
         check=True,
     )
     assert (
-        "train data: 4 rows: 3 kept, 1 answers truncated to 32 tokens, 1 dropped (1 empty answer: row 2)"
+        "train data: 4 rows: 3 kept, 1 answer truncated to 32 tokens, 1 dropped (1 empty answer: row 2)"
         in result.stderr
     )
 

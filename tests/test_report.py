@@ -86,6 +86,20 @@ def test_a_training_ends_with_a_report(arguments, capsys, caplog):
     assert f"report: {arguments['output_dir']}/report.html" in caplog.text
 
 
+def test_settings_that_had_no_effect_are_not_told(arguments, tmp_path, capsys, no_picture):
+    """Stored contexts have settings of their own, which are with them."""
+    made = {name: arguments[name] for name in ("model", "dataset", "max_length", "use_cpu")}
+    assert run(["contexts", *flags(made | {"output_dir": tmp_path / "contexts", "self_prob": 0.3})], capsys)[0] == 0
+    given = {name: value for name, value in arguments.items() if name != "dataset"} | {"report": True}
+    given |= {"method": "bash", "contexts": tmp_path / "contexts"}
+    assert run(["train", *flags(given)], capsys)[0] == 0
+    settings = report(arguments["output_dir"])["settings"]
+    assert settings.keys() >= {"loss_on", "seed", "max_length", "learning_rate"}
+    idle = {"self_prob", "self_prob_schedule", "self_prob_warmup", "sampling_temperature", "granularity"}
+    assert not settings.keys() & idle
+    assert "disagreement" not in (Path(arguments["output_dir"]) / "report.html").read_text(encoding="utf-8")
+
+
 def test_legends_hide_no_point_and_no_title(tmp_path):
     """Of the picture of a training."""
     Text = pytest.importorskip("matplotlib.text").Text

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import re
+from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
@@ -16,9 +17,13 @@ from models import tiny_model
 from selfgen import answer, generate_corrected
 from selfgen.cli import main
 from selfgen.cli.generate import GenerateArguments
+from selfgen.cli.help import known_help
 from selfgen.cli.options import make_parser, parse
-from selfgen.data import DataError, RowOptions, load_rows, loading
+from selfgen.data import DataError, DataReport, RowOptions, load_rows, loading
 from selfgen.evaluation.inspection import TokenTexts
+from selfgen.evaluation.report import table
+from selfgen.training.config import BSSConfig
+from selfgen.training.metrics import METRICS, counted
 
 COMMANDS = ("train", "contexts", "generate", "eval", "inspect")
 
@@ -295,3 +300,77 @@ def test_a_hub_that_is_silent_is_asked_once(monkeypatch, capsys, caplog):
     assert len(asked) == 1
     assert "Retrying" not in caplog.text + capsys.readouterr().err
     assert not loading.constants.HF_HUB_OFFLINE
+
+
+def shown(command: str) -> str:
+    """The help of a command, as one line."""
+    return " ".join((known_help(command, ["--help"]) or "").split())
+
+
+@pytest.mark.parametrize("command", ["eval", "inspect"])
+def test_the_default_temperature_is_not_that_of_every_training(command, tmp_path):
+    told = "0.7 is that of training without --self-prob; give 1 for a model that was trained with a number for it."
+    assert told in shown(command)
+    used = [BSSConfig(str(tmp_path), use_cpu=True, **p).sampling_temperature for p in ({}, {"self_prob": 0.25})]
+    assert used == [0.7, 1.0]
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_help_shows_no_option_of_which_one_value_is_accepted(command, options, no_weights, capsys):
+    """All turns are for training alone."""
+    trains = command == "train"
+    assert ("--assistant-turns" in shown(command)) == trains
+    if not trains:
+        line = refused_at_once(command, options[command] | {"assistant_turns": "all"}, capsys)
+        assert "assistant_turns=all" in line
+
+
+def test_the_log_and_the_table_say_what_a_loss_is_of():
+    assert "under mixed contexts" in METRICS["loss"].says
+    bucket = {"first": 0, "last": 1, "tokens": 3, "reference": 2.5, "own": 3.0, "gap": 0.5}
+    head, line = table({"curve": [bucket]}).splitlines()[1:]
+    assert head.split()[-3:] == ["reference", "self", "difference"]  # which is in nats, as no gap is
+    assert line.split()[-3:] == ["2.5000", "3.0000", "0.5000"]
+
+
+@pytest.mark.parametrize(
+    ("given", "said"),
+    [
+        ({"optim": "adamw_bnb_8bit"}, "optim is 'adamw_bnb_8bit', whose package is missing: install it, or leave"),
+        ({"optim": "grokadamw"}, "optim is 'grokadamw', whose package is missing"),
+        ({"dtype": "float16"}, "dtype is 'float16', in which small updates are rounded away: leave --dtype out"),
+        ({"dtype": "half"}, "dtype is 'half'; accepted: auto, float32, bfloat16"),
+    ],
+)
+def test_what_can_not_train_is_told_before_weights_are_loaded(options, no_weights, given, said, capsys):
+    if any(map(find_spec, ("bitsandbytes", "grokadamw"))) and "optim" in given:
+        pytest.skip("the package is installed")
+    line = refused_at_once("train", options["train"] | given, capsys)
+    assert said in line
+    assert "float16," not in line.replace("bfloat16", "")  # which is not offered
+
+
+def test_an_optimizer_that_needs_the_model_is_not_refused(tmp_path, monkeypatch):
+    def make(_):
+        raise ValueError("You need to pass a model to initialize it")
+
+    monkeypatch.setattr(t.Trainer, "get_optimizer_cls_and_kwargs", make)
+    BSSConfig(str(tmp_path), use_cpu=True)
+
+
+@pytest.mark.parametrize("command", ["train", "eval"])
+def test_attention_that_can_not_run_is_told_with_what_to_do(options, command, monkeypatch, capsys):
+    def load(*_, **__):
+        raise ImportError("FlashAttention2 has been toggled on")
+
+    monkeypatch.setattr("selfgen.cli.pretrained.load_whole", load)
+    line = refused([command, *flags(options[command] | {"attn_implementation": "flash_attention_2"})], capsys)
+    assert "attn_implementation is 'flash_attention_2', which can't run here: leave --attn-implementation out, " in line
+    assert "or install flash-attn (NVIDIA GPUs) (FlashAttention2 has been" in line
+
+
+def test_one_thing_is_one_thing(options, caplog, capsys):
+    """In the lines that begin a training of one step, and in those of data."""
+    assert [counted(number, "row") for number in (0, 1, 2)] == ["0 rows", "1 row", "2 rows"]
+    assert str(DataReport(1, 1, 1, {}, 8)) == "1 row: 1 kept, 1 answer truncated to 8 tokens"
+    assert "training: 1 step of 8 rows" in run(["train", *flags(options["train"])], capsys)[1]

@@ -11,6 +11,7 @@ from transformers import PreTrainedTokenizerBase
 from ..context import ContextGenerator
 from ..data import RowOptions
 from ..generation import answer, generate_corrected
+from ..training.metrics import counted
 
 logger = logging.getLogger(__name__)
 
@@ -27,8 +28,8 @@ def tell_of_answers(lines: Sequence[dict[str, Any]], column: str) -> None:
     level = logging.WARNING if 2 * max(empty, broken_off) >= len(lines) else logging.INFO
     logger.log(
         level,
-        "%d answers: %d are empty, and %d were broken off at max_new_tokens or the end of the model's positions",
-        len(lines),
+        "%s: %d are empty, and %d were broken off at max_new_tokens or the end of the model's positions",
+        counted(len(lines), "answer"),
         empty,
         broken_off,
     )

@@ -176,7 +176,8 @@ def _versions() -> Iterator[Finding]:
 def _devices() -> Iterator[Finding]:
     import torch
 
-    yield Finding("cpu", f"{_processor()}, {torch.get_num_threads()} threads for torch")
+    threads = torch.get_num_threads()
+    yield Finding("cpu", f"{_processor()}, {threads} thread{'s' * (threads != 1)} for torch")
     backend = f"CUDA {torch.version.cuda}" if torch.version.cuda else f"ROCm {torch.version.hip}"
     built = backend if torch.version.cuda or torch.version.hip else "neither CUDA nor ROCm"
     if not torch.cuda.is_available():

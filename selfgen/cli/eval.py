@@ -102,8 +102,8 @@ class EvalArguments:
         default=0.25,
         metadata={
             "help": "Probability that a token of a mixed context is a self token, in [0, 1]. The default is above that "
-            "of contexts to train on, 0.1, as more self tokens are measured on fewer rows; one value for models that "
-            "are compared."
+            "of contexts to train on, 0.1, as more self tokens are measured on fewer rows. Give the same value for "
+            "models that you compare."
         },
     )
     gap_rows: int = field(
@@ -116,7 +116,10 @@ class EvalArguments:
     temperature: float = field(default=0.0, metadata={"help": "Temperature of the answers; 0 is greedy."})
     sampling_temperature: float = field(
         default=SELF_TEMPERATURE,
-        metadata={"help": "Temperature of self tokens in contexts; 0 is greedy. The default is that of training."},
+        metadata={
+            "help": "Temperature of self tokens in contexts; 0 is greedy. 0.7 is that of training without --self-prob; "
+            "give 1 for a model that was trained with a number for it."
+        },
     )
     context_method: Method = field(
         default="fixed_point",

@@ -79,7 +79,10 @@ class InspectedContexts(GeneratorOptions):
 
     sampling_temperature: float = field(
         default=SELF_TEMPERATURE,
-        metadata={"help": "Temperature of self tokens; 0 is greedy. The default is that of training."},
+        metadata={
+            "help": "Temperature of self tokens; 0 is greedy. 0.7 is that of training without --self-prob; give 1 for "
+            "a model that was trained with a number for it."
+        },
     )
 
 

@@ -32,7 +32,7 @@ from .pretrained import from_pretrained
 from .terminal import HelpFormatter, fail, meant
 from .yaml_file import NumberOr, read_file, value_of
 
-DTYPES = ("auto", "float32", "bfloat16", "float16")
+DTYPES: tuple[str, ...] = ("auto", "float32", "bfloat16", "float16")
 
 
 @dataclass
@@ -65,14 +65,24 @@ class ModelArguments:
         },
     )
 
+    accepted_dtypes = DTYPES
+
     def __post_init__(self):
-        if self.dtype not in DTYPES:
-            raise ValueError(f"dtype is {self.dtype!r}; accepted: {', '.join(DTYPES)}")
+        if self.dtype not in self.accepted_dtypes:
+            raise ValueError(f"dtype is {self.dtype!r}; accepted: {', '.join(self.accepted_dtypes)}")
 
     def load_model(self) -> PreTrainedModel:
         options = {"dtype": self.dtype, "attn_implementation": self.attn_implementation}
         hub = {"revision": self.revision, "trust_remote_code": self.trust_remote_code}
-        return self._from_pretrained(auto_class_of(self.model, **hub), **options, **self.split())
+        try:
+            return self._from_pretrained(auto_class_of(self.model, **hub), **options, **self.split())
+        except ImportError as error:
+            if "flash" not in (self.attn_implementation or "") or "flash" not in str(error).lower():
+                raise
+            raise ImportError(
+                f"attn_implementation is {self.attn_implementation!r}, which can't run here: leave "
+                f"--attn-implementation out, or install flash-attn (NVIDIA GPUs) ({error})"
+            ) from error
 
     def split(self) -> dict[str, Any]:
         """How weights are split over processes as they are loaded; each has all of them, here."""
@@ -123,8 +133,14 @@ class TrainedModelArguments(ModelArguments):
             "fsdp_size processes. (An FSDP2 configuration of accelerate launch does without this option.)"
         },
     )
+    accepted_dtypes = tuple(name for name in DTYPES if name != "float16")
 
     def __post_init__(self) -> None:
+        if self.dtype == "float16":
+            raise ValueError(
+                "dtype is 'float16', in which small updates are rounded away: leave --dtype out; --bf16 or --fp16 "
+                "compute in mixed precision"
+            )
         super().__post_init__()
         check_least(self, 1, "tp_size", "fsdp_size")
         asked, started = self.tp_size * self.fsdp_size, int(os.environ.get("WORLD_SIZE", "1"))
@@ -165,6 +181,7 @@ class DataArguments(RowOptions):
     dataset_split: str = field(
         default="train", metadata={"help": "Split, or a slice of one, for example test or train[:1000]."}
     )
+    assistant_turns: str = field(default="last", metadata={"help": argparse.SUPPRESS})  # all is for selfgen train
 
     def __post_init__(self) -> None:
         self.check_rows()

@@ -207,8 +207,8 @@ class MethodArguments:
     overwrite_output_dir: bool = field(
         default=False,
         metadata={
-            "help": "Put the trained model in place of one that output_dir holds, which is refused otherwise, also "
-            "where that is the folder of --model. Checkpoints and rounds of an earlier run are never written over."
+            "help": "Replace a model that is in output_dir already, even if it is the one of --model. Without this, "
+            "such a folder is refused. Checkpoints and rounds of an earlier run are never written over."
         },
     )
 

@@ -73,9 +73,9 @@ class DataReport:
         return logging.WARNING if noted else logging.INFO
 
     def __str__(self) -> str:
-        parts = [f"{self.rows} rows: {self.kept} kept"]
+        parts = [f"{self.rows} row{'s' * (self.rows != 1)}: {self.kept} kept"]
         if self.truncated:
-            parts.append(f"{self.truncated} answers truncated to {self.max_length} tokens")
+            parts.append(f"{self.truncated} answer{'s' * (self.truncated != 1)} truncated to {self.max_length} tokens")
         if self.control_tokens:
             parts.append(f"{self.control_tokens} spell special tokens in their text (read as ordinary text)")
         if self.incomplete:
@@ -119,14 +119,14 @@ class DataReport:
 
 @dataclass
 class RowOptions:
-    """Which columns of a data set are prompts and answers, and what becomes of them; see ``tokenize_rows``."""
+    """Which columns of a data set are prompts and answers, and what becomes of them; see ``tokenize_rows``.
+
+    Without ``max_length`` (None) there is no limit but that of the model.
+    """
 
     max_length: int | None = field(
         default=1024,
-        metadata={
-            "help": "Longest row in tokens, prompt included; longer answers are cut and counted. In Python, None is no "
-            "limit but that of the model."
-        },
+        metadata={"help": "Longest row in tokens, prompt included; longer answers are cut and counted."},
     )
     prompt_column: str = field(default="prompt", metadata={"help": "Column with the prompt (text or messages)."})
     completion_column: str = field(

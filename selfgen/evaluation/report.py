@@ -50,7 +50,7 @@ def table(results: Mapping[str, Any]) -> str:
         label, made_of = f"loss, {_context(name)} contexts", f"p = {loss['self_prob']:g}, {loss['tokens']} tokens"
         lines.append(f"{label:28}{loss['loss']:9.4f}  nats per token, {made_of}")
     if "curve" in results:
-        lines += ["", f"{'loss at position':19}{'tokens':>9}{'reference':>11}{_context('own'):>11}{'gap':>11}"]
+        lines += ["", f"{'loss at position':19}{'tokens':>9}{'reference':>11}{_context('own'):>11}{'difference':>11}"]
         for bucket in results["curve"]:
             losses = "".join(f"{bucket[name]:11.4f}" for name in ("reference", "own", "gap"))
             lines.append(f"{bucket['first']:>7} to {bucket['last']:<8}{bucket['tokens']:9}{losses}")

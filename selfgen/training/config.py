@@ -9,7 +9,7 @@ from dataclasses import dataclass, field, fields
 from typing import TYPE_CHECKING, ClassVar
 
 import torch
-from transformers import PreTrainedTokenizerBase, TrainingArguments, integrations
+from transformers import PreTrainedTokenizerBase, Trainer, TrainingArguments, integrations
 
 from ..context import ContextGenerator
 from ..context.generator import METHODS, PRECISIONS, Method, Precision
@@ -476,7 +476,7 @@ class BSSConfig(RowOptions, MixingOptions, TargetOptions, TrainingArguments):
     """Arguments of ``BSSTrainer``: everything of ``transformers.TrainingArguments``, and the fields below.
 
     Raises:
-        ValueError: a field out of its range, a NaN, a name in ``report_to`` whose package is missing, or a
+        ValueError: a field out of its range, a NaN, a name in ``report_to`` or ``optim`` whose package is missing, or a
             parallelism under which no contexts can be made.
     """
 
@@ -537,6 +537,7 @@ class BSSConfig(RowOptions, MixingOptions, TargetOptions, TrainingArguments):
         super().__post_init__()
         self.check_rows()
         check_reporters(self.report_to)
+        _check_optimizer(self)
         if not 0.0 <= self.kl_weight < float("inf"):
             raise ValueError(f"kl_weight is {self.kl_weight}; it must be a finite number >= 0")
         if self.kl_model and not self.kl_weight:
@@ -573,6 +574,19 @@ def _check_engine(args: TrainingArguments) -> None:
         )
     if args.device.type == "cpu":
         args.dataloader_pin_memory = False  # which helps an accelerator alone; without one, torch only warns
+
+
+def _check_optimizer(args: TrainingArguments) -> None:
+    """Raise ValueError if the package of the optimizer is missing."""
+    try:
+        Trainer.get_optimizer_cls_and_kwargs(args)
+    except (ImportError, ValueError, TypeError) as error:
+        if not isinstance(error, ImportError) and "install" not in str(error):
+            return  # which needs the model
+        name = getattr(args.optim, "value", args.optim)
+        raise ValueError(
+            f"optim is {name!r}, whose package is missing: install it, or leave optim out ({error})"
+        ) from error
 
 
 def with_fixed_self_prob(config: BSSConfig) -> BSSConfig:

@@ -14,6 +14,7 @@ from transformers import TrainerCallback
 
 from ..context import UnsupportedModelError
 from ..evaluation import Gap, row_gaps
+from .metrics import counted
 
 logger = logging.getLogger(__name__)
 
@@ -54,8 +55,8 @@ class GapBeforeAndAfter(TrainerCallback):
             logger.warning("the gap is not measured, as %s", reason)
             return
         logger.info(
-            "measuring the gap on %d rows of the %s data, the first %d tokens of each answer",
-            len(rows),
+            "measuring the gap on %s of the %s data, the first %d tokens of each answer",
+            counted(len(rows), "row"),
             {"eval": "evaluation", "train": "training"}[of],
             MOST_TOKENS,
         )

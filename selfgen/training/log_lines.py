@@ -13,7 +13,7 @@ from transformers import PrinterCallback, ProgressCallback, Trainer, TrainerCall
 
 from .config import AUTO, CONSTANT, DISAGREEMENT, SETTLED, BSSConfig
 from .gap import of_logged
-from .metrics import METRICS, duration, metric_of, readable
+from .metrics import METRICS, counted, duration, metric_of, readable
 
 _HEADER_EVERY = 20  # lines
 _WIDTH = 120  # of lines that go to no terminal
@@ -169,7 +169,7 @@ def _opening(args: BSSConfig, state, contexts: str) -> list[str]:
     rows = args.train_batch_size * args.gradient_accumulation_steps * args.row_share[1]
     done = f", from step {state.global_step + 1} on" if state.global_step else ""
     return [
-        f"training: {state.max_steps} steps of {rows} rows{done}, on {args.device.type}",
+        f"training: {counted(state.max_steps, 'step')} of {counted(rows, 'row')}{done}, on {args.device.type}",
         f"contexts: {contexts}",
         f"log: {_how_often(args, state)}",
         "the first step takes longer, as it also checks what the model computes and measures the device",

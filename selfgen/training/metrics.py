@@ -22,7 +22,12 @@ class Metric:
 
 METRICS = {
     "step": Metric("", "optimizer steps so far", "step"),
-    "loss": Metric("nats per token", "training loss: the mean over learned tokens", "loss", "nats/tok"),
+    "loss": Metric(
+        "nats per token",
+        "training loss, under mixed contexts (unless p is 0): the mean over learned tokens",
+        "loss",
+        "nats/tok",
+    ),
     "eval_loss": Metric("nats per token", "evaluation loss, under reference contexts: the mean over tokens"),
     "train_loss": Metric("nats per token", "mean training loss since the run was started or resumed"),
     "self_prob": Metric("", "probability that a context token is a self token, mean of the steps", "p"),
@@ -102,6 +107,11 @@ def readable(value: float) -> str:
         if abs(value) >= size:
             return f"{value:.2e}" if letter is None else f"{value / size:#.3g}".rstrip(".") + letter
     return f"{value:#.3g}".rstrip(".")
+
+
+def counted(number: int, what: str) -> str:
+    """A number of things: 1 step, 2 steps."""
+    return f"{number} {what}{'' if number == 1 else 's'}"
 
 
 def duration(seconds: float) -> str:

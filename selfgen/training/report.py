@@ -8,7 +8,7 @@ from __future__ import annotations
 import json
 import logging
 import math
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from datetime import date
 from pathlib import Path
 from typing import Any
@@ -40,10 +40,10 @@ _PANELS: tuple[tuple[str, str, dict[str, str]], ...] = (
     ("Learning rate", "", {"learning_rate": "learning rate"}),
 )
 """Title, unit, and the metrics that are shown with their labels."""
-_SETTINGS = (
+_OF_CONTEXTS = (
     "self_prob", "self_prob_schedule", "self_prob_warmup", "sampling_temperature", "granularity", "min_reference_prob",
-    "loss_on", "target", "own_answer", "direct_weight", "seed", "max_length",
 )  # fmt: skip
+_SETTINGS = (*_OF_CONTEXTS, "loss_on", "target", "own_answer", "direct_weight", "seed", "max_length")
 
 
 def write_report(
@@ -110,7 +110,7 @@ def report_of(folder: Path, state: TrainerState | None = None) -> dict[str, Any]
         "eval_loss": _ends(log, "eval_loss"),
         "seconds": _seconds(log),
         "gap": {"before": gaps[0] if gaps and gaps[0]["step"] == 0 else None, "after": _after(gaps)},
-        "settings": _settings_of(folder),
+        "settings": _settings_of(folder, idle=_OF_CONTEXTS if _had_contexts(folder, log) else ()),
         "metrics": {name: {"unit": metric.unit, "meaning": metric.says} for name, metric in metrics.items()},
         "log": log,
     }
@@ -172,15 +172,22 @@ def _furthest(folder: Path) -> dict[str, Any] | None:
     return max(states, key=lambda state: (state["global_step"], len(state["log_history"])), default=None)
 
 
-def _settings_of(folder: Path) -> dict[str, Any]:
-    """The settings that matter most, if a model or a checkpoint in the folder tells them."""
+def _had_contexts(folder: Path, log: list[dict[str, Any]]) -> bool:
+    """Whether the contexts were made beforehand, by another command: its settings are with them."""
+    steps = [entry for entry in log if "loss" in entry]
+    return bool(steps) and not _rounds_in(folder) and not any("self_prob" in entry for entry in steps)
+
+
+def _settings_of(folder: Path, idle: Collection[str]) -> dict[str, Any]:
+    """The settings that matter most but those without effect, if a model or a checkpoint in the folder tells them."""
     files = sorted(folder.glob(f"checkpoint-*/{SETTINGS}"), key=lambda file: file.stat().st_mtime)
     file = next(filter(Path.is_file, [folder / SETTINGS, *reversed(files)]), None)
     if file is None:
         return {}
     known = json.loads(file.read_text(encoding="utf-8"))
     known |= {name: known.get("trainer", {}).get(name) for name in ("learning_rate", "rows_per_step")}
-    return {name: known[name] for name in (*_SETTINGS, "learning_rate", "rows_per_step") if known.get(name) is not None}
+    names = [name for name in (*_SETTINGS, "learning_rate", "rows_per_step") if name not in idle]
+    return {name: known[name] for name in names if known.get(name) is not None}
 
 
 def _sets(log: list[dict[str, Any]]) -> tuple[str, ...]:

@@ -8,7 +8,9 @@ from transformers import PreTrainedModel, TrainerCallback
 
 
 class _Layers(nn.ModuleList):
-    skipping = False
+    def __init__(self, layers):
+        super().__init__(layers)
+        self.skipping = []  # in a list, no setting of the module
 
     def __getitem__(self, index):
         found = super().__getitem__(index)
@@ -28,4 +30,4 @@ class Skips(TrainerCallback):
         self.layers = trainer.generator.model.model.layers
 
     def on_step_end(self, *args, **kwargs):
-        self.layers.skipping = True
+        self.layers.skipping.append(True)

@@ -20,7 +20,7 @@ _OF_DEEPSPEED = ("ds_", "_external_params", "applied_pre_backward_ref_cnt")  # w
 def make_of(model: nn.Module) -> object:
     """Unequal before and after modules, hooks or settings of ``model`` have changed; weights may change.
 
-    It is made at every generation, so it must take no more than a millisecond.
+    It is made at every generation and every step, so it looks at each module's own attributes alone, and at no tensor.
     """
     modules = list(model.modules())
     return (
